@@ -1,0 +1,39 @@
+# One obvious command each. `make demo` and `make test` do all their own set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv
+MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)) servers
+PROJECTS := $(addsuffix /pyproject.toml,$(MEMBERS))
+PACKAGE ?=
+QUICK ?=
+ENGINE ?= embedded
+PURCHASES ?=
+export PYTHONDONTWRITEBYTECODE ?=
+export UV_NO_PROGRESS := 1
+
+.PHONY: setup demo test check format api bench services lock clean
+.DEFAULT_GOAL := setup
+
+# The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
+setup: .venv/.members
+
+.venv/.locked: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Mainstay needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
+	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.txt
+	@echo "installing what requirements.lock names into .venv"
+	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes --no-deps -r requirements.lock
+	@touch $@
+
+.venv/.members: .venv/.locked $(PROJECTS)
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(addprefix -e ./,$(MEMBERS))
+	@touch $@
+
+# Names, versions and hashes, and no addresses: where packages come from is each machine's own configuration.
+# It needs no environment but uv, and the versions that are locked stay until UPGRADE=1 asks for newer ones.
+lock: .venv/.locked
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
+	  --group pyproject.toml:dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	  $(if $(UPGRADE),--upgrade) $(PROJECTS) -o requirements.lock
+	@! grep -nE '://' requirements.lock
