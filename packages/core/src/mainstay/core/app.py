@@ -1,0 +1,306 @@
+"""The App: starts modules in the order of their needs, serves, drains, and stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Self, TypeVar, cast, overload
+
+from mainstay.core.clock import SYSTEM_CLOCK, Clock
+from mainstay.core.context import spawn
+from mainstay.core.errors import ConfigurationError, NotBoundError
+from mainstay.core.health import HasHealth, Health
+from mainstay.core.module import Feature, Module
+
+T = TypeVar("T")
+AnyModule = Module[Any, Any]
+Worker = Callable[[asyncio.Event], Awaitable[None]]
+"""Work that runs while an App serves. When the event is set it takes nothing new, finishes what it has, and returns; at the
+end of the drain time it is cancelled."""
+
+_log = logging.getLogger("mainstay.core")
+
+
+class App:
+    """A service, put together from modules.
+
+    Args:
+        modules: `XModule.for_root(…)` once for each package, `XModule.for_feature(…)` as often as there are features.
+        drain_seconds: how long work in progress may take to finish when the App stops.
+        health_seconds: how long one part's health may take to answer before it counts as down.
+        clock: what every module measures time with.
+
+    Raises:
+        ConfigurationError: a missing requirement, a second root, a feature without its root, or a circle of requirements;
+            the message names the line to write.
+    """
+
+    def __init__(
+        self,
+        *modules: AnyModule | Feature,
+        drain_seconds: float = 30.0,
+        health_seconds: float = 2.0,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.clock = clock
+        self._drain_seconds = drain_seconds
+        self._health_seconds = health_seconds
+        self._modules = _in_order_of_need(_attach(modules))
+        self._services: dict[type, object] = {}
+        self._owners: dict[type, str] = {}
+        self._workers: list[tuple[str, Worker]] = []
+        self._crashed: tuple[str, BaseException] | None = None
+        self._running = False
+        self._stack: AsyncExitStack | None = None
+
+    # What modules and applications use while it runs
+
+    def get(self, kind: type[T]) -> T:
+        """The running service of exactly this class.
+
+        Raises:
+            NotBoundError: the App is not running, or no module yields such a service.
+        """
+        try:
+            return cast("T", self._services[kind])
+        except KeyError:
+            have = ", ".join(sorted(known.__name__ for known in self._services)) or "none: the App is not running"
+            msg = f"no service {kind.__name__} in this App; it has {have}"
+            raise NotBoundError(msg) from None
+
+    def serve(self, name: str, worker: Worker) -> None:
+        """Register work for the time in which the App serves; modules call this while they start."""
+        self._workers.append((name, worker))
+
+    async def health(self) -> dict[str, Health]:
+        """What every part says of itself, by module; asked side by side, each within `health_seconds`."""
+        parts = {
+            f"{self._owners[kind]}.{kind.__name__}": service
+            for kind, service in self._services.items()
+            if isinstance(service, HasHealth)
+        }
+        answers = await asyncio.gather(*(self._ask(service) for service in parts.values()))
+        report = dict(zip(parts, answers, strict=True))
+        if self._crashed is not None:
+            name, error = self._crashed
+            report[name] = Health("down", f"stopped by {type(error).__name__}")
+        return report
+
+    async def _ask(self, service: HasHealth) -> Health:
+        try:
+            async with asyncio.timeout(self._health_seconds):
+                return await service.health()
+        except TimeoutError:
+            return Health("down", f"no answer within {self._health_seconds:g} s")
+        except Exception as error:
+            _log.exception("the health check of %s failed", type(service).__name__)
+            return Health("down", f"the check failed with {type(error).__name__}")
+
+    # The three ways to run it
+
+    async def __aenter__(self) -> Self:
+        stack = AsyncExitStack()
+        await stack.enter_async_context(self.running())
+        self._stack = stack
+        return self
+
+    async def __aexit__(self, *details: Any) -> None:
+        stack, self._stack = self._stack, None
+        assert stack is not None  # __aenter__ set it
+        await stack.__aexit__(*details)
+
+    @overload
+    def lifespan(self, asgi: object, /, *, serve: bool = False) -> AbstractAsyncContextManager[None]: ...
+    @overload
+    def lifespan(self, /, *, serve: bool = False) -> Callable[[object], AbstractAsyncContextManager[None]]: ...
+    def lifespan(
+        self, asgi: object = None, /, *, serve: bool = False
+    ) -> AbstractAsyncContextManager[None] | Callable[[object], AbstractAsyncContextManager[None]]:
+        """The ASGI lifespan: `FastAPI(lifespan=app.lifespan)`, or `app.lifespan(serve=True)` to serve in the same process."""
+        return partial(self._lifespan, serve) if asgi is None else self._lifespan(serve, asgi)
+
+    @asynccontextmanager
+    async def _lifespan(self, serve: bool, _asgi: object) -> AsyncIterator[None]:
+        async with self.running(serve=serve):
+            yield
+
+    def run(self) -> None:
+        """Run as a worker: start, serve until SIGTERM or SIGINT, drain, stop. A second signal ends the drain.
+
+        Raises:
+            Exception: what stopped a worker that must not stop; so the process ends with a status other than 0 and its
+                supervisor starts it again.
+        """
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        me = cast("asyncio.Task[None]", asyncio.current_task())
+        stopping = asyncio.Event()
+
+        def stop(name: str) -> None:
+            if stopping.is_set():
+                _log.warning("%s again: stopping at once", name)
+                me.cancel()
+            else:
+                _log.info("%s: draining for at most %g s", name, self._drain_seconds)
+                stopping.set()
+
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, stop, number.name)
+        try:
+            async with self.running(serve=True, until=stopping):
+                await stopping.wait()
+        except asyncio.CancelledError:
+            if not stopping.is_set():
+                raise
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+        if self._crashed is not None:
+            raise self._crashed[1]
+
+    @asynccontextmanager
+    async def running(self, *, serve: bool = False, until: asyncio.Event | None = None) -> AsyncIterator[Self]:
+        """Start every module, yield the App, stop them in reverse; what had started is stopped when a start fails.
+
+        Args:
+            serve: also run consumers, relays, claims and sealers. They start when everything has started, and are drained
+                before anything stops.
+            until: set when a worker ends that should not have.
+
+        Raises:
+            ConfigurationError: the App is already running.
+        """
+        if self._running:
+            msg = "this App is already running"
+            raise ConfigurationError(msg)
+        self._running = True
+        self._crashed = None
+        try:
+            async with AsyncExitStack() as stack:
+                for module in self._modules:
+                    await self._start(module, stack)
+                if serve:
+                    await stack.enter_async_context(self._serving(until))
+                yield self
+        finally:
+            self._running = False
+            self._services.clear()
+            self._owners.clear()
+            self._workers.clear()
+
+    async def _start(self, module: AnyModule, stack: AsyncExitStack) -> None:
+        try:
+            services = await stack.enter_async_context(module.running(self))
+        except Exception as error:
+            error.add_note(f"while starting {type(module).__name__}")
+            raise
+        for service in services:
+            kind = type(service)
+            if kind in self._services:
+                msg = f"{type(module).__name__} and {self._owners[kind]} both yield a {kind.__name__}"
+                raise ConfigurationError(msg)
+            self._services[kind] = service
+            self._owners[kind] = type(module).__name__.removesuffix("Module").lower()
+
+    @asynccontextmanager
+    async def _serving(self, until: asyncio.Event | None) -> AsyncIterator[None]:
+        draining = asyncio.Event()
+        tasks = [spawn(self._guard(name, worker, draining, until), name=name) for name, worker in self._workers]
+        try:
+            yield
+        finally:
+            draining.set()
+            await _drain(tasks, self._drain_seconds)
+
+    async def _guard(self, name: str, worker: Worker, draining: asyncio.Event, until: asyncio.Event | None) -> None:
+        try:
+            await worker(draining)
+            if draining.is_set():
+                return
+            msg = f"{name} returned although nobody asked it to stop"
+            raise RuntimeError(msg)  # noqa: TRY301  handled like a crash, which it is
+        except BaseException as error:
+            if draining.is_set() and isinstance(error, asyncio.CancelledError):
+                raise  # _drain did that; before it, a cancellation is a crash like any other
+            _log.critical("%s stopped: the App no longer does all of its work", name, exc_info=error)
+            self._crashed = self._crashed or (name, error)
+            if until is not None:
+                until.set()
+
+
+async def _drain(tasks: list[asyncio.Task[None]], seconds: float) -> None:
+    """Wait for `tasks`, then cancel what is left; none survives this, also when the wait itself is cancelled."""
+    if not tasks:
+        return
+    try:
+        _, late = await asyncio.wait(tasks, timeout=seconds)
+        for task in late:
+            _log.warning("%s did not finish within %g s and is cancelled", task.get_name(), seconds)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _attach(entries: tuple[AnyModule | Feature, ...]) -> list[AnyModule]:
+    roots: dict[type[AnyModule], AnyModule] = {}
+    for entry in entries:
+        if isinstance(entry, Module):
+            kind = type(entry)
+            if kind in roots:
+                msg = f"{kind.__name__}.for_root appears twice: keep one, and add what features bring with for_feature"
+                raise ConfigurationError(msg)
+            roots[kind] = entry
+        elif not isinstance(entry, Feature):  # pyright: ignore[reportUnnecessaryIsInstance]  callers may be unchecked
+            msg = f"an App takes XModule.for_root(…) and XModule.for_feature(…), not {entry!r}"
+            raise ConfigurationError(msg)
+    parts: dict[type[AnyModule], list[object]] = {kind: [] for kind in roots}
+    for entry in entries:
+        if isinstance(entry, Feature):
+            if entry.module not in roots:
+                name = entry.module.__name__
+                msg = f"{name}.for_feature is there without its root: add {name}.for_root() to the App"
+                raise ConfigurationError(msg)
+            known = parts[entry.module]
+            for part in entry.parts:
+                if any(part is other for other in known):
+                    msg = f"{entry.module.__name__}.for_feature was given {part!r} twice"
+                    raise ConfigurationError(msg)
+                known.append(part)
+    for kind, root in roots.items():
+        root.parts = tuple(parts[kind])
+    return list(roots.values())
+
+
+def _in_order_of_need(modules: list[AnyModule]) -> list[AnyModule]:
+    """Requirements first, otherwise as written."""
+    by_kind = {type(module): module for module in modules}
+    ordered: list[AnyModule] = []
+    open_: list[str] = []
+
+    def visit(module: AnyModule) -> None:
+        if module in ordered:
+            return
+        name = type(module).__name__
+        if name in open_:
+            msg = f"modules require each other in a circle: {' → '.join([*open_, name])}"
+            raise ConfigurationError(msg)
+        open_.append(name)
+        for kind in module.requires():
+            if kind not in by_kind:
+                msg = f"{name} requires {kind.__name__}: add {kind.__name__}.for_root() to the App"
+                raise ConfigurationError(msg)
+            visit(by_kind[kind])
+        open_.pop()
+        ordered.append(module)
+
+    for module in modules:
+        visit(module)
+    return ordered

@@ -1,0 +1,131 @@
+"""One context through everything: who asked, for whom, as part of what, and until when.
+
+It is immutable and lives in one `ContextVar`, so that tasks and `asyncio.to_thread` carry it by themselves. The same fields
+come out in logs, traces, event headers, workflow records, audit entries and error bodies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+from collections.abc import Coroutine, Mapping
+from contextvars import Context as ContextVars
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from mainstay.core.deadline import Deadline
+
+T = TypeVar("T")
+
+# What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped.
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+_TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}", re.ASCII)
+
+_HEADERS = {
+    "correlation_id": "x-correlation-id",
+    "causation_id": "x-causation-id",
+    "actor": "x-actor",
+    "tenant": "x-tenant",
+    "traceparent": "traceparent",
+    "tracestate": "tracestate",
+}
+_FROM_STRANGERS = frozenset({"correlation_id", "traceparent", "tracestate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The facts that travel with a piece of work.
+
+    Attributes:
+        correlation_id: names the whole conversation, the same in every service that takes part.
+        causation_id: names what directly caused this work: a request, an event, a step.
+        actor: who acts, as the service that authenticated them names them.
+        tenant: on whose behalf.
+        traceparent, tracestate: the W3C trace context, as received.
+        deadline: when the work becomes pointless; None where it never does.
+    """
+
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    actor: str | None = None
+    tenant: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    deadline: Deadline | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields that are set, without the deadline: a record or an event outlives the call that made it."""
+        values = ((name, getattr(self, name)) for name in _HEADERS)
+        return {name: value for name, value in values if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """The context that `to_dict` described. Unknown names and malformed values are dropped, not believed."""
+        return cls(**{name: value for name, value in values.items() if name in _HEADERS and _well_formed(name, value)})  # type: ignore[arg-type]  # _well_formed has seen that they are strings
+
+    def to_headers(self) -> dict[str, str]:
+        """HTTP headers (lower case) that carry this context to another service of ours."""
+        return {_HEADERS[name]: value for name, value in self.to_dict().items()}
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str], *, trusted: bool = False) -> Self:
+        """The context that HTTP headers describe; malformed values are dropped.
+
+        Args:
+            headers: names in lower case.
+            trusted: whether the caller is a service of ours. A stranger may name a conversation and a trace, never an
+                actor, a tenant or a cause.
+        """
+        names = _HEADERS if trusted else _FROM_STRANGERS
+        return cls.from_dict({name: headers[_HEADERS[name]] for name in names if _HEADERS[name] in headers})
+
+
+def _well_formed(name: str, value: object) -> bool:
+    pattern = {"traceparent": _TRACEPARENT, "tracestate": _TRACESTATE}.get(name, _SAFE_ID)
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+_EMPTY = Context()
+_current: ContextVar[Context] = ContextVar("mainstay_context", default=_EMPTY)
+
+
+def current() -> Context:
+    """The context of the running task or thread; an empty one where nobody bound any."""
+    return _current.get()
+
+
+class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
+    """Use another context inside a `with` block.
+
+    `with bind(tenant="acme"):` changes single fields; `with bind(context):` replaces the context whole, and
+    `with bind(context, causation_id=…)` does both. Yields the new context.
+    """
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, context: Context | None = None, **changes: Any) -> None:
+        base = _current.get() if context is None else context
+        self._context = dataclasses.replace(base, **changes) if changes else base
+
+    def __enter__(self) -> Context:
+        self._token: Token[Context] = _current.set(self._context)
+        return self._context
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _current.reset(self._token)
+
+
+def spawn(work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
+    """Start a long-lived task with an *empty* context; whoever calls this owns the task and awaits it.
+
+    A task that serves many callers must not carry the context of the one who happened to start it.
+    """
+    return asyncio.get_running_loop().create_task(work, name=name, context=ContextVars())

@@ -1,0 +1,108 @@
+"""One deadline for everything that happens inside it.
+
+`asyncio.timeout` tells nobody below it that the cancellation is its own: a breaker inside sees a `CancelledError` like any
+other and, rightly, does not count it; a provider that hangs would never open a circuit. So the deadline is part of the
+context, and a policy that catches `CancelledError` asks `deadline_fired()`: true means that time ran out, which is a failure
+of what was called; false means that the caller went away, which says nothing about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
+from mainstay.core.context import _current
+from mainstay.core.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    from contextvars import Token
+    from types import TracebackType
+
+    from mainstay.core.context import Context
+
+
+class Deadline:
+    """A moment on a clock's monotonic time, and whether it has already cancelled what runs inside it."""
+
+    __slots__ = ("_clock", "_parent", "at", "fired")
+
+    def __init__(self, at: float, clock: Clock, parent: Deadline | None) -> None:
+        self.at = at
+        self.fired = False
+        self._clock = clock
+        self._parent = parent
+
+    def remaining_seconds(self) -> float:
+        """Seconds left; negative once it has passed."""
+        return self.at - self._clock.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Deadline in {self.remaining_seconds():.3f} s>"
+
+
+def remaining_seconds() -> float | None:
+    """Seconds left before the current deadline, negative once it has passed, None without one."""
+    deadline = _current.get().deadline
+    return None if deadline is None else deadline.remaining_seconds()
+
+
+def deadline_fired() -> bool:
+    """Whether a deadline around the running code has cancelled it."""
+    deadline = _current.get().deadline
+    while deadline is not None:
+        if deadline.fired:
+            return True
+        deadline = deadline._parent  # noqa: SLF001  our own class
+    return False
+
+
+class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
+    """Give the block `seconds` to finish; an earlier deadline around it stays in force.
+
+    Raises:
+        DeadlineExceeded: the time ran out. With `no_effect=True` when it had run out before the block began.
+        ValueError: `seconds` is negative.
+    """
+
+    __slots__ = ("_cancelling", "_clock", "_deadline", "_seconds", "_task", "_timer", "_token")
+
+    def __init__(self, seconds: float, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        if not seconds >= 0:
+            msg = f"timeout({seconds!r}): seconds must not be negative"
+            raise ValueError(msg)
+        self._seconds = seconds
+        self._clock = clock
+
+    async def __aenter__(self) -> Deadline:
+        task = asyncio.current_task()
+        assert task is not None  # a coroutine is always run by a task
+        context = _current.get()
+        outer = context.deadline
+        at = self._clock.monotonic() + self._seconds
+        if outer is not None:
+            if outer.remaining_seconds() <= 0:
+                msg = "the deadline had passed before this work began"
+                raise DeadlineExceeded(msg, no_effect=True)
+            at = min(at, outer.at)
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._deadline = Deadline(at, self._clock, outer)
+        self._timer: Timer = self._clock.call_later(self._seconds, self._fire)
+        self._token: Token[Context] = _current.set(replace(context, deadline=self._deadline))
+        return self._deadline
+
+    def _fire(self) -> None:
+        self._deadline.fired = True
+        self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        _current.reset(self._token)
+        # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
+        if self._deadline.fired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            msg = f"no result within {self._seconds:g} s"
+            raise DeadlineExceeded(msg) from error

@@ -1,0 +1,28 @@
+"""What a running part says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The state of one part.
+
+    Attributes:
+        status: `ok`, `degraded` (it works, with less than it should have) or `down`.
+        detail: a sentence for the person on call, without secrets.
+    """
+
+    status: Literal["ok", "degraded", "down"]
+    detail: str = ""
+
+
+@runtime_checkable
+class HasHealth(Protocol):
+    """A service that a module yields may have this method; `App.health()` finds it."""
+
+    async def health(self) -> Health:
+        """Answer quickly, from what is known; whoever asks sets the time limit."""
+        ...
