@@ -1,0 +1,19 @@
+"""Real Kafka, PostgreSQL and Redis on 127.0.0.1, for tests, benchmarks and demos of this repository."""
+
+from mainstay_servers.install import MissingServer
+from mainstay_servers.kafka import Kafka
+from mainstay_servers.postgres import PgBouncer, Postgres, fresh_database
+from mainstay_servers.process import Server, ServerError
+from mainstay_servers.redis import Redis, flush
+
+__all__ = [
+    "Kafka",
+    "MissingServer",
+    "PgBouncer",
+    "Postgres",
+    "Redis",
+    "Server",
+    "ServerError",
+    "flush",
+    "fresh_database",
+]

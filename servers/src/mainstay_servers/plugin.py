@@ -1,1 +1,135 @@
-"""Fixtures with real servers."""
+"""Fixtures with real servers; a server starts with the first test that asks for it.
+
+Shared for the whole run, and replaceable by an address in the environment:
+
+- `kafka`: the bootstrap address (`MAINSTAY_TEST_KAFKA`); topics and groups stay, so name yours uniquely
+- `postgres`: the URL of a fresh, empty database, dropped after the test (`MAINSTAY_TEST_POSTGRES`: a URL whose user
+  may create databases)
+- `pgbouncer`: the URL of the same fresh database by way of PgBouncer in transaction pooling
+- `redis_url`: the URL of a database that was emptied before the test (`MAINSTAY_TEST_REDIS`: give a number of its own)
+
+A server of the test's own, to be killed, paused and restarted: `own_kafka`, `own_postgres`, `own_redis`.
+
+A server that is missing fails the test where `CI=true`, and skips it elsewhere; the run's summary counts those.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NoReturn, TypeVar
+
+import pytest
+
+from mainstay_servers.install import MissingServer
+from mainstay_servers.kafka import Kafka
+from mainstay_servers.postgres import PgBouncer, Postgres, fresh_database
+from mainstay_servers.process import Server
+from mainstay_servers.redis import Redis, flush
+
+_MARK = "no real server: "
+
+ServerT = TypeVar("ServerT", bound=Server)
+
+
+def _missing(error: MissingServer) -> NoReturn:
+    reason = f"{_MARK}{error}"
+    if os.environ.get("CI", "").lower() in {"1", "true"}:
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def _own(server: ServerT) -> Iterator[ServerT]:
+    try:
+        server.start()
+    except MissingServer as error:
+        _missing(error)
+    try:
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[str]:
+    """The bootstrap address of the run's Kafka."""
+    address = os.environ.get("MAINSTAY_TEST_KAFKA")
+    if address:
+        yield address
+    else:
+        for server in _own(Kafka()):
+            yield server.address
+
+
+@pytest.fixture(scope="session")
+def _postgres_server() -> Iterator[str]:
+    url = os.environ.get("MAINSTAY_TEST_POSTGRES")
+    if url:
+        yield url
+    else:
+        for server in _own(Postgres()):
+            yield server.url
+
+
+@pytest.fixture
+def postgres(_postgres_server: str) -> Iterator[str]:
+    """The URL of a fresh, empty database."""
+    with fresh_database(_postgres_server) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _pgbouncer_server(_postgres_server: str) -> Iterator[PgBouncer]:
+    yield from _own(PgBouncer(_postgres_server))
+
+
+@pytest.fixture
+def pgbouncer(_pgbouncer_server: PgBouncer, postgres: str) -> str:
+    """The URL of the test's fresh database, by way of PgBouncer in transaction pooling."""
+    return _pgbouncer_server.through(postgres)
+
+
+@pytest.fixture(scope="session")
+def _redis_server() -> Iterator[str]:
+    url = os.environ.get("MAINSTAY_TEST_REDIS")
+    if url:
+        yield url
+    else:
+        for server in _own(Redis()):
+            yield server.url
+
+
+@pytest.fixture
+def redis_url(_redis_server: str) -> str:
+    """The URL of an emptied Redis database."""
+    flush(_redis_server)
+    return _redis_server
+
+
+@pytest.fixture
+def own_kafka() -> Iterator[Kafka]:
+    """A Kafka of this test's own."""
+    yield from _own(Kafka())
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of this test's own; `fresh_database(own_postgres.url)` makes databases in it."""
+    yield from _own(Postgres())
+
+
+@pytest.fixture
+def own_redis() -> Iterator[Redis]:
+    """A Redis of this test's own."""
+    yield from _own(Redis())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the tests that no server was there for, and name what was missing."""
+    reasons = [
+        report.longrepr[2].partition(_MARK)[2]
+        for report in terminalreporter.getreports("skipped")
+        if isinstance(report.longrepr, tuple) and _MARK in report.longrepr[2]
+    ]
+    if reasons:
+        terminalreporter.section("servers missing")
+        for reason in sorted(set(reasons)):
+            terminalreporter.write_line(f"{reasons.count(reason)} tests skipped: {reason}")

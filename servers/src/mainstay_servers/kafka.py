@@ -1,0 +1,63 @@
+"""Apache Kafka in KRaft mode: one process that is broker and controller."""
+
+import signal
+from collections.abc import Sequence
+
+from mainstay_servers.install import find, kafka_jars
+from mainstay_servers.process import Server, free_port
+
+
+class Kafka(Server):
+    """A single-node Kafka. `address` is the bootstrap address, `127.0.0.1:port`."""
+
+    name = "kafka"
+    stop_signal = signal.SIGTERM
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._controller_port = free_port()
+
+    @property
+    def address(self) -> str:
+        """The bootstrap address."""
+        return f"127.0.0.1:{self.port}"
+
+    def prepare(self) -> None:
+        """Write the configuration and format the log directory."""
+        kafka_jars()
+        properties = self.directory / "server.properties"
+        properties.write_text(
+            f"""\
+process.roles=broker,controller
+node.id=1
+listeners=PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self._controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{self.port}
+controller.listener.names=CONTROLLER
+controller.quorum.bootstrap.servers=127.0.0.1:{self._controller_port}
+log.dirs={self.directory / "data"}
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+# A killed broker registers again only when its session has ended: with the defaults a restart takes 12 s.
+broker.session.timeout.ms=1000
+broker.heartbeat.interval.ms=200
+""",
+        )
+        tool = "kafka.tools.StorageTool"
+        cluster = self.run_once(*self._java(), tool, "random-uuid").split()[-1]
+        self.run_once(*self._java(), tool, "format", "-t", cluster, "-c", str(properties), "--standalone")
+
+    def command(self) -> Sequence[str]:
+        """Return the command of the broker."""
+        return [*self._java("-Xms256m", "-Xmx512m"), "kafka.Kafka", str(self.directory / "server.properties")]
+
+    def _java(self, *heap: str) -> list[str]:
+        return [
+            *(find("java"), *heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
+            *("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{kafka_jars()}/*"),
+        ]

@@ -1,0 +1,135 @@
+"""PostgreSQL, and PgBouncer in front of one."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+
+from mainstay_servers.install import find
+from mainstay_servers.process import Server
+
+
+def _look(program: str) -> str | None:
+    """Find a PostgreSQL program: Debian keeps them apart from PATH, one directory a version; the newest wins."""
+    versions = sorted(
+        Path("/usr/lib/postgresql").glob(f"*/bin/{program}"), key=lambda path: float(path.parts[-3]), reverse=True
+    )
+    return str(versions[0]) if versions else shutil.which(program)
+
+
+def _account() -> str | None:
+    # PostgreSQL and PgBouncer refuse to run as root; Debian's package brings this account.
+    return "postgres" if os.geteuid() == 0 else None
+
+
+class Postgres(Server):
+    """A PostgreSQL cluster that trusts 127.0.0.1. `url` is for SQLAlchemy with asyncpg."""
+
+    name = "postgres"
+    stop_signal = signal.SIGINT  # "fast": ends sessions, writes a checkpoint
+
+    @property
+    def url(self) -> str:
+        """The address of the administrative database."""
+        return f"postgresql+asyncpg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def prepare(self) -> None:
+        """Create the cluster."""
+        find("postgres", _look)
+        self._account = _account()
+        initdb = ["--auth=trust", "--no-sync", "--username=postgres", "--encoding=UTF8", "--locale=C"]
+        self.run_once(find("initdb", _look), *initdb, "-D", str(self.directory / "data"))
+
+    def command(self) -> Sequence[str]:
+        """Return the command of the server. fsync stays on: durability and speed are what is tested."""
+        directory = str(self.directory)
+        settings = ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=300"]
+        return [
+            *(find("postgres", _look), "-D", f"{directory}/data", "-p", str(self.port), "-k", directory),
+            *settings,
+        ]
+
+    def ready(self) -> bool:
+        """Say whether recovery is over: the server writes so into its pid file, below its process id."""
+        with contextlib.suppress(OSError, IndexError):
+            lines = (self.directory / "data" / "postmaster.pid").read_text().splitlines()
+            return int(lines[0]) == self.pid and lines[7].strip() == "ready"
+        return False
+
+
+class PgBouncer(Server):
+    """PgBouncer in transaction pooling before the server at `url`; `through(url)` leads a URL by way of it."""
+
+    name = "pgbouncer"
+    stop_signal = signal.SIGINT
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._server = urlsplit(url)
+
+    def through(self, url: str) -> str:
+        """Return `url`, which names a database of the server, with PgBouncer's address instead."""
+        return urlunsplit(urlsplit(url)._replace(netloc=f"postgres@127.0.0.1:{self.port}"))
+
+    def prepare(self) -> None:
+        """Write the configuration."""
+        find("pgbouncer")
+        self._account = _account()
+        target = f"host={self._server.hostname} port={self._server.port or 5432} user={self._server.username}"
+        if self._server.password:
+            target += f" password={self._server.password}"
+        (self.directory / "pgbouncer.ini").write_text(
+            f"""\
+[databases]
+* = {target}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {self.port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 10
+max_client_conn = 500
+ignore_startup_parameters = extra_float_digits,jit
+""",
+        )
+
+    def command(self) -> Sequence[str]:
+        """Return the command of the pooler."""
+        return [find("pgbouncer"), str(self.directory / "pgbouncer.ini")]
+
+
+def _elsewhere(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` on a loop in another thread: the caller may be inside a loop, or between two uses of one."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
+
+
+async def _execute(dsn: str, statement: str) -> None:
+    connection = await asyncpg.connect(dsn, timeout=30)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@contextlib.contextmanager
+def fresh_database(url: str) -> Iterator[str]:
+    """Create an empty database on the server at `url`, yield its URL, drop it with whoever is still connected."""
+    parts = urlsplit(url)
+    dsn = urlunsplit(parts._replace(scheme="postgresql"))
+    name = f"test_{uuid.uuid4().hex}"
+    _elsewhere(_execute(dsn, f"CREATE DATABASE {name}"))
+    try:
+        yield urlunsplit(parts._replace(scheme="postgresql+asyncpg", path=f"/{name}"))
+    finally:
+        _elsewhere(_execute(dsn, f"DROP DATABASE {name} WITH (FORCE)"))
