@@ -37,3 +37,11 @@ lock: .venv/.locked
 	  --group pyproject.toml:dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
 	  $(if $(UPGRADE),--upgrade) $(PROJECTS) -o requirements.lock
 	@! grep -nE '://' requirements.lock
+
+# Measurements: benchmarks/README.md. PACKAGE=events for one package, QUICK=1 for a rough look.
+bench: setup
+	@$(BIN)/python -m benchmarks $(PACKAGE) $(if $(QUICK),--quick)
+
+# Kafka, PostgreSQL and Redis for people: prints their addresses and keeps them until Ctrl-C.
+services: setup
+	@$(BIN)/python -m mainstay_servers

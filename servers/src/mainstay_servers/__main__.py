@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
 from mainstay_servers.install import MissingServer
@@ -40,7 +40,7 @@ _STARTERS: dict[str, Callable[[contextlib.ExitStack], str]] = {
 
 
 @contextlib.contextmanager
-def addresses() -> Iterator[tuple[dict[str, str], list[str]]]:
+def addresses() -> Generator[tuple[dict[str, str], list[str]]]:
     """Start what the environment does not name already; yield the addresses, and what is missing and why."""
     found = {name: os.environ[name] for name in _STARTERS if os.environ.get(name)}
     missing: list[str] = []

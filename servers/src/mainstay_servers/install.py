@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 KAFKA = "4.1.1"
@@ -37,7 +37,7 @@ class MissingServer(Exception):
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def _one_at_a_time() -> Generator[None]:
     """Hold the machine-wide turn: several test runs must not install the same thing at once."""
     with (Path(tempfile.gettempdir()) / f"mainstay-install-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ async def _execute(dsn: str, statement: str) -> None:
 
 
 @contextlib.contextmanager
-def fresh_database(url: str) -> Iterator[str]:
+def fresh_database(url: str) -> Generator[str]:
     """Create an empty database on the server at `url`, yield its URL, drop it with whoever is still connected."""
     parts = urlsplit(url)
     dsn = urlunsplit(parts._replace(scheme="postgresql"))

@@ -171,7 +171,7 @@ class Server:
             )
         _guardian().tell(f"+group {self._process.pid} {int(self.stop_signal)}")
         try:
-            self.wait_until(lambda: self._running() is not None and self.ready(), "answer")
+            self.wait_until(self._answers, "answer")
         except BaseException:
             self.kill()
             raise
@@ -247,6 +247,10 @@ class Server:
             msg = f"{self.name} ended by itself with status {code}; the end of its log:\n{self.log()}"
             raise ServerError(msg)
         return self._process
+
+    def _answers(self) -> bool:
+        self._running()  # one that has ended says so at once, not after the last second of waiting
+        return self.ready()
 
     def _forget(self) -> None:
         if self._process is not None:
