@@ -1,4 +1,4 @@
-"""The convention every Mainstay package follows: modules and the App, context, deadline, errors, retry, clock, health."""
+"""The convention every Mainstay package follows: modules, the App, context, deadline, errors, retry, clock, health."""
 
 from mainstay.core.app import App, Worker
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
@@ -9,7 +9,15 @@ from mainstay.core.health import HasHealth, Health
 from mainstay.core.ids import derived_id, uuid7
 from mainstay.core.journal import Effect, Journal, bind_journal, once
 from mainstay.core.module import Binding, Feature, Module
-from mainstay.core.retry import Decide, FullJitter, Outcome, Retry, RetryState, Wait, retry_if_retryable
+from mainstay.core.retry import (
+    Decide,
+    FullJitter,
+    Outcome,
+    Retry,
+    RetryState,
+    Wait,
+    retry_if_retryable,
+)
 from mainstay.core.settings import Settings
 
 __all__ = [

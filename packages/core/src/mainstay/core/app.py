@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Self, TypeVar, cast, overload
@@ -19,8 +19,8 @@ from mainstay.core.module import Feature, Module
 T = TypeVar("T")
 AnyModule = Module[Any, Any]
 Worker = Callable[[asyncio.Event], Awaitable[None]]
-"""Work that runs while an App serves. When the event is set it takes nothing new, finishes what it has, and returns; at the
-end of the drain time it is cancelled."""
+"""Work that runs while an App serves. When the event is set it takes nothing new, finishes what it has, and returns;
+at the end of the drain time it is cancelled."""
 
 _log = logging.getLogger("mainstay.core")
 
@@ -35,8 +35,8 @@ class App:
         clock: what every module measures time with.
 
     Raises:
-        ConfigurationError: a missing requirement, a second root, a feature without its root, or a circle of requirements;
-            the message names the line to write.
+        ConfigurationError: a missing requirement, a second root, a feature without its root, or a circle of
+            requirements; the message names the line to write.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class App:
                 return await service.health()
         except TimeoutError:
             return Health("down", f"no answer within {self._health_seconds:g} s")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a check that breaks is an answer too
             _log.exception("the health check of %s failed", type(service).__name__)
             return Health("down", f"the check failed with {type(error).__name__}")
 
@@ -108,10 +108,10 @@ class App:
         self._stack = stack
         return self
 
-    async def __aexit__(self, *details: Any) -> None:
+    async def __aexit__(self, *details: object) -> None:
         stack, self._stack = self._stack, None
-        assert stack is not None  # __aenter__ set it
-        await stack.__aexit__(*details)
+        if stack is not None:
+            await stack.aclose()
 
     @overload
     def lifespan(self, asgi: object, /, *, serve: bool = False) -> AbstractAsyncContextManager[None]: ...
@@ -120,11 +120,11 @@ class App:
     def lifespan(
         self, asgi: object = None, /, *, serve: bool = False
     ) -> AbstractAsyncContextManager[None] | Callable[[object], AbstractAsyncContextManager[None]]:
-        """The ASGI lifespan: `FastAPI(lifespan=app.lifespan)`, or `app.lifespan(serve=True)` to serve in the same process."""
-        return partial(self._lifespan, serve) if asgi is None else self._lifespan(serve, asgi)
+        """The ASGI lifespan: `FastAPI(lifespan=app.lifespan)`; with `lifespan(serve=True)` the process also serves."""
+        return partial(self._lifespan, serve=serve) if asgi is None else self._lifespan(asgi, serve=serve)
 
     @asynccontextmanager
-    async def _lifespan(self, serve: bool, _asgi: object) -> AsyncIterator[None]:
+    async def _lifespan(self, _asgi: object, *, serve: bool) -> AsyncGenerator[None, None]:
         async with self.running(serve=serve):
             yield
 
@@ -166,12 +166,12 @@ class App:
             raise self._crashed[1]
 
     @asynccontextmanager
-    async def running(self, *, serve: bool = False, until: asyncio.Event | None = None) -> AsyncIterator[Self]:
+    async def running(self, *, serve: bool = False, until: asyncio.Event | None = None) -> AsyncGenerator[Self, None]:
         """Start every module, yield the App, stop them in reverse; what had started is stopped when a start fails.
 
         Args:
-            serve: also run consumers, relays, claims and sealers. They start when everything has started, and are drained
-                before anything stops.
+            serve: also run consumers, relays, claims and sealers. They start when everything has started, and are
+                drained before anything stops.
             until: set when a worker ends that should not have.
 
         Raises:
@@ -210,7 +210,7 @@ class App:
             self._owners[kind] = type(module).__name__.removesuffix("Module").lower()
 
     @asynccontextmanager
-    async def _serving(self, until: asyncio.Event | None) -> AsyncIterator[None]:
+    async def _serving(self, until: asyncio.Event | None) -> AsyncGenerator[None, None]:
         draining = asyncio.Event()
         tasks = [spawn(self._guard(name, worker, draining, until), name=name) for name, worker in self._workers]
         try:
@@ -225,7 +225,7 @@ class App:
             if draining.is_set():
                 return
             msg = f"{name} returned although nobody asked it to stop"
-            raise RuntimeError(msg)  # noqa: TRY301  handled like a crash, which it is
+            raise RuntimeError(msg)
         except BaseException as error:
             if draining.is_set() and isinstance(error, asyncio.CancelledError):
                 raise  # _drain did that; before it, a cancellation is a crash like any other
@@ -252,15 +252,15 @@ async def _drain(tasks: list[asyncio.Task[None]], seconds: float) -> None:
 def _attach(entries: tuple[AnyModule | Feature, ...]) -> list[AnyModule]:
     roots: dict[type[AnyModule], AnyModule] = {}
     for entry in entries:
+        if not isinstance(cast("object", entry), Module | Feature):  # callers may be unchecked
+            msg = f"an App takes XModule.for_root(…) and XModule.for_feature(…), not {entry!r}"
+            raise ConfigurationError(msg)
         if isinstance(entry, Module):
             kind = type(entry)
             if kind in roots:
                 msg = f"{kind.__name__}.for_root appears twice: keep one, and add what features bring with for_feature"
                 raise ConfigurationError(msg)
             roots[kind] = entry
-        elif not isinstance(entry, Feature):  # pyright: ignore[reportUnnecessaryIsInstance]  callers may be unchecked
-            msg = f"an App takes XModule.for_root(…) and XModule.for_feature(…), not {entry!r}"
-            raise ConfigurationError(msg)
     parts: dict[type[AnyModule], list[object]] = {kind: [] for kind in roots}
     for entry in entries:
         if isinstance(entry, Feature):

@@ -1,7 +1,7 @@
 """One context through everything: who asked, for whom, as part of what, and until when.
 
-It is immutable and lives in one `ContextVar`, so that tasks and `asyncio.to_thread` carry it by themselves. The same fields
-come out in logs, traces, event headers, workflow records, audit entries and error bodies.
+It is immutable and lives in one `ContextVar`, so that tasks and `asyncio.to_thread` carry it by themselves. The same
+fields come out in logs, traces, event headers, workflow records, audit entries and error bodies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Mapping
 from contextvars import Context as ContextVars
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -67,7 +67,8 @@ class Context:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
         """The context that `to_dict` described. Unknown names and malformed values are dropped, not believed."""
-        return cls(**{name: value for name, value in values.items() if name in _HEADERS and _well_formed(name, value)})  # type: ignore[arg-type]  # _well_formed has seen that they are strings
+        good = {name: value for name, value in values.items() if name in _HEADERS and _well_formed(name, value)}
+        return cls(**cast("dict[str, Any]", good))
 
     def to_headers(self) -> dict[str, str]:
         """HTTP headers (lower case) that carry this context to another service of ours."""
@@ -118,7 +119,10 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
         return self._context
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         _current.reset(self._token)
 

@@ -1,16 +1,16 @@
 """One deadline for everything that happens inside it.
 
-`asyncio.timeout` tells nobody below it that the cancellation is its own: a breaker inside sees a `CancelledError` like any
-other and, rightly, does not count it; a provider that hangs would never open a circuit. So the deadline is part of the
-context, and a policy that catches `CancelledError` asks `deadline_fired()`: true means that time ran out, which is a failure
-of what was called; false means that the caller went away, which says nothing about it.
+`asyncio.timeout` tells nobody below it that the cancellation is its own: a breaker inside sees a `CancelledError`
+like any other and, rightly, does not count it; a provider that hangs would never open a circuit. So the deadline is
+part of the context, and a policy that catches `CancelledError` asks `deadline_fired()`: true means that time ran out,
+which is a failure of what was called; false means that the caller went away, which says nothing about it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
 from mainstay.core.context import _current
@@ -54,7 +54,7 @@ def deadline_fired() -> bool:
     while deadline is not None:
         if deadline.fired:
             return True
-        deadline = deadline._parent  # noqa: SLF001  our own class
+        deadline = deadline._parent
     return False
 
 
@@ -76,8 +76,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         self._clock = clock
 
     async def __aenter__(self) -> Deadline:
-        task = asyncio.current_task()
-        assert task is not None  # a coroutine is always run by a task
+        task = cast("asyncio.Task[object]", asyncio.current_task())  # a coroutine is always run by one
         context = _current.get()
         outer = context.deadline
         at = self._clock.monotonic() + self._seconds
@@ -98,7 +97,10 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         self._task.cancel()
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._timer.cancel()
         _current.reset(self._token)

@@ -11,7 +11,7 @@ Every package adds its own branch in its `errors.py`. Wrong arguments of a call 
 
 from __future__ import annotations
 
-from typing import ClassVar, get_args, Literal
+from typing import ClassVar, Literal, get_args
 
 CodeFamily = Literal["AUTH", "VAL", "RES", "SYS", "EXT", "RATE", "BIZ"]
 
@@ -80,8 +80,8 @@ class NotBoundError(MainstayError):
     public_message = "The service is not running."
 
 
-class DeadlineExceeded(MainstayError, TimeoutError):  # noqa: N818  the field's term, as in gRPC; "Error" adds nothing
-    """The time for this work ran out. Whether it took effect is unknown, unless `no_effect` says that it never began."""
+class DeadlineExceeded(MainstayError, TimeoutError):
+    """The time for this work ran out. Whether it took effect is unknown, unless `no_effect` says it never began."""
 
     code = "EXT_DEADLINE"
     retryable = True

@@ -1,8 +1,8 @@
 """The seam between durable execution and everybody else.
 
-A workflow function may run several times; what it publishes or writes to the audit trail must happen once. Whoever has such
-an effect hands it to `once`: inside a workflow it becomes a recorded step, elsewhere it simply runs. The package that
-implements `Journal` and those that call `once` know nothing of each other.
+A workflow function may run several times; what it publishes or writes to the audit trail must happen once. Whoever
+has such an effect hands it to `once`: inside a workflow it becomes a recorded step, elsewhere it simply runs. The
+package that implements `Journal` and those that call `once` know nothing of each other.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class bind_journal:  # noqa: N801  used like a function: `with bind_journal(jour
         self._token: Token[Journal | None] = _journal.set(self._journal)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         _journal.reset(self._token)

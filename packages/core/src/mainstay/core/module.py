@@ -1,16 +1,30 @@
-"""The convention by which every package is configured: `XModule.for_root(settings)` once, `XModule.for_feature(*parts)` often.
+"""The convention by which every package is configured.
 
-A module is one small class: its settings, what it requires, and one async context manager that starts, yields typed services
-and stops. There is nothing else to learn: no scopes, providers, factories, plugin discovery or hooks. An `App` runs them.
+`XModule.for_root(settings)` appears once in an App, `XModule.for_feature(*parts)` once for each feature.
+
+A module is one small class: its settings, what it requires, and one async context manager that starts, yields typed
+services and stops. There is nothing else to learn: no scopes, providers, factories, plugin discovery or hooks. An
+`App` runs them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Never, Self, TypeVar, cast, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Never,
+    Self,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+)
 
 from mainstay.core.errors import ConfigurationError, NotBoundError
 from mainstay.core.settings import Settings
@@ -26,8 +40,8 @@ T = TypeVar("T")
 class Module(ABC, Generic[S, P]):
     """One package's entry in an App.
 
-    `class EventsModule(Module[EventsSettings, EventRouter])` states the type of the settings and of the parts that features
-    add (a union for several, `Never` for none).
+    `class EventsModule(Module[EventsSettings, EventRouter])` states the type of the settings and of the parts that
+    features add (a union for several, `Never` for none).
 
     Attributes:
         settings: what `for_root` was given, or read from the environment.
@@ -88,8 +102,8 @@ class Module(ABC, Generic[S, P]):
     def running(self, app: App) -> AbstractAsyncContextManager[Sequence[object]]:
         """Start, yield the services, stop; written with `@asynccontextmanager`.
 
-        Inside, `app.get` finds the services of required modules, and `app.serve` registers the work that runs only while
-        the App serves. A service with `async def health()` takes part in `App.health()`.
+        Inside, `app.get` finds the services of required modules, and `app.serve` registers the work that runs only
+        while the App serves. A service with `async def health()` takes part in `App.health()`.
         """
 
 
@@ -128,7 +142,7 @@ class Binding(Generic[T]):
         return self.value
 
     @contextmanager
-    def to(self, value: T) -> Iterator[None]:
+    def to(self, value: T) -> Generator[None, None, None]:
         """Bind for the length of the block.
 
         Raises:

@@ -1,8 +1,9 @@
 """When to try again, and after how long: the policy and its loop.
 
 The vocabulary is tenacity's: `wait`, `stop` and `retry` are callables over a `RetryState` that has the attributes of
-tenacity's `RetryCallState`, so that its objects (`wait_random_exponential`, `stop_after_delay`, `retry_if_result`, `|`, `&`
-and all) can be used as they are. The loop is ours: a call that does not fail costs no state object, no iterator and no clock.
+tenacity's `RetryCallState`, so that its objects (`wait_random_exponential`, `stop_after_delay`, `retry_if_result`,
+`|`, `&` and all) can be used as they are. The loop is ours: a call that does not fail costs no state object, no
+iterator and no clock.
 """
 
 from __future__ import annotations
@@ -32,9 +33,24 @@ class RetryState:
         upcoming_sleep: seconds that the next wait will take; 0.0 while `wait` has not been asked.
     """
 
-    __slots__ = ("args", "attempt_number", "fn", "idle_for", "kwargs", "outcome", "seconds_since_start", "upcoming_sleep")
+    __slots__ = (
+        "args",
+        "attempt_number",
+        "fn",
+        "idle_for",
+        "kwargs",
+        "outcome",
+        "seconds_since_start",
+        "upcoming_sleep",
+    )
 
-    def __init__(self, attempt_number: int, outcome: Outcome, seconds_since_start: float, idle_for: float = 0.0) -> None:
+    def __init__(
+        self,
+        attempt_number: int,
+        outcome: Outcome,
+        seconds_since_start: float,
+        idle_for: float = 0.0,
+    ) -> None:
         self.attempt_number = attempt_number
         self.outcome = outcome
         self.seconds_since_start = seconds_since_start
@@ -71,21 +87,25 @@ class Outcome(Future[Any]):
 class Wait(Protocol):
     """Seconds to wait before the next attempt; tenacity's `wait_…` objects fit."""
 
-    def __call__(self, retry_state: Any, /) -> float: ...
+    def __call__(self, retry_state: Any, /) -> float:
+        """Seconds."""
+        ...
 
 
 class Decide(Protocol):
     """A yes or no over a state; tenacity's `stop_…` and `retry_if_…` objects fit."""
 
-    def __call__(self, retry_state: Any, /) -> bool: ...
+    def __call__(self, retry_state: Any, /) -> bool:
+        """The decision."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class FullJitter:
     """A random wait between 0 and `initial_seconds * multiplier ** (attempt - 1)`, at most `max_seconds`.
 
-    The spread is what keeps many callers from coming back at the same moment (M. Brooker, "Exponential Backoff And Jitter",
-    AWS Architecture Blog, 2015).
+    The spread is what keeps many callers from coming back at the same moment (M. Brooker, "Exponential Backoff And
+    Jitter", AWS Architecture Blog, 2015).
     """
 
     initial_seconds: float = 0.1
@@ -102,6 +122,7 @@ class FullJitter:
             raise ValueError(msg)
 
     def __call__(self, retry_state: RetryState, /) -> float:
+        """Seconds to wait."""
         try:
             ceiling = self.initial_seconds * self.multiplier ** (retry_state.attempt_number - 1)
         except OverflowError:
@@ -110,7 +131,7 @@ class FullJitter:
 
 
 def retry_if_retryable(retry_state: RetryState, /) -> bool:
-    """The default: an attempt that raised an `Exception`, unless it is a `MainstayError` that says it is not retryable."""
+    """The default: the attempt raised an `Exception`, and no `MainstayError` that says it is not retryable."""
     error = retry_state.outcome.exception()
     return error.retryable if isinstance(error, MainstayError) else isinstance(error, Exception)
 
@@ -123,16 +144,16 @@ class Retry:
         attempts: the most calls there will be, the first included; 1 never retries.
         wait: seconds before the next attempt; exponential with full jitter by default. An error's `retry_after_seconds`
             is honoured: the wait is never shorter.
-        retry: which outcomes are worth another attempt. An exception that is no `Exception`, a cancellation above all, is
-            never retried, whatever this says.
+        retry: which outcomes are worth another attempt. An exception that is no `Exception`, a cancellation above
+            all, is never retried, whatever this says.
         stop: gives up earlier than `attempts` does, for example `tenacity.stop_after_delay(30)`.
         clock: measures and waits; tests pass a virtual one.
 
     Raises:
         ValueError: `attempts` is below 1.
 
-    The last error is raised as it is, with a note that says how many attempts there were. A wait that would not end before
-    the current deadline is not begun.
+    The last error is raised as it is, with a note that says how many attempts there were. A wait that would not end
+    before the current deadline is not begun.
     """
 
     attempts: int = 3

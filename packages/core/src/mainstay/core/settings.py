@@ -15,12 +15,13 @@ from mainstay.core.errors import ConfigurationError
 class Settings(BaseSettings):
     """Base of every `XSettings`.
 
-    A subclass sets its prefix: `model_config = SettingsConfigDict(env_prefix="MAINSTAY_EVENTS_")`. Each field is read from
-    the variable of that prefix and its name in capitals, unless it is passed. Secrets are `SecretStr`.
+    A subclass sets its prefix: `model_config = SettingsConfigDict(env_prefix="MAINSTAY_EVENTS_")`. Each field is read
+    from the variable of that prefix and its name in capitals, unless it is passed. Secrets are `SecretStr`.
 
     Raises:
-        ConfigurationError: a value of the wrong type or out of range, an unknown field, or an environment variable under
-            the prefix that is no setting. The message names field, variable and remedy, and never repeats a value.
+        ConfigurationError: a value of the wrong type or out of range, an unknown field, or an environment variable
+            under the prefix that is no setting. The message names field, variable and remedy, and never repeats a
+            value.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)

@@ -7,6 +7,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from mainstay.core.clock import Clock
 
@@ -65,8 +66,8 @@ class VirtualClock(Clock):
         if seconds <= 0:
             await asyncio.sleep(0)
             return
-        passed = asyncio.get_running_loop().create_future()
-        timer = self.call_later(seconds, lambda: passed.done() or passed.set_result(None))
+        passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self.call_later(seconds, partial(_wake, passed))
         try:
             await passed
         finally:
@@ -94,6 +95,11 @@ class VirtualClock(Clock):
             await _settle()
         self._elapsed = max(self._elapsed, end)
         await _settle()
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
 
 
 async def _settle() -> None:

@@ -1,0 +1,464 @@
+"""The App: order, binding, serving, draining, and every mistake at construction."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import asynccontextmanager
+from typing import Never
+
+import pytest
+from pydantic_settings import SettingsConfigDict
+
+from mainstay.core import (
+    App,
+    Binding,
+    ConfigurationError,
+    Context,
+    Health,
+    Module,
+    NotBoundError,
+    Settings,
+    bind,
+    current,
+)
+from mainstay.core.testing import VirtualClock
+
+
+class StoreSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_TESTSTORE_")
+    name: str = "store"
+
+
+class PostSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_TESTPOST_")
+    needs_store: bool = True
+
+
+class Store:
+    def __init__(self, log):
+        self.log = log
+
+
+class Post:
+    def __init__(self, store):
+        self.store = store
+        self.answer: Health | BaseException | None = Health("ok")
+
+    async def health(self):
+        if self.answer is None:
+            await asyncio.get_running_loop().create_future()
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class Route:
+    def __init__(self, name):
+        self.bound: Binding[Post] = Binding(
+            f"Route({name!r})", remedy="start an App with PostModule.for_feature(route)"
+        )
+
+
+class StoreModule(Module[StoreSettings, Never]):
+    log: list[str]
+
+    @asynccontextmanager
+    async def running(self, app):
+        self.log = log = ["store up"]
+        try:
+            yield (Store(log),)
+        finally:
+            log.append("store down")
+
+
+class PostModule(Module[PostSettings, Route]):
+    fail = False
+
+    def requires(self):
+        return (StoreModule,) if self.settings.needs_store else ()
+
+    @asynccontextmanager
+    async def running(self, app):
+        store = app.get(Store) if self.settings.needs_store else Store([])
+        post = Post(store)
+        store.log.append(f"post up with {len(self.parts)}")
+        try:
+            if self.fail:
+                msg = "no horses"
+                raise OSError(msg)
+            for route in self.parts:
+                with route.bound.to(post):
+                    yield (post,)
+                    break
+            else:
+                yield (post,)
+        finally:
+            store.log.append("post down")
+
+
+async def test_modules_start_in_the_order_of_need_and_stop_in_reverse():
+    """A requirement starts first although it is written last; stopping goes the other way."""
+    store = StoreModule.for_root()
+    app = App(PostModule.for_root(), PostModule.for_feature(Route("a")), store)
+    async with app:
+        assert isinstance(app.get(Post).store, Store)
+    assert store.log == ["store up", "post up with 1", "post down", "store down"]
+
+
+async def test_a_start_that_fails_half_way_stops_what_had_started():
+    """Nothing stays open, and the error says which module was starting."""
+    store, post = StoreModule.for_root(), PostModule.for_root()
+    post.fail = True
+    app = App(store, post)
+    with pytest.raises(OSError, match="no horses") as caught:
+        async with app:
+            pytest.fail("must not start")
+    assert caught.value.__notes__ == ["while starting PostModule"]
+    assert store.log[-1] == "store down"
+    post.fail = False
+    async with app:  # and it can be started again
+        assert app.get(Post).store.log[0] == "store up"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (lambda: [PostModule.for_root()], r"PostModule requires StoreModule: add StoreModule\.for_root\(\)"),
+        (lambda: [StoreModule.for_root(), StoreModule.for_root()], r"StoreModule\.for_root appears twice"),
+        (lambda: [PostModule.for_feature(Route("a"))], r"without its root: add PostModule\.for_root\(\)"),
+        (lambda: [object()], r"an App takes XModule\.for_root"),
+        (
+            lambda: [PostModule.for_root(StoreSettings())],  # type: ignore[arg-type]  # type checkers see it, too
+            r"takes PostSettings, not StoreSettings: write PostModule",
+        ),
+        (
+            lambda: [PostModule.for_feature("a")],  # type: ignore[arg-type]  # type checkers see it, too
+            r"PostModule\.for_feature takes Route, not str",
+        ),
+        (
+            lambda: [StoreModule.for_feature("a")],  # type: ignore[arg-type]  # type checkers see it, too
+            r"StoreModule\.for_feature takes nothing, not str",
+        ),
+    ],
+)
+def test_every_mistake_is_an_error_at_construction(entries, message):
+    """The message names the module and the line to write."""
+    with pytest.raises(ConfigurationError, match=message):
+        App(*entries())
+
+
+def test_the_same_part_twice_is_an_error():
+    """Two features cannot add one router: its handlers would run twice."""
+    route = Route("a")
+    roots = StoreModule.for_root(), PostModule.for_root()
+    with pytest.raises(ConfigurationError, match=r"was given .* twice"):
+        App(*roots, PostModule.for_feature(route), PostModule.for_feature(route))
+
+
+def test_modules_that_require_each_other_are_an_error():
+    """A circle is named as one."""
+
+    class Hen(StoreModule):
+        def requires(self):
+            return (Egg,)
+
+    class Egg(StoreModule):
+        def requires(self):
+            return (Hen,)
+
+    with pytest.raises(ConfigurationError, match="circle: Hen → Egg → Hen"):
+        App(Hen.for_root(), Egg.for_root())
+
+
+def test_requirements_depend_on_settings(monkeypatch):
+    """What a module does not use it does not demand."""
+    monkeypatch.setenv("MAINSTAY_TESTPOST_NEEDS_STORE", "false")
+    App(PostModule.for_root())
+
+
+async def test_a_router_binds_to_one_running_app():
+    """A second App that brings the same router does not start, and the first goes on."""
+    route = Route("a")
+
+    def make():
+        return App(StoreModule.for_root(), PostModule.for_root(), PostModule.for_feature(route))
+
+    with pytest.raises(NotBoundError, match=r"Route\('a'\) was used outside .* PostModule\.for_feature\(route\)"):
+        route.bound.get()
+    async with make() as first:
+        with pytest.raises(ConfigurationError, match="belongs to an App that is already running"):
+            async with make():
+                pytest.fail("must not start")
+        assert route.bound.get() is first.get(Post)
+    assert route.bound.value is None
+
+
+async def test_get_names_what_there_is():
+    """A missing service is an error that lists the ones that are there."""
+    app = App(StoreModule.for_root())
+    with pytest.raises(NotBoundError, match="the App is not running"):
+        app.get(Store)
+    async with app:
+        with pytest.raises(NotBoundError, match="no service Post in this App; it has Store"):
+            app.get(Post)
+        with pytest.raises(ConfigurationError, match="already running"):
+            async with app.running():
+                pytest.fail("must not start twice")
+
+
+async def test_two_modules_may_not_yield_the_same_service():
+    """The class is the key, so there is one of each."""
+
+    class Other(StoreModule):
+        pass
+
+    with pytest.raises(ConfigurationError, match="Other and store both yield a Store"):
+        async with App(StoreModule.for_root(), Other.for_root()):
+            pytest.fail("must not start")
+
+
+async def test_health_asks_every_part_within_a_limit(caplog):
+    """An answer, a failing check and a check that hangs, side by side."""
+    app = App(StoreModule.for_root(), PostModule.for_root(), health_seconds=0.01)
+    async with app:
+        post = app.get(Post)
+        assert await app.health() == {"post.Post": Health("ok")}
+        post.answer = OSError("password=hunter2")
+        assert await app.health() == {"post.Post": Health("down", "the check failed with OSError")}
+        post.answer = None
+        assert await app.health() == {"post.Post": Health("down", "no answer within 0.01 s")}
+    assert "the health check of Post failed" in caplog.text
+
+
+class WorkModule(StoreModule):
+    """Registers one worker that a test describes."""
+
+    worker = None
+
+    @asynccontextmanager
+    async def running(self, app):
+        app.serve("test.worker", self.worker)
+        self.log = ["up"]
+        try:
+            yield ()
+        finally:
+            self.log.append("down")
+
+
+def serving(worker, **options):
+    module = WorkModule.for_root()
+    module.worker = worker
+    return App(module, **options), module
+
+
+async def test_workers_run_only_while_serving_with_an_empty_context():
+    """Starting opens connections and no more; a worker carries nobody's context."""
+    ran = []
+
+    async def worker(draining):
+        ran.append(current())
+        await draining.wait()
+
+    app, _ = serving(worker)
+    with bind(actor="ann"):
+        async with app.running():
+            await asyncio.sleep(0)
+        assert ran == []
+        async with app.running(serve=True):
+            await asyncio.sleep(0)
+        assert ran == [Context()]
+
+
+async def test_stopping_drains_before_anything_is_closed():
+    """A worker finishes what it has while its module is still up."""
+    log = []
+
+    async def worker(draining):
+        await draining.wait()
+        await asyncio.sleep(0)
+        log.append(list(module.log))
+
+    app, module = serving(worker)
+    async with app.running(serve=True):
+        pass
+    assert log == [["up"]]
+    assert module.log == ["up", "down"]
+
+
+async def test_a_worker_that_does_not_finish_is_cancelled(caplog):
+    """At the end of the drain time the App stops all the same, and says who was late."""
+    ended = []
+
+    async def worker(draining):
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("cancelled")
+
+    app, _ = serving(worker, drain_seconds=0.01)
+    async with app.running(serve=True):
+        await asyncio.sleep(0)
+    assert ended == ["cancelled"]
+    assert "test.worker did not finish within 0.01 s" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["raise", "return", "cancel"])
+async def test_a_worker_that_stops_by_itself_is_never_silent(how, caplog):
+    """Raising, returning or being cancelled while nobody drains: health is down and the log says so."""
+
+    async def worker(draining):
+        if how == "raise":
+            msg = "boom"
+            raise OSError(msg)
+        if how == "cancel":
+            raise asyncio.CancelledError
+
+    app, _ = serving(worker)
+    until = asyncio.Event()
+    async with app.running(serve=True, until=until):
+        await until.wait()
+        (report,) = (await app.health()).values()
+        assert report.status == "down"
+    assert "no longer does all of its work" in caplog.text
+    assert caplog.records[0].levelno == logging.CRITICAL
+
+
+async def test_lifespan_is_what_asgi_servers_want():
+    """`app.lifespan` takes the ASGI application; `app.lifespan(serve=True)` makes one that serves."""
+    ran = []
+
+    async def worker(draining):
+        ran.append("served")
+        await draining.wait()
+
+    app, _ = serving(worker)
+    async with app.lifespan(object()):
+        await asyncio.sleep(0)
+    assert ran == []
+    async with app.lifespan(serve=True)(object()):
+        await asyncio.sleep(0)
+    assert ran == ["served"]
+
+
+def test_the_clock_is_the_app_s():
+    """Modules measure with the clock that the App was given."""
+    clock = VirtualClock()
+    assert App(clock=clock).clock is clock
+
+
+async def test_run_drains_on_the_first_signal_and_gives_up_on_the_second(caplog):
+    """The handler of the loop decides, and it is gone when the run has ended."""
+    caplog.set_level(logging.INFO)
+
+    async def worker(draining):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await draining.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.get_running_loop().create_future()
+
+    before = signal.getsignal(signal.SIGTERM)
+    app, module = serving(worker)
+    await app._run()
+    assert module.log == ["up", "down"]
+    assert "SIGTERM again: stopping at once" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+async def test_run_passes_on_what_stopped_a_worker_and_outer_cancellations():
+    """Neither a crash nor a cancellation that no signal asked for is swallowed."""
+
+    async def crash(draining):
+        msg = "boom"
+        raise OSError(msg)
+
+    app, _ = serving(crash)
+    with pytest.raises(OSError, match="boom"):
+        await app._run()
+
+    async def wait(draining):
+        await draining.wait()
+
+    app, module = serving(wait)
+    task = asyncio.create_task(app._run())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert module.log[-1:] == ["down"] or not hasattr(module, "log")
+
+
+WORKER = """
+    import asyncio, sys
+    from contextlib import asynccontextmanager
+    from typing import Never
+    from pydantic_settings import SettingsConfigDict
+    from mainstay.core import App, Module, Settings
+
+    class ToySettings(Settings):
+        model_config = SettingsConfigDict(env_prefix="MAINSTAY_TOY_")
+
+    class ToyModule(Module[ToySettings, Never]):
+        @asynccontextmanager
+        async def running(self, app):
+            async def worker(draining):
+                print("serving", flush=True)
+                if "crash" in sys.argv:
+                    raise OSError("boom")
+                await draining.wait()
+                print("draining", flush=True)
+                if "stuck" in sys.argv:
+                    await asyncio.Event().wait()
+            app.serve("toy", worker)
+            try:
+                yield ()
+            finally:
+                print("down", flush=True)
+
+    App(ToyModule.for_root()).run()
+"""
+
+
+def start_worker(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_drains_on_a_signal(number):
+    """A real process finishes its work and ends with status 0."""
+    with start_worker() as process:
+        assert process.stdout.readline() == "serving\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert out == "draining\ndown\n"
+    assert (process.returncode, err) == (0, "")
+
+
+def test_a_second_signal_stops_at_once():
+    """Who is in a hurry signals twice; what had started is still stopped in order."""
+    with start_worker("stuck") as process:
+        assert process.stdout.readline() == "serving\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "draining\n"
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=20)
+    assert out == "down\n"
+    assert process.returncode == 0
+
+
+def test_a_crashed_worker_ends_the_process_with_a_status():
+    """The supervisor must see that the process is not fine."""
+    with start_worker("crash") as process:
+        out, err = process.communicate(timeout=20)
+    assert out == "serving\ndown\n"
+    assert process.returncode == 1
+    assert "OSError: boom" in err

@@ -1,0 +1,91 @@
+"""The context: what travels, and what is not believed."""
+
+import asyncio
+
+import pytest
+
+from mainstay.core import Context, bind, current, spawn, timeout
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_bind_changes_fields_for_the_block_only():
+    """Inner values win inside, outer ones return after, also after an exception."""
+    with bind(correlation_id="c-1", actor="ann"):
+        with pytest.raises(ZeroDivisionError), bind(actor="bob") as inner:
+            assert (inner.correlation_id, current().actor) == ("c-1", "bob")
+            _ = 1 / 0
+        assert current().actor == "ann"
+    assert current() == Context()
+
+
+def test_bind_replaces_the_whole_context():
+    """A given context replaces everything; changes apply on top of it."""
+    with bind(tenant="acme"), bind(Context(correlation_id="c-2"), causation_id="e-1"):
+        assert current() == Context(correlation_id="c-2", causation_id="e-1")
+
+
+async def test_tasks_and_threads_carry_the_context():
+    """Gather and to_thread see what their caller bound."""
+    with bind(correlation_id="c-3"):
+
+        async def seen():
+            return current().correlation_id
+
+        assert await asyncio.gather(seen(), seen()) == ["c-3", "c-3"]  # type: ignore[comparison-overlap]  # gather gives a list
+        assert (await asyncio.to_thread(current)).correlation_id == "c-3"
+
+
+async def test_a_long_lived_task_starts_with_an_empty_context():
+    """The task that the first caller starts must not carry that caller's context for ever."""
+
+    async def lane():
+        return current()
+
+    with bind(correlation_id="first"):
+        task = spawn(lane(), name="lane")
+        assert task.get_name() == "lane"
+        assert await task == Context()
+
+
+def test_headers_round_trip_between_our_services():
+    """Everything but the deadline crosses HTTP when the other side is trusted."""
+    context = Context("c", "e", "ann@example.org", "acme", TRACE, "vendor=1")
+    assert Context.from_headers(context.to_headers(), trusted=True) == context
+
+
+def test_a_stranger_names_a_conversation_and_a_trace_only():
+    """Actor, tenant and cause from an untrusted caller are dropped."""
+    headers = Context("c", "e", "admin", "acme", TRACE, "vendor=1").to_headers()
+    assert Context.from_headers(headers) == Context("c", traceparent=TRACE, tracestate="vendor=1")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x" * 129, "a b", "a\nInjected: 1", "a;b", "ünï", '{"a":1}', "<script>", "a\x00"]
+)
+def test_a_malformed_id_is_dropped(value):
+    """What could break a log line, a header or a record does not get in."""
+    assert Context.from_headers({"x-correlation-id": value}) == Context()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["00-" + "0" * 32 + "-b7ad6b7169203331-01", "ff" + TRACE[2:], TRACE.upper(), TRACE[:-1], TRACE + "0", "junk"],
+)
+def test_a_malformed_traceparent_is_dropped(value):
+    """Only what W3C Trace Context allows is passed on."""
+    assert Context.from_headers({"traceparent": value}) == Context()
+
+
+def test_records_leave_out_what_is_not_set_and_ignore_what_is_unknown():
+    """to_dict holds only set fields; from_dict drops unknown names and values that are no strings."""
+    assert Context(actor="ann").to_dict() == {"actor": "ann"}
+    assert Context.from_dict({"actor": "ann", "rank": "admiral", "tenant": 7}) == Context(actor="ann")
+
+
+async def test_the_deadline_stays_in_the_process():
+    """A record or an event outlives the call that made it, so the deadline is not part of it."""
+    async with timeout(10):
+        assert current().deadline is not None
+        assert current().to_dict() == {}
+        assert current().to_headers() == {}

@@ -1,0 +1,97 @@
+"""The error tree, and ids."""
+
+import threading
+import time
+
+import pytest
+
+from mainstay.core import ConfigurationError, DeadlineExceeded, MainstayError, derived_id, uuid7
+
+
+def test_an_error_keeps_detail_and_public_message_apart():
+    """What a caller outside may see never contains the internal detail."""
+    error = MainstayError("connection to 10.0.0.7 refused")
+    assert str(error) == "connection to 10.0.0.7 refused"
+    assert "10.0.0.7" not in error.public_message
+    assert not error.retryable
+    assert error.retry_after_seconds is None
+
+
+def test_an_instance_overrides_what_its_class_says():
+    """Flags given at the raise win over the class's, and other instances keep theirs."""
+    loud = DeadlineExceeded(
+        "late", retryable=False, no_effect=True, retry_after_seconds=2.5, public_message="Too late."
+    )
+    assert (loud.retryable, loud.no_effect, loud.retry_after_seconds, loud.public_message) == (
+        False,
+        True,
+        2.5,
+        "Too late.",
+    )
+    assert DeadlineExceeded("late").retryable
+    assert not DeadlineExceeded("late").no_effect
+
+
+def test_a_deadline_is_also_a_timeout():
+    """Code that expects Python's own TimeoutError catches ours."""
+    with pytest.raises(TimeoutError):
+        raise DeadlineExceeded
+
+
+@pytest.mark.parametrize("code", ["OOPS_X", "SYS", "SYS_", ""])
+def test_a_code_outside_the_families_is_refused(code):
+    """A class with an unknown code cannot be defined."""
+    with pytest.raises(TypeError, match="starts with one of AUTH_, VAL_"):
+        type("Odd", (MainstayError,), {"code": code})
+
+
+def test_configuration_errors_say_that_nothing_happened():
+    """A durable step that fails on configuration is failed, not unknown."""
+    assert ConfigurationError("x").no_effect
+
+
+def test_uuid7_sorts_by_creation_also_within_a_millisecond():
+    """Ten thousand ids from one thread are strictly increasing, version 7, variant RFC."""
+    ids = [uuid7() for _ in range(10_000)]
+    assert ids == sorted(ids)
+    assert len(set(ids)) == len(ids)
+    assert {i.version for i in ids} == {7}
+    assert {i.variant for i in ids} == {"specified in RFC 4122"}
+
+
+def test_uuid7_carries_the_time(monkeypatch):
+    """The first 48 bits are Unix milliseconds, once the clock has passed what was handed out before."""
+    future = time.time_ns() + 60 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: future)
+    assert uuid7().int >> 80 == future // 1_000_000
+
+
+def test_uuid7_never_goes_back_with_the_clock(monkeypatch):
+    """A clock that jumps back by an hour does not produce smaller ids."""
+    before = uuid7()
+    past = time.time_ns() - 3_600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: past)
+    assert uuid7() > before
+
+
+def test_uuid7_is_unique_across_threads():
+    """Eight threads at once never draw the same tick."""
+    ids: list[int] = []
+
+    def draw():
+        ids.extend([uuid7().int >> 64 for _ in range(2_000)])
+
+    threads = [threading.Thread(target=draw) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ids)) == 16_000
+
+
+def test_a_derived_id_depends_on_its_key_alone():
+    """The same key gives the same id in every process; this value is a promise to stored data."""
+    assert derived_id("run-1:publish:1") == derived_id("run-1:publish:1")
+    assert derived_id("run-1:publish:1") != derived_id("run-1:publish:2")
+    assert str(derived_id("a")) == str(derived_id("a"))
+    assert derived_id("a").version == 5

@@ -1,0 +1,104 @@
+"""Settings: from the environment, frozen, and errors that say what to write."""
+
+from typing import Literal
+
+import pytest
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from mainstay.core import ConfigurationError, Settings
+
+
+class PostSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_POST_")
+    transport: Literal["pigeon", "coach"] = "coach"
+    batch_size: int = Field(default=10, ge=1)
+    routes: tuple[str, ...] = ()
+    password: SecretStr = SecretStr("")
+
+    @model_validator(mode="after")
+    def pigeons_carry_one(self):
+        if self.transport == "pigeon" and self.batch_size > 1:
+            msg = "transport='pigeon' carries one letter: set batch_size=1"
+            raise ValueError(msg)
+        return self
+
+
+def test_fields_come_from_the_environment(monkeypatch):
+    """Each field has its variable; what is passed wins over it."""
+    monkeypatch.setenv("MAINSTAY_POST_BATCH_SIZE", "7")
+    monkeypatch.setenv("MAINSTAY_POST_ROUTES", '["north"]')
+    settings = PostSettings()
+    assert (settings.batch_size, settings.routes, settings.transport) == (7, ("north",), "coach")
+    assert PostSettings(batch_size=8).batch_size == 8
+
+
+def test_settings_are_frozen():
+    """Nobody changes the configuration of a running App under it."""
+    with pytest.raises(ValueError, match="frozen"):
+        PostSettings().batch_size = 3  # type: ignore[misc]  # the point
+
+
+def test_a_wrong_value_names_field_variable_and_call(monkeypatch):
+    """The message holds the three things a reader needs, all problems at once, and not the value."""
+    monkeypatch.setenv("MAINSTAY_POST_BATCH_SIZE", "s3cret-many")
+    monkeypatch.setenv("MAINSTAY_POST_TRANSPORT", "s3cret-owl")
+    with pytest.raises(ConfigurationError) as caught:
+        PostSettings()
+    message = str(caught.value)
+    assert "PostSettings.batch_size" in message
+    assert "set MAINSTAY_POST_BATCH_SIZE or pass PostSettings(batch_size=…)" in message
+    assert "PostSettings.transport" in message
+    assert "s3cret" not in message
+
+
+def test_an_unknown_variable_under_the_prefix_is_an_error(monkeypatch):
+    """A typing mistake in a deployment is found at the start, with the name that was meant."""
+    monkeypatch.setenv("MAINSTAY_POST_TRANSPROT", "pigeon")
+    with pytest.raises(ConfigurationError, match=r"MAINSTAY_POST_TRANSPROT .* did you mean MAINSTAY_POST_TRANSPORT\?"):
+        PostSettings()
+    monkeypatch.delenv("MAINSTAY_POST_TRANSPROT")
+    monkeypatch.setenv("MAINSTAY_POST_QQQQQQQQQQQQQQQQ", "1")
+    with pytest.raises(ConfigurationError, match=r"known are MAINSTAY_POST_BATCH_SIZE, "):
+        PostSettings()
+
+
+def test_an_unknown_field_is_an_error():
+    """A wrong keyword names the one that was meant."""
+    with pytest.raises(ConfigurationError, match="no field 'batchsize': did you mean 'batch_size'"):
+        PostSettings(batchsize=1)  # type: ignore[call-arg]  # the point
+    with pytest.raises(ConfigurationError, match=r"no field 'xyz'$"):
+        PostSettings(xyz=1)  # type: ignore[call-arg]  # the point
+
+
+def test_a_rule_over_several_fields_speaks_for_itself():
+    """The message of a whole-model validator comes through."""
+    with pytest.raises(ConfigurationError, match="carries one letter: set batch_size=1"):
+        PostSettings(transport="pigeon")
+
+
+def test_broken_json_in_the_environment_names_the_field(monkeypatch):
+    """A list that is not JSON is a configuration error like any other, without its value."""
+    monkeypatch.setenv("MAINSTAY_POST_ROUTES", "s3cret [")
+    with pytest.raises(ConfigurationError, match="routes") as caught:
+        PostSettings()
+    assert "s3cret" not in str(caught.value)
+
+
+def test_secrets_stay_secret(monkeypatch):
+    """Neither repr nor errors show a password."""
+    monkeypatch.setenv("MAINSTAY_POST_PASSWORD", "hunter2")
+    assert "hunter2" not in repr(PostSettings())
+    with pytest.raises(ConfigurationError) as caught:
+        PostSettings(batch_size=0)
+    assert "hunter2" not in str(caught.value) + repr(caught.value.__cause__) + repr(caught.value.__context__)
+
+
+def test_settings_without_a_prefix_are_a_programming_error():
+    """A class that would read arbitrary variables is refused."""
+
+    class Bare(Settings):
+        path: str = ""
+
+    with pytest.raises(TypeError, match="has no env_prefix"):
+        Bare()
