@@ -8,10 +8,9 @@ PACKAGE ?=
 QUICK ?=
 ENGINE ?= embedded
 PURCHASES ?=
-export PYTHONDONTWRITEBYTECODE ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test check format api bench services lock clean
+.PHONY: setup demo test check format api bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -38,6 +37,36 @@ lock: .venv/.locked
 	  $(if $(UPGRADE),--upgrade) $(PROJECTS) -o requirements.lock
 	@! grep -nE '://' requirements.lock
 
+# The ticket office, killed several times on the way: ENGINE=embedded (SQLite, no server) or full (Kafka, PostgreSQL),
+# PURCHASES=file for other purchases than its own.
+demo: setup
+	@PYTHONPATH=examples $(if $(filter full,$(ENGINE)),$(BIN)/python -m mainstay_servers run --) \
+	  $(BIN)/python -m ticketing demo --engine $(ENGINE) $(if $(PURCHASES),--purchases "$(PURCHASES)")
+
+# Every package alone with its own coverage, then the tests of all together. PACKAGE=events for one.
+# Each server is started once for all of them.
+test: setup
+	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
+
+# What needs no test run: form, types, layers, the public API, spelling.
+check: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/codespell $$(git ls-files)
+	$(BIN)/validate-pyproject $(PROJECTS) pyproject.toml
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/api.py
+	$(BIN)/mypy packages servers tools benchmarks tests examples
+	$(BIN)/basedpyright
+
+format: setup
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# The public API of every package as text, for the diff: packages/*/api.txt.
+api: setup
+	@$(BIN)/python tools/api.py --write
+
 # Measurements: benchmarks/README.md. PACKAGE=events for one package, QUICK=1 for a rough look.
 bench: setup
 	@$(BIN)/python -m benchmarks $(PACKAGE) $(if $(QUICK),--quick)
@@ -45,3 +74,10 @@ bench: setup
 # Kafka, PostgreSQL and Redis for people: prints their addresses and keeps them until Ctrl-C.
 services: setup
 	@$(BIN)/python -m mainstay_servers
+
+# What a newcomer does: a clone of what is committed, the two commands of the README, an environment of its own.
+clone-check:
+	@bash tools/clone_check.sh
+
+clean:
+	rm -rf build dist .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
