@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from mainstay.core import Context, bind, current, spawn, timeout
+from mainstay.core import Context, bind, current, remaining_seconds, spawn, timeout
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -83,9 +83,15 @@ def test_records_leave_out_what_is_not_set_and_ignore_what_is_unknown():
     assert Context.from_dict({"actor": "ann", "rank": "admiral", "tenant": 7}) == Context(actor="ann")
 
 
-async def test_the_deadline_stays_in_the_process():
-    """A record or an event outlives the call that made it, so the deadline is not part of it."""
+async def test_binding_another_context_does_not_escape_the_deadline():
+    """The context that came with an event replaces who and what, never until when."""
     async with timeout(10):
-        assert current().deadline is not None
-        assert current().to_dict() == {}
-        assert current().to_headers() == {}
+        with bind(Context(correlation_id="from-an-event")):
+            assert 0 < (remaining_seconds() or 0) <= 10
+    assert remaining_seconds() is None
+
+
+def test_an_unknown_field_is_an_error():
+    """A misspelt field does not vanish."""
+    with pytest.raises(TypeError, match="acter"):
+        bind(acter="ann")

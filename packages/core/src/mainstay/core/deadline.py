@@ -2,25 +2,22 @@
 
 `asyncio.timeout` tells nobody below it that the cancellation is its own: a breaker inside sees a `CancelledError`
 like any other and, rightly, does not count it; a provider that hangs would never open a circuit. So the deadline is
-part of the context, and a policy that catches `CancelledError` asks `deadline_fired()`: true means that time ran out,
-which is a failure of what was called; false means that the caller went away, which says nothing about it.
+part of the ambient, like the context, and a policy that catches `CancelledError` asks `deadline_fired()`: true means
+that time ran out, which is a failure of what was called; false means that the caller went away, which says nothing
+about it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, cast
 
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
-from mainstay.core.context import _current
 from mainstay.core.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
-    from contextvars import Token
     from types import TracebackType
-
-    from mainstay.core.context import Context
 
 
 class Deadline:
@@ -42,15 +39,18 @@ class Deadline:
         return f"<Deadline in {self.remaining_seconds():.3f} s>"
 
 
+_current: ContextVar[Deadline | None] = ContextVar("mainstay_deadline", default=None)
+
+
 def remaining_seconds() -> float | None:
     """Seconds left before the current deadline, negative once it has passed, None without one."""
-    deadline = _current.get().deadline
+    deadline = _current.get()
     return None if deadline is None else deadline.remaining_seconds()
 
 
 def deadline_fired() -> bool:
     """Whether a deadline around the running code has cancelled it."""
-    deadline = _current.get().deadline
+    deadline = _current.get()
     while deadline is not None:
         if deadline.fired:
             return True
@@ -77,8 +77,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
 
     async def __aenter__(self) -> Deadline:
         task = cast("asyncio.Task[object]", asyncio.current_task())  # a coroutine is always run by one
-        context = _current.get()
-        outer = context.deadline
+        outer = _current.get()
         at = self._clock.monotonic() + self._seconds
         if outer is not None:
             if outer.remaining_seconds() <= 0:
@@ -89,7 +88,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         self._cancelling = task.cancelling()
         self._deadline = Deadline(at, self._clock, outer)
         self._timer: Timer = self._clock.call_later(self._seconds, self._fire)
-        self._token: Token[Context] = _current.set(replace(context, deadline=self._deadline))
+        self._token: Token[Deadline | None] = _current.set(self._deadline)
         return self._deadline
 
     def _fire(self) -> None:
