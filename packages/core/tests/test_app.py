@@ -289,6 +289,21 @@ async def test_stopping_drains_before_anything_is_closed():
     assert module.log == ["up", "down"]
 
 
+async def test_started_is_true_only_between_the_last_start_and_the_first_stop():
+    """While work in progress is drained, the App already says that it wants no more."""
+    seen = []
+
+    async def worker(draining):
+        await draining.wait()
+        seen.append(app.started)
+
+    app, _ = serving(worker)
+    assert not app.started
+    async with app.running(serve=True):
+        seen.append(app.started)
+    assert seen == [True, False]
+
+
 async def test_a_worker_that_does_not_finish_is_cancelled(caplog):
     """At the end of the drain time the App stops all the same, and says who was late."""
     ended = []

@@ -55,6 +55,7 @@ class App:
         self._workers: list[tuple[str, Worker]] = []
         self._crashed: tuple[str, BaseException] | None = None
         self._running = False
+        self._started = False
         self._stack: AsyncExitStack | None = None
 
     # What modules and applications use while it runs
@@ -75,6 +76,11 @@ class App:
     def serve(self, name: str, worker: Worker) -> None:
         """Register work for the time in which the App serves; modules call this while they start."""
         self._workers.append((name, worker))
+
+    @property
+    def started(self) -> bool:
+        """Whether every module has started and none is stopping: what a readiness probe asks."""
+        return self._started
 
     async def health(self) -> dict[str, Health]:
         """What every part says of itself, by module; asked side by side, each within `health_seconds`."""
@@ -188,7 +194,11 @@ class App:
                     await self._start(module, stack)
                 if serve:
                     await stack.enter_async_context(self._serving(until))
-                yield self
+                self._started = True
+                try:
+                    yield self
+                finally:
+                    self._started = False
         finally:
             self._running = False
             self._services.clear()
