@@ -1,0 +1,3 @@
+from pathlib import Path
+
+DEFAULT_PURCHASES = Path(__file__).with_name("purchases.jsonl")

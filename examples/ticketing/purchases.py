@@ -1,0 +1,246 @@
+"""What a purchase is, and how one line of a purchases file becomes one, or an error that names line and field.
+
+A line is one JSON object. Everything that is wrong with it is reported at once; one bad line of a purchase rejects the
+whole purchase, because nobody wants half a family at the concert.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Never
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+from mainstay.core import MainstayError
+
+MAX_BYTES = 1 << 20
+"""The longest line that is taken for a purchase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: on which line of the file, in which field, and what."""
+
+    line: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"line {self.line}, {self.field}" if self.field else f"line {self.line}"
+        return f"{where}: {self.message}"
+
+
+class PurchaseRejected(MainstayError):
+    """A line that is no purchase; `problems` lists all that is wrong with it."""
+
+    code = "VAL_PURCHASE"
+    no_effect = True
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        text = "; ".join(str(problem) for problem in self.problems)
+        super().__init__(text, public_message=text)
+
+
+def _moment(value: object) -> object:
+    if isinstance(value, datetime):
+        return value
+    for read in (_shop_time, datetime.fromisoformat):  # as the shop writes it, and as a purchase once read writes it
+        try:
+            return read(str(value))
+        except ValueError:
+            continue
+    msg = "must be month/day/year hour:minute, such as 12/1/2010 8:26"
+    raise ValueError(msg)
+
+
+def _shop_time(value: str) -> datetime:
+    return datetime.strptime(value, "%m/%d/%Y %H:%M")  # noqa: DTZ007  the shop's own local time has no zone
+
+
+def _some(lines: tuple[PurchaseLine, ...]) -> tuple[PurchaseLine, ...]:
+    if not 1 <= len(lines) <= 1000:
+        msg = "must be a list of 1 to 1000 lines"
+        raise ValueError(msg)
+    return lines
+
+
+def _known(value: object, inner: ValidatorFunctionWrapHandler) -> object:
+    if value is None:
+        msg = "is unknown (null)"
+        raise ValueError(msg)
+    return inner(value)
+
+
+# An id ends up in URLs, run ids and audit resources: no separators, no spaces.
+Id = Annotated[str, Field(pattern=re.compile(r"\A[A-Za-z0-9._-]{1,40}\Z")), WrapValidator(_known)]
+# Titles are as untidy as people type them, but a receipt has no place for control characters, nor a database for NUL.
+Text = Annotated[str, Field(min_length=1, max_length=200, pattern=re.compile(r"\A[^\x00-\x1f\x7f]*\Z"))]
+Price = Annotated[Decimal, Field(gt=0, decimal_places=2, max_digits=9)]
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
+class PurchaseLine(BaseModel):
+    """So many tickets of one type at one price; the title may be left out where the catalogue has it."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    item: Id
+    title: Text | None = None
+    quantity: Annotated[StrictInt, Field(ge=1, le=1_000_000)]
+    unit_price: Price
+
+    @property
+    def cents(self) -> int:
+        """The price of one ticket, in the smallest unit of the currency: money is counted in whole numbers."""
+        return int(self.unit_price * 100)
+
+
+class Purchase(BaseModel):
+    """A customer's whole order. `total_cents` is what the provider is asked to charge."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    order_id: Id
+    customer_id: Id
+    country: Text
+    placed_at: Moment
+    lines: Annotated[tuple[PurchaseLine, ...], AfterValidator(_some)]
+
+    @property
+    def total_cents(self) -> int:
+        return sum(line.quantity * line.cents for line in self.lines)
+
+
+def parse_purchase(data: bytes, *, line: int, known_items: Iterable[str] | None = None) -> Purchase:
+    """The purchase that one line of the file describes.
+
+    Args:
+        data: the line's bytes, UTF-8.
+        line: its number in the file, from 1, for the errors.
+        known_items: the catalogue's items; None does not check.
+
+    Raises:
+        PurchaseRejected: with every problem there is.
+    """
+    document = parse_json(data, line=line)
+    problems: list[Problem] = []
+    purchase: Purchase | None = None
+    try:
+        purchase = Purchase.model_validate(document)
+    except ValidationError as error:
+        problems = [Problem(line, _field(problem["loc"]), _message(dict(problem))) for problem in error.errors()]
+    if known_items is not None:
+        known = known_items if isinstance(known_items, set | frozenset | dict) else set(known_items)
+        problems += [
+            Problem(line, f"lines[{index}].item", f"the catalogue has no item {item!r}")
+            for index, item in _items(document)
+            if item not in known
+        ]
+    if purchase is None or problems:
+        raise PurchaseRejected(problems)
+    return purchase
+
+
+def parse_json(data: bytes, *, line: int) -> dict[str, Any]:
+    """The JSON object on a line, with exact decimals.
+
+    Raises:
+        PurchaseRejected: it is too long, not UTF-8, not JSON, no object, or names a field twice.
+    """
+
+    def reject(message: str, field: str = "") -> Never:
+        raise PurchaseRejected([Problem(line, field, message)])
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            names = [name for name, _ in pairs]
+            reject("appears twice", next(name for name in names if names.count(name) > 1))
+        return seen
+
+    if len(data) > MAX_BYTES:
+        reject(f"a purchase has at most {MAX_BYTES:,} bytes, not {len(data):,}")
+    try:
+        document = json.loads(data.decode(), parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        reject(f"not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        reject(f"broken JSON at column {error.colno}: {error.msg}")
+    except RecursionError:
+        reject("broken JSON: nested too deeply")
+    except ValueError as error:
+        reject(f"broken JSON: {error}")
+    if not isinstance(document, dict):
+        reject(f"a purchase is a JSON object, not {type(document).__name__}")
+    return document
+
+
+def _no_constant(name: str) -> Never:
+    """NaN and Infinity are Python's idea, not JSON's."""
+    msg = f"{name} is not a JSON number"
+    raise ValueError(msg)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a purchases file that are not blank, with their numbers from 1; bytes, as any may be broken."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.strip():
+                yield number, text.strip()
+
+
+def _items(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    lines = document.get("lines")
+    for index, entry in enumerate(lines if isinstance(lines, list) else ()):
+        if isinstance(entry, dict) and isinstance(entry.get("item"), str):
+            yield index, entry["item"]
+
+
+def _field(path: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _message(problem: dict[str, Any]) -> str:
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "missing":
+            return "is missing"
+        case "greater_than_equal":
+            return f"must be {context['ge']} or more, not {problem['input']}"
+        case "greater_than":
+            return f"must be more than {context['gt']}, not {problem['input']}"
+        case "string_pattern_mismatch" if problem["loc"][-1] in {"title", "country"}:
+            return "must not contain control characters"
+        case "string_pattern_mismatch":
+            return "must be 1 to 40 letters, digits, dots, dashes or underscores"
+        case "tuple_type":
+            return "must be a list of 1 to 1000 lines"
+        case "model_type":
+            return "must be a JSON object"
+        case "int_type":
+            return "must be a whole number"
+        case "decimal_type":
+            return "must be an amount of money"
+        case _:
+            message: str = problem["msg"]
+            return message[:1].lower() + message[1:]

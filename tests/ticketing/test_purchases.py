@@ -1,0 +1,185 @@
+"""What a line of a purchases file may be, and how exactly a wrong one is refused."""
+
+import json
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ticketing.catalogue import read_catalogue
+from ticketing.purchases import MAX_BYTES, Purchase, PurchaseRejected, parse_purchase, read_lines
+
+GOOD = {
+    "order_id": "1",
+    "customer_id": "ada",
+    "country": "Norway",
+    "placed_at": "12/1/2010 8:26",
+    "lines": [
+        {"item": "A", "title": "POPPY'S ", "quantity": 2, "unit_price": "2.75"},
+        {"item": "A", "title": "another title", "quantity": 1, "unit_price": "2.1"},
+    ],
+}
+
+
+def changed(**fields) -> bytes:
+    return json.dumps(GOOD | fields).encode()
+
+
+def with_line(**fields) -> bytes:
+    return changed(lines=[GOOD["lines"][0], GOOD["lines"][1] | fields])
+
+
+def complaints(data: bytes, known_items=None) -> list[tuple[str, str]]:
+    with pytest.raises(PurchaseRejected) as caught:
+        parse_purchase(data, line=7, known_items=known_items)
+    assert {problem.line for problem in caught.value.problems} == {7}
+    return [(problem.field, problem.message) for problem in caught.value.problems]
+
+
+def test_a_good_line_is_a_purchase_with_each_lines_own_price():
+    """The same item may appear twice under two prices, and the total is exact in cents."""
+    purchase = parse_purchase(changed(), line=1, known_items={"A"})
+    assert [line.cents for line in purchase.lines] == [275, 210]
+    assert purchase.total_cents == 760
+    assert purchase.placed_at.isoformat() == "2010-12-01T08:26:00"
+
+
+def test_a_purchase_survives_being_stored():
+    """What the workflow records and reads again equals what the customer sent."""
+    purchase = parse_purchase(changed(), line=1)
+    assert Purchase.model_validate_json(purchase.model_dump_json()) == purchase
+
+
+@given(st.decimals(min_value=Decimal("0.01"), max_value=Decimal("99999.99"), places=2))
+def test_every_price_in_cents_is_exact(price):
+    """No price loses or gains a cent on its way through, whether JSON has it as text or as a number."""
+    for text in (f'"{price}"', str(price)):
+        data = changed().replace(b'"2.75"', text.encode())
+        assert parse_purchase(data, line=1).lines[0].cents == price * 100
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "message"),
+    [
+        (changed(customer_id=None), "customer_id", "is unknown (null)"),
+        (changed(order_id="a/b"), "order_id", "must be 1 to 40 letters, digits, dots, dashes or underscores"),
+        (changed(placed_at="31/12/2010"), "placed_at", "must be month/day/year hour:minute, such as 12/1/2010 8:26"),
+        (changed(country="a\x00b"), "country", "must not contain control characters"),
+        (changed(lines=[]), "lines", "must be a list of 1 to 1000 lines"),
+        (changed(lines={}), "lines", "must be a list of 1 to 1000 lines"),
+        (changed(lines=[3]), "lines[0]", "must be a JSON object"),
+        (with_line(quantity=-3), "lines[1].quantity", "must be 1 or more, not -3"),
+        (with_line(quantity=0), "lines[1].quantity", "must be 1 or more, not 0"),
+        (with_line(quantity=1.5), "lines[1].quantity", "must be a whole number"),
+        (with_line(quantity=True), "lines[1].quantity", "must be a whole number"),
+        (with_line(quantity="1"), "lines[1].quantity", "must be a whole number"),
+        (with_line(unit_price="-1"), "lines[1].unit_price", "must be more than 0, not -1"),
+        (with_line(unit_price=None), "lines[1].unit_price", "must be an amount of money"),
+        (with_line(item=None), "lines[1].item", "is unknown (null)"),
+    ],
+)
+def test_each_wrong_field_is_named(data, field, message):
+    """One wrong value gives exactly one problem, which names its field and says what it must be."""
+    assert complaints(data) == [(field, message)]
+
+
+def test_a_missing_field_is_named():
+    """A misspelt field shows as the one that is missing."""
+    data = changed().replace(b'"unit_price": "2.75"', b'"unitprice": "2.75"')
+    assert complaints(data) == [("lines[0].unit_price", "is missing")]
+
+
+def test_all_problems_come_at_once():
+    """Whoever mends a file wants the whole list, the unknown item beside the negative quantity."""
+    data = changed(customer_id=None, lines=[GOOD["lines"][0] | {"item": "Z", "quantity": -1}])
+    assert complaints(data, known_items={"A"}) == [
+        ("customer_id", "is unknown (null)"),
+        ("lines[0].quantity", "must be 1 or more, not -1"),
+        ("lines[0].item", "the catalogue has no item 'Z'"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"order_id": "1"', "broken JSON at column 17: Expecting ',' delimiter"),
+        (b"[1]", "a purchase is a JSON object, not list"),
+        (b'{"a": "\xff"}', "not UTF-8 at byte 8"),
+        (b'{"a": NaN}', "broken JSON: NaN is not a JSON number"),
+        (b"[" * 200_000, "broken JSON: nested too deeply"),
+        (b" " * (MAX_BYTES + 1), f"a purchase has at most {MAX_BYTES:,} bytes, not {MAX_BYTES + 1:,}"),
+    ],
+    ids=["broken", "list", "bytes", "nan", "deep", "long"],
+)
+def test_what_is_no_json_object_is_refused(data, message):
+    """Whatever the bytes are, the answer is a problem with the line's number and never another exception."""
+    assert complaints(data) == [("", message)]
+
+
+def test_a_field_named_twice_is_refused():
+    """Python's parser would keep the last of two quantities; nobody knows which one was meant."""
+    data = changed().replace(b'"quantity": 2', b'"quantity": 2, "quantity": 200')
+    assert complaints(data) == [("quantity", "appears twice")]
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_break_the_reader(data):
+    """Any bytes at all are either a purchase or rejected."""
+    with pytest.raises(PurchaseRejected):
+        parse_purchase(data, line=1)
+
+
+def test_lines_keep_their_numbers(tmp_path):
+    """Blank lines are no purchases, and yet they count; a byte order mark and Windows line ends do no harm."""
+    path = tmp_path / "purchases.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + changed() + b"\r\n\r\n" + changed(order_id="2"))
+    assert [(number, parse_purchase(data, line=number).order_id) for number, data in read_lines(path)] == [
+        (1, "1"),
+        (3, "2"),
+    ]
+
+
+def test_stock_is_nine_tenths_of_all_demand(tmp_path):
+    """Stock rounds down, every well-formed line counts, and the first title given is the item's."""
+    path = tmp_path / "purchases.jsonl"
+    refused = changed(order_id="3", customer_id=None)
+    path.write_bytes(b"\n".join([changed(), changed(order_id="2"), refused, with_line(quantity=-5), b"{broken"]))
+    (item,) = read_catalogue(path).values()
+    assert (item.item, item.title) == ("A", "POPPY'S ")
+    assert item.stock == (3 * 3 + 2) * 9 // 10
+
+
+def test_an_item_without_any_title_is_unknown(tmp_path):
+    """A line may leave the title out where another line has it; an item that nobody can name is not sold."""
+    path = tmp_path / "purchases.jsonl"
+    path.write_bytes(b"\n".join([with_line(title=None), with_line(item="Z", title=None)]))
+    catalogue = read_catalogue(path)
+    assert list(catalogue) == ["A"]
+    (_, first), (_, second) = read_lines(path)
+    assert parse_purchase(first, line=1, known_items=catalogue).lines[1].title is None
+    assert complaints(second, known_items=catalogue) == [("lines[1].item", "the catalogue has no item 'Z'")]
+
+
+def test_the_shipped_file_has_something_of_everything():
+    """The default file shows good lines, items that sell out, and each kind of bad input."""
+    from ticketing.demo import DEFAULT_PURCHASES
+
+    catalogue = read_catalogue(DEFAULT_PURCHASES)
+    reasons, taken = [], []
+    for number, data in read_lines(DEFAULT_PURCHASES):
+        try:
+            taken.append(parse_purchase(data, line=number, known_items=catalogue))
+        except PurchaseRejected as rejected:
+            reasons.append(str(rejected))
+    assert len(taken) == 26
+    assert [reason.split(": ")[0] for reason in reasons] == [
+        "line 3, customer_id",
+        "line 7, lines[0].quantity",
+        "line 12",
+        "line 14, lines[0].item",
+        "line 21, lines[0].unit_price",
+        "line 27, lines",
+    ]
+    assert len({purchase.order_id for purchase in taken}) == 25
+    assert any(item.stock == 0 for item in catalogue.values())
