@@ -34,14 +34,13 @@ setup: .venv/.members
 lock: .venv/.locked
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --group pyproject.toml:dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	  $(foreach member,$(MEMBERS),--no-emit-package mainstay-$(subst _,-,$(notdir $(member)))) \
 	  $(if $(UPGRADE),--upgrade) $(PROJECTS) -o requirements.lock
-	@! grep -nE '://' requirements.lock
 
 # The ticket office, killed several times on the way: ENGINE=embedded (SQLite, no server) or full (Kafka, PostgreSQL),
 # PURCHASES=file for other purchases than its own.
 demo: setup
-	@PYTHONPATH=examples $(if $(filter full,$(ENGINE)),$(BIN)/python -m mainstay_servers run --) \
-	  $(BIN)/python -m ticketing demo --engine $(ENGINE) $(if $(PURCHASES),--purchases "$(PURCHASES)")
+	@PYTHONPATH=examples ENGINE=$(ENGINE) PURCHASES="$(PURCHASES)" $(BIN)/python -m ticketing demo
 
 # Every package alone with its own coverage, then the tests of all together. PACKAGE=events for one.
 # Each server is started once for all of them.

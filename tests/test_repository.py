@@ -1,0 +1,176 @@
+"""What must hold of the repository as a whole, whoever changes it."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path.parent for path in (ROOT / "packages").glob("*/pyproject.toml"))
+each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+
+
+def _tracked(pattern: str = "*") -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def _project(package: Path) -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    return project
+
+
+def _requirements(package: Path) -> list[Requirement]:
+    project = _project(package)
+    extras = project.get("optional-dependencies", {}).values()
+    return [Requirement(text) for text in [*project["dependencies"], *(text for extra in extras for text in extra)]]
+
+
+def test_the_namespace_belongs_to_nobody():
+    """No `mainstay/__init__.py`: it would hide the siblings in editable installs while type checkers stay green."""
+    assert not list(ROOT.glob("**/src/mainstay/__init__.py"))
+
+
+@each_package
+def test_package_is_typed_and_complete(package: Path):
+    """A package has its marker for type checkers, README, CHANGELOG, snapshot and tests."""
+    source = package / "src" / "mainstay" / package.name
+    missing = [
+        name
+        for name in ("README.md", "CHANGELOG.md", "api.txt", "tests", f"{source}/py.typed", f"{source}/__init__.py")
+        if not (package / name).exists()
+    ]
+    assert not missing
+    assert [path.name for path in (package / "src").iterdir()] == ["mainstay"]
+    assert _project(package)["name"] == f"mainstay-{package.name.replace('_', '-')}"
+
+
+@each_package
+def test_init_is_imports_and_a_sorted_all(package: Path):
+    """The public names of a package are one list, in the order that ruff calls sorted, and nothing is computed."""
+    tree = ast.parse((package / "src" / "mainstay" / package.name / "__init__.py").read_text())
+    kinds = {type(node) for node in tree.body[1:-1]}
+    assert isinstance(tree.body[0], ast.Expr)  # the docstring
+    assert kinds <= {ast.ImportFrom, ast.Import}
+    assert isinstance(tree.body[-1], ast.Assign)
+    assert ast.unparse(tree.body[-1].targets[0]) == "__all__"
+
+
+def _imported(package: Path) -> set[str]:
+    """Return the distributions that the source of a package imports, the standard library and itself left out."""
+    providers = importlib.metadata.packages_distributions()
+    found: set[str] = set()
+    for path in package.glob("src/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            else:
+                continue
+            for module in modules:
+                top, _, below = module.partition(".")
+                if top == "mainstay":
+                    found.add(f"mainstay-{below.partition('.')[0].replace('_', '-')}")
+                elif top == "pytest" and path.name == "testing.py":
+                    continue  # support for tests is imported by tests, which have it
+                elif top not in sys.stdlib_module_names:
+                    assert top in providers, f"{path.relative_to(ROOT)} imports {top}, which is not installed"
+                    found.add(canonicalize_name(providers[top][0]))
+    return found - {_project(package)["name"]}
+
+
+@each_package
+def test_package_declares_exactly_what_it_imports(package: Path):
+    """An undeclared import breaks alone and a needless dependency weighs on everybody; drivers are found by URL."""
+    by_url = {"aiosqlite", "asyncpg"}  # SQLAlchemy imports them by the database's URL
+    declared = {canonicalize_name(requirement.name) for requirement in _requirements(package)}
+    imported = _imported(package)
+    assert sorted(imported - declared) == []
+    assert sorted(declared - imported - by_url) == []
+
+
+@each_package
+def test_sibling_ranges_admit_the_siblings_of_this_checkout(package: Path):
+    """Inside a workspace uv ignores sibling ranges, so that one which excludes the sibling would lock silently."""
+    versions = {_project(path)["name"]: _project(path)["version"] for path in PACKAGES}
+    for requirement in _requirements(package):
+        if requirement.name in versions:
+            operators = {specifier.operator for specifier in requirement.specifier}
+            assert operators == {">=", "<"}, f"{requirement}: a sibling needs a floor and a ceiling"
+            assert requirement.specifier.contains(versions[requirement.name]), str(requirement)
+
+
+@each_package
+def test_changelog_starts_with_the_version(package: Path):
+    """The newest entry of the CHANGELOG is the version of the project."""
+    heading = re.search(r"^## (\S+)", (package / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None
+    assert heading[1] == _project(package)["version"]
+
+
+def test_the_lock_names_no_place():
+    """Names, versions and hashes only: where packages come from is each machine's configuration."""
+    text = (ROOT / "requirements.lock").read_text()
+    assert "://" not in text
+    pinned = re.findall(r"^(\S+)==", text, re.MULTILINE)
+    assert len(pinned) == len(re.findall(r"^\S+==.*\\\n    --hash=sha256:", text, re.MULTILINE)) > 50
+    assert not _tracked("uv.lock")
+
+
+def test_the_lock_holds_what_the_projects_ask_for():
+    """Every direct dependency of a package is in the lock in a version that its range admits."""
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    for package in PACKAGES:
+        for requirement in _requirements(package):
+            if not requirement.name.startswith("mainstay-"):
+                version = pins.get(canonicalize_name(requirement.name))
+                assert version is not None, f"{requirement} of {package.name} is not locked; run `make lock`"
+                assert requirement.specifier.contains(version), f"{requirement}: {version} is locked"
+
+
+def test_no_file_knows_the_machine_it_was_written_on():
+    """No path of somebody's machine and no address to download packages from stands in any tracked file."""
+    # In pieces, so that this file does not hold what it looks for.
+    places = ["/(?:wo", "rk|ho", "me|Us", "ers)/[a-z]|/ro", r"ot/\."]
+    addresses = [
+        r"|https?://[a-z0-9.-]+/(?:simple|mav",
+        r"en2)(?:/|\"|$)",
+        r"|https?://[a-z0-9.-]+/packages/[0-9a-f]{2}/",
+    ]
+    forbidden = re.compile("".join(places + addresses))
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path in _tracked()
+        if path.suffix != ".jsonl"
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if forbidden.search(line)
+    ]
+    assert not found
+
+
+def test_files_have_a_size_that_can_be_read():
+    """No Python file is longer than 900 lines."""
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in _tracked("*.py")}
+    assert not {name: size for name, size in sizes.items() if size > 900}
+
+
+def test_workflows_call_only_make():
+    """What CI runs, a person can run: every step of the workflow that is ours is a make target."""
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    steps = re.findall(r"^ +- run: (.+)$", text, re.MULTILINE)
+    assert steps
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for step in steps:
+        program, *arguments = step.split()
+        assert program == "make" or step.startswith("sudo apt-get update &&"), step
+        if program == "make":
+            assert arguments[0] in targets, step
