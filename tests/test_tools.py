@@ -1,0 +1,131 @@
+"""The tools that judge everything else: a snapshot that misses a change, or a figure that flatters, judges nothing."""
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks.rows import Row, compare, row, save
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ["name", "value", "unit", "peer", "peer_value", "ratio", "low", "high", "goal", "better", "met"]
+
+
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _package(root: Path, body: str) -> None:
+    source = root / "packages" / "sample_api" / "src" / "mainstay" / "sample_api"
+    source.mkdir(parents=True, exist_ok=True)
+    (source / "part.py").write_text(body)
+    (source / "__init__.py").write_text(
+        'from mainstay.sample_api.part import Thing, make\n\n__all__ = ["Thing", "make"]\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("x: int", "x: str"),
+        ("x: int", "x: int = 1"),
+        ("def make(a)", "def make(a, b=None)"),
+        ("def make(a)", "async def make(a)"),
+        ("def run(self)", "def run(self, *, fast)"),
+        ("class Thing", "class Thing(Exception)"),
+    ],
+)
+def test_the_snapshot_shows_a_change_of_the_api(before, after, tmp_path, monkeypatch):
+    """A changed field, default, parameter, kind or base changes the text; a changed body does not."""
+    body = "class Thing:\n    x: int\n    def run(self): return 1\n    def _own(self): ...\n\n\ndef make(a): return a\n"
+    tool = _tool("api")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+
+    def describe(text: str) -> str:
+        _package(tmp_path, text)
+        for name in [name for name in sys.modules if name.startswith("mainstay.sample_api")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        import mainstay
+
+        monkeypatch.setattr(mainstay, "__path__", [str(tmp_path / "packages/sample_api/src/mainstay")])
+        return str(tool.describe("sample_api"))
+
+    old = describe(body)
+    assert "_own" not in old
+    assert describe(body.replace("return 1", "return 200")) == old
+    assert describe(body.replace(before, after)) != old
+
+
+def test_rounds_alternate_and_the_goal_bounds_the_ratio():
+    """Each side goes first in every other round, the figures are medians, and the spread is over pairs."""
+    order: list[str] = []
+    ours, theirs = iter([99, 10, 30, 20]), iter([99, 10, 10, 40])
+
+    async def subject() -> float:
+        order.append("ours")
+        return next(ours)
+
+    def peer() -> float:
+        order.append("theirs")
+        return next(theirs)
+
+    found = asyncio.run(compare("x", "ns", subject, peer=("them", peer), goal=1.0, rounds=3))
+    assert order in (["ours", "theirs", "theirs", "ours"] * 2, ["theirs", "ours", "ours", "theirs"] * 2)
+    assert (found.value, found.peer_value, found.ratio) == (20, 10, 2.0)
+    assert (found.low, found.high) == (0.5, 3.0)
+    assert found.met is False
+
+
+@pytest.mark.parametrize(
+    ("better", "value", "met"),
+    [("lower", 5.0, True), ("lower", 5.1, False), ("higher", 5.0, True), ("higher", 4.9, False)],
+)
+def test_a_goal_without_a_peer_bounds_the_value(better, value, met):
+    """The bound itself is good enough, on either side."""
+    assert row("x", "s", value, goal=5.0, better=better).met is met
+
+
+def test_rows_are_written_in_the_agreed_form(tmp_path):
+    """The file is a list of objects with the agreed keys, in their order."""
+    save(tmp_path / "x.json", [row("x", "s", 1.23456789, goal=None)])
+    (only,) = json.loads((tmp_path / "x.json").read_text())
+    assert list(only) == KEYS
+    assert only["value"] == 1.235
+    assert only["met"] is None
+
+
+def test_every_package_is_measured():
+    """Each package has a benchmark, whose last rows have the agreed form and judge themselves rightly."""
+    for package in sorted(path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml")):
+        assert (ROOT / "benchmarks" / package / "bench.py").exists(), package
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"{package}.json").read_text())
+        assert rows, package
+        for each in rows:
+            assert list(each) == KEYS
+            again = Row(**each)
+            if again.goal is not None:
+                bounded = again.value if again.ratio is None else again.ratio
+                good = bounded <= again.goal if again.better == "lower" else bounded >= again.goal
+                assert again.met is good or abs(bounded - again.goal) < 1e-3 * again.goal, each["name"]
+
+
+@pytest.mark.parametrize(
+    ("status", "failed", "coverage", "good"),
+    [(0, 0, 90.0, True), (0, 0, 89.9, False), (1, 1, 99.0, False), (5, 0, None, False), (0, 0, None, True)],
+)
+def test_a_suite_fails_by_its_tests_or_its_coverage(status, failed, coverage, good):
+    """A failed test, a run that ended otherwise, and a coverage below the bound each fail the suite."""
+    tool = _tool("run_tests")
+    outcome = tool.Outcome("x", 1, failed, 0, 1.0, coverage, status)
+    assert (tool.verdict(outcome) is None) is good
