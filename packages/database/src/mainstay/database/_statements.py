@@ -1,0 +1,173 @@
+"""Core statements compiled once, and rows converted exactly as SQLAlchemy would convert them.
+
+The recorder talks to the drivers directly; a value must nevertheless look the same in the table whichever way it went.
+So SQL and conversions (UUID, JSON, Decimal, datetime, Enum, …) are taken from SQLAlchemy's own compiled form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.compiler import SQLCompiler
+
+Arguments = tuple[Any, ...]
+Convert = Callable[[Any], Any]
+
+_CACHED = 1_024
+
+
+class Prepared:
+    """One SQL text, and how a row becomes its arguments."""
+
+    __slots__ = ("_compiled", "_convert", "_fixed", "_keys", "_pick", "_plain", "_spread", "sql")
+
+    def __init__(self, compiled: SQLCompiler, keys: Sequence[str]) -> None:
+        self.sql = compiled.string
+        self._compiled = compiled
+        self._spread = bool(compiled.post_compile_params)
+        self._keys = frozenset(keys)
+        names = list(compiled.positiontup or ())
+        processors = cast("Mapping[str, Convert]", compiled._bind_processors)
+        defaults = _python_defaults(compiled)
+        binds = compiled.binds
+        self._fixed: dict[str, Callable[[], Any]] = {}
+        picked: list[str] = []
+        for name in names:
+            bind = binds.get(name)
+            key = name if bind is None else bind.key
+            picked.append(key)
+            if key in self._keys:
+                continue
+            if key in defaults:
+                self._fixed[key] = defaults[key]
+            elif bind is not None and not bind.required:
+                self._fixed[key] = _value_of(bind)
+            else:
+                msg = f"the rows of this statement lack {key!r}: {self.sql}"
+                raise ValueError(msg)
+        self._convert = [(place, processors[name]) for place, name in enumerate(names) if name in processors]
+        self._pick = itemgetter(*picked) if len(picked) > 1 else _picker(picked)
+        self._plain = not self._fixed
+
+    def arguments(self, row: Mapping[str, Any]) -> Arguments:
+        """The driver's arguments of one row.
+
+        Raises:
+            KeyError: the row lacks a key that the first row had.
+        """
+        if not self._plain:
+            row = {**{key: make() for key, make in self._fixed.items()}, **row}
+        if not self._convert:
+            return cast("Arguments", self._pick(row))
+        values = list(self._pick(row))
+        for place, convert in self._convert:
+            values[place] = convert(values[place])
+        return tuple(values)
+
+    @property
+    def spread(self) -> bool:
+        """Whether the SQL depends on the row: an `IN` over a list."""
+        return self._spread
+
+    def spread_over(self, row: Mapping[str, Any]) -> tuple[str, Arguments]:
+        """SQL and arguments of a statement with an `IN` over a list."""
+        if not self._plain:
+            row = {**{key: make() for key, make in self._fixed.items()}, **row}
+        state = self._compiled.construct_expanded_state(dict(row))
+        processors = cast("Mapping[str, Convert]", state.processors)
+        every = {**cast("Mapping[str, Convert]", self._compiled._bind_processors), **processors}
+        names = state.positiontup or ()
+        values = (state.parameters[name] for name in names)
+        return state.statement, tuple(
+            every[name](value) if name in every else value for name, value in zip(names, values, strict=True)
+        )
+
+
+class Literal:
+    """SQL that was spread over one row; many equal ones are one object, so that they are grouped."""
+
+    __slots__ = ("sql",)
+
+    def __init__(self, sql: str) -> None:
+        self.sql = sql
+
+
+Operation = tuple[Prepared | Literal, list[Arguments]]
+
+
+class Statements:
+    """What was compiled for one dialect."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        # The statement is kept beside its form: an id may be used again once the object is gone.
+        self._prepared: dict[tuple[int, tuple[str, ...]], tuple[object, Prepared]] = {}
+        self._literals: dict[str, Literal] = {}
+
+    def prepared(self, statement: sa.Executable, keys: tuple[str, ...]) -> Prepared:
+        """The compiled form for rows with these keys."""
+        found = self._prepared.get((id(statement), keys))
+        if found is not None:
+            return found[1]
+        compiled = cast("sa.ClauseElement", statement).compile(
+            dialect=self._dialect,
+            column_keys=sorted(keys),
+            for_executemany=True,
+        )
+        form = Prepared(cast("SQLCompiler", compiled), keys)
+        _bound(self._prepared)
+        self._prepared[id(statement), keys] = (statement, form)
+        return form
+
+    def operations(self, statement: sa.Executable, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
+        """The statement over the rows, ready for the driver."""
+        form = self.prepared(statement, tuple(rows[0]))
+        if not form.spread:
+            return [(form, [form.arguments(row) for row in rows])]
+        operations: list[Operation] = []
+        for row in rows:
+            sql, arguments = form.spread_over(row)
+            literal = self._literals.get(sql)
+            if literal is None:
+                _bound(self._literals)
+                literal = self._literals[sql] = Literal(sql)
+            operations.append((literal, [arguments]))
+        return operations
+
+
+def _bound(cache: dict[Any, Any]) -> None:
+    if len(cache) >= _CACHED:
+        del cache[next(iter(cache))]
+
+
+def _picker(keys: list[str]) -> Callable[[Mapping[str, Any]], Arguments]:
+    if not keys:
+        return lambda _row: ()
+    key = keys[0]
+    return lambda row: (row[key],)
+
+
+def _value_of(bind: sa.BindParameter[Any]) -> Callable[[], Any]:
+    return lambda: bind.effective_value
+
+
+def _python_defaults(compiled: SQLCompiler) -> dict[str, Callable[[], Any]]:
+    """The defaults of columns that SQLAlchemy would compute in Python before it executes the statement."""
+    defaults: dict[str, Callable[[], Any]] = {}
+    prefetch = [(column, column.default) for column in compiled.insert_prefetch]
+    prefetch += [(column, column.onupdate) for column in compiled.update_prefetch]
+    for column, default in prefetch:
+        if default is None:
+            continue
+        if default.is_scalar:
+            defaults[column.key] = lambda value=cast("Any", default).arg: value
+        elif default.is_callable:
+            defaults[column.key] = lambda make=cast("Any", default).arg: make(None)
+        else:
+            msg = f"the default of {column} is an SQL expression: give it as server_default or in the row"
+            raise ValueError(msg)
+    return defaults

@@ -1,0 +1,481 @@
+"""The Database: units of work, the one way to write, reads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, cast
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+from mainstay.core import Health
+from mainstay.database import _metrics
+from mainstay.database._recorder import Recorder, Turn
+from mainstay.database._statements import Operation, Statements
+from mainstay.database.errors import (
+    CommitUnknown,
+    Conflict,
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseUnavailable,
+    FenceLost,
+    UnitOfWorkError,
+)
+from mainstay.database.fence import Fence
+from mainstay.database.lease import Keeper, Lease
+from mainstay.database.schema import Schema, require, upgrade_with
+
+T = TypeVar("T")
+Row = sa.Row[Any]
+Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
+
+_log = logging.getLogger("mainstay.database")
+
+_ONE_EMPTY_ROW: tuple[Mapping[str, Any], ...] = ({},)
+_CANCEL_GRACE_SECONDS = 5.0  # how long a commit under way may keep a cancelled caller
+
+
+class Unit:
+    """What one task is in the middle of: a unit of work with a session, or a batch that only collects."""
+
+    __slots__ = ("broken", "callbacks", "database", "fenced", "open", "operations", "outer", "session", "task")
+
+    def __init__(self, database: Database, session: AsyncSession | None, outer: Unit | None) -> None:
+        self.database = database
+        self.session = session
+        self.outer = outer
+        self.task = asyncio.current_task()
+        self.open = True
+        self.broken: BaseException | None = None
+        self.operations: list[Operation] = []
+        self.callbacks: list[Callable[[], None]] = []
+        self.fenced: set[Fence] = set()
+
+
+_ambient: ContextVar[Unit | None] = ContextVar("mainstay_unit_of_work", default=None)
+
+
+class Database:
+    """One way to the database, for the application and for every Mainstay package.
+
+    Made by `DatabaseModule`; `app.get(Database)` finds it.
+
+    Attributes:
+        dialect: `sqlite` or `postgresql`.
+        engine: the SQLAlchemy engine, for reading and for sessions of your own; write through `transaction`.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        recorder: Recorder,
+        keeper: Keeper,
+        statements: Statements,
+        *,
+        turn: Turn | None,
+        pooled: bool,
+    ) -> None:
+        self.dialect = cast("Literal['sqlite', 'postgresql']", engine.dialect.name)
+        self.engine = engine
+        self._recorder = recorder
+        self._keeper = keeper
+        self._statements = statements
+        self._turn = turn
+        self._writing = engine.execution_options(mainstay_write=True) if turn is not None else engine
+        # One statement is its own snapshot; behind a pooler it needs the transaction to stay on one server.
+        autocommit = turn is None and not pooled
+        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else engine
+
+    # Units of work
+
+    def transaction(self, session: AsyncSession | None = None) -> AbstractAsyncContextManager[AsyncSession]:
+        """The unit of work of this task: everything in the block is committed together at its end, or not at all.
+
+        It is ambient: `write`, and with it outbox, inbox, audit and transactional steps, join it by themselves. A
+        `transaction()` inside it is the same one; when an inner block ends with an exception, the whole unit can only
+        be rolled back (`session.begin_nested()` around it makes a savepoint to go back to).
+
+        Args:
+            session: a session of your own that is to be the unit. One that is not in a transaction is committed at
+                the end of the block. Otherwise its owner commits it, and until then nothing of it is durable.
+
+        Raises:
+            DatabaseBusy: no connection, or on SQLite no writer's turn, in time.
+            DatabaseUnavailable: the database is away.
+            CommitUnknown: the connection was lost while committing.
+            Conflict: a deferred constraint refused the commit.
+            UnitOfWorkError: inside a batch; inside another task's unit of work; an inner block failed before.
+        """
+        unit = self._current()
+        if unit is None:
+            return self._begin() if session is None else self._adopt(session)
+        if unit.session is None:
+            msg = "transaction() inside batch(): a batch only collects writes; open the transaction around the batch"
+            raise UnitOfWorkError(msg)
+        if session is not None and session is not unit.session:
+            msg = "transaction(session=…) inside a unit of work of another session: one commit cannot cover both"
+            raise UnitOfWorkError(msg)
+        return self._join(unit, unit.session)
+
+    @asynccontextmanager
+    async def _begin(self) -> AsyncGenerator[AsyncSession, None]:
+        if self._turn is None:
+            async with self._own() as session:
+                yield session
+        else:
+            async with self._turn.mine(), self._own() as session:
+                yield session
+
+    @asynccontextmanager
+    async def _own(self) -> AsyncGenerator[AsyncSession, None]:
+        session = AsyncSession(self._writing, expire_on_commit=False)
+        try:
+            try:
+                await session.connection()
+            except exc.SQLAlchemyError as error:
+                raise _translated(error) from error
+            async with self._unit(session) as unit:
+                yield session
+            await self._commit(session, unit)
+        finally:
+            await _finish(session.close())
+
+    @asynccontextmanager
+    async def _adopt(self, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
+        if session.in_transaction():
+            # Its owner holds whatever locks it has, maybe SQLite's; queueing for the turn with it could wait for ever.
+            async with self._unit(session) as unit:
+                yield session
+            if unit.broken is not None:
+                raise _broken(unit.broken) from unit.broken
+            self._when_committed(session, unit)
+        elif self._turn is None:
+            async with self._unit(session) as unit:
+                yield session
+            await self._commit(session, unit)
+        else:
+            async with self._turn.mine():
+                await session.connection(execution_options={"mainstay_write": True})
+                async with self._unit(session) as unit:
+                    yield session
+                await self._commit(session, unit)
+
+    @asynccontextmanager
+    async def _unit(self, session: AsyncSession) -> AsyncGenerator[Unit, None]:
+        unit = Unit(self, session, _ambient.get())
+        token = _ambient.set(unit)
+        owned = not session.in_transaction() or session.bind is self._writing
+        try:
+            yield unit
+        except BaseException:
+            if owned:
+                await _finish(session.rollback())
+            raise
+        finally:
+            unit.open = False
+            _ambient.reset(token)
+
+    @asynccontextmanager
+    async def _join(self, unit: Unit, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
+        savepoint = session.sync_session.get_nested_transaction()
+        try:
+            yield session
+        except BaseException as error:
+            if savepoint is None and unit.broken is None:
+                unit.broken = error
+            raise
+
+    async def _commit(self, session: AsyncSession, unit: Unit) -> None:
+        if unit.broken is not None:
+            await _finish(session.rollback())
+            raise _broken(unit.broken) from unit.broken
+        try:
+            await _finish(session.commit())
+        except exc.SQLAlchemyError as error:
+            raise _translated(error, committing=True) from error
+        _metrics.COMMITS_BY_TRANSACTION.inc()
+        _run(unit.callbacks)
+
+    def _when_committed(self, session: AsyncSession, unit: Unit) -> None:
+        if not unit.callbacks:
+            return
+
+        def committed(_session: object) -> None:
+            if not session.sync_session.in_nested_transaction():
+                _run(unit.callbacks)
+                unit.callbacks = []
+
+        def rolled_back(_session: object, _previous: object) -> None:
+            unit.callbacks = []
+
+        sa.event.listen(session.sync_session, "after_commit", committed)
+        sa.event.listen(session.sync_session, "after_soft_rollback", rolled_back)
+
+    def in_unit_of_work(self) -> bool:
+        """Whether a write would join a unit of work or a batch of this task.
+
+        Raises:
+            UnitOfWorkError: the task was started inside another task's unit of work that is still open.
+        """
+        return self._current() is not None
+
+    def after_commit(self, callback: Callable[[], None]) -> None:
+        """Call back once the current unit of work or batch is committed, never if it is not; at once without one.
+
+        What a callback raises is logged and goes no further: the commit has happened.
+        """
+        unit = self._current()
+        if unit is None:
+            _run([callback])
+        else:
+            unit.callbacks.append(callback)
+
+    def batch(
+        self, *, fence: Fence | None = None, route: Hashable = None
+    ) -> AbstractAsyncContextManager[None]:
+        """Collect the block's writes and hand them to the recorder as one entry: all or nothing, and durable at its end.
+
+        Ambient like `transaction`, but without a connection: several thousand may be open at once. Inside a unit of work
+        or another batch the writes simply join that. Reads in the block do not see the writes.
+
+        Args:
+            fence: the writes happen only while it holds.
+            route: as for `write`.
+
+        Raises:
+            the same as `write`.
+        """
+        unit = self._current()
+        return self._collect(fence, route) if unit is None else self._join_with(unit, fence)
+
+    @asynccontextmanager
+    async def _collect(self, fence: Fence | None, route: Hashable) -> AsyncGenerator[None, None]:
+        unit = Unit(self, None, _ambient.get())
+        if fence is not None:
+            unit.fenced.add(fence)
+        token = _ambient.set(unit)
+        try:
+            yield
+        finally:
+            unit.open = False
+            _ambient.reset(token)
+        if unit.broken is not None:
+            raise _broken(unit.broken) from unit.broken
+        if unit.operations:
+            await self._recorder.record(unit.operations, _only(unit.fenced), route)
+        _run(unit.callbacks)
+
+    @asynccontextmanager
+    async def _join_with(self, unit: Unit, fence: Fence | None) -> AsyncGenerator[None, None]:
+        try:
+            if fence is not None:
+                await self._check(unit, fence)
+            yield
+        except BaseException as error:
+            if unit.broken is None and (
+                unit.session is None or unit.session.sync_session.get_nested_transaction() is None
+            ):
+                unit.broken = error
+            raise
+
+    # Writing and reading
+
+    async def write(
+        self,
+        statement: sa.UpdateBase,
+        rows: Rows = _ONE_EMPTY_ROW,
+        *,
+        fence: Fence | None = None,
+        route: Hashable = None,
+    ) -> None:
+        """Write rows: in the unit of work or batch of this task, else on its own; then it returns when they are durable.
+
+        Args:
+            statement: a Core insert, update or delete with `bindparam`s, best a constant of the module: it is compiled
+                once, and grouped with others of the same statement.
+            rows: the parameters, a mapping or several with the same keys.
+            fence: the write happens only while it holds.
+            route: writes of the same route take effect in the order of the calls. Writes of different routes, or
+                without one, may overtake each other until they have returned.
+
+        Raises:
+            Conflict: a constraint refused a row.
+            FenceLost: the fence no longer holds.
+            DatabaseBusy: no lock or writer's turn in time.
+            DatabaseUnavailable: the database is away.
+            CommitUnknown: the connection was lost while committing.
+            DatabaseError: the database refused the statement.
+            UnitOfWorkError: the task was started inside another task's open unit of work.
+
+        Whatever is raised, nothing of this call is there, except after `CommitUnknown`.
+        """
+        several = [rows] if isinstance(rows, Mapping) else rows
+        if not several:
+            return
+        unit = self._current()
+        if unit is None:
+            await self._recorder.record(self._statements.operations(statement, several), fence, route)
+            return
+        if fence is not None:
+            await self._check(unit, fence)
+        if unit.session is None:
+            unit.operations += self._statements.operations(statement, several)
+            return
+        connection = await self._connection(unit)
+        try:
+            await connection.execute(statement, several)
+        except exc.SQLAlchemyError as error:
+            raise _translated(error) from error
+
+    async def read(self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row]:
+        """The rows of a query; in the unit of work of this task if there is one, else on a connection of its own.
+
+        It never waits for the writer's turn; a statement that changes anything belongs into `transaction`.
+
+        Raises:
+            DatabaseBusy: no connection in time.
+            DatabaseUnavailable: the database is away.
+            DatabaseError: the database refused the statement.
+            UnitOfWorkError: the task was started inside another task's open unit of work.
+        """
+        unit = self._current()
+        try:
+            if unit is not None and unit.session is not None:
+                connection = await self._connection(unit)
+                return (await connection.execute(statement, parameters or {})).all()
+            async with self._reading.connect() as connection:
+                return (await connection.execute(statement, parameters or {})).all()
+        except exc.SQLAlchemyError as error:
+            raise _translated(error) from error
+
+    async def lease(self, name: str, *, seconds: float = 10.0, holder: str | None = None) -> Lease | None:
+        """Take the lease of this name and keep renewing it; None while somebody holds it, also in this process.
+
+        Args:
+            name: what it is for, up to 255 characters.
+            seconds: how long others wait for a holder that died.
+            holder: shown in the table; by default host, process and a random part.
+
+        Raises:
+            DatabaseBusy: SQLite's writer was not free in time.
+            DatabaseUnavailable: the database is away.
+        """
+        return await self._keeper.acquire(name, seconds, holder)
+
+    async def ensure_schema(self, schema: Schema) -> None:
+        """Bring SQLite to the newest revision of a package's tables; make sure that PostgreSQL is there.
+
+        Raises:
+            ConfigurationError: PostgreSQL is at another revision; names the command.
+        """
+        if self._turn is not None:
+            async with self._turn.mine():
+                await upgrade_with(self.engine, [schema])
+        else:
+            async with self.engine.connect() as connection:
+                await require(connection, schema)
+
+    async def health(self) -> Health:
+        """`degraded` when every connection is in use, `down` when the database does not answer."""
+        pool = cast("sa.QueuePool", self.engine.sync_engine.pool)
+        if pool.checkedout() >= pool.size():
+            return Health("degraded", f"all {pool.size()} connections are in use")
+        try:
+            async with self._reading.connect() as connection:
+                await connection.execute(sa.text("SELECT 1"))
+        except (exc.SQLAlchemyError, OSError) as error:
+            return Health("down", f"no answer ({type(error).__name__})")
+        return Health("ok")
+
+    # Internal
+
+    def _current(self) -> Unit | None:
+        unit = _ambient.get()
+        while unit is not None and (not unit.open or unit.database is not self):
+            unit = unit.outer
+        if unit is not None and unit.task is not asyncio.current_task():
+            msg = (
+                "this task was started inside another task's unit of work, which is still open: what it writes would "
+                "belong to neither. Do the work in the same task (`asyncio.timeout` instead of `wait_for`), start the "
+                "task after the block, or start it with mainstay.core.spawn"
+            )
+            raise UnitOfWorkError(msg)
+        return unit
+
+    async def _connection(self, unit: Unit) -> AsyncConnection:
+        if unit.broken is not None:
+            raise _broken(unit.broken) from unit.broken
+        return await cast("AsyncSession", unit.session).connection()
+
+    async def _check(self, unit: Unit, fence: Fence) -> None:
+        if fence in unit.fenced:
+            return
+        if unit.session is None:
+            if unit.fenced:
+                msg = "a batch has one fence: give it to batch(fence=…), or make two batches"
+                raise UnitOfWorkError(msg)
+        else:
+            connection = await self._connection(unit)
+            try:
+                epoch = (await connection.execute(fence.on.one, {"id": fence.id})).scalar()
+            except exc.SQLAlchemyError as error:
+                raise _translated(error) from error
+            if epoch != fence.epoch:
+                raise FenceLost(fence.lost())
+        unit.fenced.add(fence)
+
+
+def _only(fences: set[Fence]) -> Fence | None:
+    return next(iter(fences), None)
+
+
+def _broken(error: BaseException) -> UnitOfWorkError:
+    msg = (
+        f"an inner block of this unit of work failed with {type(error).__name__} and was caught: its half must not be "
+        "committed. Let the exception pass, or put `async with session.begin_nested():` around the inner block"
+    )
+    return UnitOfWorkError(msg)
+
+
+def _run(callbacks: Sequence[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:
+            _log.exception("a callback after the commit failed")
+
+
+async def _finish(work: Coroutine[Any, Any, T]) -> T:
+    """Finish what must not be left half done, also when the caller is cancelled meanwhile; then be cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task], timeout=_CANCEL_GRACE_SECONDS)
+        task.cancel()
+        raise
+
+
+def _translated(error: exc.SQLAlchemyError, *, committing: bool = False) -> DatabaseError:
+    """Our error for SQLAlchemy's."""
+    if isinstance(error, exc.TimeoutError):
+        return DatabaseBusy("no connection of the pool became free in time: units of work take long, or leak")
+    if not isinstance(error, exc.DBAPIError):
+        return DatabaseError(f"{type(error).__name__}: {error}")
+    text = str(error.orig)
+    if isinstance(error, exc.IntegrityError):
+        return Conflict(text)
+    if error.connection_invalidated:
+        if committing:
+            return CommitUnknown(f"the connection was lost while committing: {text}")
+        return DatabaseUnavailable(f"the connection was lost: {text}")
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    if "database is locked" in text or state in {"40001", "40P01", "55P03"}:
+        return DatabaseBusy(text)
+    return DatabaseError(text)

@@ -1,0 +1,389 @@
+"""Leases: one holder at a time, by the database's clock, renewed from a thread.
+
+A lease is a row. Whoever finds it expired takes it with one statement that repeats the question, and raises its epoch;
+the row is never deleted, so that an epoch never comes twice. All times in the row are the database's own, since
+processes disagree about the time of day; the holder measures by its monotonic clock, from *before* it asked, and calls
+the lease over some time before the database does.
+
+Renewal runs in a thread with a connection of its own: user code that blocks the event loop must not cost the process
+its leases. What a lease must never protect alone is a write; that is what its fence is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import asyncpg
+import sqlalchemy as sa
+
+from mainstay.core import Clock
+from mainstay.database import _metrics
+from mainstay.database._engine import Address, asyncpg_arguments, sqlite_pragmas
+from mainstay.database._recorder import begin_immediate, is_disconnect
+from mainstay.database.errors import DatabaseBusy, DatabaseUnavailable
+from mainstay.database.fence import Fence, FenceOn
+
+T = TypeVar("T")
+
+_log = logging.getLogger("mainstay.database")
+
+metadata = sa.MetaData()
+leases = sa.Table(
+    "mainstay_database_leases",
+    metadata,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("holder", sa.String(255), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+)
+_fence_on = FenceOn(leases, leases.c.name, leases.c.epoch)
+
+_MARGIN = 0.2  # of the lease: how long before the database's end the holder stops believing in it
+_RENEWALS = 4  # so many fit into a lease
+_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
+_POSTGRES_NOW = "extract(epoch from clock_timestamp())::float8"
+
+
+class Lease:
+    """The right to do something, until it is released or lost.
+
+    Attributes:
+        name: what it is for.
+        epoch: raised by every acquisition, by anybody.
+        holder: who holds it, for people who look at the table.
+        fence: for `db.write` and `db.batch`: refuses once somebody else has taken the lease.
+    """
+
+    __slots__ = ("_clock", "_keeper", "_renew_at", "_seconds", "_until", "epoch", "fence", "holder", "name")
+
+    def __init__(
+        self, keeper: Keeper, clock: Clock, name: str, holder: str, epoch: int, seconds: float, asked_at: float
+    ) -> None:
+        self.name = name
+        self.holder = holder
+        self.epoch = epoch
+        self.fence: Fence = _fence_on.at(name, epoch)
+        self._keeper = keeper
+        self._clock = clock
+        self._seconds = seconds
+        self._renewed(asked_at)
+
+    def _renewed(self, asked_at: float) -> None:
+        self._until = asked_at + self._seconds * (1 - _MARGIN)
+        self._renew_at = time.monotonic() + self._seconds / _RENEWALS
+
+    @property
+    def held(self) -> bool:
+        """Whether the holder may go on; False from a margin before the lease ends at the database.
+
+        It may become True again, when a renewal was late and nobody had taken over; `epoch` is then the same.
+        """
+        return self._clock.monotonic() < self._until
+
+    async def release(self) -> None:
+        """Let others have it at once. Does nothing when it was lost; never fails, the lease ends by itself too."""
+        self._until = float("-inf")
+        await self._keeper.release(self)
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.name} epoch {self.epoch}{'' if self.held else ', not held'}>"
+
+
+class Rows(Protocol):
+    """The leases' table, by a connection of one's own."""
+
+    async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
+        """Take the lease if it has expired or never was; its epoch, or None."""
+        ...
+
+    async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
+        """Prolong; the names that were, and those that somebody else has."""
+        ...
+
+    async def release(self, name: str, epoch: int) -> None:
+        """Let it expire now."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+class Keeper:
+    """The thread that acquires, renews and releases, for all leases of one Database; started by the first."""
+
+    def __init__(self, address: Address, clock: Clock, busy_timeout_seconds: float, *, pooled: bool) -> None:
+        self._clock = clock
+        self._rows: Rows = (
+            SQLiteRows(address, busy_timeout_seconds)
+            if address.dialect == "sqlite"
+            else PostgresRows(address, busy_timeout_seconds, pooled=pooled)
+        )
+        self._held: dict[str, Lease] = {}
+        self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # On the caller's loop
+
+    async def acquire(self, name: str, seconds: float, holder: str | None) -> Lease | None:
+        """Take the lease; None while it has not expired."""
+        future = self._submit(self._acquire(name, seconds, holder or self._me))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            future.add_done_callback(self._abandon)
+            raise
+
+    async def release(self, lease: Lease) -> None:
+        """Give it back; what fails is left to expire."""
+        if not self._closed:
+            await asyncio.shield(asyncio.wrap_future(self._submit(self._release(lease))))
+
+    async def close(self) -> None:
+        """Release everything and stop the thread."""
+        if self._thread is None or self._loop is None:
+            self._closed = True
+            return
+        future = self._submit(self._release_all())
+        self._closed = True
+        await asyncio.wrap_future(future)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def _abandon(self, future: Future[Lease | None]) -> None:
+        # The caller went away while the database was asked: nobody would ever release what was taken.
+        lease = None if future.cancelled() or future.exception() is not None else future.result()
+        if lease is not None and not self._closed:
+            self._submit(self._release(lease))
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._closed:
+            work.close()
+            msg = "the database is closed: no lease can be taken"
+            raise DatabaseUnavailable(msg, retryable=False)
+        if self._loop is None:
+            loop = self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, args=(loop,), name="mainstay.database leases", daemon=True)
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    # In the thread
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        self._lock = asyncio.Lock()
+        renewing = loop.create_task(self._renew_for_ever())
+        loop.run_forever()
+        renewing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(renewing)
+        loop.run_until_complete(self._rows.close())
+        loop.close()
+
+    async def _acquire(self, name: str, seconds: float, holder: str) -> Lease | None:
+        async with self._lock:
+            asked_at = self._clock.monotonic()
+            epoch = await self._rows.acquire(name, holder, seconds)
+            if epoch is None:
+                return None
+            lease = Lease(self, self._clock, name, holder, epoch, seconds, asked_at)
+            self._held[name] = lease
+            _metrics.LEASES_HELD.inc()
+            return lease
+
+    async def _release(self, lease: Lease) -> None:
+        async with self._lock:
+            if self._held.get(lease.name) is not lease:
+                return
+            self._forget(lease)
+            try:
+                await self._rows.release(lease.name, lease.epoch)
+            except Exception as error:  # noqa: BLE001  it expires by itself
+                _log.warning("lease %s could not be released and expires by itself: %s", lease.name, error)
+
+    async def _release_all(self) -> None:
+        for lease in list(self._held.values()):
+            lease._until = float("-inf")
+            await self._release(lease)
+
+    def _forget(self, lease: Lease) -> None:
+        del self._held[lease.name]
+        _metrics.LEASES_HELD.dec()
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            due = min((lease._renew_at for lease in self._held.values()), default=time.monotonic() + 0.2)
+            await asyncio.sleep(min(0.2, max(0.005, due - time.monotonic())))
+            async with self._lock:
+                # Whatever is due soon goes along: one statement for all.
+                soon = time.monotonic()
+                held = [lease for lease in self._held.values() if lease._renew_at <= soon + lease._seconds / 10]
+                if held and any(lease._renew_at <= soon for lease in held):
+                    await self._renew(held)
+
+    async def _renew(self, held: list[Lease]) -> None:
+        asked_at = self._clock.monotonic()
+        try:
+            renewed, lost = await self._rows.renew(held)
+        except Exception as error:  # noqa: BLE001  the database may be back before the leases end
+            _log.warning("%d leases could not be renewed yet: %s", len(held), error)
+            renewed, lost = set(), set()
+        for lease in held:
+            if lease.name in renewed:
+                lease._renewed(asked_at)
+            elif lease.name in lost:
+                lease._until = float("-inf")
+                self._forget(lease)
+                _metrics.LEASES_LOST.inc()
+                _log.warning("lease %s was lost: somebody else took it after epoch %d", lease.name, lease.epoch)
+            else:
+                lease._renew_at = time.monotonic() + lease._seconds / 20
+
+
+class SQLiteRows:
+    """The table in SQLite; blocks its thread, which is there for that."""
+
+    def __init__(self, address: Address, busy_timeout_seconds: float) -> None:
+        self._arguments = address.url.get_dialect()().create_connect_args(address.url)
+        self._synchronous = address.synchronous
+        self._seconds = busy_timeout_seconds
+        self._connection: sqlite3.Connection | None = None
+
+    async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
+        sql = f"""
+            INSERT INTO mainstay_database_leases (name, holder, epoch, expires_at)
+            VALUES (?, ?, 1, {_SQLITE_NOW} + ?)
+            ON CONFLICT (name) DO UPDATE
+            SET holder = excluded.holder, epoch = mainstay_database_leases.epoch + 1, expires_at = excluded.expires_at
+            WHERE mainstay_database_leases.expires_at <= {_SQLITE_NOW}
+            RETURNING epoch
+        """  # noqa: S608  constants
+        with self._transaction() as connection:
+            row = connection.execute(sql, (name, holder, seconds)).fetchone()
+        return None if row is None else int(row[0])
+
+    async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
+        sql = f"UPDATE mainstay_database_leases SET expires_at = {_SQLITE_NOW} + ? WHERE name = ? AND epoch = ?"  # noqa: S608  constants
+        renewed: set[str] = set()
+        with self._transaction() as connection:
+            for lease in held:
+                if connection.execute(sql, (lease._seconds, lease.name, lease.epoch)).rowcount:
+                    renewed.add(lease.name)
+        return renewed, {lease.name for lease in held} - renewed
+
+    async def release(self, name: str, epoch: int) -> None:
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE mainstay_database_leases SET expires_at = 0 WHERE name = ? AND epoch = ?", (name, epoch)
+            )
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Any:
+        try:
+            if self._connection is None:
+                place, options = self._arguments
+                connection = sqlite3.connect(*place, **{**options, "timeout": 0, "isolation_level": None})
+                for pragma in sqlite_pragmas(self._synchronous):
+                    connection.execute(pragma)
+                self._connection = connection
+            connection = self._connection
+            begin_immediate(connection, self._seconds)
+        except sqlite3.OperationalError as error:
+            msg = f"SQLite was not free for a lease ({error})"
+            raise DatabaseBusy(msg) from error
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+class PostgresRows:
+    """The table in PostgreSQL."""
+
+    def __init__(self, address: Address, busy_timeout_seconds: float, *, pooled: bool) -> None:
+        self._arguments: dict[str, Any] = asyncpg_arguments(address.url)
+        if pooled:
+            self._arguments["statement_cache_size"] = 0
+        self._seconds = busy_timeout_seconds
+        self._connection: asyncpg.Connection | None = None
+
+    async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
+        sql = f"""
+            INSERT INTO mainstay_database_leases (name, holder, epoch, expires_at)
+            VALUES ($1, $2, 1, {_POSTGRES_NOW} + $3::float8)
+            ON CONFLICT (name) DO UPDATE
+            SET holder = excluded.holder, epoch = mainstay_database_leases.epoch + 1,
+                expires_at = {_POSTGRES_NOW} + $3::float8
+            WHERE mainstay_database_leases.expires_at <= {_POSTGRES_NOW}
+            RETURNING epoch
+        """  # noqa: S608  constants
+        rows = await self._fetch(sql, name, holder, seconds)
+        return int(rows[0][0]) if rows else None
+
+    async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
+        # A fenced unit of work holds its lease's row FOR SHARE until it commits. Waiting for it here would cost all the
+        # other leases; it is skipped, and asked for again soon. Nobody can take it over meanwhile either.
+        sql = f"""
+            WITH mine AS (
+                SELECT l.name, v.seconds
+                FROM mainstay_database_leases l
+                JOIN unnest($1::text[], $2::bigint[], $3::float8[]) AS v (name, epoch, seconds)
+                ON l.name = v.name AND l.epoch = v.epoch
+                FOR NO KEY UPDATE OF l SKIP LOCKED
+            )
+            UPDATE mainstay_database_leases l SET expires_at = {_POSTGRES_NOW} + mine.seconds
+            FROM mine WHERE l.name = mine.name RETURNING l.name
+        """  # noqa: S608  constants
+        columns = list(zip(*((lease.name, lease.epoch, lease._seconds) for lease in held), strict=True))
+        renewed = {row[0] for row in await self._fetch(sql, *map(list, columns))}
+        rest = [lease for lease in held if lease.name not in renewed]
+        if not rest:
+            return renewed, set()
+        names = [lease.name for lease in rest]
+        rows = await self._fetch("SELECT name, epoch FROM mainstay_database_leases WHERE name = ANY ($1::text[])", names)
+        epochs = {row[0]: row[1] for row in rows}
+        return renewed, {lease.name for lease in rest if epochs.get(lease.name) != lease.epoch}
+
+    async def release(self, name: str, epoch: int) -> None:
+        await self._fetch("UPDATE mainstay_database_leases SET expires_at = 0 WHERE name = $1 AND epoch = $2", name, epoch)
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def _fetch(self, sql: str, *arguments: object) -> list[Any]:
+        try:
+            async with asyncio.timeout(self._seconds):
+                if self._connection is None or self._connection.is_closed():
+                    self._connection = await asyncpg.connect(**self._arguments)
+                # In a transaction, or a pooler could send statement and parameters to different servers.
+                async with self._connection.transaction():
+                    return list(await self._connection.fetch(sql, *arguments))
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if self._connection is not None:
+                self._connection.terminate()
+                self._connection = None
+            if is_disconnect(error):
+                msg = f"the database is away ({type(error).__name__}: {error})"
+                raise DatabaseUnavailable(msg) from error
+            raise

@@ -1,0 +1,64 @@
+"""The settings of the database package."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from mainstay.core import Settings
+
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+
+
+class DatabaseSettings(Settings):
+    """Where the database is, and how long to wait for it.
+
+    Attributes:
+        url: `sqlite+aiosqlite:///path`, `sqlite+aiosqlite:///:memory:` or `postgresql+asyncpg://user:password@host/name`.
+            The driver may be left out. It is a secret, because of the password in it.
+        pool_size: connections for units of work and reads, at most; 1 or more.
+        pool_timeout_seconds: how long a unit of work or a read waits for one of them before `DatabaseBusy`.
+        recorder_connections: further connections (PostgreSQL) on which the writes outside units of work are committed
+            in groups. Writes of one route always take the same one.
+        busy_timeout_seconds: how long a write waits for SQLite's one writer, for a lock, or for a server that is being
+            restarted, before it fails.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_DATABASE_")
+
+    url: SecretStr = SecretStr("sqlite+aiosqlite:///mainstay.db")
+    pool_size: int = Field(default=10, ge=1)
+    pool_timeout_seconds: float = Field(default=5.0, gt=0)
+    recorder_connections: int = Field(default=1, ge=1, le=16)
+    busy_timeout_seconds: float = Field(default=10.0, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _supported(cls, value: SecretStr) -> SecretStr:
+        parse_url(value.get_secret_value())
+        return value
+
+
+def parse_url(url: str) -> URL:
+    """The URL with the driver this package uses.
+
+    Raises:
+        ValueError: it is no database URL, or of a database or driver that is not supported; never repeats the URL.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        msg = "is no database URL: write sqlite+aiosqlite:///path or postgresql+asyncpg://user:password@host/name"
+        raise ValueError(msg) from None
+    name = _DRIVERS.get(parsed.drivername, parsed.drivername)
+    if name not in _DRIVERS.values():
+        msg = f"{parsed.drivername} is not supported: use sqlite+aiosqlite or postgresql+asyncpg"
+        raise ValueError(msg)
+    return parsed.set(drivername=name)
+
+
+def variable_of_url() -> str:
+    """The environment variable that sets the URL."""
+    return f"{DatabaseSettings.model_config.get('env_prefix', '')}URL"
