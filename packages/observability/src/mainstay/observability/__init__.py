@@ -1,0 +1,20 @@
+"""Logs, metrics, traces and health of a service; its audit trail is `mainstay.observability.audit`."""
+
+from mainstay.observability.asgi import ObservabilityMiddleware
+from mainstay.observability.errors import error_body, status_of
+from mainstay.observability.health import Answer, HealthWatch
+from mainstay.observability.metrics import CappedLabels
+from mainstay.observability.module import ObservabilityModule, ProbeServer
+from mainstay.observability.settings import ObservabilitySettings
+
+__all__ = [
+    "Answer",
+    "CappedLabels",
+    "HealthWatch",
+    "ObservabilityMiddleware",
+    "ObservabilityModule",
+    "ObservabilitySettings",
+    "ProbeServer",
+    "error_body",
+    "status_of",
+]

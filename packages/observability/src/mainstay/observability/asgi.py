@@ -1,0 +1,222 @@
+"""What happens around every request, as pure ASGI and outermost.
+
+Pure, because a middleware that runs the application in a task of its own (`BaseHTTPMiddleware`) hides what handlers
+bind from those outside it. Outermost, because the error that matters most, the one that nobody handled, must carry the
+correlation id too, in its log line, its answer and its headers.
+
+A request gets the context of its headers, as far as a stranger may name one, or a new correlation id; is counted and
+timed under the *template* of its route; and where an OpenTelemetry SDK is installed becomes a span.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
+from time import perf_counter
+from typing import Any, cast
+
+from opentelemetry.trace import StatusCode
+from prometheus_client import Counter, Gauge, Histogram
+
+from mainstay.core import App, Context, MainstayError, NotBoundError, bind, uuid7
+from mainstay.observability import tracing
+from mainstay.observability.errors import error_body, retry_after, status_of
+from mainstay.observability.health import JSON, HealthWatch
+from mainstay.observability.metrics import CappedLabels
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_log = logging.getLogger("mainstay.observability")
+
+REQUESTS = Counter("mainstay_http_requests", "Requests answered.", ["method", "route", "status"])
+SECONDS = Histogram(
+    "mainstay_http_request_seconds",
+    "From the request's first byte to its answer's last.",
+    ["method", "route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+IN_PROGRESS = Gauge("mainstay_http_requests_in_progress", "Requests being answered.", multiprocess_mode="livesum")
+
+# Templates are as many as the application has routes; the bound is for applications that make routes from data.
+_count = CappedLabels(REQUESTS, 2000)
+_seconds = CappedLabels(SECONDS, 500)
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+_UNMATCHED = "unmatched"
+_WANTED = {
+    name.encode(): name
+    for name in ("x-correlation-id", "x-causation-id", "x-actor", "x-tenant", "traceparent", "tracestate")
+}
+_NO_ANSWER = 499  # nothing was sent: the client went away, or the handler was cancelled
+
+
+class ObservabilityMiddleware:
+    """Context, metrics, errors and probes around an ASGI application.
+
+    Args:
+        asgi: what it wraps.
+        app: the Mainstay App whose probes (`/health/live`, `/health/ready`, `/metrics`) are answered here, before any
+            authentication or rate limit; None answers none.
+        trusted: whether callers are services of ours, whose headers may name an actor, a tenant and a cause. Say so
+            only behind a gateway that removes these headers from what strangers send.
+    """
+
+    def __init__(self, asgi: ASGIApp, *, app: App | None = None, trusted: bool = False) -> None:
+        self._asgi = asgi
+        self._app = app
+        self._trusted = trusted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI calls it."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._asgi(scope, receive, send)
+            return
+        if self._app is not None and scope["type"] == "http" and await self._probed(self._app, scope, send):
+            return
+        headers = _headers(scope)
+        context = Context.from_headers(headers, trusted=self._trusted)
+        correlation_id = context.correlation_id or str(uuid7())
+        with bind(context, correlation_id=correlation_id):
+            if scope["type"] == "websocket":
+                await self._asgi(scope, receive, send)
+            elif tracing.installed():
+                await self._traced(scope, receive, send, headers, correlation_id)
+            else:
+                await self._request(scope, receive, send, correlation_id)
+
+    async def _probed(self, app: App, scope: Scope, send: Send) -> bool:
+        if scope["method"] not in ("GET", "HEAD") or not scope["path"].startswith(("/health/", "/metrics")):
+            return False
+        try:
+            watch = app.get(HealthWatch)
+        except NotBoundError:
+            return (
+                False  # no ObservabilityModule in the App, or the App is not running: the path may be the application's
+            )
+        accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), "")
+        answer = await watch.answer(scope["path"], accept)
+        if answer is None:
+            return False
+        body = answer.body if scope["method"] == "GET" else b""
+        headers = [
+            (b"content-type", answer.content_type.encode()),
+            (b"content-length", str(len(answer.body)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        return True
+
+    async def _traced(
+        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str], correlation_id: str
+    ) -> None:
+        around = tracing.traceparent()
+        if around is not None:
+            # The framework or another middleware has made this request's span: a second one would count it twice.
+            with bind(traceparent=around):
+                await self._request(scope, receive, send, correlation_id)
+            return
+        attributes = {"http.request.method": _method(scope), "mainstay.correlation_id": correlation_id}
+        with tracing.server_span(_method(scope), headers, attributes) as span:
+            # What is called from here on continues this span, not the caller's.
+            with bind(traceparent=tracing.traceparent()):
+                status = await self._request(scope, receive, send, correlation_id)
+            span.set_attribute("http.route", route := route_template(scope))
+            span.set_attribute("http.response.status_code", status)
+            span.update_name(f"{_method(scope)} {route}")
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                span.set_status(StatusCode.ERROR)
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> int:
+        status = _NO_ANSWER
+        started = False
+
+        async def observed(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                started, status = True, message["status"]
+                headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-correlation-id"]
+                message["headers"] = [*headers, (b"x-correlation-id", correlation_id.encode())]
+            await send(message)
+
+        begin = perf_counter()
+        IN_PROGRESS.inc()
+        try:
+            await self._asgi(scope, receive, observed)
+        except Exception as error:
+            # Logged here, inside the context. Answered here and not raised again, or the server would log it a second
+            # time,
+            # without its context; but once an answer has begun, only the server can break it off.
+            _log.exception("%s %s failed", _method(scope), route_template(scope))
+            if started:
+                raise
+            await _answer_error(error, correlation_id, observed)
+        finally:
+            IN_PROGRESS.dec()
+            method, route = _method(scope), route_template(scope)
+            _count(method, route, str(status)).inc()
+            _seconds(method, route).observe(perf_counter() - begin)
+        return status
+
+
+async def _answer_error(error: Exception, correlation_id: str, send: Send) -> None:
+    if isinstance(error, MainstayError):
+        status, body = status_of(error), error_body(error.code, error.public_message, correlation_id)
+        extra = retry_after(error)
+    else:
+        status, body = 500, error_body("SYS_INTERNAL", MainstayError.public_message, correlation_id)
+        extra = {}
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(content)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in extra.items()]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        known = _WANTED.get(name)
+        if known is not None:
+            found[known] = value.decode("latin-1")
+    return found
+
+
+def _method(scope: Scope) -> str:
+    method: str = scope["method"]
+    return method if method in _METHODS else "other"
+
+
+def route_template(scope: Scope) -> str:
+    """The template of the route that answers, such as `/orders/{id}`, prefixes of routers and mounts included.
+
+    The route's own path lacks the prefixes, and frameworks have moved them about; so they are taken from the path that
+    was asked for: what remains of it before the part that the route describes, with the values of mount parameters put
+    back into their names. A request that no route answers is `unmatched`, whatever its path.
+    """
+    route = scope.get("route")
+    template: str | None = getattr(route, "path_format", None) or getattr(route, "path", None)
+    if template is None:
+        return _UNMATCHED
+    path: str = scope["path"]
+    if template == path:
+        return template
+    values = cast("dict[str, Any]", scope.get("path_params") or {})
+    described, rest = template, dict(values)
+    for name, value in values.items():
+        marker = f"{{{name}}}"
+        if marker in described:
+            described = described.replace(marker, str(value))
+            del rest[name]
+    if described == path or not path.endswith(described):
+        return template
+    prefix = path[: len(path) - len(described)]
+    for name, value in rest.items():
+        prefix = "/".join(f"{{{name}}}" if part == str(value) else part for part in prefix.split("/"))
+    return prefix + template

@@ -1,0 +1,141 @@
+"""Health, asked in the background and answered from memory.
+
+A probe must cost nothing and depend on nothing: a flood of them must not become a flood of queries, and a slow
+database must not make the probes slow. So one task asks `App.health()` on its own beat, one round at a time, and every
+probe reads the last answer.
+
+- **live** means that the event loop turns: that the answer was given at all. Nothing that is shared is looked at,
+  because
+  killing the process repairs nothing that is shared.
+- **ready** means that the App has started and is not stopping. Parts count only where the settings name them.
+- **health** tells everything, with details, to people: it is served on the port of its own only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Gauge
+
+from mainstay.core import App, Health, spawn
+from mainstay.observability.metrics import exposition
+from mainstay.observability.settings import ObservabilitySettings
+
+_log = logging.getLogger("mainstay.observability")
+
+_WORTH = {"ok": 1.0, "degraded": 0.5, "down": 0.0}
+HEALTH = Gauge("mainstay_health", "1 ok, 0.5 degraded, 0 down; by part, as last asked.", ["part"])
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a probe gets.
+
+    Attributes:
+        status: of HTTP; 200 or 503.
+        content_type: of the body.
+        body: the bytes.
+    """
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class HealthWatch:
+    """Knows the last health of every part, and answers probes from it.
+
+    Attributes:
+        latest: by part, as `App.health()` names them; empty until the first round is over.
+    """
+
+    def __init__(self, app: App, settings: ObservabilitySettings) -> None:
+        self._app = app
+        self._interval = settings.health_interval_seconds
+        self._readiness = settings.readiness
+        self._round: asyncio.Task[None] | None = None
+        self.latest: dict[str, Health] = {}
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncGenerator[None, None]:
+        """Ask on the beat of the settings until the block ends."""
+        beat = spawn(self._beat(), name="mainstay.observability.health")
+        try:
+            yield
+        finally:
+            beat.cancel()
+            await asyncio.gather(beat, return_exceptions=True)
+            if self._round is not None:
+                self._round.cancel()
+                await asyncio.gather(self._round, return_exceptions=True)
+            for part in self.latest:
+                HEALTH.remove(part)
+
+    async def _beat(self) -> None:
+        while True:
+            await self.refresh()
+            await self._app.clock.sleep(self._interval)
+
+    async def refresh(self) -> dict[str, Health]:
+        """Ask all parts now; callers that come while a round is under way share it."""
+        if self._round is None or self._round.done():
+            self._round = spawn(self._ask(), name="mainstay.observability.health.round")
+        await asyncio.shield(self._round)
+        return self.latest
+
+    async def _ask(self) -> None:
+        try:
+            latest = await self._app.health()
+        except Exception:  # noqa: BLE001  see below
+            # App.health() contains what parts do; whatever is left must not end the watch and freeze its last answer.
+            _log.exception("asking for health failed")
+            latest = {"app": Health("down", "its health could not be asked")}
+        for part, health in latest.items():
+            before = self.latest.get(part)
+            if (before.status if before else "ok") != health.status:
+                level = logging.INFO if health.status == "ok" else logging.WARNING
+                _log.log(level, "%s is %s: %s", part, health.status, health.detail or "no detail")
+            HEALTH.labels(part).set(_WORTH[health.status])
+        for part in self.latest.keys() - latest.keys():
+            HEALTH.remove(part)
+        self.latest = latest
+
+    def ready(self) -> bool:
+        """Whether the App has started, is not stopping, and no part that the settings name is down."""
+        return self._app.started and not any(
+            health.status == "down" for part, health in self.latest.items() if part.split(".")[0] in self._readiness
+        )
+
+    async def answer(self, path: str, accept: str = "", *, private: bool = False) -> Answer | None:
+        """The answer to a probe's path; None where the path is none of ours.
+
+        Args:
+            path: `/health/live`, `/health/ready`, `/metrics`, and `/health` where `private`.
+            accept: the request's `Accept` header; chooses the format of the metrics.
+            private: whether only people of this service can ask: details name what it depends on.
+        """
+        if path == "/health/live":
+            return _json(200, {"status": "ok"})
+        if path == "/health/ready":
+            ready = self.ready()
+            return _json(200 if ready else 503, {"status": "ok" if ready else "down"})
+        if path == "/metrics":
+            return Answer(200, *await asyncio.to_thread(exposition, accept))
+        if path == "/health" and private:
+            states = {health.status for health in self.latest.values()}
+            worst = next((status for status in ("down", "degraded") if status in states), "ok")
+            parts = {name: {"status": each.status, "detail": each.detail} for name, each in self.latest.items()}
+            return _json(200, {"status": worst, "ready": self.ready(), "parts": parts})
+        return None
+
+
+def _json(status: int, value: dict[str, Any]) -> Answer:
+    return Answer(status, JSON, json.dumps(value).encode())

@@ -1,0 +1,44 @@
+"""What an App starts first and stops last: logging for everybody, health in the background, probes for a worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Never
+
+from mainstay.core import App, Module
+from mainstay.observability import logging
+from mainstay.observability.health import HealthWatch
+from mainstay.observability.http import serving
+from mainstay.observability.settings import ObservabilitySettings
+
+
+class ProbeServer:
+    """Where this process serves its probes.
+
+    Attributes:
+        port: of TCP; the one that the system chose where the settings say 0. None where nothing is served.
+    """
+
+    def __init__(self, port: int | None) -> None:
+        self.port = port
+
+
+class ObservabilityModule(Module[ObservabilitySettings, Never]):
+    """Logs, metrics and health of a service.
+
+    Write it first, so that the start of everything else is logged in its form.
+    """
+
+    @asynccontextmanager
+    async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
+        """Yields a `HealthWatch` and a `ProbeServer`."""
+        settings = self.settings
+        async with AsyncExitStack() as stack:
+            stack.enter_context(logging.configured(settings))
+            watch = HealthWatch(app, settings)
+            port = None
+            if settings.http_port is not None:
+                port = await stack.enter_async_context(serving(watch, settings.http_host, settings.http_port))
+            await stack.enter_async_context(watch.watching())
+            yield (watch, ProbeServer(port))

@@ -1,0 +1,66 @@
+"""For tests of code that uses Mainstay: what it logged, and what it counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from prometheus_client import REGISTRY
+
+from mainstay.observability.logging import _Formatter, add_context, redact
+
+
+class _Catcher(logging.Handler):
+    def __init__(self, lines: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.setFormatter(_Formatter([add_context, redact, lambda _logger, _method, event: lines.append(dict(event))]))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.format(record)
+
+
+@contextmanager
+def captured_logs(level: int = logging.DEBUG) -> Generator[list[dict[str, Any]], None, None]:
+    """Collect log lines as dictionaries, of structlog's loggers and of stdlib's alike.
+
+    They come with the context and without secrets.
+    Each has `event` and `level`, a stdlib line also `logger`. Nothing is printed meanwhile by structlog. `exc_info`
+    stays as it was passed.
+    """
+    lines: list[dict[str, Any]] = []
+
+    def keep(_logger: object, method: str, event: Any) -> Any:
+        lines.append({"level": method, **event})
+        raise structlog.DropEvent
+
+    before = structlog.get_config() if structlog.is_configured() else None
+    root = logging.getLogger()
+    catcher, root_level = _Catcher(lines), root.level
+    structlog.configure(
+        processors=[add_context, redact, keep],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=False,
+    )
+    root.addHandler(catcher)
+    root.setLevel(level)
+    try:
+        yield lines
+    finally:
+        root.removeHandler(catcher)
+        root.setLevel(root_level)
+        if before is None:
+            structlog.reset_defaults()
+        else:
+            structlog.configure(**before)
+
+
+def metric(name: str, **labels: str) -> float:
+    """The current value of a sample; 0 where there is none.
+
+    `metric("mainstay_http_requests_total", method="GET", route="/orders/{id}", status="200")`.Metrics belong to the
+    process and only grow: compare a value before with one after.
+    """
+    return REGISTRY.get_sample_value(name, labels) or 0.0

@@ -1,0 +1,246 @@
+"""Health: asked in the background, answered from memory, served by a small HTTP server."""
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import Never
+
+import httpx
+import pytest
+from prometheus_client import Counter
+from pydantic_settings import SettingsConfigDict
+
+from mainstay.core import App, ConfigurationError, Health, Module, Settings
+from mainstay.core.testing import VirtualClock
+from mainstay.observability import (
+    CappedLabels,
+    HealthWatch,
+    ObservabilityModule,
+    ObservabilitySettings,
+    ProbeServer,
+)
+from mainstay.observability.metrics import exposition
+from mainstay.observability.testing import metric
+
+
+class PartSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_TESTPART_")
+
+
+class Part:
+    def __init__(self):
+        self.status = "ok"
+        self.asked = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def health(self):
+        self.asked += 1
+        await self.gate.wait()
+        return Health(self.status, "it says so")
+
+
+class PartModule(Module[PartSettings, Never]):
+    @asynccontextmanager
+    async def running(self, app):
+        yield (Part(),)
+
+
+def service(clock=None, **settings):
+    return App(
+        ObservabilityModule.for_root(ObservabilitySettings(service_name="s", http_port=0, **settings)),
+        PartModule.for_root(),
+        clock=clock or VirtualClock(),
+    )
+
+
+def client(app):
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{app.get(ProbeServer).port}")
+
+
+async def test_trap_a_flood_of_probes_is_no_flood_of_checks():
+    """A hundred probes ask no part; the beat does, on its own time."""
+    clock = VirtualClock()
+    async with service(clock) as app, client(app) as http:
+        part, watch = app.get(Part), app.get(HealthWatch)
+        await watch.refresh()
+        asked = part.asked
+        answers = await asyncio.gather(*(http.get("/health/ready") for _ in range(20)), http.get("/health"))
+        assert {answer.status_code for answer in answers} == {200}
+        assert part.asked == asked
+        await clock.advance(5.0)
+        assert part.asked == asked + 1
+
+
+async def test_one_round_at_a_time():
+    """Callers who want a fresh answer share the round that is under way, and one who gives up does not end it."""
+    async with service() as app:
+        part, watch = app.get(Part), app.get(HealthWatch)
+        await watch.refresh()
+        before = part.asked
+        part.gate.clear()
+        rounds = [asyncio.ensure_future(watch.refresh()) for _ in range(10)]
+        while part.asked == before:
+            await asyncio.sleep(0)
+        rounds[0].cancel()
+        part.gate.set()
+        results = await asyncio.gather(*rounds, return_exceptions=True)
+        assert part.asked == before + 1
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert results[1]["part.Part"].status == "ok"
+
+
+async def test_trap_an_outage_of_something_shared_restarts_and_removes_nobody(caplog):
+    """With a part down, this process stays live and ready, and tells people; named in the settings, it is not ready."""
+    for readiness, status in ((frozenset(), 200), (frozenset({"part"}), 503)):
+        async with service(readiness=readiness) as app, client(app) as http:
+            part, watch = app.get(Part), app.get(HealthWatch)
+            part.status = "down"
+            with caplog.at_level(logging.INFO, "mainstay.observability"):
+                await watch.refresh()
+                await watch.refresh()
+            assert (await http.get("/health/live")).status_code == 200
+            assert (await http.get("/health/ready")).status_code == status
+            report = (await http.get("/health")).json()
+            assert report["status"] == "down"
+            assert report["parts"]["part.Part"] == {"status": "down", "detail": "it says so"}
+            assert metric("mainstay_health", part="part.Part") == 0
+            assert caplog.text.count("part.Part is down: it says so") == 1
+            part.status = "degraded"
+            await watch.refresh()
+            assert metric("mainstay_health", part="part.Part") == 0.5
+            assert (await http.get("/health/ready")).status_code == 200
+        caplog.clear()
+
+
+async def test_not_ready_before_the_start_is_over_and_while_draining():
+    """A process that starts or drains is alive and wants no traffic."""
+    seen = {}
+
+    class SlowModule(Module[PartSettings, Never]):
+        @asynccontextmanager
+        async def running(self, app):
+            async def worker(draining):
+                await draining.wait()
+                seen["draining"] = app.get(HealthWatch).ready()
+
+            app.serve("slow", worker)
+            async with client(app) as http:
+                seen["starting"] = (await http.get("/health/ready")).status_code
+                seen["alive"] = (await http.get("/health/live")).status_code
+            yield ()
+
+    app = App(
+        ObservabilityModule.for_root(ObservabilitySettings(service_name="s", http_port=0)),
+        SlowModule.for_root(),
+    )
+    async with app.running(serve=True):
+        assert app.get(HealthWatch).ready()
+    assert seen == {"starting": 503, "alive": 200, "draining": False}
+
+
+async def test_a_check_that_cannot_be_asked_does_not_freeze_the_last_answer(monkeypatch, caplog):
+    """When asking itself breaks, that is the answer, and the watch goes on."""
+    async with service() as app:
+        watch = app.get(HealthWatch)
+
+        async def broken():
+            msg = "broken"
+            raise RuntimeError(msg)
+
+        monkeypatch.setattr(app, "health", broken)
+        assert (await watch.refresh())["app"].status == "down"
+        monkeypatch.undo()
+        assert "app" not in await watch.refresh()
+        assert metric("mainstay_health", part="app") == 0
+
+
+async def raw(port, request):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        if not request.endswith(b"\r\n\r\n"):
+            writer.write_eof()
+        return await reader.read()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_the_small_server_speaks_just_enough_http():
+    """Four paths, GET and HEAD, and a clear refusal of everything else."""
+    async with service() as app, client(app) as http:
+        port = app.get(ProbeServer).port
+        assert "# EOF" in (await http.get("/metrics", headers={"accept": "application/openmetrics-text"})).text
+        assert (await http.get("/health/live?x=1")).status_code == 200
+        head = await http.head("/health/live")
+        assert (head.content, head.headers["content-length"]) == (b"", "16")
+        assert (await http.get("/")).status_code == 404
+        assert (await http.post("/health/live")).status_code == 405
+        assert b" 400 " in await raw(port, b"nonsense\r\n\r\n")
+        assert b" 400 " in await raw(port, b"GET / HTTP/1.1")
+        assert b" 400 " in await raw(port, b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\n\r\n")
+
+
+async def test_stopping_does_not_wait_for_a_silent_caller():
+    """A connection that sends nothing ends with the App."""
+    async with service() as app:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.get(ProbeServer).port)
+        await asyncio.sleep(0)
+    assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_probe_that_breaks_is_logged_and_closes(monkeypatch, caplog):
+    """An error inside an answer ends that connection only."""
+    async with service() as app, client(app) as http:
+
+        def broken(_accept):
+            msg = "broken"
+            raise RuntimeError(msg)
+
+        monkeypatch.setattr("mainstay.observability.health.exposition", broken)
+        with caplog.at_level(logging.ERROR, "mainstay.observability"), pytest.raises(httpx.RemoteProtocolError):
+            await http.get("/metrics")
+        assert "could not be answered" in caplog.text
+        assert (await http.get("/health/live")).status_code == 200
+
+
+async def test_a_port_in_use_is_a_configuration_error():
+    """Two processes on one port: the second says which setting to change."""
+    async with service() as app:
+        taken = app.get(ProbeServer).port
+        other = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="s", http_port=taken)))
+        with pytest.raises(ConfigurationError, match="MAINSTAY_OBSERVABILITY_HTTP_PORT"):
+            await other.__aenter__()
+
+
+async def test_without_a_port_nothing_is_served():
+    """A web service needs no second server."""
+    async with App(ObservabilityModule.for_root(ObservabilitySettings(service_name="s"))) as app:
+        assert app.get(ProbeServer).port is None
+
+
+def test_label_values_are_capped():
+    """Beyond the limit everything is counted under `other`; children are the same object each time."""
+    counter = Counter("mainstay_test_capped", "For this test.", ["a", "b"], registry=None)
+    capped = CappedLabels(counter, 2)
+    for n in range(5):
+        capped(str(n), "x").inc()
+    assert capped("0", "x") is capped("0", "x")
+    values = {
+        tuple(sample.labels.values()): sample.value
+        for sample in counter.collect()[0].samples
+        if sample.name.endswith("total")
+    }
+    assert values == {("0", "x"): 1, ("1", "x"): 1, ("other", "other"): 3}
+    with pytest.raises(ValueError, match="at least 1"):
+        CappedLabels(counter, 0)
+
+
+def test_several_processes_are_put_together(monkeypatch, tmp_path):
+    """With the folder of prometheus-client's multiprocess mode set, what all processes wrote there is shown."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    content_type, body = exposition("")
+    assert content_type.startswith("text/plain")
+    assert body == b""
