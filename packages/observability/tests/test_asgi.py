@@ -144,8 +144,8 @@ async def test_a_missing_or_unsafe_correlation_id_is_replaced(sent):
 
 
 async def test_trap_values_bound_in_dependencies():
-    """What an async dependency binds reaches the handler; what a sync one binds in its thread does not, and hides
-    nothing.""" async with client(application()) as http:
+    """What an async dependency binds reaches the handler; what a sync one binds in its thread does not."""
+    async with client(application()) as http:
         assert (await http.get("/me")).json() == {"actor": "ann"}
         answer = await http.get("/thread")
         assert answer.json() == {"actor": None}
@@ -359,8 +359,8 @@ async def test_websockets_have_the_context_and_lifespans_pass():
 
 
 async def test_probes_are_served_before_everything_else_while_the_app_runs():
-    """Probes and metrics answer without the application being asked; without a running App they are the
-    application's.""" app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
+    """Probes and metrics answer without the application being asked; without a running App they are its own."""
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
     asked = []
 
     async def inner(scope, receive, send):

@@ -152,8 +152,8 @@ def test_levels_hold_for_everybody():
 
 
 def test_uvicorn_asyncio_and_warnings_come_through_once():
-    """What already had handlers of its own for the terminal is written once, in our form; a file handler keeps its
-    own.""" terminal, file = logging.StreamHandler(io.StringIO()), logging.FileHandler("/dev/null")
+    """What already had handlers of its own for the terminal is written once, in our form; file handlers stay."""
+    terminal, file = logging.StreamHandler(io.StringIO()), logging.FileHandler("/dev/null")
     access = logging.getLogger("uvicorn.access")
     access.addHandler(terminal)
     access.addHandler(file)
