@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -47,13 +47,17 @@ class Problem:
 
 
 class PurchaseRejected(MainstayError):
-    """A line that is no purchase; `problems` lists all that is wrong with it."""
+    """A line that is no purchase; `problems` lists all that is wrong with it.
+
+    With `conflict`, it is one, and its order id belongs to another.
+    """
 
     code = "VAL_PURCHASE"
     no_effect = True
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], *, conflict: bool = False) -> None:
         self.problems = tuple(problems)
+        self.conflict = conflict
         text = "; ".join(str(problem) for problem in self.problems)
         super().__init__(text, public_message=text)
 
@@ -128,13 +132,13 @@ class Purchase(BaseModel):
         return sum(line.quantity * line.cents for line in self.lines)
 
 
-def parse_purchase(data: bytes, *, line: int, known_items: Iterable[str] | None = None) -> Purchase:
+def parse_purchase(data: bytes, *, line: int, items: Container[str], customers: Container[str]) -> Purchase:
     """The purchase that one line of the file describes.
 
     Args:
         data: the line's bytes, UTF-8.
         line: its number in the file, from 1, for the errors.
-        known_items: the catalogue's items; None does not check.
+        items, customers: those that the catalogue knows.
 
     Raises:
         PurchaseRejected: with every problem there is.
@@ -146,13 +150,14 @@ def parse_purchase(data: bytes, *, line: int, known_items: Iterable[str] | None 
         purchase = Purchase.model_validate(document)
     except ValidationError as error:
         problems = [Problem(line, _field(problem["loc"]), _message(dict(problem))) for problem in error.errors()]
-    if known_items is not None:
-        known = known_items if isinstance(known_items, set | frozenset | dict) else set(known_items)
-        problems += [
-            Problem(line, f"lines[{index}].item", f"the catalogue has no item {item!r}")
-            for index, item in _items(document)
-            if item not in known
-        ]
+    customer = document.get("customer_id")
+    if isinstance(customer, str) and customer not in customers:
+        problems.append(Problem(line, "customer_id", f"nobody knows a customer {customer!r}"))
+    problems += [
+        Problem(line, f"lines[{index}].item", f"the catalogue has no item {item!r}")
+        for index, item in _items(document)
+        if item not in items
+    ]
     if purchase is None or problems:
         raise PurchaseRejected(problems)
     return purchase

@@ -2,6 +2,7 @@
 
 import json
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from ticketing.catalogue import read_catalogue
 from ticketing.purchases import MAX_BYTES, Purchase, PurchaseRejected, parse_purchase, read_lines
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "order_id": "1",
     "customer_id": "ada",
     "country": "Norway",
@@ -30,16 +31,20 @@ def with_line(**fields) -> bytes:
     return changed(lines=[GOOD["lines"][0], GOOD["lines"][1] | fields])
 
 
-def complaints(data: bytes, known_items=None) -> list[tuple[str, str]]:
+def parse(data: bytes, items=("A",)) -> Purchase:
+    return parse_purchase(data, line=7, items=items, customers={"ada"})
+
+
+def complaints(data: bytes, items=("A",)) -> list[tuple[str, str]]:
     with pytest.raises(PurchaseRejected) as caught:
-        parse_purchase(data, line=7, known_items=known_items)
+        parse(data, items)
     assert {problem.line for problem in caught.value.problems} == {7}
     return [(problem.field, problem.message) for problem in caught.value.problems]
 
 
 def test_a_good_line_is_a_purchase_with_each_lines_own_price():
     """The same item may appear twice under two prices, and the total is exact in cents."""
-    purchase = parse_purchase(changed(), line=1, known_items={"A"})
+    purchase = parse(changed())
     assert [line.cents for line in purchase.lines] == [275, 210]
     assert purchase.total_cents == 760
     assert purchase.placed_at.isoformat() == "2010-12-01T08:26:00"
@@ -47,7 +52,7 @@ def test_a_good_line_is_a_purchase_with_each_lines_own_price():
 
 def test_a_purchase_survives_being_stored():
     """What the workflow records and reads again equals what the customer sent."""
-    purchase = parse_purchase(changed(), line=1)
+    purchase = parse(changed())
     assert Purchase.model_validate_json(purchase.model_dump_json()) == purchase
 
 
@@ -56,7 +61,7 @@ def test_every_price_in_cents_is_exact(price):
     """No price loses or gains a cent on its way through, whether JSON has it as text or as a number."""
     for text in (f'"{price}"', str(price)):
         data = changed().replace(b'"2.75"', text.encode())
-        assert parse_purchase(data, line=1).lines[0].cents == price * 100
+        assert parse(data).lines[0].cents == price * 100
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_a_missing_field_is_named():
 def test_all_problems_come_at_once():
     """Whoever mends a file wants the whole list, the unknown item beside the negative quantity."""
     data = changed(customer_id=None, lines=[GOOD["lines"][0] | {"item": "Z", "quantity": -1}])
-    assert complaints(data, known_items={"A"}) == [
+    assert complaints(data) == [
         ("customer_id", "is unknown (null)"),
         ("lines[0].quantity", "must be 1 or more, not -1"),
         ("lines[0].item", "the catalogue has no item 'Z'"),
@@ -127,14 +132,22 @@ def test_a_field_named_twice_is_refused():
 def test_no_bytes_break_the_reader(data):
     """Any bytes at all are either a purchase or rejected."""
     with pytest.raises(PurchaseRejected):
-        parse_purchase(data, line=1)
+        parse(data)
+
+
+def test_customers_are_those_whom_the_file_names(tmp_path):
+    """Whoever appears on any readable line is a customer; nobody else is, and null is nobody."""
+    path = tmp_path / "purchases.jsonl"
+    path.write_bytes(b"\n".join([changed(), changed(customer_id="bob", lines=[]), changed(customer_id=None), b"{"]))
+    assert read_catalogue(path).customers == {"ada", "bob"}
+    assert complaints(changed(customer_id="eve")) == [("customer_id", "nobody knows a customer 'eve'")]
 
 
 def test_lines_keep_their_numbers(tmp_path):
     """Blank lines are no purchases, and yet they count; a byte order mark and Windows line ends do no harm."""
     path = tmp_path / "purchases.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + changed() + b"\r\n\r\n" + changed(order_id="2"))
-    assert [(number, parse_purchase(data, line=number).order_id) for number, data in read_lines(path)] == [
+    assert [(number, parse(data).order_id) for number, data in read_lines(path)] == [
         (1, "1"),
         (3, "2"),
     ]
@@ -145,7 +158,7 @@ def test_stock_is_nine_tenths_of_all_demand(tmp_path):
     path = tmp_path / "purchases.jsonl"
     refused = changed(order_id="3", customer_id=None)
     path.write_bytes(b"\n".join([changed(), changed(order_id="2"), refused, with_line(quantity=-5), b"{broken"]))
-    (item,) = read_catalogue(path).values()
+    (item,) = read_catalogue(path).items.values()
     assert (item.item, item.title) == ("A", "POPPY'S ")
     assert item.stock == (3 * 3 + 2) * 9 // 10
 
@@ -154,11 +167,11 @@ def test_an_item_without_any_title_is_unknown(tmp_path):
     """A line may leave the title out where another line has it; an item that nobody can name is not sold."""
     path = tmp_path / "purchases.jsonl"
     path.write_bytes(b"\n".join([with_line(title=None), with_line(item="Z", title=None)]))
-    catalogue = read_catalogue(path)
-    assert list(catalogue) == ["A"]
+    items = read_catalogue(path).items
+    assert list(items) == ["A"]
     (_, first), (_, second) = read_lines(path)
-    assert parse_purchase(first, line=1, known_items=catalogue).lines[1].title is None
-    assert complaints(second, known_items=catalogue) == [("lines[1].item", "the catalogue has no item 'Z'")]
+    assert parse(first, items).lines[1].title is None
+    assert complaints(second, items) == [("lines[1].item", "the catalogue has no item 'Z'")]
 
 
 def test_the_shipped_file_has_something_of_everything():
@@ -169,7 +182,7 @@ def test_the_shipped_file_has_something_of_everything():
     reasons, taken = [], []
     for number, data in read_lines(DEFAULT_PURCHASES):
         try:
-            taken.append(parse_purchase(data, line=number, known_items=catalogue))
+            taken.append(parse_purchase(data, line=number, items=catalogue.items, customers=catalogue.customers))
         except PurchaseRejected as rejected:
             reasons.append(str(rejected))
     assert len(taken) == 26
@@ -182,4 +195,4 @@ def test_the_shipped_file_has_something_of_everything():
         "line 27, lines",
     ]
     assert len({purchase.order_id for purchase in taken}) == 25
-    assert any(item.stock == 0 for item in catalogue.values())
+    assert any(item.stock == 0 for item in catalogue.items.values())

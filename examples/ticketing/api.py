@@ -1,0 +1,79 @@
+"""The HTTP API: takes purchases, says how they are doing. It sells nothing itself; that is the worker's business."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import func, select
+
+from mainstay.core import current
+from mainstay.observability import error_body
+from mainstay.workflow import RunConflict
+from ticketing.office import office
+from ticketing.purchases import MAX_BYTES, Problem, PurchaseRejected, parse_purchase
+from ticketing.saga import Order, sell
+from ticketing.tables import purchases
+
+routes = APIRouter()
+
+
+@routes.post("/purchases", status_code=202)
+async def buy(request: Request, line: Annotated[int, Query(ge=1)] = 1) -> dict[str, str]:
+    """Accept one line of a purchases file: its JSON is the body, its number in the file is `line`.
+
+    Durable with the answer. The same line again is the same purchase; another one under the same order id is refused.
+    """
+    known = office.catalogue
+    purchase = parse_purchase(await _body(request), line=line, items=known.items, customers=known.customers)
+    try:
+        run = await sell.start(Order(line=line, purchase=purchase), id=run_id(purchase.order_id))
+    except RunConflict:
+        message = f"order {purchase.order_id!r} was taken already, with another content or from another line"
+        raise PurchaseRejected([Problem(line, "order_id", message)], conflict=True) from None
+    return {"order_id": purchase.order_id, "run_id": run.id}
+
+
+@routes.get("/purchases/{order_id}")
+async def purchase_status(order_id: str) -> dict[str, str | None]:
+    """How a purchase is doing; 404 where there is none."""
+    run = sell.handle(run_id(order_id))
+    status = await run.status()
+    rows = await office.database.read(
+        select(purchases.c.state, purchases.c.reason).where(purchases.c.order_id == order_id)
+    )
+    state, reason = rows[0] if rows else ("accepted", None)
+    return {"order_id": order_id, "run_id": run.id, "status": status.value, "state": state, "reason": reason}
+
+
+@routes.get("/purchases")
+async def summary() -> dict[str, int]:
+    """How many purchases are in each state."""
+    count = func.count().label("count")
+    rows = await office.database.read(select(purchases.c.state, count).group_by(purchases.c.state))
+    return {row.state: row.count for row in rows}
+
+
+def run_id(order_id: str) -> str:
+    return f"purchase-{order_id}"
+
+
+async def rejected(_request: Request, error: Exception) -> JSONResponse:
+    """A rejected purchase, with every problem by line and field."""
+    assert isinstance(error, PurchaseRejected)
+    problems: list[dict[str, Any]] = [
+        {"line": problem.line, "field": problem.field or None, "message": problem.message} for problem in error.problems
+    ]
+    body = error_body(error.code, error.public_message, current().correlation_id, problems=problems)
+    return JSONResponse(body, 409 if error.conflict else 422)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, but not much more than a purchase may have."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BYTES:
+            break
+    return bytes(data)

@@ -1,0 +1,300 @@
+"""What must hold at the end, whatever was killed on the way: recounted from raw rows, not as the office believes.
+
+`Facts` are the rows of the office's database and of the provider's ledger, and the purchases file as it stands on disk.
+Each invariant is a function from facts to complaints; no complaint means that it holds.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+_ID_LETTERS = set(string.ascii_letters + string.digits + "._-")
+STATE_CHANGES = (
+    "purchase.accepted",
+    "tickets.held",
+    "tickets.issued",
+    "tickets.released",
+    "payment.captured",
+    "payment.refunded",
+    "purchase.completed",
+    "purchase.cancelled",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything the invariants look at.
+
+    Attributes:
+        file: the file's lines by number: the JSON object, or None where there is none.
+        answers: what the API said to each line: the order it accepted, or None for a line it refused.
+        items, tickets, purchases, payments, sales, customers, receipts, handled: rows of the office's tables.
+        ledger: rows of the provider's ledger.
+        audit_entries: how many audit entries the verifier has checked.
+        audit_problems: what the verifier found wrong with the log.
+        audited: how many entries there are by (action, resource).
+        dead_letters: events that were given up.
+    """
+
+    file: dict[int, Row | None]
+    answers: dict[int, str | None]
+    items: list[Row]
+    tickets: list[Row]
+    purchases: list[Row]
+    payments: list[Row]
+    sales: list[Row]
+    customers: list[Row]
+    receipts: list[Row]
+    handled: list[Row]
+    ledger: list[Row]
+    audit_entries: int = 0
+    audit_problems: tuple[str, ...] = ()
+    audited: Counter[tuple[str, str]] = field(default_factory=Counter)
+    dead_letters: int = 0
+
+    def lines_of(self, purchase: Row) -> list[tuple[str, int, int]]:
+        """(item, quantity, price in cents) of each line, as the file has them."""
+        document = self.file.get(purchase["line"]) or {"lines": []}
+        return [(entry["item"], entry["quantity"], _cents(entry["unit_price"])) for entry in document["lines"]]
+
+    def in_state(self, state: str) -> list[Row]:
+        return [purchase for purchase in self.purchases if purchase["state"] == state]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One invariant, and everything that speaks against it."""
+
+    name: str
+    complaints: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.complaints
+
+
+def every_line_accounted_for(facts: Facts) -> Iterator[str]:
+    """Each line was answered; what was accepted is a purchase that came to an end, and nothing else is."""
+    for line in facts.file:
+        if line not in facts.answers:
+            yield f"line {line} was never answered"
+    accepted = {line: order for line, order in facts.answers.items() if order is not None}
+    known = {purchase["line"]: purchase for purchase in facts.purchases}
+    for line, order in accepted.items():
+        if line not in known or known[line]["order_id"] != order:
+            yield f"line {line} was accepted as order {order}, and there is no such purchase"
+    for line, purchase in known.items():
+        if line not in accepted:
+            yield f"order {purchase['order_id']} is in the books, and line {line} was refused"
+        if purchase["state"] not in {"completed", "cancelled"}:
+            yield f"order {purchase['order_id']} has stopped at {purchase['state']}"
+        total = sum(quantity * cents for _, quantity, cents in facts.lines_of(purchase))
+        if total != purchase["total_cents"]:
+            booked = _money(purchase["total_cents"])
+            yield f"order {purchase['order_id']} is {booked} in the books and {_money(total)} in the file"
+
+
+def no_ticket_sold_twice(facts: Facts) -> Iterator[str]:
+    """Every ticket exists once and has one owner, and every buyer has exactly the tickets that were asked for."""
+    numbers = Counter((ticket["item"], ticket["serial"]) for ticket in facts.tickets)
+    for (item, serial), count in numbers.items():
+        if count > 1:
+            yield f"ticket {serial} of {item} is there {count} times"
+    owned: dict[str, Counter[tuple[str, int]]] = defaultdict(Counter)
+    for ticket in facts.tickets:
+        if ticket["state"] == "issued":
+            owned[ticket["order_id"]][ticket["item"], ticket["price_cents"]] += 1
+    for purchase in facts.in_state("completed"):
+        wanted: Counter[tuple[str, int]] = Counter()
+        for item, quantity, cents in facts.lines_of(purchase):
+            wanted[item, cents] += quantity
+        if owned.pop(purchase["order_id"], Counter()) != wanted:
+            yield f"order {purchase['order_id']} does not have exactly the tickets it bought"
+    for order, tickets in owned.items():
+        yield f"order {order} did not complete and has {tickets.total()} tickets"
+
+
+def stock_never_negative(facts: Facts) -> Iterator[str]:
+    """Stock is nine tenths of the file's demand, and what is left plus what is taken is the stock, item by item."""
+    demand: Counter[str] = Counter()
+    for document in facts.file.values():
+        for entry in _good_lines(document):
+            demand[entry["item"]] += entry["quantity"]
+    taken = Counter(ticket["item"] for ticket in facts.tickets if ticket["state"] != "free")
+    printed = Counter(ticket["item"] for ticket in facts.tickets)
+    for item in facts.items:
+        name = item["item"]
+        if item["stock"] != demand[name] * 9 // 10:
+            yield f"{name} has a stock of {item['stock']} for a demand of {demand[name]}"
+        if item["free"] < 0 or taken[name] > item["stock"]:
+            yield f"{name} is oversold: {taken[name]} of {item['stock']}, {item['free']} left"
+        if printed[name] != item["stock"] or item["free"] + taken[name] != item["stock"]:
+            yield f"{name}: {item['free']} left and {taken[name]} taken do not make {item['stock']}"
+
+
+def ledgers_agree(facts: Facts) -> Iterator[str]:
+    """Every movement of money is in both ledgers, once, with the same amount."""
+    ours = Counter((row["key"], row["kind"], row["amount_cents"]) for row in facts.payments)
+    theirs = Counter((row["key"], row["kind"], row["amount_cents"]) for row in facts.ledger)
+    for key, kind, cents in (theirs - ours).elements():
+        yield f"the provider has a {kind} of {_money(cents)} for {key} that the office does not know"
+    for key, kind, cents in (ours - theirs).elements():
+        yield f"the office has a {kind} of {_money(cents)} for {key} that the provider does not know"
+
+
+def no_purchase_half_done(facts: Facts) -> Iterator[str]:
+    """Completed: held, charged once, issued, one receipt. Cancelled: no tickets, no money, no receipt."""
+    paid: Counter[str] = Counter()
+    charges: Counter[str] = Counter()
+    for row in facts.ledger:
+        paid[row["order_id"]] += row["amount_cents"] if row["kind"] == "charge" else -row["amount_cents"]
+        charges[row["order_id"]] += row["kind"] == "charge"
+    receipts = Counter(row["order_id"] for row in facts.receipts)
+    tickets: dict[str, Counter[str]] = defaultdict(Counter)
+    for ticket in facts.tickets:
+        if ticket["order_id"] is not None:
+            tickets[ticket["order_id"]][ticket["state"]] += 1
+    for purchase in facts.purchases:
+        order = purchase["order_id"]
+        if purchase["state"] == "completed":
+            quantity = sum(quantity for _, quantity, _ in facts.lines_of(purchase))
+            if tickets[order] != Counter({"issued": quantity}):
+                yield f"order {order} completed with {dict(tickets[order])} tickets of {quantity}"
+            if paid[order] != purchase["total_cents"] or charges[order] != 1:
+                yield f"order {order} completed and paid {_money(paid[order])} of {_money(purchase['total_cents'])}"
+            if receipts[order] != 1:
+                yield f"order {order} completed with {receipts[order]} receipts"
+        else:
+            if tickets[order]:
+                yield f"order {order} is {purchase['state']} and keeps {tickets[order].total()} tickets"
+            if paid[order]:
+                yield f"order {order} is {purchase['state']} and paid {_money(paid[order])}"
+            if receipts[order]:
+                yield f"order {order} is {purchase['state']} and has a receipt"
+
+
+def effects_exactly_once(facts: Facts) -> Iterator[str]:
+    """Every event that must have been, as told by the books, had its effect in each group that listens, once."""
+    expected: Counter[tuple[str, str, str]] = Counter()
+    for purchase in facts.purchases:
+        order = purchase["order_id"]
+        if purchase["tickets_held"]:
+            expected["sales", "tickets.held", order] += 1
+        if purchase["state"] == "completed":
+            for group in ("sales", "customers", "receipts"):
+                expected[group, "purchase.completed", order] += 1
+        if purchase["state"] == "cancelled":
+            expected["customers", "purchase.cancelled", order] += 1
+    for row in facts.payments:
+        event = {"charge": "payment.captured", "refund": "payment.refunded"}[row["kind"]]
+        expected["customers", event, row["order_id"]] += 1
+    happened = Counter((row["consumer"], row["event_type"], row["order_id"]) for row in facts.handled)
+    for key in expected.keys() | happened.keys():
+        if happened[key] != expected[key]:
+            group, event, order = key
+            yield f"{event} of order {order} had its effect in {group} {happened[key]} times, not {expected[key]}"
+    if facts.dead_letters:
+        yield f"{facts.dead_letters} events were given up"
+
+
+def projections_equal_recount(facts: Facts) -> Iterator[str]:
+    """Sales per item and purchases per customer are what a count of the rows themselves gives."""
+    held: Counter[str] = Counter()
+    sold: Counter[str] = Counter()
+    revenue: Counter[str] = Counter()
+    for purchase in facts.purchases:
+        for item, quantity, cents in facts.lines_of(purchase):
+            held[item] += quantity if purchase["tickets_held"] else 0
+            if purchase["state"] == "completed":
+                sold[item] += quantity
+                revenue[item] += quantity * cents
+    for row in facts.sales:
+        item = row["item"]
+        counted = (held[item], sold[item], revenue[item])
+        if (row["held"], row["sold"], row["revenue_cents"]) != counted:
+            yield f"sales of {item} are in the projection with other numbers than {counted}"
+    customer_of = {purchase["order_id"]: purchase["customer_id"] for purchase in facts.purchases}
+    ended = Counter((purchase["customer_id"], purchase["state"]) for purchase in facts.purchases)
+    moved: Counter[tuple[str | None, str]] = Counter()
+    for row in facts.ledger:
+        moved[customer_of.get(row["order_id"]), row["kind"]] += row["amount_cents"]
+    for row in facts.customers:
+        who = row["customer_id"]
+        counted = (ended[who, "completed"], ended[who, "cancelled"], moved[who, "charge"], moved[who, "refund"])
+        if (row["completed"], row["cancelled"], row["paid_cents"], row["refunded_cents"]) != counted:
+            yield f"customer {who} is in the projection with other numbers than {counted}"
+
+
+def audit_chain_intact(facts: Facts) -> Iterator[str]:
+    """The log verifies, and every change of a purchase's state is in it exactly once."""
+    yield from facts.audit_problems
+    if not facts.audit_entries:
+        yield "the audit log is empty"
+    for purchase in facts.purchases:
+        resource = f"purchase/{purchase['order_id']}"
+        expected = Counter({"purchase.accepted": 1, f"purchase.{purchase['state']}": 1})
+        if purchase["tickets_held"]:
+            expected["tickets.held"] += 1
+        kinds = Counter(row["kind"] for row in facts.payments if row["order_id"] == purchase["order_id"])
+        expected.update({"payment.captured": kinds["charge"], "payment.refunded": kinds["refund"]})
+        if purchase["state"] == "completed":
+            expected["tickets.issued"] += 1
+        elif purchase["tickets_held"]:
+            expected["tickets.released"] += 1
+        for action in STATE_CHANGES:
+            if (times := facts.audited[action, resource]) != expected[action]:
+                yield f"{action} of {resource} was audited {times} times, not {expected[action]}"
+
+
+INVARIANTS: dict[str, Callable[[Facts], Iterator[str]]] = {
+    "every line of the file accounted for": every_line_accounted_for,
+    "no ticket sold twice": no_ticket_sold_twice,
+    "stock never negative": stock_never_negative,
+    "office and provider ledgers agree to the cent": ledgers_agree,
+    "no purchase half done": no_purchase_half_done,
+    "each event's effect exactly once": effects_exactly_once,
+    "projections equal a recount": projections_equal_recount,
+    "audit chain intact, every state change in it": audit_chain_intact,
+}
+
+
+def judge(facts: Facts) -> list[Verdict]:
+    """The verdict on every invariant."""
+    return [Verdict(name, tuple(check(facts))) for name, check in INVARIANTS.items()]
+
+
+def _good_lines(document: Row | None) -> Iterator[Row]:
+    """The lines of an object from the file that ask for something; a second, plainer reading than the office's own."""
+    lines = document.get("lines") if document is not None else None
+    for entry in lines if isinstance(lines, list) else ():
+        if isinstance(entry, dict) and _is_item(entry.get("item")) and _is_title(entry.get("title")):
+            quantity = entry.get("quantity")
+            if type(quantity) is int and 0 < quantity <= 1_000_000 and _is_price(entry.get("unit_price")):
+                yield entry
+
+
+def _is_item(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 40 and value.isascii() and not set(value) - _ID_LETTERS
+
+
+def _is_title(value: object) -> bool:
+    return value is None or (isinstance(value, str) and 0 < len(value) <= 200 and min(value) >= " " and "\x7f" not in value)
+
+
+def _is_price(value: object) -> bool:
+    whole, _, cents = str(value).partition(".")
+    return f"{whole}{cents}".isdecimal() and len(cents) <= 2 and int(f"{whole}{cents}") > 0
+
+
+def _cents(price: object) -> int:
+    whole, _, cents = str(price).partition(".")
+    return int(f"{whole}{cents:0<2}")
+
+
+def _money(cents: int) -> str:
+    return f"{cents // 100:,}.{cents % 100:02}" if cents >= 0 else f"-{_money(-cents)}"

@@ -1,0 +1,38 @@
+"""The office put together: the only file that knows every module. Settings come from the environment."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from mainstay.circuit_breaker import CircuitBreakerModule
+from mainstay.core import App
+from mainstay.database import DatabaseModule
+from mainstay.events import EventsModule
+from mainstay.observability import ObservabilityModule, ObservabilitySettings
+from mainstay.observability.audit import AuditModule
+from mainstay.observability.fastapi import instrument
+from mainstay.workflow import WorkflowModule
+from ticketing import api as http
+from ticketing import payments, projections, saga
+from ticketing.office import OfficeModule, office
+from ticketing.purchases import PurchaseRejected
+
+app = App(
+    ObservabilityModule.for_root(ObservabilitySettings(service_name="ticketing")),
+    DatabaseModule.for_root(),
+    EventsModule.for_root(),
+    EventsModule.for_feature(saga.events, projections.events),
+    CircuitBreakerModule.for_root(),
+    CircuitBreakerModule.for_feature(payments.circuit),
+    WorkflowModule.for_root(),
+    WorkflowModule.for_feature(saga.flows),
+    AuditModule.for_root(),
+    AuditModule.for_feature(saga.audit),
+    OfficeModule.for_root(),
+    OfficeModule.for_feature(office),
+)
+
+api = FastAPI(title="Ticket office", lifespan=app.lifespan)  # accepts purchases, sells nothing itself
+api.include_router(http.routes)
+api.add_exception_handler(PurchaseRejected, http.rejected)
+instrument(api, app)

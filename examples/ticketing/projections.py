@@ -1,0 +1,115 @@
+"""What the events feed: sales per item, purchases per customer, and the receipts.
+
+Each handler counts upwards, without looking whether it has seen the event: that it runs exactly once is the inbox's work,
+and if it did not, the sums would show it. `handled` lists every effect, for the recount at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import bindparam, insert, update
+
+from mainstay.events import Event, EventRouter
+from ticketing.messages import PaymentCaptured, PaymentRefunded, PurchaseCancelled, PurchaseCompleted, Tickets, TicketsHeld
+from ticketing.office import office
+from ticketing.tables import customers, handled, receipts, sales
+
+events = EventRouter()
+
+_HANDLED = insert(handled)
+_RECEIPT = insert(receipts)
+_SALES = (
+    update(sales)
+    .where(sales.c.item == bindparam("of_item"))
+    .values(
+        held=sales.c.held + bindparam("more_held"),
+        sold=sales.c.sold + bindparam("more_sold"),
+        revenue_cents=sales.c.revenue_cents + bindparam("more_revenue"),
+    )
+)
+_CUSTOMER = (
+    update(customers)
+    .where(customers.c.customer_id == bindparam("of_customer"))
+    .values(
+        completed=customers.c.completed + bindparam("more_completed"),
+        cancelled=customers.c.cancelled + bindparam("more_cancelled"),
+        paid_cents=customers.c.paid_cents + bindparam("more_paid"),
+        refunded_cents=customers.c.refunded_cents + bindparam("more_refunded"),
+    )
+)
+
+
+@events.on(TicketsHeld, group="sales", inbox=True)
+async def count_held(event: TicketsHeld) -> None:
+    await _count_sales(event.tickets, sold=False)
+    await _note("sales", "tickets.held", event.order_id)
+
+
+@events.on(PurchaseCompleted, group="sales", inbox=True)
+async def count_sold(event: PurchaseCompleted) -> None:
+    await _count_sales(event.tickets, sold=True)
+    await _note("sales", "purchase.completed", event.order_id)
+
+
+@events.on(PaymentCaptured, group="customers", inbox=True)
+async def count_paid(event: PaymentCaptured) -> None:
+    await _count_customer(event.customer_id, paid=event.amount_cents)
+    await _note("customers", "payment.captured", event.order_id)
+
+
+@events.on(PaymentRefunded, group="customers", inbox=True)
+async def count_refunded(event: PaymentRefunded) -> None:
+    await _count_customer(event.customer_id, refunded=event.amount_cents)
+    await _note("customers", "payment.refunded", event.order_id)
+
+
+@events.on(PurchaseCompleted, group="customers", inbox=True)
+async def count_completed(event: PurchaseCompleted) -> None:
+    await _count_customer(event.customer_id, completed=1)
+    await _note("customers", "purchase.completed", event.order_id)
+
+
+@events.on(PurchaseCancelled, group="customers", inbox=True)
+async def count_cancelled(event: PurchaseCancelled) -> None:
+    await _count_customer(event.customer_id, cancelled=1)
+    await _note("customers", "purchase.cancelled", event.order_id)
+
+
+@events.on(PurchaseCompleted, group="receipts", inbox=True)
+async def send_receipt(event: PurchaseCompleted) -> None:
+    bought = ", ".join(f"{tickets.quantity} × {tickets.item}" for tickets in event.tickets)
+    text = f"{event.customer_id}: {bought}. Paid {event.amount_cents / 100:,.2f}. Enjoy the show!"
+    await office.database.write(_RECEIPT, {"order_id": event.order_id, "amount_cents": event.amount_cents, "text": text})
+    await _note("receipts", "purchase.completed", event.order_id)
+
+
+async def _count_sales(tickets: Iterable[Tickets], *, sold: bool) -> None:
+    # In the order of items: two handlers that lock the same rows in another order would wait for each other.
+    rows = [
+        {
+            "of_item": line.item,
+            "more_held": 0 if sold else line.quantity,
+            "more_sold": line.quantity if sold else 0,
+            "more_revenue": line.quantity * line.price_cents if sold else 0,
+        }
+        for line in sorted(tickets, key=lambda line: line.item)
+    ]
+    await office.database.write(_SALES, rows)
+
+
+async def _count_customer(customer: str, *, completed: int = 0, cancelled: int = 0, paid: int = 0, refunded: int = 0) -> None:
+    await office.database.write(
+        _CUSTOMER,
+        {
+            "of_customer": customer,
+            "more_completed": completed,
+            "more_cancelled": cancelled,
+            "more_paid": paid,
+            "more_refunded": refunded,
+        },
+    )
+
+
+async def _note(group: str, event_type: str, order_id: str) -> None:
+    await office.database.write(_HANDLED, {"consumer": group, "event_type": event_type, "order_id": order_id})
