@@ -10,7 +10,7 @@ ENGINE ?= embedded
 PURCHASES ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test check format api bench services lock clone-check clean
+.PHONY: setup demo test check lint layers types format api bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -47,14 +47,20 @@ demo: setup
 test: setup
 	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
 
-# What needs no test run: form, types, layers, the public API, spelling.
-check: setup
+# What needs no test run. `make -k check` goes on after the first part that fails.
+check: lint layers types
+
+lint: setup
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/codespell $$(git ls-files)
 	$(BIN)/validate-pyproject $(PROJECTS) pyproject.toml
+
+layers: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/api.py
+
+types: setup
 	$(BIN)/mypy packages servers tools benchmarks tests examples
 	$(BIN)/basedpyright
 
