@@ -1,0 +1,44 @@
+"""Durable sagas: workflow functions whose steps survive a crash and are compensated in reverse."""
+
+from mainstay.workflow.engine import RunView, WorkflowEngine
+from mainstay.workflow.errors import (
+    NotInRun,
+    RunConflict,
+    RunNotFound,
+    RunParked,
+    RunStateError,
+    StepFailed,
+    WorkflowError,
+    WorkflowFailed,
+)
+from mainstay.workflow.module import WorkflowModule
+from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.router import WorkflowRouter
+from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.step import Step, StepInfo, current_step
+from mainstay.workflow.workflow import Handle, RunStatus, Workflow
+
+__all__ = [
+    "Done",
+    "Failed",
+    "Handle",
+    "NotInRun",
+    "RunConflict",
+    "RunNotFound",
+    "RunParked",
+    "RunStateError",
+    "RunStatus",
+    "RunView",
+    "Step",
+    "StepFailed",
+    "StepInfo",
+    "Unknown",
+    "Workflow",
+    "WorkflowEngine",
+    "WorkflowError",
+    "WorkflowFailed",
+    "WorkflowModule",
+    "WorkflowRouter",
+    "WorkflowSettings",
+    "current_step",
+]

@@ -1,0 +1,363 @@
+"""The engine: starts runs, waits for their results, and does what a person asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from mainstay.core import Clock, Health, current, spawn, timeout, uuid7
+from mainstay.database import CommitUnknown, Conflict, Database, DatabaseUnavailable
+from mainstay.workflow import metrics
+from mainstay.workflow.errors import RunConflict, RunNotFound, RunParked, RunStateError, WorkflowFailed
+from mainstay.workflow.journal import RESUMED, History, recall
+from mainstay.workflow.run import AnyStep, AnyWorkflow
+from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.tables import (
+    APPEND_ONCE,
+    CANCEL,
+    CANCEL_PARKED,
+    ENTRIES,
+    FIND,
+    ID_LENGTH,
+    NEXT_SEQ,
+    RESUME,
+    START,
+    START_QUIETLY,
+    STATES,
+    runs,
+)
+from mainstay.workflow.worker import Worker
+from mainstay.workflow.workflow import Handle, RunStatus, Workflow
+
+T = TypeVar("T")
+
+_log = logging.getLogger("mainstay.workflow")
+
+_START_TRIES = 5  # a commit whose end nobody saw is looked up by trying again
+_ASK_AT_ONCE = 500
+_FIRST_LOOK_SECONDS = 0.05
+_SLOWEST_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """What the table says of a run, for people.
+
+    Attributes:
+        note: why it is parked.
+        failure: the exception that sent it back, `type` and `detail`.
+        output: the result as JSON.
+    """
+
+    id: str
+    workflow: str
+    version: int
+    status: RunStatus
+    attempts: int
+    cancel_requested: bool
+    input: str
+    output: str | None
+    failure: dict[str, Any] | None
+    note: str | None
+    context: dict[str, Any]
+    created_at: datetime
+    ended_at: datetime | None
+
+
+class WorkflowEngine:
+    """Yielded by `WorkflowModule`; `app.get(WorkflowEngine)` finds it."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        settings: WorkflowSettings,
+        workflows: Mapping[tuple[str, int], AnyWorkflow],
+        steps: Mapping[str, AnyStep],
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._workflows = workflows
+        self._waiters: dict[str, list[asyncio.Future[Mapping[str, Any]]]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._look_now = asyncio.Event()
+        self.worker = Worker(
+            database=database, clock=clock, settings=settings, workflows=workflows, steps=steps, ended=self._ended
+        )
+
+    # Starting
+
+    async def start(self, workflow: Workflow[*tuple[Any, ...], T], args: tuple[Any, ...], id: str | None) -> Handle[T]:
+        """What `Workflow.start` does."""
+        run_id = str(uuid7()) if id is None else id
+        if not 0 < len(run_id) <= ID_LENGTH:
+            msg = f"the id of a run has 1 to {ID_LENGTH} characters, not {len(run_id)}"
+            raise ValueError(msg)
+        signature = workflow.signature
+        text = signature.dump_arguments(signature.bind(args, {}))
+        identity = self.worker.takes()
+        row: dict[str, Any] = {
+            "id": run_id,
+            "workflow": workflow.name,
+            "version": workflow.version,
+            "status": "queued" if identity is None else "running",
+            "epoch": 0 if identity is None else 1,
+            "worker": None if identity is None else identity.lease.name,
+            "attempts": 0 if identity is None else 1,
+            "progress": 0,
+            "cancel_requested": False,
+            "input": text,
+            "context": json.dumps(current().to_dict()),
+        }
+
+        def begin() -> None:
+            if identity is None:
+                self.worker.wake()
+            else:
+                self.worker.begin(identity, row)
+            metrics.count_start(workflow.name)
+
+        if self._database.in_unit_of_work():
+            await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)
+            if await self._is_new(row):
+                self._database.after_commit(begin)
+        elif await self._insert(row):
+            begin()
+        return Handle(run_id, workflow, self)
+
+    async def _insert(self, row: Mapping[str, Any]) -> bool:
+        """Whether the run is a new one."""
+        for attempt in range(1, _START_TRIES + 1):
+            try:
+                await self._database.write(START, row, route=row["id"])
+                return True
+            except Conflict:
+                await self._is_new(row)
+                return False
+            except CommitUnknown:
+                if attempt == _START_TRIES:
+                    raise
+        raise AssertionError
+
+    async def _is_new(self, row: Mapping[str, Any]) -> bool:
+        """Whether what the table has is what was just written inside a unit of work.
+
+        Raises:
+            RunConflict: it is another run.
+        """
+        found = await self._database.read(FIND, {"run": row["id"]})
+        if not found:
+            return True  # a batch only collects, so it is not there yet
+        there = found[0]
+        if (there.workflow, there.input) != (row["workflow"], row["input"]):
+            what = "another input" if there.workflow == row["workflow"] else f"workflow {there.workflow!r}"
+            msg = f"run {row['id']!r} exists, with {what}: an id names one run for ever"
+            raise RunConflict(msg)
+        return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
+
+    # Results
+
+    async def result(self, handle: Handle[T], timeout_seconds: float | None) -> T:
+        """What `Handle.result` does."""
+        if timeout_seconds is None:
+            state = await self._ended_state(handle.id)
+        else:
+            async with timeout(timeout_seconds, clock=self._clock):
+                state = await self._ended_state(handle.id)
+        status = RunStatus(state["status"])
+        if status is RunStatus.COMPLETED:
+            result: T = handle.workflow.signature.load_result(state["output"])
+            return result
+        if status.waits_for_a_person:
+            msg = f"run {handle.id} is {status}: {state['note']}"
+            raise RunParked(msg)
+        failure = state["failure"] or {"type": "Unknown", "detail": ""}
+        msg = f"run {handle.id} {status} with {failure['type']}: {failure['detail']}"
+        raise WorkflowFailed(msg, error_type=failure["type"], detail=failure["detail"])
+
+    async def _ended_state(self, id: str) -> Mapping[str, Any]:
+        future: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(id, [])
+        waiters.append(future)
+        self._look_now.set()
+        if self._looking is None or self._looking.done():
+            self._looking = spawn(self._look(), name="mainstay-workflow results")
+        try:
+            return await future
+        finally:
+            waiters.remove(future)
+            if not waiters and self._waiters.get(id) is waiters:
+                del self._waiters[id]
+
+    def _ended(self, id: str, status: RunStatus | None, output: str | None, failure: dict[str, Any] | None) -> None:
+        """A run left this process's worker; without a status the database has to be asked what it is now."""
+        if status is None:
+            if id in self._waiters:
+                self._look_now.set()
+            return
+        self._tell(id, {"status": status, "output": output, "failure": failure, "note": None})
+
+    def _tell(self, id: str, state: Mapping[str, Any] | BaseException) -> None:
+        for future in self._waiters.get(id, ()):
+            if future.done():
+                continue
+            if isinstance(state, BaseException):
+                future.set_exception(state)
+            else:
+                future.set_result(state)
+
+    async def _look(self) -> None:
+        """While anybody waits for runs that other processes execute, ask the database about all of them together."""
+        seconds = _FIRST_LOOK_SECONDS
+        while self._waiters:
+            self._look_now.clear()
+            ids = [id for id in self._waiters if not self.worker.executes(id)]
+            try:
+                for at in range(0, len(ids), _ASK_AT_ONCE):
+                    await self._look_at(ids[at : at + _ASK_AT_ONCE])
+            except Exception as error:  # noqa: BLE001  it is asked again; who waits has a timeout of their own
+                _log.warning("the results of runs could not be looked up and will be again: %s", error)
+            timer = self._clock.call_later(seconds, self._look_now.set)
+            try:
+                await self._look_now.wait()
+            finally:
+                timer.cancel()
+            seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
+
+    async def _look_at(self, ids: list[str]) -> None:
+        found = {row.id: row for row in await self._database.read(STATES, {"ids": ids})}
+        for id in ids:
+            row = found.get(id)
+            if row is None:
+                self._tell(id, RunNotFound(f"there is no run {id!r}"))
+            elif row.status not in {"queued", "running"}:
+                failure = json.loads(row.failure) if row.failure else None
+                self._tell(id, {"status": row.status, "output": row.output, "failure": failure, "note": row.note})
+
+    # For people
+
+    async def status(self, id: str) -> RunStatus:
+        """Where the run is.
+
+        Raises:
+            RunNotFound: it does not exist.
+        """
+        return (await self.run(id)).status
+
+    async def run(self, id: str) -> RunView:
+        """What the table says of the run.
+
+        Raises:
+            RunNotFound: it does not exist.
+        """
+        found = await self._database.read(FIND, {"run": id})
+        if not found:
+            msg = f"there is no run {id!r}"
+            raise RunNotFound(msg)
+        return _view(found[0])
+
+    async def runs(self, status: RunStatus | None = None, *, limit: int = 100) -> list[RunView]:
+        """The newest runs, or those with this status."""
+        query = sa.select(runs).order_by(runs.c.created_at.desc()).limit(limit)
+        if status is RunStatus.COMPENSATING:
+            query = query.where(runs.c.status.in_(["queued", "running"]), runs.c.failure.is_not(None))
+        elif status in {RunStatus.QUEUED, RunStatus.RUNNING}:
+            query = query.where(runs.c.status == str(status), runs.c.failure.is_(None))
+        elif status is not None:
+            query = query.where(runs.c.status == str(status))
+        return [_view(row) for row in await self._database.read(query)]
+
+    async def history(self, id: str) -> History:
+        """What the run's journal adds up to."""
+        entries = await self._database.read(ENTRIES, {"ids": [id]})
+        return recall(dict(entry._mapping) for entry in entries)
+
+    async def cancel(self, id: str) -> None:
+        """What `Handle.cancel` does; a parked run is compensated right away.
+
+        Raises:
+            RunStateError: it has ended, or is stuck on its way back.
+            RunNotFound: it does not exist.
+        """
+        async with self._database.transaction() as session:
+            changed = _changed(await session.execute(CANCEL, {"run": id})) or _changed(
+                await session.execute(CANCEL_PARKED, {"run": id})
+            )
+            if not changed:
+                await self._refuse(id, "cancelled")
+        self.worker.cancel(id)
+        self.worker.wake()
+
+    async def resume(self, id: str) -> None:
+        """Let a parked run go on where it stopped, forward or back, with all attempts of the step that was stuck.
+
+        Raises:
+            RunStateError: it is not parked.
+            RunNotFound: it does not exist.
+        """
+        async with self._database.transaction() as session:
+            if not _changed(await session.execute(RESUME, {"run": id})):
+                await self._refuse(id, "resumed")
+            seq = (await session.execute(NEXT_SEQ, {"run": id})).scalar_one()
+            entry = {"run_id": id, "seq": seq, "kind": RESUMED, "step": "", "position": None, "body": None, "info": None}
+            await session.execute(APPEND_ONCE, entry)
+        self.worker.wake()
+
+    async def _refuse(self, id: str, what: str) -> None:
+        view = await self.run(id)
+        msg = f"run {id!r} cannot be {what}: it is {view.status}"
+        raise RunStateError(msg)
+
+    async def health(self) -> Health:
+        """Degraded while runs wait for a worker that knows their workflow, or this worker's lease may be lost."""
+        worker = self.worker
+        details = [f"{worker.parked} runs wait for a person"] if worker.parked else []
+        if worker.unknown:
+            details.append(f"no worker knows the workflow of {', '.join(worker.unknown)}")
+        if worker.serving and not worker.held:
+            details.append("this worker's lease has run out: nothing new is begun")
+        degraded = bool(worker.unknown) or (worker.serving and not worker.held)
+        return Health("degraded" if degraded else "ok", "; ".join(details))
+
+    async def close(self) -> None:
+        """End what waits for results."""
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        for id in list(self._waiters):
+            self._tell(id, DatabaseUnavailable("the App stopped before the run ended; it goes on elsewhere"))
+
+
+def _changed(result: sa.Result[Any]) -> bool:
+    count: Callable[[], int] | int = getattr(result, "rowcount", 0)
+    return bool(count)
+
+
+def _view(row: Any) -> RunView:
+    status = RunStatus(row.status)
+    if row.failure and status in {RunStatus.QUEUED, RunStatus.RUNNING}:
+        status = RunStatus.COMPENSATING
+    return RunView(
+        id=row.id,
+        workflow=row.workflow,
+        version=row.version,
+        status=status,
+        attempts=row.attempts,
+        cancel_requested=row.cancel_requested,
+        input=row.input,
+        output=row.output,
+        failure=json.loads(row.failure) if row.failure else None,
+        note=row.note,
+        context=json.loads(row.context),
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+        ended_at=None if row.ended_at is None else datetime.fromtimestamp(row.ended_at, UTC),
+    )

@@ -1,0 +1,140 @@
+"""The errors of this package, and the signals that end a run's execution without being errors.
+
+MainstayError
+└── WorkflowError           SYS_WORKFLOW            base
+    ├── NotInRun            SYS_NOT_IN_RUN          a step or a workflow was called where no run executes
+    ├── RunConflict         RES_RUN_CONFLICT        the id belongs to a run with another input
+    ├── RunNotFound         RES_RUN_NOT_FOUND       no run has this id
+    ├── RunStateError       RES_RUN_STATE           the run is not in a state in which this can be done
+    ├── RunParked           SYS_RUN_PARKED          the run waits for a person
+    ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed or was cancelled, and is compensated
+    └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
+
+BaseException
+└── Signal                  never seen by `except Exception`: it is not about what the workflow does, but about who runs it
+    ├── Lost                another worker owns the run now: give up silently, record nothing
+    ├── Released            this worker stops: the run goes back to the queue
+    ├── CancelRequested     somebody asked for the run to be cancelled: compensate
+    ├── Parked              the run cannot go on without a person
+    └── CompensationExhausted   a compensation used up its attempts
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mainstay.core import MainstayError
+
+
+class WorkflowError(MainstayError):
+    """Base of this package's errors."""
+
+    code = "SYS_WORKFLOW"
+
+
+class NotInRun(WorkflowError):
+    """A step or a workflow was called outside a run; the message names what to call instead."""
+
+    code = "SYS_NOT_IN_RUN"
+    no_effect = True
+
+
+class RunConflict(WorkflowError):
+    """A run with this id exists, of another workflow or with another input."""
+
+    code = "RES_RUN_CONFLICT"
+    no_effect = True
+    public_message = "This was already requested with other content."
+
+
+class RunNotFound(WorkflowError):
+    """No run has this id."""
+
+    code = "RES_RUN_NOT_FOUND"
+    no_effect = True
+    public_message = "There is no such run."
+
+
+class RunStateError(WorkflowError):
+    """What was asked for cannot be done to a run in its state, such as resuming one that is not parked."""
+
+    code = "RES_RUN_STATE"
+    no_effect = True
+    public_message = "The run is not in a state that allows this."
+
+
+class RunParked(WorkflowError):
+    """The run waits for a person: `mainstay-workflow show` says why, `resume` or `cancel` takes it on."""
+
+    code = "SYS_RUN_PARKED"
+
+
+class WorkflowFailed(WorkflowError):
+    """The run failed or was cancelled; everything that it did, and that has a compensation, is undone.
+
+    Attributes:
+        error_type: the name of the exception that ended the workflow function, `Cancelled` if the run was cancelled.
+        detail: that exception's text; internal.
+    """
+
+    code = "BIZ_WORKFLOW_FAILED"
+
+    def __init__(self, message: str, *, error_type: str, detail: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
+        self.detail = detail
+
+
+class StepFailed(WorkflowError):
+    """A step ended without a result, after all of its attempts. The same error is raised again on replay.
+
+    Attributes:
+        step: the step's name.
+        outcome: `failed`: certainly nothing happened; `unknown`: something may have, and compensation includes the step.
+        error_type: the name of the last attempt's exception.
+        error_code: its code, where it was a `MainstayError`.
+        detail: its text; internal.
+    """
+
+    code = "BIZ_STEP_FAILED"
+
+    def __init__(
+        self,
+        *,
+        step: str,
+        outcome: Literal["failed", "unknown"],
+        error_type: str,
+        error_code: str | None,
+        detail: str,
+    ) -> None:
+        nothing = "nothing happened" if outcome == "failed" else "it may have happened"
+        super().__init__(f"step {step} ended with {error_type}: {detail} ({nothing})", no_effect=outcome == "failed")
+        self.step = step
+        self.outcome: Literal["failed", "unknown"] = outcome
+        self.error_type = error_type
+        self.error_code = error_code
+        self.detail = detail
+
+
+class Signal(BaseException):
+    """Base of what ends an execution without being an error of the workflow."""
+
+
+class Lost(Signal):
+    """Another worker owns the run, or may soon: nothing may be recorded or begun any more."""
+
+
+class Released(Signal):
+    """This worker stops and gives the run back."""
+
+
+class CancelRequested(Signal):
+    """The run is to be cancelled at this boundary between steps."""
+
+
+class Parked(Signal):
+    """The run cannot go on without a person; the argument says why."""
+
+
+class CompensationExhausted(Signal):
+    """A compensation used up its attempts; the argument says which and why."""

@@ -1,0 +1,60 @@
+"""Runs and their journal."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+_NOW = {
+    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
+    "postgresql": "(extract(epoch from clock_timestamp())::double precision)",
+}
+
+
+def upgrade() -> None:
+    """Create both tables."""
+    now = sa.text(_NOW[op.get_context().dialect.name])
+    op.create_table(
+        "mainstay_workflow_runs",
+        sa.Column("id", sa.String(200), primary_key=True),
+        sa.Column("workflow", sa.String(100), nullable=False),
+        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("status", sa.String(24), nullable=False),
+        sa.Column("epoch", sa.BigInteger, nullable=False),
+        sa.Column("worker", sa.String(100)),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("progress", sa.Integer, nullable=False),
+        sa.Column("wake_at", sa.Double, nullable=False),
+        sa.Column("cancel_requested", sa.Boolean, nullable=False),
+        sa.Column("input", sa.Text, nullable=False),
+        sa.Column("output", sa.Text),
+        sa.Column("failure", sa.Text),
+        sa.Column("note", sa.Text),
+        sa.Column("context", sa.Text, nullable=False),
+        sa.Column("created_at", sa.Double, nullable=False, server_default=now),
+        sa.Column("ended_at", sa.Double),
+    )
+    for name, columns, condition in (
+        ("queue", ["wake_at"], "status = 'queued'"),
+        ("worker", ["worker"], "status = 'running'"),
+        ("parked", ["status", "created_at"], "status in ('parked', 'compensation_failed')"),
+    ):
+        op.create_index(
+            f"mainstay_workflow_runs_{name}",
+            "mainstay_workflow_runs",
+            columns,
+            postgresql_where=sa.text(condition),
+            sqlite_where=sa.text(condition),
+        )
+    op.create_table(
+        "mainstay_workflow_journal",
+        sa.Column("run_id", sa.String(200), primary_key=True),
+        sa.Column("seq", sa.Integer, primary_key=True),
+        sa.Column("kind", sa.String(16), nullable=False),
+        sa.Column("step", sa.String(300), nullable=False),
+        sa.Column("position", sa.Integer),
+        sa.Column("body", sa.Text),
+        sa.Column("info", sa.Text),
+        sa.Column("at", sa.Double, nullable=False, server_default=now),
+    )

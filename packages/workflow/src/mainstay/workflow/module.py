@@ -1,0 +1,76 @@
+"""The module that puts workflows into an App."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+from mainstay.core import App, ConfigurationError, Module
+from mainstay.database import Database, DatabaseModule
+from mainstay.workflow.engine import WorkflowEngine
+from mainstay.workflow.router import WorkflowRouter
+from mainstay.workflow.run import AnyStep, AnyWorkflow
+from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.tables import schema
+
+
+class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
+    """`WorkflowModule.for_root()` yields the `WorkflowEngine`; `WorkflowModule.for_feature(flows)` adds a router.
+
+    Every process of the App can start runs and wait for results; those that serve execute them.
+    """
+
+    def requires(self) -> Sequence[type[Module[Any, Any]]]:
+        """The database; and here, at construction, every router is checked.
+
+        Raises:
+            ConfigurationError: a step without a compensation, a name that two routers have, an annotation that names
+                nothing; the message says what to write.
+        """
+        self._collect()
+        return (DatabaseModule,)
+
+    def _collect(self) -> tuple[dict[tuple[str, int], AnyWorkflow], dict[str, AnyStep]]:
+        workflows: dict[tuple[str, int], AnyWorkflow] = {}
+        steps: dict[str, AnyStep] = {}
+        for router in self.parts:
+            try:
+                router.check()
+            except TypeError as error:
+                raise ConfigurationError(str(error)) from error
+            for key, workflow in router.workflows.items():
+                if key in workflows:
+                    msg = f"two routers have version {key[1]} of workflow {key[0]!r}: a name is of one workflow"
+                    raise ConfigurationError(msg)
+                workflows[key] = workflow
+            for name, step in router.steps.items():
+                if name in steps:
+                    msg = (
+                        f"two routers have a step {name} ({_where(steps[name])} and {_where(step)}): records know a step "
+                        "by its name, so rename one of the functions"
+                    )
+                    raise ConfigurationError(msg)
+                steps[name] = step
+        return workflows, steps
+
+    @asynccontextmanager
+    async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
+        database = app.get(Database)
+        await database.ensure_schema(schema)
+        workflows, steps = self._collect()
+        engine = WorkflowEngine(
+            database=database, clock=app.clock, settings=self.settings, workflows=workflows, steps=steps
+        )
+        app.serve("mainstay-workflow worker", engine.worker.work)
+        with ExitStack() as bound:
+            for router in self.parts:
+                bound.enter_context(router.binding.to(engine))
+            try:
+                yield [engine]
+            finally:
+                await engine.close()
+
+
+def _where(step: AnyStep) -> str:
+    return f"{step.function.__module__}.{step.name}"

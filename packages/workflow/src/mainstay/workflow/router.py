@@ -1,0 +1,167 @@
+"""Where application code declares its steps and workflows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, TypeVarTuple, overload
+
+from mainstay.core import Binding, Retry
+from mainstay.workflow.errors import NotInRun
+from mainstay.workflow.step import COMPENSATION_RETRY, OnUnknown, Policy, Step, _scope
+from mainstay.workflow.workflow import Workflow
+
+if TYPE_CHECKING:
+    from mainstay.workflow.engine import WorkflowEngine
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+
+_NAME_LIMIT = 100
+
+
+class WorkflowRouter:
+    """The steps and workflows of one feature; `WorkflowModule.for_feature(router)` adds them to an App.
+
+    Declaring them starts nothing.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Step[..., Any]] = {}
+        self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
+        self.binding: Binding[WorkflowEngine] = Binding(
+            "WorkflowRouter", remedy="add WorkflowModule.for_feature(…) with it to the App, and use it while the App runs"
+        )
+
+    def step(
+        self,
+        *,
+        retry: Retry | None = None,
+        timeout_seconds: float | None = None,
+        failed_on: tuple[type[Exception], ...] = (),
+        on_unknown: OnUnknown = "compensate",
+        compensation: Literal["required"] | None = "required",
+        compensation_retry: Retry = COMPENSATION_RETRY,
+        transactional: bool = False,
+        pivot: bool = False,
+    ) -> Callable[[Callable[P, Awaitable[T]]], Step[P, T]]:
+        """Declare a step.
+
+        Args:
+            retry: attempts and waits; by default `Retry()`. Every attempt has the same `current_step().key`.
+            timeout_seconds: the limit for one attempt; None for no limit.
+            failed_on: exceptions that mean that nothing happened, and nothing will: the step *fails*, at once.
+            on_unknown: what to do about an attempt of which nobody knows whether it took effect (an error, a timeout, a
+                crash). `compensate`: attempt it again while `retry` allows, then fail, and compensate. `probe`: ask
+                `@step.probe` before any other attempt. `park`: never attempt it again without a person.
+            compensation: None says that the step leaves nothing that would have to be undone.
+            compensation_retry: attempts and waits of the compensation, before the run is parked as
+                `compensation_failed`; by default 30 attempts over about a quarter of an hour.
+            transactional: the step writes to the App's database and does nothing else. It runs inside
+                `db.transaction()` and shares the commit with its record: exactly once. Its compensation does, too.
+            pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing it.
+
+        Raises:
+            TypeError: the function is not async, or options contradict each other.
+            ValueError: `timeout_seconds` is not positive, or the name is taken.
+        """
+        if timeout_seconds is not None and not timeout_seconds > 0:
+            msg = f"timeout_seconds={timeout_seconds!r}: it is more than 0, or None for no limit"
+            raise ValueError(msg)
+        if pivot and (compensation is not None or on_unknown == "compensate"):
+            msg = 'a pivot cannot be undone: write compensation=None and on_unknown="probe" or "park" beside pivot=True'
+            raise TypeError(msg)
+        if transactional and on_unknown != "compensate":
+            msg = f"a transactional step is never unknown: on_unknown={on_unknown!r} would never be used"
+            raise TypeError(msg)
+        policy = Policy(retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot)
+
+        def declare(function: Callable[P, Awaitable[T]]) -> Step[P, T]:
+            step = Step(function, policy, compensation_retry, uncompensated=compensation is None)
+            self._add(step)
+            return step
+
+        return declare
+
+    def _add(self, step: Step[..., Any]) -> None:
+        if step.name in self.steps:
+            msg = f"this router already has a step {step.name}: a step's name is part of its records, so it is unique"
+            raise ValueError(msg)
+        if len(step.name) > _NAME_LIMIT:
+            msg = f"the step's name {step.name} is longer than {_NAME_LIMIT} characters"
+            raise ValueError(msg)
+        self.steps[step.name] = step
+
+    def workflow(
+        self, *, name: str, version: int = 1
+    ) -> Callable[[Callable[[*Ts], Awaitable[T]]], Workflow[*Ts, T]]:
+        """Declare a workflow function.
+
+        It is executed again from the start after a crash, and every step that is recorded returns at once. So it must do
+        the same things in the same order each time: whatever reads a clock, draws a number or asks others is a step.
+
+        Args:
+            name: what records call it, for ever.
+            version: raise it when steps come, go or change places, and keep the old function until its runs have ended.
+
+        Raises:
+            TypeError: the function is not async.
+            ValueError: the router has this name and version, or they are out of range.
+        """
+        if not 0 < len(name) <= _NAME_LIMIT or version < 1:
+            msg = f"workflow {name!r} version {version!r}: a name has 1 to {_NAME_LIMIT} characters, a version is 1 or more"
+            raise ValueError(msg)
+
+        def declare(function: Callable[[*Ts], Awaitable[T]]) -> Workflow[*Ts, T]:
+            if (name, version) in self.workflows:
+                msg = f"this router already has version {version} of workflow {name!r}"
+                raise ValueError(msg)
+            workflow = Workflow(function, name, version, self.binding)
+            self.workflows[name, version] = workflow  # type: ignore[assignment]  # a registry forgets the argument types
+            return workflow
+
+        return declare
+
+    @overload
+    async def gather(self, one: Awaitable[T1], two: Awaitable[T2], /) -> tuple[T1, T2]: ...
+    @overload
+    async def gather(self, one: Awaitable[T1], two: Awaitable[T2], three: Awaitable[T3], /) -> tuple[T1, T2, T3]: ...
+    @overload
+    async def gather(
+        self, one: Awaitable[T1], two: Awaitable[T2], three: Awaitable[T3], four: Awaitable[T4], /
+    ) -> tuple[T1, T2, T3, T4]: ...
+    @overload
+    async def gather(self, *branches: Awaitable[T]) -> tuple[T, ...]: ...
+    async def gather(self, *branches: Awaitable[Any]) -> tuple[Any, ...]:
+        """Execute steps, or coroutines that execute steps, side by side; the results are in the order of the arguments.
+
+        Branches are numbered, so that each finds its own records on replay. None is stopped because another failed: all
+        of them end, then the error of the first one in the order of the arguments is raised.
+
+        Raises:
+            NotInRun: this is no workflow function.
+        """
+        scope = _scope.get()
+        if scope is None:
+            for branch in branches:
+                if asyncio.iscoroutine(branch):
+                    branch.close()
+            msg = "gather was called outside a run: it is for workflow functions; elsewhere use asyncio.gather"
+            raise NotInRun(msg)
+        return await scope.run.gather(scope, branches)
+
+    def check(self) -> None:
+        """What can be said only when everything is defined.
+
+        Raises:
+            TypeError: an annotation does not resolve, or a step has no compensation.
+        """
+        for step in self.steps.values():
+            step.check()
+        for workflow in self.workflows.values():
+            workflow.signature.check()

@@ -1,0 +1,803 @@
+"""One run, executed by one worker: its steps, its branches, its end, and its way back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mainstay.core import (
+    Clock,
+    Effect,
+    FullJitter,
+    MainstayError,
+    Outcome,
+    Retry,
+    RetryState,
+    bind_journal,
+    retry_if_retryable,
+    timeout,
+)
+from mainstay.database import Database, FenceLost
+from mainstay.workflow._recording import Recording, worth_repeating
+from mainstay.workflow.errors import (
+    CancelRequested,
+    CompensationExhausted,
+    Lost,
+    Parked,
+    Released,
+    Signal,
+    StepFailed,
+)
+from mainstay.workflow.journal import (
+    ATTEMPT,
+    COMPENSATION,
+    DONE,
+    FAILED,
+    INTENT,
+    UNKNOWN,
+    History,
+    Record,
+    describe,
+    step_of,
+)
+from mainstay.workflow.metrics import STEP_SECONDS, count_step
+from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
+from mainstay.workflow.tables import END, FAIL, PARK, RELEASE
+from mainstay.workflow.workflow import RunStatus, Workflow
+
+_log = logging.getLogger("mainstay.workflow")
+
+AnyStep = Step[..., Any]
+AnyWorkflow = Workflow[*tuple[Any, ...], Any]
+
+
+def _if_retryable_ours(retry_state: RetryState, /) -> bool:
+    error = retry_state.outcome.exception()
+    return isinstance(error, MainstayError) and error.retryable
+
+
+# An effect of another package, such as a publish: its errors are typed, so a bug is not tried ten times.
+_EFFECT = Policy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours))
+_PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
+_SHORTEST_WAIT = 0.01
+_LEASE_LOOK_SECONDS = 0.05
+_CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
+
+
+class Scope:
+    """A branch of a run: the workflow function itself, or one branch of a gather. It numbers what happens in it."""
+
+    __slots__ = ("busy", "gathers", "occurrences", "position", "prefix", "run")
+
+    def __init__(self, run: Run, prefix: str) -> None:
+        self.run = run
+        self.prefix = prefix
+        self.position = 0
+        self.gathers = 0
+        self.occurrences: dict[str, int] = {}
+        self.busy = False
+
+
+class Exhausted(Exception):
+    """Work ended without a result; whether it may have happened, and its last error."""
+
+    def __init__(self, cause: BaseException | None, error: dict[str, Any], *, maybe: bool) -> None:
+        super().__init__(error)
+        self.cause = cause
+        self.error = error
+        self.maybe = maybe
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One thing to get done durably: a step, a compensation, or another package's effect."""
+
+    name: str
+    key: str
+    policy: Policy
+    call: Callable[[], Awaitable[Any]]
+    dump: Callable[[Any], str]
+    load: Callable[[str], Any]
+    input: str | None = None
+    undoes: str | None = None
+    ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
+    entry: bool = False
+
+
+class Run:
+    """One claim of one run.
+
+    Args:
+        failure: set when the run is on its way back.
+        held: whether the worker's lease is good, by this machine's monotonic clock.
+        steps: every step of the App, by name: compensations are found through it.
+    """
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        epoch: int,
+        workflow: AnyWorkflow,
+        input: str,
+        history: History,
+        failure: dict[str, Any] | None,
+        cancel_requested: bool,
+        database: Database,
+        clock: Clock,
+        recording: Recording,
+        held: Callable[[], bool],
+        steps: Mapping[str, AnyStep],
+    ) -> None:
+        self.id = id
+        self.epoch = epoch
+        self.workflow = workflow
+        self.status = RunStatus.RUNNING
+        self._input = input
+        self._history = history
+        self._failure = failure
+        self._database = database
+        self._clock = clock
+        self._recording = recording
+        self._held = held
+        self._steps = steps
+        self._cancel = cancel_requested
+        self._going_back = failure is not None
+        self._stop: Signal | None = None
+        self._pauses: set[asyncio.Future[None]] = set()
+
+    # What the engine does to it
+
+    def stop(self, signal: Signal) -> None:
+        """End the execution at the next boundary between attempts; waits end at once."""
+        if self._stop is None or isinstance(signal, Lost):
+            self._stop = signal
+        self._wake()
+
+    def cancel(self) -> None:
+        """Cancel the run at the next boundary between steps, unless it is already on its way back or past a pivot."""
+        self._cancel = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for pause in self._pauses:
+            if not pause.done():
+                pause.set_result(None)
+
+    async def execute(self) -> tuple[RunStatus, str | None, dict[str, Any] | None] | None:
+        """Take the run as far as it goes: status, result as JSON and failure of its end, or None if it has none yet."""
+        try:
+            return await self._to_its_end()
+        except Lost:
+            _log.info("run %s: somebody else owns it by now", self.id)
+        except Parked as parked:
+            await self._park(RunStatus.PARKED, str(parked))
+        except CompensationExhausted as exhausted:
+            await self._park(RunStatus.COMPENSATION_FAILED, str(exhausted))
+        except Released:
+            await self._release()
+        except asyncio.CancelledError:
+            await self._release()
+            raise
+        finally:
+            await self._recording.close()
+        return None
+
+    async def _to_its_end(self) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
+        output: str | None = None
+        if self._stop is not None:
+            raise self._stop
+        if self._may_cancel():
+            await self._fail(_CANCELLED)
+        if self._failure is None:
+            output = await self._forward()
+        if self._failure is None:
+            # A step whose outcome nobody knows is not left behind, even where the function found another way.
+            await self._back(only_unknown=True)
+            return await self._end(RunStatus.COMPLETED, output)
+        self.status = RunStatus.COMPENSATING
+        await self._back(only_unknown=False)
+        cancelled = self._failure["type"] == _CANCELLED["type"]
+        return await self._end(RunStatus.CANCELLED if cancelled else RunStatus.FAILED, None)
+
+    async def _forward(self) -> str | None:
+        """Execute the function; its result as JSON, or None and a failure that is durable."""
+        try:
+            arguments = self.workflow.signature.load_arguments(self._input)
+        except ValueError as error:
+            msg = f"the input does not fit {self.workflow!r} any more: {error}"
+            raise Parked(msg) from error
+        scope = Scope(self, "")
+        token = _scope.set(scope)
+        try:
+            with bind_journal(self):
+                result = await self.workflow.signature.call(arguments)
+            self._all_recalled(scope)
+        except CancelRequested:
+            failure, cause = _CANCELLED, None
+        except asyncio.CancelledError as error:
+            if _being_cancelled():
+                raise
+            failure, cause = describe(error), error
+        except Exception as error:
+            failure, cause = describe(error), error
+        else:
+            try:
+                return self.workflow.signature.dump_result(result)
+            except TypeError as error:
+                raise Parked(str(error)) from error
+        finally:
+            _scope.reset(token)
+        if self._stop is not None:
+            raise self._stop  # the function swallowed it
+        if self._history.pivoted:
+            msg = f"failed after its pivot, so there is no way back: {failure['type']}: {failure['detail']}"
+            raise Parked(msg) from cause
+        await self._fail(failure)
+        return None
+
+    async def _fail(self, failure: dict[str, Any]) -> None:
+        """From here on the run only goes back, in whichever process."""
+        _log.info("run %s fails with %s and is compensated", self.id, _text(failure))
+        self._failure = failure
+        await self._recording.end(FAIL, {"run": self.id, "at_epoch": self.epoch, "failure": json.dumps(failure)})
+
+    async def _end(
+        self, status: RunStatus, output: str | None
+    ) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
+        failure = None if self._failure is None else json.dumps(self._failure)
+        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "output": output, "failure": failure}
+        await self._recording.end(END, values)
+        self.status = status
+        return status, output, self._failure
+
+    async def _park(self, status: RunStatus, note: str) -> None:
+        _log.error("run %s of %r is %s: %s", self.id, self.workflow, status, note)
+        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": note[:4_000]}
+        await self._last_word(PARK, values)
+        self.status = status
+
+    async def _release(self) -> None:
+        await self._last_word(RELEASE, {"run": self.id, "at_epoch": self.epoch, "delay": 0.0})
+
+    async def _last_word(self, statement: Any, values: Mapping[str, Any]) -> None:
+        try:
+            await self._recording.end(statement, values)
+        except (Lost, Parked) as signal:
+            _log.warning("run %s could not be given back (%s): another worker will take it over", self.id, signal)
+
+    # Boundaries
+
+    def _may_cancel(self) -> bool:
+        return self._cancel and not self._history.pivoted and not self._going_back
+
+    async def _boundary(self) -> None:
+        """Raise what ends this execution, before anything new begins.
+
+        While the worker's lease may have ended, nobody knows whose the run is: nothing new begins until that is settled.
+        """
+        while not self._held() and self._stop is None:
+            await self._clock.sleep(_LEASE_LOOK_SECONDS)
+        if self._stop is not None:
+            raise self._stop
+        if self._may_cancel():
+            raise CancelRequested
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait between attempts; a stop or a cancellation ends it."""
+        await self._boundary()
+        pause: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self._clock.call_later(seconds, lambda: pause.done() or pause.set_result(None))
+        self._pauses.add(pause)
+        try:
+            await pause
+        finally:
+            timer.cancel()
+            self._pauses.discard(pause)
+        await self._boundary()
+
+    # What workflow functions call, by way of the scope they run in
+
+    async def step(self, scope: Scope, step: AnyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Execute a step, or recall what came of it."""
+        if self._steps.get(step.name) is not step:
+            msg = f"step {step.name} belongs to a router that is not part of this App: add it with WorkflowModule.for_feature"
+            raise Parked(msg)
+        key, record = self._enter(scope, step.name)
+        try:
+            if record.state == DONE:
+                return self._load(step.signature.load_result, record)
+            if record.input is None:
+                record.input = _dump(lambda: step.signature.dump_arguments(step.signature.bind(args, kwargs)))
+                arguments = step.signature.bind(args, kwargs)
+            else:  # what was begun is carried on with the input it began with
+                arguments = self._arguments(step, record)
+            ask = step.ask
+            work = Work(
+                name=step.name,
+                key=key,
+                policy=step.policy,
+                call=lambda: step.signature.call(arguments),
+                dump=step.signature.dump_result,
+                load=step.signature.load_result,
+                input=record.input,
+                ask=None if ask is None else lambda: ask(**arguments),
+            )
+            return await self._settle(work, record)
+        finally:
+            scope.busy = False
+
+    async def once(self, name: str, effect: Effect, *, transactional: bool) -> None:
+        """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
+        scope = _scope.get()
+        if scope is None:
+            msg = f"{name}: the journal of run {self.id} was used outside the run's own code"
+            raise Parked(msg)
+        label = "@" + name.replace("/", "_")
+        key, record = self._enter(scope, label)
+        try:
+            if record.state == DONE:
+                return
+            full = f"{self.id}:{key}"
+            work = Work(
+                name=label,
+                key=key,
+                policy=_EFFECT,
+                call=lambda: effect(full),
+                dump=_nothing,
+                load=_nothing_back,
+                entry=transactional,
+            )
+            await self._settle(work, record)
+        finally:
+            scope.busy = False
+
+    async def gather(self, scope: Scope, branches: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
+        """Execute branches side by side, each with numbers of its own; all of them end before this does."""
+        self._claim_scope(scope, "gather")
+        number, scope.gathers = scope.gathers, scope.gathers + 1
+        scopes = [Scope(self, f"{scope.prefix}{number}.{place}/") for place in range(len(branches))]
+        tasks = [
+            asyncio.get_running_loop().create_task(self._branch(inner, branch), name=f"{self.id} {inner.prefix}")
+            for inner, branch in zip(scopes, branches, strict=True)
+        ]
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            while pending := [task for task in tasks if not task.done()]:
+                try:
+                    await asyncio.wait(pending)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                    for task in pending:
+                        task.cancel()
+        finally:
+            scope.busy = False
+        errors = [error for task in tasks if (error := _error_of(task)) is not None]
+        if cancelled is not None:
+            raise cancelled
+        for signal in errors:
+            if isinstance(signal, Signal):
+                raise signal
+        if errors:
+            raise errors[0]
+        return tuple(task.result() for task in tasks)
+
+    async def _branch(self, scope: Scope, branch: Awaitable[Any]) -> Any:
+        _scope.set(scope)
+        result = await branch
+        self._all_recalled(scope)
+        return result
+
+    # The records
+
+    def _claim_scope(self, scope: Scope, what: str) -> None:
+        if self._stop is not None:
+            raise self._stop
+        if scope.busy:
+            msg = (
+                f"{what} was called while another step of the same branch is running: their numbers would depend on who "
+                "comes first; use flows.gather"
+            )
+            raise Parked(msg)
+        scope.busy = True
+
+    def _enter(self, scope: Scope, name: str) -> tuple[str, Record]:
+        """The key of what is called now, and its record; settled failures are raised again."""
+        if self._database.in_unit_of_work():
+            msg = (
+                f"{name} was called inside db.transaction(): a workflow function may be executed again, so what it writes "
+                "belongs into a transactional step"
+            )
+            raise Parked(msg)
+        self._claim_scope(scope, name)
+        occurrence = scope.occurrences[name] = scope.occurrences.get(name, 0) + 1
+        position, scope.position = scope.position, scope.position + 1
+        key = f"{scope.prefix}{name}:{occurrence}"
+        expected = self._history.places.get((scope.prefix, position))
+        record = self._history.records.get(key)
+        if (expected is not None and expected != key) or (record is not None and record.position != position):
+            scope.busy = False
+            msg = (
+                f"the function asked for {key} where its record has {expected or 'nothing'}: it does not do the same on "
+                "replay. Give the changed function a new version, or put what differs into a step"
+            )
+            raise Parked(msg)
+        if record is None:
+            record = self._history.records[key] = Record(key, position)
+            self._history.places[scope.prefix, position] = key
+        elif record.state in {FAILED, UNKNOWN}:
+            scope.busy = False
+            raise _step_failed(name, record.state, record.error)  # type: ignore[arg-type]  # narrowed by the set
+        return key, record
+
+    def _all_recalled(self, scope: Scope) -> None:
+        left = self._history.places.get((scope.prefix, scope.position))
+        if left is not None:
+            msg = f"the function ended before {left}, which is in its record: it does not do the same on replay"
+            raise Parked(msg)
+
+    def _load(self, load: Callable[[str], Any], record: Record) -> Any:
+        try:
+            return load(record.output or "null")
+        except ValueError as error:
+            msg = f"the recorded result of {record.key} does not fit its step any more: {error}"
+            raise Parked(msg) from error
+
+    def _arguments(self, step: AnyStep, record: Record) -> dict[str, Any]:
+        try:
+            return step.signature.load_arguments(record.input or "{}")
+        except ValueError as error:
+            msg = f"the recorded input of {record.key} does not fit its step any more: {error}"
+            raise Parked(msg) from error
+
+    # Getting work done
+
+    async def _settle(self, work: Work, record: Record) -> Any:
+        """Do the work of a step and record its outcome."""
+        try:
+            return await (self._as_entry(work, record) if work.entry else self._attempts(work, record))
+        except Exhausted as end:
+            if self._history.pivoted:
+                msg = f"{work.key} failed after the pivot, so there is no way back: {_text(end.error)}"
+                raise Parked(msg) from end.cause
+            state: Literal["failed", "unknown"] = "unknown" if end.maybe else "failed"
+            info = {"error": end.error, **({"input": work.input} if record.seq == 0 and work.input else {})}
+            row = self._recording.row(state, work.key, position=record.position, info=json.dumps(info))
+            record.state, record.seq, record.error = state, row["seq"], end.error
+            self._recording.settle(row, slot=False)
+            count_step(work.name, state)
+            raise _step_failed(work.name, state, end.error) from end.cause
+
+    async def _attempts(self, work: Work, record: Record) -> Any:
+        """Attempt the work until it is done, or until its policy says that it is enough.
+
+        Raises:
+            Exhausted: it is enough.
+        """
+        began, waited = self._clock.monotonic(), 0.0
+        if record.dangling or (record.maybe and work.policy.on_unknown == "probe"):
+            found = await self._resolve(work, record, "a worker died, or was stopped, during an attempt")
+            if found is not None:
+                return await self._done(work, record, found.result, slot=False)
+        while True:
+            if record.rest_seconds > 0:
+                await self._pause(record.rest_seconds)
+                record.rest_seconds = 0.0
+            await self._boundary()
+            try:
+                if work.policy.transactional:
+                    return await self._in_the_database(work, record)
+                result = await self._outside(work, record)
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _being_cancelled():
+                    raise
+                kept = describe(error)
+                delay = _rejection_seconds(work.policy, error)
+                if delay is None:
+                    record.attempts += 1
+                    if not _nothing_happened(work.policy, error):
+                        found = await self._resolve(work, record, _text(kept))
+                        if found is not None:
+                            return await self._done(work, record, found.result, slot=False)
+                    delay = self._delay(work, record, Outcome.of_error(error), began, waited)
+                    if delay is None:
+                        record.dangling = False
+                        raise Exhausted(error, kept, maybe=record.maybe) from error
+            else:
+                again = None if _default_decision(work) else self._delay(
+                    work, record, Outcome.of_result(result), began, waited, more=1
+                )
+                if again is None:
+                    return await self._done(work, record, result, slot=True)
+                self._recording.drop_slot()
+                record.attempts += 1
+                delay, kept = again, {"type": "Result", "detail": "asks for another attempt"}
+            waited += delay
+            await self._note_attempt(work, record, kept, delay)
+
+    def _delay(
+        self, work: Work, record: Record, outcome: Outcome, began: float, waited: float, *, more: int = 0
+    ) -> float | None:
+        error = outcome.exception()
+        if isinstance(error, work.policy.failed_on):
+            return None
+        elapsed = self._clock.monotonic() - began
+        return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, waited))
+
+    async def _note_attempt(self, work: Work, record: Record, error: dict[str, Any], delay: float) -> None:
+        """Make it durable that an attempt ended, so that a crash during the wait neither shortens nor forgets it."""
+        info: dict[str, Any] = {
+            "attempts": record.attempts, "maybe": record.maybe, "error": error, "rest_seconds": delay
+        }
+        if record.seq == 0 and work.input:
+            info["input"] = work.input
+        _log.info("run %s: %s ended with %s; again in %.3g s", self.id, work.key, _text(error), delay)
+        record.error, record.dangling, record.rest_seconds = error, False, delay
+        row = self._recording.row(ATTEMPT, work.key, position=record.position, info=json.dumps(info))
+        await self._recording.append(row)
+
+    async def _resolve(self, work: Work, record: Record, why: str) -> Done[Any] | None:
+        """Face an attempt that may have taken effect: what it came to, if that can be known, or None to attempt again.
+
+        Raises:
+            Parked: the step must not be attempted again without a person.
+        """
+        record.dangling, record.maybe = False, True
+        if work.policy.on_unknown == "compensate":
+            return None
+        if work.ask is None:
+            msg = (
+                f"nobody knows whether {work.key} took effect ({why}), and it says on_unknown=\"park\". Find out; then "
+                "resume the run to attempt it again with the same key, or cancel it to compensate"
+            )
+            raise Parked(msg)
+        answer = await self._ask(work, work.ask)
+        if isinstance(answer, Done):
+            return answer
+        if isinstance(answer, Unknown):
+            msg = f"nobody knows whether {work.key} took effect ({why}), and its probe does not either: {answer.detail}"
+            raise Parked(msg)
+        record.maybe = False
+        return None
+
+    async def _ask(
+        self, work: Work, ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]]
+    ) -> Done[Any] | Failed | Unknown:
+        attempt = 0
+        while True:
+            await self._boundary()
+            attempt += 1
+            answer: Done[Any] | Failed | Unknown
+            try:
+                answer = await self._attempt(work, attempt, ask)
+                outcome = Outcome.of_result(answer)
+                detail = answer.detail if isinstance(answer, Unknown) else ""
+            except Exception as error:
+                outcome = Outcome.of_error(error)
+                detail = _text(describe(error))
+                answer = Unknown(detail)
+            if not isinstance(answer, Unknown):
+                return answer
+            if attempt >= _PROBE.attempts:
+                return Unknown(detail)
+            await self._pause(_PROBE.wait(RetryState(attempt, outcome, 0.0)))
+
+    async def _outside(self, work: Work, record: Record) -> Any:
+        """One attempt at something whose effect is elsewhere; on success the slot is still held."""
+        body = work.input if record.seq == 0 else None
+        row = self._recording.row(INTENT, work.key, position=record.position, body=body)
+        record.seq = row["seq"]
+        await self._recording.append(row)
+        # From here on nobody knows, until a result or an attempt's end is recorded.
+        record.dangling = True
+        await self._recording.take_slot()
+        try:
+            await self._boundary()
+            return await self._attempt(work, record.attempts + 1, work.call)
+        except BaseException:
+            self._recording.drop_slot()
+            raise
+
+    async def _attempt(self, work: Work, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Run the user's code once, outside the run's own scope."""
+        token = _step.set(StepInfo(self.id, work.name, f"{self.id}:{work.key}", number, work.undoes))
+        scope = _scope.set(None)
+        seconds = work.policy.timeout_seconds
+        started = time.perf_counter()
+        try:
+            with bind_journal(None):
+                if seconds is None:
+                    return await call()
+                async with timeout(seconds, clock=self._clock):
+                    return await call()
+        finally:
+            STEP_SECONDS.observe(time.perf_counter() - started)
+            _scope.reset(scope)
+            _step.reset(token)
+
+    async def _in_the_database(self, work: Work, record: Record) -> Any:
+        """One attempt at a transactional step: its writes and its record share one commit."""
+        await self._recording.flush()
+        await self._boundary()
+        written = False
+        row = self._recording.row(DONE, work.key, position=record.position)
+        try:
+            async with self._database.transaction():
+                result = await self._attempt(work, record.attempts + 1, work.call)
+                row |= {"body": _dump(lambda: work.dump(result)), "info": json.dumps({"input": work.input})}
+                written = True
+                await self._recording.within_transaction(row)
+        except FenceLost:
+            raise Lost from None
+        except Exception:
+            # A commit whose end nobody saw: only the journal knows.
+            if not written or not await self._recording.has(row["seq"]):
+                raise
+        record.state, record.seq, record.output = "done", row["seq"], row["body"]
+        count_step(work.name, DONE)
+        return self._load(work.load, record)
+
+    async def _as_entry(self, work: Work, record: Record) -> None:
+        """An effect that only writes to the database: its rows and its record are one entry, tried until it is there.
+
+        Raises:
+            Exhausted: the effect itself cannot be carried out.
+        """
+        while True:
+            await self._boundary()
+            row = self._recording.row(DONE, work.key, position=record.position)
+            try:
+                await self._recording.with_effect(row, lambda: self._attempt(work, record.attempts + 1, work.call))
+                break
+            except Exception as error:
+                if not worth_repeating(error):
+                    raise Exhausted(error, describe(error), maybe=False) from error
+                record.attempts += 1
+                _log.warning("run %s: %s could not be written and will be again: %s", self.id, work.key, error)
+                state = RetryState(record.attempts, Outcome.of_error(error), 0.0)
+                await self._pause(max(_SHORTEST_WAIT, _EFFECT.retry.wait(state)))
+        record.state, record.seq = "done", row["seq"]
+        count_step(work.name, DONE)
+
+    async def _done(self, work: Work, record: Record, result: Any, *, slot: bool) -> Any:
+        try:
+            body = _dump(lambda: work.dump(result))
+        except Parked:
+            if slot:
+                self._recording.drop_slot()
+            raise
+        info = json.dumps({"pivot": True}) if work.policy.pivot else None
+        row = self._recording.row(DONE, work.key, position=record.position, body=body, info=info)
+        record.state, record.seq, record.output, record.dangling = "done", row["seq"], body, False
+        self._recording.settle(row, slot=slot)
+        count_step(work.name, DONE)
+        self._history.pivoted = self._history.pivoted or work.policy.pivot
+        return self._load(work.load, record)
+
+    # The way back
+
+    async def _back(self, *, only_unknown: bool) -> None:
+        """Undo what was done, or may have been, in reverse order of completion.
+
+        Raises:
+            CompensationExhausted: one of the compensations used up its attempts.
+        """
+        self._going_back = True
+        taken = [
+            record
+            for record in self._history.records.values()
+            if not record.key.endswith(COMPENSATION)
+            and (record.state == UNKNOWN if only_unknown else _may_have_happened(record))
+        ]
+        for record in sorted(taken, key=lambda record: record.seq, reverse=True):
+            await self._undo(record)
+
+    async def _undo(self, record: Record) -> None:
+        name = step_of(record.key)
+        if name.startswith("@"):
+            return  # another package's effect: its way back is an effect of a compensation
+        step = self._steps.get(name)
+        if step is None:
+            msg = f"no step {name} is known here, so {record.key} cannot be undone: bring it back under its name"
+            raise CompensationExhausted(msg)
+        undo = step.undo
+        if undo is None:
+            return
+        key = record.key + COMPENSATION
+        mine = self._history.records.setdefault(key, Record(key, None))
+        if mine.state == DONE:
+            return
+        outcome: Done[Any] | Unknown
+        if record.state == DONE:
+            outcome = Done(self._load(step.signature.load_result, record))
+        else:
+            outcome = Unknown(_text(record.error) if record.error else "its end was never recorded")
+        arguments = self._arguments(step, record)
+        work = Work(
+            name=f"{name}{COMPENSATION}",
+            key=key,
+            policy=step.undo_policy,
+            call=lambda: step.signature.call(arguments, outcome, function=undo),
+            dump=_nothing,
+            load=_nothing_back,
+            undoes=f"{self.id}:{record.key}",
+        )
+        try:
+            await self._attempts(work, mine)
+        except Exhausted as end:
+            count_step(work.name, FAILED)
+            msg = f"{key} used up its {mine.attempts} attempts: {_text(end.error)}"
+            raise CompensationExhausted(msg) from end.cause
+
+
+def _being_cancelled() -> bool:
+    """Whether somebody cancelled this task; otherwise a CancelledError came out of something that it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def _default_decision(work: Work) -> bool:
+    """Whether a result is never worth another attempt, as by default."""
+    return work.policy.retry.retry in (retry_if_retryable, any_error, _if_retryable_ours)
+
+
+def _rejection_seconds(policy: Policy, error: BaseException) -> float | None:
+    """How long to wait where nobody was asked, so that it was no attempt: a breaker or a bulkhead said no."""
+    if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, policy.failed_on):
+        return None
+    if error.retry_after_seconds is None:
+        return None
+    # The spread keeps those who were rejected together apart.
+    return max(_SHORTEST_WAIT, error.retry_after_seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
+
+
+def _nothing_happened(policy: Policy, error: BaseException) -> bool:
+    return (
+        policy.transactional
+        or isinstance(error, policy.failed_on)
+        or (isinstance(error, MainstayError) and error.no_effect)
+    )
+
+
+def _may_have_happened(record: Record) -> bool:
+    return record.state in {DONE, UNKNOWN} or (record.state == "open" and (record.dangling or record.maybe))
+
+
+def _dump(dump: Callable[[], str]) -> str:
+    try:
+        return dump()
+    except TypeError as error:
+        raise Parked(str(error)) from error
+
+
+def _nothing(_result: object) -> str:
+    return "null"
+
+
+def _nothing_back(_text: str) -> None:
+    return None
+
+
+def _text(error: Mapping[str, Any]) -> str:
+    return f"{error['type']}: {error['detail']}"
+
+
+def _step_failed(name: str, state: Literal["failed", "unknown"], error: Mapping[str, Any]) -> StepFailed:
+    return StepFailed(
+        step=name.removeprefix("@"),
+        outcome=state,
+        error_type=error["type"],
+        error_code=error.get("code"),
+        detail=error["detail"],
+    )

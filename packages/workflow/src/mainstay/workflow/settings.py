@@ -1,0 +1,28 @@
+"""The settings of the package."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from mainstay.core import Settings
+
+
+class WorkflowSettings(Settings):
+    """Read from `MAINSTAY_WORKFLOW_…`; each concerns one worker, that is one serving process.
+
+    Attributes:
+        max_runs: the most runs that are executed at once; the others wait in the queue.
+        max_unrecorded: the most steps that are executed and not yet recorded: what a kill makes the next worker repeat.
+        max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no attempt.
+        lease_seconds: how long after the death of a worker others take over its runs, at most.
+        poll_seconds: how often the queue is looked into for runs that other processes started.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_WORKFLOW_")
+
+    max_runs: int = Field(default=1_000, ge=1)
+    max_unrecorded: int = Field(default=128, ge=1)
+    max_attempts: int = Field(default=10, ge=1)
+    lease_seconds: float = Field(default=5.0, ge=0.5, le=3_600)
+    poll_seconds: float = Field(default=0.2, gt=0, le=60)

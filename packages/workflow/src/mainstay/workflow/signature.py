@@ -1,0 +1,148 @@
+"""What a function takes and returns, as JSON text: the form in which inputs and results are kept.
+
+Every value is written through the type that the function states for it and read back through the same type, also the first
+time: code that sees a result live sees what it will see on replay.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cached_property
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
+from pydantic_core import PydanticSerializationError
+from typing_extensions import NotRequired, TypedDict
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Signature:
+    """The parameters and the result of an async function.
+
+    Args:
+        function: may be wrapped by decorators that keep `__wrapped__`, as `functools.wraps` does.
+        kind: what the function is, for messages.
+
+    Raises:
+        TypeError: it is no async function, or takes `*args` or `**kwargs`. Annotations are looked at by `check`, when
+            everything that they name is defined.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, kind: str) -> None:
+        self.function = function
+        self.name: str = getattr(function, "__name__", type(function).__name__)
+        self.kind = kind
+        if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))):
+            msg = f"{kind} {self.name} must be an `async def` function"
+            raise TypeError(msg)
+        self._signature = inspect.signature(function)
+        for parameter in self._signature.parameters.values():
+            if parameter.kind in {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+                msg = f"{kind} {self.name} takes *{parameter.name}: name each parameter, so that its input can be kept"
+                raise TypeError(msg)
+        self.parameters = tuple(self._signature.parameters)
+        self._positional = tuple(p.name for p in self._signature.parameters.values() if p.kind in _POSITIONAL)
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        function = inspect.unwrap(self.function)
+        try:
+            hints = get_type_hints(function, include_extras=True)
+        except NameError as error:
+            msg = f"{self.kind} {self.name}: its annotations name {error.name!r}, which its module does not define"
+            raise TypeError(msg) from error
+        for name in (*self.parameters, "return"):
+            if name not in hints:
+                what = "result" if name == "return" else f"parameter {name}"
+                msg = f"{self.kind} {self.name}: annotate its {what}, so that it can be kept as JSON"
+                raise TypeError(msg)
+        return hints
+
+    @cached_property
+    def _arguments(self) -> TypeAdapter[Any]:
+        optional = {p.name for p in self._signature.parameters.values() if p.default is not p.empty}
+        fields: dict[str, Any] = {
+            name: NotRequired[self._hints[name]] if name in optional else self._hints[name] for name in self.parameters
+        }
+        return self._adapter(TypedDict(f"{self.name}_arguments", fields), "parameters")  # type: ignore[operator]  # built from a signature
+
+    @cached_property
+    def _result(self) -> TypeAdapter[Any]:
+        return self._adapter(self._hints["return"], "result")
+
+    def _adapter(self, kind: Any, what: str) -> TypeAdapter[Any]:
+        try:
+            return TypeAdapter(kind)
+        except PydanticUserError as error:
+            msg = f"{self.kind} {self.name}: its {what} cannot be kept as JSON: {error.message}"
+            raise TypeError(msg) from error
+
+    def check(self) -> None:
+        """Resolve every annotation.
+
+        Raises:
+            TypeError: one is missing, names nothing, or is of a type that cannot be kept as JSON.
+        """
+        _ = self._arguments, self._result
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name.
+
+        Raises:
+            TypeError: they do not fit the function.
+        """
+        if not kwargs and len(args) == len(self._positional) == len(self.parameters):
+            return dict(zip(self._positional, args, strict=True))
+        try:
+            return self._signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            msg = f"{self.kind} {self.name}: {error}"
+            raise TypeError(msg) from None
+
+    def dump_arguments(self, arguments: Mapping[str, Any]) -> str:
+        """Arguments by name as a JSON object.
+
+        Raises:
+            TypeError: a value is not of its parameter's type.
+        """
+        return self._dump(self._arguments, arguments, "arguments")
+
+    def load_arguments(self, text: str) -> dict[str, Any]:
+        """What `dump_arguments` wrote."""
+        arguments: dict[str, Any] = self._arguments.validate_json(text)
+        return arguments
+
+    def dump_result(self, value: object) -> str:
+        """A result as JSON.
+
+        Raises:
+            TypeError: it is not of the type that the function states.
+        """
+        return self._dump(self._result, value, "result")
+
+    def load_result(self, text: str) -> Any:
+        """What `dump_result` wrote."""
+        return self._result.validate_json(text)
+
+    def _dump(self, adapter: TypeAdapter[Any], value: object, what: str) -> str:
+        try:
+            return adapter.serializer.to_json(value, warnings="error").decode()
+        except (PydanticSerializationError, UnicodeError) as error:
+            msg = f"{self.kind} {self.name}: its {what} cannot be kept as its annotation says: {error}"
+            raise TypeError(msg) from None
+
+    def call(
+        self, arguments: Mapping[str, Any], *leading: object, function: Callable[..., Awaitable[Any]] | None = None
+    ) -> Awaitable[Any]:
+        """Call the function, or another with the same parameters after `leading` ones, with arguments by name."""
+        arguments = dict(arguments)
+        positional: list[object] = []
+        for name in self._positional:
+            if name not in arguments:
+                break
+            positional.append(arguments.pop(name))
+        called: Awaitable[Any] = (function or self.function)(*leading, *positional, **arguments)
+        return called

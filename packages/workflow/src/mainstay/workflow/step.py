@@ -1,0 +1,194 @@
+"""Steps: the functions whose outcome a run records."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+
+from mainstay.core import FullJitter, Retry, RetryState
+from mainstay.workflow.errors import NotInRun
+from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.signature import Signature
+
+if TYPE_CHECKING:
+    from mainstay.workflow.run import Scope
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OnUnknown = Literal["compensate", "probe", "park"]
+
+
+def any_error(retry_state: RetryState, /) -> bool:
+    """Every `Exception` is worth another attempt."""
+    return isinstance(retry_state.outcome.exception(), Exception)
+
+
+COMPENSATION_RETRY = Retry(attempts=30, wait=FullJitter(initial_seconds=0.2, max_seconds=60.0), retry=any_error)
+"""A compensation tries for about a quarter of an hour, whatever the error, before it asks for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How one kind of work is attempted; see `WorkflowRouter.step` for the fields."""
+
+    retry: Retry = field(default_factory=Retry)
+    timeout_seconds: float | None = None
+    failed_on: tuple[type[Exception], ...] = ()
+    on_unknown: OnUnknown = "compensate"
+    transactional: bool = False
+    pivot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What the code of a step may know about itself.
+
+    Attributes:
+        run_id: the run it is part of.
+        name: the step's name.
+        key: names this step of this run, in every attempt and after every crash: the idempotency key to hand to others.
+        attempt: from 1; one that a crash cut off is not counted.
+        undoes: in a compensation, the `key` of the step that it undoes: what the other side knows the original by.
+    """
+
+    run_id: str
+    name: str
+    key: str
+    attempt: int
+    undoes: str | None = None
+
+
+_step: ContextVar[StepInfo | None] = ContextVar("mainstay_workflow_step", default=None)
+_scope: ContextVar[Scope | None] = ContextVar("mainstay_workflow_scope", default=None)
+
+
+def current_step() -> StepInfo:
+    """The step or compensation whose code is running.
+
+    Raises:
+        NotInRun: none is.
+    """
+    info = _step.get()
+    if info is None:
+        msg = "current_step() was called outside the code of a step or of a compensation"
+        raise NotInRun(msg)
+    return info
+
+
+class Step(Generic[P, T]):
+    """A durable step; made by `@flows.step(…)`. Awaiting it inside a workflow function executes it or recalls its result.
+
+    Attributes:
+        name: the function's name, which is part of every record: renaming it strands the runs that have it.
+        function: the plain function, for tests and for other code that wants no durability.
+    """
+
+    def __init__(self, function: Callable[P, Awaitable[T]], policy: Policy, undo_retry: Retry, *, uncompensated: bool):
+        self.signature = Signature(function, kind="step")
+        self.name = self.signature.name
+        self.function = function
+        self.policy = policy
+        self.undo_policy = Policy(
+            retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional
+        )
+        self.uncompensated = uncompensated
+        self.undo: Callable[..., Awaitable[None]] | None = None
+        self.ask: Callable[..., Awaitable[Done[T] | Failed | Unknown]] | None = None
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+
+    def __repr__(self) -> str:
+        return f"<step {self.name}>"
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        """Execute the step as part of the run around it.
+
+        Raises:
+            NotInRun: there is none around it.
+            StepFailed: the step ended without a result.
+        """
+        return self._execute(args, kwargs)
+
+    async def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        scope = _scope.get()
+        if scope is None:
+            where = "inside the code of another step" if _step.get() is not None else "outside a run"
+            msg = (
+                f"step {self.name} was called {where}: steps are called by workflow functions; "
+                f"{self.name}.function is the plain function"
+            )
+            raise NotInRun(msg)
+        result: T = await scope.run.step(scope, self, args, kwargs)
+        return result
+
+    def compensation(
+        self, function: Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]
+    ) -> Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]:
+        """Decorate the function that undoes the step; its first parameter is the outcome, the others are the step's.
+
+        It runs when a later step fails for good, in reverse order of completion, until it succeeds. It is repeated after a
+        crash, so it must tolerate having run; and for `Unknown` it must tolerate that there is nothing to undo.
+
+        Raises:
+            TypeError: it does not fit the step, or the step has one, or says that it needs none.
+        """
+        if self.uncompensated:
+            msg = f"step {self.name} says that it needs no compensation: remove compensation=None, or {_name(function)}"
+            raise TypeError(msg)
+        if self.undo is not None:
+            msg = f"step {self.name} already has a compensation"
+            raise TypeError(msg)
+        self._fits(function, "compensation", leading=1)
+        self.undo = function
+        return function
+
+    def probe(
+        self, function: Callable[P, Awaitable[Done[T] | Failed | Unknown]]
+    ) -> Callable[P, Awaitable[Done[T] | Failed | Unknown]]:
+        """Decorate the function that asks the other side what became of an attempt whose end nobody saw.
+
+        Raises:
+            TypeError: it does not fit the step, or the step does not say `on_unknown="probe"`.
+        """
+        if self.policy.on_unknown != "probe":
+            msg = f'step {self.name} would never use a probe: write @…step(on_unknown="probe")'
+            raise TypeError(msg)
+        self._fits(function, "probe", leading=0)
+        self.ask = function
+        return function
+
+    def _fits(self, function: Callable[..., Any], kind: str, *, leading: int) -> None:
+        signature = Signature(function, kind=kind)
+        parameters = signature.parameters[leading:]
+        if len(signature.parameters) < leading or parameters != self.signature.parameters:
+            wanted = ", ".join([*["outcome"] * leading, *self.signature.parameters])
+            msg = (
+                f"{kind} {signature.name} takes ({', '.join(signature.parameters)}); "
+                f"that of step {self.name} takes ({wanted})"
+            )
+            raise TypeError(msg)
+
+    def check(self) -> None:
+        """What can be said only when everything is defined: annotations, and that something undoes the step.
+
+        Raises:
+            TypeError: an annotation does not resolve, or a compensation or probe is missing.
+        """
+        self.signature.check()
+        if self.undo is None and not self.uncompensated:
+            msg = (
+                f"step {self.name} has no compensation: add @{self.name}.compensation, "
+                "or say @….step(compensation=None) if it leaves nothing to undo"
+            )
+            raise TypeError(msg)
+        if self.policy.on_unknown == "probe" and self.ask is None:
+            msg = f'step {self.name} says on_unknown="probe": add @{self.name}.probe'
+            raise TypeError(msg)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(inspect.unwrap(function), "__name__", repr(function))

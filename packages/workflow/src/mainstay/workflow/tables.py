@@ -1,0 +1,283 @@
+"""The two tables: runs, and the journal of what each run did.
+
+The journal is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
+worker numbers them, and the fence on the run's row keeps everybody else from writing any. So a write that was repeated,
+because nobody knows whether its commit arrived, finds its own rows there and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from mainstay.database import FenceOn, Schema
+
+ID_LENGTH = 200
+STEP_LENGTH = 300
+
+metadata = sa.MetaData()
+
+
+class database_now(FunctionElement[float]):  # noqa: N801  an SQL function, written like one
+    """The database's clock, in seconds since 1970."""
+
+    type = sa.Double()
+    inherit_cache = True
+
+
+@compiles(database_now, "postgresql")
+def _now_postgresql(_element: database_now, _compiler: Any, **_options: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+@compiles(database_now, "sqlite")
+def _now_sqlite(_element: database_now, _compiler: Any, **_options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+runs = sa.Table(
+    "mainstay_workflow_runs",
+    metadata,
+    sa.Column("id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("workflow", sa.String(100), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    # queued, running, or one of the ends; `compensating` is a running or queued run that has a failure
+    sa.Column("status", sa.String(24), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("worker", sa.String(100)),
+    # claims since the journal last grew, and its length at that claim
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("progress", sa.Integer, nullable=False),
+    # claimed not before this moment of the database's clock, and in this order
+    sa.Column("wake_at", sa.Double, nullable=False),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("input", sa.Text, nullable=False),
+    sa.Column("output", sa.Text),
+    sa.Column("failure", sa.Text),
+    # why it is parked
+    sa.Column("note", sa.Text),
+    sa.Column("context", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False, server_default=database_now()),
+    sa.Column("ended_at", sa.Double),
+    sa.Index(
+        "mainstay_workflow_runs_queue",
+        "wake_at",
+        postgresql_where=sa.text("status = 'queued'"),
+        sqlite_where=sa.text("status = 'queued'"),
+    ),
+    sa.Index(
+        "mainstay_workflow_runs_worker",
+        "worker",
+        postgresql_where=sa.text("status = 'running'"),
+        sqlite_where=sa.text("status = 'running'"),
+    ),
+    sa.Index(
+        "mainstay_workflow_runs_parked",
+        "status",
+        "created_at",
+        postgresql_where=sa.text("status in ('parked', 'compensation_failed')"),
+        sqlite_where=sa.text("status in ('parked', 'compensation_failed')"),
+    ),
+)
+
+journal = sa.Table(
+    "mainstay_workflow_journal",
+    metadata,
+    sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    # intent, attempt, done, failed, unknown, resumed
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("step", sa.String(STEP_LENGTH), nullable=False),
+    # the place in its branch at which the workflow function asked for the step; null for a compensation
+    sa.Column("position", sa.Integer),
+    # an intent's input, a done step's result
+    sa.Column("body", sa.Text),
+    sa.Column("info", sa.Text),
+    sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
+)
+
+RUN_FENCE = FenceOn(runs, runs.c.id, runs.c.epoch)
+
+schema = Schema("workflow", metadata, Path(__file__).parent / "migrations")
+
+_ENTRY = ("run_id", "seq", "kind", "step", "position", "body", "info")
+_entry_values = {name: sa.bindparam(name) for name in _ENTRY}
+
+# What was written once stays, so repeating it after a commit whose end nobody saw is safe.
+APPEND = {
+    "sqlite": sqlite.insert(journal).values(_entry_values).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(journal).values(_entry_values).on_conflict_do_nothing(),
+}
+# Where the entry shares its commit with somebody's effect, finding it there must undo the second effect.
+APPEND_ONCE = sa.insert(journal).values(_entry_values)
+
+_RUN = (
+    "id",
+    "workflow",
+    "version",
+    "status",
+    "epoch",
+    "worker",
+    "attempts",
+    "progress",
+    "cancel_requested",
+    "input",
+    "context",
+)
+_run_values = {**{name: sa.bindparam(name) for name in _RUN}, "wake_at": database_now()}
+START = sa.insert(runs).values(_run_values)
+# Inside somebody's transaction a conflict would end that transaction.
+START_QUIETLY = {
+    "sqlite": sqlite.insert(runs).values(_run_values).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(runs).values(_run_values).on_conflict_do_nothing(),
+}
+
+# Beside the fence, so that repeating one of these after an unseen commit changes nothing.
+_mine = (
+    runs.c.id == sa.bindparam("run"),
+    runs.c.epoch == sa.bindparam("at_epoch"),
+    runs.c.status == "running",
+)
+
+END = (
+    sa.update(runs)
+    .where(*_mine)
+    .values(
+        status=sa.bindparam("status"),
+        output=sa.bindparam("output"),
+        failure=sa.bindparam("failure"),
+        worker=None,
+        ended_at=database_now(),
+    )
+)
+FAIL = sa.update(runs).where(*_mine).values(failure=sa.bindparam("failure"))
+PARK = (
+    sa.update(runs)
+    .where(*_mine)
+    .values(status=sa.bindparam("status"), note=sa.bindparam("note"), worker=None)
+)
+# A stop that was asked for is no attempt, so the claim's count goes back.
+RELEASE = (
+    sa.update(runs)
+    .where(*_mine)
+    .values(
+        status="queued",
+        worker=None,
+        attempts=sa.case((runs.c.attempts > 0, runs.c.attempts - 1), else_=0),
+        wake_at=database_now() + sa.bindparam("delay", type_=sa.Double),
+    )
+)
+# Its last worker is dead; should it only be asleep, it wakes up at an epoch that is over.
+REQUEUE_OF_WORKER = (
+    sa.update(runs)
+    .where(runs.c.worker == sa.bindparam("dead"), runs.c.status == "running")
+    .values(status="queued", worker=None, epoch=runs.c.epoch + 1)
+)
+# A run that this worker owns and does not execute: nobody would ever take it over from a living worker.
+REQUEUE = (
+    sa.update(runs)
+    .where(
+        runs.c.id == sa.bindparam("run"),
+        runs.c.worker == sa.bindparam("owner"),
+        runs.c.epoch == sa.bindparam("at_epoch"),
+        runs.c.status == "running",
+    )
+    .values(status="queued", worker=None, epoch=runs.c.epoch + 1)
+)
+CANCEL = (
+    sa.update(runs)
+    .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["queued", "running"]))
+    .values(cancel_requested=True)
+)
+CANCEL_PARKED = (
+    sa.update(runs)
+    .where(runs.c.id == sa.bindparam("run"), runs.c.status == "parked")
+    .values(
+        cancel_requested=True,
+        status="queued",
+        epoch=runs.c.epoch + 1,
+        attempts=0,
+        note=None,
+        wake_at=database_now(),
+    )
+)
+RESUME = (
+    sa.update(runs)
+    .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["parked", "compensation_failed"]))
+    .values(status="queued", epoch=runs.c.epoch + 1, attempts=0, note=None, wake_at=database_now())
+)
+NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0) + 1).where(
+    journal.c.run_id == sa.bindparam("run")
+)
+
+FIND = sa.select(runs).where(runs.c.id == sa.bindparam("run"))
+STATES = sa.select(runs.c.id, runs.c.status, runs.c.output, runs.c.failure, runs.c.note).where(
+    runs.c.id.in_(sa.bindparam("ids", expanding=True))
+)
+OF_WORKER = sa.select(runs.c.id, runs.c.epoch, runs.c.cancel_requested).where(
+    runs.c.worker == sa.bindparam("owner"), runs.c.status == "running"
+)
+WORKERS = sa.select(runs.c.worker).where(runs.c.status == "running").distinct()
+ENTRIES = (
+    sa.select(journal, database_now().label("now"))
+    .where(journal.c.run_id.in_(sa.bindparam("ids", expanding=True)))
+    .order_by(journal.c.run_id, journal.c.seq)
+)
+HAS_ENTRY = sa.select(journal.c.seq).where(
+    journal.c.run_id == sa.bindparam("run"), journal.c.seq == sa.bindparam("seq")
+)
+
+
+class Claims:
+    """The statements that depend on which workflows a worker knows.
+
+    Args:
+        known: names and versions.
+    """
+
+    def __init__(self, known: Sequence[tuple[str, int]]) -> None:
+        mine = sa.or_(
+            sa.false(), *(sa.and_(runs.c.workflow == name, runs.c.version == version) for name, version in known)
+        )
+        due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now())
+        self.waiting = sa.select(runs.c.id).where(due).limit(1)
+        length = (
+            sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0))
+            .where(journal.c.run_id == runs.c.id)
+            .scalar_subquery()
+        )
+        taken = (
+            sa.select(runs.c.id)
+            .where(due)
+            .order_by(runs.c.wake_at)
+            .limit(sa.bindparam("most"))
+            .with_for_update(skip_locked=True)
+            .cte("taken")
+        )
+        # The attempt is counted here, so that a crash counts; journal entries since the last claim make it the first.
+        self.claim = (
+            sa.update(runs)
+            .where(runs.c.id.in_(sa.select(taken.c.id)), runs.c.status == "queued")
+            .values(
+                status="running",
+                epoch=runs.c.epoch + 1,
+                worker=sa.bindparam("owner"),
+                attempts=sa.case((length > runs.c.progress, 1), else_=runs.c.attempts + 1),
+                progress=length,
+            )
+            .returning(*runs.c)
+        )
+        self.unknown = (
+            sa.select(runs.c.workflow, runs.c.version, sa.func.count())
+            .where(runs.c.status == "queued", sa.not_(mine))
+            .group_by(runs.c.workflow, runs.c.version)
+        )
+
+
+PARKED = sa.select(sa.func.count()).where(runs.c.status.in_(["parked", "compensation_failed"]))

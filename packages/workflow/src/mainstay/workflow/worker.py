@@ -1,0 +1,346 @@
+"""The worker: claims runs, executes them, and takes over those of workers that died.
+
+A worker is one lease. Its runs name it, and nothing else keeps them: when the lease ends, whoever gets it next puts the
+runs back into the queue with a new epoch, so that the old worker, should it only have been asleep, can write nothing more.
+That is a loop in every worker, not something that happens at a start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from mainstay.core import Clock, Context, bind, spawn, uuid7
+from mainstay.database import Database, FenceLost, Lease
+from mainstay.workflow import metrics
+from mainstay.workflow._recording import Recording
+from mainstay.workflow.errors import Lost, Released
+from mainstay.workflow.journal import History, recall
+from mainstay.workflow.run import AnyStep, AnyWorkflow, Run
+from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.tables import (
+    ENTRIES,
+    OF_WORKER,
+    PARK,
+    PARKED,
+    REQUEUE,
+    REQUEUE_OF_WORKER,
+    RUN_FENCE,
+    WORKERS,
+    Claims,
+)
+from mainstay.workflow.workflow import RunStatus
+
+_log = logging.getLogger("mainstay.workflow")
+
+_AT_ONCE = 200  # runs in one claim: more would hold the rows, and on SQLite the writer, for longer than it saves
+_LEASE = "mainstay-workflow "
+
+Ended = Callable[[str, RunStatus | None, str | None, dict[str, Any] | None], None]
+
+
+@dataclass(slots=True)
+class Identity:
+    """One lease, and the runs that are executed under it."""
+
+    lease: Lease
+    runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
+    strays: set[tuple[str, int]] = field(default_factory=set)
+    """Runs that the database says are executed here, and are not: after a start whose commit nobody saw."""
+
+
+class Worker:
+    """What a serving process does for its runs.
+
+    Args:
+        ended: told about every run that leaves this worker, with its status if it has ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        settings: WorkflowSettings,
+        workflows: Mapping[tuple[str, int], AnyWorkflow],
+        steps: Mapping[str, AnyStep],
+        ended: Ended,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._settings = settings
+        self._workflows = workflows
+        self._steps = steps
+        self._ended = ended
+        self._claims = Claims(list(workflows))
+        self._slots = asyncio.Semaphore(settings.max_unrecorded)
+        self._identity: Identity | None = None
+        self._draining = False
+        self._woken = asyncio.Event()
+        self.unknown: list[str] = []
+        self.parked = 0
+
+    # What the engine asks
+
+    def executes(self, id: str) -> bool:
+        """Whether the run is executed here at the moment."""
+        return self._identity is not None and id in self._identity.runs
+
+    @property
+    def serving(self) -> bool:
+        """Whether this process executes runs, or means to."""
+        return self._identity is not None
+
+    @property
+    def held(self) -> bool:
+        """Whether the worker's lease is good."""
+        return self._identity is not None and self._identity.lease.held
+
+    def wake(self) -> None:
+        """There is something in the queue."""
+        self._woken.set()
+
+    def cancel(self, id: str) -> None:
+        """The run is to be cancelled; where it is not executed here, the next look at the database finds out."""
+        if self._identity is not None and id in self._identity.runs:
+            self._identity.runs[id][0].cancel()
+
+    def takes(self) -> Identity | None:
+        """The identity under which a run may be executed here from its start, without going through the queue."""
+        identity = self._identity
+        if identity is None or self._draining or not identity.lease.held:
+            return None
+        return identity if len(identity.runs) < self._settings.max_runs else None
+
+    def begin(self, identity: Identity, row: Mapping[str, Any]) -> None:
+        """Execute a run that was started as this identity's."""
+        if identity is self._identity and not self._draining and row["id"] not in identity.runs:
+            self._launch(identity, row, History())
+        # Otherwise its lease has been given up, and the run is found as any dead worker's.
+
+    # The loop
+
+    async def work(self, draining: asyncio.Event) -> None:
+        """Serve until `draining` is set, then give back what is not finished."""
+        self._draining = False
+        watch = spawn(self._watch(draining), name="mainstay-workflow drain")
+        try:
+            while not draining.is_set():
+                lease = await self._safely(self._take_lease)
+                if lease is None:
+                    await self._rest(self._settings.poll_seconds)
+                    continue
+                self._identity = identity = Identity(lease)
+                try:
+                    await self._serve(identity, draining)
+                finally:
+                    await self._leave(identity)
+                    self._identity = None
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _watch(self, draining: asyncio.Event) -> None:
+        await draining.wait()
+        self._draining = True
+        self._woken.set()
+        if self._identity is not None:
+            for run, _ in self._identity.runs.values():
+                run.stop(Released())
+
+    async def _take_lease(self) -> Lease | None:
+        return await self._database.lease(f"{_LEASE}{uuid7()}", seconds=self._settings.lease_seconds)
+
+    async def _serve(self, identity: Identity, draining: asyncio.Event) -> None:
+        look_at = float("-inf")
+        while not draining.is_set():
+            self._woken.clear()
+            if not identity.lease.held:
+                if await self._safely(lambda: self._is_lost(identity)):
+                    return
+            else:
+                more = await self._safely(lambda: self._claim(identity))
+                if self._clock.monotonic() >= look_at:
+                    look_at = self._clock.monotonic() + self._settings.lease_seconds / 3
+                    await self._safely(lambda: self._look_around(identity))
+                if more:
+                    continue
+            await self._rest(self._settings.poll_seconds)
+
+    async def _rest(self, seconds: float) -> None:
+        timer = self._clock.call_later(seconds, self._woken.set)
+        try:
+            await self._woken.wait()
+        finally:
+            timer.cancel()
+
+    async def _safely(self, look: Callable[[], Awaitable[Any]]) -> Any:
+        """The loop goes on whatever the database says; None when it said nothing."""
+        try:
+            return await look()
+        except Exception as error:  # noqa: BLE001  a worker that ends would leave its runs to nobody
+            _log.warning("the worker's look at the database failed and will be repeated: %s", error)
+            await self._clock.sleep(min(1.0, self._settings.poll_seconds))
+            return None
+
+    async def _is_lost(self, identity: Identity) -> bool:
+        """Whether somebody else has the lease; without an answer from the database, nobody knows."""
+        nothing = {"run": "", "owner": "", "at_epoch": -1}
+        try:
+            await self._database.write(REQUEUE, nothing, fence=identity.lease.fence)
+        except FenceLost:
+            _log.error("this worker's lease is lost, its %d runs belong to others by now", len(identity.runs))
+            for run, _ in identity.runs.values():
+                run.stop(Lost())
+            return True
+        return False
+
+    async def _leave(self, identity: Identity) -> None:
+        """Let every execution end: released at its next boundary, or cancelled with this task."""
+        self._draining = True
+        for run, _ in identity.runs.values():
+            run.stop(Released())
+        try:
+            while tasks := [task for _, task in identity.runs.values()]:
+                await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            tasks = [task for _, task in identity.runs.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        finally:
+            self._draining = False
+            await identity.lease.release()
+
+    # Claiming
+
+    async def _claim(self, identity: Identity) -> bool:
+        """Take what is due, as far as there is room; whether there may be more."""
+        room = min(self._settings.max_runs - len(identity.runs), _AT_ONCE)
+        if room <= 0 or not await self._database.read(self._claims.waiting):
+            return False
+        async with self._database.transaction() as session:
+            result = await session.execute(self._claims.claim, {"most": room, "owner": identity.lease.name})
+            rows = [dict(row) for row in result.mappings()]
+        grown = [row["id"] for row in rows if row["progress"] > 0]
+        histories = await self._histories(grown)
+        for row in rows:
+            try:
+                if row["attempts"] > self._settings.max_attempts:
+                    await self._park(row)
+                else:
+                    self._launch(identity, row, histories.get(row["id"], History()))
+            except Exception:
+                _log.exception("run %s could not be begun", row["id"])
+        return len(rows) == room
+
+    async def _histories(self, ids: Sequence[str]) -> dict[str, History]:
+        if not ids:
+            return {}
+        entries = await self._database.read(ENTRIES, {"ids": ids})
+        by_run = groupby((dict(entry._mapping) for entry in entries), key=lambda entry: entry["run_id"])
+        return {run_id: recall(own) for run_id, own in by_run}
+
+    async def _park(self, row: Mapping[str, Any]) -> None:
+        note = (
+            f"claimed {row['attempts'] - 1} times without getting any further: its worker died or was killed each time. "
+            "Find out why, then resume or cancel it"
+        )
+        _log.error("run %s is parked: %s", row["id"], note)
+        values = {"run": row["id"], "at_epoch": row["epoch"], "status": RunStatus.PARKED, "note": note}
+        await self._database.write(PARK, values, route=row["id"])
+        self._ended(row["id"], None, None, None)
+
+    def _launch(self, identity: Identity, row: Mapping[str, Any], history: History) -> None:
+        fence = RUN_FENCE.at(row["id"], row["epoch"])
+        run = Run(
+            id=row["id"],
+            epoch=row["epoch"],
+            workflow=self._workflows[row["workflow"], row["version"]],
+            input=row["input"],
+            history=history,
+            failure=json.loads(row["failure"]) if row.get("failure") else None,
+            cancel_requested=row["cancel_requested"],
+            database=self._database,
+            clock=self._clock,
+            recording=Recording(
+                self._database, self._clock, row["id"], fence, history.last_seq, slots=self._slots
+            ),
+            held=lambda: identity.lease.held,
+            steps=self._steps,
+        )
+        task = spawn(self._execute(identity, run, row["context"]), name=f"run {row['id']}")
+        identity.runs[row["id"]] = (run, task)
+        metrics.RUNS_ACTIVE.inc()
+        if self._draining:
+            run.stop(Released())
+
+    async def _execute(self, identity: Identity, run: Run, context: str) -> None:
+        end = None
+        try:
+            with bind(Context.from_dict(json.loads(context)), causation_id=run.id):
+                end = await run.execute()
+            if end is not None:
+                metrics.count_end(run.workflow.name, end[0])
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            # The run stays ours in the database, and is put back into the queue as a stray.
+            _log.exception("run %s broke off", run.id)
+        finally:
+            metrics.RUNS_ACTIVE.dec()
+            del identity.runs[run.id]
+            self._woken.set()
+            self._ended(run.id, *(end or (None, None, None)))
+
+    # Looking around
+
+    async def _look_around(self, identity: Identity) -> None:
+        await self._look_at_mine(identity)
+        await self._look_at_others(identity)
+        self.parked = (await self._database.read(PARKED))[0][0]
+        metrics.RUNS_PARKED.set(self.parked)
+        unknown = await self._database.read(self._claims.unknown)
+        metrics.RUNS_UNKNOWN.set(sum(row[2] for row in unknown))
+        names = [f"{row[2]} of {row[0]!r} version {row[1]}" for row in unknown]
+        if names and names != self.unknown:
+            _log.warning("runs wait for a worker that knows their workflow: %s", ", ".join(names))
+        self.unknown = names
+
+    async def _look_at_mine(self, identity: Identity) -> None:
+        strays: set[tuple[str, int]] = set()
+        for row in await self._database.read(OF_WORKER, {"owner": identity.lease.name}):
+            entry = identity.runs.get(row.id)
+            if entry is None:
+                strays.add((row.id, row.epoch))
+            elif row.cancel_requested:
+                entry[0].cancel()
+        # Seen twice: not just about to begin, nor just ended.
+        for id, epoch in strays & identity.strays:
+            if id not in identity.runs:
+                _log.warning("run %s is ours and not executed: back into the queue", id)
+                await self._database.write(REQUEUE, {"run": id, "owner": identity.lease.name, "at_epoch": epoch})
+                self._woken.set()
+        identity.strays = strays
+
+    async def _look_at_others(self, identity: Identity) -> None:
+        for (name,) in await self._database.read(WORKERS):
+            if name == identity.lease.name:
+                continue
+            lease = await self._database.lease(name, seconds=self._settings.lease_seconds)
+            if lease is None:
+                continue  # it lives
+            try:
+                await self._database.write(REQUEUE_OF_WORKER, {"dead": name}, fence=lease.fence)
+                _log.warning("worker %s is dead: its runs are back in the queue", name)
+                metrics.WORKERS_BURIED.inc()
+                self._woken.set()
+            finally:
+                await lease.release()
+

@@ -1,0 +1,142 @@
+"""Workflows, and the handles of their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple
+
+from mainstay.core import Binding
+from mainstay.workflow.errors import NotInRun
+from mainstay.workflow.signature import Signature
+from mainstay.workflow.step import _scope
+
+if TYPE_CHECKING:
+    from mainstay.workflow.engine import WorkflowEngine
+
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
+
+
+class RunStatus(StrEnum):
+    """Where a run is."""
+
+    QUEUED = "queued"
+    """It waits for a worker, or for its time."""
+    RUNNING = "running"
+    COMPENSATING = "compensating"
+    """It failed or was cancelled, and what it did is being undone."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """It failed, and everything that it did is undone."""
+    CANCELLED = "cancelled"
+    """It was cancelled, and everything that it did is undone."""
+    PARKED = "parked"
+    """It waits for a person."""
+    COMPENSATION_FAILED = "compensation_failed"
+    """Undoing it got stuck; it waits for a person, and is resumed there."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing more will happen to the run."""
+        return self in {RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED}
+
+    @property
+    def waits_for_a_person(self) -> bool:
+        """Whether only `resume` or `cancel` takes the run on."""
+        return self in {RunStatus.PARKED, RunStatus.COMPENSATION_FAILED}
+
+
+@dataclass(frozen=True, slots=True)
+class Handle(Generic[T]):
+    """One run, in whatever process it executes."""
+
+    id: str
+    workflow: Workflow[Any, T]
+    _engine: WorkflowEngine
+
+    async def result(self, timeout_seconds: float | None = None) -> T:
+        """Wait for the run to end and return what its function returned.
+
+        Raises:
+            WorkflowFailed: it failed or was cancelled, and is compensated.
+            RunParked: it waits for a person.
+            DeadlineExceeded: it has not ended after `timeout_seconds`; it goes on.
+            RunNotFound: it does not exist, for example because the transaction that started it was rolled back.
+        """
+        return await self._engine.result(self, timeout_seconds)
+
+    async def status(self) -> RunStatus:
+        """Where the run is.
+
+        Raises:
+            RunNotFound: it does not exist.
+        """
+        return await self._engine.status(self.id)
+
+    async def cancel(self) -> None:
+        """Ask for the run to be cancelled: it stops at the next boundary between steps, and compensates.
+
+        Raises:
+            RunStateError: it has ended.
+            RunNotFound: it does not exist.
+        """
+        await self._engine.cancel(self.id)
+
+
+class Workflow(Generic[*Ts, T]):
+    """A durable workflow; made by `@flows.workflow(name=…)`.
+
+    Attributes:
+        name, version: what a run's record names; both stay as long as there are runs of it.
+        function: the plain function.
+    """
+
+    def __init__(
+        self, function: Callable[[*Ts], Awaitable[T]], name: str, version: int, binding: Binding[WorkflowEngine]
+    ) -> None:
+        self.signature = Signature(function, kind="workflow")
+        self.name = name
+        self.version = version
+        self.function = function
+        self._binding = binding
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+
+    def __repr__(self) -> str:
+        return f"<workflow {self.name} version {self.version}>"
+
+    def __call__(self, *args: *Ts) -> Coroutine[Any, Any, T]:
+        """Inside a run: execute the function as a part of that run.
+
+        Raises:
+            NotInRun: there is no run around it; `start` begins one.
+        """
+        return self._inline(args)
+
+    async def _inline(self, args: tuple[Any, ...]) -> T:
+        if _scope.get() is None:
+            name = self.signature.name
+            msg = f"{name}(…) was called outside a run: `await {name}.start(…, id=…)` begins one"
+            raise NotInRun(msg)
+        return await self.function(*args)
+
+    async def start(self, *args: *Ts, id: str | None = None) -> Handle[T]:
+        """Begin a run; durable when this returns, or, inside `db.transaction()`, with its commit.
+
+        Args:
+            args: the input, kept as JSON.
+            id: names the run for ever: starting again with the same id and the same input returns the same run.
+                Without one, the run is a new one. At most 200 characters.
+
+        Raises:
+            RunConflict: the id belongs to another workflow or to another input.
+            TypeError: the arguments do not fit.
+            NotBoundError: the router is not part of a running App.
+        """
+        return await self._binding.get().start(self, args, id)
+
+    def handle(self, id: str) -> Handle[T]:
+        """The run with this id, which may exist or not."""
+        return Handle(id, self, self._binding.get())
