@@ -1,0 +1,563 @@
+"""The path of a call: one generated function for all the policies around it.
+
+Benchmark rows: "breaker closed, async", "breaker closed, sync", "four policies, nothing going wrong" in
+`benchmarks/circuit_breaker`.
+
+Written the readable way, each policy is a wrapper of its own: a frame, a packing and unpacking of arguments, a
+coroutine and an await, for each of them, on each call; a breaker as a class with `admit` and `settle` adds two method
+calls and a lock. That is what costs the libraries around us between one and twenty-five microseconds a call. Here the
+policies write the lines that they need into **one function**, outermost first, around one call:
+
+    async def call(*args, **kwargs):
+        window_0 = circuit_0.window            # admission: the one thing that a closed circuit needs to say
+        if window_0 is None:
+            window_0 = admit_0()               # not closed: the state machine decides, or raises CircuitOpen
+        try:
+            result = await fn(*args, **kwargs)
+        except BaseException as error_0:
+            raised_0(window_0, error_0)
+            raise
+        if window_0 is circuit_0.window:       # settling: the state has not changed meanwhile
+            window_0.successes += 1            # the window, the ratio, the streak and the metrics, in one addition
+        else:
+            succeeded_0(window_0)
+        return result
+
+Three things make it cheap. The ticket *is* the window, so that one comparison answers "is it still closed, and the same
+epoch". A success only increments a counter: what a window needs beyond that is worked out when a failure comes, since
+only then can a circuit open, and metrics are read from the counters when somebody scrapes. And `try` costs nothing
+until something raises.
+
+**Threads.** There is no lock around `window.successes += 1`. With the interpreter's global lock, threads switch only at
+calls and at jumps backwards; between the comparison and the addition there is neither, so nothing is lost or counted
+twice. Without the global lock that does not hold, and the same lines are generated with the circuit's lock around them
+(`_LOCKED`).
+
+**Shapes.** The text depends only on which policies there are and which of their features are on, never on their names
+or numbers. It is compiled once per shape; each decorated function gets the code object with a namespace of its own, in
+which `circuit_0`, `admit_0` and so on are globals (as fast as closure cells, and open to change). When a reload
+switches a feature on or off, the function is given the code of the other shape in place, and calls under way finish
+with the old one.
+
+Tracebacks show the generated lines: they are registered with `linecache`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import linecache
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Mode = Literal["async", "sync", "async_run", "sync_run", "stream", "async_block", "sync_block"]
+
+_LOCKED: Final = not getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a policy contributes to a generated function.
+
+    Attributes:
+        policy: who contributes.
+        kind: which lines, a key of `_LINES`.
+        shape: which variant of them.
+        names: what the lines refer to; `circuit` becomes `circuit_0` in the outermost layer, and so on.
+    """
+
+    policy: Policy
+    kind: str
+    shape: tuple[object, ...]
+    names: dict[str, object]
+
+
+class Policy:
+    """Base of everything that can stand around a call.
+
+    A policy decorates functions (async, plain, and async generator functions), runs callables (`call`, `call_sync`),
+    and guards blocks (`async with`, `with`), unless it says otherwise.
+    """
+
+    # Created on first use: one circuit of a hundred thousand has no functions of its own.
+    _compiled: weakref.WeakKeyDictionary[types.FunctionType, tuple[Policy, Mode, int]] | None = None
+    _runners: dict[Mode, Callable[..., Any]] | None = None
+
+    def _layers(self) -> tuple[Layer, ...]:
+        """What it contributes, outermost first."""
+        raise NotImplementedError
+
+    def __call__(self, fn: F) -> F:
+        """Decorate `fn`.
+
+        Raises:
+            TypeError: `fn` is of a kind that a policy here cannot stand around; the message says what to write instead.
+        """
+        mode = kind_of(fn)
+        built = self._build(mode, fn)
+        functools.update_wrapper(built, fn)
+        return cast("F", built)
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Await `fn(*args, **kwargs)` under this policy."""
+        return cast("T", await self._runner("async_run")(fn, *args, **kwargs))
+
+    def call_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the plain function `fn(*args, **kwargs)` under this policy."""
+        result = self._runner("sync_run")(fn, *args, **kwargs)
+        return cast("T", result)
+
+    async def __aenter__(self) -> Self:
+        block = contextlib.asynccontextmanager(self._runner("async_block"))()
+        await block.__aenter__()
+        _entered.set((self, block, _entered.get()))
+        return self
+
+    async def __aexit__(self, *details: object) -> bool | None:
+        return await cast("AbstractAsyncContextManager[None]", self._leave()).__aexit__(*details)
+
+    def __enter__(self) -> Self:
+        block = contextlib.contextmanager(self._runner("sync_block"))()
+        block.__enter__()
+        _entered.set((self, block, _entered.get()))
+        return self
+
+    def __exit__(self, *details: object) -> bool | None:
+        return cast("AbstractContextManager[None]", self._leave()).__exit__(*details)
+
+    def _leave(self) -> object:
+        entered = _entered.get()
+        if entered is None or entered[0] is not self:
+            msg = f"{self!r} was not entered last: a block begins and ends in one task, and the innermost ends first"
+            raise RuntimeError(msg)
+        _entered.set(entered[2])
+        return entered[1]
+
+    # Building
+
+    def _runner(self, mode: Mode) -> Callable[..., Any]:
+        runners = self._runners
+        if runners is None:
+            runners = self._runners = {}
+        runner = runners.get(mode)
+        if runner is None:
+            runner = runners[mode] = self._build(mode, None)
+        return runner
+
+    def _build(self, mode: Mode, fn: Callable[..., Any] | None, start: int = 0) -> types.FunctionType:
+        layers, inner = self._cut(mode, start)
+        for layer in layers:
+            refusal = _REFUSALS.get((layer.kind, mode))
+            if refusal is not None:
+                msg = f"{layer.policy!r} {refusal}"
+                raise TypeError(msg)
+        name = getattr(fn, "__name__", "call")
+        namespace: dict[str, Any] = {"__builtins__": __builtins__, "__name__": __name__, **_SHARED}
+        if inner is not None:
+            # The function around which attempts race, with the layers inside the hedge.
+            namespace["fn"] = self._build("async" if fn is not None else "async_run", fn, inner)
+            if fn is None:
+                mode = "async_run"
+        else:
+            namespace["fn"] = fn
+        built = types.FunctionType(_code(mode, layers), namespace, name)
+        self._bind(built, layers)
+        for layer in layers:
+            known = layer.policy._compiled
+            if known is None:
+                known = layer.policy._compiled = weakref.WeakKeyDictionary()
+            known[built] = (self, mode, start)
+        return built
+
+    def _cut(self, mode: Mode, start: int) -> tuple[tuple[Layer, ...], int | None]:
+        """The layers that make one function, and where those of the function inside a hedge begin."""
+        layers = self._layers()[start:]
+        for index, layer in enumerate(layers):
+            if layer.kind == "hedge":
+                return layers[: index + 1], start + index + 1
+        return layers, None
+
+    @staticmethod
+    def _bind(built: types.FunctionType, layers: tuple[Layer, ...]) -> None:
+        for index, layer in enumerate(layers):
+            for name, value in layer.names.items():
+                built.__globals__[f"{name}_{index}"] = value
+
+    def _recompile(self) -> None:
+        """Give the functions that this policy takes part in the code of its present shape."""
+        for built, (owner, mode, start) in list((self._compiled or {}).items()):
+            layers, _ = owner._cut(mode, start)
+            self._bind(built, layers)
+            built.__code__ = _code(mode, layers)
+
+
+_Entered = tuple[Policy, object, "_Entered | None"]
+_entered: ContextVar[_Entered | None] = ContextVar("mainstay_circuit_breaker_entered", default=None)
+
+
+def kind_of(fn: Callable[..., Any]) -> Mode:
+    """How `fn` is to be called.
+
+    Raises:
+        TypeError: it is no function, a class, or a generator function.
+    """
+    if not callable(cast("object", fn)):
+        msg = f"a policy decorates a function, not {fn!r}"
+        raise TypeError(msg)
+    if inspect.isclass(fn):
+        msg = f"a policy decorates a function, not the class {fn.__name__}: decorate the method that makes the call"
+        raise TypeError(msg)
+    called = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
+    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(called):
+        return "async"
+    if inspect.isasyncgenfunction(fn) or inspect.isasyncgenfunction(called):
+        return "stream"
+    if inspect.isgeneratorfunction(fn) or inspect.isgeneratorfunction(called):
+        name = getattr(fn, "__name__", repr(fn))
+        msg = (
+            f"{name} is a generator function: calling it does nothing yet, so there is nothing to count. Make it "
+            f"an async generator, return a list, or write `with breaker:` around the work inside it"
+        )
+        raise TypeError(msg)
+    return "sync"
+
+
+def in_thread(fn: Callable[P, T]) -> Callable[P, Any]:
+    """Make an async function of a blocking one: it runs in a thread, with the caller's context.
+
+    For `Timeout` and `Hedge`, which need something that can be cancelled. A thread cannot be: when the time is up the
+    caller goes on, and the thread finishes its work unheard. Give the work a time limit of its own as well.
+    """
+
+    @functools.wraps(fn)
+    async def threaded(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(fn, *args, **kwargs)
+
+    return threaded
+
+
+def refuse_awaitable(result: object) -> None:
+    """A plain function returned something to await: what was counted is only that it did not fail to begin."""
+    if asyncio.iscoroutine(result):
+        result.close()
+    msg = (
+        "a plain function returned an awaitable, so that its failures would not be counted: decorate the async "
+        "function itself (the policy goes below other decorators), or use `await policy.call(fn)`"
+    )
+    raise TypeError(msg)
+
+
+_SHARED: Final = {"Awaitables": (types.CoroutineType, asyncio.Future), "refuse_awaitable": refuse_awaitable}
+
+_NO_STREAM = "cannot stand around an async generator, whose consumer takes its time: put it around each call inside"
+_NO_REPEAT = "cannot repeat the body of a `with` block: decorate a function, or use `call`"
+_NO_THREAD = "cannot cancel a thread: make the function async, or wrap it with in_thread and let it run on unheard"
+_NO_KEY = "has no key for a `with` block: decorate a function, or use `call`"
+
+_REFUSALS: Final[dict[tuple[str, str], str]] = {
+    ("timeout", "sync"): _NO_THREAD,
+    ("timeout", "sync_run"): _NO_THREAD,
+    ("timeout", "sync_block"): _NO_THREAD,
+    ("timeout", "stream"): _NO_STREAM,
+    ("hedge", "sync"): _NO_THREAD,
+    ("hedge", "sync_run"): _NO_THREAD,
+    ("hedge", "sync_block"): _NO_REPEAT,
+    ("hedge", "async_block"): _NO_REPEAT,
+    ("hedge", "stream"): _NO_STREAM,
+    ("fallback", "sync_block"): _NO_REPEAT,
+    ("fallback", "async_block"): _NO_REPEAT,
+    ("fallback", "stream"): _NO_STREAM,
+    ("retry", "sync_block"): _NO_REPEAT,
+    ("retry", "async_block"): _NO_REPEAT,
+    ("keyed_breaker", "sync_block"): _NO_KEY,
+    ("keyed_breaker", "async_block"): _NO_KEY,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- generating
+# text
+
+
+class _Text:
+    """Lines with indentation. The layers ask it what differs between async and plain code."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.asynchronous = mode not in {"sync", "sync_run", "sync_block"}
+        self.lines: list[str] = []
+        self._depth = 0
+
+    def add(self, *lines: str) -> None:
+        """Append lines at the current depth."""
+        self.lines.extend("    " * self._depth + line for line in lines)
+
+    def waited(self, name: str, index: str) -> str:
+        """The name of something that waits: awaited in async code, its blocking twin in plain code."""
+        return f"await {name}_{index}" if self.asynchronous else f"{name}_sync_{index}"
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """Append `head` and indent what follows."""
+        self.add(head)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+
+Body = Callable[[], None]
+_codes: dict[tuple[object, ...], types.CodeType] = {}
+_codes_lock = threading.Lock()
+
+
+def _code(mode: Mode, layers: tuple[Layer, ...]) -> types.CodeType:
+    shape = (mode, *((layer.kind, layer.shape) for layer in layers))
+    code = _codes.get(shape)
+    if code is None:
+        with _codes_lock:
+            code = _codes.get(shape) or _codes.setdefault(shape, _compile(mode, layers, len(_codes)))
+    return code
+
+
+def _compile(mode: Mode, layers: tuple[Layer, ...], number: int) -> types.CodeType:
+    source = text_of(mode, layers)
+    file = f"<mainstay.circuit_breaker {' '.join(layer.kind for layer in layers)} {mode} {number}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    module = compile(source, file, "exec")
+    return next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+
+
+def text_of(mode: Mode, layers: tuple[Layer, ...]) -> str:
+    """The text of the function for these layers; a test prints it, people may."""
+    text = _Text(mode)
+    runs = mode in {"async_run", "sync_run"}
+    parameters = "fn, /, *args, **kwargs" if runs else "*args, **kwargs"
+    if runs and layers and layers[-1].kind == "hedge":
+        # `fn` is the inner function, and takes the callable as its first argument.
+        parameters = "fn_run, /, *args, **kwargs"
+    with text.block(f"{'async ' if text.asynchronous else ''}def call({parameters}):"):
+        _nest(text, layers, 0)
+        if mode in {"async", "sync", "async_run", "sync_run"}:
+            text.add("return result")
+    return "\n".join(text.lines) + "\n"
+
+
+def _nest(text: _Text, layers: tuple[Layer, ...], index: int) -> None:
+    if index < len(layers):
+        layer = layers[index]
+        _LINES[layer.kind](text, str(index), layer.shape, lambda: _nest(text, layers, index + 1))
+    elif layers and layers[-1].kind == "hedge":
+        arguments = "(fn_run, *args)" if text.mode == "async_run" else "args"
+        text.add(f"result = await race_{index - 1}(fn, {arguments}, kwargs)")
+    elif text.mode in {"async_block", "sync_block"}:
+        text.add("result = None", "yield")
+    elif text.mode == "stream":
+        text.add("result = None", "stream = fn(*args, **kwargs)")
+        with text.block("try:"), text.block("async for item in stream:"):
+            text.add("begun = True", "yield item")
+        with text.block("finally:"):
+            text.add("await stream.aclose()")
+    else:
+        text.add(f"result = {'await ' if text.asynchronous else ''}fn(*args, **kwargs)")
+        if not text.asynchronous:
+            # One call of a plain function that hands back a coroutine would count nothing for ever.
+            with text.block("if result.__class__ in Awaitables:"):
+                text.add("refuse_awaitable(result)")
+
+
+def _breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
+    _circuit(text, i, shape, body, "")
+
+
+def _keyed_breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
+    text.add(f"key_is_{i} = key_{i}(*args, **kwargs)", f"circuit_{i} = get_{i}(key_is_{i})")
+    with text.block(f"if circuit_{i} is None:"):
+        text.add(f"circuit_{i} = make_{i}(key_is_{i})")
+    _circuit(text, i, shape, body, f"circuit_{i}.")
+
+
+def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str) -> None:
+    """`of` is empty where the circuit's methods are names of their own, bound once."""
+
+    def method(name: str) -> str:
+        return f"{of}{name}" if of else f"{name}_{i}"
+
+    timed, slow, judged = shape
+    seconds = f", now_{i}() - started_{i}" if slow else ""
+    text.add(f"window_{i} = circuit_{i}.window")
+    with text.block(f"if window_{i} is None:"):
+        text.add(f"window_{i} = {method('admit')}()")
+    if slow:
+        text.add(f"started_{i} = now_{i}()")
+    with text.block("try:"):
+        body()
+        if judged:
+            text.add(f"is_bad_{i} = bad_{i}(result)")
+    with text.block(f"except BaseException as error_{i}:"):
+        text.add(f"{method('raised')}(window_{i}, error_{i}{seconds})", "raise")
+    if judged:
+        with text.block(f"if is_bad_{i}:"):
+            text.add(f"{method('failed')}(window_{i}{seconds})")
+        with text.block("else:"):
+            _succeed(text, i, method, timed=bool(timed), slow=bool(slow))
+    else:
+        _succeed(text, i, method, timed=bool(timed), slow=bool(slow))
+
+
+def _succeed(text: _Text, i: str, method: Callable[[str], str], *, timed: bool, slow: bool) -> None:
+    seconds = f", ended_{i} - started_{i}" if slow else ""
+    if timed or slow:
+        text.add(f"ended_{i} = now_{i}()")
+    if timed:
+        # Before the comparison: between it and the addition there must be no call.
+        with text.block(f"if ended_{i} >= window_{i}.edge:"):
+            text.add(f"{method('turn')}()")
+    if _LOCKED:
+        with text.block(f"with circuit_{i}.lock:"):
+            text.add(f"counted_{i} = window_{i} is circuit_{i}.window")
+            with text.block(f"if counted_{i}:"):
+                text.add(f"window_{i}.successes += 1")
+        condition = f"counted_{i}"
+    else:
+        condition = f"window_{i} is circuit_{i}.window"
+    with text.block(f"if {condition}:"):
+        text.add("pass" if _LOCKED else f"window_{i}.successes += 1")
+        if slow:
+            with text.block(f"if ended_{i} - started_{i} > limit_{i}:"):
+                text.add(f"{method('was_slow')}(window_{i})")
+    with text.block("else:"):
+        text.add(f"{method('succeeded')}(window_{i}{seconds})")
+
+
+def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
+    timed, judged, budgeted = shape
+    started = f", started_{i}" if timed else ""
+    if timed:
+        text.add(f"started_{i} = now_{i}()")
+    if budgeted:
+        text.add(f"deposit_{i}()")
+    text.add(f"trial_{i} = None")
+    if text.mode == "stream":
+        text.add("begun = False")
+    with text.block("while True:"):
+        with text.block("try:"):
+            body()
+        with text.block(f"except Exception as error_{i}:"):
+            if text.mode == "stream":  # what the consumer has seen cannot be taken back
+                with text.block("if begun:"):
+                    text.add("raise")
+            text.add(f"trial_{i} = again_{i}(trial_{i}, error_{i}{started})")
+            with text.block(f"if trial_{i}.delay is None:"):
+                with text.block(f"if trial_{i}.error is error_{i}:"):
+                    text.add("raise")
+                text.add(f"raise trial_{i}.error")
+        with text.block("else:"):
+            if judged:
+                text.add(f"trial_{i} = again_with_{i}(trial_{i}, result{started})")
+                with text.block(f"if trial_{i}.delay is None:"):
+                    text.add("break")
+            else:
+                text.add("break")
+        text.add(f"{text.waited('pause', i)}(trial_{i}.delay)")
+
+
+def _timeout(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
+    text.add(f"deadline_{i} = begin_{i}()")
+    with text.block("try:"):
+        body()
+    with text.block(f"except BaseException as error_{i}:"):
+        text.add(f"end_{i}(deadline_{i}, error_{i})", "raise")
+    text.add(f"end_{i}(deadline_{i})")
+
+
+def _bulkhead(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
+    (adaptive,) = shape
+    if _LOCKED:
+        with text.block(f"if not take_{i}():"):
+            text.add(f"{text.waited('queue', i)}()")
+    else:
+        # Like the counting of a success: between the comparison and the change there is no call.
+        with text.block(f"if bulkhead_{i}.free > 0:"):
+            text.add(f"bulkhead_{i}.free -= 1")
+        with text.block("else:"):
+            text.add(f"{text.waited('queue', i)}()")
+    if adaptive:
+        text.add(f"started_{i} = now_{i}()")
+    with text.block("try:"):
+        body()
+    if adaptive:
+        with text.block(f"except BaseException as error_{i}:"):
+            text.add(f"learn_{i}(now_{i}() - started_{i}, error_{i})", "raise")
+        with text.block("else:"):
+            text.add(f"learn_{i}(now_{i}() - started_{i}, None)")
+    with text.block("finally:"):
+        if _LOCKED:
+            text.add(f"release_{i}()")
+        else:
+            with text.block(f"if bulkhead_{i}.waiting:"):
+                text.add(f"release_{i}()")
+            with text.block("else:"):
+                text.add(f"bulkhead_{i}.free += 1")
+
+
+def _rate_limit(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
+    text.add(f"delay_{i} = take_{i}()")
+    with text.block(f"if delay_{i}:"):
+        text.add(f"{text.waited('pause', i)}(delay_{i})")
+    body()
+
+
+def _budget(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
+    text.add(f"request_{i}()")
+    with text.block("try:"):
+        body()
+    with text.block(f"except BaseException as error_{i}:"):
+        text.add(f"refused_{i}(error_{i})", "raise")
+    text.add(f"accepted_{i}()")
+
+
+def _fallback(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
+    asynchronous, remembers = shape
+    with text.block("try:"):
+        body()
+    with text.block(f"except on_{i} as error_{i}:"):
+        text.add(f"result = {'await ' if asynchronous else ''}instead_{i}(error_{i}, args, kwargs)")
+    if remembers:
+        with text.block("else:"):
+            text.add(f"remember_{i}(args, kwargs, result)")
+
+
+def _hedge(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  its call is the body's
+    body()
+
+
+def _chaos(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
+    with text.block(f"if chaos_{i}.is_on:"):
+        text.add(f"{text.waited('disturb', i)}()")
+    body()
+
+
+_LINES: Final[dict[str, Callable[[_Text, str, tuple[object, ...], Body], None]]] = {
+    "breaker": _breaker,
+    "budget": _budget,
+    "bulkhead": _bulkhead,
+    "chaos": _chaos,
+    "fallback": _fallback,
+    "hedge": _hedge,
+    "keyed_breaker": _keyed_breaker,
+    "rate_limit": _rate_limit,
+    "retry": _retry,
+    "timeout": _timeout,
+}

@@ -1,0 +1,401 @@
+"""`CircuitBreaker` and `KeyedBreaker`: circuits with a name, rules for what counts, and listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Verdict
+from mainstay.circuit_breaker.errors import Rejected
+from mainstay.circuit_breaker.settings import BreakerConfig
+from mainstay.core import SYSTEM_CLOCK, Binding, Clock, DeadlineExceeded, MainstayError, deadline_fired
+
+L = TypeVar("L", bound=Callable[[StateChange], object])
+Errors = tuple[type[BaseException], ...]
+
+_log = logging.getLogger("mainstay.circuit_breaker")
+
+# The caller's mistake, the rules of the business, a missing right, a missing resource: who says so, works.
+_ANSWERS = ("VAL_", "BIZ_", "AUTH_", "RES_")
+
+
+class Rules:
+    """What the circuits of one breaker share."""
+
+    __slots__ = ("answers", "config", "failed_result", "failures", "listeners", "moves", "moves_lock", "name", "now")
+
+    def __init__(
+        self,
+        name: str,
+        config: BreakerConfig,
+        failures: Errors,
+        answers: Errors,
+        failed_result: Callable[[Any], bool] | None,
+        now: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.failures = failures
+        self.answers = answers
+        self.failed_result = failed_result
+        self.now = now
+        self.listeners: tuple[Callable[[StateChange], object], ...] = ()
+        self.moves = dict.fromkeys(State, 0)  # how often a circuit entered each state
+        self.moves_lock = threading.Lock()
+
+    def judge(self, error: BaseException) -> Verdict:
+        """What `error` says about the dependency."""
+        if isinstance(error, Rejected) or (getattr(error, "no_effect", False) is True and _is_ours(error)):
+            return Verdict.NEUTRAL  # a policy inside this breaker, or a deadline that was over before the call
+        if not isinstance(error, Exception):
+            # A cancellation by our own deadline is the dependency's slowness; any other is the caller's business.
+            timed_out = isinstance(error, asyncio.CancelledError) and deadline_fired()
+            return Verdict.FAILURE if timed_out else Verdict.NEUTRAL
+        if isinstance(error, self.answers) or not isinstance(error, self.failures):
+            return Verdict.ANSWER
+        if isinstance(error, MainstayError) and error.code.startswith(_ANSWERS) and self.failures == (Exception,):
+            return Verdict.ANSWER
+        return Verdict.FAILURE
+
+    def break_seconds(self, breaks: int) -> float:
+        """The length of the break that follows `breaks` earlier ones without a recovery."""
+        config = self.config
+        try:
+            seconds = min(config.break_seconds * config.break_growth**breaks, config.max_break_seconds)
+        except OverflowError:
+            seconds = config.max_break_seconds
+        return seconds * (1 + config.break_jitter * random.uniform(-1, 1))  # noqa: S311  spreads load, guards nothing
+
+    def announce(self, change: StateChange) -> None:
+        """Log, count and tell the listeners; what a listener raises reaches nobody's call."""
+        with self.moves_lock:
+            self.moves[change.after] += 1
+        level = logging.WARNING if change.after in {State.OPEN, State.FORCED_OPEN} else logging.INFO
+        of = change.name if change.key is None else f"{change.name}[{change.key}]"
+        facts = {"breaker": change.name, "before": change.before.value, "after": change.after.value}
+        _log.log(level, "circuit %s: %s, was %s: %s", of, change.after, change.before, change.reason, extra=facts)
+        for listener in self.listeners:
+            try:
+                listener(change)
+            except Exception:
+                _log.exception("a listener of circuit %s failed", change.name)
+
+
+def _are_exceptions(kinds: object) -> bool:
+    """Whether they are what `except` takes; callers may be unchecked."""
+    each = cast("tuple[object, ...]", kinds) if isinstance(kinds, tuple) else (None,)
+    return all(isinstance(kind, type) and issubclass(kind, Exception) for kind in each)
+
+
+def _is_ours(error: BaseException) -> bool:
+    return isinstance(error, DeadlineExceeded | asyncio.CancelledError)
+
+
+class _Ruled(Policy):
+    """What both kinds of breaker have: rules, listeners, reload, and at most one App."""
+
+    rules: Rules
+    clock: Clock
+
+    def _rule(
+        self,
+        name: str,
+        config: BreakerConfig | None,
+        failures: Errors,
+        answers: Errors,
+        failed_result: Callable[[Any], bool] | None,
+        clock: Clock,
+    ) -> Rules:
+        if not (isinstance(cast("object", name), str) and name):  # `@CircuitBreaker` without a name passes a function
+            msg = f"a breaker's name is a non-empty string, not {name!r}: write CircuitBreaker('payments')"
+            raise TypeError(msg)
+        for field, kinds in (("failures", failures), ("answers", answers)):
+            if not _are_exceptions(kinds):
+                msg = f"CircuitBreaker({name!r}): {field} is a tuple of Exception classes, not {kinds!r}"
+                raise TypeError(msg)
+        self.own_config = config
+        self.clock = clock
+        self._app_config: BreakerConfig | None = None
+        self._binding: Binding[object] = Binding(f"CircuitBreaker({name!r})", remedy="a breaker also works unbound")
+        return Rules(name, config or BreakerConfig(), failures, answers, failed_result, _monotonic(clock))
+
+    @property
+    def name(self) -> str:
+        """The name, in rejections, metrics and logs."""
+        return self.rules.name
+
+    @property
+    def config(self) -> BreakerConfig:
+        """The configuration in force."""
+        return self.rules.config
+
+    def on_change(self, listener: L) -> L:
+        """Call `listener` with every `StateChange`, on the thread whose call caused it and outside every lock.
+
+        Usable as a decorator. What it raises is logged and reaches no caller. It must not block.
+        """
+        self.rules.listeners += (listener,)
+        return listener
+
+    def reload(self, config: BreakerConfig) -> None:
+        """Use another configuration from now on; windows, states and calls under way are kept."""
+        self.rules.config = config
+        for circuit in self.circuits():
+            circuit.reconfigured()
+        self._recompile()
+
+    def circuits(self) -> Sequence[Circuit]:
+        """The circuits there are now."""
+        raise NotImplementedError
+
+    def totals(self) -> dict[str, int]:
+        """Calls by outcome since the breaker exists: success, failure, neutral, late, rejected."""
+        sums = [0, 0, 0, 0, 0]
+        for circuit in self.circuits():
+            successes, failures = circuit.sums()
+            for index, value in enumerate((successes, failures, circuit.neutral, circuit.late, circuit.rejected)):
+                sums[index] += value
+        return dict(zip(OUTCOMES, sums, strict=True))
+
+    @contextmanager
+    def bound(self, owner: object, config: BreakerConfig, clock: Clock) -> Generator[None]:
+        """Belong to a running App: its configuration and its clock, for the length of the block.
+
+        Raises:
+            ConfigurationError: it belongs to another running App.
+        """
+        with self._binding.to(owner):
+            before, clock_before = self.rules.config, self.clock
+            self._use(clock)
+            self.reload(config)
+            try:
+                yield
+            finally:
+                self._use(clock_before)
+                self.reload(before)
+
+    def _use(self, clock: Clock) -> None:
+        if clock is not self.clock:
+            self.clock = clock
+            self.rules.now = _monotonic(clock)
+            for circuit in self.circuits():
+                circuit.reclocked()
+
+    def _shape(self) -> tuple[object, ...]:
+        config = self.rules.config
+        return (
+            config.window_calls is None,
+            config.slow_seconds is not None,
+            self.rules.failed_result is not None,
+        )
+
+
+OUTCOMES = ("success", "failure", "neutral", "late", "rejected")
+
+
+class CircuitBreaker(Circuit, _Ruled):
+    """A circuit breaker for one dependency: decorates functions, runs callables, guards blocks, stands in a `Pipeline`.
+
+    Args:
+        name: names the dependency, in rejections, metrics and logs; a handful of names, never one for each user.
+        config: when it opens and how it recovers. Without one, what the App's settings say, else `BreakerConfig()`.
+        failures: exceptions that count against the dependency. By default every `Exception` but a `MainstayError` whose
+            code begins with VAL_, BIZ_, AUTH_ or RES_: who refuses a wrong request, works.
+        answers: exceptions that count like a result, although they are among `failures`.
+        failed_result: says of a result whether it is a failure, for example `lambda response: response.status >= 500`.
+        clock: measures time; tests pass a `VirtualClock`. A running App's clock replaces it.
+
+    Raises:
+        TypeError: a name that is no string, exceptions that are none.
+
+    A cancellation counts as a failure if a deadline of ours caused it, and not at all if the caller went away. It is
+    safe to use from any number of threads and event loops at the same time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: BreakerConfig | None = None,
+        *,
+        failures: Errors = (Exception,),
+        answers: Errors = (),
+        failed_result: Callable[[Any], bool] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        super().__init__(self._rule(name, config, failures, answers, failed_result, clock))
+        _register(self)
+
+    def __repr__(self) -> str:
+        return f"<CircuitBreaker {self.name!r} {self.state}>"
+
+    def circuits(self) -> Sequence[Circuit]:
+        """Itself."""
+        return (self,)
+
+    def _layers(self) -> tuple[Layer, ...]:
+        names: dict[str, object] = {
+            "circuit": self,
+            "admit": self.admit,
+            "raised": self.raised,
+            "succeeded": self.succeeded,
+            "failed": self.failed,
+            "turn": self.turn,
+            "was_slow": self.was_slow,
+            "now": self.rules.now,
+            "limit": self.rules.config.slow_seconds,
+            "bad": self.rules.failed_result,
+        }
+        return (Layer(self, "breaker", self._shape(), names),)
+
+
+class KeyedBreaker(_Ruled):
+    """A circuit for each key: each host, each tenant, each shard.
+
+    Args:
+        name, config, failures, answers, failed_result, clock: as for `CircuitBreaker`, shared by all circuits.
+        key: gets the arguments of the call and returns its key, something hashable: `key=lambda url, **_: url.host`.
+        max_keys: how many circuits there are at most. At the bound, one that has nothing to remember makes room. Where
+            every
+            one remembers failures, new keys share a single spare circuit: memory stays bounded, and no open circuit is
+            forgotten.
+
+    Raises:
+        ValueError: `max_keys` is below 1.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: BreakerConfig | None = None,
+        *,
+        key: Callable[..., object],
+        max_keys: int = 10_000,
+        failures: Errors = (Exception,),
+        answers: Errors = (),
+        failed_result: Callable[[Any], bool] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if max_keys < 1:
+            msg = f"KeyedBreaker({name!r}): max_keys is {max_keys!r}; it is 1 or more"
+            raise ValueError(msg)
+        self.rules = self._rule(name, config, failures, answers, failed_result, clock)
+        self.key = key
+        self.max_keys = max_keys
+        self._circuits: dict[object, Circuit] = {}
+        self._spare: Circuit | None = None
+        self._gone = dict.fromkeys(OUTCOMES, 0)  # what forgotten circuits had counted
+        self._lock = threading.Lock()
+        _register(self)
+
+    def __repr__(self) -> str:
+        return f"<KeyedBreaker {self.name!r} with {len(self._circuits)} keys>"
+
+    def __len__(self) -> int:
+        return len(self._circuits)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: object) -> Circuit:
+        """The circuit of `key`, made if there is none."""
+        circuit = self._circuits.get(key)
+        return self._make(key) if circuit is None else circuit
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._circuits
+
+    def circuits(self) -> Sequence[Circuit]:
+        """The circuits there are now, the spare one last."""
+        with self._lock:
+            return (*self._circuits.values(), *(() if self._spare is None else (self._spare,)))
+
+    def totals(self) -> dict[str, int]:
+        """Calls by outcome since the breaker exists, forgotten circuits included."""
+        present = super().totals()
+        return {outcome: present[outcome] + self._gone[outcome] for outcome in OUTCOMES}
+
+    def _make(self, key: object) -> Circuit:
+        with self._lock:
+            circuit = self._circuits.get(key)
+            if circuit is None:
+                if len(self._circuits) >= self.max_keys and not self._make_room():
+                    if self._spare is None:
+                        self._spare = Circuit(self.rules, "(others)")
+                        _log.warning(
+                            "breaker %s: all %d keys remember failures; new ones share a circuit",
+                            self.name,
+                            self.max_keys,
+                        )
+                    return self._spare
+                circuit = self._circuits[key] = Circuit(self.rules, key)
+            return circuit
+
+    def _make_room(self) -> bool:
+        """Forget one circuit that has nothing to remember; a bounded search, so that a call never pays for all keys."""
+        kept: list[tuple[object, Circuit]] = []
+        candidates = iter(self._circuits.items())
+        victim: tuple[object, Circuit] | None = None
+        harmless: tuple[object, Circuit] | None = None
+        for _, (key, circuit) in zip(range(_SEARCH), candidates, strict=False):
+            if circuit.is_forgettable(strict=True):
+                victim = key, circuit
+                break
+            if harmless is None and circuit.is_forgettable(strict=False):
+                harmless = key, circuit
+            kept.append((key, circuit))
+        victim = victim or harmless
+        for key, circuit in kept:  # the next search begins after them
+            del self._circuits[key]
+            self._circuits[key] = circuit
+        if victim is None:
+            return False
+        key, circuit = victim
+        del self._circuits[key]
+        successes, failures = circuit.sums()
+        for outcome, value in zip(
+            OUTCOMES, (successes, failures, circuit.neutral, circuit.late, circuit.rejected), strict=True
+        ):
+            self._gone[outcome] += value
+        return True
+
+    def _layers(self) -> tuple[Layer, ...]:
+        names: dict[str, object] = {
+            "key": self.key,
+            "get": self._circuits.get,
+            "make": self._make,
+            "now": self.rules.now,
+            "limit": self.rules.config.slow_seconds,
+            "bad": self.rules.failed_result,
+        }
+        return (Layer(self, "keyed_breaker", self._shape(), names),)
+
+
+_SEARCH = 32
+"""How many circuits are looked at for one that can be forgotten."""
+
+_all: weakref.WeakSet[CircuitBreaker | KeyedBreaker] = weakref.WeakSet()
+_all_lock = threading.Lock()
+
+
+def all_breakers() -> list[CircuitBreaker | KeyedBreaker]:
+    """Every breaker of the process, by name."""
+    with _all_lock:
+        return sorted(_all, key=lambda breaker: breaker.name)
+
+
+def _register(breaker: CircuitBreaker | KeyedBreaker) -> None:
+    with _all_lock:
+        _all.add(breaker)
+
+
+def _monotonic(clock: Clock) -> Callable[[], float]:
+    """The clock's reading, without a layer of Python around the system's."""
+    return time.monotonic if type(clock) is Clock else clock.monotonic

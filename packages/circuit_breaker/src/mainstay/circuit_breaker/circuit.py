@@ -1,0 +1,457 @@
+"""One circuit: the state machine, its window and its probes.
+
+The path of a call through a closed circuit is not here: it is generated, in `_admission`. It reads `window` and adds
+one to `window.successes`. Everything below runs when that is not enough: `window` is None because the circuit is not
+closed, a call failed or was slow, a bucket of the window is over, or the window was replaced while the call was under
+way.
+
+A **ticket** is what a call gets at admission and brings back when it ends: the window it is to be counted in, or a
+`Probe`. A ticket carries an epoch. Every change of state begins a new epoch, and what comes back with an old one is
+counted as *late* and
+has no other effect: a success that began before an outage says nothing about its end.
+
+The lock guards state for a few microseconds and is never held across a call, an await, a listener or a log line.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mainstay.circuit_breaker.errors import CircuitOpen
+from mainstay.circuit_breaker.windows import CountWindow, TimeWindow, Window
+
+if TYPE_CHECKING:
+    from mainstay.circuit_breaker.breaker import Rules
+
+
+class State(enum.StrEnum):
+    """What a circuit does with the next call."""
+
+    CLOSED = "closed"
+    """Lets it through."""
+    OPEN = "open"
+    """Rejects it, until the break is over."""
+    HALF_OPEN = "half_open"
+    """Lets it through as a probe if a place is free."""
+    RAMPING = "ramping"
+    """Lets a growing share through."""
+    FORCED_OPEN = "forced_open"
+    """Rejects it, until somebody resets the circuit."""
+    DISABLED = "disabled"
+    """Lets it through and draws no conclusion from what comes of it, until somebody resets the circuit."""
+
+
+class Verdict(enum.Enum):
+    """What an exception says about the dependency."""
+
+    FAILURE = enum.auto()
+    """It did not do its work."""
+    ANSWER = enum.auto()
+    """It worked: declining a card is an answer. Counts like a result."""
+    NEUTRAL = enum.auto()
+    """Nothing: the caller went away, or the call was never sent. Counts nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """A circuit went from one state into another.
+
+    Attributes:
+        name: of the breaker.
+        key: of the circuit in a breaker with keys, else None.
+        before, after: the states.
+        reason: a sentence with the numbers that led to it.
+        break_seconds: how long it will stay open at least, where `after` is `open`.
+    """
+
+    name: str
+    key: object
+    before: State
+    after: State
+    reason: str
+    break_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitSnapshot:
+    """A circuit at one moment.
+
+    Attributes:
+        name, key: of the breaker, and of the circuit in a breaker with keys (else None).
+        state: its state. `open` stays until the first call after the break.
+        calls, failures, slow: in the window.
+        successes_total, failures_total, neutral_total, late_total, rejected_total: since the circuit exists.
+        share: of calls let through: 1 closed, 0 open, between while ramping.
+        retry_after_seconds: until calls may go through again; None unless open.
+        reason: why it is in this state.
+    """
+
+    name: str
+    key: object
+    state: State
+    calls: int
+    failures: int
+    slow: int
+    successes_total: int
+    failures_total: int
+    neutral_total: int
+    late_total: int
+    rejected_total: int
+    share: float
+    retry_after_seconds: float | None
+    reason: str
+
+
+class Probe:
+    """The ticket of a call through a half-open circuit."""
+
+    __slots__ = ("epoch", "until")
+
+    edge = float("inf")  # the generated code asks every ticket whether its bucket is over
+
+    def __init__(self, epoch: int, until: float) -> None:
+        self.epoch = epoch
+        self.until = until
+
+
+Ticket = CountWindow | TimeWindow | Probe
+
+_COUNTING = frozenset({State.CLOSED, State.RAMPING})
+_OPEN_TO_ALL = frozenset({State.CLOSED, State.DISABLED})
+_SPOKEN = {state: state.value.replace("_", " ") for state in State}
+
+
+class Circuit:
+    """A state machine for one dependency, or one key of it. Made by `CircuitBreaker`, by itself or for each key."""
+
+    __slots__ = (
+        "_breaks",
+        "_credit",
+        "_probed",
+        "_probes",
+        "_ramped_at",
+        "_retired",
+        "_share",
+        "_until",
+        "counted",
+        "epoch",
+        "key",
+        "late",
+        "lock",
+        "neutral",
+        "reason",
+        "rejected",
+        "rules",
+        "state",
+        "window",
+    )
+
+    def __init__(self, rules: Rules, key: object = None) -> None:
+        self.rules = rules
+        self.key = key
+        self.lock = threading.Lock()
+        self.state = State.CLOSED
+        self.reason = "new"
+        self.epoch = 0
+        self.counted: Window = self._new_window()
+        # The window while the circuit is closed or disabled, else None: the one thing that the fast path looks at.
+        self.window: Window | None = self.counted
+        self.late = self.neutral = self.rejected = 0
+        self._retired = (0, 0)  # successes and failures in windows of earlier epochs
+        self._probes: tuple[Probe, ...] = ()
+        self._probed = 0  # probes that succeeded, in a row
+        self._breaks = 0  # breaks since it was last closed
+        self._until = 0.0  # the break's end
+        self._share = 1.0
+        self._credit = 0.0
+        self._ramped_at = 0.0
+
+    # What people do with it
+
+    def force_open(self, reason: str = "forced open by hand") -> None:
+        """Reject every call until `reset`."""
+        self._move(State.FORCED_OPEN, reason)
+
+    def disable(self, reason: str = "disabled by hand") -> None:
+        """Let every call through, whatever comes of it, until `reset`."""
+        self._move(State.DISABLED, reason)
+
+    def reset(self, reason: str = "reset by hand") -> None:
+        """Close with an empty window."""
+        self._move(State.CLOSED, reason)
+
+    def trip(self, reason: str) -> None:
+        """Open as if a threshold had been passed; it recovers by itself. Does nothing unless closed or ramping."""
+        with self.lock:
+            change = self._open(reason) if self.state in _COUNTING else None
+        self._announce(change)
+
+    def _move(self, to: State, reason: str) -> None:
+        with self.lock:
+            self._breaks = 0
+            change = self._enter(to, reason)
+        self._announce(change)
+
+    def snapshot(self) -> CircuitSnapshot:
+        """Everything about it, consistent in itself."""
+        with self.lock:
+            now = self.rules.now()
+            calls, failures, slow = self.counted.totals(now)
+            successes, failed = self.sums()
+            share = self._share if self.state is State.RAMPING else float(self.state in _OPEN_TO_ALL)
+            return CircuitSnapshot(
+                self.rules.name,
+                self.key,
+                self.state,
+                calls,
+                failures,
+                slow,
+                successes,
+                failed,
+                self.neutral,
+                self.late,
+                self.rejected,
+                share,
+                max(0.0, self._until - now) if self.state is State.OPEN else None,
+                self.reason,
+            )
+
+    def sums(self) -> tuple[int, int]:
+        """Successes and failures since the circuit exists."""
+        return self._retired[0] + self.counted.successes, self._retired[1] + self.counted.failures
+
+    def is_forgettable(self, *, strict: bool) -> bool:
+        """Whether nothing is lost with it: closed, and its window is empty (strict) or holds nothing bad."""
+        with self.lock:
+            if self.state is not State.CLOSED:
+                return False
+            calls, failures, slow = self.counted.totals(self.rules.now())
+            return calls == 0 if strict else failures == slow == 0
+
+    # Admission and settling
+
+    def admit(self) -> Ticket:
+        """Admit a call when `window` is None.
+
+        Raises:
+            CircuitOpen: it may not go through.
+        """
+        rules = self.rules
+        now = rules.now()
+        if (
+            self.state is State.OPEN and now < self._until
+        ):  # no lock: both only change together, and a moment later is fine
+            self.rejected += 1
+            raise CircuitOpen(rules.name, "open", self._until - now)
+        with self.lock:
+            change, ticket, after = self._decide(now)
+            state = self.state
+            self.rejected += ticket is None
+        self._announce(change)
+        if ticket is None:
+            raise CircuitOpen(rules.name, _SPOKEN[state], after)
+        return ticket
+
+    def _decide(self, now: float) -> tuple[StateChange | None, Ticket | None, float | None]:
+        change: StateChange | None = None
+        config = self.rules.config
+        if self.state is State.OPEN:
+            if now < self._until:
+                return None, None, self._until - now
+            change = self._enter(State.HALF_OPEN, "the break is over")
+        if self.state is State.HALF_OPEN:
+            waiting = [probe for probe in self._probes if probe.until > now]
+            if len(waiting) < len(self._probes):
+                reopened = self._open(f"a probe had no outcome within {config.probe_seconds:g} s")
+                return reopened, None, self._until - now
+            if len(waiting) >= config.probes:
+                return change, None, min(config.break_seconds, min(probe.until for probe in waiting) - now)
+            probe = Probe(self.epoch, now + config.probe_seconds)
+            self._probes = (*waiting, probe)
+            return change, probe, None
+        if self.state is State.RAMPING:
+            self._share = min(1.0, self._share + (now - self._ramped_at) / config.ramp_seconds)
+            self._ramped_at = now
+            if self._share >= 1:
+                return self._enter(State.CLOSED, f"ramped up over {config.ramp_seconds:g} s"), self.counted, None
+            self._credit = min(1.0, self._credit + self._share)
+            if self._credit >= 1 - 1e-9:
+                self._credit -= 1
+                return None, self.counted, None
+            return None, None, min(config.ramp_seconds, 1.0)
+        if self.state is State.FORCED_OPEN:
+            return None, None, None
+        return None, self.counted, None  # closed or disabled by somebody else a moment ago
+
+    def succeeded(self, ticket: Ticket, seconds: float | None = None) -> None:
+        """Settle a call that the fast path did not: its window is no longer, or was never, the closed circuit's."""
+        change = None
+        with self.lock:
+            if ticket.epoch != self.epoch:
+                self.late += 1
+                return
+            self.counted.successes += 1
+            slow = self._mark_slow(seconds)
+            if isinstance(ticket, Probe):
+                self._probes = tuple(probe for probe in self._probes if probe is not ticket)
+                config = self.rules.config
+                self._probed += 1
+                if slow:
+                    change = self._open(f"a probe took longer than {config.slow_seconds:g} s")
+                elif self._probed >= config.probe_successes:
+                    change = self._recover(f"{self._probed} probes in a row succeeded")
+            elif slow:
+                change = self._judge_window()
+        self._announce(change)
+
+    def was_slow(self, ticket: Ticket) -> None:
+        """Count the call that was just counted as slow; the fast path calls this after a slow success."""
+        with self.lock:
+            if ticket.epoch != self.epoch:
+                return
+            self.counted.mark_slow(self.rules.now())
+            change = self._judge_window()
+        self._announce(change)
+
+    def turn(self) -> None:
+        """A bucket of the window is over."""
+        with self.lock:
+            self.counted.turn(self.rules.now())
+
+    def raised(self, ticket: Ticket, error: BaseException, seconds: float | None = None) -> None:
+        """Settle a call that ended with `error`."""
+        verdict = self.rules.judge(error)
+        if verdict is Verdict.FAILURE:
+            self.failed(ticket, seconds, type(error).__name__)
+        elif verdict is Verdict.ANSWER:
+            self.succeeded(ticket, seconds)
+        else:
+            with self.lock:
+                self.neutral += 1
+                if isinstance(ticket, Probe):
+                    self._probes = tuple(probe for probe in self._probes if probe is not ticket)
+
+    def failed(self, ticket: Ticket, seconds: float | None = None, what: str = "a bad result") -> None:
+        """Settle a call that failed."""
+        with self.lock:
+            if ticket.epoch != self.epoch:
+                self.late += 1
+                return
+            self.counted.fail(self.rules.now())
+            self._mark_slow(seconds)
+            change = None
+            if isinstance(ticket, Probe):
+                change = self._open(f"a probe failed with {what}")
+            elif self.state is State.RAMPING:
+                self._share /= 2
+                change = self._judge_window()
+                if change is None and self._share < self.rules.config.ramp_start / 4:
+                    change = self._open("failures outran the ramp")
+            else:
+                change = self._judge_window()
+        self._announce(change)
+
+    def _mark_slow(self, seconds: float | None) -> bool:
+        limit = self.rules.config.slow_seconds
+        if seconds is None or limit is None or seconds <= limit:
+            return False
+        self.counted.mark_slow(self.rules.now())
+        return True
+
+    def _judge_window(self) -> StateChange | None:
+        """Open if a criterion holds. Under the lock."""
+        if self.state not in _COUNTING:
+            return None
+        config = self.rules.config
+        calls, failures, slow = self.counted.totals(self.rules.now())
+        if config.failure_count is not None and failures >= config.failure_count:
+            return self._open(f"{failures} failures in the window")
+        if config.consecutive_failures is not None and self.counted.streak >= config.consecutive_failures:
+            return self._open(f"{self.counted.streak} failures in a row")
+        if calls >= config.minimum_calls:
+            # A ratio as it is written, not as it is stored: 0.3 of 10 calls is 3, though 3 / 10 < 0.3 might round
+            # otherwise.
+            if config.failure_ratio is not None and failures >= config.failure_ratio * calls - 1e-9 and failures:
+                return self._open(f"{failures} of {calls} calls failed")
+            if config.slow_seconds is not None and slow >= config.slow_ratio * calls - 1e-9 and slow:
+                return self._open(f"{slow} of {calls} calls took longer than {config.slow_seconds:g} s")
+        return None
+
+    # Moving between states, under the lock
+
+    def _open(self, reason: str) -> StateChange:
+        rules = self.rules
+        seconds = rules.break_seconds(self._breaks)
+        self._breaks += 1
+        self._until = rules.now() + seconds
+        return self._enter(State.OPEN, reason, seconds)
+
+    def _recover(self, reason: str) -> StateChange:
+        config = self.rules.config
+        if config.ramp_seconds > 0 and config.ramp_start < 1:
+            self._share = config.ramp_start
+            self._credit = 1.0  # the first one goes through
+            self._ramped_at = self.rules.now()
+            return self._enter(State.RAMPING, reason)
+        return self._enter(State.CLOSED, reason)
+
+    def _enter(self, to: State, reason: str, break_seconds: float | None = None) -> StateChange:
+        before, self.state, self.reason = self.state, to, reason
+        self.window = None  # first: from here on nobody is let through by the fast path
+        if before is State.RAMPING and to is State.CLOSED:
+            pass  # the calls of the ramp are evidence about the same, recovered dependency
+        else:
+            self.epoch += 1
+            self._retired = self.sums()
+            self.counted = self._new_window()
+        self._probes = ()
+        self._probed = 0
+        if to is State.CLOSED:
+            self._breaks = 0
+        if to in _OPEN_TO_ALL:
+            self.window = self.counted
+        return StateChange(self.rules.name, self.key, before, to, reason, break_seconds)
+
+    def reconfigured(self) -> None:
+        """The rules have a new configuration: keep what the window holds."""
+        with self.lock:
+            config, window, now = self.rules.config, self.counted, self.rules.now()
+            if config.window_calls is not None and isinstance(window, CountWindow):
+                window.resize(config.window_calls)
+            elif config.window_calls is None and isinstance(window, TimeWindow):
+                window.resize(config.window_seconds, now)
+            else:
+                totals = window.totals(now)
+                successes, failures = self.sums()
+                self.counted = self._new_window()
+                self.counted.seed(totals)
+                self._retired = (successes - self.counted.successes, failures - self.counted.failures)
+                if self.window is not None:
+                    self.window = self.counted
+
+    def reclocked(self) -> None:
+        """The rules have another clock, whose readings have nothing to do with the old one's: the window begins
+        anew.
+        """
+        with self.lock:
+            self._retired = self.sums()
+            self.epoch += 1
+            self.counted = self._new_window()
+            if self.window is not None:
+                self.window = self.counted
+            self._probes = ()
+            self._until = self._ramped_at = self.rules.now()
+
+    def _announce(self, change: StateChange | None) -> None:
+        """Outside the lock."""
+        if change is not None:
+            self.rules.announce(change)
+
+    def _new_window(self) -> Window:
+        config = self.rules.config
+        if config.window_calls is not None:
+            return CountWindow(config.window_calls, self.epoch)
+        return TimeWindow(config.window_seconds, self.epoch, self.rules.now())

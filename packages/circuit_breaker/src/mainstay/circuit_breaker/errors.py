@@ -1,0 +1,75 @@
+"""Why a call was not made.
+
+MainstayError
+└── Rejected              a policy refused the call; nothing reached the other side (`no_effect` is True)
+    ├── CircuitOpen       EXT_CIRCUIT_OPEN    the dependency is failing, or is being let recover
+    ├── BulkheadFull      RATE_BULKHEAD_FULL  too many calls are already under way or waiting
+    ├── RateLimited       RATE_LIMITED        too many calls in too short a time
+    └── Throttled         RATE_THROTTLED      the dependency answers so few calls that this one is not worth sending
+
+A wrong argument is Python's own `TypeError` or `ValueError`, a wrong setting pydantic's `ValidationError` (a
+`ValueError`).
+"""
+
+from __future__ import annotations
+
+from mainstay.core import MainstayError
+
+
+class Rejected(MainstayError):
+    """A policy refused the call before anything was sent.
+
+    Attributes:
+        name: of the policy that refused.
+        state: what it was in, such as `open` or `full`.
+        retry_after_seconds: how long to wait at least; None where only a person can tell (a circuit forced open).
+    """
+
+    code = "RATE_REJECTED"
+    retryable = True
+    no_effect = True
+    public_message = "The service is busy. Please try again later."
+
+    def __init__(self, name: str, state: str, retry_after_seconds: float | None = None) -> None:
+        # Rejecting is a hot path while a dependency is down: the message is made only when somebody reads it.
+        Exception.__init__(self, name, state, retry_after_seconds)
+        self.name = name
+        self.state = state
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        after = self.retry_after_seconds
+        return f"{self.name} is {self.state}" + ("" if after is None else f"; try again in {after:.3g} s")
+
+    def __reduce__(self) -> tuple[type[Rejected], tuple[str, str, float | None]]:
+        return type(self), (self.name, self.state, self.retry_after_seconds)
+
+
+class CircuitOpen(Rejected):
+    """The circuit is open, or half open with every probe taken, or ramping up and this call is over its share."""
+
+    code = "EXT_CIRCUIT_OPEN"
+
+
+class BulkheadFull(Rejected):
+    """As many calls as allowed are under way, and the queue is full or the wait in it was too long."""
+
+    code = "RATE_BULKHEAD_FULL"
+
+
+class RateLimited(Rejected):
+    """The calls allowed for this stretch of time are used up."""
+
+    code = "RATE_LIMITED"
+
+
+class Throttled(Rejected):
+    """So few of the recent calls were answered that sending more would only add to the load."""
+
+    code = "RATE_THROTTLED"
+
+
+class HarmfulOrderWarning(UserWarning):
+    """The policies of a pipeline stand in an order that defeats one of them; the message says which and where to put
+    it.
+    """

@@ -1,0 +1,57 @@
+"""The package's entry in an App."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+
+from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
+from mainstay.circuit_breaker.pipeline import Pipeline
+from mainstay.circuit_breaker.service import CircuitBreakerService
+from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings
+from mainstay.core import App, ConfigurationError, Module
+
+
+class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | KeyedBreaker | Pipeline]):
+    """Configures breakers, on their own or in pipelines, from the settings, and yields a `CircuitBreakerService`.
+
+    A breaker works without it, with the configuration that it was written with.
+    """
+
+    def breakers(self) -> dict[str, CircuitBreaker | KeyedBreaker]:
+        """The breakers of all features, by name.
+
+        Raises:
+            ConfigurationError: two breakers have one name, or the settings configure one that does not exist.
+        """
+        found: dict[str, CircuitBreaker | KeyedBreaker] = {}
+        for part in self.parts:
+            for breaker in part.breakers() if isinstance(part, Pipeline) else (part,):
+                if found.setdefault(breaker.name, breaker) is not breaker:
+                    msg = f"two breakers are called {breaker.name!r}: give one another name, or use one object for both"
+                    raise ConfigurationError(msg)
+        unknown = sorted(set(self.settings.breakers) - set(found))
+        if unknown:
+            msg = (
+                f"CircuitBreakerSettings.breakers configures {', '.join(map(repr, unknown))}, but the features bring "
+                f"{', '.join(map(repr, sorted(found))) or 'none'}: correct the name, or add "
+                f"CircuitBreakerModule.for_feature(…) with that breaker"
+            )
+            raise ConfigurationError(msg)
+        return found
+
+    def config_of(self, breaker: CircuitBreaker | KeyedBreaker) -> BreakerConfig:
+        """What applies to `breaker`: the settings by its name, else its own configuration, else the settings'
+        defaults.
+        """
+        return self.settings.breakers.get(breaker.name) or breaker.own_config or self.settings.defaults
+
+    @asynccontextmanager
+    async def running(self, app: App) -> AsyncGenerator[Sequence[object]]:
+        """Bind the breakers for as long as the App runs."""
+        breakers = self.breakers()
+        service = CircuitBreakerService(breakers, app.clock)
+        with ExitStack() as bound:
+            for breaker in breakers.values():
+                bound.enter_context(breaker.bound(self, self.config_of(breaker), app.clock))
+            yield (service,)

@@ -1,0 +1,122 @@
+"""What a running App offers about its breakers: the operations by name, their states and numbers, health."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
+
+from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
+from mainstay.circuit_breaker.circuit import CircuitSnapshot, State
+from mainstay.circuit_breaker.pipeline import Pipeline
+from mainstay.circuit_breaker.settings import BreakerConfig, Count, Seconds
+from mainstay.core import SYSTEM_CLOCK, Clock, Health, Retry
+
+T = TypeVar("T")
+
+
+class OperationConfig(BaseModel):
+    """The configuration of one operation in four numbers; each is a field of `BreakerConfig` by another name.
+
+    Attributes:
+        name: the operation's id, also the breaker's name.
+        failure_threshold: failures within `monitoring_period` that open the circuit (`failure_count`).
+        recovery_timeout: seconds that it stays open (`break_seconds`).
+        monitoring_period: seconds of the window (`window_seconds`).
+        retry_strategy: tries again before a failure is final; None does not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    failure_threshold: Count = 5
+    recovery_timeout: Seconds = 30.0
+    monitoring_period: Seconds = 60.0
+    retry_strategy: InstanceOf[Retry] | None = None
+
+    def breaker_config(self) -> BreakerConfig:
+        """The same in the breaker's own terms."""
+        return BreakerConfig(
+            failure_ratio=None,
+            failure_count=self.failure_threshold,
+            window_seconds=self.monitoring_period,
+            break_seconds=self.recovery_timeout,
+            max_break_seconds=max(60.0, self.recovery_timeout),
+        )
+
+
+class CircuitBreakerService:
+    """The breakers of a running App, by name; `app.get(CircuitBreakerService)`."""
+
+    def __init__(
+        self, breakers: Mapping[str, CircuitBreaker | KeyedBreaker] | None = None, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        self._breakers = dict(breakers or {})
+        self._operations: dict[str, tuple[OperationConfig, Pipeline]] = {}
+        self._clock = clock
+
+    async def execute(self, operation: Callable[[], Awaitable[T]], config: OperationConfig) -> T:
+        """Await `operation()` under the breaker (and the retries) of `config.name`; another config changes it in place.
+
+        Raises:
+            CircuitOpen: the operation fails too often.
+        """
+        known, pipeline = self._operations.get(config.name, (None, None))
+        if pipeline is None or known != config:
+            pipeline = self._arrange(config)
+        return await pipeline.call(operation)
+
+    def _arrange(self, config: OperationConfig) -> Pipeline:
+        breaker = self._breakers.get(config.name)
+        if breaker is None:
+            breaker = self._breakers[config.name] = CircuitBreaker(
+                config.name, config.breaker_config(), clock=self._clock
+            )
+        elif config.name in self._operations:
+            breaker.reload(config.breaker_config())
+        else:
+            msg = f"operation {config.name!r} has the name of a breaker that a feature brings: use that one"
+            raise ValueError(msg)
+        retries = () if config.retry_strategy is None else (config.retry_strategy,)
+        pipeline = Pipeline(config.name, *retries, breaker)
+        self._operations[config.name] = config, pipeline
+        return pipeline
+
+    def breaker(self, name: str) -> CircuitBreaker | KeyedBreaker:
+        """The breaker of that name.
+
+        Raises:
+            KeyError: there is none; the message lists those there are.
+        """
+        try:
+            return self._breakers[name]
+        except KeyError:
+            msg = f"no breaker {name!r}; there are {', '.join(sorted(self._breakers)) or 'none'}"
+            raise KeyError(msg) from None
+
+    def get_state(self, name: str) -> State:
+        """The state of the breaker `name`; of one with keys, the worst."""
+        return min(
+            (circuit.state for circuit in self.breaker(name).circuits()), key=_BADNESS.index, default=State.CLOSED
+        )
+
+    def get_metrics(self, name: str) -> dict[str, int]:
+        """Calls by outcome of the breaker `name`: success, failure, neutral, late, rejected."""
+        return self.breaker(name).totals()
+
+    def snapshot(self) -> list[CircuitSnapshot]:
+        """Every circuit of every breaker, for a console."""
+        return [circuit.snapshot() for _, breaker in sorted(self._breakers.items()) for circuit in breaker.circuits()]
+
+    async def health(self) -> Health:
+        """Degraded while a circuit is not closed: this service works, with less than it should have."""
+        bad = {name: state for name in self._breakers if (state := self.get_state(name)) is not State.CLOSED}
+        if not bad:
+            return Health("ok")
+        return Health(
+            "degraded", "; ".join(f"{name} is {state.value.replace('_', ' ')}" for name, state in sorted(bad.items()))
+        )
+
+
+_BADNESS = [State.FORCED_OPEN, State.OPEN, State.HALF_OPEN, State.RAMPING, State.DISABLED, State.CLOSED]

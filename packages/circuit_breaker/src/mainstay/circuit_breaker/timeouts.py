@@ -1,0 +1,147 @@
+"""A time limit for the work inside it, as a policy.
+
+It is `mainstay.core.timeout` with the same meaning: the deadline is ambient, what it cancels is a failure to every
+policy inside, and `DeadlineExceeded` comes out. What differs is the timer. One timer of the loop's own for each call
+costs more than all the other policies together, and nearly all are cancelled unfired. But the calls under one `Timeout`
+all get the same
+number of seconds, so they expire in the order in which they begin: a dictionary, which keeps that order, holds those
+    under
+way, and one timer watches the oldest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import current_task, get_running_loop
+from contextvars import Token
+from typing import cast
+
+from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer
+from mainstay.core.deadline import _current
+
+
+class _Limit(Deadline):
+    """The deadline of one call."""
+
+    __slots__ = ("cancelling", "due", "lane", "task", "token")
+
+    def __init__(  # it sets what Deadline's own would: a call of it would cost as much as all of this
+        self, at: float, clock: Clock, parent: Deadline | None, due: float, task: asyncio.Task[object], lane: _Lane
+    ) -> None:
+        self.at = at
+        self.fired = False
+        self._clock = clock
+        self._parent = parent
+        self.due = due
+        self.task = task
+        self.cancelling = task.cancelling()
+        self.lane = lane
+        self.token: Token[Deadline | None]
+
+
+class _Lane:
+    """The calls under way in one event loop, oldest first, and the timer that watches the oldest."""
+
+    __slots__ = ("clock", "loop", "timer", "under_way")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+        self.loop = loop
+        self.clock = clock
+        self.timer: Timer | None = None
+        self.under_way: dict[_Limit, None] = {}
+
+    def fire(self) -> None:
+        """Cancel what is due, and watch the next."""
+        now = self.clock.monotonic()
+        self.timer = None
+        while self.under_way:
+            oldest = next(iter(self.under_way))
+            # A loop may call a little early, by its clock's resolution.
+            if oldest.due > now + 1e-6:
+                self.timer = self.clock.call_later(oldest.due - now, self.fire)
+                return
+            del self.under_way[oldest]
+            oldest.fired = True
+            oldest.task.cancel()
+
+
+class Timeout(Policy):
+    """Give the call `seconds` to finish, queueing and retries inside it included; an earlier deadline stays in force.
+
+    Args:
+        seconds: > 0.
+        name: in the error.
+        clock: measures; tests pass a `VirtualClock`.
+
+    Raises:
+        ValueError: `seconds` is not positive.
+
+    A call raises `DeadlineExceeded` when its time runs out, with `no_effect=True` when it had run out before. Plain
+    functions
+    are refused, since a thread cannot be cancelled: see `in_thread`.
+    """
+
+    def __init__(self, seconds: float, *, name: str = "timeout", clock: Clock = SYSTEM_CLOCK) -> None:
+        if not 0 < seconds < float("inf"):
+            msg = f"Timeout: seconds is {seconds!r}; it is more than 0, and finite"
+            raise ValueError(msg)
+        self.seconds = seconds
+        self.name = name
+        self.clock = clock
+        self._lane: _Lane | None = None
+        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
+
+    def __repr__(self) -> str:
+        return f"<Timeout {self.name!r} {self.seconds:g} s>"
+
+    def begin(self) -> _Limit:
+        """Start the time of the running task's call.
+
+        Raises:
+            DeadlineExceeded: an outer deadline has already passed.
+        """
+        loop = get_running_loop()
+        lane = self._lane
+        if lane is None or lane.loop is not loop:
+            lane = self._enter(loop)
+        task = cast("asyncio.Task[object]", current_task(loop))
+        outer = _current.get()
+        at = due = self.clock.monotonic() + self.seconds
+        if outer is not None:
+            if outer.remaining_seconds() <= 0:
+                msg = f"{self.name}: the deadline had passed before this work began"
+                raise DeadlineExceeded(msg, no_effect=True)
+            at = min(at, outer.at)
+        limit = _Limit(at, self.clock, outer, due, task, lane)
+        lane.under_way[limit] = None
+        if lane.timer is None:
+            lane.timer = self.clock.call_later(self.seconds, lane.fire)
+        limit.token = _current.set(limit)
+        return limit
+
+    def end(self, limit: _Limit, error: BaseException | None = None) -> None:
+        """Stop the time.
+
+        Raises:
+            DeadlineExceeded: `error` is the cancellation by this very limit.
+        """
+        _current.reset(limit.token)
+        if not limit.fired:
+            del limit.lane.under_way[limit]
+        # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
+        elif limit.task.uncancel() <= limit.cancelling and isinstance(error, asyncio.CancelledError):
+            msg = f"{self.name}: no result within {self.seconds:g} s"
+            raise DeadlineExceeded(msg) from error
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> _Lane:
+        for other in [known for known in self._lanes if known.is_closed()]:
+            self._lanes.pop(other, None)
+        lane = self._lanes.get(loop)
+        if lane is None:
+            lane = self._lanes[loop] = _Lane(loop, self.clock)
+        self._lane = lane
+        return lane
+
+    def _layers(self) -> tuple[Layer, ...]:
+        return (Layer(self, "timeout", (), {"begin": self.begin, "end": self.end}),)

@@ -1,0 +1,206 @@
+"""The two sliding windows: the last n calls, and the last n seconds.
+
+What both share, and what the generated code relies on, is one plain counter, `successes`. A success only adds one to
+it: the fast path takes no lock, walks no buckets and costs the same for every length of window. Everything else
+    (failures, slow
+calls, the turn of a bucket, reading) happens under the circuit's lock and works from the difference between two
+readings of that counter.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+BUCKETS = 10
+"""Turns of a time window per length: it covers between 0.9 and 1.0 of its seconds."""
+
+Totals = tuple[int, int, int]
+"""Calls, failures and slow calls in the window."""
+
+
+class CountWindow:
+    """The last `size` calls.
+
+    Failures are the ones in a bit string of the last `size` calls, newest lowest. It is brought up to date only when a
+    failure
+    comes or somebody looks: shifted left by as many places as there were calls meanwhile, which are successes.
+    """
+
+    __slots__ = (
+        "_at",
+        "_failed",
+        "_since",
+        "_slow",
+        "_streak_at",
+        "edge",
+        "epoch",
+        "failures",
+        "size",
+        "streak",
+        "successes",
+    )
+
+    def __init__(self, size: int, epoch: int) -> None:
+        self.size = size
+        self.epoch = epoch
+        self.edge = float(
+            "inf"
+        )  # it never turns; the generated code for time windows may ask while a reload is under way
+        self.successes = 0
+        self.failures = 0
+        self._failed = 0
+        self._slow = 0
+        self._at = 0
+        self.streak = 0
+        self._streak_at = 0
+        self._since = 0  # calls up to this position have left the window for good
+
+    def _align(self) -> None:
+        at = self.successes + self.failures
+        shift = at - self._at
+        if shift:
+            mask = (1 << self.size) - 1
+            self._failed = (self._failed << shift) & mask if shift < self.size else 0
+            self._slow = (self._slow << shift) & mask if shift < self.size else 0
+            self._at = at
+
+    def fail(self, now: float) -> None:  # noqa: ARG002  the time window needs it
+        """Count a failure."""
+        _count_failure(self)
+        self._align()
+        self._failed |= 1
+
+    def mark_slow(self, now: float) -> None:  # noqa: ARG002  the time window needs it
+        """Count the call that was counted last as a slow one."""
+        self._align()
+        self._slow |= 1
+
+    def turn(self, now: float) -> None:
+        """There is nothing to turn."""
+
+    def totals(self, now: float) -> Totals:  # noqa: ARG002  the time window needs it
+        """What is in the window."""
+        self._align()
+        return min(self._at - self._since, self.size), self._failed.bit_count(), self._slow.bit_count()
+
+    def resize(self, size: int) -> None:
+        """Keep the newest `size` calls."""
+        self._align()
+        # Calls that had left a shorter window do not come back when it gets longer.
+        self._since = max(self._since, self._at - self.size)
+        mask = (1 << size) - 1
+        self._failed &= mask
+        self._slow &= mask
+        self.size = size
+
+    def seed(self, totals: Totals) -> None:
+        """Begin with what another kind of window held, failures as the newest calls."""
+        calls, self.failures, slow = totals
+        self.successes = self._streak_at = calls - self.failures
+        self._at = calls
+        mask = (1 << self.size) - 1
+        self._failed = ((1 << self.failures) - 1) & mask
+        self._slow = ((1 << slow) - 1) & mask
+
+
+class TimeWindow:
+    """The last `seconds`, in buckets.
+
+    A bucket is a mark: what the counters said when it began. The window's content is the counters now less the oldest
+    mark.
+    """
+
+    __slots__ = (
+        "_index",
+        "_marks",
+        "_slow",
+        "_streak_at",
+        "edge",
+        "epoch",
+        "failures",
+        "seconds",
+        "streak",
+        "successes",
+    )
+
+    def __init__(self, seconds: float, epoch: int, now: float) -> None:
+        self.seconds = seconds
+        self.epoch = epoch
+        self.edge = now + seconds / BUCKETS
+        self.successes = 0
+        self.failures = 0
+        self.streak = 0
+        self._streak_at = 0
+        self._slow = 0
+        self._index = 0
+        self._marks = array("q", bytes(8 * 3 * BUCKETS))
+
+    def turn(self, now: float) -> None:
+        """Begin the bucket that `now` falls into."""
+        if now < self.edge:
+            return
+        width = self.seconds / BUCKETS
+        turns = int((now - self.edge) / width) + 1
+        mark = array("q", (self.successes, self.failures, self._slow))
+        for _ in range(min(turns, BUCKETS)):
+            self._index = (self._index + 1) % BUCKETS
+            self._marks[3 * self._index : 3 * self._index + 3] = mark
+        self.edge += turns * width
+        if self.edge <= now:  # rounding
+            self.edge = now + width
+
+    def fail(self, now: float) -> None:
+        """Count a failure."""
+        self.turn(now)
+        _count_failure(self)
+
+    def mark_slow(self, now: float) -> None:
+        """Count a slow call."""
+        self.turn(now)
+        self._slow += 1
+
+    def totals(self, now: float) -> Totals:
+        """What is in the window."""
+        self.turn(now)
+        oldest = 3 * ((self._index + 1) % BUCKETS)
+        successes, failures, slow = self._marks[oldest : oldest + 3]
+        failed = self.failures - failures
+        return self.successes - successes + failed, failed, self._slow - slow
+
+    def resize(self, seconds: float, now: float) -> None:
+        """Keep what is younger than `seconds`; each bucket moves whole, to where its youngest call belongs."""
+        self.turn(now)
+        width, new_width = self.seconds / BUCKETS, seconds / BUCKETS
+        counted = (self.successes, self.failures, self._slow)
+        began = self.edge - width
+        # For each new bucket, oldest first: what the counters said when it began.
+        marks = array("q", bytes(8 * 3 * BUCKETS))
+        for position in range(BUCKETS):
+            start = now - (BUCKETS - 1 - position) * new_width if position < BUCKETS - 1 else now
+            # The newest old bucket that began no later than `start` holds the reading; before the oldest, the oldest's.
+            steps = 0 if start >= began else min(BUCKETS - 1, int((began - start) / width) + 1)
+            source = 3 * ((self._index - steps) % BUCKETS)
+            marks[3 * position : 3 * position + 3] = self._marks[source : source + 3]
+        # `position` 0 is the oldest and stands right after the newest in the ring.
+        self._index = BUCKETS - 1
+        self._marks = marks
+        self.seconds = seconds
+        self.edge = now + new_width
+        self.successes, self.failures, self._slow = counted
+
+    def seed(self, totals: Totals) -> None:
+        """Begin with what another kind of window held, as if it had just happened."""
+        calls, self.failures, self._slow = totals
+        self.successes = self._streak_at = calls - self.failures
+
+
+Window = CountWindow | TimeWindow
+
+
+def _count_failure(window: Window) -> None:
+    # Successes leave no trace but their number: if it moved since the last failure, the streak begins anew.
+    if window.successes != window._streak_at:
+        window._streak_at = window.successes
+        window.streak = 0
+    window.streak += 1
+    window.failures += 1
