@@ -40,19 +40,18 @@ async def purchase_status(order_id: str) -> dict[str, str | None]:
     """How a purchase is doing; 404 where there is none."""
     run = sell.handle(run_id(order_id))
     status = await run.status()
-    rows = await office.database.read(
-        select(purchases.c.state, purchases.c.reason).where(purchases.c.order_id == order_id)
-    )
-    state, reason = rows[0] if rows else ("accepted", None)
+    mine = select(purchases.c.state, purchases.c.reason).where(purchases.c.order_id == order_id)
+    state, reason = "accepted", None
+    for row in await office.database.read(mine):
+        state, reason = row.state, row.reason
     return {"order_id": order_id, "run_id": run.id, "status": status.value, "state": state, "reason": reason}
 
 
 @routes.get("/purchases")
 async def summary() -> dict[str, int]:
     """How many purchases are in each state."""
-    count = func.count().label("count")
-    rows = await office.database.read(select(purchases.c.state, count).group_by(purchases.c.state))
-    return {row.state: row.count for row in rows}
+    rows = await office.database.read(select(purchases.c.state, func.count()).group_by(purchases.c.state))
+    return {row[0]: row[1] for row in rows}
 
 
 def run_id(order_id: str) -> str:

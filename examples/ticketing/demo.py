@@ -1,3 +1,289 @@
+"""The demo: plays a purchases file through the office, kills the worker on the way, and audits what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from ticketing.engines import EngineMissing, EngineName, engine
+from ticketing.facts import Sources, read_facts
+from ticketing.invariants import Facts, Verdict, effects_exactly_once, judge
+from ticketing.processes import OfficeProcess, ProcessFailed, free_port, until_up
+from ticketing.purchases import read_lines
+from ticketing.report import Progress, breaker_changes, report
 
 DEFAULT_PURCHASES = Path(__file__).with_name("purchases.jsonl")
+CONCURRENCY = 8
+PATIENCE_SECONDS = 180.0
+
+# When to strike: what it is called, and how it shows in the provider's status and in the number of purchases by state.
+Moment = tuple[str, Callable[[dict[str, int], dict[str, int]], bool]]
+MOMENTS: tuple[Moment, ...] = (
+    ("in the middle of a charge", lambda provider, _: provider.get("charging", 0) > 0),
+    ("after a charge, before its answer", lambda provider, _: provider.get("unanswered", 0) > 0),
+    ("between holding and charging", lambda _, office: office.get("held", 0) > 0),
+)
+
+
+@dataclass(slots=True)
+class Story:
+    """What happened, as far as the databases do not tell it.
+
+    Attributes:
+        answers: the order that the API accepted for each line of the file, None where it refused it.
+        reasons: why lines were refused, counted.
+        kills: at which moment the worker was killed, counted.
+        provider: what the provider did, counted.
+        seconds: from the first purchase to the last end.
+        stopped: the exit status of each process that was asked to stop; None for one that had to be killed.
+        breaker: state changes of the circuit, counted.
+    """
+
+    answers: dict[int, str | None] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    provider: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    stopped: dict[str, int | None] = field(default_factory=dict)
+    breaker: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def accepted(self) -> list[str]:
+        return [order for order in self.answers.values() if order is not None]
+
+
+class Stuck(Exception):
+    """Something did not come to an end in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a demo ended: the rows, the story, the verdicts."""
+
+    facts: Facts
+    story: Story
+    verdicts: list[Verdict]
+
+    @property
+    def holds(self) -> bool:
+        return all(verdict.holds for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What is to be played.
+
+    Attributes:
+        purchases: the file.
+        engine: what carries the office.
+        kills: how often the worker is killed on the way.
+        seed: whom the provider treats badly.
+    """
+
+    purchases: Path = DEFAULT_PURCHASES
+    engine: EngineName = "embedded"
+    kills: int = 5
+    seed: int = 1
+
+
+async def play(script: Script, *, keep: bool = False, console: Console | None = None) -> int:
+    """Run the demo, print its table, and return the exit status: 0 where every invariant held, 1 otherwise."""
+    console = console or Console()
+    directory = Path(tempfile.mkdtemp(prefix="ticketing-"))
+    try:
+        outcome = await perform(script, directory, console)
+    except (EngineMissing, ProcessFailed, Stuck) as error:
+        console.print(f"[bold red]The demo could not be played:[/] {error}")
+        return 1
+    finally:
+        if keep:
+            console.print(f"databases and logs: {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    console.print(report(outcome.facts, outcome.story, outcome.verdicts, engine=script.engine))
+    return 0 if outcome.holds else 1
+
+
+async def perform(script: Script, directory: Path, console: Console) -> Outcome:
+    """Play the file on a fresh engine in `directory`, and judge what is left.
+
+    Raises:
+        EngineMissing: a server is not there.
+        ProcessFailed: a process ended by itself.
+        Stuck: not everything came to an end in time.
+    """
+    story = Story()
+    async with engine(script.engine, directory) as where:
+        sources = Sources(where, directory / "provider-ledger.sqlite3", script.purchases)
+        async with _office(sources, directory, script.seed, story) as office:
+            lines = list(read_lines(script.purchases))
+            with Progress(console, len(lines)) as progress:
+                started = time.monotonic()
+                killing = asyncio.create_task(office.kill_at_bad_moments(script.kills, progress))
+                try:
+                    await office.send(lines)
+                    progress.total = len(story.accepted)
+                    await office.all_ended(progress)
+                    await killing
+                finally:
+                    killing.cancel()
+                    await asyncio.gather(killing, return_exceptions=True)
+                story.seconds = time.monotonic() - started
+                progress.say("waiting for the last events and audit entries")
+                await office.drained(sources)
+        story.breaker = breaker_changes(directory / "worker.log")
+        facts = await read_facts(sources, story.answers)
+    verdicts = judge(facts)
+    stubborn = [f"the {name} ended with {status}" for name, status in story.stopped.items() if status != 0]
+    return Outcome(facts, story, [*verdicts, Verdict("every process stopped when asked", tuple(stubborn))])
+
+
+@asynccontextmanager
+async def _office(sources: Sources, directory: Path, seed: int, story: Story) -> AsyncGenerator[_Office, None]:
+    """Start provider, API and worker; stop them in reverse, in order, whatever happened."""
+    ports = {"provider": free_port(), "api": free_port()}
+    urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+    shared = sources.engine.environment | {"TICKETING_PROVIDER_URL": urls["provider"]}
+    provider = OfficeProcess(
+        "provider",
+        str(sources.ledger),
+        f"--port={ports['provider']}",
+        f"--seed={seed}",
+        environment={},
+        log=directory / "provider.log",
+    )
+    api = OfficeProcess(
+        "api",
+        f"--port={ports['api']}",
+        environment=shared | {"TICKETING_PURCHASES": str(sources.purchases)},
+        log=directory / "api.log",
+    )
+    worker = OfficeProcess("worker", environment=shared, log=directory / "worker.log")
+    async with httpx.AsyncClient(timeout=30.0) as client:
+        office = _Office(client, urls, worker, story)
+        try:
+            provider.start()
+            api.start()
+            await until_up(provider, f"{urls['provider']}/status")
+            await until_up(api, f"{urls['api']}/health/ready")
+            worker.start()
+            yield office
+            story.provider = await office.provider_status()
+        finally:
+            for process in (worker, api, provider):
+                story.stopped[process.name] = await process.stop()
+
+
+class _Office:
+    """What the demo does to a running office."""
+
+    def __init__(self, client: httpx.AsyncClient, urls: dict[str, str], worker: OfficeProcess, story: Story) -> None:
+        self._client = client
+        self._urls = urls
+        self._worker = worker
+        self._story = story
+
+    async def send(self, lines: list[tuple[int, bytes]]) -> None:
+        """Every line to the API, several at a time, in about the order of the file."""
+        waiting = iter(lines)
+
+        async def clerk() -> None:
+            for number, data in waiting:
+                await self._buy(number, data)
+
+        async with asyncio.TaskGroup() as clerks:
+            for _ in range(CONCURRENCY):
+                clerks.create_task(clerk())
+
+    async def _buy(self, number: int, data: bytes) -> None:
+        response = await self._client.post(f"{self._urls['api']}/purchases", params={"line": number}, content=data)
+        body = response.json()
+        if response.status_code == httpx.codes.ACCEPTED:
+            self._story.answers[number] = body["order_id"]
+        elif response.is_client_error:
+            self._story.answers[number] = None
+            for problem in body["error"]["problems"][:1]:
+                self._story.reasons[_kind_of(problem)] += 1
+        else:
+            msg = f"the API answered line {number} with {response.status_code}: {response.text[:200]}"
+            raise Stuck(msg)
+
+    async def summary(self) -> dict[str, int]:
+        counts: dict[str, int] = (await self._client.get(f"{self._urls['api']}/purchases")).json()
+        return counts
+
+    async def provider_status(self) -> dict[str, int]:
+        counts: dict[str, int] = (await self._client.get(f"{self._urls['provider']}/status")).json()
+        return counts
+
+    async def kill_at_bad_moments(self, kills: int, progress: Progress) -> None:
+        """Kill the worker and start it again, spread over the demo, each time at a moment that hurts."""
+        for number in range(kills):
+            name, strikes = MOMENTS[number % len(MOMENTS)]
+            await progress.reached((number + 0.5) / (kills + 1))
+            end = time.monotonic() + 3.0
+            while not strikes(await self.provider_status(), await self.summary() if number % len(MOMENTS) == 2 else {}):
+                if time.monotonic() > end:
+                    name = "at no moment in particular"
+                    break
+                await asyncio.sleep(0.002)
+            self._worker.check()
+            self._worker.kill()
+            self._worker.start()
+            self._story.kills[name] += 1
+            progress.killed(name)
+
+    async def all_ended(self, progress: Progress) -> None:
+        """Wait until every accepted purchase has come to an end, and its run with it."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        running = set(self._story.accepted)
+        while running:
+            counts = await self.summary()
+            progress.done = counts.get("completed", 0) + counts.get("cancelled", 0)
+            if progress.done >= len(self._story.accepted):
+                for order in sorted(running):
+                    answer = await self._client.get(f"{self._urls['api']}/purchases/{order}")
+                    if answer.json()["status"] in {"completed", "failed"}:
+                        running.discard(order)
+            self._worker.check()
+            if time.monotonic() > end:
+                msg = f"{len(running)} purchases had not come to an end after {PATIENCE_SECONDS:g} s: {counts}"
+                raise Stuck(msg)
+            await asyncio.sleep(0.05)
+
+    async def drained(self, sources: Sources) -> None:
+        """Wait until every event has had its effect, or for long enough that one never will."""
+        end = time.monotonic() + 30.0
+        while time.monotonic() < end:
+            facts = await read_facts(sources, self._story.answers)
+            if not any(effects_exactly_once(facts)) and not facts.unsealed:
+                return
+            self._worker.check()
+            await asyncio.sleep(0.1)
+
+
+def _kind_of(problem: dict[str, Any]) -> str:
+    """A problem without the particulars of its line, for counting."""
+    match problem:
+        case {"field": None}:
+            return "broken JSON"
+        case {"field": "customer_id"}:
+            return "unknown customer"
+        case {"field": "order_id", "message": message} if "taken already" in message:
+            return "order id taken"
+        case {"field": field, "message": message} if "catalogue has no" in message:
+            return "unknown item"
+        case {"field": field}:
+            return f"bad {field.rpartition('.')[2]}"
+    return "other"

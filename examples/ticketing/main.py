@@ -23,7 +23,7 @@ app = App(
     EventsModule.for_root(),
     EventsModule.for_feature(saga.events, projections.events),
     CircuitBreakerModule.for_root(),
-    CircuitBreakerModule.for_feature(payments.circuit),
+    CircuitBreakerModule.for_feature(payments.policies),
     WorkflowModule.for_root(),
     WorkflowModule.for_feature(saga.flows),
     AuditModule.for_root(),

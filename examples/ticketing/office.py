@@ -92,7 +92,9 @@ async def on_sale(database: Database) -> Catalogue:
     """What is on sale, and who may buy."""
     offer = await database.read(select(items.c.item, items.c.title, items.c.stock))
     known = await database.read(select(customers.c.customer_id))
-    return Catalogue({row.item: Item(row.item, row.title, row.stock) for row in offer}, frozenset(row[0] for row in known))
+    return Catalogue(
+        {row.item: Item(row.item, row.title, row.stock) for row in offer}, frozenset(row[0] for row in known)
+    )
 
 
 async def put_on_sale(database: Database, catalogue: Catalogue) -> None:

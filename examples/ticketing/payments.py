@@ -10,7 +10,32 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from mainstay.core import MainstayError
+from mainstay.circuit_breaker import BreakerConfig, Bulkhead, CircuitBreaker, Pipeline, Timeout
+from mainstay.core import FullJitter, MainstayError, Retry
+
+# A provider that is overloaded for a second or two is given that second. While the circuit is open the steps of the
+# sagas wait, durably, for as long as the rejection says.
+circuit = CircuitBreaker(
+    "payments",
+    BreakerConfig(
+        window_calls=20,
+        minimum_calls=6,
+        failure_ratio=0.5,
+        break_seconds=0.4,
+        max_break_seconds=2.0,
+        probes=2,
+        ramp_seconds=0.5,
+        ramp_start=0.5,
+    ),
+)
+policies = Pipeline(
+    "payments",
+    Timeout(6.0),
+    Retry(attempts=3, wait=FullJitter(initial_seconds=0.05, max_seconds=0.5)),
+    circuit,
+    Bulkhead(12, queue=1000, max_wait_seconds=5.0),
+    Timeout(0.8),
+)
 
 
 class Declined(MainstayError):
@@ -76,8 +101,11 @@ class PaymentProvider:
         Raises:
             ProviderFailed: nobody knows.
         """
-        return Settled.model_validate(await self._post(f"/charges/{quote(key, safe='')}/refund", {"order_id": order_id}))
+        return Settled.model_validate(
+            await self._post(f"/charges/{quote(key, safe='')}/refund", {"order_id": order_id})
+        )
 
+    @policies
     async def _post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
         try:
             response = await self._client.post(path, json=body, headers=headers)

@@ -1,7 +1,7 @@
 """What the events feed: sales per item, purchases per customer, and the receipts.
 
-Each handler counts upwards, without looking whether it has seen the event: that it runs exactly once is the inbox's work,
-and if it did not, the sums would show it. `handled` lists every effect, for the recount at the end.
+Each handler counts upwards, without looking whether it has seen the event: that it runs exactly once is the inbox's
+work, and if it did not, the sums would show it. `handled` lists every effect, for the recount at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +10,15 @@ from collections.abc import Iterable
 
 from sqlalchemy import bindparam, insert, update
 
-from mainstay.events import Event, EventRouter
-from ticketing.messages import PaymentCaptured, PaymentRefunded, PurchaseCancelled, PurchaseCompleted, Tickets, TicketsHeld
+from mainstay.events import EventRouter
+from ticketing.messages import (
+    PaymentCaptured,
+    PaymentRefunded,
+    PurchaseCancelled,
+    PurchaseCompleted,
+    Tickets,
+    TicketsHeld,
+)
 from ticketing.office import office
 from ticketing.tables import customers, handled, receipts, sales
 
@@ -78,9 +85,11 @@ async def count_cancelled(event: PurchaseCancelled) -> None:
 
 @events.on(PurchaseCompleted, group="receipts", inbox=True)
 async def send_receipt(event: PurchaseCompleted) -> None:
-    bought = ", ".join(f"{tickets.quantity} × {tickets.item}" for tickets in event.tickets)
+    bought = ", ".join(f"{tickets.quantity} x {tickets.item}" for tickets in event.tickets)
     text = f"{event.customer_id}: {bought}. Paid {event.amount_cents / 100:,.2f}. Enjoy the show!"
-    await office.database.write(_RECEIPT, {"order_id": event.order_id, "amount_cents": event.amount_cents, "text": text})
+    await office.database.write(
+        _RECEIPT, {"order_id": event.order_id, "amount_cents": event.amount_cents, "text": text}
+    )
     await _note("receipts", "purchase.completed", event.order_id)
 
 
@@ -98,7 +107,9 @@ async def _count_sales(tickets: Iterable[Tickets], *, sold: bool) -> None:
     await office.database.write(_SALES, rows)
 
 
-async def _count_customer(customer: str, *, completed: int = 0, cancelled: int = 0, paid: int = 0, refunded: int = 0) -> None:
+async def _count_customer(
+    customer: str, *, completed: int = 0, cancelled: int = 0, paid: int = 0, refunded: int = 0
+) -> None:
     await office.database.write(
         _CUSTOMER,
         {

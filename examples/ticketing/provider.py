@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS ledger (
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class Behaviour:
     """How badly it behaves; shares are of charges, and the same seed gives the same charges the same fate.
 
     Args:
@@ -167,16 +167,16 @@ class Provider(ThreadingHTTPServer):
 
     Args:
         path: the ledger's file; what it holds survives a restart.
-        script: how badly to behave.
+        behaviour: how badly to behave.
         port: on 127.0.0.1; 0 takes a free one, `server_address` tells.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, path: Path, script: Script, *, port: int = 0) -> None:
+    def __init__(self, path: Path, behaviour: Behaviour, *, port: int = 0) -> None:
         self.ledger = Ledger(path)
-        self.script = script
+        self.behaviour = behaviour
         self._lock = threading.Lock()
         self._attempts: Counter[str] = Counter()
         self._requests = 0
@@ -206,9 +206,9 @@ class Provider(ThreadingHTTPServer):
                 self._burst_left -= 1
                 return True
             self._requests += 1
-            if self.script.burst_every and self._requests % self.script.burst_every == 0:
-                self._burst_left = self.script.burst_requests
-                self._burst_until = time.monotonic() + self.script.burst_seconds
+            if self.behaviour.burst_every and self._requests % self.behaviour.burst_every == 0:
+                self._burst_left = self.behaviour.burst_requests
+                self._burst_until = time.monotonic() + self.behaviour.burst_seconds
             return False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -255,16 +255,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _charge(self, key: str, order_id: str, amount_cents: int) -> None:
         provider = self.server
-        mood = provider.script.mood(order_id, provider.attempt(order_id))
+        mood = provider.behaviour.mood(order_id, provider.attempt(order_id))
         provider.count("charging")
         try:
-            time.sleep(provider.script.slow_seconds if mood == "late" else 0.01)
+            time.sleep(provider.behaviour.slow_seconds if mood == "late" else 0.01)
             answer = provider.ledger.charge(key, order_id, amount_cents, decline=mood == "declines")
         finally:
             provider.count("charging", -1)
         provider.count("unanswered")  # the money has moved and nobody knows yet
         try:
-            time.sleep(provider.script.slow_seconds if mood == "slow" else 0.01)
+            time.sleep(provider.behaviour.slow_seconds if mood == "slow" else 0.01)
         finally:
             provider.count("unanswered", -1)
         provider.count(mood)

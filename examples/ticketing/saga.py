@@ -4,7 +4,7 @@
     cancel ─── release ─ refund                                 cancelled, from right to left
 
 Every step but the charge writes to the office's database and nowhere else: state, audit entry, event and the record of
-the step share one commit. The charge happens at the provider, who knows it by the step's key, the same in every attempt.
+the step share one commit. The charge happens at the provider, who knows it by the step's key, whatever the attempt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from mainstay.core import FullJitter, MainstayError, Retry
 from mainstay.events import EventRouter
 from mainstay.observability.audit import AuditTrail
 from mainstay.workflow import Done, StepFailed, Unknown, WorkflowRouter, current_step
-from ticketing.messages import PaymentCaptured, PaymentRefunded, PurchaseCancelled, PurchaseCompleted, Tickets, TicketsHeld
+from ticketing.messages import (
+    PaymentCaptured,
+    PaymentRefunded,
+    PurchaseCancelled,
+    PurchaseCompleted,
+    Tickets,
+    TicketsHeld,
+)
 from ticketing.office import office
 from ticketing.payments import Charged, Declined
 from ticketing.purchases import Purchase
@@ -90,18 +97,22 @@ async def hold(order: Order) -> None:
     async with office.database.transaction() as session:
         # In the order of items: two purchases that lock the same rows in another order would wait for each other.
         for number, line in sorted(enumerate(order.purchase.lines), key=lambda entry: entry[1].item):
-            taken = await session.execute(
+            taken = (
                 update(items)
                 .where(items.c.item == line.item, items.c.free >= line.quantity)
                 .values(free=items.c.free - line.quantity)
+                .returning(items.c.item)
             )
-            if taken.rowcount == 0:
+            if await session.scalar(taken) is None:
                 msg = f"{line.item} is sold out: {line.quantity} were wanted"
                 raise SoldOut(msg)
             free = select(tickets.c.serial).where(tickets.c.item == line.item, tickets.c.state == "free")
             await session.execute(
                 update(tickets)
-                .where(tickets.c.item == line.item, tickets.c.serial.in_(free.order_by(tickets.c.serial).limit(line.quantity)))
+                .where(
+                    tickets.c.item == line.item,
+                    tickets.c.serial.in_(free.order_by(tickets.c.serial).limit(line.quantity)),
+                )
                 .values(state="held", order_id=order.id, line=number, price_cents=line.cents)
             )
         await _set_state(session, order, "held", tickets_held=sum(line.quantity for line in order.purchase.lines))
@@ -220,10 +231,9 @@ async def _book(order: Order, key: str, kind: str, cents: int) -> None:
         known = select(payments.c.key).where(payments.c.key == key, payments.c.kind == kind)
         if await session.scalar(known) is not None:
             return
-        await session.execute(
-            insert(payments), {"key": key, "kind": kind, "order_id": order.id, "amount_cents": cents}
-        )
-        event = PaymentCaptured if kind == "charge" else PaymentRefunded
-        customer = order.purchase.customer_id
-        await audit.write(event.__event__.type, resource=_resource(order), detail={"cents": cents})
-        await events.publish(event(order_id=order.id, customer_id=customer, amount_cents=cents))
+        await session.execute(insert(payments), {"key": key, "kind": kind, "order_id": order.id, "amount_cents": cents})
+        moved = {"order_id": order.id, "customer_id": order.purchase.customer_id, "amount_cents": cents}
+        event = PaymentCaptured(**moved) if kind == "charge" else PaymentRefunded(**moved)
+        action = "payment.captured" if kind == "charge" else "payment.refunded"
+        await audit.write(action, resource=_resource(order), detail={"cents": cents})
+        await events.publish(event)

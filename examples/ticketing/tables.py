@@ -63,7 +63,7 @@ payments = Table(
     CheckConstraint("kind IN ('charge', 'refund') AND amount_cents > 0", name="ticketing_payments_sane"),
 )
 
-# What the events feed. Nothing here hides an event that came twice: a counter would count it twice, a list would list it.
+# What the events feed. Nothing here hides an event that came twice: a counter counts it twice, a list lists it twice.
 sales = Table(
     "ticketing_sales",
     metadata,

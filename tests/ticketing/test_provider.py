@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from ticketing.provider import Provider, Script
+from ticketing.provider import Behaviour, Provider
 
-WELL = Script(declined=0, unanswered=0, lost=0, slow=0, late=0, burst_every=0)
+WELL = Behaviour(declined=0, unanswered=0, lost=0, slow=0, late=0, burst_every=0)
 
 
 class Client:
@@ -41,8 +41,8 @@ def provider(tmp_path):
     """A function that starts a provider with a script, on the same ledger every time; all are stopped afterwards."""
     running: list[tuple[Provider, threading.Thread]] = []
 
-    def start(script: Script = WELL) -> Client:
-        server = Provider(tmp_path / "ledger.sqlite3", script)
+    def start(behaviour: Behaviour = WELL) -> Client:
+        server = Provider(tmp_path / "ledger.sqlite3", behaviour)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         running.append((server, thread))
@@ -97,7 +97,7 @@ def test_a_refund_before_the_charge_spends_the_key(provider, tmp_path):
 
 def test_a_late_charge_loses_against_its_refund(provider, tmp_path):
     """The charge is asked for first and made later; the refund in between wins."""
-    client = provider(Script(late=1, declined=0, unanswered=0, lost=0, slow=0, slow_seconds=0.5, burst_every=0))
+    client = provider(Behaviour(late=1, declined=0, unanswered=0, lost=0, slow=0, slow_seconds=0.5, burst_every=0))
     answers = []
     charging = threading.Thread(target=lambda: answers.append(client.charge("k")))
     charging.start()
@@ -112,7 +112,7 @@ def test_a_late_charge_loses_against_its_refund(provider, tmp_path):
 def test_a_lost_answer_is_a_charge_all_the_same(provider, tmp_path, script, lasting):
     """The connection drops after the money moved: once for a lost answer, every time for an unanswered charge."""
     client = provider(
-        Script(**({"declined": 0, "unanswered": 0, "lost": 0, "slow": 0, "late": 0} | script), burst_every=0)
+        Behaviour(**({"declined": 0, "unanswered": 0, "lost": 0, "slow": 0, "late": 0} | script), burst_every=0)
     )
     with pytest.raises(http.client.RemoteDisconnected):
         client.charge("k")
@@ -130,7 +130,7 @@ def test_a_lost_answer_is_a_charge_all_the_same(provider, tmp_path, script, last
 
 def test_a_decline_stays_a_decline(provider, tmp_path):
     """A declined key is declined at every attempt, and its refund has nothing to give back."""
-    client = provider(Script(declined=1, burst_every=0))
+    client = provider(Behaviour(declined=1, burst_every=0))
     assert [client.charge("k")[0], client.charge("k")[0]] == [402, 402]
     assert client.refund("k")[1]["refunded_cents"] == 0
     assert booked(tmp_path) == []
@@ -138,16 +138,16 @@ def test_a_decline_stays_a_decline(provider, tmp_path):
 
 def test_bursts_of_503_come_and_go(provider):
     """Every third request starts a burst of two; what was refused then moved no money and works afterwards."""
-    client = provider(Script(declined=0, unanswered=0, lost=0, slow=0, late=0, burst_every=3, burst_requests=2))
+    client = provider(Behaviour(declined=0, unanswered=0, lost=0, slow=0, late=0, burst_every=3, burst_requests=2))
     assert [client.charge(f"k{number}")[0] for number in range(8)] == [201, 201, 201, 503, 503, 201, 201, 201]
 
 
 def test_the_script_is_the_same_for_the_same_seed():
     """Moods depend on seed, order and attempt alone, and come in about the shares that were asked for."""
-    script = Script(seed=5)
+    script = Behaviour(seed=5)
     first = [script.mood(str(order), 1) for order in range(4000)]
-    assert first == [Script(seed=5).mood(str(order), 1) for order in range(4000)]
-    assert first != [Script(seed=6).mood(str(order), 1) for order in range(4000)]
+    assert first == [Behaviour(seed=5).mood(str(order), 1) for order in range(4000)]
+    assert first != [Behaviour(seed=6).mood(str(order), 1) for order in range(4000)]
     assert abs(first.count("declines") / 4000 - script.declined) < 0.02
     assert abs(first.count("loses the answer") / 4000 - script.lost) < 0.02
     second = {script.mood(str(order), 2) for order in range(4000)}

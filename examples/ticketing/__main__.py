@@ -1,0 +1,70 @@
+"""`python -m ticketing demo`, and the three processes that it starts: api, worker, provider."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from ticketing.demo import DEFAULT_PURCHASES, Script, play
+from ticketing.provider import Behaviour, Provider
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Engine(StrEnum):
+    """What carries the office: SQLite alone, or Kafka and PostgreSQL."""
+
+    EMBEDDED = "embedded"
+    FULL = "full"
+
+
+@cli.command()
+def demo(
+    purchases: Annotated[Path, typer.Option(help="JSON lines, a purchase each.", exists=True, dir_okay=False)] = (
+        DEFAULT_PURCHASES
+    ),
+    engine: Annotated[Engine, typer.Option(help="SQLite, or Kafka and PostgreSQL.")] = Engine.EMBEDDED,
+    kills: Annotated[int, typer.Option(help="How often the worker is killed.", min=0)] = 5,
+    seed: Annotated[int, typer.Option(help="Whom the provider treats badly.")] = 1,
+    keep: Annotated[bool, typer.Option(help="Keep databases and logs, and say where.")] = False,  # noqa: FBT002  typer's way
+) -> None:
+    """Play a file of purchases through the office, kill its worker on the way, and audit what is left."""
+    sys.exit(asyncio.run(play(Script(purchases, engine.value, kills, seed), keep=keep)))
+
+
+@cli.command()
+def api(port: int = 8000) -> None:
+    """Accept purchases over HTTP."""
+    uvicorn.run("ticketing.main:api", port=port, log_config=None, access_log=False)
+
+
+@cli.command()
+def worker() -> None:
+    """Sell tickets: execute the sagas, relay and handle events, seal the audit log."""
+    from ticketing.main import app  # noqa: PLC0415  importing it reads the environment, which only this process has
+
+    app.run()
+
+
+@cli.command()
+def provider(ledger: Path, port: int = 8001, seed: int = 1) -> None:
+    """Be the payment provider, and misbehave."""
+    server = Provider(ledger, Behaviour(seed=seed), port=port)
+    # shutdown() waits for the loop that serves, which is this thread's
+    signal.signal(signal.SIGTERM, lambda _number, _frame: threading.Thread(target=server.shutdown).start())
+    try:
+        server.serve_forever(poll_interval=0.05)
+    finally:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,114 @@
+"""Reads the facts for the invariants: plain queries on the databases as they lie there, and the file as it is."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Never
+
+from aiokafka import AIOKafkaConsumer
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from ticketing.engines import Engine
+from ticketing.invariants import Facts, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the facts are: the office's engine, the provider's ledger, and the file that was played."""
+
+    engine: Engine
+    ledger: Path
+    purchases: Path
+
+
+async def read_facts(sources: Sources, answers: dict[int, str | None]) -> Facts:
+    """The facts as of now; `answers` is what the API answered to each line."""
+    engine = create_async_engine(sources.engine.database_url)
+    try:
+        async with engine.connect() as connection:
+
+            async def rows(table: str) -> list[Row]:
+                return await _rows(connection, f"SELECT * FROM ticketing_{table}")  # noqa: S608  names from this file
+
+            sealed = [json.loads(row["data"]) for row in await _rows(connection, "SELECT data FROM mainstay_audit_log")]
+            return Facts(
+                file=read_file(sources.purchases),
+                answers=dict(answers),
+                items=await rows("items"),
+                tickets=await rows("tickets"),
+                purchases=await rows("purchases"),
+                payments=await rows("payments"),
+                sales=await rows("sales"),
+                customers=await rows("customers"),
+                receipts=await rows("receipts"),
+                handled=await rows("handled"),
+                ledger=read_ledger(sources.ledger),
+                audited=Counter(
+                    (entry["action"], entry.get("resource", "")) for entry in sealed if entry["outcome"] == "succeeded"
+                ),
+                unsealed=await _count(connection, "mainstay_audit_pending"),
+                published=await _published(connection, sources.engine),
+                dead_letters=await _count(connection, "mainstay_events_dead_letters"),
+            )
+    finally:
+        await engine.dispose()
+
+
+async def _published(connection: AsyncConnection, engine: Engine) -> int:
+    if engine.kafka is None:
+        return await _count(connection, "mainstay_events_log")
+    consumer = AIOKafkaConsumer(engine.topic, bootstrap_servers=engine.kafka)
+    await consumer.start()
+    try:
+        ends = await consumer.end_offsets(consumer.assignment())
+        return sum(ends.values())
+    finally:
+        await consumer.stop()
+
+
+async def _count(connection: AsyncConnection, table: str) -> int:
+    (row,) = await _rows(connection, f"SELECT count(*) AS rows FROM {table}")  # noqa: S608  names from this file
+    return int(row["rows"])
+
+
+async def _rows(connection: AsyncConnection, query: str) -> list[Row]:
+    return [dict(row) for row in (await connection.execute(text(query))).mappings()]
+
+
+def read_ledger(path: Path) -> list[Row]:
+    """Every movement of money that the provider has on its books."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute("SELECT key, order_id, kind, amount_cents FROM ledger")]
+
+
+def read_file(path: Path) -> dict[int, Row | None]:
+    """The file's lines that are not blank: an object, or None where there is none."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return {number: _object(line) for number, line in enumerate(lines, 1) if line.strip()}
+
+
+def _object(line: bytes) -> Row | None:
+    if len(line) > 1 << 20:
+        return None
+    try:
+        document: Any = json.loads(line.decode(), parse_float=str, parse_constant=_refuse, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _refuse(name: str) -> Never:
+    raise ValueError(name)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError(pairs)
+    return dict(pairs)
