@@ -1,18 +1,18 @@
 """How a run writes its journal, and why that is fast.
 
-Every step has to be recorded twice: that it may begin, before its effect, and what came of it, before the *next* effect.
-Done plainly that is two commits a step. Three things make it cheap:
+Every step has to be recorded twice: that it may begin, before its effect, and what came of it, before the *next*
+effect. Done plainly that is two commits a step. Three things make it cheap:
 
-- **A result rides along.** What came of a step is put into a buffer and goes out with the next intent, or with the run's
-  end, in one entry: one commit a step. Should the workflow function do something else first, a callback that the loop
-  runs next writes the buffer by itself, so that nothing stays in it for longer than a turn.
-- **Nothing is read.** A run that its own worker started knows that its journal is empty; numbers are given out here, and
-  the fence on the run's row is the only thing that the database has to check.
+- **A result rides along.** What came of a step is put into a buffer and goes out with the next intent, or with the
+  run's end, in one entry: one commit a step. Should the workflow function do something else first, a callback that the
+  loop runs next writes the buffer by itself, so that nothing stays in it for longer than a turn.
+- **Nothing is read.** A run that its own worker started knows that its journal is empty; numbers are given out here,
+  and the fence on the run's row is the only thing that the database has to check.
 - **Writes are one statement.** Entries of all kinds have the same columns and go through the same insert, so that those
   of hundreds of runs become one statement of one group commit.
 
-The price is a window: steps executed and not yet recorded are executed again after a kill. `Slots` bounds it for the whole
-worker, whatever the number of its runs.
+The price is a window: steps executed and not yet recorded are executed again after a kill. `Slots` bounds it for the
+whole worker, whatever the number of its runs.
 
 Benchmark rows: `workflow/three steps, 1,000 at once` and `workflow/steps repeated by a kill`.
 """
@@ -46,9 +46,9 @@ def worth_repeating(error: Exception) -> bool:
 class Recording:
     """The journal of one run, as its worker writes it.
 
-    A write is repeated until it is durable, however long the database is away: only the write, never the effect. The fence
-    makes that safe at any time. It gives up when the run belongs to somebody else; and a cancellation waits for it, but
-    not for ever, since a process that stops may find the database gone.
+    A write is repeated until it is durable, however long the database is away: only the write, never the effect. The
+    fence makes that safe at any time. It gives up when the run belongs to somebody else; and a cancellation waits for
+    it, but not for ever, since a process that stops may find the database gone.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Recording:
             attempt += 1
             try:
                 return bool(await self._database.read(HAS_ENTRY, {"run": self.run_id, "seq": seq}))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  judged by _back_off
                 await self._back_off(error, attempt)
 
     async def _write_buffer(self) -> None:

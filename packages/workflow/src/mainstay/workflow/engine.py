@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import sqlalchemy as sa
 
@@ -34,9 +34,7 @@ from mainstay.workflow.tables import (
     runs,
 )
 from mainstay.workflow.worker import Worker
-from mainstay.workflow.workflow import Handle, RunStatus, Workflow
-
-T = TypeVar("T")
+from mainstay.workflow.workflow import RunStatus
 
 _log = logging.getLogger("mainstay.workflow")
 
@@ -85,7 +83,6 @@ class WorkflowEngine:
     ) -> None:
         self._database = database
         self._clock = clock
-        self._workflows = workflows
         self._waiters: dict[str, list[asyncio.Future[Mapping[str, Any]]]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
@@ -95,26 +92,24 @@ class WorkflowEngine:
 
     # Starting
 
-    async def start(self, workflow: Workflow[*tuple[Any, ...], T], args: tuple[Any, ...], id: str | None) -> Handle[T]:
-        """What `Workflow.start` does."""
+    async def start(self, name: str, version: int, input: str, id: str | None) -> str:
+        """Begin a run of a workflow with its input as JSON; returns its id. See `Workflow.start`."""
         run_id = str(uuid7()) if id is None else id
         if not 0 < len(run_id) <= ID_LENGTH:
             msg = f"the id of a run has 1 to {ID_LENGTH} characters, not {len(run_id)}"
             raise ValueError(msg)
-        signature = workflow.signature
-        text = signature.dump_arguments(signature.bind(args, {}))
         identity = self.worker.takes()
         row: dict[str, Any] = {
             "id": run_id,
-            "workflow": workflow.name,
-            "version": workflow.version,
+            "workflow": name,
+            "version": version,
             "status": "queued" if identity is None else "running",
             "epoch": 0 if identity is None else 1,
             "worker": None if identity is None else identity.lease.name,
             "attempts": 0 if identity is None else 1,
             "progress": 0,
             "cancel_requested": False,
-            "input": text,
+            "input": input,
             "context": json.dumps(current().to_dict()),
         }
 
@@ -123,7 +118,7 @@ class WorkflowEngine:
                 self.worker.wake()
             else:
                 self.worker.begin(identity, row)
-            metrics.count_start(workflow.name)
+            metrics.count_start(name)
 
         if self._database.in_unit_of_work():
             await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)
@@ -131,7 +126,7 @@ class WorkflowEngine:
                 self._database.after_commit(begin)
         elif await self._insert(row):
             begin()
-        return Handle(run_id, workflow, self)
+        return run_id
 
     async def _insert(self, row: Mapping[str, Any]) -> bool:
         """Whether the run is a new one."""
@@ -165,22 +160,21 @@ class WorkflowEngine:
 
     # Results
 
-    async def result(self, handle: Handle[T], timeout_seconds: float | None) -> T:
-        """What `Handle.result` does."""
+    async def ended(self, id: str, timeout_seconds: float | None) -> str:
+        """Wait for the run to end; its result as JSON. See `Handle.result`."""
         if timeout_seconds is None:
-            state = await self._ended_state(handle.id)
+            state = await self._ended_state(id)
         else:
             async with timeout(timeout_seconds, clock=self._clock):
-                state = await self._ended_state(handle.id)
+                state = await self._ended_state(id)
         status = RunStatus(state["status"])
         if status is RunStatus.COMPLETED:
-            result: T = handle.workflow.signature.load_result(state["output"])
-            return result
+            return str(state["output"])
         if status.waits_for_a_person:
-            msg = f"run {handle.id} is {status}: {state['note']}"
+            msg = f"run {id} is {status}: {state['note']}"
             raise RunParked(msg)
         failure = state["failure"] or {"type": "Unknown", "detail": ""}
-        msg = f"run {handle.id} {status} with {failure['type']}: {failure['detail']}"
+        msg = f"run {id} {status} with {failure['type']}: {failure['detail']}"
         raise WorkflowFailed(msg, error_type=failure["type"], detail=failure["detail"])
 
     async def _ended_state(self, id: str) -> Mapping[str, Any]:
@@ -219,7 +213,7 @@ class WorkflowEngine:
         seconds = _FIRST_LOOK_SECONDS
         while self._waiters:
             self._look_now.clear()
-            ids = [id for id in self._waiters if not self.worker.executes(id)]
+            ids = [waited for waited in self._waiters if not self.worker.executes(waited)]
             try:
                 for at in range(0, len(ids), _ASK_AT_ONCE):
                     await self._look_at(ids[at : at + _ASK_AT_ONCE])
@@ -234,13 +228,13 @@ class WorkflowEngine:
 
     async def _look_at(self, ids: list[str]) -> None:
         found = {row.id: row for row in await self._database.read(STATES, {"ids": ids})}
-        for id in ids:
-            row = found.get(id)
+        for asked in ids:
+            row = found.get(asked)
             if row is None:
-                self._tell(id, RunNotFound(f"there is no run {id!r}"))
+                self._tell(asked, RunNotFound(f"there is no run {asked!r}"))
             elif row.status not in {"queued", "running"}:
                 failure = json.loads(row.failure) if row.failure else None
-                self._tell(id, {"status": row.status, "output": row.output, "failure": failure, "note": row.note})
+                self._tell(asked, {"status": row.status, "output": row.output, "failure": failure, "note": row.note})
 
     # For people
 
@@ -307,7 +301,15 @@ class WorkflowEngine:
             if not _changed(await session.execute(RESUME, {"run": id})):
                 await self._refuse(id, "resumed")
             seq = (await session.execute(NEXT_SEQ, {"run": id})).scalar_one()
-            entry = {"run_id": id, "seq": seq, "kind": RESUMED, "step": "", "position": None, "body": None, "info": None}
+            entry = {
+                "run_id": id,
+                "seq": seq,
+                "kind": RESUMED,
+                "step": "",
+                "position": None,
+                "body": None,
+                "info": None,
+            }
             await session.execute(APPEND_ONCE, entry)
         self.worker.wake()
 
@@ -333,13 +335,12 @@ class WorkflowEngine:
         if looking is not None:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
-        for id in list(self._waiters):
-            self._tell(id, DatabaseUnavailable("the App stopped before the run ended; it goes on elsewhere"))
+        for waited in list(self._waiters):
+            self._tell(waited, DatabaseUnavailable("the App stopped before the run ended; it goes on elsewhere"))
 
 
 def _changed(result: sa.Result[Any]) -> bool:
-    count: Callable[[], int] | int = getattr(result, "rowcount", 0)
-    return bool(count)
+    return bool(cast("sa.CursorResult[Any]", result).rowcount)
 
 
 def _view(row: Any) -> RunView:

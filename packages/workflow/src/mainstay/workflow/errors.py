@@ -11,7 +11,7 @@ MainstayError
     └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
 
 BaseException
-└── Signal                  never seen by `except Exception`: it is not about what the workflow does, but about who runs it
+└── Signal                  never seen by `except Exception`: it is about who runs a workflow, not about what it does
     ├── Lost                another worker owns the run now: give up silently, record nothing
     ├── Released            this worker stops: the run goes back to the queue
     ├── CancelRequested     somebody asked for the run to be cancelled: compensate
@@ -90,7 +90,8 @@ class StepFailed(WorkflowError):
 
     Attributes:
         step: the step's name.
-        outcome: `failed`: certainly nothing happened; `unknown`: something may have, and compensation includes the step.
+        outcome: `failed`: certainly nothing happened; `unknown`: something may have, and compensation includes the
+        step.
         error_type: the name of the last attempt's exception.
         error_code: its code, where it was a `MainstayError`.
         detail: its text; internal.

@@ -47,8 +47,8 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
             for name, step in router.steps.items():
                 if name in steps:
                     msg = (
-                        f"two routers have a step {name} ({_where(steps[name])} and {_where(step)}): records know a step "
-                        "by its name, so rename one of the functions"
+                        f"two routers have a step {name} ({_where(steps[name])} and {_where(step)}): records know a "
+                        "step by its name, so rename one of the functions"
                     )
                     raise ConfigurationError(msg)
                 steps[name] = step
@@ -56,6 +56,7 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
+        """Yield the engine, with every router bound to it; its worker runs only while the App serves."""
         database = app.get(Database)
         await database.ensure_schema(schema)
         workflows, steps = self._collect()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-T = TypeVar("T", covariant=True)
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Done(Generic[T]):
+class Done(Generic[T_co]):
     """The step took effect; `result` is what it returned."""
 
-    result: T
+    result: T_co
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Failed:
 class Unknown:
     """Something may have happened, or may still: the attempt ended by an error, a timeout or a crash.
 
-    A compensation that receives this tolerates that there is nothing to undo, and sees to it that the original, should it
-    arrive late, finds its key used up.
+    A compensation that receives this tolerates that there is nothing to undo, and sees to it that the original, should
+    it arrive late, finds its key used up.
     """
 
     detail: str = ""

@@ -35,7 +35,8 @@ class WorkflowRouter:
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
         self.binding: Binding[WorkflowEngine] = Binding(
-            "WorkflowRouter", remedy="add WorkflowModule.for_feature(…) with it to the App, and use it while the App runs"
+            "WorkflowRouter",
+            remedy="add WorkflowModule.for_feature(…) with it to the App, and use it while the App runs",
         )
 
     def step(
@@ -64,7 +65,8 @@ class WorkflowRouter:
                 `compensation_failed`; by default 30 attempts over about a quarter of an hour.
             transactional: the step writes to the App's database and does nothing else. It runs inside
                 `db.transaction()` and shares the commit with its record: exactly once. Its compensation does, too.
-            pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing it.
+            pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing
+            it.
 
         Raises:
             TypeError: the function is not async, or options contradict each other.
@@ -97,13 +99,11 @@ class WorkflowRouter:
             raise ValueError(msg)
         self.steps[step.name] = step
 
-    def workflow(
-        self, *, name: str, version: int = 1
-    ) -> Callable[[Callable[[*Ts], Awaitable[T]]], Workflow[*Ts, T]]:
+    def workflow(self, *, name: str, version: int = 1) -> Callable[[Callable[[*Ts], Awaitable[T]]], Workflow[*Ts, T]]:
         """Declare a workflow function.
 
-        It is executed again from the start after a crash, and every step that is recorded returns at once. So it must do
-        the same things in the same order each time: whatever reads a clock, draws a number or asks others is a step.
+        It is executed again from the start after a crash, and every step that is recorded returns at once. So it must
+        do the same things in the same order each time: whatever reads a clock, draws a number or asks others is a step.
 
         Args:
             name: what records call it, for ever.
@@ -122,7 +122,7 @@ class WorkflowRouter:
                 msg = f"this router already has version {version} of workflow {name!r}"
                 raise ValueError(msg)
             workflow = Workflow(function, name, version, self.binding)
-            self.workflows[name, version] = workflow  # type: ignore[assignment]  # a registry forgets the argument types
+            self.workflows[name, version] = workflow
             return workflow
 
         return declare

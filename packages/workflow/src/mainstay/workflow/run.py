@@ -168,8 +168,7 @@ class Run:
 
     def _wake(self) -> None:
         for pause in self._pauses:
-            if not pause.done():
-                pause.set_result(None)
+            _finish(pause)
 
     async def execute(self) -> tuple[RunStatus, str | None, dict[str, Any] | None] | None:
         """Take the run as far as it goes: status, result as JSON and failure of its end, or None if it has none yet."""
@@ -215,19 +214,22 @@ class Run:
             msg = f"the input does not fit {self.workflow!r} any more: {error}"
             raise Parked(msg) from error
         scope = Scope(self, "")
+        cause: BaseException | None = None
         token = _scope.set(scope)
         try:
             with bind_journal(self):
                 result = await self.workflow.signature.call(arguments)
             self._all_recalled(scope)
         except CancelRequested:
-            failure, cause = _CANCELLED, None
+            failure = _CANCELLED
         except asyncio.CancelledError as error:
             if _being_cancelled():
                 raise
-            failure, cause = describe(error), error
-        except Exception as error:
-            failure, cause = describe(error), error
+            failure = describe(error)
+            cause = error
+        except Exception as error:  # noqa: BLE001  whatever a workflow function raises is its failure
+            failure = describe(error)
+            cause = error
         else:
             try:
                 return self.workflow.signature.dump_result(result)
@@ -249,9 +251,7 @@ class Run:
         self._failure = failure
         await self._recording.end(FAIL, {"run": self.id, "at_epoch": self.epoch, "failure": json.dumps(failure)})
 
-    async def _end(
-        self, status: RunStatus, output: str | None
-    ) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
+    async def _end(self, status: RunStatus, output: str | None) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
         failure = None if self._failure is None else json.dumps(self._failure)
         values = {"run": self.id, "at_epoch": self.epoch, "status": status, "output": output, "failure": failure}
         await self._recording.end(END, values)
@@ -281,7 +281,8 @@ class Run:
     async def _boundary(self) -> None:
         """Raise what ends this execution, before anything new begins.
 
-        While the worker's lease may have ended, nobody knows whose the run is: nothing new begins until that is settled.
+        While the worker's lease may have ended, nobody knows whose the run is: nothing new begins until that is
+        settled.
         """
         while not self._held() and self._stop is None:
             await self._clock.sleep(_LEASE_LOOK_SECONDS)
@@ -294,7 +295,7 @@ class Run:
         """Wait between attempts; a stop or a cancellation ends it."""
         await self._boundary()
         pause: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, lambda: pause.done() or pause.set_result(None))
+        timer = self._clock.call_later(seconds, lambda: _finish(pause))
         self._pauses.add(pause)
         try:
             await pause
@@ -308,7 +309,7 @@ class Run:
     async def step(self, scope: Scope, step: AnyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Execute a step, or recall what came of it."""
         if self._steps.get(step.name) is not step:
-            msg = f"step {step.name} belongs to a router that is not part of this App: add it with WorkflowModule.for_feature"
+            msg = f"the router of step {step.name} is not part of this App: add it with WorkflowModule.for_feature"
             raise Parked(msg)
         key, record = self._enter(scope, step.name)
         try:
@@ -379,7 +380,7 @@ class Run:
                         task.cancel()
         finally:
             scope.busy = False
-        errors = [error for task in tasks if (error := _error_of(task)) is not None]
+        errors = [found for task in tasks if (found := _error_of(task)) is not None]
         if cancelled is not None:
             raise cancelled
         for signal in errors:
@@ -402,8 +403,8 @@ class Run:
             raise self._stop
         if scope.busy:
             msg = (
-                f"{what} was called while another step of the same branch is running: their numbers would depend on who "
-                "comes first; use flows.gather"
+                f"{what} was called while another step of the same branch is running: their numbers would depend on "
+                "who comes first; use flows.gather"
             )
             raise Parked(msg)
         scope.busy = True
@@ -412,8 +413,8 @@ class Run:
         """The key of what is called now, and its record; settled failures are raised again."""
         if self._database.in_unit_of_work():
             msg = (
-                f"{name} was called inside db.transaction(): a workflow function may be executed again, so what it writes "
-                "belongs into a transactional step"
+                f"{name} was called inside db.transaction(): a workflow function may be executed again, so what it "
+                "writes belongs into a transactional step"
             )
             raise Parked(msg)
         self._claim_scope(scope, name)
@@ -425,8 +426,8 @@ class Run:
         if (expected is not None and expected != key) or (record is not None and record.position != position):
             scope.busy = False
             msg = (
-                f"the function asked for {key} where its record has {expected or 'nothing'}: it does not do the same on "
-                "replay. Give the changed function a new version, or put what differs into a step"
+                f"the function asked for {key} where its record has {expected or 'nothing'}: it does not do the same "
+                "on replay. Give the changed function a new version, or put what differs into a step"
             )
             raise Parked(msg)
         if record is None:
@@ -511,8 +512,10 @@ class Run:
                         record.dangling = False
                         raise Exhausted(error, kept, maybe=record.maybe) from error
             else:
-                again = None if _default_decision(work) else self._delay(
-                    work, record, Outcome.of_result(result), began, waited, more=1
+                again = (
+                    None
+                    if _default_decision(work)
+                    else self._delay(work, record, Outcome.of_result(result), began, waited, more=1)
                 )
                 if again is None:
                     return await self._done(work, record, result, slot=True)
@@ -534,7 +537,10 @@ class Run:
     async def _note_attempt(self, work: Work, record: Record, error: dict[str, Any], delay: float) -> None:
         """Make it durable that an attempt ended, so that a crash during the wait neither shortens nor forgets it."""
         info: dict[str, Any] = {
-            "attempts": record.attempts, "maybe": record.maybe, "error": error, "rest_seconds": delay
+            "attempts": record.attempts,
+            "maybe": record.maybe,
+            "error": error,
+            "rest_seconds": delay,
         }
         if record.seq == 0 and work.input:
             info["input"] = work.input
@@ -554,7 +560,7 @@ class Run:
             return None
         if work.ask is None:
             msg = (
-                f"nobody knows whether {work.key} took effect ({why}), and it says on_unknown=\"park\". Find out; then "
+                f'nobody knows whether {work.key} took effect ({why}), and it says on_unknown="park". Find out; then '
                 "resume the run to attempt it again with the same key, or cancel it to compensate"
             )
             raise Parked(msg)
@@ -579,7 +585,7 @@ class Run:
                 answer = await self._attempt(work, attempt, ask)
                 outcome = Outcome.of_result(answer)
                 detail = answer.detail if isinstance(answer, Unknown) else ""
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  a probe that raises does not know
                 outcome = Outcome.of_error(error)
                 detail = _text(describe(error))
                 answer = Unknown(detail)
@@ -741,6 +747,11 @@ def _being_cancelled() -> bool:
     """Whether somebody cancelled this task; otherwise a CancelledError came out of something that it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _finish(pause: asyncio.Future[None]) -> None:
+    if not pause.done():
+        pause.set_result(None)
 
 
 def _error_of(task: asyncio.Task[Any]) -> BaseException | None:

@@ -14,7 +14,8 @@ class WorkflowSettings(Settings):
     Attributes:
         max_runs: the most runs that are executed at once; the others wait in the queue.
         max_unrecorded: the most steps that are executed and not yet recorded: what a kill makes the next worker repeat.
-        max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no attempt.
+        max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no
+        attempt.
         lease_seconds: how long after the death of a worker others take over its runs, at most.
         poll_seconds: how often the queue is looked into for runs that other processes started.
     """

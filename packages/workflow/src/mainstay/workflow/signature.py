@@ -1,6 +1,7 @@
 """What a function takes and returns, as JSON text: the form in which inputs and results are kept.
 
-Every value is written through the type that the function states for it and read back through the same type, also the first
+Every value is written through the type that the function states for it and read back through the same type, also the
+first
 time: code that sees a result live sees what it will see on replay.
 """
 
@@ -9,12 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any, NotRequired, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

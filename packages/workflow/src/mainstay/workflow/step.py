@@ -80,14 +80,16 @@ def current_step() -> StepInfo:
 
 
 class Step(Generic[P, T]):
-    """A durable step; made by `@flows.step(…)`. Awaiting it inside a workflow function executes it or recalls its result.
+    """A durable step; made by `@flows.step(…)`. Awaited in a workflow function it is executed, or recalled.
 
     Attributes:
         name: the function's name, which is part of every record: renaming it strands the runs that have it.
         function: the plain function, for tests and for other code that wants no durability.
     """
 
-    def __init__(self, function: Callable[P, Awaitable[T]], policy: Policy, undo_retry: Retry, *, uncompensated: bool):
+    def __init__(
+        self, function: Callable[P, Awaitable[T]], policy: Policy, undo_retry: Retry, *, uncompensated: bool
+    ) -> None:
         self.signature = Signature(function, kind="step")
         self.name = self.signature.name
         self.function = function
@@ -130,8 +132,8 @@ class Step(Generic[P, T]):
     ) -> Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]:
         """Decorate the function that undoes the step; its first parameter is the outcome, the others are the step's.
 
-        It runs when a later step fails for good, in reverse order of completion, until it succeeds. It is repeated after a
-        crash, so it must tolerate having run; and for `Unknown` it must tolerate that there is nothing to undo.
+        It runs when a later step fails for good, in reverse order of completion, until it succeeds. It is repeated
+        after a crash, so it must tolerate having run; and for `Unknown` it must tolerate that there is nothing to undo.
 
         Raises:
             TypeError: it does not fit the step, or the step has one, or says that it needs none.

@@ -107,7 +107,7 @@ RUN_FENCE = FenceOn(runs, runs.c.id, runs.c.epoch)
 schema = Schema("workflow", metadata, Path(__file__).parent / "migrations")
 
 _ENTRY = ("run_id", "seq", "kind", "step", "position", "body", "info")
-_entry_values = {name: sa.bindparam(name) for name in _ENTRY}
+_entry_values: dict[str, Any] = {name: sa.bindparam(name) for name in _ENTRY}
 
 # What was written once stays, so repeating it after a commit whose end nobody saw is safe.
 APPEND = {
@@ -130,7 +130,7 @@ _RUN = (
     "input",
     "context",
 )
-_run_values = {**{name: sa.bindparam(name) for name in _RUN}, "wake_at": database_now()}
+_run_values: dict[str, Any] = {**{name: sa.bindparam(name) for name in _RUN}, "wake_at": database_now()}
 START = sa.insert(runs).values(_run_values)
 # Inside somebody's transaction a conflict would end that transaction.
 START_QUIETLY = {
@@ -157,11 +157,7 @@ END = (
     )
 )
 FAIL = sa.update(runs).where(*_mine).values(failure=sa.bindparam("failure"))
-PARK = (
-    sa.update(runs)
-    .where(*_mine)
-    .values(status=sa.bindparam("status"), note=sa.bindparam("note"), worker=None)
-)
+PARK = sa.update(runs).where(*_mine).values(status=sa.bindparam("status"), note=sa.bindparam("note"), worker=None)
 # A stop that was asked for is no attempt, so the claim's count goes back.
 RELEASE = (
     sa.update(runs)
@@ -212,9 +208,7 @@ RESUME = (
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["parked", "compensation_failed"]))
     .values(status="queued", epoch=runs.c.epoch + 1, attempts=0, note=None, wake_at=database_now())
 )
-NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0) + 1).where(
-    journal.c.run_id == sa.bindparam("run")
-)
+NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0) + 1).where(journal.c.run_id == sa.bindparam("run"))
 
 FIND = sa.select(runs).where(runs.c.id == sa.bindparam("run"))
 STATES = sa.select(runs.c.id, runs.c.status, runs.c.output, runs.c.failure, runs.c.note).where(
@@ -274,7 +268,7 @@ class Claims:
             .returning(*runs.c)
         )
         self.unknown = (
-            sa.select(runs.c.workflow, runs.c.version, sa.func.count())
+            sa.select(runs.c.workflow, runs.c.version, sa.func.count().label("waiting"))
             .where(runs.c.status == "queued", sa.not_(mine))
             .group_by(runs.c.workflow, runs.c.version)
         )

@@ -1,8 +1,8 @@
 """The worker: claims runs, executes them, and takes over those of workers that died.
 
 A worker is one lease. Its runs name it, and nothing else keeps them: when the lease ends, whoever gets it next puts the
-runs back into the queue with a new epoch, so that the old worker, should it only have been asleep, can write nothing more.
-That is a loop in every worker, not something that happens at a start.
+runs back into the queue with a new epoch, so that the old worker, should it only have been asleep, can write nothing
+more. That is a loop in every worker, not something that happens at a start.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Worker:
                     await self._park(row)
                 else:
                     self._launch(identity, row, histories.get(row["id"], History()))
-            except Exception:
+            except Exception:  # noqa: BLE001  one run that cannot be begun must not keep the others from it
                 _log.exception("run %s could not be begun", row["id"])
         return len(rows) == room
 
@@ -249,7 +249,7 @@ class Worker:
 
     async def _park(self, row: Mapping[str, Any]) -> None:
         note = (
-            f"claimed {row['attempts'] - 1} times without getting any further: its worker died or was killed each time. "
+            f"claimed {row['attempts'] - 1} times without getting any further: its worker died each time. "
             "Find out why, then resume or cancel it"
         )
         _log.error("run %s is parked: %s", row["id"], note)
@@ -269,9 +269,7 @@ class Worker:
             cancel_requested=row["cancel_requested"],
             database=self._database,
             clock=self._clock,
-            recording=Recording(
-                self._database, self._clock, row["id"], fence, history.last_seq, slots=self._slots
-            ),
+            recording=Recording(self._database, self._clock, row["id"], fence, history.last_seq, slots=self._slots),
             held=lambda: identity.lease.held,
             steps=self._steps,
         )
@@ -290,7 +288,7 @@ class Worker:
                 metrics.count_end(run.workflow.name, end[0])
         except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception:  # noqa: BLE001  a bug of ours; it must not end the worker
             # The run stays ours in the database, and is put back into the queue as a stray.
             _log.exception("run %s broke off", run.id)
         finally:
@@ -307,8 +305,8 @@ class Worker:
         self.parked = (await self._database.read(PARKED))[0][0]
         metrics.RUNS_PARKED.set(self.parked)
         unknown = await self._database.read(self._claims.unknown)
-        metrics.RUNS_UNKNOWN.set(sum(row[2] for row in unknown))
-        names = [f"{row[2]} of {row[0]!r} version {row[1]}" for row in unknown]
+        metrics.RUNS_UNKNOWN.set(sum(row.waiting for row in unknown))
+        names = [f"{row.waiting} of {row.workflow!r} version {row.version}" for row in unknown]
         if names and names != self.unknown:
             _log.warning("runs wait for a worker that knows their workflow: %s", ", ".join(names))
         self.unknown = names
@@ -322,10 +320,10 @@ class Worker:
             elif row.cancel_requested:
                 entry[0].cancel()
         # Seen twice: not just about to begin, nor just ended.
-        for id, epoch in strays & identity.strays:
-            if id not in identity.runs:
-                _log.warning("run %s is ours and not executed: back into the queue", id)
-                await self._database.write(REQUEUE, {"run": id, "owner": identity.lease.name, "at_epoch": epoch})
+        for run_id, epoch in strays & identity.strays:
+            if run_id not in identity.runs:
+                _log.warning("run %s is ours and not executed: back into the queue", run_id)
+                await self._database.write(REQUEUE, {"run": run_id, "owner": identity.lease.name, "at_epoch": epoch})
                 self._woken.set()
         identity.strays = strays
 
@@ -343,4 +341,3 @@ class Worker:
                 self._woken.set()
             finally:
                 await lease.release()
-

@@ -53,7 +53,7 @@ class Handle(Generic[T]):
     """One run, in whatever process it executes."""
 
     id: str
-    workflow: Workflow[Any, T]
+    _signature: Signature
     _engine: WorkflowEngine
 
     async def result(self, timeout_seconds: float | None = None) -> T:
@@ -65,7 +65,9 @@ class Handle(Generic[T]):
             DeadlineExceeded: it has not ended after `timeout_seconds`; it goes on.
             RunNotFound: it does not exist, for example because the transaction that started it was rolled back.
         """
-        return await self._engine.result(self, timeout_seconds)
+        state = await self._engine.ended(self.id, timeout_seconds)
+        result: T = self._signature.load_result(state)
+        return result
 
     async def status(self) -> RunStatus:
         """Where the run is.
@@ -115,7 +117,7 @@ class Workflow(Generic[*Ts, T]):
         """
         return self._inline(args)
 
-    async def _inline(self, args: tuple[Any, ...]) -> T:
+    async def _inline(self, args: tuple[*Ts]) -> T:
         if _scope.get() is None:
             name = self.signature.name
             msg = f"{name}(…) was called outside a run: `await {name}.start(…, id=…)` begins one"
@@ -135,8 +137,12 @@ class Workflow(Generic[*Ts, T]):
             TypeError: the arguments do not fit.
             NotBoundError: the router is not part of a running App.
         """
-        return await self._binding.get().start(self, args, id)
+        engine = self._binding.get()
+        run_id = await engine.start(
+            self.name, self.version, self.signature.dump_arguments(self.signature.bind(args, {})), id
+        )
+        return Handle(run_id, self.signature, engine)
 
     def handle(self, id: str) -> Handle[T]:
         """The run with this id, which may exist or not."""
-        return Handle(id, self, self._binding.get())
+        return Handle(id, self.signature, self._binding.get())
