@@ -1,0 +1,25 @@
+"""Typed events over Kafka or the own database: at least once, in order for each key, effects exactly once where asked."""
+
+from mainstay.events.dead_letters import DeadLetter, DeadLetters
+from mainstay.events.errors import DecodeError, PublishError, RedriveError
+from mainstay.events.event import Event
+from mainstay.events.metadata import Metadata
+from mainstay.events.module import EventConsumers, EventsModule
+from mainstay.events.publisher import EventPublisher
+from mainstay.events.router import EventRouter
+from mainstay.events.settings import EventsSettings
+
+__all__ = [
+    "DeadLetter",
+    "DeadLetters",
+    "DecodeError",
+    "Event",
+    "EventConsumers",
+    "EventPublisher",
+    "EventRouter",
+    "EventsModule",
+    "EventsSettings",
+    "Metadata",
+    "PublishError",
+    "RedriveError",
+]

@@ -1,0 +1,222 @@
+"""A consumer group in this process: fetches, hands to the dispatcher, commits what is finished, gives partitions back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Collection, Sequence
+
+from mainstay.core import Clock, Health, spawn
+from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events.dead_letters import DeadLetterStore
+from mainstay.events.metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
+from mainstay.events.transport import Source, Transport
+
+_log = logging.getLogger("mainstay.events")
+
+_WINDOW = 1000
+"""Records of one partition that may be handed out and not committed: bounds memory, and what a kill repeats."""
+_COMMIT_SECONDS = 0.25
+_RECONNECT_SECONDS = (0.2, 5.0)
+_CLOSING_SECONDS = 5.0
+
+
+class Consumer:
+    """One group's worker.
+
+    Args:
+        group: its name.
+        topics: what it reads.
+        routes: what it does with each type.
+        transport: where it reads.
+        dead_letters: where what cannot be handled goes.
+        concurrency: the most handlers at once.
+        drain_seconds: how long handlers may finish when a partition moves away.
+        stuck_seconds: from which age of the oldest event in flight the health is degraded.
+        clock: measures ages and waits.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        topics: Sequence[str],
+        routes: dict[str, Route],
+        *,
+        transport: Transport,
+        dead_letters: DeadLetterStore,
+        concurrency: int,
+        drain_seconds: float,
+        stuck_seconds: float,
+        clock: Clock,
+    ) -> None:
+        self.group = group
+        self._topics = topics
+        self._routes = routes
+        self._transport = transport
+        self._dead_letters = dead_letters
+        self._concurrency = concurrency
+        self._drain_seconds = drain_seconds
+        self._stuck_seconds = stuck_seconds
+        self._clock = clock
+        self._assignments: dict[Assignment, None] = {}
+        self._source: Source | None = None
+        self._dispatcher = self._new_dispatcher()
+        self._committing = asyncio.Lock()
+        self._trouble: str | None = None
+        self._serving = False
+
+    def _new_dispatcher(self) -> Dispatcher:
+        return Dispatcher(
+            self.group, self._routes, concurrency=self._concurrency, bury=self._bury, clock=self._clock
+        )  # fmt: skip
+
+    async def serve(self, draining: asyncio.Event) -> None:
+        """Consume until `draining` is set, whatever happens to the transport; then finish what is in flight."""
+        self._serving = True
+        stop = spawn(_wait(draining), name=f"events:{self.group}:draining")
+        delay, longest = _RECONNECT_SECONDS
+        try:
+            while not draining.is_set():
+                try:
+                    await self._session(draining)
+                    delay = _RECONNECT_SECONDS[0]
+                except Exception as error:
+                    self._dispatcher.check()
+                    self._trouble = f"{type(error).__name__}"
+                    _log.warning("group %s lost its transport, again in %.1f s", self.group, delay, exc_info=error)
+                    await asyncio.wait((stop,), timeout=delay)
+                    delay = min(delay * 2, longest)
+        finally:
+            self._serving = False
+            stop.cancel()
+            await asyncio.wait((stop,))
+
+    async def _session(self, draining: asyncio.Event) -> None:
+        self._dispatcher = dispatcher = self._new_dispatcher()
+        self._assignments.clear()
+        try:
+            async with self._transport.source(self.group, self._topics, self) as source:
+                self._source = source
+                committer = spawn(self._commit_often(), name=f"events:{self.group}:commit")
+                try:
+                    self._trouble = None
+                    while not draining.is_set():
+                        await self._turn(source)
+                    # What runs is finished before the partitions are given back; the App's own drain time ends this.
+                    await dispatcher.drain(list(self._assignments), math.inf)
+                finally:
+                    committer.cancel()
+                    await asyncio.wait((committer,))
+                    async with asyncio.timeout(_CLOSING_SECONDS + self._drain_seconds):
+                        await self._leave()
+        finally:
+            self._source = None
+            await dispatcher.stop()
+            self._assignments.clear()
+
+    async def _turn(self, source: Source) -> None:
+        self._dispatcher.check()
+        ready = [assignment for assignment in self._assignments if assignment.open and len(assignment.window) < _WINDOW]
+        if not ready and self._assignments:
+            await self._dispatcher.progress(_COMMIT_SECONDS)
+        fetched = await source.fetch(ready)
+        for assignment, records in fetched.items():
+            if assignment.open:
+                self._dispatcher.feed(assignment, records)
+        if fetched:
+            await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
+
+    async def _commit_often(self) -> None:
+        oldest, lag = OLDEST.labels(self.group), LAG.labels(self.group)
+        failures = 0
+        while True:
+            await asyncio.sleep(_COMMIT_SECONDS)
+            oldest.set(self._dispatcher.oldest_seconds(self._assignments))
+            waiting = self._source.lag() if self._source is not None else None
+            if waiting is not None:
+                lag.set(waiting)
+            try:
+                await self._commit(list(self._assignments))
+                failures = 0
+            except Exception as error:
+                failures += 1
+                # Once is normal while partitions move; what is finished stays finished, and the next commit says so.
+                level = logging.WARNING if failures in {10, 100, 1000} else logging.DEBUG
+                _log.log(level, "group %s could not commit, %d times in a row", self.group, failures, exc_info=error)
+
+    async def _commit(self, assignments: Collection[Assignment]) -> None:
+        # One at a time: two commits that overtake each other would move the group back.
+        async with self._committing:
+            finished = {
+                assignment: assignment.finished
+                for assignment in assignments
+                if assignment.finished is not None and assignment in self._assignments
+            }
+            if not finished or self._source is None:
+                return
+            async with asyncio.timeout(_CLOSING_SECONDS):  # a revocation waits for the lock that is held here
+                await self._source.commit(finished)
+            for assignment, record in finished.items():
+                if assignment.finished is record:
+                    assignment.finished = None
+
+    async def _leave(self) -> None:
+        """Before the source closes: what the time allows is finished, and what is finished is committed."""
+        left = list(self._assignments)
+        try:
+            await self._dispatcher.cancel(left)
+            await self._commit(left)
+        finally:
+            self._assignments.clear()
+
+    async def _bury(self, delivery: Delivery, error: Exception) -> None:
+        await self._dead_letters.add(self.group, delivery.record, error, delivery.attempt)
+        DEAD_LETTERS.labels(self.group).inc()
+
+    # What the source says
+
+    def assigned(self, topic: str, partition: int) -> Assignment:
+        """See `Reader`."""
+        assignment = Assignment(topic, partition)
+        self._assignments[assignment] = None
+        return assignment
+
+    async def revoked(self, assignments: Collection[Assignment]) -> None:
+        """See `Reader`: stop intake, drain to a deadline, commit, cancel."""
+        mine = [assignment for assignment in assignments if assignment in self._assignments]
+        if not mine:
+            return
+        REVOKED.labels(self.group).inc(len(mine))
+        finished = await self._dispatcher.drain(mine, self._drain_seconds)
+        try:
+            await self._commit(mine)
+        except Exception:
+            _log.exception("group %s could not commit what it gave up: its next owner will repeat some", self.group)
+        finally:
+            for assignment in mine:
+                self._assignments.pop(assignment, None)
+            if not finished:
+                await self._dispatcher.cancel(mine)
+
+    async def lost(self, assignments: Collection[Assignment]) -> None:
+        """See `Reader`."""
+        mine = [assignment for assignment in assignments if assignment in self._assignments]
+        for assignment in mine:
+            self._assignments.pop(assignment, None)
+        await self._dispatcher.cancel(mine)
+
+    async def health(self) -> Health:
+        """Degraded while the transport is away, or while an event is in flight for too long."""
+        if not self._serving:
+            return Health("ok", "not serving")
+        if self._trouble is not None:
+            return Health("degraded", f"group {self.group}: the transport is away ({self._trouble})")
+        oldest = self._dispatcher.oldest_seconds(self._assignments)
+        if oldest > self._stuck_seconds:
+            return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
+        return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()

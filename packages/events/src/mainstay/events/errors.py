@@ -1,0 +1,40 @@
+"""What can go wrong with events.
+
+MainstayError
+├── PublishError        EXT_EVENTS_PUBLISH  the transport did not confirm an event: it may or may not have arrived
+├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
+└── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
+
+Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is put
+together.
+"""
+
+from __future__ import annotations
+
+from mainstay.core import MainstayError
+
+
+class PublishError(MainstayError):
+    """The event was not confirmed within the send deadline. `no_effect` is True where it certainly was not sent."""
+
+    code = "EXT_EVENTS_PUBLISH"
+    retryable = True
+    public_message = "The event could not be published."
+
+
+class DecodeError(MainstayError):
+    """The record is not an event that this handler can read; another attempt would read the same bytes."""
+
+    code = "VAL_EVENTS_DECODE"
+    retryable = False
+    no_effect = True
+    public_message = "The event could not be read."
+
+
+class RedriveError(MainstayError):
+    """No dead letter has this id: it was redriven already, deleted, or never was."""
+
+    code = "RES_EVENTS_REDRIVE"
+    retryable = False
+    no_effect = True
+    public_message = "There is no such dead letter."

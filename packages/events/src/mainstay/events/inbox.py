@@ -1,0 +1,47 @@
+"""Effects exactly once: the note that a group has handled an event commits with what its handler wrote."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mainstay.database import Database
+from mainstay.events import tables
+from mainstay.events.event import Event
+from mainstay.events.metadata import ID, Metadata
+from mainstay.events.errors import DecodeError
+from mainstay.events.metrics import DUPLICATES
+from mainstay.events.sql import swept
+
+
+def exactly_once(
+    database: Database, group: str, call: Callable[[Event, Metadata], Awaitable[None]]
+) -> Callable[[Event, Metadata], Awaitable[None]]:
+    """A handler that runs inside `db.transaction()` and is not called for an event that the group has handled.
+
+    The note comes first: two processes with the same event wait for each other there, and the second finds it taken.
+    """
+    insert = tables.INSERT_INBOX[database.dialect]
+    duplicates = DUPLICATES.labels(group)
+
+    async def handle(event: Event, meta: Metadata) -> None:
+        id = meta.headers.get(ID)
+        if id is None:
+            msg = f"an event without the header {ID} cannot be told from its duplicates: the inbox refuses it"
+            raise DecodeError(msg)
+        async with database.transaction() as session:
+            result: Any = await session.execute(
+                insert, {"group_name": group, "event_id": id.decode(errors="replace")}
+            )
+            if result.rowcount == 0:
+                duplicates.inc()
+                return
+            await call(event, meta)
+
+    return handle
+
+
+async def sweep(database: Database, draining: asyncio.Event, days: float) -> None:
+    """Worker: forgets events that are older than the window within which duplicates are recognised."""
+    await swept(database, draining, [(tables.DELETE_OLD_INBOX, days)])

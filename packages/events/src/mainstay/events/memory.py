@@ -1,0 +1,134 @@
+"""The transport of tests: a log in this process, gone when it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import islice
+from uuid import UUID
+
+from mainstay.core import Clock, Health
+from mainstay.database import Database
+from mainstay.events._dispatch import Assignment
+from mainstay.events.dead_letters import DeadLetter
+from mainstay.events.metadata import Outgoing, Record
+from mainstay.events.transport import Arrivals, LogRecord, Reader, partition_of
+
+_log = logging.getLogger("mainstay.events")
+
+_BATCH = 500
+_IDLE_SECONDS = 0.25
+
+
+class MemoryTransport:
+    """Events in lists. Everything is lost when the App stops, and no other process sees any of it.
+
+    Args:
+        partitions: of each topic.
+        database: asked for at each send: inside a unit of work an event is published when that commits.
+        clock: stamps dead letters.
+    """
+
+    def __init__(self, *, partitions: int, database: Callable[[], Database | None], clock: Clock) -> None:
+        self._partitions = partitions
+        self._database = database
+        self._clock = clock
+        self._topics: dict[str, list[list[LogRecord]]] = {}
+        self._positions: dict[tuple[str, str, int], int] = {}
+        self.arrivals = Arrivals()
+        self._letters: dict[UUID, DeadLetter] = {}
+        _log.warning("transport 'memory': events are lost when this process ends")
+
+    def partitions(self, topic: str) -> list[list[LogRecord]]:
+        """The records of a topic, by partition."""
+        return self._topics.setdefault(topic, [[] for _ in range(self._partitions)])
+
+    async def send(self, batch: Sequence[Outgoing]) -> None:
+        """See `Transport`."""
+        database = self._database()
+        if database is not None and database.in_unit_of_work():
+            database.after_commit(lambda: self._append(batch))
+        else:
+            self._append(batch)
+
+    def _append(self, batch: Sequence[Outgoing]) -> None:
+        for event in batch:
+            number = partition_of(event, self._partitions)
+            records = self.partitions(event.topic)[number]
+            records.append(LogRecord(event.topic, number, len(records), event.key, event.value, event.headers))
+        self.arrivals.announce()
+
+    @asynccontextmanager
+    async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[MemorySource, None]:
+        """See `Transport`. All partitions belong to the one consumer there is."""
+        source = MemorySource(self, group, self._positions)
+        for topic in topics:
+            for number in range(len(self.partitions(topic))):
+                source.read_from(reader.assigned(topic, number))
+        yield source
+
+    async def health(self) -> Health:
+        """It is always there."""
+        return Health("ok", "events are kept in memory only")
+
+    # Dead letters
+
+    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
+        """See `DeadLetterStore`."""
+        letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
+        self._letters.setdefault(letter.id, letter)
+
+    async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
+        """See `DeadLetterStore`."""
+        return list(islice((letter for letter in self._letters.values() if group in {None, letter.group}), limit))
+
+    async def get(self, id: UUID) -> DeadLetter | None:
+        """See `DeadLetterStore`."""
+        return self._letters.get(id)
+
+    async def redrive(self, letter: DeadLetter) -> bool:
+        """See `DeadLetterStore`."""
+        if self._letters.pop(letter.id, None) is None:
+            return False
+        self._append([letter.again()])
+        return True
+
+
+class MemorySource:
+    """One group's place in the lists."""
+
+    def __init__(self, transport: MemoryTransport, group: str, positions: dict[tuple[str, str, int], int]) -> None:
+        self._transport = transport
+        self._group = group
+        self._positions = positions
+        self._next: dict[Assignment, int] = {}
+
+    def read_from(self, assignment: Assignment) -> None:
+        """Take a partition from where the group left off."""
+        self._next[assignment] = self._positions.get((self._group, assignment.topic, assignment.number), 0)
+
+    async def fetch(self, ready: Collection[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
+        """See `Source`."""
+        fetched: dict[Assignment, Sequence[Record]] = {}
+        for assignment in ready:
+            start = self._next[assignment]
+            records = self._transport.partitions(assignment.topic)[assignment.number][start : start + _BATCH]
+            if records:
+                fetched[assignment] = records
+                self._next[assignment] = start + len(records)
+        if not fetched:
+            await self._transport.arrivals.wait(_IDLE_SECONDS)
+        return fetched
+
+    async def commit(self, finished: Mapping[Assignment, Record]) -> None:
+        """See `Source`."""
+        for assignment, record in finished.items():
+            self._positions[self._group, assignment.topic, assignment.number] = record.offset + 1
+
+    def lag(self) -> int:
+        """See `Source`."""
+        return sum(
+            len(self._transport.partitions(assignment.topic)[assignment.number]) - start
+            for assignment, start in self._next.items()
+        )

@@ -1,0 +1,228 @@
+"""What travels beside an event: who, when, because of what; and the wire form, CloudEvents 1.0 in Kafka's binary mode.
+
+The value of a record is the event as JSON and nothing else; everything about it is in headers. Any CloudEvents reader
+understands them, and a reader of ours needs no parsing of the value to know whether it wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from mainstay.core import Context
+from mainstay.events.event import Event, EventDefinition, definition_of
+
+Headers = Sequence[tuple[str, bytes]]
+
+ID = "ce_id"
+TYPE = "ce_type"
+VERSION = "ce_eventversion"
+SOURCE = "ce_source"
+TIME = "ce_time"
+CORRELATION = "ce_correlationid"
+CAUSATION = "ce_causationid"
+# A redriven event is for the one group that could not handle it: every other group skips it.
+ONLY_GROUP = "ce_onlygroup"
+
+_CONTEXT = {
+    "correlation_id": CORRELATION,
+    "causation_id": CAUSATION,
+    "actor": "ce_actor",
+    "tenant": "ce_tenant",
+    "traceparent": "ce_traceparent",
+    "tracestate": "ce_tracestate",
+}
+_RARE = frozenset(_CONTEXT.values()) - {CORRELATION, CAUSATION}
+_ID_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:@/+=-"
+_LONGEST_ID = 128
+
+
+class Record(Protocol):
+    """One record of a log, as a transport hands it out."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Headers: ...
+
+
+class Outgoing(NamedTuple):
+    """One event, encoded, on its way to a transport."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: Headers
+
+
+class Metadata:
+    """What is known about one event while a handler has it.
+
+    Everything but `attempt` and `group` is read from the record when it is asked for: most handlers ask for little.
+
+    Attributes:
+        group: the consumer group of the handler.
+        attempt: 1 for the first, counted by this process.
+    """
+
+    __slots__ = ("_headers", "_record", "attempt", "group")
+
+    def __init__(self, record: Record, *, group: str, attempt: int = 1, headers: dict[str, bytes] | None = None) -> None:
+        self._record = record
+        self._headers = dict(record.headers) if headers is None else headers
+        self.group = group
+        self.attempt = attempt
+
+    def _text(self, name: str) -> str | None:
+        value = self._headers.get(name)
+        return None if value is None else value.decode(errors="replace")
+
+    @property
+    def id(self) -> UUID:
+        """The event's id: the same on every delivery. UUIDv7, or derived from the step that published it."""
+        return UUID(self._text(ID))
+
+    @property
+    def type(self) -> str:
+        """The event's type, such as `order.paid`."""
+        return self._text(TYPE) or ""
+
+    @property
+    def version(self) -> str:
+        """The version of the type that the publisher wrote, `major.minor`."""
+        return self._text(VERSION) or "1.0"
+
+    @property
+    def source(self) -> str:
+        """The service that published it."""
+        return self._text(SOURCE) or ""
+
+    @property
+    def time(self) -> datetime | None:
+        """When it was published, by the publisher's wall clock, in UTC."""
+        text = self._text(TIME)
+        return None if text is None else datetime.fromisoformat(text).astimezone(UTC)
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The conversation that the event is part of."""
+        return self._text(CORRELATION)
+
+    @property
+    def causation_id(self) -> str | None:
+        """What directly caused the event: a request, a step, or the id of another event."""
+        return self._text(CAUSATION)
+
+    @property
+    def actor(self) -> str | None:
+        """Who acted, as the publishing service knew them."""
+        return self._text("ce_actor")
+
+    @property
+    def tenant(self) -> str | None:
+        """On whose behalf."""
+        return self._text("ce_tenant")
+
+    @property
+    def traceparent(self) -> str | None:
+        """The W3C trace context of the publisher."""
+        return self._text("ce_traceparent")
+
+    @property
+    def topic(self) -> str:
+        """The topic it was read from."""
+        return self._record.topic
+
+    @property
+    def partition(self) -> int:
+        """The partition it was read from."""
+        return self._record.partition
+
+    @property
+    def offset(self) -> int:
+        """Its place in the partition: rises, but not by one."""
+        return self._record.offset
+
+    @property
+    def key(self) -> str | None:
+        """The value of the event's key field as text, None without one."""
+        key = self._record.key
+        return None if key is None else key.decode(errors="replace")
+
+    @property
+    def headers(self) -> Mapping[str, bytes]:
+        """Every header as it was received."""
+        return self._headers
+
+    def context(self) -> Context:
+        """The context that a handler of this event works in: the publisher's, caused by this event."""
+        return context_of(self._headers)
+
+    def __repr__(self) -> str:
+        return f"<Metadata {self.type} {self._text(ID)} {self.topic}/{self.partition}@{self.offset} attempt {self.attempt}>"
+
+
+def context_of(headers: Mapping[str, bytes]) -> Context:
+    """The context that headers describe; malformed values are dropped, and the event itself is the cause.
+
+    This runs for every event. Most carry a correlation and an id and nothing else, and both are looked at without a
+    regular expression: what is left after deleting the characters an id may have must be nothing.
+    """
+    cause, correlation = headers.get(ID), headers.get(CORRELATION)
+    if cause is not None and (len(cause) > _LONGEST_ID or cause.translate(None, _ID_BYTES)):
+        cause = None
+    if correlation is not None and (len(correlation) > _LONGEST_ID or correlation.translate(None, _ID_BYTES)):
+        correlation = None
+    if not _RARE.isdisjoint(headers):
+        values: dict[str, object] = {
+            field: headers[name].decode(errors="replace") for field, name in _CONTEXT.items() if name in headers
+        }
+        values["correlation_id"] = correlation and correlation.decode()
+        values["causation_id"] = cause and cause.decode()
+        return Context.from_dict(values)
+    return Context(correlation.decode() if correlation else None, cause.decode() if cause else None)
+
+
+def encode(
+    event: Event,
+    *,
+    id: UUID,
+    time: datetime,
+    source: str,
+    context: Context,
+    topic: str,
+) -> Outgoing:
+    """An event in its wire form."""
+    definition = definition_of(type(event))
+    headers = [
+        (TYPE, definition.type.encode()),
+        (ID, str(id).encode()),
+        ("ce_specversion", b"1.0"),
+        (VERSION, definition.version.encode()),
+        (SOURCE, source.encode()),
+        (TIME, time.isoformat().encode()),
+        ("content-type", b"application/json"),
+    ]
+    for field, name in _CONTEXT.items():
+        value: str | None = getattr(context, field)
+        if value is not None:
+            headers.append((name, value.encode()))
+    return Outgoing(topic, key_of(event, definition), type(event).__pydantic_serializer__.to_json(event), headers)
+
+
+def key_of(event: Event, definition: EventDefinition) -> bytes | None:
+    """The bytes that order an event, None where it has no key."""
+    if definition.key is None:
+        return None
+    value: object = getattr(event, definition.key)
+    return None if value is None else str(value).encode()

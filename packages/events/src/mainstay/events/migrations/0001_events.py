@@ -1,0 +1,77 @@
+"""The log with its offsets and members, the outbox, the inbox, dead letters."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001_events"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Create the tables."""
+    postgresql = op.get_context().dialect.name == "postgresql"
+    big = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+    xid = "(pg_current_xact_id()::text::bigint)" if postgresql else "0"
+    now = "(extract(epoch FROM now())::bigint)" if postgresql else "(CAST(strftime('%s', 'now') AS INTEGER))"
+    op.create_table(
+        "mainstay_events_log",
+        sa.Column("xid", sa.BigInteger, nullable=False, server_default=sa.text(xid)),
+        sa.Column("position", big, primary_key=True, autoincrement=True),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("value", sa.LargeBinary, nullable=False),
+        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("created_at", sa.BigInteger, nullable=False, server_default=sa.text(now)),
+        sqlite_autoincrement=True,
+    )
+    if postgresql:  # on SQLite the position itself is the order of commits
+        op.create_index("mainstay_events_log_xid", "mainstay_events_log", ["xid", "position"])
+    op.create_table(
+        "mainstay_events_offsets",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("topic", sa.Text, primary_key=True),
+        sa.Column("partition", sa.Integer, primary_key=True),
+        sa.Column("low", sa.BigInteger, nullable=False),
+        sa.Column("high", sa.BigInteger, nullable=False),
+        sa.Column("position", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
+        "mainstay_events_members",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("member", sa.Text, primary_key=True),
+        sa.Column("expires_at", sa.Double, nullable=False),
+    )
+    op.create_table(
+        "mainstay_events_outbox",
+        sa.Column("position", big, primary_key=True, autoincrement=True),
+        sa.Column("lane", sa.Integer, nullable=False),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("value", sa.LargeBinary, nullable=False),
+        sa.Column("headers", sa.Text, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "mainstay_events_inbox",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("event_id", sa.Text, primary_key=True),
+        sa.Column("created_at", sa.BigInteger, nullable=False, server_default=sa.text(now)),
+    )
+    op.create_index("mainstay_events_inbox_created_at", "mainstay_events_inbox", ["created_at"])
+    op.create_table(
+        "mainstay_events_dead_letters",
+        sa.Column("id", sa.Uuid, primary_key=True),
+        sa.Column("group_name", sa.Text, nullable=False),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("offset", sa.BigInteger, nullable=False),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("value", sa.LargeBinary),
+        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("error", sa.Text, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("time", sa.DateTime(timezone=True), nullable=False),
+    )

@@ -1,0 +1,198 @@
+"""The module: puts publisher, transport, consumers, relay and dead letters together, as the settings say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
+
+from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
+from mainstay.database import Database, DatabaseModule
+from mainstay.events import inbox, tables
+from mainstay.events._dispatch import Route
+from mainstay.events.consumer import Consumer
+from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
+from mainstay.events.event import definition_of
+from mainstay.events.memory import MemoryTransport
+from mainstay.events.outbox import Outbox, OutboxRelay
+from mainstay.events.publisher import EventPublisher
+from mainstay.events.router import EventRouter, Subscription, one_handler_each
+from mainstay.events.settings import EventsSettings
+from mainstay.events.sql import SqlDeadLetters, SqlTransport
+from mainstay.events.transport import Transport
+
+
+class EventConsumers:
+    """The consumer groups of this App, for its health."""
+
+    def __init__(self, consumers: Sequence[Consumer]) -> None:
+        self.consumers = consumers
+
+    async def health(self) -> Health:
+        """Degraded while a group's transport is away, or an event is in flight for too long."""
+        reports = [await consumer.health() for consumer in self.consumers]
+        worse = [report.detail for report in reports if report.status != "ok"]
+        return Health("degraded", "; ".join(worse)) if worse else Health("ok", f"{len(reports)} groups")
+
+
+class EventsModule(Module[EventsSettings, EventRouter]):
+    """`EventsModule.for_root()` once; `EventsModule.for_feature(router)` for each feature.
+
+    Yields `EventPublisher` and `DeadLetters`. Consumers and the outbox relay run while the App serves.
+    """
+
+    def requires(self) -> Sequence[type[Module[Any, Any]]]:
+        return [DatabaseModule] if self._needs_database() else []
+
+    def _needs_database(self) -> bool:
+        return self.settings.writes_database or any(subscription.inbox for subscription in self._subscriptions())
+
+    def _subscriptions(self) -> list[Subscription]:
+        return [subscription for router in self.parts for subscription in router.subscriptions]
+
+    @asynccontextmanager
+    async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
+        settings = self.settings
+        subscriptions = self._subscriptions()
+        try:
+            one_handler_each(subscriptions)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        database: Database | None = None
+        if self._needs_database():
+            database = app.get(Database)
+            await database.ensure_schema(tables.SCHEMA)
+        services: list[object] = []
+        async with AsyncExitStack() as stack:
+            send, transport, letters = await _transport(app, settings, database, services, stack)
+            consumers = [
+                Consumer(
+                    group,
+                    topics,
+                    routes,
+                    transport=transport,
+                    dead_letters=letters,
+                    concurrency=settings.concurrency,
+                    drain_seconds=settings.drain_seconds,
+                    stuck_seconds=settings.stuck_seconds,
+                    clock=app.clock,
+                )
+                for group, (topics, routes) in _groups(subscriptions, settings, database).items()
+            ]
+            for consumer in consumers:
+                app.serve(f"events:{consumer.group}", consumer.serve)
+            if database is not None and any(subscription.inbox for subscription in subscriptions):
+                app.serve("events:inbox", partial(_sweep_inbox, database, settings.inbox_days))
+            publisher = EventPublisher(
+                send, transactional=settings.writes_database, settings=settings, clock=app.clock
+            )
+            for router in self.parts:
+                stack.enter_context(router.binding.to(publisher))
+            yield [publisher, DeadLetters(letters), EventConsumers(consumers), *services]
+
+
+async def _sweep_inbox(database: Database, days: float, draining: asyncio.Event) -> None:
+    await inbox.sweep(database, draining, days)
+
+
+async def _transport(
+    app: App, settings: EventsSettings, database: Database | None, services: list[object], stack: AsyncExitStack
+) -> tuple[Callable[..., Awaitable[None]], Transport, DeadLetterStore]:
+    """Where publishing writes, where consumers read, where dead letters go."""
+    if settings.transport == "memory":
+        memory = MemoryTransport(partitions=settings.partitions, database=partial(_database_of, app), clock=app.clock)
+        services.append(memory)
+        return memory.send, memory, memory
+    if settings.transport == "sql":
+        assert database is not None  # noqa: S101  required
+        log = SqlTransport(
+            database,
+            partitions=settings.partitions,
+            lease_seconds=settings.lease_seconds,
+            log_days=settings.log_days,
+            clock=app.clock,
+        )
+        app.serve("events:log", log.sweep)
+        services.append(log)
+        return log.send, log, SqlDeadLetters(database, log, app.clock)
+    kafka_module = _kafka()
+    kafka = kafka_module.KafkaTransport(settings, app.clock)
+    stack.push_async_callback(kafka.close)
+    services.append(kafka)
+    if not settings.writes_database:
+        await kafka.connect()
+        direct = kafka_module.Direct(kafka, partial(_database_of, app))
+        return direct.send, kafka, kafka_module.KafkaDeadLetters(kafka, app.clock)
+    assert database is not None  # noqa: S101  required
+    outbox = Outbox(database, kafka_module.check_size)
+    relay = OutboxRelay(database, outbox, kafka, lease_seconds=settings.lease_seconds, clock=app.clock)
+    app.serve("events:relay", relay.serve)
+    services.append(relay)
+    return outbox.send, kafka, SqlDeadLetters(database, outbox, app.clock)
+
+
+def _database_of(app: App) -> Database | None:
+    try:
+        return app.get(Database)
+    except NotBoundError:
+        return None
+
+
+def _kafka() -> Any:
+    try:
+        from mainstay.events import kafka  # noqa: PLC0415  an extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"aiokafka", "cramjam"}:
+            raise
+        msg = "EventsSettings.transport is 'kafka', which needs an extra: pip install 'mainstay-events[kafka]'"
+        raise ConfigurationError(msg) from error
+    return kafka
+
+
+def _groups(
+    subscriptions: Sequence[Subscription], settings: EventsSettings, database: Database | None
+) -> Mapping[str, tuple[list[str], dict[str, Route]]]:
+    """For each group, its topics and its routes by type."""
+    groups: dict[str, tuple[list[str], dict[str, Route]]] = {}
+    for subscription in subscriptions:
+        topics, routes = groups.setdefault(subscription.group, ([], {}))
+        for event in subscription.events:
+            type_ = definition_of(event).type
+            topic = settings.topic_of(type_)
+            if topic not in topics:
+                topics.append(topic)
+            if type_ not in routes:
+                routes[type_] = Route(type_, subscription.group)
+            call, wants_metadata = _call(subscription, database)
+            retry = settings.retry() if subscription.retry is None else subscription.retry
+            routes[type_].reads(event, call, wants_metadata=wants_metadata, retry=retry)
+    return groups
+
+
+def _call(subscription: Subscription, database: Database | None) -> tuple[Callable[..., Awaitable[None]], bool]:
+    """What a delivery calls, and whether that takes the metadata."""
+    call, wants_metadata = subscription.call, subscription.wants_metadata
+    if subscription.timeout_seconds is not None:
+        call = _limited(call, subscription.timeout_seconds)
+    if subscription.inbox:
+        assert database is not None  # noqa: S101  required
+        with_metadata = call if wants_metadata else _without_metadata(call)
+        return inbox.exactly_once(database, subscription.group, with_metadata), True
+    return call, wants_metadata
+
+
+def _limited(call: Callable[..., Awaitable[None]], seconds: float) -> Callable[..., Awaitable[None]]:
+    async def limited(*arguments: object) -> None:
+        async with timeout(seconds):
+            await call(*arguments)
+
+    return limited
+
+
+def _without_metadata(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    async def plain(event: object, _meta: object) -> None:
+        await call(event)
+
+    return plain

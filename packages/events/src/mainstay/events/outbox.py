@@ -1,0 +1,201 @@
+"""The transactional outbox in front of Kafka: events commit with what they tell of, and a relay carries them on.
+
+Keys are hashed to lanes, and a lane is relayed by one process at a time, which holds its lease. A wave takes the oldest rows
+of all lanes that are held, sends one batch to each partition and deletes, by their own numbers and under the lease's fence,
+the rows of the batches that were confirmed. A batch is confirmed whole or not at all, and an event's key always goes to the
+same partition; so of the rows with one key a prefix is deleted, and what failed is the first of its key in the next wave.
+Deleting "everything up to" a position would lose rows of transactions that began earlier and commit later.
+
+Killed between sending and deleting, a relay's successor sends again: duplicates, in order, which an inbox recognises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+from zlib import crc32
+
+from mainstay.core import Clock, Health, spawn
+from mainstay.database import Database, FenceLost, Lease
+from mainstay.events import tables
+from mainstay.events.metadata import ID, Outgoing
+from mainstay.events.metrics import OUTBOX_DEPTH, RELAYED
+from mainstay.events.tables import pack_headers, unpack_headers
+from mainstay.events.transport import Arrivals
+
+_log = logging.getLogger("mainstay.events")
+
+LANES = 8
+"""Never changed: rows of one key in two lanes could overtake each other."""
+_WAVE = 2000
+_POLL_SECONDS = 0.25
+_BACKOFF_SECONDS = (0.2, 10.0)
+_MEASURE_SECONDS = 5.0
+
+
+class Broker(Protocol):
+    """What the relay needs of a transport."""
+
+    async def send_wave(self, events: Sequence[Outgoing]) -> set[int]:
+        """Send at most one batch to each partition; the indexes of the events that were confirmed."""
+        ...
+
+
+class Outbox:
+    """Where publishing writes to.
+
+    Args:
+        database: where the rows are.
+        check: refuses an event that the broker would refuse, and that would block its lane then.
+    """
+
+    def __init__(self, database: Database, check: Callable[[Outgoing], None]) -> None:
+        self._database = database
+        self._check = check
+        self.arrivals = Arrivals()
+
+    async def send(self, batch: Sequence[Outgoing]) -> None:
+        """Make events durable, in the unit of work that is open."""
+        for event in batch:
+            self._check(event)
+        rows = [
+            {
+                "lane": lane_of(event),
+                "topic": event.topic,
+                "key": event.key,
+                "value": event.value,
+                "headers": pack_headers(event.headers),
+            }
+            for event in batch
+        ]
+        await self._database.write(tables.INSERT_OUTBOX, rows, route=("events", rows[0]["lane"]))
+        self._database.after_commit(self.arrivals.announce)
+
+
+def lane_of(event: Outgoing) -> int:
+    """The lane of an event: by its key, or spread by its id."""
+    return crc32(dict(event.headers).get(ID, b"") if event.key is None else event.key) % LANES
+
+
+class OutboxRelay:
+    """Carries the outbox to the broker; its health is that of the way there.
+
+    Args:
+        database: where the rows are.
+        outbox: tells when something was written in this process.
+        broker: where they go.
+        lease_seconds: how long a killed relay keeps its lanes.
+        clock: measures waits.
+    """
+
+    def __init__(
+        self, database: Database, outbox: Outbox, broker: Broker, *, lease_seconds: float, clock: Clock
+    ) -> None:
+        self._database = database
+        self._outbox = outbox
+        self._broker = broker
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._leases: dict[int, Lease] = {}
+        self._lanes_at = 0.0
+        self._failing_since: float | None = None
+        self._trouble = ""
+        self._depth = 0
+
+    async def serve(self, draining: asyncio.Event) -> None:
+        """Relay until `draining` is set, whatever happens to broker and database."""
+        stop = spawn(_wait(draining), name="events:relay:draining")
+        measure = spawn(self._measure_often(), name="events:relay:measure")
+        delay = first = _BACKOFF_SECONDS[0]
+        try:
+            while not draining.is_set():
+                try:
+                    await self._take_lanes()
+                    full = await self._wave()
+                except Exception as error:
+                    self._failed(error, delay)
+                    await asyncio.wait((stop,), timeout=delay)
+                    delay = min(delay * 2, _BACKOFF_SECONDS[1])
+                else:
+                    delay = first
+                    self._failing_since = None
+                    if not full:
+                        await self._outbox.arrivals.wait(_POLL_SECONDS)
+        finally:
+            for task in (stop, measure):
+                task.cancel()
+            await asyncio.wait((stop, measure))
+            for lease in self._leases.values():
+                await lease.release()
+            self._leases.clear()
+
+    def _failed(self, error: Exception, delay: float) -> None:
+        if self._failing_since is None:
+            self._failing_since = self._clock.monotonic()
+        self._trouble = f"{type(error).__name__}: {error}"
+        _log.warning("the outbox could not be relayed, again in %.1f s: %s", delay, self._trouble)
+
+    async def _take_lanes(self) -> None:
+        self._leases = {lane: lease for lane, lease in self._leases.items() if lease.held}
+        now = self._clock.monotonic()
+        if len(self._leases) == LANES or now < self._lanes_at:
+            return
+        self._lanes_at = now + self._lease_seconds / 4
+        for lane in range(LANES):
+            if lane not in self._leases:
+                lease = await self._database.lease(f"events/outbox/{lane}", seconds=self._lease_seconds)
+                if lease is not None:
+                    self._leases[lane] = lease
+
+    async def _wave(self) -> bool:
+        """Send what waits in the lanes that are held; True when there may be more."""
+        leases = {lane: lease for lane, lease in self._leases.items() if lease.held}
+        if not leases:
+            return False
+        # The read is over before anything is sent: no transaction is open meanwhile.
+        rows = await self._database.read(tables.READ_OUTBOX, {"lanes": sorted(leases), "limit": _WAVE})
+        if not rows:
+            return False
+        events = [Outgoing(row.topic, row.key, row.value, unpack_headers(row.headers)) for row in rows]
+        confirmed = await self._broker.send_wave(events)
+        await self._delete(leases, [rows[index] for index in sorted(confirmed)])
+        RELAYED.inc(len(confirmed))
+        if not confirmed:
+            msg = "the broker confirmed nothing"
+            raise ConnectionError(msg)
+        return True
+
+    async def _delete(self, leases: Mapping[int, Lease], rows: Sequence[Any]) -> None:
+        by_lane: dict[int, list[Any]] = {}
+        for row in rows:
+            by_lane.setdefault(row.lane, []).append(row)
+        for lane, sent in by_lane.items():
+            try:
+                await self._database.write(
+                    tables.DELETE_OUTBOX, [{"sent": row.position} for row in sent], fence=leases[lane].fence
+                )
+            except FenceLost:  # its new owner sends these again
+                _log.warning("lane %d of the outbox belongs to another process now", lane)
+                self._leases.pop(lane, None)
+
+    async def _measure_often(self) -> None:
+        while True:
+            try:
+                self._depth = (await self._database.read(tables.COUNT_OUTBOX))[0][0]
+                OUTBOX_DEPTH.set(self._depth)
+            except Exception as error:  # noqa: BLE001  a figure that is missing once
+                _log.debug("the depth of the outbox is not known", exc_info=error)
+            await asyncio.sleep(_MEASURE_SECONDS)
+
+    async def health(self) -> Health:
+        """Degraded while events wait for a broker that is away."""
+        if self._failing_since is not None:
+            seconds = self._clock.monotonic() - self._failing_since
+            return Health("degraded", f"the outbox has not been relayed for {seconds:.0f} s: {self._trouble}")
+        return Health("ok", f"{self._depth} events wait in the outbox")
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()

@@ -1,0 +1,72 @@
+"""Publishing: one verb, which inside a workflow happens once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from mainstay.core import Clock, current, derived_id, once, uuid7
+from mainstay.events.event import Event, definition_of
+from mainstay.events.metadata import Outgoing, encode
+from mainstay.events.metrics import PUBLISHED
+from mainstay.events.settings import EventsSettings
+
+Send = Callable[[Sequence[Outgoing]], Awaitable[None]]
+"""Takes encoded events, in order, and returns when they are durable: all of them or, with an exception, perhaps none."""
+
+
+class EventPublisher:
+    """Publishes events; `app.get(EventPublisher)`, or `publish` of a router.
+
+    Args:
+        send: the transport, or the outbox in front of it.
+        transactional: `send` writes to the Database and nowhere else.
+        settings: the names of topics and of this service.
+        clock: what stamps events.
+    """
+
+    def __init__(self, send: Send, *, transactional: bool, settings: EventsSettings, clock: Clock) -> None:
+        self._send = send
+        self._transactional = transactional
+        self._settings = settings
+        self._clock = clock
+
+    async def publish(self, event: Event) -> None:
+        """Publish one event; returns when it is durable, or joins the unit of work that is open and commits with it.
+
+        Inside a workflow function it is a recorded step: a replay does not publish again, and a repetition after a crash
+        has the same event id.
+
+        Raises:
+            PublishError: the broker did not confirm it in time (only without an outbox).
+            TypeError: it is no event with a type.
+        """
+        await self.publish_batch((event,))
+
+    async def publish_batch(self, events: Sequence[Event]) -> None:
+        """Publish events together, in their order: one step in a workflow, one commit, few requests to a broker.
+
+        With the `sql` transport or the outbox it is all of them or none. Raises what `publish` does.
+        """
+        if not events:
+            return
+        types = [definition_of(type(event)).type for event in events]
+
+        async def effect(key: str | None) -> None:
+            time, context, source, topic_of = self._clock.now(), current(), self._settings.source, self._settings.topic_of
+            await self._send(
+                [
+                    encode(
+                        event,
+                        id=uuid7() if key is None else derived_id(f"{key}:{index}"),
+                        time=time,
+                        source=source,
+                        context=context,
+                        topic=topic_of(types[index]),
+                    )
+                    for index, event in enumerate(events)
+                ]
+            )
+            for type_ in types:
+                PUBLISHED.labels(type_).inc()
+
+        await once(f"publish:{','.join(dict.fromkeys(types))}", effect, transactional=self._transactional)

@@ -1,0 +1,215 @@
+"""Which function handles which event: the part of a feature that `EventsModule.for_feature` takes."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+from mainstay.core import Binding, Retry
+from mainstay.events.event import Event, definition_of
+from mainstay.events.metadata import Metadata
+from mainstay.events.publisher import EventPublisher
+
+E = TypeVar("E", bound=Event)
+E_contra = TypeVar("E_contra", bound=Event, contravariant=True)
+H = TypeVar("H", bound="type[HandlesEvent[Any] | HandlesEventAndMetadata[Any]]")
+
+
+class HandlesEvent(Protocol[E_contra]):
+    """A handler class whose `handle` takes the event."""
+
+    def handle(self, event: E_contra, /) -> Awaitable[None]: ...
+
+
+class HandlesEventAndMetadata(Protocol[E_contra]):
+    """A handler class whose `handle` takes the event and its metadata."""
+
+    def handle(self, event: E_contra, meta: Metadata, /) -> Awaitable[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """One handler, as `on` describes it."""
+
+    events: tuple[type[Event], ...]
+    group: str
+    call: Callable[..., Awaitable[None]]
+    wants_metadata: bool
+    retry: Retry | None
+    inbox: bool
+    timeout_seconds: float | None
+    name: str
+
+
+class EventRouter:
+    """The events of one feature: declares handlers, and publishes once an App runs it.
+
+    `events = EventRouter()` at module level; `EventsModule.for_feature(events)` adds it to an App. Importing it starts nothing.
+    """
+
+    def __init__(self) -> None:
+        self.subscriptions: list[Subscription] = []
+        self.binding: Binding[EventPublisher] = Binding(
+            "an EventRouter",
+            remedy="add EventsModule.for_feature(<the router>) to the App, and use it while the App runs",
+        )
+
+    def on(
+        self,
+        *events: type[E],
+        group: str,
+        retry: Retry | None = None,
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[E]:
+        """Handle events: `@events.on(OrderPaid, group="receipts")` on an async function, or on a class with `handle`.
+
+        The function takes the event, or the event and its `Metadata`. It is called at least once for each event, with
+        equal keys one after the other, also through retries; when it keeps failing the event becomes a dead letter.
+
+        Args:
+            events: the types to handle.
+            group: who handles them. Each group receives every event once, however many processes share the work; it
+                keeps its place under this name, so a name is for ever.
+            retry: when to call again after an exception; by default as the settings say.
+            inbox: run the handler inside `db.transaction()` together with the note that this group has handled the event,
+                so that what it writes there happens exactly once. Not for handlers that call other services: the
+                transaction would stay open meanwhile.
+            timeout_seconds: how long one call may take before it counts as failed; None waits for ever, and health says so.
+
+        Raises:
+            TypeError: what is decorated cannot be a handler, with the remedy.
+            ValueError: the group is empty, the timeout is not positive, or the group handles this type already.
+        """
+        if not events:
+            msg = "on() needs an event class: @events.on(OrderPaid, group=…)"
+            raise TypeError(msg)
+        for event in events:
+            definition_of(event)
+        if not group:
+            msg = "on(group=…) needs a name: it is where the group's place in the log is kept"
+            raise ValueError(msg)
+        if timeout_seconds is not None and not timeout_seconds > 0:
+            msg = f"on(timeout_seconds={timeout_seconds!r}): a call may take more than 0 seconds"
+            raise ValueError(msg)
+        return On(self, events, group, retry, inbox=inbox, timeout_seconds=timeout_seconds)
+
+    async def publish(self, event: Event) -> None:
+        """Publish an event; see `EventPublisher.publish`."""
+        await self.binding.get().publish(event)
+
+    async def publish_batch(self, events: Sequence[Event]) -> None:
+        """Publish events together; see `EventPublisher.publish_batch`."""
+        await self.binding.get().publish_batch(events)
+
+    def add(self, subscription: Subscription) -> None:
+        """Add a handler, as `on` does."""
+        known = [*self.subscriptions, subscription]
+        one_handler_each(known)
+        self.subscriptions = known
+
+
+class On(Generic[E]):
+    """What `EventRouter.on` returns: decorates a handler and gives it back unchanged."""
+
+    def __init__(
+        self,
+        router: EventRouter,
+        events: tuple[type[E], ...],
+        group: str,
+        retry: Retry | None,
+        *,
+        inbox: bool,
+        timeout_seconds: float | None,
+    ) -> None:
+        self._router = router
+        self._events = events
+        self._group = group
+        self._retry = retry
+        self._inbox = inbox
+        self._timeout_seconds = timeout_seconds
+
+    @overload
+    def __call__(self, handler: H) -> H: ...
+    @overload
+    def __call__(self, handler: Callable[[E], Awaitable[None]]) -> Callable[[E], Awaitable[None]]: ...
+    @overload
+    def __call__(self, handler: Callable[[E, Metadata], Awaitable[None]]) -> Callable[[E, Metadata], Awaitable[None]]: ...
+    def __call__(self, handler: Any) -> Any:
+        name = f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', repr(handler))}"
+        call = _bound_method(handler, name) if inspect.isclass(handler) else handler
+        self._router.add(
+            Subscription(
+                events=self._events,
+                group=self._group,
+                call=call,
+                wants_metadata=_wants_metadata(call, name, self._events),
+                retry=self._retry,
+                inbox=self._inbox,
+                timeout_seconds=self._timeout_seconds,
+                name=name,
+            )
+        )
+        return handler
+
+
+def one_handler_each(subscriptions: Sequence[Subscription]) -> None:
+    """Check that no group handles a type twice: a retry for one handler would repeat the other.
+
+    Raises:
+        ValueError: naming both handlers.
+    """
+    handlers: dict[tuple[str, str, str], str] = {}
+    for subscription in subscriptions:
+        for event in subscription.events:
+            definition = definition_of(event)
+            key = (subscription.group, definition.type, definition.major)
+            if key in handlers:
+                msg = (
+                    f"group {subscription.group!r} handles {definition.type} {definition.major}.x twice, by {handlers[key]} "
+                    f"and {subscription.name}: give one of them a group of its own"
+                )
+                raise ValueError(msg)
+            handlers[key] = subscription.name
+
+
+def _bound_method(kind: type[Any], name: str) -> Callable[..., Awaitable[None]]:
+    if not callable(getattr(kind, "handle", None)):
+        msg = f"{name} has no method handle: write async def handle(self, event) or (self, event, meta)"
+        raise TypeError(msg)
+    try:
+        instance = kind()
+    except TypeError as error:
+        msg = f"{name} cannot be made without arguments ({error}): a handler class takes none"
+        raise TypeError(msg) from error
+    call: Callable[..., Awaitable[None]] = instance.handle
+    return call
+
+
+def _wants_metadata(call: Callable[..., Awaitable[None]], name: str, events: tuple[type[Event], ...]) -> bool:
+    if not inspect.iscoroutinefunction(call):
+        msg = f"{name} is not an async function: write async def, and asyncio.to_thread around what blocks"
+        raise TypeError(msg)
+    parameters = list(inspect.signature(call).parameters.values())
+    required = [p for p in parameters if p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if not 1 <= len(required) <= 2 or keywords:  # noqa: PLR2004  the event, and the metadata
+        msg = f"{name} takes {inspect.signature(call)}: a handler takes (event) or (event, meta: Metadata)"
+        raise TypeError(msg)
+    try:
+        hints = typing.get_type_hints(call)
+    except NameError:  # a name that exists only for type checkers, who have checked it then
+        hints = {}
+    expected = hints.get(required[0].name)
+    if inspect.isclass(expected):
+        for event in events:
+            if not issubclass(event, expected):
+                msg = f"{name} takes a {expected.__name__}, but handles {event.__name__}: correct one of the two"
+                raise TypeError(msg)
+    if len(required) == 2 and hints.get(required[1].name, Metadata) is not Metadata:  # noqa: PLR2004
+        msg = f"{name}: the second parameter {required[1].name!r} is the event's Metadata; annotate it so"
+        raise TypeError(msg)
+    return len(required) == 2  # noqa: PLR2004

@@ -1,0 +1,485 @@
+"""The `sql` transport: a durable partitioned log in the service's own database, shared by its processes.
+
+A row's position is drawn when it is inserted, but the row is seen when its transaction commits, perhaps long after rows with
+higher positions. Whoever reads `position > last` loses it. On PostgreSQL the log is therefore read in *windows* of
+transactions: a window ends below the oldest transaction that still runs, so everything in it has been decided and no row can
+appear in it any more; inside, rows go by position. Of two events of which one was published after the other had been
+committed, the first is in an earlier window or in the same one at a lower position: what order there was is kept, which
+reading by transaction number alone would not do. On SQLite writers take turns, positions are in the order of commits, and a
+window is what is there.
+
+A group's place in a partition is a window and a position in it: `low`, `high`, `position`. A long write transaction anywhere
+in the database holds the end of all windows back until it is over, and a dump that is restored into another cluster counts
+transactions anew: then the places of all groups must be set back.
+
+Partitions are divided by rank among the live members of a group and held by leases; a commit is fenced by the lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from mainstay.core import Clock, Health, uuid7
+from mainstay.database import Database, FenceLost, Lease
+from mainstay.events import tables
+from mainstay.events._dispatch import Assignment
+from mainstay.events.dead_letters import DeadLetter
+from mainstay.events.metadata import Headers, Outgoing, Record
+from mainstay.events.tables import LOG, pack_headers, unpack_headers
+from mainstay.events.transport import Arrivals, Reader, partition_of
+
+_log = logging.getLogger("mainstay.events")
+
+_BATCH = 500
+_POLL_SECONDS = 0.2
+_REBALANCE_SECONDS = 1.0
+_REMEMBER_SECONDS = 30.0
+"""How often the place of an idle partition is stored, so that a restart does not look again at what was not for it."""
+_SWEEP_SECONDS = 60.0
+
+
+class SqlTransport:
+    """See the module.
+
+    Args:
+        database: where the log is.
+        partitions: into how many parts it is divided.
+        lease_seconds: how long a killed process keeps its partitions.
+        log_days: how long events are kept.
+        clock: measures waits on this side.
+    """
+
+    def __init__(
+        self, database: Database, *, partitions: int, lease_seconds: float, log_days: float, clock: Clock
+    ) -> None:
+        self.database = database
+        self.arrivals = Arrivals()
+        self._partitions = partitions
+        self._lease_seconds = lease_seconds
+        self._log_days = log_days
+        self._clock = clock
+
+    async def send(self, batch: Sequence[Outgoing]) -> None:
+        """See `Transport`. Joins the unit of work that is open."""
+        numbers = [partition_of(event, self._partitions) for event in batch]
+        rows = [
+            {
+                "topic": event.topic,
+                "partition": number,
+                "key": event.key,
+                "value": event.value,
+                "headers": pack_headers(event.headers),
+            }
+            for event, number in zip(batch, numbers, strict=True)
+        ]
+        await self.database.write(tables.INSERT_LOG, rows, route=("events", numbers[0]))
+        self.database.after_commit(self.arrivals.announce)
+
+    async def health(self) -> Health:
+        """The Database answers for itself."""
+        return Health("ok", "events are kept in the Database")
+
+    async def sweep(self, draining: asyncio.Event) -> None:
+        """Worker: deletes what is older than the log keeps, a little at a time."""
+        await swept(
+            self.database,
+            draining,
+            [(tables.DELETE_OLD_LOG, self._log_days), (tables.FORGET_MEMBERS, 1.0)],
+        )
+
+    @asynccontextmanager
+    async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[SqlSource, None]:
+        """See `Transport`."""
+        widest = (await self.database.read(tables.WIDEST_PARTITION))[0][0]
+        # Where there were more partitions once, events may still wait in them.
+        partitions = max(self._partitions, 0 if widest is None else widest + 1)
+        source = SqlSource(
+            self.database,
+            self.arrivals,
+            group,
+            sorted(topics),
+            reader,
+            partitions=partitions,
+            lease_seconds=self._lease_seconds,
+            clock=self._clock,
+        )
+        try:
+            yield source
+        finally:
+            await source.close()
+
+
+class _Slot:
+    """One partition of one topic, and how far it was read."""
+
+    __slots__ = ("assignment", "high", "lease", "low", "position", "remembered")
+
+    def __init__(self, assignment: Assignment, lease: Lease, place: tuple[int, int, int]) -> None:
+        self.assignment = assignment
+        self.lease = lease
+        self.low, self.high, self.position = place
+        self.remembered = place
+
+
+class SqlRecord:
+    """A row of the log, and the place that a group is at when it has finished it."""
+
+    __slots__ = ("_headers", "high", "key", "low", "offset", "partition", "topic", "value")
+
+    def __init__(self, row: Any, low: int, high: int) -> None:
+        self.topic: str = row.topic
+        self.partition: int = row.partition
+        self.offset: int = row.position
+        self.key: bytes | None = row.key
+        self.value: bytes | None = row.value
+        self._headers: str = row.headers
+        self.low = low
+        self.high = high
+
+    @property
+    def headers(self) -> Headers:
+        """The headers."""
+        return unpack_headers(self._headers)
+
+
+class SqlSource:
+    """One group's membership and reading."""
+
+    def __init__(
+        self,
+        database: Database,
+        arrivals: Arrivals,
+        group: str,
+        topics: Sequence[str],
+        reader: Reader,
+        *,
+        partitions: int,
+        lease_seconds: float,
+        clock: Clock,
+    ) -> None:
+        self._database = database
+        self._arrivals = arrivals
+        self._group = group
+        self._topics = topics
+        self._reader = reader
+        self._partitions = partitions
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._member = str(uuid7())
+        self._leases: dict[int, Lease] = {}
+        self._slots: dict[Assignment, _Slot] = {}
+        self._announced_until = 0.0
+        self._rebalance_at = 0.0
+        self._remember_at = clock.monotonic() + _REMEMBER_SECONDS
+        self._window_statement, self._page_statement = _STATEMENTS[database.dialect]
+        self._lag: int | None = None
+
+    # Reading
+
+    async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
+        """See `Source`."""
+        await self._keep_partitions()
+        slots = [self._slots[assignment] for assignment in ready if assignment in self._slots]
+        exhausted = [slot for slot in slots if slot.low == slot.high]
+        if exhausted:
+            await self._open_window(exhausted)
+        fetched: dict[Assignment, Sequence[Record]] = {}
+        reading = [slot for slot in slots if slot.low < slot.high]
+        for high in sorted({slot.high for slot in reading}):
+            await self._read_page([slot for slot in reading if slot.high == high], high, fetched)
+        if not reading:
+            await self._arrivals.wait(_POLL_SECONDS)
+        return fetched
+
+    async def _open_window(self, slots: Sequence[_Slot]) -> None:
+        low = min(slot.low for slot in slots)
+        row = (await self._database.read(self._window_statement, {"low": low}))[0]
+        for slot in slots:
+            if row.high <= slot.low:
+                continue
+            if row.start is None:  # nothing for anybody up to there
+                slot.low = slot.high = row.high
+            else:
+                slot.high, slot.position = row.high, row.start - 1
+
+    async def _read_page(
+        self, slots: Sequence[_Slot], high: int, fetched: dict[Assignment, Sequence[Record]]
+    ) -> None:
+        rows = await self._database.read(
+            self._page_statement,
+            {
+                "low": min(slot.low for slot in slots),
+                "high": high,
+                "position": min(slot.position for slot in slots),
+                "topics": sorted({slot.assignment.topic for slot in slots}),
+                "partitions": sorted({slot.assignment.number for slot in slots}),
+            },
+        )
+        by_place = {(slot.assignment.topic, slot.assignment.number): slot for slot in slots}
+        pages: dict[_Slot, list[Record]] = {}
+        for row in rows:
+            slot = by_place.get((row.topic, row.partition))
+            if slot is not None and row.position > slot.position and row.xid >= slot.low:
+                pages.setdefault(slot, []).append(SqlRecord(row, slot.low, slot.high))
+        full = len(rows) == _BATCH
+        for slot in slots:
+            if slot in pages:
+                fetched[slot.assignment] = pages[slot]
+            if full:
+                slot.position = max(slot.position, rows[-1].position)
+            else:
+                slot.low, slot.position = slot.high, 0
+        self._lag = len(rows) if full else 0
+
+    def lag(self) -> int | None:
+        """See `Source`. Only whether there is more than a batch, since counting would read it all."""
+        return self._lag
+
+    async def commit(self, finished: Mapping[Assignment, Record]) -> None:
+        """See `Source`."""
+        by_lease: dict[Lease, list[tuple[_Slot, tuple[int, int, int]]]] = {}
+        for assignment, record in finished.items():
+            slot = self._slots.get(assignment)
+            if slot is not None and isinstance(record, SqlRecord):
+                by_lease.setdefault(slot.lease, []).append((slot, (record.low, record.high, record.offset)))
+        await self._store(by_lease)
+
+    async def _store(self, by_lease: Mapping[Lease, Sequence[tuple[_Slot, tuple[int, int, int]]]]) -> None:
+        statement = tables.COMMIT_OFFSET[self._database.dialect]
+        for lease, places in by_lease.items():
+            rows = [
+                {
+                    "group_name": self._group,
+                    "topic": slot.assignment.topic,
+                    "partition": slot.assignment.number,
+                    "low": low,
+                    "high": high,
+                    "position": position,
+                }
+                for slot, (low, high, position) in places
+            ]
+            try:
+                await self._database.write(statement, rows, fence=lease.fence)
+            except FenceLost:
+                await self._lose([lease])
+            else:
+                for slot, place in places:
+                    slot.remembered = place
+
+    # Partitions
+
+    async def _keep_partitions(self) -> None:
+        lost = [lease for lease in self._leases.values() if not lease.held]
+        if lost:
+            await self._lose(lost)
+        now = self._clock.monotonic()
+        if now < self._rebalance_at:
+            return
+        self._rebalance_at = now + min(_REBALANCE_SECONDS, self._lease_seconds / 4)
+        if now >= self._announced_until:
+            await self._database.write(
+                tables.JOIN_GROUP[self._database.dialect],
+                {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds},
+            )
+            self._announced_until = now + self._lease_seconds / 3
+        members = [row.member for row in await self._database.read(tables.READ_MEMBERS, {"group": self._group})]
+        if self._member not in members:  # our own note expired: the loop was blocked for long
+            self._announced_until = 0.0
+            return
+        rank, count = members.index(self._member), len(members)
+        share = {number for number in range(self._partitions) if number % count == rank}
+        await self._give_up([lease for number, lease in self._leases.items() if number not in share])
+        for number in sorted(share - self._leases.keys()):
+            await self._take(number)
+        if now >= self._remember_at:
+            self._remember_at = now + _REMEMBER_SECONDS
+            await self._remember_idle()
+
+    async def _take(self, number: int) -> None:
+        lease = await self._database.lease(f"events/{self._group}/{number}", seconds=self._lease_seconds)
+        if lease is None:
+            return
+        try:
+            rows = await self._database.read(tables.READ_OFFSETS, {"group": self._group, "number": number})
+        except BaseException:
+            await lease.release()
+            raise
+        places = {row.topic: (row.low, row.high, row.position) for row in rows}
+        self._leases[number] = lease
+        for topic in self._topics:
+            assignment = self._reader.assigned(topic, number)
+            self._slots[assignment] = _Slot(assignment, lease, places.get(topic, (0, 0, 0)))
+
+    async def _give_up(self, leases: Sequence[Lease]) -> None:
+        assignments = self._of(leases)
+        if assignments:
+            await self._reader.revoked(assignments)
+        for lease in leases:
+            self._forget(lease)
+            await lease.release()
+
+    async def _lose(self, leases: Sequence[Lease]) -> None:
+        _log.warning("group %s lost partitions to others: %s", self._group, ", ".join(lease.name for lease in leases))
+        assignments = self._of(leases)
+        for lease in leases:
+            self._forget(lease)
+        await self._reader.lost(assignments)
+        for lease in leases:
+            await lease.release()
+
+    def _of(self, leases: Sequence[Lease]) -> list[Assignment]:
+        return [assignment for assignment, slot in self._slots.items() if slot.lease in leases]
+
+    def _forget(self, lease: Lease) -> None:
+        self._leases = {number: held for number, held in self._leases.items() if held is not lease}
+        self._slots = {assignment: slot for assignment, slot in self._slots.items() if slot.lease is not lease}
+
+    async def _remember_idle(self) -> None:
+        idle: dict[Lease, list[tuple[_Slot, tuple[int, int, int]]]] = {}
+        for assignment, slot in self._slots.items():
+            place = (slot.low, slot.high, slot.position)
+            if slot.low == slot.high and not assignment.window and assignment.finished is None and place != slot.remembered:
+                idle.setdefault(slot.lease, []).append((slot, place))
+        await self._store(idle)
+
+    async def close(self) -> None:
+        """Leave the group; others take the partitions at once."""
+        for lease in list(self._leases.values()):
+            self._forget(lease)
+            await lease.release()
+        await self._database.write(tables.LEAVE_GROUP, {"of_group": self._group, "leaver": self._member})
+
+
+def _statements(order: sa.ColumnElement[int], end: sa.ColumnElement[int]) -> tuple[sa.Select[Any], sa.Select[Any]]:
+    low = sa.bindparam("low", type_=sa.BigInteger)
+    started = sa.select(sa.func.min(LOG.c.position)).where(order >= low, order < end).scalar_subquery()
+    window = sa.select(end.label("high"), started.label("start"))
+    page = (
+        sa.select(
+            LOG.c.position,
+            order.label("xid"),
+            LOG.c.topic,
+            LOG.c.partition,
+            LOG.c.key,
+            LOG.c.value,
+            LOG.c.headers,
+        )
+        .where(
+            LOG.c.position > sa.bindparam("position", type_=sa.BigInteger),
+            order >= low,
+            order < sa.bindparam("high", type_=sa.BigInteger),
+            LOG.c.topic.in_(sa.bindparam("topics", expanding=True)),
+            LOG.c.partition.in_(sa.bindparam("partitions", expanding=True)),
+        )
+        .order_by(LOG.c.position)
+        .limit(_BATCH)
+    )
+    return window, page
+
+
+_STATEMENTS = {
+    "postgresql": _statements(
+        LOG.c.xid, sa.literal_column("pg_snapshot_xmin(pg_current_snapshot())::text::bigint", sa.BigInteger)
+    ),
+    "sqlite": _statements(
+        LOG.c.position, sa.select(sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1).correlate(None).scalar_subquery()
+    ),
+}
+
+
+async def swept(
+    database: Database, draining: asyncio.Event, deletions: Sequence[tuple[sa.Delete, float]]
+) -> None:
+    """Delete what is older than so many days, again and again until `draining`; one process at a time is enough."""
+    while not draining.is_set():
+        try:
+            for statement, days in deletions:
+                await database.write(statement, {"seconds": days * 86_400.0})
+        except Exception as error:  # noqa: BLE001  the next sweep does it
+            _log.warning("deleting old rows failed, the next attempt is in a minute", exc_info=error)
+        try:
+            async with asyncio.timeout(_SWEEP_SECONDS):
+                await draining.wait()
+        except TimeoutError:
+            continue
+
+
+class SqlDeadLetters:
+    """Dead letters in a table.
+
+    Args:
+        database: where.
+        transport: where a redriven event goes: the log, or the outbox.
+        clock: stamps them.
+    """
+
+    def __init__(self, database: Database, transport: Any, clock: Clock) -> None:
+        self._database = database
+        self._transport = transport
+        self._clock = clock
+
+    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
+        """See `DeadLetterStore`."""
+        letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
+        await self._database.write(
+            tables.INSERT_DEAD_LETTER[self._database.dialect],
+            {
+                "id": letter.id,
+                "group_name": letter.group,
+                "topic": letter.topic,
+                "partition": letter.partition,
+                "offset": letter.offset,
+                "key": letter.key,
+                "value": letter.value,
+                "headers": pack_headers(letter.headers),
+                "error": letter.error.replace("\0", ""),
+                "attempts": letter.attempts,
+                "time": letter.time,
+            },
+        )
+
+    async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
+        """See `DeadLetterStore`."""
+        if group is None:
+            rows = await self._database.read(tables.LIST_DEAD_LETTERS, {"limit": limit})
+        else:
+            rows = await self._database.read(tables.LIST_DEAD_LETTERS_OF, {"limit": limit, "group": group})
+        return [_letter(row) for row in rows]
+
+    async def get(self, id: UUID) -> DeadLetter | None:
+        """See `DeadLetterStore`."""
+        rows = await self._database.read(tables.GET_DEAD_LETTER, {"letter": id})
+        return _letter(rows[0]) if rows else None
+
+    async def redrive(self, letter: DeadLetter) -> bool:
+        """See `DeadLetterStore`. Sent and removed in one commit."""
+        async with self._database.transaction() as session:
+            result: Any = await session.execute(tables.DELETE_DEAD_LETTER, {"letter": letter.id})
+            if result.rowcount == 0:
+                return False
+            await self._transport.send([letter.again()])
+        return True
+
+
+def _letter(row: Any) -> DeadLetter:
+    return DeadLetter(
+        id=row.id,
+        group=row.group_name,
+        topic=row.topic,
+        partition=row.partition,
+        offset=row.offset,
+        key=row.key,
+        value=row.value,
+        headers=unpack_headers(row.headers),
+        error=row.error,
+        attempts=row.attempts,
+        time=row.time if row.time.tzinfo else row.time.replace(tzinfo=UTC),
+    )

@@ -1,0 +1,105 @@
+"""What a transport is: somewhere to send encoded events, and a way for a group to read them by partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol
+from zlib import crc32
+
+from mainstay.core import Health
+from mainstay.events._dispatch import Assignment
+from mainstay.events.metadata import ID, Headers, Outgoing, Record
+
+
+class LogRecord(NamedTuple):
+    """A record of the transports that keep their logs themselves."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+def partition_of(event: Outgoing, partitions: int) -> int:
+    """The partition of an event: by its key, or spread by its id where it has none."""
+    key = dict(event.headers).get(ID, b"") if event.key is None else event.key
+    return crc32(key) % partitions
+
+
+class Arrivals:
+    """Tells those who wait in this process that something was committed; others find it by polling."""
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def announce(self) -> None:
+        """Wake everybody who waits."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self, seconds: float) -> None:
+        """Return at the next announcement, at the latest after `seconds`."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await asyncio.wait((future,), timeout=seconds)
+
+
+class Reader(Protocol):
+    """The side of a consumer that a source talks to."""
+
+    def assigned(self, topic: str, partition: int) -> Assignment:
+        """A partition is ours: records of it may be handed out."""
+        ...
+
+    async def revoked(self, assignments: Collection[Assignment]) -> None:
+        """Partitions are going to be another's: finish what runs, commit, forget them. Returns within the drain time."""
+        ...
+
+    async def lost(self, assignments: Collection[Assignment]) -> None:
+        """Partitions are another's already: stop, commit nothing."""
+        ...
+
+
+class Source(Protocol):
+    """One group's reading of its topics."""
+
+    async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
+        """The next records of `ready` partitions, at most a batch; empty after a fraction of a second without any."""
+        ...
+
+    async def commit(self, finished: Mapping[Assignment, Record]) -> None:
+        """Make durable that each partition is finished up to its record, that record included."""
+        ...
+
+    def lag(self) -> int | None:
+        """About how many records wait in the partitions that are held; None while nobody knows."""
+        ...
+
+
+class Transport(Protocol):
+    """Where events travel."""
+
+    async def send(self, batch: Sequence[Outgoing]) -> None:
+        """Make events durable, those with equal keys in the order given.
+
+        Raises:
+            PublishError: not all are known to be durable.
+        """
+        ...
+
+    def source(self, group: str, topics: Sequence[str], reader: Reader) -> AbstractAsyncContextManager[Source]:
+        """Read topics as a member of a group, from where it left off, else from their beginning.
+
+        Leaving the block gives the partitions back, after `reader.revoked`.
+        """
+        ...
+
+    async def health(self) -> Health:
+        """Whether it can be reached, from what is known."""
+        ...
