@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
+import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import sqlalchemy as sa
+from sqlalchemy import event, exc
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -37,8 +40,8 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """The URL without its password."""
-        return self.url.render_as_string(hide_password=True)
+        """The URL without its password, and without the parameters, which may hold another."""
+        return self.url.set(query={}).render_as_string(hide_password=True)
 
     def remove(self) -> None:
         """Remove what was in memory only."""
@@ -46,17 +49,65 @@ class Address:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
+def sqlite_connection(address: Address) -> sqlite3.Connection:
+    """A connection of this package's own; it never waits for locks by itself.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    place, options = address.url.get_dialect()().create_connect_args(address.url)
+    own: dict[str, Any] = {**options, "timeout": 0, "isolation_level": None, "cached_statements": 512}
+    connection: sqlite3.Connection = sqlite3.connect(*cast("tuple[Any]", place), **own)
+    for pragma in sqlite_pragmas(address.synchronous):
+        connection.execute(pragma)
+    return connection
+
+
 def sqlite_pragmas(synchronous: str) -> tuple[str, ...]:
     """What every connection to SQLite is told, the recorder's and the sessions' alike."""
-    return ("PRAGMA journal_mode=WAL", f"PRAGMA synchronous={synchronous}", "PRAGMA foreign_keys=ON")
+    return (f"PRAGMA synchronous={synchronous}", "PRAGMA foreign_keys=ON")
 
 
-def asyncpg_arguments(url: URL) -> dict[str, Any]:
-    """The keyword arguments with which SQLAlchemy would call `asyncpg.connect`."""
-    _, arguments = url.get_dialect()().create_connect_args(url)
-    for own in ("prepared_statement_cache_size", "prepared_statement_name_func"):
-        arguments.pop(own, None)
-    return dict(arguments)
+def write_ahead(address: Address, seconds: float) -> None:
+    """Put the file into WAL mode, once and for all; blocks.
+
+    Several processes may do so at once, and SQLite does not wait for the lock that this takes.
+
+    Raises:
+        sqlite3.Error: the file cannot be opened, or somebody else kept it locked.
+    """
+    end = time.monotonic() + seconds
+    connection = sqlite_connection(address)
+    try:
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
+    finally:
+        connection.close()
+
+
+async def postgres_connection(address: Address, *, pooled: bool, timeout_seconds: float) -> asyncpg.Connection:
+    """A connection of this package's own, by the arguments with which SQLAlchemy would make it.
+
+    With `pooled` it keeps no prepared statements: a pooler would send them to servers that do not know them.
+
+    Raises:
+        OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: it cannot be made.
+        TypeError, ValueError: the URL has parameters that asyncpg does not know.
+    """
+    _, arguments = address.url.get_dialect()().create_connect_args(address.url)
+    mine: dict[str, Any] = {key: value for key, value in arguments.items() if not key.startswith("prepared_")}
+    mine["timeout"] = timeout_seconds
+    if pooled:
+        mine["statement_cache_size"] = 0
+    connection: asyncpg.Connection = await cast("Any", asyncpg).connect(**mine)
+    return connection
 
 
 async def behind_pooler(address: Address, timeout_seconds: float) -> bool:
@@ -68,15 +119,14 @@ async def behind_pooler(address: Address, timeout_seconds: float) -> bool:
         ConfigurationError: the database cannot be reached.
     """
     try:
-        connection = await asyncpg.connect(
-            **asyncpg_arguments(address.url) | {"timeout": timeout_seconds, "statement_cache_size": 0}
-        )
+        connection = await postgres_connection(address, pooled=True, timeout_seconds=timeout_seconds)
         try:
             (row,) = await connection.fetch("SELECT pg_backend_pid()")
             return bool(row[0] != connection.get_server_pid())
         finally:
             await connection.close(timeout=timeout_seconds)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (OSError, TimeoutError, TypeError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        # TypeError and ValueError: parameters of the URL that asyncpg does not know.
         raise unreachable(address, error) from error
 
 
@@ -114,7 +164,7 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
     if address.dialect == "sqlite":
         _prepare_sqlite(engine, address.synchronous)
     else:
-        sa.event.listen(engine.sync_engine, "checkout", _refuse_closed)
+        event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine
 
 
@@ -125,7 +175,7 @@ def _prepare_sqlite(engine: AsyncEngine, synchronous: str) -> None:
             cursor.execute(pragma)
         cursor.close()
 
-    sa.event.listen(engine.sync_engine, "connect", connect)
+    event.listen(engine.sync_engine, "connect", connect)
     begin_events(engine)
 
 
@@ -142,8 +192,8 @@ def begin_events(engine: AsyncEngine) -> None:
         write = connection.get_execution_options().get("mainstay_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
-    sa.event.listen(engine.sync_engine, "connect", plain)
-    sa.event.listen(engine.sync_engine, "begin", begin)
+    event.listen(engine.sync_engine, "connect", plain)
+    event.listen(engine.sync_engine, "begin", begin)
 
 
 def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
@@ -151,4 +201,4 @@ def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
     # messages. Raising this makes the pool connect anew.
     if connection.driver_connection.is_closed():
         msg = "the server has closed this connection"
-        raise sa.exc.DisconnectionError(msg)
+        raise exc.DisconnectionError(msg)

@@ -7,6 +7,7 @@ So SQL and conversions (UUID, JSON, Decimal, datetime, Enum, …) are taken from
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, cast
 
@@ -155,6 +156,10 @@ def _value_of(bind: sa.BindParameter[Any]) -> Callable[[], Any]:
     return lambda: bind.effective_value
 
 
+def _same(value: object) -> object:
+    return value
+
+
 def _python_defaults(compiled: SQLCompiler) -> dict[str, Callable[[], Any]]:
     """The defaults of columns that SQLAlchemy would compute in Python before it executes the statement."""
     defaults: dict[str, Callable[[], Any]] = {}
@@ -163,10 +168,11 @@ def _python_defaults(compiled: SQLCompiler) -> dict[str, Callable[[], Any]]:
     for column, default in prefetch:
         if default is None:
             continue
+        argument = cast("Any", default).arg
         if default.is_scalar:
-            defaults[column.key] = lambda value=cast("Any", default).arg: value
+            defaults[column.key] = partial(_same, argument)
         elif default.is_callable:
-            defaults[column.key] = lambda make=cast("Any", default).arg: make(None)
+            defaults[column.key] = partial(argument, None)
         else:
             msg = f"the default of {column} is an SQL expression: give it as server_default or in the row"
             raise ValueError(msg)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, cast
 
 import sqlalchemy as sa
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
 
 from mainstay.core import Health
 from mainstay.database import _metrics
@@ -45,16 +46,35 @@ class Unit:
 
     __slots__ = ("broken", "callbacks", "database", "fenced", "open", "operations", "outer", "session", "task")
 
-    def __init__(self, database: Database, session: AsyncSession | None, outer: Unit | None) -> None:
+    def __init__(self, database: Database, session: AsyncSession | None) -> None:
         self.database = database
         self.session = session
-        self.outer = outer
+        self.outer = _ambient.get()
         self.task = asyncio.current_task()
-        self.open = True
+        self.open = False
         self.broken: BaseException | None = None
         self.operations: list[Operation] = []
         self.callbacks: list[Callable[[], None]] = []
         self.fenced: set[Fence] = set()
+
+    def __enter__(self) -> None:
+        self.open = True
+        _ambient.set(self)
+
+    def __exit__(self, *details: object) -> None:
+        self.open = False  # tasks that were started inside have a copy of the context, and see this
+        _ambient.set(self.outer)
+
+    @contextmanager
+    def inner(self) -> Generator[None, None, None]:
+        """A block that joins this unit: if it fails, and not inside a savepoint, the unit must not be committed."""
+        nested = self.session is not None and self.session.sync_session.in_nested_transaction()
+        try:
+            yield
+        except BaseException as error:
+            if not nested and self.broken is None:
+                self.broken = error
+            raise
 
 
 _ambient: ContextVar[Unit | None] = ContextVar("mainstay_unit_of_work", default=None)
@@ -124,97 +144,70 @@ class Database:
 
     @asynccontextmanager
     async def _begin(self) -> AsyncGenerator[AsyncSession, None]:
-        if self._turn is None:
-            async with self._own() as session:
-                yield session
-        else:
-            async with self._turn.mine(), self._own() as session:
-                yield session
+        session = AsyncSession(self._writing, expire_on_commit=False)
+        async with self._writers_turn(), self._own(session, end=session.close):
+            yield session
+
+    def _writers_turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._turn is None else self._turn.mine()
 
     @asynccontextmanager
-    async def _own(self) -> AsyncGenerator[AsyncSession, None]:
-        session = AsyncSession(self._writing, expire_on_commit=False)
+    async def _own(
+        self, session: AsyncSession, *, end: Callable[[], Coroutine[Any, Any, None]]
+    ) -> AsyncGenerator[None, None]:
+        """Begin a transaction, and commit it at the end of the block; `end` leaves the session without one."""
+        unit = Unit(self, session)
         try:
             try:
-                await session.connection()
+                # Now, not with the first statement: who must wait or cannot begin learns it before doing anything.
+                _ = await session.connection(execution_options={"mainstay_write": True})
             except exc.SQLAlchemyError as error:
                 raise _translated(error) from error
-            async with self._unit(session) as unit:
-                yield session
-            await self._commit(session, unit)
-        finally:
-            await _finish(session.close())
+            with unit:
+                yield
+            if unit.broken is not None:
+                raise _broken(unit.broken) from unit.broken
+        except BaseException:
+            _, cancelled = await uninterrupted(end())
+            if cancelled is not None:
+                raise cancelled from None
+            raise
+        failure, cancelled = await uninterrupted(_commit(session, end))
+        if failure is None:
+            _metrics.COMMITS_BY_TRANSACTION.inc()
+            _run(unit.callbacks)
+        if cancelled is not None:
+            raise cancelled
+        if isinstance(failure, exc.SQLAlchemyError):
+            raise _translated(failure, committing=True) from failure
+        if failure is not None:
+            raise failure
 
     @asynccontextmanager
     async def _adopt(self, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
-        if session.in_transaction():
-            # Its owner holds whatever locks it has, maybe SQLite's; queueing for the turn with it could wait for ever.
-            async with self._unit(session) as unit:
+        if not session.in_transaction():
+            async with self._writers_turn(), self._own(session, end=session.rollback):
+                yield session
+            return
+        # Its owner commits it. It may hold SQLite's lock already: to queue for the turn with it could be for ever.
+        unit = Unit(self, session)
+        savepoint = session.sync_session.get_nested_transaction()
+        try:
+            with unit:
                 yield session
             if unit.broken is not None:
                 raise _broken(unit.broken) from unit.broken
-            self._when_committed(session, unit)
-        elif self._turn is None:
-            async with self._unit(session) as unit:
-                yield session
-            await self._commit(session, unit)
-        else:
-            async with self._turn.mine():
-                await session.connection(execution_options={"mainstay_write": True})
-                async with self._unit(session) as unit:
-                    yield session
-                await self._commit(session, unit)
-
-    @asynccontextmanager
-    async def _unit(self, session: AsyncSession) -> AsyncGenerator[Unit, None]:
-        unit = Unit(self, session, _ambient.get())
-        token = _ambient.set(unit)
-        owned = not session.in_transaction() or session.bind is self._writing
-        try:
-            yield unit
         except BaseException:
-            if owned:
-                await _finish(session.rollback())
+            if savepoint is None:  # or its owner goes back to the savepoint
+                _ = await uninterrupted(session.rollback())
             raise
-        finally:
-            unit.open = False
-            _ambient.reset(token)
+        if unit.callbacks:
+            _when_committed(session.sync_session, unit, savepoint)
 
     @asynccontextmanager
     async def _join(self, unit: Unit, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
-        savepoint = session.sync_session.get_nested_transaction()
-        try:
+        with unit.inner():
             yield session
-        except BaseException as error:
-            if savepoint is None and unit.broken is None:
-                unit.broken = error
-            raise
-
-    async def _commit(self, session: AsyncSession, unit: Unit) -> None:
-        if unit.broken is not None:
-            await _finish(session.rollback())
-            raise _broken(unit.broken) from unit.broken
-        try:
-            await _finish(session.commit())
-        except exc.SQLAlchemyError as error:
-            raise _translated(error, committing=True) from error
-        _metrics.COMMITS_BY_TRANSACTION.inc()
-        _run(unit.callbacks)
-
-    def _when_committed(self, session: AsyncSession, unit: Unit) -> None:
-        if not unit.callbacks:
-            return
-
-        def committed(_session: object) -> None:
-            if not session.sync_session.in_nested_transaction():
-                _run(unit.callbacks)
-                unit.callbacks = []
-
-        def rolled_back(_session: object, _previous: object) -> None:
-            unit.callbacks = []
-
-        sa.event.listen(session.sync_session, "after_commit", committed)
-        sa.event.listen(session.sync_session, "after_soft_rollback", rolled_back)
 
     def in_unit_of_work(self) -> bool:
         """Whether a write would join a unit of work or a batch of this task.
@@ -235,13 +228,11 @@ class Database:
         else:
             unit.callbacks.append(callback)
 
-    def batch(
-        self, *, fence: Fence | None = None, route: Hashable = None
-    ) -> AbstractAsyncContextManager[None]:
-        """Collect the block's writes and hand them to the recorder as one entry: all or nothing, and durable at its end.
+    def batch(self, *, fence: Fence | None = None, route: Hashable = None) -> AbstractAsyncContextManager[None]:
+        """Collect the block's writes and hand them over as one: all or nothing, and durable at the end of the block.
 
-        Ambient like `transaction`, but without a connection: several thousand may be open at once. Inside a unit of work
-        or another batch the writes simply join that. Reads in the block do not see the writes.
+        Ambient like `transaction`, but without a connection: several thousand may be open at once. Inside a unit of
+        work or another batch the writes simply join that. Reads in the block do not see the writes.
 
         Args:
             fence: the writes happen only while it holds.
@@ -255,15 +246,11 @@ class Database:
 
     @asynccontextmanager
     async def _collect(self, fence: Fence | None, route: Hashable) -> AsyncGenerator[None, None]:
-        unit = Unit(self, None, _ambient.get())
+        unit = Unit(self, None)
         if fence is not None:
             unit.fenced.add(fence)
-        token = _ambient.set(unit)
-        try:
+        with unit:
             yield
-        finally:
-            unit.open = False
-            _ambient.reset(token)
         if unit.broken is not None:
             raise _broken(unit.broken) from unit.broken
         if unit.operations:
@@ -272,16 +259,10 @@ class Database:
 
     @asynccontextmanager
     async def _join_with(self, unit: Unit, fence: Fence | None) -> AsyncGenerator[None, None]:
-        try:
+        with unit.inner():
             if fence is not None:
                 await self._check(unit, fence)
             yield
-        except BaseException as error:
-            if unit.broken is None and (
-                unit.session is None or unit.session.sync_session.get_nested_transaction() is None
-            ):
-                unit.broken = error
-            raise
 
     # Writing and reading
 
@@ -293,7 +274,7 @@ class Database:
         fence: Fence | None = None,
         route: Hashable = None,
     ) -> None:
-        """Write rows: in the unit of work or batch of this task, else on its own; then it returns when they are durable.
+        """Write rows: in the unit of work or batch of this task, else on its own, returning when they are durable.
 
         Args:
             statement: a Core insert, update or delete with `bindparam`s, best a constant of the module: it is compiled
@@ -319,12 +300,12 @@ class Database:
             return
         unit = self._current()
         if unit is None:
-            await self._recorder.record(self._statements.operations(statement, several), fence, route)
+            await self._recorder.record(self._operations(statement, several), fence, route)
             return
         if fence is not None:
             await self._check(unit, fence)
         if unit.session is None:
-            unit.operations += self._statements.operations(statement, several)
+            unit.operations += self._operations(statement, several)
             return
         connection = await self._connection(unit)
         try:
@@ -344,6 +325,9 @@ class Database:
             UnitOfWorkError: the task was started inside another task's open unit of work.
         """
         unit = self._current()
+        if isinstance(statement, sa.UpdateBase) and (unit is None or unit.session is None):
+            msg = "read() of a statement that writes: put it into `async with db.transaction()`, or use db.write"
+            raise UnitOfWorkError(msg)
         try:
             if unit is not None and unit.session is not None:
                 connection = await self._connection(unit)
@@ -365,6 +349,12 @@ class Database:
             DatabaseBusy: SQLite's writer was not free in time.
             DatabaseUnavailable: the database is away.
         """
+        if not seconds > 0:
+            msg = f"lease({name!r}, seconds={seconds!r}): seconds must be positive"
+            raise ValueError(msg)
+        if self.in_unit_of_work():
+            msg = f"lease({name!r}) inside a unit of work: on SQLite it would wait for that; take it before"
+            raise UnitOfWorkError(msg)
         return await self._keeper.acquire(name, seconds, holder)
 
     async def ensure_schema(self, schema: Schema) -> None:
@@ -374,6 +364,9 @@ class Database:
             ConfigurationError: PostgreSQL is at another revision; names the command.
         """
         if self._turn is not None:
+            async with self.engine.connect() as connection:
+                if await connection.run_sync(schema.is_current):
+                    return
             async with self._turn.mine():
                 await upgrade_with(self.engine, [schema])
         else:
@@ -393,6 +386,13 @@ class Database:
         return Health("ok")
 
     # Internal
+
+    def _operations(self, statement: sa.UpdateBase, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
+        try:
+            return self._statements.operations(statement, rows)
+        except Exception as error:  # converters raise whatever they like
+            msg = f"these rows do not fit the statement {statement}: {type(error).__name__}: {error}"
+            raise DatabaseError(msg) from error
 
     def _current(self) -> Unit | None:
         unit = _ambient.get()
@@ -446,20 +446,52 @@ def _run(callbacks: Sequence[Callable[[], None]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:
+        except Exception:  # noqa: BLE001  the commit has happened, whatever they do
             _log.exception("a callback after the commit failed")
 
 
-async def _finish(work: Coroutine[Any, Any, T]) -> T:
-    """Finish what must not be left half done, also when the caller is cancelled meanwhile; then be cancelled."""
-    task = asyncio.ensure_future(work)
+async def _commit(session: AsyncSession, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
     try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task], timeout=_CANCEL_GRACE_SECONDS)
-        task.cancel()
-        raise
+        await session.commit()
+    finally:
+        await end()
+
+
+def _when_committed(session: Session, unit: Unit, savepoint: SessionTransaction | None) -> None:
+    """Call back once the owner of an adopted session has committed it."""
+
+    def committed(_session: object) -> None:
+        if not session.in_nested_transaction():
+            callbacks, unit.callbacks = unit.callbacks, []
+            _run(callbacks)
+
+    def rolled_back(_session: object, ended: SessionTransaction) -> None:
+        if not ended.nested or ended is savepoint:
+            unit.callbacks = []
+
+    event.listen(session, "after_commit", committed)
+    event.listen(session, "after_soft_rollback", rolled_back)
+
+
+async def uninterrupted(
+    work: Coroutine[Any, Any, None],
+) -> tuple[BaseException | None, asyncio.CancelledError | None]:
+    """Do what must not be left half done, also when the caller is cancelled meanwhile.
+
+    Returns what the work raised, and the cancellation, which the caller has to raise. Work that goes on for longer than
+    the grace after a cancellation is cancelled too.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task], timeout=None if cancelled is None else _CANCEL_GRACE_SECONDS)
+            if cancelled is not None:
+                task.cancel()
+        except asyncio.CancelledError as error:
+            cancelled = cancelled or error
+    failure = asyncio.CancelledError() if task.cancelled() else task.exception()
+    return failure, cancelled
 
 
 def _translated(error: exc.SQLAlchemyError, *, committing: bool = False) -> DatabaseError:

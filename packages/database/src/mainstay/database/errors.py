@@ -5,7 +5,7 @@ DatabaseError                SYS_DATABASE              the database refused a st
 ├── FenceLost                RES_FENCE_LOST            somebody else owns by now what the write was fenced with
 ├── DatabaseBusy             SYS_DATABASE_BUSY         no connection, no writer's turn or no lock in time
 ├── DatabaseUnavailable      EXT_DATABASE_UNAVAILABLE  the server is away; nothing was committed
-├── CommitUnknown            EXT_COMMIT_UNKNOWN        the connection was lost while committing: done or not, nobody knows
+├── CommitUnknown            EXT_COMMIT_UNKNOWN        the connection was lost while committing: nobody knows
 └── UnitOfWorkError          SYS_UNIT_OF_WORK          a unit of work is used in a way that could lose or double a write
 
 `no_effect` is true for all of them but `CommitUnknown`: nothing of the write, batch or commit that raised is there.

@@ -20,16 +20,16 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import asyncpg
 import sqlalchemy as sa
 
-from mainstay.core import Clock
+from mainstay.core import SYSTEM_CLOCK, Clock
 from mainstay.database import _metrics
-from mainstay.database._engine import Address, asyncpg_arguments, sqlite_pragmas
+from mainstay.database._engine import Address, postgres_connection, sqlite_connection
 from mainstay.database._recorder import begin_immediate, is_disconnect
 from mainstay.database.errors import DatabaseBusy, DatabaseUnavailable
 from mainstay.database.fence import Fence, FenceOn
@@ -51,8 +51,12 @@ _fence_on = FenceOn(leases, leases.c.name, leases.c.epoch)
 
 _MARGIN = 0.2  # of the lease: how long before the database's end the holder stops believing in it
 _RENEWALS = 4  # so many fit into a lease
-_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
-_POSTGRES_NOW = "extract(epoch from clock_timestamp())::float8"
+_CLOSE_SECONDS = 2.0  # how long giving leases back may hold up the end of the process
+
+# Seconds since 1970 by the database's clock, unless a test's clock says otherwise. `unixepoch('subsec')` would be
+# shorter, and is NULL before SQLite 3.42. On PostgreSQL not `now()`: that is when the transaction began.
+_SQLITE_NOW = "coalesce(:now, (julianday('now') - 2440587.5) * 86400.0)"
+_POSTGRES_NOW = "coalesce($1::float8, extract(epoch from clock_timestamp())::float8)"
 
 
 class Lease:
@@ -67,15 +71,13 @@ class Lease:
 
     __slots__ = ("_clock", "_keeper", "_renew_at", "_seconds", "_until", "epoch", "fence", "holder", "name")
 
-    def __init__(
-        self, keeper: Keeper, clock: Clock, name: str, holder: str, epoch: int, seconds: float, asked_at: float
-    ) -> None:
+    def __init__(self, keeper: Keeper, name: str, *, holder: str, epoch: int, seconds: float, asked_at: float) -> None:
         self.name = name
         self.holder = holder
         self.epoch = epoch
         self.fence: Fence = _fence_on.at(name, epoch)
         self._keeper = keeper
-        self._clock = clock
+        self._clock = keeper.clock
         self._seconds = seconds
         self._renewed(asked_at)
 
@@ -111,8 +113,8 @@ class Rows(Protocol):
         """Prolong; the names that were, and those that somebody else has."""
         ...
 
-    async def release(self, name: str, epoch: int) -> None:
-        """Let it expire now."""
+    async def release(self, held: Sequence[Lease]) -> None:
+        """Let them expire now."""
         ...
 
     async def close(self) -> None:
@@ -124,17 +126,21 @@ class Keeper:
     """The thread that acquires, renews and releases, for all leases of one Database; started by the first."""
 
     def __init__(self, address: Address, clock: Clock, busy_timeout_seconds: float, *, pooled: bool) -> None:
-        self._clock = clock
+        self.clock = clock
         self._rows: Rows = (
-            SQLiteRows(address, busy_timeout_seconds)
+            SQLiteRows(address, self._time, busy_timeout_seconds)
             if address.dialect == "sqlite"
-            else PostgresRows(address, busy_timeout_seconds, pooled=pooled)
+            else PostgresRows(address, self._time, busy_timeout_seconds, pooled=pooled)
         )
         self._held: dict[str, Lease] = {}
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    def _time(self) -> float | None:
+        # A test that moves its own clock moves the leases with it; everybody else goes by the database.
+        return None if self.clock is SYSTEM_CLOCK else self.clock.now().timestamp()
 
     # On the caller's loop
 
@@ -154,14 +160,13 @@ class Keeper:
 
     async def close(self) -> None:
         """Release everything and stop the thread."""
-        if self._thread is None or self._loop is None:
+        if self._loop is not None and self._thread is not None:
+            future = self._submit(self._release_all())
             self._closed = True
-            return
-        future = self._submit(self._release_all())
+            await asyncio.wrap_future(future)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            await asyncio.to_thread(self._thread.join)
         self._closed = True
-        await asyncio.wrap_future(future)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        await asyncio.to_thread(self._thread.join)
 
     def _abandon(self, future: Future[Lease | None]) -> None:
         # The caller went away while the database was asked: nobody would ever release what was taken.
@@ -176,7 +181,8 @@ class Keeper:
             raise DatabaseUnavailable(msg, retryable=False)
         if self._loop is None:
             loop = self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._run, args=(loop,), name="mainstay.database leases", daemon=True)
+            name = "mainstay.database leases"
+            self._thread = threading.Thread(target=self._run, args=(loop,), name=name, daemon=True)
             self._thread.start()
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -195,29 +201,31 @@ class Keeper:
 
     async def _acquire(self, name: str, seconds: float, holder: str) -> Lease | None:
         async with self._lock:
-            asked_at = self._clock.monotonic()
+            asked_at = self.clock.monotonic()
             epoch = await self._rows.acquire(name, holder, seconds)
             if epoch is None:
                 return None
-            lease = Lease(self, self._clock, name, holder, epoch, seconds, asked_at)
+            lease = Lease(self, name, holder=holder, epoch=epoch, seconds=seconds, asked_at=asked_at)
             self._held[name] = lease
             _metrics.LEASES_HELD.inc()
             return lease
 
-    async def _release(self, lease: Lease) -> None:
+    async def _release(self, *leases: Lease) -> None:
         async with self._lock:
-            if self._held.get(lease.name) is not lease:
-                return
-            self._forget(lease)
+            mine = [lease for lease in leases if self._held.get(lease.name) is lease]
+            for lease in mine:
+                lease._until = float("-inf")
+                self._forget(lease)
             try:
-                await self._rows.release(lease.name, lease.epoch)
-            except Exception as error:  # noqa: BLE001  it expires by itself
-                _log.warning("lease %s could not be released and expires by itself: %s", lease.name, error)
+                if mine:
+                    await self._rows.release(mine)
+            except Exception as error:  # noqa: BLE001  they expire by themselves
+                _log.warning("%d leases could not be released and expire by themselves: %s", len(mine), error)
 
     async def _release_all(self) -> None:
-        for lease in list(self._held.values()):
-            lease._until = float("-inf")
-            await self._release(lease)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._release(*self._held.values())
 
     def _forget(self, lease: Lease) -> None:
         del self._held[lease.name]
@@ -235,7 +243,7 @@ class Keeper:
                     await self._renew(held)
 
     async def _renew(self, held: list[Lease]) -> None:
-        asked_at = self._clock.monotonic()
+        asked_at = self.clock.monotonic()
         try:
             renewed, lost = await self._rows.renew(held)
         except Exception as error:  # noqa: BLE001  the database may be back before the leases end
@@ -256,53 +264,57 @@ class Keeper:
 class SQLiteRows:
     """The table in SQLite; blocks its thread, which is there for that."""
 
-    def __init__(self, address: Address, busy_timeout_seconds: float) -> None:
-        self._arguments = address.url.get_dialect()().create_connect_args(address.url)
-        self._synchronous = address.synchronous
+    def __init__(self, address: Address, time_: Callable[[], float | None], busy_timeout_seconds: float) -> None:
+        self._address = address
+        self._time = time_
         self._seconds = busy_timeout_seconds
         self._connection: sqlite3.Connection | None = None
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
+        """Take the lease if it has expired or never was; its epoch, or None."""
         sql = f"""
             INSERT INTO mainstay_database_leases (name, holder, epoch, expires_at)
-            VALUES (?, ?, 1, {_SQLITE_NOW} + ?)
+            VALUES (:name, :holder, 1, {_SQLITE_NOW} + :seconds)
             ON CONFLICT (name) DO UPDATE
             SET holder = excluded.holder, epoch = mainstay_database_leases.epoch + 1, expires_at = excluded.expires_at
             WHERE mainstay_database_leases.expires_at <= {_SQLITE_NOW}
             RETURNING epoch
         """  # noqa: S608  constants
         with self._transaction() as connection:
-            row = connection.execute(sql, (name, holder, seconds)).fetchone()
+            values = {"name": name, "holder": holder, "seconds": seconds, "now": self._time()}
+            row = connection.execute(sql, values).fetchone()
         return None if row is None else int(row[0])
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
-        sql = f"UPDATE mainstay_database_leases SET expires_at = {_SQLITE_NOW} + ? WHERE name = ? AND epoch = ?"  # noqa: S608  constants
+        """Prolong; the names that were, and those that somebody else has."""
+        sql = f"""
+            UPDATE mainstay_database_leases SET expires_at = {_SQLITE_NOW} + :seconds
+            WHERE name = :name AND epoch = :epoch
+        """  # noqa: S608  constants
         renewed: set[str] = set()
         with self._transaction() as connection:
             for lease in held:
-                if connection.execute(sql, (lease._seconds, lease.name, lease.epoch)).rowcount:
+                values = {"name": lease.name, "epoch": lease.epoch, "seconds": lease._seconds, "now": self._time()}
+                if connection.execute(sql, values).rowcount:
                     renewed.add(lease.name)
         return renewed, {lease.name for lease in held} - renewed
 
-    async def release(self, name: str, epoch: int) -> None:
+    async def release(self, held: Sequence[Lease]) -> None:
+        """Let them expire now."""
+        sql = "UPDATE mainstay_database_leases SET expires_at = 0 WHERE name = ? AND epoch = ?"
         with self._transaction() as connection:
-            connection.execute(
-                "UPDATE mainstay_database_leases SET expires_at = 0 WHERE name = ? AND epoch = ?", (name, epoch)
-            )
+            connection.executemany(sql, [(lease.name, lease.epoch) for lease in held])
 
     async def close(self) -> None:
+        """Close the connection."""
         if self._connection is not None:
             self._connection.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Any:
+    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
         try:
             if self._connection is None:
-                place, options = self._arguments
-                connection = sqlite3.connect(*place, **{**options, "timeout": 0, "isolation_level": None})
-                for pragma in sqlite_pragmas(self._synchronous):
-                    connection.execute(pragma)
-                self._connection = connection
+                self._connection = sqlite_connection(self._address)
             connection = self._connection
             begin_immediate(connection, self._seconds)
         except sqlite3.OperationalError as error:
@@ -320,66 +332,82 @@ class SQLiteRows:
 class PostgresRows:
     """The table in PostgreSQL."""
 
-    def __init__(self, address: Address, busy_timeout_seconds: float, *, pooled: bool) -> None:
-        self._arguments: dict[str, Any] = asyncpg_arguments(address.url)
-        if pooled:
-            self._arguments["statement_cache_size"] = 0
+    def __init__(
+        self, address: Address, time_: Callable[[], float | None], busy_timeout_seconds: float, *, pooled: bool
+    ) -> None:
+        self._address = address
+        self._pooled = pooled
+        self._time = time_
         self._seconds = busy_timeout_seconds
         self._connection: asyncpg.Connection | None = None
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
+        """Take the lease if it has expired or never was; its epoch, or None."""
         sql = f"""
             INSERT INTO mainstay_database_leases (name, holder, epoch, expires_at)
-            VALUES ($1, $2, 1, {_POSTGRES_NOW} + $3::float8)
+            VALUES ($2, $3, 1, {_POSTGRES_NOW} + $4::float8)
             ON CONFLICT (name) DO UPDATE
             SET holder = excluded.holder, epoch = mainstay_database_leases.epoch + 1,
-                expires_at = {_POSTGRES_NOW} + $3::float8
+                expires_at = {_POSTGRES_NOW} + $4::float8
             WHERE mainstay_database_leases.expires_at <= {_POSTGRES_NOW}
             RETURNING epoch
         """  # noqa: S608  constants
-        rows = await self._fetch(sql, name, holder, seconds)
+        rows = await self._fetch(sql, self._time(), name, holder, seconds)
         return int(rows[0][0]) if rows else None
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
+        """Prolong; the names that were, and those that somebody else has."""
         # A fenced unit of work holds its lease's row FOR SHARE until it commits. Waiting for it here would cost all the
         # other leases; it is skipped, and asked for again soon. Nobody can take it over meanwhile either.
         sql = f"""
             WITH mine AS (
                 SELECT l.name, v.seconds
                 FROM mainstay_database_leases l
-                JOIN unnest($1::text[], $2::bigint[], $3::float8[]) AS v (name, epoch, seconds)
+                JOIN unnest($2::text[], $3::bigint[], $4::float8[]) AS v (name, epoch, seconds)
                 ON l.name = v.name AND l.epoch = v.epoch
                 FOR NO KEY UPDATE OF l SKIP LOCKED
             )
             UPDATE mainstay_database_leases l SET expires_at = {_POSTGRES_NOW} + mine.seconds
             FROM mine WHERE l.name = mine.name RETURNING l.name
         """  # noqa: S608  constants
-        columns = list(zip(*((lease.name, lease.epoch, lease._seconds) for lease in held), strict=True))
-        renewed = {row[0] for row in await self._fetch(sql, *map(list, columns))}
+        names = [lease.name for lease in held]
+        epochs = [lease.epoch for lease in held]
+        seconds = [lease._seconds for lease in held]
+        renewed = {row[0] for row in await self._fetch(sql, self._time(), names, epochs, seconds)}
         rest = [lease for lease in held if lease.name not in renewed]
         if not rest:
             return renewed, set()
-        names = [lease.name for lease in rest]
-        rows = await self._fetch("SELECT name, epoch FROM mainstay_database_leases WHERE name = ANY ($1::text[])", names)
-        epochs = {row[0]: row[1] for row in rows}
-        return renewed, {lease.name for lease in rest if epochs.get(lease.name) != lease.epoch}
+        sql = "SELECT name, epoch FROM mainstay_database_leases WHERE name = ANY ($1::text[])"
+        there = {row[0]: row[1] for row in await self._fetch(sql, [lease.name for lease in rest])}
+        return renewed, {lease.name for lease in rest if there.get(lease.name) != lease.epoch}
 
-    async def release(self, name: str, epoch: int) -> None:
-        await self._fetch("UPDATE mainstay_database_leases SET expires_at = 0 WHERE name = $1 AND epoch = $2", name, epoch)
+    async def release(self, held: Sequence[Lease]) -> None:
+        """Let them expire now."""
+        sql = """
+            UPDATE mainstay_database_leases l SET expires_at = 0
+            FROM unnest($1::text[], $2::bigint[]) AS v (name, epoch) WHERE l.name = v.name AND l.epoch = v.epoch
+        """
+        await self._fetch(sql, [lease.name for lease in held], [lease.epoch for lease in held])
 
     async def close(self) -> None:
+        """Close the connection."""
         if self._connection is not None:
             self._connection.terminate()
 
     async def _fetch(self, sql: str, *arguments: object) -> list[Any]:
         try:
             async with asyncio.timeout(self._seconds):
-                if self._connection is None or self._connection.is_closed():
-                    self._connection = await asyncpg.connect(**self._arguments)
+                connection = self._connection
+                if connection is None or connection.is_closed():
+                    connection = await postgres_connection(
+                        self._address, pooled=self._pooled, timeout_seconds=self._seconds
+                    )
+                    self._connection = connection
                 # In a transaction, or a pooler could send statement and parameters to different servers.
-                async with self._connection.transaction():
-                    return list(await self._connection.fetch(sql, *arguments))
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                async with connection.transaction():
+                    return list(await connection.fetch(sql, *arguments))
+        except BaseException as error:
+            # Whatever state it is in, a new connection is in a better one.
             if self._connection is not None:
                 self._connection.terminate()
                 self._connection = None

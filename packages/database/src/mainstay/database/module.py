@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Never
 
-import sqlalchemy as sa
-from sqlalchemy import exc
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from mainstay.core import App, Module
 from mainstay.database import _metrics
-from mainstay.database._engine import Address, behind_pooler, make_engine, unreachable
-from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn
+from mainstay.database._engine import Address, behind_pooler, make_engine, unreachable, write_ahead
+from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn, Writer
 from mainstay.database._statements import Statements
-from mainstay.database.database import Database
+from mainstay.database.database import Database, uninterrupted
 from mainstay.database.lease import Keeper, metadata
 from mainstay.database.schema import Schema
 from mainstay.database.settings import DatabaseSettings, parse_url
@@ -30,6 +30,7 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
+        """Connect, migrate SQLite or check PostgreSQL, yield the Database; at the end commit what is waiting."""
         settings = self.settings
         address = Address(parse_url(settings.url.get_secret_value()))
         try:
@@ -41,38 +42,45 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
 
 @asynccontextmanager
 async def _database(address: Address, settings: DatabaseSettings, app: App) -> AsyncGenerator[Database, None]:
-    sqlite = address.dialect == "sqlite"
-    pooled = not sqlite and await behind_pooler(address, settings.busy_timeout_seconds)
-    engine = make_engine(address, settings, pooled=pooled)
-    statements = Statements(engine.dialect)
     busy = settings.busy_timeout_seconds
-    turn = Turn(busy) if sqlite else None
-    if turn is not None:
-        lanes = [Lane(SQLiteWriter(address, statements, turn, busy))]
+    pooled = False
+    if address.dialect == "sqlite":
+        try:
+            await asyncio.to_thread(write_ahead, address, busy)
+        except sqlite3.Error as error:
+            raise unreachable(address, error) from error
     else:
-        lanes = [
-            Lane(PostgresWriter(address, statements, busy, pooled=pooled))
-            for _ in range(settings.recorder_connections)
-        ]
-    recorder = Recorder(lanes)
+        pooled = await behind_pooler(address, busy)
+    engine = make_engine(address, settings, pooled=pooled)
+    event.listen(engine.sync_engine, "checkout", _checked_out)
+    event.listen(engine.sync_engine, "checkin", _checked_in)
+    statements = Statements(engine.dialect)
+    turn = Turn(busy) if address.dialect == "sqlite" else None
+    writers: list[Writer] = (
+        [SQLiteWriter(address, statements, turn, busy)]
+        if turn is not None
+        else [PostgresWriter(address, statements, busy, pooled=pooled) for _ in range(settings.recorder_connections)]
+    )
+    recorder = Recorder([Lane(writer) for writer in writers])
     keeper = Keeper(address, app.clock, busy, pooled=pooled)
-    sa.event.listen(engine.sync_engine, "checkout", _checked_out)
-    sa.event.listen(engine.sync_engine, "checkin", _checked_in)
     try:
         database = Database(engine, recorder, keeper, statements, turn=turn, pooled=pooled)
-        try:
-            await database.ensure_schema(SCHEMA)
-        except (exc.DBAPIError, sqlite3.Error, OSError) as error:
-            raise unreachable(address, error.orig if isinstance(error, exc.DBAPIError) else error) from error
+        await database.ensure_schema(SCHEMA)
         yield database
     finally:
-        await asyncio.shield(_close(database_parts=(keeper, recorder), engine=engine))
+        _, cancelled = await uninterrupted(_close(keeper, recorder, engine))
+        if cancelled is not None:
+            raise cancelled
 
 
-async def _close(database_parts: tuple[Keeper, Recorder], engine: Any) -> None:
-    for part in database_parts:
-        await part.close()
-    await engine.dispose()
+async def _close(keeper: Keeper, recorder: Recorder, engine: AsyncEngine) -> None:
+    try:
+        await keeper.close()
+    finally:
+        try:
+            await recorder.close()
+        finally:
+            await engine.dispose()
 
 
 def _checked_out(_connection: object, record: Any, _proxy: object) -> None:

@@ -7,6 +7,7 @@ tables, before the new version of the service is started.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -23,6 +24,8 @@ from sqlalchemy.pool import NullPool
 from mainstay.core import ConfigurationError
 from mainstay.database._engine import Address, begin_events, behind_pooler, pooler_arguments
 from mainstay.database.settings import parse_url
+
+_log = logging.getLogger("mainstay.database")
 
 _UPGRADE_LOCK = 7_261_153_904_017  # an arbitrary number, the same in every process
 
@@ -60,8 +63,27 @@ class Schema:
         context = MigrationContext.configure(connection, opts={"version_table": self.version_table})
         return context.get_current_revision()
 
+    def is_current(self, connection: sa.Connection) -> bool:
+        """Whether the database is at the newest revision, or at one that only a newer installation knows.
+
+        The latter happens while a new version is being rolled out beside the old one; migrations are made so that the
+        version before can go on.
+        """
+        current = self.current(connection)
+        script = self._script()
+        if current == script.get_current_head():
+            return True
+        if current is None or current in {known.revision for known in script.walk_revisions()}:
+            return False
+        _log.warning(
+            "the tables of mainstay-%s are at revision %s, newer than this installation", self.package, current
+        )
+        return True
+
     def upgrade(self, connection: sa.Connection) -> None:
         """Bring the database to the newest revision, in the transaction that the connection is in."""
+        if self.is_current(connection):
+            return
         script = self._script()
         context = MigrationContext.configure(
             connection,
@@ -124,9 +146,7 @@ async def status(url: str, schemas: Sequence[Schema]) -> list[tuple[str, str | N
     engine = await _engine(url)
     try:
         async with engine.connect() as connection:
-            return [
-                (schema.package, await connection.run_sync(schema.current), schema.head()) for schema in schemas
-            ]
+            return [(schema.package, await connection.run_sync(schema.current), schema.head()) for schema in schemas]
     finally:
         await engine.dispose()
 
@@ -159,10 +179,10 @@ async def require(connection: AsyncConnection, schema: Schema) -> None:
     Raises:
         ConfigurationError: it is at another one; names the command.
     """
+    if await connection.run_sync(schema.is_current):
+        return
     current = await connection.run_sync(schema.current)
     head = schema.head()
-    if current == head:
-        return
     state = "has no tables" if current is None else f"is at revision {current}"
     msg = (
         f"the database {state} for mainstay-{schema.package}, whose newest revision is {head}: "

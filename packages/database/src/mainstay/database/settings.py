@@ -16,8 +16,8 @@ class DatabaseSettings(Settings):
     """Where the database is, and how long to wait for it.
 
     Attributes:
-        url: `sqlite+aiosqlite:///path`, `sqlite+aiosqlite:///:memory:` or `postgresql+asyncpg://user:password@host/name`.
-            The driver may be left out. It is a secret, because of the password in it.
+        url: `sqlite+aiosqlite:///path`, `sqlite+aiosqlite:///:memory:` or `postgresql+asyncpg://user:pass@host/name`.
+            The driver may be left out. A secret, because of the password in it.
         pool_size: connections for units of work and reads, at most; 1 or more.
         pool_timeout_seconds: how long a unit of work or a read waits for one of them before `DatabaseBusy`.
         recorder_connections: further connections (PostgreSQL) on which the writes outside units of work are committed

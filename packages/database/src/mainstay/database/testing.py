@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from pydantic import SecretStr
+
 from mainstay.core import SYSTEM_CLOCK, App, Clock
 from mainstay.database.database import Database
 from mainstay.database.module import SCHEMA, DatabaseModule
@@ -27,7 +29,7 @@ async def database(
     """
     if not url.startswith("sqlite"):
         await upgrade(url, [SCHEMA, *schemas])
-    app = App(DatabaseModule.for_root(DatabaseSettings(url=url, **settings)), clock=clock)
+    app = App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url), **settings)), clock=clock)
     async with app:
         running = app.get(Database)
         for schema in schemas:
