@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,54 +45,105 @@ def test_both_commands_of_the_readme_run_in_a_fresh_clone(tmp_path: Path):
     assert left.stdout == ""
 
 
-@contextmanager
-def _service(directory: Path) -> Iterator[tuple[str, Path]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    output = directory / "output.txt"
-    with output.open("a") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "service:api", "--port", str(port)],
-            cwd=directory,
-            env=_environment(),
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        end = time.monotonic() + 30
-        while True:
-            assert process.poll() is None, output.read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert time.monotonic() < end, output.read_text()
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", output
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            status = process.wait(timeout=30)
-        finally:
-            process.kill()
-            process.wait()
-    # uvicorn re-raises the signal after a graceful stop.
-    assert status in {0, -signal.SIGTERM}, output.read_text()
+ORDER = "018f2d5e-0000-7000-8000-000000000001"
+RECEIPT = f"a receipt over 12.50 for order {ORDER}"
 
 
-def test_the_service_of_the_readme_runs_as_written(tmp_path: Path):
+def _wait_for(condition: Callable[[], bool], output: Path) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.05)
+
+
+class _Service:
+    """The README's service under uvicorn, in a directory of its own."""
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        found = re.search(r"<!-- file: service\.py -->\n```python\n(.*?)```", README, re.DOTALL)
+        assert found is not None
+        self.code = found[1]
+        self.directory = directory
+        self.environment = _environment() | settings
+        self.output = directory / "output.txt"
+        (directory / "service.py").write_text(self.code)
+
+    def start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        with self.output.open("a") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "uvicorn", "service:api", "--port", str(self.port)],
+                cwd=self.directory,
+                env=self.environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+            )
+        _wait_for(self._listening, self.output)
+
+    def _listening(self) -> bool:
+        assert self.process.poll() is None, self.output.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def pay(self) -> None:
+        url = f"http://127.0.0.1:{self.port}/orders/{ORDER}/payment"
+        answer = httpx.post(url, params={"amount": "12.50"}, timeout=30)
+        assert answer.status_code == 200, f"{answer.text}\n{self.output.read_text()}"
+
+    def stop(self) -> None:
+        self.process.terminate()
+        # uvicorn raises the signal again after a graceful stop.
+        assert self.process.wait(timeout=60) in {0, -signal.SIGTERM}, self.output.read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[_Service]:
+    """The service, embedded, and gone after the test."""
+    made = _Service(tmp_path)
+    made.start()
+    yield made
+    made.kill()
+
+
+def test_the_service_of_the_readme_runs_as_written(service: _Service):
     """Typed from the README into an empty directory, the service answers, delivers its event, and stops in order."""
-    found = re.search(r"<!-- file: service\.py -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    code = [line for line in found[1].splitlines() if line.strip()]
-    assert len(code) <= 22, "it is called a service in 20 lines"
-    (tmp_path / "service.py").write_text(found[1])
-    order = "018f2d5e-0000-7000-8000-000000000001"
-    with _service(tmp_path) as (address, output):
-        answer = httpx.post(f"{address}/orders/{order}/payment", params={"amount": "12.50"})
-        assert answer.status_code == 200, f"{answer.text}\n{output.read_text()}"
-        end = time.monotonic() + 30
-        while f"a receipt over 12.50 for order {order}" not in output.read_text():
-            assert time.monotonic() < end, output.read_text()
-            time.sleep(0.05)
-    assert output.read_text().count("a receipt over") == 1
+    assert len([line for line in service.code.splitlines() if line.strip()]) <= 20
+    service.pay()
+    _wait_for(lambda: RECEIPT in service.output.read_text(), service.output)
+    service.stop()
+    assert service.output.read_text().count(RECEIPT) == 1
+
+
+def test_the_service_of_the_readme_survives_a_kill(service: _Service):
+    """Killed right after its answer, the service has the event: if the receipt was not printed, the next start does."""
+    service.pay()
+    service.kill()
+    service.start()
+    _wait_for(lambda: RECEIPT in service.output.read_text(), service.output)
+
+
+def test_the_service_of_the_readme_runs_on_kafka_and_postgresql(tmp_path: Path, kafka: str, postgres: str):
+    """The same file on the real engines, with the settings and the command that the README names."""
+    settings = {
+        "MAINSTAY_DATABASE_URL": postgres,
+        "MAINSTAY_EVENTS_TRANSPORT": "kafka",
+        "MAINSTAY_EVENTS_KAFKA_SERVERS": kafka,
+    }
+    assert all(f"{name}=" in README for name in settings)
+    assert "mainstay-database upgrade && uvicorn service:api" in README
+    made = _Service(tmp_path, **settings)
+    upgrade = str(Path(sys.executable).parent / "mainstay-database")
+    subprocess.run([upgrade, "upgrade"], cwd=tmp_path, env=made.environment, check=True, capture_output=True)
+    made.start()
+    try:
+        made.pay()
+        _wait_for(lambda: RECEIPT in made.output.read_text(), made.output)
+        made.stop()
+    finally:
+        made.kill()
