@@ -40,7 +40,8 @@ def suites() -> dict[str, Path]:
 def run(suite: str, path: Path) -> Outcome:
     """Run one suite in a process of its own."""
     source = path.parent / "src"
-    measured = source.is_dir()
+    # The plugin in `servers` is imported before anything could measure it.
+    measured = source.is_dir() and suite != "servers"
     report, junit = BUILD / f"{suite}.json", BUILD / f"{suite}.xml"
     for old in (report, junit):
         old.unlink(missing_ok=True)
