@@ -43,6 +43,8 @@ def demo(
 @cli.command()
 def api(port: int = 8000) -> None:
     """Accept purchases over HTTP."""
+    # uvicorn stops in order on SIGTERM, and then raises the signal once more for whoever else listens.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     uvicorn.run("ticketing.main:api", port=port, log_config=None, access_log=False)
 
 

@@ -33,7 +33,9 @@ class OfficeProcess:
         self.log = log
         self.kills = 0
         self._command = [sys.executable, "-m", "ticketing", name, *arguments]
-        self._environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
+        # Bytecode is kept whatever this machine's habit is: a worker that was killed is to be back soon.
+        python = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": ""}
+        self._environment = os.environ | python | environment
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
