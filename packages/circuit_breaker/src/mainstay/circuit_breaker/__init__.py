@@ -2,8 +2,10 @@
 
 from mainstay.circuit_breaker import _metrics as _metrics
 from mainstay.circuit_breaker._admission import Policy, in_thread
+from mainstay.circuit_breaker.adaptive import AdaptiveBulkhead
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.bulkhead import Bulkhead
+from mainstay.circuit_breaker.chaos import Chaos, Fault
 from mainstay.circuit_breaker.circuit import Circuit, CircuitSnapshot, State, StateChange
 from mainstay.circuit_breaker.errors import (
     BulkheadFull,
@@ -13,6 +15,9 @@ from mainstay.circuit_breaker.errors import (
     Rejected,
     Throttled,
 )
+from mainstay.circuit_breaker.fallback import Fallback
+from mainstay.circuit_breaker.hedge import Hedge
+from mainstay.circuit_breaker.limits import Budget, RateLimit
 from mainstay.circuit_breaker.module import CircuitBreakerModule
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.retries import Retries
@@ -21,9 +26,12 @@ from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSetti
 from mainstay.circuit_breaker.timeouts import Timeout
 
 __all__ = [
+    "AdaptiveBulkhead",
     "BreakerConfig",
+    "Budget",
     "Bulkhead",
     "BulkheadFull",
+    "Chaos",
     "Circuit",
     "CircuitBreaker",
     "CircuitBreakerModule",
@@ -31,11 +39,15 @@ __all__ = [
     "CircuitBreakerSettings",
     "CircuitOpen",
     "CircuitSnapshot",
+    "Fallback",
+    "Fault",
     "HarmfulOrderWarning",
+    "Hedge",
     "KeyedBreaker",
     "OperationConfig",
     "Pipeline",
     "Policy",
+    "RateLimit",
     "RateLimited",
     "Rejected",
     "Retries",

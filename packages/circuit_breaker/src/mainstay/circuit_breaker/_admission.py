@@ -53,7 +53,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class Policy:
         _entered.set((self, block, _entered.get()))
         return self
 
-    async def __aexit__(self, *details: object) -> bool | None:
+    async def __aexit__(self, *details: Any) -> bool | None:  # noqa: PYI036  passed on as they come
         return await cast("AbstractAsyncContextManager[None]", self._leave()).__aexit__(*details)
 
     def __enter__(self) -> Self:
@@ -135,7 +135,7 @@ class Policy:
         _entered.set((self, block, _entered.get()))
         return self
 
-    def __exit__(self, *details: object) -> bool | None:
+    def __exit__(self, *details: Any) -> bool | None:  # noqa: PYI036  passed on as they come
         return cast("AbstractContextManager[None]", self._leave()).__exit__(*details)
 
     def _leave(self) -> object:
@@ -158,7 +158,7 @@ class Policy:
         return runner
 
     def _build(self, mode: Mode, fn: Callable[..., Any] | None, start: int = 0) -> types.FunctionType:
-        layers, inner = self._cut(mode, start)
+        layers, inner = self._cut(start)
         for layer in layers:
             refusal = _REFUSALS.get((layer.kind, mode))
             if refusal is not None:
@@ -182,7 +182,7 @@ class Policy:
             known[built] = (self, mode, start)
         return built
 
-    def _cut(self, mode: Mode, start: int) -> tuple[tuple[Layer, ...], int | None]:
+    def _cut(self, start: int) -> tuple[tuple[Layer, ...], int | None]:
         """The layers that make one function, and where those of the function inside a hedge begin."""
         layers = self._layers()[start:]
         for index, layer in enumerate(layers):
@@ -199,9 +199,20 @@ class Policy:
     def _recompile(self) -> None:
         """Give the functions that this policy takes part in the code of its present shape."""
         for built, (owner, mode, start) in list((self._compiled or {}).items()):
-            layers, _ = owner._cut(mode, start)
+            layers, _ = owner._cut(start)
             self._bind(built, layers)
             built.__code__ = _code(mode, layers)
+
+
+def require(owner: str, field: str, value: object, range_: str, *, holds: bool) -> None:
+    """Refuse an impossible argument.
+
+    Raises:
+        ValueError: it does not hold; the message names owner, field, value and range.
+    """
+    if not holds:
+        msg = f"{owner}: {field} is {value!r}; it is {range_}"
+        raise ValueError(msg)
 
 
 _Entered = tuple[Policy, object, "_Entered | None"]
@@ -265,6 +276,8 @@ _SHARED: Final = {"Awaitables": (types.CoroutineType, asyncio.Future), "refuse_a
 _NO_STREAM = "cannot stand around an async generator, whose consumer takes its time: put it around each call inside"
 _NO_REPEAT = "cannot repeat the body of a `with` block: decorate a function, or use `call`"
 _NO_THREAD = "cannot cancel a thread: make the function async, or wrap it with in_thread and let it run on unheard"
+_NO_AWAIT = "has an async function, which a plain caller cannot await: give it a plain one"
+_NO_SKIP = "cannot skip the body of a `with` block: decorate a function, or use `call`"
 _NO_KEY = "has no key for a `with` block: decorate a function, or use `call`"
 
 _REFUSALS: Final[dict[tuple[str, str], str]] = {
@@ -277,6 +290,14 @@ _REFUSALS: Final[dict[tuple[str, str], str]] = {
     ("hedge", "sync_block"): _NO_REPEAT,
     ("hedge", "async_block"): _NO_REPEAT,
     ("hedge", "stream"): _NO_STREAM,
+    ("async_fallback", "sync"): _NO_AWAIT,
+    ("async_fallback", "sync_run"): _NO_AWAIT,
+    ("async_fallback", "sync_block"): _NO_REPEAT,
+    ("async_fallback", "async_block"): _NO_REPEAT,
+    ("async_fallback", "stream"): _NO_STREAM,
+    ("chaos", "sync_block"): _NO_SKIP,
+    ("chaos", "async_block"): _NO_SKIP,
+    ("chaos", "stream"): _NO_STREAM,
     ("fallback", "sync_block"): _NO_REPEAT,
     ("fallback", "async_block"): _NO_REPEAT,
     ("fallback", "stream"): _NO_STREAM,
@@ -309,7 +330,7 @@ class _Text:
         return f"await {name}_{index}" if self.asynchronous else f"{name}_sync_{index}"
 
     @contextmanager
-    def block(self, head: str) -> Iterator[None]:
+    def block(self, head: str) -> Generator[None]:
         """Append `head` and indent what follows."""
         self.add(head)
         self._depth += 1
@@ -524,7 +545,7 @@ def _budget(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
     with text.block("try:"):
         body()
     with text.block(f"except BaseException as error_{i}:"):
-        text.add(f"refused_{i}(error_{i})", "raise")
+        text.add(f"raised_{i}(error_{i})", "raise")
     text.add(f"accepted_{i}()")
 
 
@@ -544,12 +565,17 @@ def _hedge(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None: 
 
 
 def _chaos(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
+    text.add(f"fault_{i} = None")
     with text.block(f"if chaos_{i}.is_on:"):
-        text.add(f"{text.waited('disturb', i)}()")
-    body()
+        text.add(f"fault_{i} = {text.waited('disturb', i)}()")
+    with text.block(f"if fault_{i} is None:"):
+        body()
+    with text.block("else:"):
+        text.add(f"result = fault_{i}.result")
 
 
 _LINES: Final[dict[str, Callable[[_Text, str, tuple[object, ...], Body], None]]] = {
+    "async_fallback": _fallback,
     "breaker": _breaker,
     "budget": _budget,
     "bulkhead": _bulkhead,

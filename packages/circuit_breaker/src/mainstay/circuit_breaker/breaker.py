@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import threading
@@ -13,18 +12,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from mainstay.circuit_breaker._admission import Layer, Policy
-from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Verdict
-from mainstay.circuit_breaker.errors import Rejected
+from mainstay.circuit_breaker.circuit import Circuit, State, StateChange
 from mainstay.circuit_breaker.settings import BreakerConfig
-from mainstay.core import SYSTEM_CLOCK, Binding, Clock, DeadlineExceeded, MainstayError, deadline_fired
+from mainstay.circuit_breaker.verdicts import Errors, Verdict, are_exceptions, judge
+from mainstay.core import SYSTEM_CLOCK, Binding, Clock
 
 L = TypeVar("L", bound=Callable[[StateChange], object])
-Errors = tuple[type[BaseException], ...]
 
 _log = logging.getLogger("mainstay.circuit_breaker")
-
-# The caller's mistake, the rules of the business, a missing right, a missing resource: who says so, works.
-_ANSWERS = ("VAL_", "BIZ_", "AUTH_", "RES_")
 
 
 class Rules:
@@ -36,6 +31,7 @@ class Rules:
         self,
         name: str,
         config: BreakerConfig,
+        *,
         failures: Errors,
         answers: Errors,
         failed_result: Callable[[Any], bool] | None,
@@ -53,17 +49,7 @@ class Rules:
 
     def judge(self, error: BaseException) -> Verdict:
         """What `error` says about the dependency."""
-        if isinstance(error, Rejected) or (getattr(error, "no_effect", False) is True and _is_ours(error)):
-            return Verdict.NEUTRAL  # a policy inside this breaker, or a deadline that was over before the call
-        if not isinstance(error, Exception):
-            # A cancellation by our own deadline is the dependency's slowness; any other is the caller's business.
-            timed_out = isinstance(error, asyncio.CancelledError) and deadline_fired()
-            return Verdict.FAILURE if timed_out else Verdict.NEUTRAL
-        if isinstance(error, self.answers) or not isinstance(error, self.failures):
-            return Verdict.ANSWER
-        if isinstance(error, MainstayError) and error.code.startswith(_ANSWERS) and self.failures == (Exception,):
-            return Verdict.ANSWER
-        return Verdict.FAILURE
+        return judge(error, self.failures, self.answers)
 
     def break_seconds(self, breaks: int) -> float:
         """The length of the break that follows `breaks` earlier ones without a recovery."""
@@ -85,18 +71,8 @@ class Rules:
         for listener in self.listeners:
             try:
                 listener(change)
-            except Exception:
+            except Exception:  # noqa: BLE001  whatever it is, it belongs to the listener
                 _log.exception("a listener of circuit %s failed", change.name)
-
-
-def _are_exceptions(kinds: object) -> bool:
-    """Whether they are what `except` takes; callers may be unchecked."""
-    each = cast("tuple[object, ...]", kinds) if isinstance(kinds, tuple) else (None,)
-    return all(isinstance(kind, type) and issubclass(kind, Exception) for kind in each)
-
-
-def _is_ours(error: BaseException) -> bool:
-    return isinstance(error, DeadlineExceeded | asyncio.CancelledError)
 
 
 class _Ruled(Policy):
@@ -109,6 +85,7 @@ class _Ruled(Policy):
         self,
         name: str,
         config: BreakerConfig | None,
+        *,
         failures: Errors,
         answers: Errors,
         failed_result: Callable[[Any], bool] | None,
@@ -118,14 +95,20 @@ class _Ruled(Policy):
             msg = f"a breaker's name is a non-empty string, not {name!r}: write CircuitBreaker('payments')"
             raise TypeError(msg)
         for field, kinds in (("failures", failures), ("answers", answers)):
-            if not _are_exceptions(kinds):
+            if not are_exceptions(kinds):
                 msg = f"CircuitBreaker({name!r}): {field} is a tuple of Exception classes, not {kinds!r}"
                 raise TypeError(msg)
         self.own_config = config
         self.clock = clock
-        self._app_config: BreakerConfig | None = None
         self._binding: Binding[object] = Binding(f"CircuitBreaker({name!r})", remedy="a breaker also works unbound")
-        return Rules(name, config or BreakerConfig(), failures, answers, failed_result, _monotonic(clock))
+        return Rules(
+            name,
+            config or BreakerConfig(),
+            failures=failures,
+            answers=answers,
+            failed_result=failed_result,
+            now=_monotonic(clock),
+        )
 
     @property
     def name(self) -> str:
@@ -230,7 +213,8 @@ class CircuitBreaker(Circuit, _Ruled):
         failed_result: Callable[[Any], bool] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        super().__init__(self._rule(name, config, failures, answers, failed_result, clock))
+        rules = self._rule(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
+        super().__init__(rules)
         _register(self)
 
     def __repr__(self) -> str:
@@ -286,7 +270,9 @@ class KeyedBreaker(_Ruled):
         if max_keys < 1:
             msg = f"KeyedBreaker({name!r}): max_keys is {max_keys!r}; it is 1 or more"
             raise ValueError(msg)
-        self.rules = self._rule(name, config, failures, answers, failed_result, clock)
+        self.rules = self._rule(
+            name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock
+        )
         self.key = key
         self.max_keys = max_keys
         self._circuits: dict[object, Circuit] = {}

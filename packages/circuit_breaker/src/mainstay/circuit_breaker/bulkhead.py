@@ -5,30 +5,36 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from typing import Literal
+from math import inf
+from typing import TypeVar
 
-from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.circuit_breaker._admission import Layer, Policy, require
 from mainstay.circuit_breaker.errors import BulkheadFull
 from mainstay.core import SYSTEM_CLOCK, Clock, deadline_fired, remaining_seconds
 
 
 class _Place:
-    """Somebody in the queue: a task of some event loop, or a thread."""
+    """Somebody in the queue."""
 
-    __slots__ = ("_event", "_future", "_loop", "granted")
+    __slots__ = ("granted",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+    def __init__(self) -> None:
         self.granted = False
-        self._loop = loop
-        self._future = None if loop is None else loop.create_future()
-        self._event = threading.Event() if loop is None else None
 
     def wake(self) -> None:
         """Tell whoever waits; from any thread."""
-        if self._event is not None:
-            self._event.set()
-            return
-        assert self._loop is not None
+        raise NotImplementedError
+
+
+class _TaskPlace(_Place):
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
+
+    def wake(self) -> None:
         try:
             here = asyncio.get_running_loop() is self._loop
         except RuntimeError:
@@ -36,30 +42,37 @@ class _Place:
         if here:
             self._resolve()
         else:
-            try:
-                self._loop.call_soon_threadsafe(self._resolve)
-            except RuntimeError:  # the loop is closed, and with it the task is gone
-                self.granted = False
-                raise
+            self._loop.call_soon_threadsafe(self._resolve)
 
     def _resolve(self) -> None:
-        if self._future is not None and not self._future.done():
+        if not self._future.done():
             self._future.set_result(None)
 
     async def reached(self, seconds: float, clock: Clock) -> None:
         """Until woken or `seconds` have passed."""
-        future = self._future
-        assert future is not None
         timer = clock.call_later(seconds, self._resolve)
         try:
-            await future
+            await self._future
         finally:
             timer.cancel()
 
-    def reached_sync(self, seconds: float) -> None:
+
+class _ThreadPlace(_Place):
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._event = threading.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def reached(self, seconds: float) -> None:
         """Until woken or `seconds` have passed, blocking the thread."""
-        assert self._event is not None
         self._event.wait(seconds)
+
+
+P = TypeVar("P", bound=_Place)
 
 
 class Bulkhead(Policy):
@@ -78,8 +91,6 @@ class Bulkhead(Policy):
     Places are given in the order of arrival, to tasks and threads alike. A wait that is cancelled gives its place on.
     """
 
-    kind: Literal["bulkhead"] = "bulkhead"
-
     def __init__(
         self,
         limit: int,
@@ -89,15 +100,10 @@ class Bulkhead(Policy):
         name: str = "bulkhead",
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        _require(type(self).__name__, "limit", limit, limit >= 1, "1 or more")
-        _require(type(self).__name__, "queue", queue, queue >= 0, "0 or more")
-        _require(
-            type(self).__name__,
-            "max_wait_seconds",
-            max_wait_seconds,
-            0 <= max_wait_seconds < float("inf"),
-            "0 or more, and finite",
-        )
+        who = type(self).__name__
+        require(who, "limit", limit, "1 or more", holds=limit >= 1)
+        require(who, "queue", queue, "0 or more", holds=queue >= 0)
+        require(who, "max_wait_seconds", max_wait_seconds, "0 or more, and finite", holds=0 <= max_wait_seconds < inf)
         self.name = name
         self.limit = limit
         self.queue = queue
@@ -109,7 +115,8 @@ class Bulkhead(Policy):
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {self.limit - self.free} of {self.limit} under way, {len(self.waiting)} waiting>"
+        waiting = len(self.waiting)
+        return f"<{type(self).__name__} {self.name!r} {self.under_way} of {self.limit} under way, {waiting} waiting>"
 
     @property
     def under_way(self) -> int:
@@ -130,7 +137,7 @@ class Bulkhead(Policy):
         Raises:
             BulkheadFull: the queue is full, or nobody left in time.
         """
-        place = self._stand(asyncio.get_running_loop())
+        place = self._stand(_TaskPlace)
         if place is None:
             return
         seconds = self._patience()
@@ -147,11 +154,11 @@ class Bulkhead(Policy):
 
     def wait_sync(self) -> None:
         """`wait`, blocking the thread."""
-        place = self._stand(None)
+        place = self._stand(_ThreadPlace)
         if place is None:
             return
         try:
-            place.reached_sync(self._patience())
+            place.reached(self._patience())
         except BaseException:
             self._step_out(place, keep=False)
             raise
@@ -163,7 +170,7 @@ class Bulkhead(Policy):
         Raises:
             ValueError: `limit` is below 1.
         """
-        _require(type(self).__name__, "limit", limit, limit >= 1, "1 or more")
+        require(type(self).__name__, "limit", limit, "1 or more", holds=limit >= 1)
         with self._lock:
             self.free += limit - self.limit
             self.limit = limit
@@ -175,7 +182,7 @@ class Bulkhead(Policy):
             self.free += 1
             self._serve()
 
-    def _stand(self, loop: asyncio.AbstractEventLoop | None) -> _Place | None:
+    def _stand(self, kind: type[P]) -> P | None:
         with self._lock:
             if self.free > 0 and not self.waiting:
                 self.free -= 1
@@ -183,7 +190,7 @@ class Bulkhead(Policy):
             if len(self.waiting) >= self.queue or self.max_wait_seconds == 0:
                 self.rejected += 1
                 raise BulkheadFull(self.name, "full", self.max_wait_seconds or None)
-            place = _Place(loop)
+            place = kind()
             self.waiting.append(place)
             # A place may have been given back between the caller's look and our joining the queue.
             self._serve()
@@ -193,12 +200,12 @@ class Bulkhead(Policy):
         """Under the lock."""
         while self.free > 0 and self.waiting:
             place = self.waiting.popleft()
-            place.granted = True
-            self.free -= 1
             try:
                 place.wake()
-            except RuntimeError:
-                self.free += 1
+            except RuntimeError:  # its loop is closed, and with it the task is gone
+                continue
+            place.granted = True
+            self.free -= 1
 
     def _step_out(self, place: _Place, *, keep: bool) -> None:
         with self._lock:
@@ -221,9 +228,3 @@ class Bulkhead(Policy):
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {"bulkhead": self, "take": self.take, "release": self.release}
         return (Layer(self, "bulkhead", (False,), names | {"queue": self.wait, "queue_sync": self.wait_sync}),)
-
-
-def _require(owner: str, field: str, value: object, holds: bool, range_: str) -> None:  # noqa: FBT001  internal
-    if not holds:
-        msg = f"{owner}: {field} is {value!r}; it is {range_}"
-        raise ValueError(msg)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mainstay.circuit_breaker.errors import CircuitOpen
+from mainstay.circuit_breaker.verdicts import Verdict
 from mainstay.circuit_breaker.windows import CountWindow, TimeWindow, Window
 
 if TYPE_CHECKING:
@@ -42,17 +43,6 @@ class State(enum.StrEnum):
     """Rejects it, until somebody resets the circuit."""
     DISABLED = "disabled"
     """Lets it through and draws no conclusion from what comes of it, until somebody resets the circuit."""
-
-
-class Verdict(enum.Enum):
-    """What an exception says about the dependency."""
-
-    FAILURE = enum.auto()
-    """It did not do its work."""
-    ANSWER = enum.auto()
-    """It worked: declining a card is an answer. Counts like a result."""
-    NEUTRAL = enum.auto()
-    """Nothing: the caller went away, or the call was never sent. Counts nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,9 +423,7 @@ class Circuit:
                     self.window = self.counted
 
     def reclocked(self) -> None:
-        """The rules have another clock, whose readings have nothing to do with the old one's: the window begins
-        anew.
-        """
+        """The rules have another clock: readings of two clocks do not compare, so the window begins anew."""
         with self.lock:
             self._retired = self.sums()
             self.epoch += 1

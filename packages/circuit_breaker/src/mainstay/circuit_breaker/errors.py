@@ -70,6 +70,4 @@ class Throttled(Rejected):
 
 
 class HarmfulOrderWarning(UserWarning):
-    """The policies of a pipeline stand in an order that defeats one of them; the message says which and where to put
-    it.
-    """
+    """The order of a pipeline defeats one of its policies; the message says which, and where to put it."""

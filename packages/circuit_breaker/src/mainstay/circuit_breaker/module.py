@@ -41,9 +41,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
         return found
 
     def config_of(self, breaker: CircuitBreaker | KeyedBreaker) -> BreakerConfig:
-        """What applies to `breaker`: the settings by its name, else its own configuration, else the settings'
-        defaults.
-        """
+        """The settings by its name, else the configuration it was written with, else the settings' defaults."""
         return self.settings.breakers.get(breaker.name) or breaker.own_config or self.settings.defaults
 
     @asynccontextmanager

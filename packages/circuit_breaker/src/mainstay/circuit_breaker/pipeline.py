@@ -10,6 +10,7 @@ from mainstay.circuit_breaker._admission import Layer, Policy
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.circuit import Circuit
 from mainstay.circuit_breaker.errors import HarmfulOrderWarning
+from mainstay.circuit_breaker.hedge import Hedge
 from mainstay.circuit_breaker.retries import Retries
 from mainstay.core import Retry
 
@@ -25,7 +26,7 @@ _HARMFUL = (
     ("breaker", "hedge", "the breaker sees one outcome for both attempts", "put the breaker inside the hedge"),
     ("bulkhead", "hedge", "the second attempt is not counted", "put the bulkhead inside the hedge"),
 )
-_AS = {"keyed_breaker": "breaker"}
+_AS = {"keyed_breaker": "breaker", "async_fallback": "fallback"}
 
 
 class Pipeline(Policy):
@@ -76,7 +77,7 @@ class Pipeline(Policy):
     def _layers(self) -> tuple[Layer, ...]:
         layers: list[Layer] = []
         for index, policy in enumerate(self._order):
-            if isinstance(policy, Retries):
+            if isinstance(policy, Retries | Hedge):
                 inside: list[Circuit] = [other for other in self._order[index:] if isinstance(other, CircuitBreaker)]
                 layers.append(policy.layer(inside))
             else:

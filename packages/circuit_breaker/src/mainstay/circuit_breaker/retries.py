@@ -1,5 +1,4 @@
-"""Retrying, as a policy: core's `Retry` decides whether and when, this adds what a client of a sick dependency must
-know.
+"""Retrying, as a policy: core's `Retry` decides whether and when, this adds what a sick dependency needs.
 
 - A rejection by a policy inside (an open circuit, a full bulkhead) is not retried: it is an answer to all attempts.
 - Nothing is retried while a circuit inside is not closed: during an outage and a recovery, load is what it needs least.
@@ -102,9 +101,7 @@ class Attempts:
         self.now: Callable[[], float] = time.monotonic if type(policy.clock) is Clock else policy.clock.monotonic
 
     def again(self, trial: Trial | None, error: Exception, started: float | None = None) -> Trial:
-        """After an attempt that raised: `delay` is the wait before the next, or None, and then `error` is what to
-        raise.
-        """
+        """After an attempt that raised: `delay` is the wait before the next, or None; then `error` is to be raised."""
         trial = self._next(trial, started)
         # An earlier attempt may have had an effect. An error that denies one must not hide it.
         if trial.error is None or getattr(error, "no_effect", False) is not True or _denies(trial.error):

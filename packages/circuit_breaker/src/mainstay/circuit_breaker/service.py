@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
+from mainstay.circuit_breaker.chaos import faults_now
 from mainstay.circuit_breaker.circuit import CircuitSnapshot, State
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.settings import BreakerConfig, Count, Seconds
@@ -112,11 +113,9 @@ class CircuitBreakerService:
     async def health(self) -> Health:
         """Degraded while a circuit is not closed: this service works, with less than it should have."""
         bad = {name: state for name in self._breakers if (state := self.get_state(name)) is not State.CLOSED}
-        if not bad:
-            return Health("ok")
-        return Health(
-            "degraded", "; ".join(f"{name} is {state.value.replace('_', ' ')}" for name, state in sorted(bad.items()))
-        )
+        problems = [f"{name} is {state.value.replace('_', ' ')}" for name, state in sorted(bad.items())]
+        problems += [f"chaos {name} injects faults" for name in faults_now()]
+        return Health("degraded", "; ".join(problems)) if problems else Health("ok")
 
 
 _BADNESS = [State.FORCED_OPEN, State.OPEN, State.HALF_OPEN, State.RAMPING, State.DISABLED, State.CLOSED]

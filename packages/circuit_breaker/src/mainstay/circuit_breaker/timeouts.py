@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 from asyncio import current_task, get_running_loop
 from contextvars import Token
+from math import inf
 from typing import cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.circuit_breaker._admission import Layer, Policy, require
 from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer
 from mainstay.core.deadline import _current
 
@@ -26,7 +27,7 @@ class _Limit(Deadline):
 
     __slots__ = ("cancelling", "due", "lane", "task", "token")
 
-    def __init__(  # it sets what Deadline's own would: a call of it would cost as much as all of this
+    def __init__(  # noqa: PLR0917  keywords cost time here; and it sets what Deadline's own would: a call of it would cost as much as all of this
         self, at: float, clock: Clock, parent: Deadline | None, due: float, task: asyncio.Task[object], lane: _Lane
     ) -> None:
         self.at = at
@@ -83,9 +84,7 @@ class Timeout(Policy):
     """
 
     def __init__(self, seconds: float, *, name: str = "timeout", clock: Clock = SYSTEM_CLOCK) -> None:
-        if not 0 < seconds < float("inf"):
-            msg = f"Timeout: seconds is {seconds!r}; it is more than 0, and finite"
-            raise ValueError(msg)
+        require("Timeout", "seconds", seconds, "more than 0, and finite", holds=0 < seconds < inf)
         self.seconds = seconds
         self.name = name
         self.clock = clock

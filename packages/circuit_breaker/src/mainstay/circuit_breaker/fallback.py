@@ -1,0 +1,111 @@
+"""Something else instead of an error."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from math import inf
+from typing import Any, Final
+
+from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker.verdicts import are_exceptions
+from mainstay.core import SYSTEM_CLOCK, Clock
+
+_NOTHING: Final = object()
+
+
+class Fallback(Policy):
+    """Answer with something else when the call fails, rejections included.
+
+    Tried in this order: the last good result for the same key, if it is young enough; `function`; `value`. Where none
+    applies the error stands.
+
+    Args: value: the answer. function: makes the answer: `function(error, *args, **kwargs)`, plain or (for async
+        callers) async. last_good_seconds: how old the last good result may be. > 0 key: says from the call's arguments
+        whose result may stand in: `key=lambda customer_id: customer_id`. Needed with `last_good_seconds`: the last
+        answer to somebody else's question is no answer. max_keys: how many last good results are kept; the one not
+        renewed for longest makes room. >= 1 on: exceptions that are answered. A cancellation never is. clock: measures
+        age; tests pass a `VirtualClock`.
+
+    Raises:
+        ValueError: nothing to fall back to, or a number out of its range.
+        TypeError: `on` holds something that is no Exception class.
+    """
+
+    def __init__(
+        self,
+        *,
+        value: object = _NOTHING,
+        function: Callable[..., Any] | None = None,
+        last_good_seconds: float | None = None,
+        key: Callable[..., Hashable] | None = None,
+        max_keys: int = 1000,
+        on: tuple[type[Exception], ...] = (Exception,),
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if value is _NOTHING and function is None and last_good_seconds is None:
+            msg = "Fallback() has nothing to fall back to: give value=, function=, or last_good_seconds= with key="
+            raise ValueError(msg)
+        if (last_good_seconds is None) != (key is None):
+            msg = "Fallback: last_good_seconds and key go together: the key says whose last result may stand in"
+            raise ValueError(msg)
+        age = last_good_seconds
+        require("Fallback", "last_good_seconds", age, "more than 0", holds=age is None or 0 < age < inf)
+        require("Fallback", "max_keys", max_keys, "1 or more", holds=max_keys >= 1)
+        if not are_exceptions(on):
+            msg = f"Fallback: on is a tuple of Exception classes, not {on!r}"
+            raise TypeError(msg)
+        self.on = on
+        self.used = 0
+        self.clock = clock
+        self._value = value
+        self._function = function
+        self._last_good_seconds = last_good_seconds
+        self._key = key
+        self._max_keys = max_keys
+        self._good: OrderedDict[Hashable, tuple[float, object]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._awaits = function is not None and inspect.iscoroutinefunction(function)
+
+    def __repr__(self) -> str:
+        return f"<Fallback used {self.used} times>"
+
+    def remember(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> None:
+        """Keep a good result."""
+        assert self._key is not None  # noqa: S101  the layer has this line only with a key
+        key = self._key(*args, **kwargs)
+        with self._lock:
+            self._good[key] = self.clock.monotonic(), result
+            self._good.move_to_end(key)
+            if len(self._good) > self._max_keys:
+                self._good.popitem(last=False)
+
+    def instead(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The answer instead of `error`, or `error` itself, raised."""
+        self.used += 1
+        if self._key is not None and self._last_good_seconds is not None:
+            at, result = self._good.get(self._key(*args, **kwargs), (-inf, None))
+            if self.clock.monotonic() - at <= self._last_good_seconds:
+                return result
+        if self._function is not None:
+            return self._function(error, *args, **kwargs)
+        if self._value is not _NOTHING:
+            return self._value
+        self.used -= 1
+        raise error
+
+    async def instead_awaited(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`instead`, where `function` is async."""
+        answer = self.instead(error, args, kwargs)
+        return await answer if inspect.iscoroutine(answer) else answer
+
+    def _layers(self) -> tuple[Layer, ...]:
+        names: dict[str, object] = {
+            "on": self.on,
+            "instead": self.instead_awaited if self._awaits else self.instead,
+            "remember": self.remember,
+        }
+        kind = "async_fallback" if self._awaits else "fallback"
+        return (Layer(self, kind, (self._awaits, self._key is not None), names),)

@@ -1,0 +1,180 @@
+"""Limits on load: calls in a stretch of time, and what may be added to a dependency that is not well."""
+
+from __future__ import annotations
+
+import random
+import threading
+from math import inf
+
+from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker.errors import RateLimited, Throttled
+from mainstay.circuit_breaker.verdicts import Verdict, judge
+from mainstay.circuit_breaker.windows import TimeWindow
+from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
+
+
+class RateLimit(Policy):
+    """At most `calls` in `seconds`, evenly: the generic cell rate algorithm, which needs one number of memory.
+
+    Args: calls: >= 1 seconds: > 0 burst: calls that may follow each other at once after a pause; by default `calls`. >=
+        1 max_wait_seconds: a call over the rate waits for its turn if that comes within this time (and within the
+        caller's deadline), else it is rejected. A turn whose caller goes away is used up. >= 0 name: in rejections.
+        clock: measures and waits; tests pass a `VirtualClock`.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        calls: int,
+        seconds: float = 1.0,
+        *,
+        burst: int | None = None,
+        max_wait_seconds: float = 0.0,
+        name: str = "rate limit",
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        burst = calls if burst is None else burst
+        require("RateLimit", "calls", calls, "1 or more", holds=calls >= 1)
+        require("RateLimit", "seconds", seconds, "more than 0, and finite", holds=0 < seconds < inf)
+        require("RateLimit", "burst", burst, "1 or more", holds=burst >= 1)
+        wait = max_wait_seconds
+        require("RateLimit", "max_wait_seconds", wait, "0 or more, and finite", holds=0 <= wait < inf)
+        self.name = name
+        self.max_wait_seconds = max_wait_seconds
+        self.clock = clock
+        self.rejected = 0
+        self._interval = seconds / calls
+        self._ahead = (burst - 1) * self._interval
+        self._due = -inf  # when the next call would come if all came evenly
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<RateLimit {self.name!r} {1 / self._interval:g} a second>"
+
+    def take(self) -> float:
+        """Take a turn and return the seconds until it comes.
+
+        Raises:
+            RateLimited: it would come too late.
+        """
+        with self._lock:
+            now = self.clock.monotonic()
+            due = max(self._due, now)
+            wait = max(0.0, due - self._ahead - now)
+            if wait > 0:
+                left = remaining_seconds()
+                if wait > self.max_wait_seconds or (left is not None and wait >= left):
+                    self.rejected += 1
+                    raise RateLimited(self.name, "used up", wait)
+            self._due = due + self._interval
+            return wait
+
+    def _layers(self) -> tuple[Layer, ...]:
+        names: dict[str, object] = {"take": self.take, "pause": self.clock.sleep, "pause_sync": self.clock.block}
+        return (Layer(self, "rate_limit", (), names),)
+
+
+class Budget(Policy):
+    """What may be added to the load of one dependency, by everything in this process that calls it.
+
+    Retries and hedges ask it before each attempt beyond the first (`Retries(…, budget=budget)`,
+    `Hedge(budget=budget)`). In
+    a pipeline, inside the retry, it also throttles: when the dependency answers fewer than one in `throttle` calls, the
+    client itself rejects just so many that about `throttle` times the answered ones are sent (B. Beyer and others,
+    "Site Reliability Engineering", 2016, chapter 21).
+
+    Args: ratio: attempts beyond the first, for each call. >= 0 per_second: attempts beyond the first that are always
+        allowed, so that a quiet client can retry. >= 0 throttle: how many calls are sent for each answered one at
+        worst; None never throttles. > 1 window_seconds: how far back it looks; several times the slowest call, or
+        throttling sees only calls under way. > 0 name: in rejections. clock: measures; tests pass a `VirtualClock`.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        *,
+        per_second: float = 1.0,
+        throttle: float | None = 2.0,
+        window_seconds: float = 30.0,
+        name: str = "budget",
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        require("Budget", "ratio", ratio, "0 or more, and finite", holds=0 <= ratio < inf)
+        require("Budget", "per_second", per_second, "0 or more, and finite", holds=0 <= per_second < inf)
+        require("Budget", "throttle", throttle, "more than 1, or None", holds=throttle is None or throttle > 1)
+        require("Budget", "window_seconds", window_seconds, "more than 0", holds=0 < window_seconds < inf)
+        self.name = name
+        self.ratio = ratio
+        self.per_second = per_second
+        self.throttle = throttle
+        self.window_seconds = window_seconds
+        self.clock = clock
+        self.rejected = 0
+        self.refused = 0
+        self._lock = threading.Lock()
+        now = clock.monotonic()
+        # Of the windows' two counters the first holds calls and attempts, the second what was granted and answered.
+        self._extras = TimeWindow(window_seconds, 0, now)
+        self._answers = TimeWindow(window_seconds, 0, now)
+
+    def __repr__(self) -> str:
+        return f"<Budget {self.name!r} {self.ratio:g} a call>"
+
+    def deposit(self) -> None:
+        """A call begins."""
+        with self._lock:
+            self._extras.turn(self.clock.monotonic())
+            self._extras.successes += 1
+
+    def grant(self) -> bool:
+        """Whether one more attempt may be made; counts it if so."""
+        with self._lock:
+            everything, granted, _ = self._extras.totals(self.clock.monotonic())
+            allowed = self.ratio * (everything - granted) + self.per_second * self.window_seconds
+            if granted + 1 > allowed:
+                self.refused += 1
+                return False
+            self._extras.failures += 1
+            return True
+
+    def request(self) -> None:
+        """Count an attempt, before it is made: those that hang must count too.
+
+        Raises:
+            Throttled: too few of the recent ones were answered.
+        """
+        with self._lock:
+            everything, answered, _ = self._answers.totals(self.clock.monotonic())
+            sent = everything - answered
+            self._answers.successes += 1
+            if self.throttle is None:
+                return
+            reject = (sent - self.throttle * answered) / (sent + 1)
+            if reject <= 0 or sent < _FEW or random.random() >= reject:  # noqa: S311  spreads load, guards nothing
+                return
+            self.rejected += 1
+        raise Throttled(self.name, "throttled", self.window_seconds / 10)
+
+    def accepted(self) -> None:
+        """An attempt was answered."""
+        with self._lock:
+            self._answers.turn(self.clock.monotonic())
+            self._answers.failures += 1
+
+    def raised(self, error: BaseException) -> None:
+        """An attempt ended with `error`; only a failure of the dependency is no answer."""
+        if judge(error) is not Verdict.FAILURE:
+            self.accepted()
+
+    def _layers(self) -> tuple[Layer, ...]:
+        names: dict[str, object] = {"request": self.request, "accepted": self.accepted, "raised": self.raised}
+        return (Layer(self, "budget", (), names),)
+
+
+_FEW = 10
+"""Attempts below which a share of answers says nothing."""
