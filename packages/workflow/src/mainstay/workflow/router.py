@@ -114,7 +114,10 @@ class WorkflowRouter:
             ValueError: the router has this name and version, or they are out of range.
         """
         if not 0 < len(name) <= _NAME_LIMIT or version < 1:
-            msg = f"workflow {name!r} version {version!r}: a name has 1 to {_NAME_LIMIT} characters, a version is 1 or more"
+            msg = (
+                f"workflow {name!r} version {version!r}: a name has 1 to {_NAME_LIMIT} characters, "
+                "a version is 1 or more"
+            )
             raise ValueError(msg)
 
         def declare(function: Callable[[*Ts], Awaitable[T]]) -> Workflow[*Ts, T]:

@@ -1,0 +1,224 @@
+"""For tests of code that uses workflows: an App in one line, and a worker that dies at every moment at which it could."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeVar
+
+from mainstay.core import SYSTEM_CLOCK, App, Clock, spawn
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
+from mainstay.database.module import SCHEMA
+from mainstay.workflow.engine import WorkflowEngine
+from mainstay.workflow.module import WorkflowModule
+from mainstay.workflow.router import WorkflowRouter
+from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.tables import schema
+from mainstay.workflow.worker import Worker
+from mainstay.workflow.workflow import Handle
+
+T = TypeVar("T")
+
+_MEMORY = "sqlite+aiosqlite:///:memory:"
+_QUICK = {"lease_seconds": 0.5, "poll_seconds": 0.02}
+
+
+@asynccontextmanager
+async def workflows(
+    *routers: WorkflowRouter,
+    url: str = _MEMORY,
+    serve: bool = True,
+    clock: Clock = SYSTEM_CLOCK,
+    **settings: Any,
+) -> AsyncGenerator[App, None]:
+    """A running App with a database, its tables, and these routers.
+
+    Args:
+        routers: what to execute.
+        url: where; by default in memory.
+        serve: whether it executes runs, or only starts them.
+        clock: what retries and waits are measured with.
+        settings: of `WorkflowSettings`; leases and polling are short unless they say otherwise.
+    """
+    if not url.startswith("sqlite"):
+        await upgrade(url, [SCHEMA, schema])
+    app = App(
+        DatabaseModule.for_root(DatabaseSettings(url=url)),
+        WorkflowModule.for_root(WorkflowSettings(**{**_QUICK, **settings})),
+        *([WorkflowModule.for_feature(*routers)] if routers else []),
+        clock=clock,
+    )
+    async with app.running(serve=serve):
+        while serve and not app.get(WorkflowEngine).worker.held:
+            await asyncio.sleep(0.001)
+        yield app
+
+
+class Killed(BaseException):
+    """The worker is dead; nothing may catch this."""
+
+
+class DyingDatabase:
+    """A database whose user dies at one moment: before or after its `at`-th write becomes durable.
+
+    Everything that the dead do later raises `Killed`, so nothing more is recorded.
+    """
+
+    def __init__(self, database: Database, at: int | None, *, after: bool) -> None:
+        self._database = database
+        self._at = at
+        self._after = after
+        self.moments = 0
+        self.dead = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+    async def write(self, *args: Any, **kwargs: Any) -> None:
+        """`Database.write`; a moment of its own, unless it joins a unit of work."""
+        if self._database.in_unit_of_work():
+            self._check()
+            await self._database.write(*args, **kwargs)
+        else:
+            await self._moment(lambda: self._database.write(*args, **kwargs))
+
+    async def read(self, *args: Any, **kwargs: Any) -> Any:
+        """`Database.read`."""
+        self._check()
+        return await self._database.read(*args, **kwargs)
+
+    def batch(self, **kwargs: Any) -> AbstractAsyncContextManager[None]:
+        """`Database.batch`."""
+        return self._around(lambda: self._database.batch(**kwargs))
+
+    def transaction(self, session: Any = None) -> AbstractAsyncContextManager[Any]:
+        """`Database.transaction`."""
+        return self._around(lambda: self._database.transaction(session))
+
+    @asynccontextmanager
+    async def _around(self, open_it: Callable[[], AbstractAsyncContextManager[T]]) -> AsyncGenerator[T, None]:
+        if self._database.in_unit_of_work():
+            async with open_it() as inner:
+                yield inner
+            return
+        self._check()
+        here = self._count()
+        async with open_it() as unit:
+            yield unit
+            self._check()
+            if here and not self._after:
+                self._die()
+        if here and self._after:
+            self._die()
+        self._check()
+
+    async def _moment(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._check()
+        here = self._count()
+        if here and not self._after:
+            self._die()
+        await work()
+        if here and self._after:
+            self._die()
+        self._check()
+
+    def _count(self) -> bool:
+        self.moments += 1
+        return self.moments == self._at
+
+    def _check(self) -> None:
+        if self.dead.is_set():
+            raise Killed
+
+    def _die(self) -> None:
+        self.dead.set()
+        raise Killed
+
+
+async def explore(
+    *routers: WorkflowRouter,
+    start: Callable[[], Awaitable[Handle[Any]]],
+    check: Callable[[Handle[Any], App], Awaitable[None]],
+    url: Callable[[], str] = lambda: _MEMORY,
+    timeout_seconds: float = 20.0,
+) -> int:
+    """Let a worker die at every moment of a run, and another one take the run over.
+
+    A moment is the time just before, or just after, something becomes durable: what a crash can tell apart. For each of
+    them a fresh database is made, the run is started, its worker dies, a second worker takes over; when the run has
+    ended or is parked, `check` is called.
+
+    Args:
+        routers: what the run is made of. What its steps do outside must be reset by `start`.
+        start: starts the run.
+        check: asserts what must hold, whenever the worker died.
+        url: makes the address of a fresh database for each moment; by default in memory.
+        timeout_seconds: how long one run may take.
+
+    Returns:
+        How many moments there were.
+    """
+    at, explored = 1, 0
+    while True:
+        reached = False
+        for after in (False, True):
+            reached = await _die_at(routers, start, check, url(), at, after=after, seconds=timeout_seconds)
+            explored += reached
+        if not reached:
+            return explored
+        at += 1
+
+
+async def _die_at(
+    routers: tuple[WorkflowRouter, ...],
+    start: Callable[[], Awaitable[Handle[Any]]],
+    check: Callable[[Handle[Any], App], Awaitable[None]],
+    url: str,
+    at: int,
+    *,
+    after: bool,
+    seconds: float,
+) -> bool:
+    async with workflows(*routers, url=url, serve=False) as app, asyncio.timeout(seconds):
+        handle = await start()
+        database = app.get(Database)
+        dying = DyingDatabase(database, at, after=after)
+        draining = asyncio.Event()
+        first = spawn(_worker(routers, dying, app.clock).work(draining), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
+        dead = spawn(dying.dead.wait(), name="its death")
+        ended = spawn(_settled(handle), name="the end")
+        second: asyncio.Task[None] | None = None
+        try:
+            await asyncio.wait([dead, ended], return_when=asyncio.FIRST_COMPLETED)
+            if dying.dead.is_set():
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+                second = spawn(_worker(routers, database, app.clock).work(draining), name="the one that takes over")
+            await ended
+            await check(handle, app)
+        finally:
+            draining.set()
+            for task in (dead, ended):
+                task.cancel()
+            await asyncio.gather(dead, ended, *([first] if second is None else [second]), return_exceptions=True)
+        return second is not None
+
+
+def _worker(routers: tuple[WorkflowRouter, ...], database: Database, clock: Clock) -> Worker:
+    return Worker(
+        database=database,
+        clock=clock,
+        settings=WorkflowSettings(**_QUICK),
+        workflows={key: workflow for router in routers for key, workflow in router.workflows.items()},
+        steps={name: step for router in routers for name, step in router.steps.items()},
+        ended=lambda *_: None,
+    )
+
+
+async def _settled(handle: Handle[Any]) -> None:
+    while True:
+        status = await handle.status()
+        if status.terminal or status.waits_for_a_person:
+            return
+        await asyncio.sleep(0.002)
