@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from mainstay.database.schema import installed, upgrade
+from mainstay.observability.audit import SigningKey, VerifierKey
 from ticketing.tables import SCHEMA
 
 # One topic for all of them, so that the events of a purchase keep their order.
@@ -34,12 +35,14 @@ class Engine:
         database_url: for reading the facts at the end.
         kafka: addresses of the cluster, None where events travel through the database.
         topic: the events' own.
+        audit_key: what verifies the audit log's checkpoints.
         environment: for the API and the worker.
     """
 
     database_url: str
     kafka: str | None
     topic: str
+    audit_key: VerifierKey
     environment: dict[str, str]
 
 
@@ -54,9 +57,13 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
         EngineMissing: a server is not there.
     """
     topic = f"ticketing-{token_hex(4)}"  # a cluster may have seen other runs
+    signing = SigningKey.generate("ticketing")
+    key_file = directory / "audit.key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(signing.private_text() + "\n")
     if name == "embedded":
         url = f"sqlite+aiosqlite:///{directory / 'office.db'}"
-        yield Engine(url, None, topic, _environment(url, topic, transport="sql"))
+        yield Engine(url, None, topic, signing.verifier, _environment(url, topic, key_file, transport="sql"))
         return
     kafka, server = (os.environ.get(f"MAINSTAY_TEST_{what}") for what in ("KAFKA", "POSTGRES"))
     if not kafka or not server:
@@ -64,10 +71,11 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
         raise EngineMissing(msg)
     async with _fresh_database(server) as url:
         await upgrade(url, [*installed(), SCHEMA])  # what `mainstay-database upgrade` does
-        yield Engine(url, kafka, topic, _environment(url, topic, transport="kafka", kafka_servers=kafka))
+        environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka)
+        yield Engine(url, kafka, topic, signing.verifier, environment)
 
 
-def _environment(url: str, topic: str, **events: str) -> dict[str, str]:
+def _environment(url: str, topic: str, key_file: Path, **events: str) -> dict[str, str]:
     """What the API and the worker are told. Leases are short: a demo has less patience than a service."""
     return {
         "MAINSTAY_DATABASE_URL": url,
@@ -75,6 +83,7 @@ def _environment(url: str, topic: str, **events: str) -> dict[str, str]:
         "MAINSTAY_EVENTS_LEASE_SECONDS": "1",
         "MAINSTAY_WORKFLOW_LEASE_SECONDS": "1",
         "MAINSTAY_AUDIT_LEASE_SECONDS": "1",
+        "MAINSTAY_AUDIT_SIGNING_KEY_FILE": str(key_file),
     } | {f"MAINSTAY_EVENTS_{name}".upper(): value for name, value in events.items()}
 
 

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, Never
 
 from aiokafka import AIOKafkaConsumer
+from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from mainstay.core import App
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.observability.audit import Report, verify
 from ticketing.engines import Engine
 from ticketing.invariants import Facts, Row
 
@@ -29,6 +33,7 @@ class Sources:
 
 async def read_facts(sources: Sources, answers: dict[int, str | None]) -> Facts:
     """The facts as of now; `answers` is what the API answered to each line."""
+    audit = await _verify_audit(sources.engine)
     engine = create_async_engine(sources.engine.database_url)
     try:
         async with engine.connect() as connection:
@@ -36,7 +41,8 @@ async def read_facts(sources: Sources, answers: dict[int, str | None]) -> Facts:
             async def rows(table: str) -> list[Row]:
                 return await _rows(connection, f"SELECT * FROM ticketing_{table}")  # noqa: S608  names from this file
 
-            sealed = [json.loads(row["data"]) for row in await _rows(connection, "SELECT data FROM mainstay_audit_log")]
+            sealed = await _entries(connection, "log")
+            pending = await _entries(connection, "pending")
             return Facts(
                 file=read_file(sources.purchases),
                 answers=dict(answers),
@@ -52,12 +58,20 @@ async def read_facts(sources: Sources, answers: dict[int, str | None]) -> Facts:
                 audited=Counter(
                     (entry["action"], entry.get("resource", "")) for entry in sealed if entry["outcome"] == "succeeded"
                 ),
-                unsealed=await _count(connection, "mainstay_audit_pending"),
+                audit_entries=audit.entries,
+                audit_problems=tuple(f"{problem.kind}: {problem.detail}" for problem in audit.problems),
+                unsealed=sum(entry["number"] > 0 for entry in pending),  # 0: said by a process about itself, also last
                 published=await _published(connection, sources.engine),
                 dead_letters=await _count(connection, "mainstay_events_dead_letters"),
             )
     finally:
         await engine.dispose()
+
+
+async def _verify_audit(engine: Engine) -> Report:
+    settings = DatabaseSettings(url=SecretStr(engine.database_url))
+    async with App(DatabaseModule.for_root(settings)) as app:
+        return await verify(app.get(Database), [engine.audit_key])
 
 
 async def _published(connection: AsyncConnection, engine: Engine) -> int:
@@ -70,6 +84,11 @@ async def _published(connection: AsyncConnection, engine: Engine) -> int:
         return sum(ends.values())
     finally:
         await consumer.stop()
+
+
+async def _entries(connection: AsyncConnection, table: str) -> list[Row]:
+    rows = await _rows(connection, f"SELECT data FROM mainstay_audit_{table}")  # noqa: S608  names from this file
+    return [json.loads(row["data"]) for row in rows]
 
 
 async def _count(connection: AsyncConnection, table: str) -> int:

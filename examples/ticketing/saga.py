@@ -81,7 +81,7 @@ async def register(order: Order) -> None:
 
 
 @register.compensation
-@audit.record("purchase.cancelled", resource=lambda _outcome, order: _resource(order))
+@audit.record("purchase.cancelled", resource=_resource)
 async def cancel(_outcome: Done[None] | Unknown, order: Order) -> None:
     async with office.database.transaction() as session:
         reason = await session.scalar(select(purchases.c.reason).where(purchases.c.order_id == order.id))
@@ -120,7 +120,7 @@ async def hold(order: Order) -> None:
 
 
 @hold.compensation
-@audit.record("tickets.released", resource=lambda _outcome, order: _resource(order))
+@audit.record("tickets.released", resource=_resource)
 async def release(_outcome: Done[None] | Unknown, order: Order) -> None:
     async with office.database.transaction() as session:
         for item in sorted({line.item for line in order.purchase.lines}):
