@@ -50,6 +50,10 @@ class Prepared:
             else:
                 msg = f"the rows of this statement lack {key!r}: {self.sql}"
                 raise ValueError(msg)
+        if unused := self._keys.difference(picked):
+            # SQLAlchemy would leave the values out without a word.
+            msg = f"this statement has no place for {', '.join(sorted(unused))}: {self.sql}"
+            raise ValueError(msg)
         self._convert = [(place, processors[name]) for place, name in enumerate(names) if name in processors]
         self._pick = itemgetter(*picked) if len(picked) > 1 else _picker(picked)
         self._plain = not self._fixed
@@ -124,9 +128,8 @@ class Statements:
         self._prepared[id(statement), keys] = (statement, form)
         return form
 
-    def operations(self, statement: sa.Executable, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
-        """The statement over the rows, ready for the driver."""
-        form = self.prepared(statement, tuple(rows[0]))
+    def operations(self, form: Prepared, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
+        """The statement over the rows, ready for the driver; raises whatever the converters of its types raise."""
         if not form.spread:
             return [(form, [form.arguments(row) for row in rows])]
         operations: list[Operation] = []

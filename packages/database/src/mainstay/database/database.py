@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from mainstay.core import Health
 from mainstay.database import _metrics
 from mainstay.database._recorder import Recorder, Turn
-from mainstay.database._statements import Operation, Statements
+from mainstay.database._statements import Operation, Prepared, Statements
 from mainstay.database.errors import (
     CommitUnknown,
     Conflict,
@@ -308,6 +308,7 @@ class Database:
             unit.operations += self._operations(statement, several)
             return
         connection = await self._connection(unit)
+        self._form(statement, several)
         try:
             await connection.execute(statement, several)
         except exc.SQLAlchemyError as error:
@@ -387,12 +388,18 @@ class Database:
 
     # Internal
 
-    def _operations(self, statement: sa.UpdateBase, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
+    def _form(self, statement: sa.UpdateBase, rows: Sequence[Mapping[str, Any]]) -> Prepared:
         try:
-            return self._statements.operations(statement, rows)
+            return self._statements.prepared(statement, tuple(rows[0]))
+        except (ValueError, exc.SQLAlchemyError) as error:
+            raise _unfit(statement, error) from error
+
+    def _operations(self, statement: sa.UpdateBase, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
+        form = self._form(statement, rows)
+        try:
+            return self._statements.operations(form, rows)
         except Exception as error:  # converters raise whatever they like
-            msg = f"these rows do not fit the statement {statement}: {type(error).__name__}: {error}"
-            raise DatabaseError(msg) from error
+            raise _unfit(statement, error) from error
 
     def _current(self) -> Unit | None:
         unit = _ambient.get()
@@ -428,6 +435,10 @@ class Database:
             if epoch != fence.epoch:
                 raise FenceLost(fence.lost())
         unit.fenced.add(fence)
+
+
+def _unfit(statement: sa.UpdateBase, error: Exception) -> DatabaseError:
+    return DatabaseError(f"these rows do not fit the statement {statement}: {type(error).__name__}: {error}")
 
 
 def _only(fences: set[Fence]) -> Fence | None:

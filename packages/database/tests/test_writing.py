@@ -1,0 +1,363 @@
+"""`db.write`, `db.batch` and `db.read`: what holds on every database."""
+
+import asyncio
+import enum
+import uuid
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+import sqlalchemy as sa
+from prometheus_client import REGISTRY
+
+from mainstay.database import Conflict, DatabaseError, FenceLost, UnitOfWorkError
+
+
+class Colour(enum.Enum):
+    """A type that SQLAlchemy stores by name."""
+
+    RED = "r"
+    BLUE = "b"
+
+
+kinds = sa.Table(
+    "kinds",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("uuid", sa.Uuid),
+    sa.Column("json", sa.JSON),
+    sa.Column("money", sa.Numeric(12, 2)),
+    sa.Column("at", sa.DateTime(timezone=True)),
+    sa.Column("day", sa.Date),
+    sa.Column("lasts", sa.Interval),
+    sa.Column("raw", sa.LargeBinary),
+    sa.Column("yes", sa.Boolean),
+    sa.Column("colour", sa.Enum(Colour)),
+    sa.Column("share", sa.Double),
+    sa.Column("text", sa.Text),
+    sa.Column("made_here", sa.Uuid, default=lambda: uuid.UUID(int=7)),
+    sa.Column("constant", sa.Integer, default=42),
+)
+KIND = {
+    "uuid": uuid.UUID(int=2**100 + 5),
+    "json": {"a": [1, None, "ü"], "b": {}},
+    "money": Decimal("1234.50"),
+    "at": datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC),
+    "day": date(2026, 2, 3),
+    "lasts": timedelta(hours=1, microseconds=1),
+    "raw": b"\x00\xff",
+    "yes": True,
+    "colour": Colour.BLUE,
+    "share": 0.1,
+    "text": "'\\ü😀",
+}
+
+
+async def test_recorder_and_session_write_identical_values(db):
+    """Every type looks the same in the table whichever way it went, also as NULL, and Python-side defaults are made."""
+    async with db.transaction() as session:
+        await (await session.connection()).run_sync(kinds.metadata.create_all)
+    nothing = dict.fromkeys(KIND)
+    await db.write(sa.insert(kinds), [{"id": 1, **KIND}, {"id": 2, **nothing}])
+    async with db.transaction():
+        await db.write(sa.insert(kinds), [{"id": 3, **KIND}, {"id": 4, **nothing}])
+    shown = [
+        sa.literal_column(f"quote({column.name})" if db.dialect == "sqlite" else f"{column.name}::text")
+        for column in kinds.c
+        if column.name != "id"
+    ]
+    raw = await db.read(sa.select(*shown).select_from(kinds).order_by(kinds.c.id))
+    assert raw[0] == raw[2]
+    assert raw[1] == raw[3]
+    assert raw[0] != raw[1]
+    (row,) = await db.read(sa.select(kinds).where(kinds.c.id == 1))
+    assert (row.uuid, row.json, row.money, row.colour, row.raw) == (
+        KIND["uuid"],
+        KIND["json"],
+        KIND["money"],
+        Colour.BLUE,
+        KIND["raw"],
+    )
+    assert (row.made_here, row.constant) == (uuid.UUID(int=7), 42)
+
+
+async def test_writes_at_once_share_commits(db, tables, count):
+    """Three hundred concurrent writes are all there when they return, in far fewer commits."""
+    before = REGISTRY.get_sample_value("mainstay_database_commits_total", {"by": "recorder"})
+    await asyncio.gather(*(db.write(tables.add, {"id": i, "text": "x"}) for i in range(300)))
+    assert await count(db) == 300
+    after = REGISTRY.get_sample_value("mainstay_database_commits_total", {"by": "recorder"})
+    assert after - before <= 20
+
+
+async def test_a_write_is_committed_when_it_returns(db, tables, count):
+    """Another connection sees a lone write and a write of several rows as soon as they have returned."""
+    await db.write(tables.add, {"id": 1, "text": "x"})
+    assert await count(db) == 1
+    await db.write(tables.add, [{"id": i, "text": "x"} for i in range(2, 12)])
+    assert await count(db) == 11
+    await db.write(tables.add, [])
+    assert await count(db) == 11
+
+
+async def test_workflow_17_one_conflict_fails_only_its_own_entry(db, tables, count):
+    """Of a hundred entries in one batch the two that violate a constraint fail, all of each, and nobody else."""
+    await db.write(tables.add, {"id": 50, "text": "there"})
+    results = await asyncio.gather(
+        *(db.write(tables.add, [{"id": i, "text": "x"}, {"id": 1000 + i, "text": "x"}]) for i in range(100)),
+        db.write(tables.add, [{"id": 5000, "text": "x"}, {"id": 5000, "text": "x"}]),
+        return_exceptions=True,
+    )
+    failed = [i for i, result in enumerate(results) if result is not None]
+    assert failed == [50, 100]
+    error = results[50]
+    assert isinstance(error, Conflict)
+    assert error.no_effect
+    assert not error.retryable
+    assert await count(db) == 1 + 99 * 2
+    assert await count(db, tables.notes.c.id.in_([1050, 5000])) == 0
+
+
+async def test_a_value_the_database_refuses_fails_alone(db, tables, count):
+    """A number too large for its column, a missing value and an object that is none fail their own callers only."""
+    results = await asyncio.gather(
+        *(db.write(tables.add, {"id": i, "text": "x"}) for i in range(10)),
+        db.write(tables.add, {"id": 2**70, "text": "x"}),
+        db.write(tables.add, {"id": None, "text": "x"}),
+        db.write(tables.add, {"id": 99, "text": object()}),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results[:10]] == [type(None)] * 10
+    for error in results[10:]:
+        assert isinstance(error, DatabaseError), error
+        assert error.no_effect
+    assert await count(db) == 10
+
+
+async def test_rows_that_do_not_fit_the_statement(db, tables, count):
+    """An unknown column, a missing bindparam and a row unlike the first are refused before anything is written."""
+    change = sa.update(tables.notes).where(tables.notes.c.id == sa.bindparam("which")).values(text=sa.bindparam("new"))
+    for statement, rows in (
+        (tables.add, {"id": 1, "colour": "red"}),
+        (change, {"which": 1}),
+        (tables.add, [{"id": 1, "text": "x"}, {"id": 2}]),
+    ):
+        with pytest.raises(DatabaseError):
+            await db.write(statement, rows)
+    assert await count(db) == 0
+
+
+async def test_a_batch_is_one_entry(db, tables, count):
+    """What a batch collects is there as a whole when it ends; with an error in it, none of it is."""
+    seen = []
+    async with db.batch():
+        await db.write(tables.add, {"id": 1, "text": "x"})
+        await db.write(tables.own, {"id": 1, "epoch": 1})
+        db.after_commit(lambda: seen.append("committed"))
+        assert await count(db) == 0
+        assert db.in_unit_of_work()
+    assert await count(db) == 1
+    assert seen == ["committed"]
+    with pytest.raises(Conflict):
+        async with db.batch():
+            await db.write(tables.add, {"id": 2, "text": "x"})
+            await db.write(tables.own, {"id": 1, "epoch": 1})
+            db.after_commit(lambda: seen.append("never"))
+    with pytest.raises(ZeroDivisionError):
+        async with db.batch():
+            await db.write(tables.add, {"id": 3, "text": "x"})
+            _ = 1 / 0
+    assert await count(db) == 1
+    assert seen == ["committed"]
+
+
+async def test_a_batch_in_a_batch_and_in_a_unit_joins(db, tables, count):
+    """An inner batch is durable with the outer one, or with the unit of work around it."""
+    async with db.batch():
+        async with db.batch():
+            await db.write(tables.add, {"id": 1, "text": "x"})
+        assert await count(db) == 0
+    assert await count(db) == 1
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction():
+            async with db.batch():
+                await db.write(tables.add, {"id": 2, "text": "x"})
+            _ = 1 / 0
+    assert await count(db) == 1
+
+
+async def test_an_inner_batch_that_failed_takes_the_outer_one_with_it(db, tables, count):
+    """Half of an inner batch is never committed, even if its exception is caught."""
+    with pytest.raises(UnitOfWorkError, match="ZeroDivisionError"):
+        async with db.batch():
+            try:
+                async with db.batch():
+                    await db.write(tables.add, {"id": 1, "text": "half"})
+                    _ = 1 / 0
+            except ZeroDivisionError:
+                await db.write(tables.add, {"id": 2, "text": "x"})
+    assert await count(db) == 0
+
+
+async def test_a_transaction_in_a_batch_is_refused(db):
+    """A batch has no connection, so it cannot become a unit of work; the message says what to do."""
+    async with db.batch():
+        with pytest.raises(UnitOfWorkError, match="around the batch"):
+            db.transaction()
+
+
+async def test_workflow_5_a_zombie_writes_nothing(db, tables, count):
+    """Writes, batches and units fenced with an old epoch fail with FenceLost and leave nothing; the others go through."""
+    await db.write(tables.own, [{"id": 1, "epoch": 3}, {"id": 2, "epoch": 1}])
+    good, old, gone = tables.fences.at(1, 3), tables.fences.at(1, 2), tables.fences.at(9, 1)
+    results = await asyncio.gather(
+        *(db.write(tables.add, {"id": i, "text": "good"}, fence=good) for i in range(20)),
+        *(db.write(tables.add, {"id": 100 + i, "text": "old"}, fence=old) for i in range(20)),
+        db.write(tables.add, {"id": 200, "text": "gone"}, fence=gone),
+        db.write(tables.add, {"id": 201, "text": "other"}, fence=tables.fences.at(2, 1)),
+        return_exceptions=True,
+    )
+    assert results[:20] == [None] * 20
+    assert all(isinstance(result, FenceLost) and result.no_effect for result in results[20:41])
+    assert results[41] is None
+    with pytest.raises(FenceLost):
+        async with db.batch(fence=old):
+            await db.write(tables.add, {"id": 300, "text": "x"})
+    with pytest.raises(FenceLost):
+        async with db.transaction():
+            await db.write(tables.add, {"id": 301, "text": "x"})
+            await db.write(tables.add, {"id": 302, "text": "x"}, fence=old)
+    with pytest.raises(FenceLost):
+        async with db.transaction(), db.batch(fence=old):
+            pytest.fail("the block must not run")
+    async with db.transaction():
+        await db.write(tables.add, {"id": 303, "text": "x"}, fence=good)
+        await db.write(tables.add, {"id": 304, "text": "x"}, fence=good)
+    assert await count(db) == 23
+
+
+async def test_a_batch_has_one_fence(db, tables):
+    """A second fence in one batch is refused, the same one again is not."""
+    await db.write(tables.own, [{"id": 1, "epoch": 1}, {"id": 2, "epoch": 1}])
+    async with db.batch(fence=tables.fences.at(1, 1)):
+        await db.write(tables.add, {"id": 1, "text": "x"}, fence=tables.fences.at(1, 1))
+        with pytest.raises(UnitOfWorkError, match="one fence"):
+            await db.write(tables.add, {"id": 2, "text": "x"}, fence=tables.fences.at(2, 1))
+
+
+async def test_writes_of_one_route_keep_their_order(db, tables):
+    """Of fifty changes handed in at once by one route, between those of others, the last one stands."""
+    set_n = sa.update(tables.notes).where(tables.notes.c.id == sa.bindparam("which")).values(n=sa.bindparam("value"))
+    other = sa.update(tables.notes).where(tables.notes.c.id == sa.bindparam("which")).values(text=sa.bindparam("value"))
+    reset = sa.update(tables.notes).where(tables.notes.c.id == sa.bindparam("which")).values(n=-1)
+    await db.write(tables.add, [{"id": i, "text": "x"} for i in range(4)])
+    writes = []
+    for value in range(50):
+        for route in range(4):
+            writes.append(db.write(reset, {"which": route}, route=f"r{route}"))
+            writes.append(db.write(set_n, {"which": route, "value": value}, route=f"r{route}"))
+            writes.append(db.write(other, {"which": route, "value": str(value)}, route=f"r{route}"))
+    await asyncio.gather(*writes)
+    rows = await db.read(sa.select(tables.notes.c.n, tables.notes.c.text))
+    assert [tuple(row) for row in rows] == [(49, "49")] * 4
+
+
+async def test_statements_of_one_batch_keep_their_order(db, tables, count):
+    """A batch that inserts, deletes and inserts again ends as written, beside fifty others of the same shape."""
+    remove = sa.delete(tables.notes).where(tables.notes.c.id == sa.bindparam("which"))
+
+    async def one(i: int) -> None:
+        async with db.batch():
+            await db.write(tables.add, {"id": i, "text": "first"})
+            await db.write(remove, {"which": i})
+            await db.write(tables.add, {"id": i, "text": "second"})
+
+    await asyncio.gather(*(one(i) for i in range(50)))
+    assert await count(db, tables.notes.c.text == "second") == 50
+    assert await count(db) == 50
+
+
+async def test_a_list_in_a_statement(db, tables, count):
+    """`IN` over a list works in the recorder and in a unit of work, with lists of different lengths."""
+    remove = sa.delete(tables.notes).where(
+        tables.notes.c.id.in_(sa.bindparam("ids", expanding=True)), tables.notes.c.text == "x"
+    )
+    await db.write(tables.add, [{"id": i, "text": "x"} for i in range(20)])
+    await db.write(remove, [{"ids": [1, 2, 3]}, {"ids": [4]}, {"ids": []}])
+    assert await count(db) == 16
+    async with db.transaction():
+        await db.write(remove, {"ids": [5, 6]})
+    assert await count(db) == 14
+
+
+async def test_upserts_and_generated_keys(db):
+    """ON CONFLICT and keys that the database makes work through the recorder."""
+    table = sa.Table(
+        "counted",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("name", sa.Text, unique=True),
+        sa.Column("n", sa.Integer),
+    )
+    async with db.transaction() as session:
+        await (await session.connection()).run_sync(table.metadata.create_all)
+    if db.dialect == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert
+    else:
+        from sqlalchemy.dialects.postgresql import insert
+    upsert = insert(table)
+    upsert = upsert.on_conflict_do_update(index_elements=["name"], set_={"n": table.c.n + upsert.excluded.n})
+    await asyncio.gather(*(db.write(upsert, {"name": f"name {i % 3}", "n": 1}) for i in range(30)))
+    rows = await db.read(sa.select(table.c.name, table.c.n).order_by(table.c.name))
+    assert [tuple(row) for row in rows] == [("name 0", 10), ("name 1", 10), ("name 2", 10)]
+
+
+async def test_cancelling_a_waiting_caller_harms_nobody(db, tables, count):
+    """In a storm of writes of which every third is cancelled, the others succeed, and what was cancelled is whole."""
+
+    async def pair(i: int) -> None:
+        await db.write(tables.add, [{"id": 2 * i, "text": "x"}, {"id": 2 * i + 1, "text": "x"}])
+
+    kept: list[int] = []
+    for wave in range(20):
+        tasks = {i: asyncio.create_task(pair(i)) for i in range(wave * 30, wave * 30 + 30)}
+        for _ in range(wave % 7):
+            await asyncio.sleep(0)
+        for i, task in tasks.items():
+            if i % 3 == 0:
+                task.cancel()
+        results = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        kept += [i for i, result in zip(tasks, results, strict=True) if result is None]
+    assert len(kept) >= 400
+    rows = {row.id for row in await db.read(sa.select(tables.notes.c.id))}
+    for i in range(600):
+        assert (2 * i in rows) == (2 * i + 1 in rows)
+    assert {2 * i for i in kept} <= rows
+    await db.write(tables.add, {"id": 100_000, "text": "still alive"})
+
+
+async def test_read_refuses_to_write(db, tables, count):
+    """A statement that writes is refused by a read of its own, which would lose it or not, and allowed in a unit."""
+    statement = sa.insert(tables.notes).values(id=1, text="x").returning(tables.notes.c.id)
+    with pytest.raises(UnitOfWorkError, match="transaction"):
+        await db.read(statement)
+    async with db.transaction():
+        assert [tuple(row) for row in await db.read(statement)] == [(1,)]
+    assert await count(db) == 1
+    with pytest.raises(DatabaseError):
+        await db.read(sa.text("SELECT nonsense FROM nowhere"))
+
+
+async def test_databases_are_apart(open_database, tables, count):
+    """Two Databases in memory share nothing, not even their units of work, and leave no file behind."""
+    async with open_database("sqlite+aiosqlite:///:memory:") as one, open_database("sqlite://") as two:
+        async with one.transaction():
+            await one.write(tables.add, {"id": 1, "text": "x"})
+            await two.write(tables.add, {"id": 1, "text": "x"})
+            assert not two.in_unit_of_work()
+            assert await count(two) == 1
+            assert await count(one) == 0
+        place = one.engine.url.database
+    from pathlib import Path
+
+    assert not Path(place).parent.exists()
