@@ -1,0 +1,162 @@
+"""One audit entry, and the exact bytes that are stored, hashed and proved.
+
+The bytes are canonical JSON as RFC 8785 defines it. General encoders come close and differ in floats, in `-0.0` and in
+the order of keys beyond ASCII; so the schema leaves those out: keys are ASCII, values are strings, booleans, None,
+integers that every JSON reader keeps exact, and lists and mappings of those. What is left, the standard library
+encodes as the RFC does. Ids, decimals, moments and enumerations are written as the strings that people know; a float
+is refused.
+
+`v` is the version of this schema. Personal data under a key of its subject will be a version 2: nothing else depends
+on what is inside the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
+from enum import Enum
+from typing import Any, Literal, cast, get_args
+from uuid import UUID
+
+from mainstay.observability.audit.errors import InvalidEntry
+
+Outcome = Literal["succeeded", "failed", "denied", "unknown"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+MAX_BYTES = 65_536
+_EXACT = 2**53 - 1  # beyond it, a JSON reader with floating point numbers changes the number
+_DEPTH = 16
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Who did what to which thing, when, as part of what, and how it ended.
+
+    Attributes:
+        id: of the entry.
+        action: what was done, such as `order.cancelled`.
+        outcome: `succeeded`, `failed`, `denied`, or `unknown` where the connection broke while committing.
+        time: ISO 8601, UTC, microseconds; by the clock of the process that wrote it. Nothing is ordered by it.
+        resource: what it was done to, such as `order/7`.
+        actor, tenant, correlation_id, causation_id: from the context.
+        producer: the process that wrote it, a random name for each start.
+        number: of the producer's numbered entries this is the number-th; 0 for its statements.
+        detail: whatever else matters; never a secret, never more about a person than must be kept.
+    """
+
+    id: UUID
+    action: str
+    outcome: Outcome
+    time: str
+    producer: str
+    number: int
+    resource: str | None = None
+    actor: str | None = None
+    tenant: str | None = None
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes.
+
+        Raises:
+            InvalidEntry: something in it cannot be stored exactly, or it is longer than 64 KiB.
+        """
+        if self.outcome not in OUTCOMES:
+            msg = f"outcome {self.outcome!r} of an audit entry is none of {', '.join(OUTCOMES)}"
+            raise InvalidEntry(msg)
+        values = {name: getattr(self, name) for name in _OPTIONAL}
+        fields: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        fields |= {
+            "v": _VERSION,
+            "id": str(self.id),
+            "action": self.action,
+            "outcome": self.outcome,
+            "time": self.time,
+            "producer": self.producer,
+            "number": self.number,
+        }
+        if self.detail:
+            fields["detail"] = self.detail
+        data = canonical(fields)
+        if len(data) > MAX_BYTES:
+            msg = (
+                f"the audit entry {self.action!r} has {len(data)} bytes; at most {MAX_BYTES} fit: keep less in `detail`"
+            )
+            raise InvalidEntry(msg)
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Entry:
+        """The entry that `to_bytes` wrote.
+
+        Raises:
+            InvalidEntry: these are not the canonical bytes of an entry.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(data)
+            if canonical(fields) != data or fields.pop("v") != _VERSION:
+                raise ValueError
+            fields["id"] = UUID(fields["id"])
+            entry = cls(**fields)
+            if entry.to_bytes() != data:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidEntry) as error:
+            msg = "these are not the canonical bytes of an audit entry"
+            raise InvalidEntry(msg) from error
+        return entry
+
+
+_OPTIONAL = ("resource", "actor", "tenant", "correlation_id", "causation_id")
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """`value` as the canonical JSON of RFC 8785.
+
+    Raises:
+        InvalidEntry: it holds a float, a large integer, a key beyond ASCII, half a surrogate pair or a strange object.
+    """
+    plain = _plain(value, "", _DEPTH)
+    try:
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        msg = "a string of the audit entry holds half a surrogate pair, which no encoding can store"
+        raise InvalidEntry(msg) from error
+
+
+def _plain(value: object, path: str, depth: int) -> Any:
+    if value is None or isinstance(value, bool) or type(value) is str:
+        return value
+    if isinstance(value, int) and not isinstance(value, Enum):
+        if not -_EXACT <= value <= _EXACT:
+            msg = f"detail{path} is an integer beyond 2^53, which JSON readers change: pass it as a string"
+            raise InvalidEntry(msg)
+        return int(value)
+    if isinstance(value, Enum):
+        return _plain(value.value, path, depth)
+    if isinstance(value, (str, UUID, Decimal)):
+        return str(value)
+    if isinstance(value, (datetime, date)):
+        return value.isoformat()
+    if depth == 0:
+        msg = f"detail{path} is nested more than {_DEPTH} levels deep"
+        raise InvalidEntry(msg)
+    if isinstance(value, Mapping):
+        plain: dict[str, Any] = {}
+        for key, inner in cast("Mapping[object, object]", value).items():
+            if not isinstance(key, str) or not key.isascii():
+                msg = f"detail{path} has the key {key!r}: keys are ASCII strings, whose order no reader doubts"
+                raise InvalidEntry(msg)
+            plain[key] = _plain(inner, f"{path}.{key}", depth - 1)
+        return plain
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        sequence = cast("Sequence[object]", value)
+        return [_plain(inner, f"{path}[{place}]", depth - 1) for place, inner in enumerate(sequence)]
+    remedy = "pass a Decimal or a string" if isinstance(value, float) else "pass strings, integers, booleans"
+    msg = f"detail{path} is a {type(value).__name__}, which has no exact form in JSON: {remedy}"
+    raise InvalidEntry(msg)

@@ -1,0 +1,54 @@
+"""What the audit trail raises.
+
+AuditError                 SYS_AUDIT             base
+├── InvalidEntry           VAL_AUDIT_ENTRY       an entry with something in it that cannot be stored exactly
+├── InvalidNote            VAL_AUDIT_NOTE        a checkpoint or key that is malformed, or signed by nobody we know
+├── InvalidReceipt         VAL_AUDIT_RECEIPT     a receipt that does not prove what it says
+├── NotSealed              RES_AUDIT_NOT_SEALED  the entry is not, or not yet, in the log
+└── TamperedLog            SYS_AUDIT_TAMPERED    the log is not the one that was signed
+"""
+
+from __future__ import annotations
+
+from mainstay.core import MainstayError
+
+
+class AuditError(MainstayError):
+    """Base of the audit trail's errors."""
+
+    code = "SYS_AUDIT"
+
+
+class InvalidEntry(AuditError, ValueError):
+    """An entry holds something that cannot be stored exactly; nothing was written."""
+
+    code = "VAL_AUDIT_ENTRY"
+    no_effect = True
+
+
+class InvalidNote(AuditError, ValueError):
+    """A signed note or a key is malformed, or signed by nobody we know."""
+
+    code = "VAL_AUDIT_NOTE"
+    no_effect = True
+
+
+class InvalidReceipt(AuditError, ValueError):
+    """A receipt does not prove that its entry is in the log."""
+
+    code = "VAL_AUDIT_RECEIPT"
+    no_effect = True
+
+
+class NotSealed(AuditError, LookupError):
+    """No such entry in the log: it does not exist, or waits for the sealer."""
+
+    code = "RES_AUDIT_NOT_SEALED"
+    no_effect = True
+
+
+class TamperedLog(AuditError):
+    """What is stored does not lead to the root that was signed: somebody has changed it. Nothing more is signed."""
+
+    code = "SYS_AUDIT_TAMPERED"
+    no_effect = True

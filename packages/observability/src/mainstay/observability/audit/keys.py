@@ -1,0 +1,105 @@
+"""Where the keys of a process come from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from mainstay.core import ConfigurationError
+from mainstay.database import Database
+from mainstay.observability.audit.errors import InvalidNote
+from mainstay.observability.audit.note import SigningKey, VerifierKey
+from mainstay.observability.audit.settings import AuditSettings
+
+_log = logging.getLogger("mainstay.observability.audit")
+
+_DEVELOPMENT = "mainstay-audit-development"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What this process signs with, and what it believes.
+
+    Attributes:
+        signing: for checkpoints; None in a process that was given only a producer's key.
+        producer: for statements.
+        trusted: whose checkpoints the sealer continues.
+    """
+
+    signing: SigningKey | None
+    producer: SigningKey
+    trusted: tuple[VerifierKey, ...]
+
+
+def keys_of(settings: AuditSettings, database: Database) -> Keys:
+    """The keys that the settings name, or one for development.
+
+    Raises:
+        ConfigurationError: a key or its file is unreadable, or there is none and the database is no SQLite.
+    """
+    try:
+        signing = _signing(settings)
+        text = settings.producer_key
+        producer = None if text is None else SigningKey.parse(text.get_secret_value())
+        former = tuple(VerifierKey.parse(text) for text in settings.former_keys)
+    except (InvalidNote, OSError) as error:
+        msg = f"AuditModule cannot read a key of its settings ({error}): look at MAINSTAY_AUDIT_…KEY…"
+        raise ConfigurationError(msg) from error
+    if signing is None and producer is None:
+        signing = _development(database)
+    return Keys(
+        signing=signing,
+        producer=producer or _either(signing),
+        trusted=(*([signing.verifier] if signing else []), *former),
+    )
+
+
+def _either(signing: SigningKey | None) -> SigningKey:
+    assert signing is not None  # noqa: S101  the caller has made one where both were missing
+    return signing
+
+
+def _signing(settings: AuditSettings) -> SigningKey | None:
+    if settings.signing_key is not None:
+        return SigningKey.parse(settings.signing_key.get_secret_value())
+    if settings.signing_key_file is not None:
+        return SigningKey.parse(settings.signing_key_file.read_text())
+    return None
+
+
+def development_key_file(database: Database) -> Path:
+    """Where the key for development is kept: beside the SQLite file."""
+    return Path(f"{database.engine.url.database}.audit-key")
+
+
+def _development(database: Database) -> SigningKey:
+    if database.dialect != "sqlite":
+        msg = (
+            "AuditModule has no key: set MAINSTAY_AUDIT_SIGNING_KEY for a process that seals, or "
+            "MAINSTAY_AUDIT_PRODUCER_KEY for one that only writes; `mainstay-audit key NAME` makes them"
+        )
+        raise ConfigurationError(msg)
+    file = development_key_file(database)
+    if not file.exists():
+        # Several processes may start at once: each writes a whole file, the first to link it wins.
+        draft = file.with_name(f"{file.name}.{uuid4().hex}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(SigningKey.generate(_DEVELOPMENT).private_text() + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, file)
+        draft.unlink()
+    _log.warning(
+        "the audit log is signed with a key for development, %s: whoever can change the database can use it too. "
+        "Set MAINSTAY_AUDIT_SIGNING_KEY",
+        file,
+    )
+    try:
+        return SigningKey.parse(file.read_text())
+    except InvalidNote as error:
+        msg = f"{file} holds no signing key ({error}): remove it, or set MAINSTAY_AUDIT_SIGNING_KEY"
+        raise ConfigurationError(msg) from error

@@ -1,0 +1,211 @@
+"""The one sealer: moves what is pending into the log, batch by batch, and signs what it has become.
+
+Any number of processes run this; a lease lets one of them seal at a time, and its fence refuses the writes of one that
+was stopped and woke up late. A batch is one commit: the entries in the log, the nodes they complete, a signed
+checkpoint, and the entries gone from the pending ones. Killed in the middle, nothing of it is there.
+
+The sealer signs what it continues, so before it continues it makes sure that the log leads to the root of its last
+checkpoint. If not, somebody has changed the log: it signs nothing more and says so, while entries keep arriving
+unsealed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from mainstay.core import Clock, Health
+from mainstay.database import Database, DatabaseError, Lease
+from mainstay.observability.audit import metrics, tables, tree
+from mainstay.observability.audit.errors import InvalidNote, TamperedLog
+from mainstay.observability.audit.keys import Keys
+from mainstay.observability.audit.merkle import Frontier, Node, leaf_hash
+from mainstay.observability.audit.note import Checkpoint, SigningKey
+from mainstay.observability.audit.settings import AuditSettings
+
+_log = logging.getLogger("mainstay.observability.audit")
+
+LEASE = "mainstay.audit.sealer"
+
+_PENDING = (
+    sa.select(tables.pending.c.seq, tables.pending.c.entry_id, tables.pending.c.recorded_at, tables.pending.c.data)
+    .order_by(tables.pending.c.seq)
+    .limit(sa.bindparam("count"))
+)
+_OLDEST = sa.select(tables.pending.c.recorded_at).order_by(tables.pending.c.seq).limit(1)
+_TO_LOG = sa.insert(tables.log)
+_TO_NODES = sa.insert(tables.nodes)
+_TO_CHECKPOINTS = sa.insert(tables.checkpoints)
+_DONE = sa.delete(tables.pending).where(tables.pending.c.seq == sa.bindparam("done"))
+
+
+class Sealer:
+    """Seals while its App serves and it holds the lease; tells in every process how far sealing lags behind."""
+
+    def __init__(self, database: Database, keys: Keys, settings: AuditSettings, clock: Clock) -> None:
+        self._database = database
+        self._keys = keys
+        self._settings = settings
+        self._clock = clock
+        self._tampered: str | None = None
+
+    async def health(self) -> Health:
+        """`degraded` when an entry waits too long for its seal, `down` when the log was changed."""
+        if self._tampered is not None:
+            return Health("down", f"the audit log was tampered with, nothing more is sealed: {self._tampered}")
+        lag = await self.lag_seconds()
+        if lag > self._settings.lag_seconds:
+            return Health("degraded", f"the oldest unsealed audit entry waits since {lag:.0f} s: is a sealer running?")
+        return Health("ok")
+
+    async def lag_seconds(self) -> float:
+        """The age of the oldest entry that waits for its seal, in seconds; 0 where none does."""
+        rows = await self._database.read(_OLDEST)
+        lag = max(0.0, self._clock.now().timestamp() - rows[0].recorded_at / 1e6) if rows else 0.0
+        metrics.LAG.set(lag)
+        return lag
+
+    async def serve(self, draining: asyncio.Event) -> None:
+        """Seal whenever the lease can be had, until the App drains; then seal what is pending, once more."""
+        signing = self._keys.signing
+        if signing is None:
+            await draining.wait()
+            return
+        while not draining.is_set():
+            try:
+                lease = await self._database.lease(LEASE, seconds=self._settings.lease_seconds)
+                if lease is not None:
+                    try:
+                        await self._seal_while_held(lease, signing, draining)
+                    finally:
+                        await lease.release()
+            except TamperedLog as error:
+                if self._tampered is None:
+                    _log.critical("the audit log was tampered with, nothing more is sealed: %s", error)
+                self._tampered = str(error)
+            except DatabaseError as error:
+                _log.warning("sealing is interrupted: %s", error)
+            # A little apart from each other, so that waiting sealers do not all ask at once.
+            await self._pause(self._settings.poll_seconds * (1 + random.random()), draining)  # noqa: S311  jitter
+
+    async def _seal_while_held(self, lease: Lease, signing: SigningKey, draining: asyncio.Event) -> None:
+        log = await OpenLog.open(self._database, self._keys, signing, lease)
+        self._tampered = None
+        signed_at = self._clock.monotonic()
+        while lease.held:
+            # Asked before the batch: what was committed before the drain began is in it.
+            last = draining.is_set()
+            sealed = await log.seal(self._settings.batch_size, self._now())
+            if sealed:
+                signed_at = self._clock.monotonic()
+                metrics.SEALED.inc(sealed)
+            elif self._clock.monotonic() - signed_at >= self._settings.idle_checkpoint_seconds:
+                await log.sign(self._now())
+                signed_at = self._clock.monotonic()
+            metrics.SIZE.set(log.size)
+            if sealed < self._settings.batch_size:
+                if last:
+                    return
+                await self._pause(self._settings.poll_seconds, draining)
+
+    def _now(self) -> str:
+        return self._clock.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    async def _pause(self, seconds: float, draining: asyncio.Event) -> None:
+        """Let time pass on the App's clock, but no longer than until the drain begins."""
+        if draining.is_set():
+            return
+        sleep = asyncio.ensure_future(self._clock.sleep(seconds))
+        drain = asyncio.ensure_future(draining.wait())
+        try:
+            await asyncio.wait((sleep, drain), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleep.cancel()
+            drain.cancel()
+            await asyncio.gather(sleep, drain, return_exceptions=True)
+
+
+class OpenLog:
+    """The log in the hands of its one writer. After any error it is thrown away and opened anew."""
+
+    def __init__(
+        self, database: Database, signing: SigningKey, lease: Lease, checkpoint: int, frontier: Frontier
+    ) -> None:
+        self._database = database
+        self._signing = signing
+        self._lease = lease
+        self._checkpoint = checkpoint
+        self._frontier = frontier
+
+    @classmethod
+    async def open(cls, database: Database, keys: Keys, signing: SigningKey, lease: Lease) -> OpenLog:
+        """Continue where the last checkpoint left off.
+
+        Raises:
+            TamperedLog: the log does not lead to the root of that checkpoint, or nobody we trust has signed it.
+        """
+        latest = await tree.latest_checkpoint(database)
+        if latest is None:
+            if await database.read(sa.select(tables.log.c.leaf).limit(1)):
+                msg = "there are entries in the log and no checkpoint"
+                raise TamperedLog(msg)
+            return cls(database, signing, lease, 0, Frontier())
+        number, note = latest
+        try:
+            checkpoint = Checkpoint.open(note, keys.trusted)
+        except InvalidNote as error:
+            msg = (
+                f"checkpoint {number}: {error}. If the key was replaced, name the old one in MAINSTAY_AUDIT_FORMER_KEYS"
+            )
+            raise TamperedLog(msg) from error
+        frontier = await tree.frontier(database, checkpoint.size)
+        if frontier.root() != checkpoint.root:
+            msg = f"the first {checkpoint.size} entries do not have the root that checkpoint {number} signs"
+            raise TamperedLog(msg)
+        beyond = sa.select(tables.log.c.leaf).where(tables.log.c.leaf >= checkpoint.size).limit(1)
+        if await database.read(beyond):
+            msg = f"there are entries in the log beyond the {checkpoint.size} that checkpoint {number} signs"
+            raise TamperedLog(msg)
+        return cls(database, signing, lease, number, frontier)
+
+    @property
+    def size(self) -> int:
+        """The number of entries that are sealed."""
+        return self._frontier.size
+
+    async def seal(self, count: int, time: str) -> int:
+        """Seal at most `count` pending entries in one commit; how many there were."""
+        rows = await self._database.read(_PENDING, {"count": count})
+        if not rows:
+            return 0
+        entries: list[dict[str, Any]] = []
+        nodes: list[Node] = []
+        for row in rows:
+            data = bytes(row.data)
+            entries.append({"leaf": self._frontier.size, "entry_id": row.entry_id, "data": data})
+            nodes += self._frontier.append(leaf_hash(data))
+        async with self._database.batch(fence=self._lease.fence, route=LEASE):
+            await self._database.write(_TO_LOG, entries)
+            await self._database.write(
+                _TO_NODES, [{"level": node.level, "position": node.position, "hash": node.hash} for node in nodes]
+            )
+            await self._database.write(_TO_CHECKPOINTS, self._next_checkpoint(time))
+            await self._database.write(_DONE, [{"done": cast("int", row.seq)} for row in rows])
+        return len(rows)
+
+    async def sign(self, time: str) -> None:
+        """Sign the log as it is: that nothing happened is news too."""
+        await self._database.write(_TO_CHECKPOINTS, self._next_checkpoint(time), fence=self._lease.fence, route=LEASE)
+
+    def _next_checkpoint(self, time: str) -> dict[str, Any]:
+        self._checkpoint += 1
+        checkpoint = Checkpoint(self._signing.verifier.name, self._frontier.size, self._frontier.root(), time)
+        return {
+            "number": self._checkpoint,
+            "size": checkpoint.size,
+            "note": self._signing.sign(checkpoint.to_text()),
+        }

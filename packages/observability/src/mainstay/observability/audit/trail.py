@@ -1,0 +1,296 @@
+"""`AuditTrail`: what application code uses, and the intake behind it in a running App.
+
+An entry of something that succeeded belongs into the transaction of what succeeded: it commits or rolls back with it.
+An entry of something that failed or was denied must survive exactly that rollback, so it has a transaction of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from datetime import UTC, datetime
+from typing import Any, ParamSpec, TypeVar
+from uuid import UUID
+
+from mainstay.core import Binding, Clock, MainstayError, current, derived_id, once, spawn, uuid7
+from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
+from mainstay.observability.audit import metrics
+from mainstay.observability.audit.entry import Entry, Outcome
+from mainstay.observability.audit.note import SigningKey
+from mainstay.observability.audit.producer import STATEMENT, Producer
+from mainstay.observability.audit.tables import INSERT_PENDING
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_log = logging.getLogger("mainstay.observability.audit")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NOTHING: Mapping[str, Any] = {}
+
+
+class AuditTrail:
+    """Writes audit entries, once an App with `AuditModule.for_feature(trail)` runs."""
+
+    def __init__(self) -> None:
+        self.bound: Binding[Intake] = Binding(
+            "AuditTrail()",
+            remedy="add AuditModule.for_root() and AuditModule.for_feature(trail) to the App and start it",
+        )
+
+    async def write(
+        self,
+        action: str,
+        *,
+        resource: str | None = None,
+        outcome: Outcome = "succeeded",
+        detail: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one entry. Who, for whom and as part of what come from the context.
+
+        With `succeeded` it joins the unit of work around it, and is durable with its commit; without one it is durable
+        when this returns. Any other outcome is durable by itself, whatever becomes of the unit of work around it; on
+        SQLite, whose one writer that unit may be, it then follows as soon as the unit has ended.
+
+        Inside a workflow function it is a recorded step: a replay does not write it again.
+
+        Args:
+            action: what was done, such as `order.cancelled`.
+            resource: what it was done to, such as `order/7`.
+            outcome: how it ended.
+            detail: strings, integers, booleans, None, and lists and mappings of those; UUID, Decimal, date, datetime
+                and enumerations are written as their strings. No floats; nothing secret.
+
+        Raises:
+            NotBoundError: no running App has bound this trail.
+            InvalidEntry: something in it cannot be stored exactly.
+            DatabaseError: it could not be written; what it belongs to must not be done either.
+        """
+        intake = self.bound.get()
+        joins = outcome == "succeeded"
+
+        async def effect(key: str | None) -> None:
+            entry_id = uuid7() if key is None else derived_id(f"{key}:audit")
+            row, number = intake.row(entry_id, action, resource, outcome, detail or _NOTHING)
+            if joins:
+                await intake.join(row, number, outcome)
+            else:
+                await intake.apart(row, number, outcome, repeated=key is not None)
+
+        await once(f"audit:{action}", effect, transactional=joins)
+
+    def record(
+        self, action: str, *, resource: str | Callable[..., str] | None = None
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+        """Decorate an async function: its success is recorded in the transaction of what it writes, its failure apart.
+
+        The function runs inside `db.transaction()`, or joins the one that is open. When it raises, everything it wrote
+        is rolled back and an entry says that it failed: `denied` for a PermissionError or a code of the family AUTH_,
+        `unknown` where the connection broke while committing, `failed` otherwise, with the error's code but not its
+        message.
+
+        In a workflow, decorate the step with it (`@flows.step` outermost): a workflow function itself runs again on
+        replay.
+
+        Args:
+            action: what the function does, such as `order.cancelled`.
+            resource: what it is done to: a text, or a function of some of the parameters, found by their names.
+
+        Raises:
+            TypeError: the function is not an async function, or `resource` has a parameter that it has not.
+        """
+
+        def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+            find = _finder(function, resource)
+
+            @functools.wraps(function)
+            async def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
+                intake = self.bound.get()
+                found = find(*args, **kwargs)
+                try:
+                    async with intake.database.transaction():
+                        result = await function(*args, **kwargs)
+                        await self.write(action, resource=found)
+                except asyncio.CancelledError:
+                    # Whoever was cancelled must not be kept waiting for the database.
+                    intake.later(action, found, "failed", {"error": "cancelled"})
+                    raise
+                except Exception as error:
+                    await self._failed(action, found, error)
+                    raise
+                return result
+
+            return recorded
+
+        return decorate
+
+    async def _failed(self, action: str, resource: str | None, error: Exception) -> None:
+        code = error.code if isinstance(error, MainstayError) else type(error).__name__
+        try:
+            await self.write(action, resource=resource, outcome=_outcome(error), detail={"error": code})
+        except Exception:  # noqa: BLE001  see below
+            # The caller gets the error that happened; that it could not be recorded is for the people on call.
+            metrics.LOST.inc()
+            _log.exception("the failure of %s %s could not be recorded", action, resource or "")
+
+
+def _outcome(error: Exception) -> Outcome:
+    if isinstance(error, PermissionError) or (isinstance(error, MainstayError) and error.code.startswith("AUTH_")):
+        return "denied"
+    if isinstance(error, DatabaseError) and not error.no_effect:
+        return "unknown"
+    return "failed"
+
+
+def _finder(function: Callable[..., object], resource: str | Callable[..., str] | None) -> Callable[..., str | None]:
+    """A function of the decorated function's arguments that tells the resource."""
+    name = getattr(function, "__qualname__", repr(function))
+    if not inspect.iscoroutinefunction(function):
+        msg = f"@audit.record takes an async function, which {name} is not"
+        raise TypeError(msg)
+    if not callable(resource):
+        return lambda *_args, **_kwargs: resource
+    signature = inspect.signature(function)
+    wanted = list(inspect.signature(resource).parameters)
+    unknown = [parameter for parameter in wanted if parameter not in signature.parameters]
+    if unknown:
+        msg = f"the resource of @audit.record takes {', '.join(unknown)}, which {name}{signature} has no parameter for"
+        raise TypeError(msg)
+
+    def find(*args: Any, **kwargs: Any) -> str:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return resource(**{parameter: bound.arguments[parameter] for parameter in wanted})
+
+    return find
+
+
+class Intake:
+    """Where the trails of a running App put their entries."""
+
+    def __init__(self, database: Database, clock: Clock, key: SigningKey, statement_seconds: float) -> None:
+        self.database = database
+        self._clock = clock
+        self._key = key
+        self._statement_seconds = statement_seconds
+        self._producer = Producer()
+        self._news = asyncio.Event()
+        self._alone: set[asyncio.Task[Exception | None]] = set()
+
+    def row(
+        self, entry_id: UUID, action: str, resource: str | None, outcome: Outcome, detail: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], int]:
+        """The row of an entry with its exact bytes, and its number."""
+        number = 0 if action == STATEMENT else self._producer.issue()
+        context = current()
+        now = self._clock.now()
+        data = Entry(
+            id=entry_id,
+            action=action,
+            outcome=outcome,
+            time=now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            producer=self._producer.name,
+            number=number,
+            resource=resource,
+            actor=context.actor,
+            tenant=context.tenant,
+            correlation_id=context.correlation_id,
+            causation_id=context.causation_id,
+            detail=detail,
+        ).to_bytes()
+        # Integer arithmetic: a float of today's seconds has no room for microseconds.
+        since = now - _EPOCH
+        recorded_at = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+        return {"entry_id": entry_id, "recorded_at": recorded_at, "data": data}, number
+
+    async def join(self, row: dict[str, Any], number: int, outcome: Outcome) -> None:
+        """Write in the unit of work that is open, or durably where there is none."""
+        await self.database.write(INSERT_PENDING, row)
+        self.database.after_commit(functools.partial(self._committed, number, outcome))
+
+    async def apart(self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool) -> None:
+        """Write in a transaction of its own, whatever is open; `repeated` if an earlier attempt may have done so."""
+        task = spawn(self._write_alone(row, number, outcome, repeated=repeated), name="mainstay.audit.apart")
+        self._alone.add(task)
+        task.add_done_callback(self._alone.discard)
+        if self.database.dialect == "sqlite" and self._in_unit():
+            # The one writer's turn is ours until our unit ends: waiting for another transaction would wait for ever.
+            return
+        error = await asyncio.shield(task)
+        if error is not None:
+            raise error
+
+    def later(self, action: str, resource: str | None, outcome: Outcome, detail: Mapping[str, Any]) -> None:
+        """Write in a transaction of its own, and let nobody wait for it."""
+        row, number = self.row(uuid7(), action, resource, outcome, detail)
+        task = spawn(self._write_alone(row, number, outcome, repeated=False), name="mainstay.audit.later")
+        self._alone.add(task)
+        task.add_done_callback(self._alone.discard)
+
+    def _in_unit(self) -> bool:
+        try:
+            return self.database.in_unit_of_work()
+        except UnitOfWorkError:
+            return True
+
+    async def _write_alone(
+        self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool
+    ) -> Exception | None:
+        try:
+            await self.database.write(INSERT_PENDING, row)
+        except Conflict as error:
+            if not repeated:
+                return self._lost(error)
+        except Exception as error:  # noqa: BLE001  told to whoever waits
+            return self._lost(error)
+        else:
+            self._committed(number, outcome)
+        return None
+
+    def _lost(self, error: Exception) -> Exception:
+        metrics.LOST.inc()
+        _log.error("an audit entry with a transaction of its own could not be written", exc_info=error)
+        return error
+
+    def _committed(self, number: int, outcome: Outcome) -> None:
+        metrics.entries(outcome).inc()
+        if number:
+            self._producer.committed(number)
+            self._news.set()
+
+    # Statements
+
+    async def say_for_ever(self) -> None:
+        """State, at most once in `statement_seconds`, what has been committed."""
+        while True:
+            await self._news.wait()
+            await self._clock.sleep(self._statement_seconds)
+            await self.say()
+
+    async def say(self) -> None:
+        """State what has been committed since the last time; where that fails, the next time says it."""
+        self._news.clear()
+        statement = self._producer.statement()
+        if statement is None:
+            return
+        note = self._key.sign(statement.to_text())
+        entry_id = derived_id(f"{STATEMENT}:{statement.producer}:{statement.sequence}")
+        row, _ = self.row(entry_id, STATEMENT, None, "succeeded", {"note": note})
+        try:
+            await self.database.write(INSERT_PENDING, row)
+        except Conflict:
+            pass  # an attempt that was cut off had arrived
+        except DatabaseError as error:
+            self._news.set()
+            _log.warning("the statement of this process's audit entries is put off: %s", error)
+            return
+        self._producer.said()
+
+    async def settle(self) -> None:
+        """Finish what is being written apart, and say the last word."""
+        while self._alone:
+            await asyncio.wait(self._alone)
+        await self.say()

@@ -1,0 +1,329 @@
+"""Sealing: batches, two sealers, many writers, a killed sealer, and a log that says when it was changed."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import asynccontextmanager
+
+import pytest
+import sqlalchemy as sa
+
+from mainstay.core import App, bind
+from mainstay.database import Database, DatabaseModule, DatabaseUnavailable
+from mainstay.observability.audit import AuditModule, AuditTrail, Checkpoint, Sealer, tables, verify
+from mainstay.observability.audit.merkle import Frontier, leaf_hash
+from mainstay.observability.audit.testing import KEY, settings, written
+from mainstay.observability.testing import metric
+
+
+@asynccontextmanager
+async def service(database_settings, *, serve=False, **values):
+    """A running App with a trail of its own."""
+    trail = AuditTrail()
+    app = App(
+        DatabaseModule.for_root(database_settings),
+        AuditModule.for_root(settings(**values)),
+        AuditModule.for_feature(trail),
+    )
+    async with app.running(serve=serve):
+        yield app, trail
+
+
+async def report(database_settings, **options):
+    async with App(DatabaseModule.for_root(database_settings)) as app:
+        return await verify(app.get(Database), [KEY.verifier], **options)
+
+
+async def sealed(db, count):
+    """Wait until so many entries are in the log."""
+    async with asyncio.timeout(30):
+        while (await db.read(sa.select(sa.func.count()).select_from(tables.log)))[0][0] < count:
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_written_is_sealed_and_verified(database_settings):
+    """After a drain everything is in the log, nothing is pending, every checkpoint holds and every number is stated."""
+    async with service(database_settings, serve=True, batch_size=10) as (app, trail):
+        for n in range(25):
+            await trail.write("n", detail={"n": n})
+        await sealed(app.get(Database), 25)
+    found = await report(database_settings)
+    assert found.problems == ()
+    assert found.ok
+    assert (found.entries, found.pending, found.producers) == (25, 1, 1)
+    async with service(database_settings, serve=True) as (app, _):
+        await sealed(app.get(Database), 26)
+    found = await report(database_settings)
+    assert (found.ok, found.entries, found.pending, found.statements, found.unstated) == (True, 26, 0, 1, 0)
+
+
+async def test_the_log_is_the_tree_of_its_exact_bytes(database_settings):
+    """The signed root is that of a tree made by hand from the stored bytes, in the order of the leaves."""
+    async with service(database_settings, serve=True) as (app, trail):
+        db = app.get(Database)
+        await asyncio.gather(*(trail.write("n", detail={"n": n}) for n in range(600)))
+        await sealed(db, 600)
+        tree = Frontier()
+        for row in await db.read(sa.select(tables.log.c.data).order_by(tables.log.c.leaf).limit(600)):
+            tree.append(leaf_hash(bytes(row.data)))
+        notes = await db.read(sa.select(tables.checkpoints.c.note).order_by(tables.checkpoints.c.number))
+        checkpoints = [Checkpoint.open(row.note, [KEY.verifier]) for row in notes]
+        assert (600, tree.root()) in [(checkpoint.size, checkpoint.root) for checkpoint in checkpoints]
+        assert metric("mainstay_audit_log_entries") >= 600
+
+
+async def test_trap_sixteen_writers_make_no_fork_and_no_gap(database_settings):
+    """1,600 entries from 16 writers, some rolled back, two sealers: one line, every commit in it once, no rollback in it."""
+    kept: set[int] = set()
+
+    async def writer(db, trail, w):
+        for n in range(100):
+            number = w * 100 + n
+            if n % 10 == 3:
+                with pytest.raises(ZeroDivisionError):
+                    async with db.transaction():
+                        await trail.write("n", detail={"n": number})
+                        1 / 0  # noqa: B018  any exception
+            elif n % 2:
+                async with db.transaction():
+                    await trail.write("n", detail={"n": number})
+                kept.add(number)
+            else:
+                await trail.write("n", detail={"n": number})
+                kept.add(number)
+
+    values = {"batch_size": 50, "lease_seconds": 2.0}
+    async with (
+        service(database_settings, serve=True, **values) as (app, trail),
+        service(database_settings, serve=True, **values),
+    ):
+        db = app.get(Database)
+        await asyncio.gather(*(writer(db, trail, w) for w in range(16)))
+        await sealed(db, len(kept))
+    async with service(database_settings, serve=True) as (app, _):
+        await sealed(app.get(Database), len(kept) + 1)
+        entries = await written(app.get(Database), "n")
+    assert sorted(entry.detail["n"] for entry in entries) == sorted(kept)
+    found = await report(database_settings)
+    assert found.problems == ()
+    assert (found.pending, found.unstated) == (0, 0)
+
+
+async def test_trap_a_row_that_commits_late_is_sealed(database_settings, url):
+    """An entry whose transaction was open while later ones were sealed is not passed over."""
+    if url.startswith("sqlite"):
+        return  # one writer at a time: nothing can commit late
+    async with service(database_settings, serve=True) as (app, trail):
+        db = app.get(Database)
+        async with db.transaction():
+            await trail.write("late")
+            later = [asyncio.ensure_future(self_contained(trail, n)) for n in range(5)]
+            await asyncio.wait(later)
+            await sealed(db, 5)
+        await sealed(db, 6)
+    assert (await report(database_settings)).ok
+
+
+async def self_contained(trail, n):
+    """Write outside of the unit of work of the task that started this one."""
+    await asyncio.get_running_loop().create_task(
+        trail.write("n", detail={"n": n}), context=__import__("contextvars").Context()
+    )
+
+
+async def test_an_idle_log_still_signs(database_settings):
+    """Silence is noticed: with nothing to seal, checkpoints of the same size keep coming."""
+    async with service(database_settings, serve=True, idle_checkpoint_seconds=0.05) as (app, trail):
+        db = app.get(Database)
+        await trail.write("only")
+        await sealed(db, 1)
+        async with asyncio.timeout(10):
+            while len(rows := await db.read(sa.select(tables.checkpoints.c.size))) < 3:
+                await asyncio.sleep(0.01)
+    assert {row.size for row in rows} == {1}
+    found = await report(database_settings)
+    assert found.ok
+    assert found.checkpoints >= 3
+
+
+KILLED = """
+    import asyncio, os, sys
+    from mainstay.core import App
+    from mainstay.database import DatabaseModule, DatabaseSettings, Database
+    from mainstay.observability.audit import AuditModule, AuditTrail
+    from mainstay.observability.audit.testing import settings
+
+    async def main():
+        trail = AuditTrail()
+        app = App(
+            DatabaseModule.for_root(DatabaseSettings(url=sys.argv[1])),
+            AuditModule.for_root(settings(batch_size=7, lease_seconds=1.0, poll_seconds=0.001, statement_seconds=0.05)),
+            AuditModule.for_feature(trail),
+        )
+        async with app.running(serve=True):
+            async def writer(w):
+                for n in range(10**6):
+                    await trail.write("n", detail={"w": w, "n": n})
+                    os.write(1, b"%d %d\\n" % (w, n))
+            await asyncio.gather(*(writer(w) for w in range(4)))
+
+    asyncio.run(main())
+"""
+
+
+async def test_a_killed_sealer_leaves_no_half_batch(database_settings, url):
+    """SIGKILL in the middle, several times: every acknowledged entry is there once, and the log continues and verifies."""
+    acknowledged: set[tuple[int, int, int]] = set()
+    for life in range(3):
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", textwrap.dedent(KILLED), url, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        async with asyncio.timeout(60):
+            while len([one for one in acknowledged if one[0] == life]) < 150:
+                line = await child.stdout.readline()
+                assert line, "the child ended by itself"
+                w, n = line.split()
+                acknowledged.add((life, int(w), int(n)))
+        child.send_signal(signal.SIGKILL)
+        await child.wait()
+    async with service(database_settings, serve=True) as (app, _):
+        db = app.get(Database)
+        async with asyncio.timeout(30):
+            while await db.read(sa.select(tables.pending.c.seq).limit(1)):
+                await asyncio.sleep(0.02)
+        entries = await written(db, "n")
+    written_by: dict[str, set[tuple[int, int]]] = {}
+    for entry in entries:
+        pair = (entry.detail["w"], entry.detail["n"])
+        assert pair not in written_by.setdefault(entry.producer, set())
+        written_by[entry.producer].add(pair)
+    for life in range(3):
+        told = {(w, n) for one, w, n in acknowledged if one == life}
+        assert any(told <= pairs for pairs in written_by.values())
+    found = await report(database_settings)
+    assert found.problems == ()
+    assert found.producers == 3
+    assert found.statements > 0
+
+
+async def test_a_sealer_that_lost_its_lease_writes_nothing(database_settings):
+    """Fenced: when somebody else has taken over, the old sealer's batch is refused, and it starts anew from what is there."""
+    async with service(database_settings, serve=True, lease_seconds=600.0) as (app, trail):
+        db = app.get(Database)
+        await trail.write("first")
+        await sealed(db, 1)
+        leases = sa.table("mainstay_database_leases", sa.column("name"), sa.column("epoch"), sa.column("expires_at"))
+        await db.write(
+            sa.update(leases).where(leases.c.name == "mainstay.audit.sealer").values(epoch=leases.c.epoch + 1)
+        )
+        await trail.write("second")
+        async with asyncio.timeout(10):
+            while not await db.read(sa.select(tables.pending.c.seq)):
+                await asyncio.sleep(0.01)
+        assert (await db.read(sa.select(sa.func.count()).select_from(tables.log)))[0][0] == 1
+        await db.write(sa.update(leases).values(expires_at=0))
+        await sealed(db, 2)
+    assert (await report(database_settings)).problems == ()
+
+
+async def test_a_sealer_does_not_continue_a_log_that_was_changed(database_settings, caplog):
+    """It signs nothing more, is down, says so once, and entries keep arriving unsealed."""
+    async with service(database_settings, serve=True) as (app, trail):
+        await trail.write("a")
+        await trail.write("b")
+        await sealed(app.get(Database), 2)
+    with caplog.at_level(logging.CRITICAL):
+        async with service(database_settings) as (app, _):
+            await app.get(Database).write(sa.update(tables.log).where(tables.log.c.leaf == 0).values(data=b"other"))
+        async with service(database_settings, serve=True) as (app, trail):
+            sealer, db = app.get(Sealer), app.get(Database)
+            async with asyncio.timeout(10):
+                while (await sealer.health()).status != "down":
+                    await asyncio.sleep(0.01)
+            checkpoints = await db.read(sa.select(tables.checkpoints.c.number))
+            await trail.write("c")
+            await asyncio.sleep(0)
+            assert len(await db.read(sa.select(tables.checkpoints.c.number))) == len(checkpoints)
+            assert len(await db.read(sa.select(tables.log.c.leaf))) == 2
+    assert caplog.text.count("tampered with") == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        sa.delete(tables.checkpoints),
+        sa.update(tables.checkpoints).values(note="x\n\n— y z\n"),
+        sa.delete(tables.log).where(tables.log.c.leaf == 0),
+        sa.insert(tables.log).values(leaf=99, entry_id=__import__("uuid").uuid4(), data=b"{}"),
+    ],
+    ids=["no checkpoint", "forged checkpoint", "deleted", "added"],
+)
+async def test_a_sealer_refuses_every_damage_that_it_can_see(database_settings, damage):
+    """A log without its checkpoint, with a forged one, with entries gone or added is not continued."""
+    async with service(database_settings, serve=True) as (app, trail):
+        await trail.write("a")
+        await sealed(app.get(Database), 1)
+    async with service(database_settings) as (app, _):
+        await app.get(Database).write(damage)
+    async with service(database_settings, serve=True) as (app, _), asyncio.timeout(10):
+        while (await app.get(Sealer).health()).status != "down":
+            await asyncio.sleep(0.01)
+
+
+async def test_lag_is_degraded(database_settings):
+    """Nobody seals: after the limit the health says so, with a question that helps."""
+    async with service(database_settings, lag_seconds=0.001) as (app, trail):
+        sealer = app.get(Sealer)
+        assert (await sealer.health()).status == "ok"
+        await trail.write("a")
+        async with asyncio.timeout(5):
+            while (health := await sealer.health()).status == "ok":
+                await asyncio.sleep(0.001)
+        assert health.status == "degraded"
+        assert "is a sealer running?" in health.detail
+        assert metric("mainstay_audit_lag_seconds") > 0
+
+
+async def test_an_interrupted_sealer_goes_on(database_settings, monkeypatch, caplog):
+    """The database away for a moment is a warning and a new start, not the end of sealing."""
+    real = Database.read
+    failures = iter([DatabaseUnavailable("away"), DatabaseUnavailable("away")])
+
+    async def read(self, statement, parameters=None):
+        if "mainstay_audit_pending" in str(statement) and "count" in (parameters or {}):
+            error = next(failures, None)
+            if error is not None:
+                raise error
+        return await real(self, statement, parameters)
+
+    monkeypatch.setattr(Database, "read", read)
+    with caplog.at_level(logging.WARNING):
+        async with service(database_settings, serve=True) as (app, trail):
+            await trail.write("a")
+            await sealed(app.get(Database), 1)
+    assert "sealing is interrupted" in caplog.text
+
+
+async def test_a_process_without_the_signing_key_does_not_seal(database_settings):
+    """A web service has a producer's key only: it writes and states, and leaves sealing to others."""
+    from pydantic import SecretStr
+
+    from mainstay.observability.audit import SigningKey
+
+    mine = SigningKey.generate("web")
+    values = {"signing_key": None, "producer_key": SecretStr(mine.private_text())}
+    async with service(database_settings, serve=True, **values) as (app, trail):
+        with bind(actor="ann"):
+            await trail.write("a")
+        assert await app.get(Database).read(sa.select(tables.log.c.leaf)) == []
+    async with service(database_settings, serve=True) as (app, _):
+        await sealed(app.get(Database), 2)
+    assert (await report(database_settings, producers=[mine.verifier.text])).ok
+    strict = await report(database_settings)
+    assert [problem.kind for problem in strict.problems] == ["forged"]
+    assert os.getpid()

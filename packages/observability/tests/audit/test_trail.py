@@ -1,0 +1,321 @@
+"""What application code uses: entries that share the fate of what they report, and failures that survive it."""
+
+import asyncio
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import Enum
+from uuid import UUID, uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from mainstay.core import App, ConfigurationError, MainstayError, NotBoundError, bind, bind_journal, derived_id
+from mainstay.database import Database, DatabaseModule, DatabaseUnavailable
+from mainstay.observability.audit import AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
+from mainstay.observability.audit.testing import settings, written
+from mainstay.observability.testing import metric
+
+
+class Forbidden(MainstayError):
+    code = "AUTH_FORBIDDEN"
+
+
+@pytest.fixture
+def trail():
+    return AuditTrail()
+
+
+@pytest.fixture
+async def app(database_settings, trail):
+    app = App(
+        DatabaseModule.for_root(database_settings),
+        AuditModule.for_root(settings()),
+        AuditModule.for_feature(trail),
+    )
+    async with app:
+        yield app
+
+
+@pytest.fixture
+def db(app):
+    return app.get(Database)
+
+
+async def settled(db, count):
+    """Wait until so many entries are committed."""
+    async with asyncio.timeout(10):
+        while len(entries := await written(db)) < count:
+            await asyncio.sleep(0.01)
+    return entries
+
+
+async def test_an_entry_tells_who_did_what_to_which_thing(db, trail):
+    """Everything of the context and of the call comes out of the stored bytes, detail in its exact form."""
+
+    class Colour(Enum):
+        RED = "red"
+
+    order = uuid4()
+    with bind(actor="ann", tenant="acme", correlation_id="c-1", causation_id="e-1"):
+        await trail.write(
+            "order.cancelled",
+            resource=f"order/{order}",
+            detail={"amount": Decimal("3.50"), "order": order, "when": datetime(2026, 1, 1, tzinfo=UTC), "n": [1, True, None], "colour": Colour.RED},
+        )  # fmt: skip
+    (entry,) = await written(db)
+    assert (entry.action, entry.outcome, entry.resource) == ("order.cancelled", "succeeded", f"order/{order}")
+    assert (entry.actor, entry.tenant, entry.correlation_id, entry.causation_id) == ("ann", "acme", "c-1", "e-1")
+    assert entry.detail == {
+        "amount": "3.50", "order": str(order), "when": "2026-01-01T00:00:00+00:00", "n": [1, True, None], "colour": "red",
+    }  # fmt: skip
+    assert entry.number == 1
+    assert entry.time.endswith("Z")
+
+
+async def test_an_entry_shares_the_fate_of_its_unit_of_work(db, trail):
+    """Committed with it, gone with it, and counted only when it is there."""
+    before = metric("mainstay_audit_entries_total", outcome="succeeded")
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction():
+            await trail.write("rolled.back")
+            1 / 0  # noqa: B018  any exception
+    async with db.transaction():
+        await trail.write("committed")
+    async with db.batch():
+        await trail.write("batched")
+    await trail.write("alone")
+    assert [entry.action for entry in await written(db)] == ["committed", "batched", "alone"]
+    assert metric("mainstay_audit_entries_total", outcome="succeeded") == before + 3
+
+
+async def test_record_shares_the_transaction_of_the_function(db, trail):
+    """What the function wrote and its entry are one commit; the result comes through; the resource is found by name."""
+    seen = []
+
+    @trail.record("order.cancelled", resource=lambda order_id: f"order/{order_id}")
+    async def cancel(shop, order_id, *, why="none"):
+        seen.append(db.in_unit_of_work())
+        await trail.write("inner", detail={"why": why})
+        return shop
+
+    assert await cancel("s", order_id=7, why="rain") == "s"
+    assert seen == [True]
+    assert cancel.__name__ == "cancel"
+    assert [(entry.action, entry.resource) for entry in await written(db)] == [
+        ("inner", None), ("order.cancelled", "order/7"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "code"),
+    [
+        (ValueError("secret detail"), "failed", "ValueError"),
+        (PermissionError(), "denied", "PermissionError"),
+        (Forbidden(), "denied", "AUTH_FORBIDDEN"),
+        (DatabaseUnavailable("away"), "failed", "EXT_DATABASE_UNAVAILABLE"),
+        (DatabaseUnavailable("lost", no_effect=False), "unknown", "EXT_DATABASE_UNAVAILABLE"),
+    ],
+)
+async def test_trap_a_failure_survives_the_rollback(db, trail, error, outcome, code):
+    """What the function wrote is gone, that it failed is there, with the error's code and not its message."""
+
+    @trail.record("order.cancelled", resource="order/1")
+    async def cancel():
+        await trail.write("inner")
+        raise error
+
+    with pytest.raises(type(error)):
+        await cancel()
+    (entry,) = await written(db)
+    assert (entry.action, entry.outcome, entry.resource, entry.detail) == (
+        "order.cancelled", outcome, "order/1", {"error": code},
+    )  # fmt: skip
+
+
+async def test_a_failure_inside_an_outer_unit_survives_its_rollback_too(db, trail):
+    """Also where the outer unit holds SQLite's only writer: nobody waits for himself, and the entry comes."""
+
+    @trail.record("inner")
+    async def fail():
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011  it is the one above
+        async with asyncio.timeout(5), db.transaction():
+            await trail.write("outer")
+            await fail()
+    (entry,) = await settled(db, 1)
+    assert (entry.action, entry.outcome) == ("inner", "failed")
+
+
+async def test_a_denial_is_durable_when_write_returns(db, trail):
+    """Outside of a unit of work nothing is put off; inside of one that commits, both entries are there."""
+    await trail.write("login", outcome="denied")
+    assert [entry.outcome for entry in await written(db)] == ["denied"]
+    async with asyncio.timeout(5), db.transaction():
+        await trail.write("login", outcome="denied")
+        await trail.write("login")
+    assert sorted(entry.outcome for entry in await settled(db, 3)) == ["denied", "denied", "succeeded"]
+
+
+async def test_a_cancelled_function_is_recorded_without_keeping_anybody(db, trail):
+    """The cancellation goes on at once, and the entry follows."""
+    entered = asyncio.Event()
+
+    @trail.record("slow")
+    async def slow():
+        entered.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(slow())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (entry,) = await settled(db, 1)
+    assert (entry.outcome, entry.detail) == ("failed", {"error": "cancelled"})
+
+
+async def test_stopping_waits_for_what_is_put_off(database_settings, trail):
+    """An entry that nobody awaited is durable when the App has stopped."""
+    app = App(
+        DatabaseModule.for_root(database_settings), AuditModule.for_root(settings()), AuditModule.for_feature(trail)
+    )
+    async with app, app.get(Database).transaction():
+        await trail.write("put.off", outcome="failed")
+    async with app:
+        assert "put.off" in [entry.action for entry in await written(app.get(Database))]
+
+
+async def test_when_the_audit_cannot_be_written_the_mutation_is_not_done(db, trail, monkeypatch):
+    """Fail closed: without its entry the function's work rolls back; a failure that cannot be recorded is counted."""
+    await db.write(sa.insert(tables.pending), {"entry_id": (taken := uuid4()), "recorded_at": 0, "data": b"x"})
+    monkeypatch.setattr("mainstay.observability.audit.trail.uuid7", lambda: taken)
+    lost = metric("mainstay_audit_lost_total")
+
+    @trail.record("order.cancelled")
+    async def cancel():
+        await db.write(sa.insert(tables.pending), {"entry_id": uuid4(), "recorded_at": 0, "data": b"work"})
+
+    with pytest.raises(MainstayError, match=r"(?i)unique"):
+        await cancel()
+    rows = await db.read(sa.select(tables.pending.c.data))
+    assert [bytes(row.data) for row in rows] == [b"x"]
+    assert metric("mainstay_audit_lost_total") > lost
+    with pytest.raises(MainstayError, match=r"(?i)unique"):
+        await trail.write("x", outcome="denied")
+
+
+class Run:
+    """A journal that remembers keys and may run an effect twice, as after a crash."""
+
+    def __init__(self, db):
+        self.db = db
+        self.names = []
+
+    async def once(self, name, effect, *, transactional):
+        self.names.append((name, transactional))
+        if transactional:
+            async with self.db.batch():
+                await effect("run-1:audit")
+        else:
+            await effect("run-1:apart")
+            await effect("run-1:apart")
+
+
+async def test_in_a_workflow_an_entry_is_a_step(db, trail):
+    """It goes through the journal, its id derives from the step's key, and a repeated attempt is one entry."""
+    run = Run(db)
+    with bind_journal(run):
+        await trail.write("a")
+        await trail.write("b", outcome="failed")
+    assert run.names == [("audit:a", True), ("audit:b", False)]
+    entries = await written(db)
+    assert [entry.id for entry in entries] == [derived_id("run-1:audit:audit"), derived_id("run-1:apart:audit")]
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {"a": 1.5},
+        {"a": {"b": float("nan")}},
+        {"ключ": 1},
+        {1: 1},
+        {"a": 2**53},
+        {"a": "\ud800"},
+        {"a": object()},
+        {"a": b"bytes"},
+        {"a": "x" * 70_000},
+    ],
+)
+async def test_what_cannot_be_stored_exactly_is_refused(db, trail, detail):
+    """The error names the place and the remedy, and nothing is written."""
+    with pytest.raises(InvalidEntry):
+        await trail.write("x", detail=detail)
+    assert await written(db) == []
+
+
+async def test_an_unknown_outcome_is_refused(trail, db):
+    """There are four ways to end."""
+    with pytest.raises(InvalidEntry, match="succeeded, failed, denied, unknown"):
+        await trail.write("x", outcome="great")
+
+
+def test_record_refuses_what_it_cannot_keep():
+    """Sync functions, generators and unknown parameters are refused at definition, with a sentence."""
+    trail = AuditTrail()
+    with pytest.raises(TypeError, match="async function"):
+
+        @trail.record("x")
+        def sync(): ...
+
+    with pytest.raises(TypeError, match="async function"):
+
+        @trail.record("x")
+        async def generator():
+            yield
+
+    with pytest.raises(TypeError, match="order_id"):
+
+        @trail.record("x", resource=lambda order_id: order_id)
+        async def other(order): ...
+
+
+async def test_unbound_and_twice_bound(database_settings, trail):
+    """Without a running App the remedy is named; a second App is refused; without a database the line is named."""
+    with pytest.raises(NotBoundError, match=r"AuditModule.for_feature"):
+        await trail.write("x")
+
+    def app():
+        return App(
+            DatabaseModule.for_root(database_settings),
+            AuditModule.for_root(settings()),
+            AuditModule.for_feature(trail),
+        )
+
+    async with app():
+        with pytest.raises(ConfigurationError, match="already running"):
+            await app().__aenter__()
+    with pytest.raises(ConfigurationError, match=r"DatabaseModule.for_root\(\)"):
+        App(AuditModule.for_root(settings()))
+
+
+async def test_the_sealer_is_a_service(app):
+    """Health is told in every process, also where nothing is sealed."""
+    assert (await app.get(Sealer).health()).status == "ok"
+
+
+def test_an_entry_comes_back_from_its_bytes():
+    """Round trip; anything but the canonical bytes is refused."""
+    entry = Entry(UUID(int=1), "a", "succeeded", "2026-01-01T00:00:00.000000Z", "p", 1, detail={"b": [1, {"c": "é"}]})
+    data = entry.to_bytes()
+    assert Entry.from_bytes(data) == entry
+    for wrong in (
+        data + b" ",
+        data.replace(b'"v":1', b'"v":2'),
+        b"[]",
+        b"{}",
+        b"\xff",
+        data.replace(b"succeeded", b"won"),
+    ):
+        with pytest.raises(InvalidEntry):
+            Entry.from_bytes(wrong)
