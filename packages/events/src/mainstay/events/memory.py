@@ -37,6 +37,7 @@ class MemoryTransport:
         self._topics: dict[str, list[list[LogRecord]]] = {}
         self._positions: dict[tuple[str, str, int], int] = {}
         self.arrivals = Arrivals()
+        self.sent: list[Outgoing] = []  # in the order of commits, for tests that ask what was published
         self._letters: dict[UUID, DeadLetter] = {}
         _log.warning("transport 'memory': events are lost when this process ends")
 
@@ -53,6 +54,7 @@ class MemoryTransport:
             self._append(batch)
 
     def _append(self, batch: Sequence[Outgoing]) -> None:
+        self.sent.extend(batch)
         for event in batch:
             number = partition_of(event, self._partitions)
             records = self.partitions(event.topic)[number]

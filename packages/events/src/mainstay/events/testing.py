@@ -1,0 +1,409 @@
+"""For tests: handlers run in memory, and the contract that every transport keeps.
+
+`async with in_memory(events) as rehearsal:` runs the handlers of routers without a server, keeps what was published, and
+`await rehearsal.settled()` returns when everything has been handled.
+
+`TransportContract` is what the transports of this package are tested with. Subclass it and say how a service is configured:
+it shows whether Kafka as you run it, or your database, keeps what the documentation promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from mainstay.core import SYSTEM_CLOCK, App, Clock, Context, Feature, FullJitter, Module, Retry, bind, current, uuid7
+from mainstay.events.dead_letters import DeadLetter, DeadLetters
+from mainstay.events.event import Event, definition_of
+from mainstay.events.memory import MemoryTransport
+from mainstay.events.metadata import TYPE, Metadata, Outgoing, encode
+from mainstay.events.module import EventConsumers, EventsModule
+from mainstay.events.publisher import EventPublisher
+from mainstay.events.router import EventRouter
+from mainstay.events.settings import EventsSettings
+from mainstay.events.transport import LogRecord
+
+E = TypeVar("E", bound=Event)
+
+_LEAK: ContextVar[str] = ContextVar("leak")
+
+
+def metadata_of(event: Event, *, group: str = "test", attempt: int = 1, context: Context | None = None) -> Metadata:
+    """Metadata as a handler would get it with `event`, to call the handler by hand."""
+    outgoing = encode(
+        event,
+        id=uuid7(),
+        time=datetime.now(UTC),
+        source="test",
+        context=current() if context is None else context,
+        topic=EventsSettings(transport="memory").topic_of(definition_of(type(event)).type),
+    )
+    record = LogRecord(outgoing.topic, 0, 0, outgoing.key, outgoing.value, outgoing.headers)
+    return Metadata(record, group=group, attempt=attempt)
+
+
+class Rehearsal:
+    """What `in_memory` yields.
+
+    Attributes:
+        app: the running App.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def published(self, kind: type[E]) -> list[E]:
+        """Every event of a class that was published and committed so far, in order."""
+        type_ = definition_of(kind).type.encode()
+        sent = self.app.get(MemoryTransport).sent
+        return [kind.model_validate_json(event.value) for event in sent if dict(event.headers).get(TYPE) == type_]
+
+    async def publish(self, event: Event) -> None:
+        """Publish, as the service's own code would."""
+        await self.app.get(EventPublisher).publish(event)
+
+    async def dead_letters(self) -> Sequence[DeadLetter]:
+        """What could not be handled."""
+        return await self.app.get(DeadLetters).list()
+
+    async def settled(self, seconds: float = 5.0) -> None:
+        """Return when every group has handled everything, also what handlers published.
+
+        Raises:
+            TimeoutError: that takes longer than `seconds`; says which group is busy.
+        """
+        end = time.monotonic() + seconds
+        while busy := [consumer.group for consumer in self.app.get(EventConsumers).consumers if not consumer.idle]:
+            if time.monotonic() > end:
+                msg = f"after {seconds:g} s these groups still have work: {', '.join(busy)}"
+                raise TimeoutError(msg)
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def in_memory(
+    *routers: EventRouter,
+    modules: Sequence[Module[Any, Any] | Feature] = (),
+    clock: Clock = SYSTEM_CLOCK,
+    **settings: Any,
+) -> AsyncGenerator[Rehearsal, None]:
+    """Run the handlers of `routers` on the memory transport.
+
+    Args:
+        routers: the features under test.
+        modules: what else the App needs, such as `DatabaseModule.for_root(…)` for handlers with an inbox.
+        clock: a virtual one makes retries wait for the test.
+        settings: further `EventsSettings`.
+    """
+    root = EventsModule.for_root(EventsSettings(transport="memory", **settings))
+    app = App(*modules, root, EventsModule.for_feature(*routers), clock=clock, drain_seconds=5.0)
+    async with app.running(serve=True):
+        yield Rehearsal(app)
+
+
+async def eventually(condition: Callable[[], bool], *, seconds: float = 20.0, what: str = "the condition") -> None:
+    """Return when `condition()` is true.
+
+    Raises:
+        TimeoutError: it is not within `seconds`.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            msg = f"{what} did not come true within {seconds:g} s"
+            raise TimeoutError(msg)
+        await asyncio.sleep(0.01)
+
+
+class Placed(Event, type="contract.placed", version="1.0", key="order"):
+    """An event of the contract."""
+
+    order: str
+    number: int = 0
+
+
+class Paid(Event, type="contract.paid", version="1.0", key="order"):
+    """Another one on the same topic."""
+
+    order: str
+    number: int = 0
+
+
+class Noted(Event, type="contract.noted", version="1.0"):
+    """One without a key."""
+
+    number: int = 0
+
+
+class TransportContract:
+    """What every transport keeps. Subclass it, implement `service`, and let pytest (with pytest-asyncio) collect it."""
+
+    prefix: str
+    """Put before every topic and group of one test, so that tests share a broker."""
+
+    def service(self, *routers: EventRouter, **settings: Any) -> App:
+        """An App with these routers and settings on the transport under test; called again, a second process' view."""
+        raise NotImplementedError
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Settings that keep this test apart from others."""
+        topics = {kind: f"{self.prefix}-contract" for kind in ("contract.placed", "contract.paid", "contract.noted")}
+        return {"topics": topics, "partitions": 4, "retry_initial_seconds": 0.01, "retry_max_seconds": 0.05, **more}
+
+    @asynccontextmanager
+    async def serving(self, *routers: EventRouter, **settings: Any) -> AsyncGenerator[App, None]:
+        """A service that also consumes."""
+        async with self.service(*routers, **self.settings(**settings)).running(serve=True) as app:
+            yield app
+
+    def group(self, name: str) -> str:
+        """The name of a group of this test."""
+        return f"{self.prefix}-{name}"
+
+    async def test_an_event_arrives_with_its_fields_and_what_travels_beside_them(self) -> None:
+        """A handler gets the event, its id, type, version, source and key, and works in the publisher's context."""
+        events = EventRouter()
+        seen: list[tuple[Placed, Metadata, Context]] = []
+
+        @events.on(Placed, group=self.group("one"))
+        async def handle(event: Placed, meta: Metadata) -> None:
+            seen.append((event, meta, current()))
+
+        async with self.serving(events, source="shop"):
+            with bind(correlation_id="conversation-1", causation_id="request-1", actor="ann", tenant="acme"):
+                await events.publish(Placed(order="a/ü", number=7))
+            await eventually(lambda: bool(seen), what="the delivery")
+        event, meta, context = seen[0]
+        assert event == Placed(order="a/ü", number=7)
+        assert (meta.type, meta.version, meta.source, meta.key) == ("contract.placed", "1.0", "shop", "a/ü")
+        assert (meta.correlation_id, meta.causation_id) == ("conversation-1", "request-1")
+        assert (meta.actor, meta.tenant, meta.attempt) == ("ann", "acme", 1)
+        assert meta.id.version == 7  # noqa: PLR2004  the version of time-ordered ids
+        assert meta.time is not None
+        assert meta.time.utcoffset() is not None
+        assert context == Context("conversation-1", str(meta.id), "ann", "acme")
+
+    async def test_each_group_receives_every_event_once(self) -> None:
+        """Two groups on one topic both get all of it, and a group that handles one type skips the other."""
+        events = EventRouter()
+        first: list[int] = []
+        second: list[str] = []
+
+        @events.on(Placed, group=self.group("first"))
+        async def count(event: Placed) -> None:
+            first.append(event.number)
+
+        @events.on(Placed, Paid, group=self.group("second"))
+        async def note(event: Placed | Paid) -> None:
+            second.append(f"{type(event).__name__}{event.number}")
+
+        async with self.serving(events):
+            for number in range(20):
+                await events.publish(Placed(order=f"o{number}", number=number))
+                await events.publish(Paid(order=f"o{number}", number=number))
+            await eventually(lambda: len(first) >= 20 and len(second) >= 40, what="everything handled")  # noqa: PLR2004
+        assert sorted(first) == list(range(20))
+        assert sorted(second) == sorted([f"Placed{n}" for n in range(20)] + [f"Paid{n}" for n in range(20)])
+
+    async def test_equal_keys_keep_their_order_and_different_keys_do_not_wait(self) -> None:
+        """Events of one key are handled in turn, also across types, while a slow key holds nobody else up."""
+        events = EventRouter()
+        seen: dict[str, list[int]] = {}
+        gate = asyncio.Event()
+
+        @events.on(Placed, Paid, group=self.group("order"))
+        async def handle(event: Placed | Paid) -> None:
+            if event.order == "slow":
+                await gate.wait()
+            await asyncio.sleep(0)
+            seen.setdefault(event.order, []).append(event.number)
+
+        async with self.serving(events):
+            for number in range(25):
+                kind = Placed if number % 2 else Paid
+                await events.publish_batch([kind(order=order, number=number) for order in ("slow", "a", "b", "c", "d")])
+            others = ("a", "b", "c", "d")
+            await eventually(lambda: all(len(seen.get(order, ())) == 25 for order in others), what="the other keys")  # noqa: PLR2004
+            assert "slow" not in seen
+            gate.set()
+            await eventually(lambda: len(seen.get("slow", ())) == 25, what="the slow key")  # noqa: PLR2004
+        assert all(numbers == list(range(25)) for numbers in seen.values())
+
+    async def test_order_is_kept_through_retries(self) -> None:
+        """While an event is retried, the next of its key waits; other keys go on."""
+        events = EventRouter()
+        seen: list[tuple[str, int]] = []
+        failures = iter([True, True, False])
+
+        @events.on(Placed, group=self.group("retry"), retry=Retry(attempts=5, wait=FullJitter(0.05, 0.05)))
+        async def handle(event: Placed) -> None:
+            if event.order == "shaky" and event.number == 0 and next(failures):
+                msg = "not yet"
+                raise RuntimeError(msg)
+            seen.append((event.order, event.number))
+
+        async with self.serving(events):
+            await events.publish_batch([Placed(order="shaky", number=number) for number in range(3)])
+            await events.publish(Placed(order="other", number=9))
+            await eventually(lambda: len(seen) == 4, what="all handled")  # noqa: PLR2004
+        assert [number for order, number in seen if order == "shaky"] == [0, 1, 2]
+
+    async def test_what_keeps_failing_becomes_a_dead_letter_and_can_be_redriven(self) -> None:
+        """After its attempts an event is kept with bytes and error, the rest goes on, a redrive reaches this group only."""
+        events = EventRouter()
+        broken = True
+        handled: list[int] = []
+        others: list[int] = []
+        attempts: list[int] = []
+
+        @events.on(Placed, group=self.group("fails"), retry=Retry(attempts=3, wait=FullJitter(0.0, 0.0)))
+        async def handle(event: Placed, meta: Metadata) -> None:
+            if event.number == 1:
+                attempts.append(meta.attempt)
+                if broken:
+                    msg = "the printer is on fire"
+                    raise RuntimeError(msg)
+            handled.append(event.number)
+
+        @events.on(Placed, group=self.group("fine"))
+        async def fine(event: Placed) -> None:
+            others.append(event.number)
+
+        async with self.serving(events) as app:
+            letters = app.get(DeadLetters)
+            await events.publish_batch([Placed(order="a", number=number) for number in range(3)])
+            await eventually(lambda: handled == [0, 2], what="the rest")
+            listed = await letters.list(self.group("fails"))
+            assert len(listed) == 1
+            letter = await letters.get(listed[0].id)
+            assert (letter.group, letter.type, letter.attempts) == (self.group("fails"), "contract.placed", 3)
+            assert b'"number":1' in (letter.value or b"")
+            assert letter.key == b"a"
+            assert "the printer is on fire" in letter.error
+            assert dict(letter.headers)[TYPE] == b"contract.placed"
+            assert attempts == [1, 2, 3]
+            await eventually(lambda: len(others) == 3, what="the other group")  # noqa: PLR2004
+            broken = False
+            await letters.redrive(letter.id)
+            await eventually(lambda: handled == [0, 2, 1], what="the redriven event")
+            assert await letters.list(self.group("fails")) == []
+            await events.publish(Placed(order="z", number=99))
+            await eventually(lambda: 99 in others, what="the event after it")  # noqa: PLR2004
+        assert sorted(others) == [0, 1, 2, 99]
+
+    async def test_poison_bytes_are_kept_as_they_are_and_stop_nothing(self) -> None:
+        """What is no event, or not this one, becomes a dead letter at once, byte for byte; what follows is handled."""
+        events = EventRouter()
+        handled: list[int] = []
+
+        @events.on(Placed, group=self.group("poison"))
+        async def handle(event: Placed) -> None:
+            handled.append(event.number)
+
+        async with self.serving(events) as app:
+            await events.publish(Placed(order="a", number=1))
+            good = encode(
+                Placed(order="a"), id=uuid4(), time=datetime.now(UTC), source="x", context=Context(),
+                topic=f"{self.prefix}-contract",
+            )  # fmt: skip
+            newer = [(name, b"2.0" if name == "ce_eventversion" else value) for name, value in good.headers]
+            poison = [
+                good._replace(value=b"\xff\xfe not json", headers=[*good.headers, ("x-raw", b"\x80\xff")]),
+                good._replace(value=b'{"order": 5}'),
+                good._replace(headers=[]),
+                good._replace(headers=newer),
+            ]
+            await self.send_raw(app, poison)
+            await events.publish(Placed(order="a", number=2))
+            await eventually(lambda: handled == [1, 2], what="what follows")
+            letters = await app.get(DeadLetters).list(self.group("poison"))
+        assert sorted(letter.value or b"" for letter in letters) == sorted(event.value for event in poison)
+        raw = next(letter for letter in letters if letter.value == b"\xff\xfe not json")
+        assert dict(raw.headers)["x-raw"] == b"\x80\xff"
+        assert all(letter.attempts == 1 for letter in letters)
+
+    async def send_raw(self, app: App, batch: Sequence[Outgoing]) -> None:
+        """Put records on the topic past the publisher."""
+        await app.get(EventPublisher)._send(batch)
+
+    async def test_a_newer_minor_version_is_read_and_unknown_fields_are_ignored(self) -> None:
+        """A publisher may add a field before its readers know it."""
+        events = EventRouter()
+        seen: list[tuple[Placed, str]] = []
+
+        @events.on(Placed, group=self.group("minor"))
+        async def handle(event: Placed, meta: Metadata) -> None:
+            seen.append((event, meta.version))
+
+        class Newer(Event, type="contract.placed", version="1.3", key="order"):
+            order: str
+            number: int
+            colour: str
+
+        async with self.serving(events):
+            await events.publish(Newer(order="a", number=3, colour="red"))
+            await eventually(lambda: bool(seen), what="the delivery")
+        assert seen == [(Placed(order="a", number=3), "1.3")]
+
+    async def test_a_restart_goes_on_where_the_group_left_off(self) -> None:
+        """What was handled before a stop is not handled again, and what was published meanwhile is not lost."""
+        seen: list[int] = []
+
+        def feature() -> EventRouter:
+            events = EventRouter()
+
+            @events.on(Placed, Noted, group=self.group("restart"))
+            async def handle(event: Placed | Noted) -> None:
+                seen.append(event.number)
+
+            return events
+
+        events = feature()
+        async with self.serving(events):
+            await events.publish_batch([Placed(order=f"o{number}", number=number) for number in range(10)])
+            await events.publish_batch([Noted(number=number) for number in range(10, 20)])
+            await eventually(lambda: len(seen) == 20, what="the first half")  # noqa: PLR2004
+        events = EventRouter()
+        async with self.service(events, **self.settings()):
+            await events.publish_batch([Placed(order=f"o{number}", number=number) for number in range(20, 30)])
+        async with self.serving(feature()):
+            await eventually(lambda: len(seen) >= 30, what="the second half")  # noqa: PLR2004
+        assert sorted(seen) == list(range(30))
+
+    async def test_a_drain_finishes_what_runs_and_starts_nothing_new(self) -> None:
+        """Stopping waits for the handler that runs; events behind it are left for the next owner."""
+        events = EventRouter()
+        started, done = asyncio.Event(), False
+
+        @events.on(Placed, group=self.group("drain"))
+        async def handle(event: Placed) -> None:
+            nonlocal done
+            started.set()
+            await asyncio.sleep(0.2)
+            done = True
+
+        async with self.serving(events):
+            await events.publish(Placed(order="a"))
+            await started.wait()
+        assert done
+
+    async def test_what_a_handler_sets_in_its_context_does_not_reach_the_next_event(self) -> None:
+        """Each event starts with a fresh context, whatever a handler before it left behind."""
+        events = EventRouter()
+        leaks: list[str] = []
+
+        @events.on(Noted, group=self.group("leak"))
+        async def handle(event: Noted) -> None:
+            leaks.append(_LEAK.get(""))
+            _LEAK.set(f"left by {event.number}")
+
+        async with self.serving(events, concurrency=1):
+            await events.publish_batch([Noted(number=number) for number in range(5)])
+            await eventually(lambda: len(leaks) == 5, what="all handled")  # noqa: PLR2004
+        assert leaks == [""] * 5

@@ -1,0 +1,45 @@
+"""What the tests of events share: databases of each kind, and names that no other test uses."""
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mainstay.database import DatabaseModule, DatabaseSettings, upgrade
+from mainstay.database.module import SCHEMA
+from mainstay.events.tables import SCHEMA as EVENTS
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A name that no other test uses."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty, migrated database of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'events.db'}"
+    url: str = request.getfixturevalue("postgres")
+    await upgrade(url, [SCHEMA, EVENTS])
+    return url
+
+
+@pytest.fixture
+async def sqlite_url(tmp_path: Path) -> str:
+    """An empty SQLite file."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'events.db'}"
+
+
+@pytest.fixture
+async def postgres_url(postgres: str) -> str:
+    """An empty, migrated PostgreSQL database."""
+    await upgrade(postgres, [SCHEMA, EVENTS])
+    return postgres
+
+
+def database_module(url: str) -> DatabaseModule:
+    """The module for a URL."""
+    return DatabaseModule.for_root(DatabaseSettings(url=url))
