@@ -405,7 +405,7 @@ class Database:
         unit = _ambient.get()
         while unit is not None and (not unit.open or unit.database is not self):
             unit = unit.outer
-        if unit is not None and unit.task is not asyncio.current_task():
+        if unit is not None and unit.task is not _task():
             msg = (
                 "this task was started inside another task's unit of work, which is still open: what it writes would "
                 "belong to neither. Do the work in the same task (`asyncio.timeout` instead of `wait_for`), start the "
@@ -435,6 +435,13 @@ class Database:
             if epoch != fence.epoch:
                 raise FenceLost(fence.lost())
         unit.fenced.add(fence)
+
+
+def _task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # a thread, which has a copy of the context but no loop
+        return None
 
 
 def _unfit(statement: sa.UpdateBase, error: Exception) -> DatabaseError:

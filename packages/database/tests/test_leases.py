@@ -1,0 +1,163 @@
+"""Leases: one holder, by the database's clock, whatever happens to the holder."""
+
+import asyncio
+import time
+
+import pytest
+import sqlalchemy as sa
+from prometheus_client import REGISTRY
+
+from mainstay.core.testing import VirtualClock
+from mainstay.database import DatabaseUnavailable, FenceLost, UnitOfWorkError
+from mainstay.database.testing import database
+
+LEASES = sa.table("mainstay_database_leases", sa.column("name"), sa.column("epoch"), sa.column("expires_at"))
+
+
+async def test_one_holder_at_a_time(db, tables, count):
+    """Nobody gets a lease that is held; released, it can be had at once, with the next epoch, and the old fence fails."""
+    lease = await db.lease("one")
+    assert (lease.held, lease.epoch) == (True, 1)
+    assert await db.lease("one") is None
+    await db.write(tables.add, {"id": 1, "text": "x"}, fence=lease.fence)
+    await lease.release()
+    assert not lease.held
+    again = await db.lease("one")
+    assert again.epoch == 2
+    with pytest.raises(FenceLost):
+        await db.write(tables.add, {"id": 2, "text": "x"}, fence=lease.fence)
+    await lease.release()  # a second time, and it is somebody else's by now
+    await db.write(tables.add, {"id": 3, "text": "x"}, fence=again.fence)
+    assert again.held
+    assert await count(db) == 2
+
+
+async def test_of_many_who_ask_at_once_one_gets_it(url, open_database):
+    """Thirty requests from two Databases lead to one lease."""
+    async with open_database(url) as one:
+        others = one if ":memory:" in url else None
+        async with database(url) if others is None else _same(one) as two:
+            answers = await asyncio.gather(*(db.lease("busy") for db in (one, two) for _ in range(15)))
+            assert sum(answer is not None for answer in answers) == 1
+
+
+class _same:  # noqa: N801  stands where a Database is opened, for the kind that cannot be opened twice
+    def __init__(self, db) -> None:
+        self.db = db
+
+    async def __aenter__(self):
+        return self.db
+
+    async def __aexit__(self, *details):
+        pass
+
+
+async def test_workflow_7_blocking_code_does_not_lose_a_lease(db):
+    """The event loop is blocked for three times the lease; it is held afterwards, and nobody else got it."""
+    lease = await db.lease("blocked", seconds=0.5)
+    time.sleep(1.5)  # noqa: ASYNC251  that is what is tested
+    assert lease.held
+    assert await db.lease("blocked") is None
+    assert lease.epoch == 1
+
+
+async def test_workflow_7_leases_are_renewed_together(postgres, open_database):
+    """Forty leases take a few statements a renewal, not forty."""
+    async with open_database(postgres) as db:
+        leases = [await db.lease(f"lease {i}", seconds=1.0) for i in range(40)]
+        (before,) = await db.read(sa.text("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"))
+        await asyncio.sleep(2.2)
+        assert all(lease.held for lease in leases)
+        (after,) = await db.read(sa.text("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"))
+        assert after[0] - before[0] < 80
+
+
+async def test_the_holder_stops_before_the_database_does(url, open_database):
+    """By its own clock the holder's time is up while the lease still stands for others."""
+    clock = VirtualClock()
+    async with open_database(url, clock=clock) as db:
+        lease = await db.lease("margin", seconds=1000.0)
+        clock.tick(799)
+        assert lease.held
+        clock.tick(2)
+        assert not lease.held
+        assert await db.lease("margin") is None
+        clock.tick(200)
+        other = await db.lease("margin")
+        assert other.epoch == 2
+
+
+async def test_workflow_6_an_expired_lease_that_was_renewed_is_not_stolen(url, open_database, until):
+    """A holder who comes back late keeps the lease if nobody took it, with the same epoch; else it is lost for good."""
+    clock = VirtualClock()
+    async with open_database(url, clock=clock) as db:
+        late = await db.lease("late", seconds=1.0)
+        taken = await db.lease("taken", seconds=1.0)
+        lost = REGISTRY.get_sample_value("mainstay_database_leases_lost_total")
+        async with db.transaction() as session:
+            await session.execute(sa.text("UPDATE mainstay_database_leases SET epoch = 7 WHERE name = 'taken'"))
+        clock.tick(100)
+        assert not late.held
+        await until(lambda: late.held)
+        assert late.epoch == 1
+        await until(lambda: REGISTRY.get_sample_value("mainstay_database_leases_lost_total") == lost + 1)
+        assert not taken.held
+
+
+async def test_a_fenced_unit_costs_the_other_leases_nothing(postgres, open_database, tables):
+    """A long unit fenced with one lease holds its row; the process's other leases are renewed, and nobody takes it."""
+    async with open_database(postgres) as db:
+        fenced, other = await db.lease("fenced", seconds=1.0), await db.lease("other", seconds=1.0)
+        async with db.transaction():
+            await db.write(tables.add, {"id": 1, "text": "x"}, fence=fenced.fence)
+            await asyncio.sleep(1.6)
+            assert other.held
+            assert not fenced.held
+        end = time.monotonic() + 5
+        while not fenced.held and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        assert fenced.held
+        assert fenced.epoch == 1
+
+
+async def test_misuse_is_refused(db):
+    """Inside a unit of work, or for no time at all, no lease is taken."""
+    async with db.transaction():
+        with pytest.raises(UnitOfWorkError, match="take it before"):
+            await db.lease("x")
+    for seconds in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="positive"):
+            await db.lease("x", seconds=seconds)
+
+
+async def test_closing_releases_every_lease(tmp_path, open_database):
+    """Whoever comes next need not wait for the leases of a process that ended in order, and it can take no more."""
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    async with open_database(url) as db:
+        lease = await db.lease("one", seconds=60)
+    assert not lease.held
+    await lease.release()
+    with pytest.raises(DatabaseUnavailable):
+        await db.lease("two")
+    async with database(url) as db:
+        assert (await db.lease("one")).epoch == 2
+
+
+async def test_a_cancelled_request_leaves_no_lease_behind(db, until):
+    """What was taken for a caller who went away is given back, so that somebody can have it soon."""
+    for i in range(5):
+        task = asyncio.create_task(db.lease("orphan", seconds=60))
+        for _ in range(i * 2 + 1):
+            await asyncio.sleep(0)
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        if result is not None and not isinstance(result, asyncio.CancelledError):
+            await result.release()
+
+    async def free() -> bool:
+        lease = await db.lease("orphan", seconds=60)
+        if lease is not None:
+            await lease.release()
+        return lease is not None
+
+    await until(free)
