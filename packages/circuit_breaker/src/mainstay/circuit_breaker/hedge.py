@@ -53,7 +53,6 @@ class Hedge(Policy):
         self.clock = clock
         self.sent = 0
         self.won = 0
-        self._owns_budget = budget is None
         self._recent: deque[float] = deque(maxlen=200)
         self._late: float | None = None  # the percentile of `_recent`
         self._since = 0
@@ -82,8 +81,6 @@ class Hedge(Policy):
         kwargs: dict[str, Any],
     ) -> Any:
         """Run `fn`, twice if the first is late."""
-        if self._owns_budget:
-            self.budget.deposit()
         started = self.clock.monotonic()
         delay = self.delay_seconds()
         left = remaining_seconds()
@@ -132,11 +129,13 @@ class Hedge(Policy):
     def _layers(self) -> tuple[Layer, ...]:
         return (self.layer(()),)
 
-    def layer(self, inside: Sequence[Circuit]) -> Layer:
-        """The layer, with the circuits that stand inside it."""
+    def layer(self, inside: Sequence[Circuit], *, deposits: bool = True) -> Layer:
+        """The layer, with the circuits that stand inside it; a retry around it may already count the calls."""
         circuits = tuple(inside)
 
         def race(fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Awaitable[Any]:
+            if deposits:
+                self.budget.deposit()
             return self.race(circuits, fn, args, kwargs)
 
         return Layer(self, "hedge", (), {"race": race})

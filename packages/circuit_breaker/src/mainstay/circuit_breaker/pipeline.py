@@ -79,7 +79,11 @@ class Pipeline(Policy):
         for index, policy in enumerate(self._order):
             if isinstance(policy, Retries | Hedge):
                 inside: list[Circuit] = [other for other in self._order[index:] if isinstance(other, CircuitBreaker)]
-                layers.append(policy.layer(inside))
+                if isinstance(policy, Retries):
+                    layers.append(policy.layer(inside))
+                else:
+                    outer = [other.budget for other in self._order[:index] if isinstance(other, Retries)]
+                    layers.append(policy.layer(inside, deposits=policy.budget not in outer))
             else:
                 layers.extend(policy._layers())
         return tuple(layers)

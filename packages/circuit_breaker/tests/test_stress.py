@@ -1,0 +1,220 @@
+"""Threads and tasks at once, with exact counts."""
+
+import asyncio
+import random
+import sys
+import threading
+
+import pytest
+
+from mainstay.circuit_breaker import (
+    BreakerConfig,
+    Bulkhead,
+    BulkheadFull,
+    CircuitBreaker,
+    CircuitOpen,
+    Pipeline,
+    Rejected,
+    State,
+)
+from mainstay.core import Retry
+
+NEVER = BreakerConfig(failure_ratio=None, consecutive_failures=1_000_000)
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def switch_often():
+    """Let threads switch as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(number: int, work) -> None:
+    """Run `work(index)` in threads that begin together; the first error is raised."""
+    errors: list[BaseException] = []
+    together = threading.Barrier(number)
+
+    def run(index: int) -> None:
+        together.wait()
+        try:
+            work(index)
+        except BaseException as error:  # noqa: BLE001  raised again on the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NEVER,
+        NEVER.model_copy(update={"window_calls": 50}),
+        NEVER.model_copy(update={"window_seconds": 0.01, "slow_seconds": 60.0}),
+    ],
+    ids=["time window", "count window", "a window that turns all the time"],
+)
+def test_threads_and_tasks_lose_no_count(config: BreakerConfig) -> None:
+    """Four threads of calls and four event loops of tasks: every single outcome is counted, once."""
+    breaker = CircuitBreaker("stress", config)
+    each = 4000
+
+    @breaker
+    def call(number: int) -> None:
+        if number % 4 == 0:
+            raise Boom
+
+    @breaker
+    async def call_async(number: int) -> None:
+        await asyncio.sleep(0)
+        if number % 4 == 0:
+            raise Boom
+
+    async def tasks() -> None:
+        results = await asyncio.gather(*(call_async(number) for number in range(each)), return_exceptions=True)
+        assert sum(isinstance(result, Boom) for result in results) == each // 4
+
+    def work(index: int) -> None:
+        if index % 2:
+            asyncio.run(tasks())
+            return
+        for number in range(each):
+            try:
+                call(number)
+            except Boom:
+                assert number % 4 == 0
+
+    in_threads(8, work)
+    assert breaker.totals() == {
+        "success": 8 * each * 3 // 4,
+        "failure": 8 * each // 4,
+        "neutral": 0,
+        "late": 0,
+        "rejected": 0,
+    }
+
+
+def test_threads_and_transitions_lose_no_count() -> None:
+    """With a circuit that opens and recovers all the time, every call made is a success, a failure or late."""
+    config = BreakerConfig(
+        consecutive_failures=3,
+        break_seconds=0.0001,
+        max_break_seconds=0.0002,
+        probes=2,
+        ramp_seconds=0.0005,
+        ramp_start=0.5,
+    )
+    breaker = CircuitBreaker("stress", config)
+    each = 4000
+    made = [0] * 8
+    rejected = [0] * 8
+
+    def work(index: int) -> None:
+        choice = random.Random(index)  # noqa: S311  makes the mixture repeatable
+
+        @breaker
+        def call() -> None:
+            made[index] += 1
+            if choice.random() < 0.5:
+                raise Boom
+
+        for _ in range(each):
+            try:
+                call()
+            except Boom:
+                pass
+            except CircuitOpen:
+                rejected[index] += 1
+
+    in_threads(8, work)
+    totals = breaker.totals()
+    assert sum(made) + sum(rejected) == 8 * each
+    assert totals["success"] + totals["failure"] + totals["late"] == sum(made)
+    assert totals["rejected"] == sum(rejected)
+    assert breaker.rules.moves[State.OPEN] > 10
+
+
+def test_a_bulkhead_shared_by_threads_and_loops_keeps_its_limit_and_its_places() -> None:
+    """Three places for four threads and four event loops: never more than three inside, none lost at the end."""
+    bulkhead = Bulkhead(3, queue=1000, max_wait_seconds=30)
+    guarded = Pipeline("stress", Retry(attempts=1), bulkhead)
+    inside = 0
+    most = 0
+    done = 0
+    lock = threading.Lock()
+
+    def step(by: int) -> None:
+        nonlocal inside, most, done
+        with lock:
+            inside += by
+            most = max(most, inside)
+            done += by < 0
+
+    @guarded
+    def call() -> None:
+        step(1)
+        step(-1)
+
+    @guarded
+    async def call_async() -> None:
+        step(1)
+        try:
+            await asyncio.sleep(0)
+        finally:
+            step(-1)
+
+    async def tasks(seed: int) -> None:
+        choice = random.Random(seed)  # noqa: S311  makes the mixture repeatable
+        calls = [asyncio.create_task(call_async()) for _ in range(200)]
+        for task in calls:
+            if choice.random() < 0.2:
+                await asyncio.sleep(0)
+                task.cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
+
+    def work(index: int) -> None:
+        if index % 2:
+            asyncio.run(tasks(index))
+            return
+        for _ in range(200):
+            call()
+
+    in_threads(8, work)
+    assert (inside, bulkhead.free, len(bulkhead.waiting)) == (0, 3, 0)
+    assert most == 3
+    assert done >= 800
+
+
+async def test_a_thousand_tasks_through_a_full_pipeline() -> None:
+    """What is admitted, queued and rejected adds up, and the limit holds."""
+    bulkhead = Bulkhead(10, queue=90, max_wait_seconds=30)
+    breaker = CircuitBreaker("stress", NEVER)
+    inside = 0
+
+    @Pipeline("stress", Retry(attempts=1), breaker, bulkhead)
+    async def call() -> int:
+        nonlocal inside
+        inside += 1
+        seen = inside
+        await asyncio.sleep(0.001)
+        inside -= 1
+        return seen
+
+    results = await asyncio.gather(*(call() for _ in range(1000)), return_exceptions=True)
+    counted = [result for result in results if isinstance(result, int)]
+    rejected = [result for result in results if isinstance(result, BulkheadFull)]
+    assert (len(counted), len(rejected), max(counted)) == (100, 900, 10)
+    assert breaker.totals() == {"success": 100, "failure": 0, "neutral": 900, "late": 0, "rejected": 0}
+    assert not [result for result in results if isinstance(result, Rejected) and not result.no_effect]

@@ -1,0 +1,468 @@
+"""The traps that breakers elsewhere fall into: one test each, named after its trap."""
+
+import asyncio
+import contextvars
+import gc
+import threading
+import time
+import tracemalloc
+from collections.abc import AsyncIterator
+
+import pytest
+
+from mainstay.circuit_breaker import (
+    BreakerConfig,
+    Budget,
+    Bulkhead,
+    BulkheadFull,
+    CircuitBreaker,
+    CircuitOpen,
+    HarmfulOrderWarning,
+    Hedge,
+    KeyedBreaker,
+    Pipeline,
+    State,
+    Throttled,
+    Timeout,
+    in_thread,
+)
+from mainstay.circuit_breaker.testing import HANG, Dependency, forced
+from mainstay.core import DeadlineExceeded, Retry, bind, current
+from mainstay.core.testing import VirtualClock
+
+PLAIN = BreakerConfig(minimum_calls=4, break_jitter=0, ramp_seconds=0, probe_successes=1)
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    return VirtualClock()
+
+
+async def trip(breaker: CircuitBreaker) -> None:
+    """Fail until it opens."""
+    while breaker.state is State.CLOSED:
+        with pytest.raises(Boom):
+            await breaker.call(Dependency(then=Boom))
+
+
+async def test_half_open_herd(clock: VirtualClock) -> None:
+    """Of a hundred callers after the break exactly one gets through, and its cancellation frees the place."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    await trip(breaker)
+    await clock.advance(5)
+    dependency = Dependency(HANG, then="fine")
+    callers = [asyncio.create_task(breaker.call(dependency)) for _ in range(100)]
+    await asyncio.sleep(0)
+    assert (len(dependency.calls), breaker.state) == (1, State.HALF_OPEN)
+    probe, *others = callers
+    assert {type(error) for error in await asyncio.gather(*others, return_exceptions=True)} == {CircuitOpen}
+    probe.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await probe
+    assert breaker.state is State.HALF_OPEN
+    assert await breaker.call(dependency) == "fine"
+    assert breaker.state is State.CLOSED
+
+
+async def test_half_open_probe_lease(clock: VirtualClock) -> None:
+    """A probe that hangs does not block for ever: after its lease the circuit opens for another, longer break."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    await trip(breaker)
+    await clock.advance(5)
+    hanging = asyncio.create_task(breaker.call(Dependency(HANG)))
+    await clock.advance(29)
+    with pytest.raises(CircuitOpen, match="half open"):
+        await breaker.call(Dependency())
+    await clock.advance(1)
+    with pytest.raises(CircuitOpen) as rejection:
+        await breaker.call(Dependency())
+    assert (breaker.state, rejection.value.retry_after_seconds) == (State.OPEN, 10.0)
+    await clock.advance(10)
+    await breaker.call(Dependency())
+    assert breaker.state is State.CLOSED
+    hanging.cancel()
+    await asyncio.gather(hanging, return_exceptions=True)
+    assert breaker.state is State.CLOSED
+
+
+@pytest.mark.parametrize("result", ["fine", Boom])
+@pytest.mark.parametrize("when", [State.OPEN, State.HALF_OPEN, State.CLOSED])
+async def test_late_results(clock: VirtualClock, when: State, result: object) -> None:
+    """What began before the circuit opened neither closes nor re-opens it, whichever state it comes back to."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    late = Dependency(then=result)
+    late.hold()
+    calls = [asyncio.create_task(breaker.call(late)) for _ in range(10)]
+    await asyncio.sleep(0)
+    await trip(breaker)
+    probe = Dependency(then="fine")
+    probe.hold()
+    probing = None
+    if when is not State.OPEN:
+        await clock.advance(5)
+        probing = asyncio.create_task(breaker.call(probe))
+        await asyncio.sleep(0)
+    if when is State.CLOSED:
+        probe.let_go()
+        assert probing is not None
+        await probing
+    late.let_go()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert breaker.state is when
+    assert breaker.totals()["late"] == 10
+    assert breaker.snapshot().failures == 0
+    probe.let_go()
+    if probing is not None:
+        await probing
+
+
+async def test_cancellation(clock: VirtualClock) -> None:
+    """Callers that go away count nowhere, a cancelled probe decides nothing, and a cancellation is never retried."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    hang = Dependency(then=HANG)
+    guarded = Pipeline("p", Retry(attempts=5), breaker)
+    for _ in range(10):
+        task = asyncio.create_task(guarded.call(hang))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert len(hang.calls) == 10
+    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().calls == 0
+
+
+async def test_cancellation_by_our_own_deadline_is_a_failure(clock: VirtualClock) -> None:
+    """Twenty time-outs around a breaker open it, although all it sees is cancellations."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    guarded = Pipeline("p", Timeout(2, clock=clock), breaker)
+    hang = Dependency(then=HANG)
+    callers = [asyncio.create_task(guarded.call(hang)) for _ in range(4)]
+    await clock.advance(2)
+    assert {type(error) for error in await asyncio.gather(*callers, return_exceptions=True)} == {DeadlineExceeded}
+    assert breaker.state is State.OPEN
+
+
+async def test_a_cancellation_that_meets_the_deadline_stays_a_cancellation(clock: VirtualClock) -> None:
+    """When the caller cancels in the moment in which the time runs out, the caller gets the cancellation."""
+    guarded = Timeout(2, clock=clock)
+    task = asyncio.create_task(guarded.call(Dependency(then=HANG)))
+    await asyncio.sleep(0)
+    task.cancel()
+    clock.tick(2)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_locks_held_during_the_call() -> None:
+    """Eight threads that each call for 50 ms through one breaker are inside the call at the same time."""
+    breaker = CircuitBreaker("p")
+    inside = threading.Barrier(8)
+
+    @breaker
+    def call() -> None:
+        inside.wait(timeout=10)  # breaks unless all eight are here at once
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert breaker.totals()["success"] == 8
+
+
+async def test_locks_held_while_listeners_run(clock: VirtualClock) -> None:
+    """A listener may use the breaker it listens to: it runs outside the lock."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    seen: list[int] = []
+    breaker.on_change(lambda _: seen.append(breaker.snapshot().failures_total))
+    await trip(breaker)
+    assert seen == [4]
+
+
+async def test_sync_decorator_on_async_function(clock: VirtualClock) -> None:
+    """Async functions count in every guise, and a plain function that returns an awaitable is refused."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+
+    async def call() -> None:
+        raise Boom
+
+    class AsyncCallable:
+        async def __call__(self) -> None:
+            raise Boom
+
+    import functools
+
+    for fn in (call, functools.partial(call), AsyncCallable()):
+        decorated = breaker(fn)
+        with pytest.raises(Boom):
+            await decorated()
+    assert breaker.totals()["failure"] == 3
+    sneaky = breaker(lambda: call())  # noqa: PLW0108  the point: a plain function that returns a coroutine
+    with pytest.raises(TypeError, match="decorate the async function itself"):
+        sneaky()
+
+
+def test_sync_function_in_async_pipeline_and_generators_are_refused() -> None:
+    """A plain function under a time limit, a generator function and a class are refused where they are decorated."""
+
+    def plain() -> None: ...
+
+    def generate() -> object:
+        yield 1
+
+    with pytest.raises(TypeError, match="in_thread"):
+        Pipeline("p", Timeout(1))(plain)
+    with pytest.raises(TypeError, match="in_thread"):
+        Hedge(1)(plain)
+    with pytest.raises(TypeError, match="async generator"):
+        CircuitBreaker("p")(generate)
+    with pytest.raises(TypeError, match="decorate the method"):
+        CircuitBreaker("p")(Boom)
+    with pytest.raises(TypeError, match="CircuitBreaker\\('payments'\\)"):
+        CircuitBreaker(plain)  # type: ignore[arg-type]  # `@CircuitBreaker` without a name
+
+
+async def test_wall_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that jumps by a year either way ends no break and empties no window."""
+    breaker = CircuitBreaker("p", BreakerConfig(minimum_calls=4, slow_seconds=1))
+    guarded = Pipeline("p", Timeout(5), Retry(attempts=1), breaker, Bulkhead(2))
+    now = time.time()
+    for jump in (0, 31e6, -31e6, 31e6):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        with pytest.raises(Boom):
+            await guarded.call(Dependency(Boom))
+    assert breaker.state is State.OPEN
+    for jump in (31e6, -31e6):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        with pytest.raises(CircuitOpen):
+            await guarded.call(Dependency("fine"))
+
+
+def test_order() -> None:
+    """Orders that defeat a policy are warned of, naming both and the remedy; the stated order is silent."""
+    breaker, retry = CircuitBreaker("p"), Retry()
+    with pytest.warns(HarmfulOrderWarning, match="breaker stands around retry.*put the breaker inside the retry"):
+        Pipeline("p", breaker, retry)
+    with pytest.warns(HarmfulOrderWarning, match="bulkhead stands around retry"):
+        Pipeline("p", Bulkhead(1), retry)
+    Pipeline("p", Timeout(5), retry, Budget(), Hedge(1), breaker, Bulkhead(1), Timeout(1))
+
+
+async def test_order_rejections_are_not_retried_and_are_not_failures(clock: VirtualClock) -> None:
+    """An open circuit and a full bulkhead are not tried again, and a bulkhead's rejections open no circuit."""
+    breaker, bulkhead = CircuitBreaker("p", PLAIN, clock=clock), Bulkhead(1, clock=clock)
+    guarded = Pipeline("p", Retry(attempts=5, clock=clock), breaker, bulkhead)
+    dependency = Dependency()
+    bulkhead.take()
+    for _ in range(20):
+        with pytest.raises(BulkheadFull):
+            await guarded.call(dependency)
+    assert (breaker.state, bulkhead.rejected, dependency.calls) == (State.CLOSED, 20, [])
+    bulkhead.release()
+    with forced(breaker, State.OPEN), pytest.raises(CircuitOpen):
+        await guarded.call(dependency)
+    assert (breaker.totals()["rejected"], dependency.calls) == (1, [])
+
+
+async def test_order_a_rejected_retry_does_not_deny_the_first_attempt(clock: VirtualClock) -> None:
+    """After an attempt that may have had an effect, the rejection of the next must not deny it."""
+    breaker = CircuitBreaker("p", BreakerConfig(consecutive_failures=1), clock=clock)
+    bulkhead = Bulkhead(1, clock=clock)
+    guarded = Pipeline("p", Retry(attempts=3, wait=lambda _: 0.0, clock=clock), bulkhead)
+
+    class Blocks(Dependency):
+        async def __call__(self, *args: object, **kwargs: object) -> None:
+            bulkhead.free = 0 - 1  # somebody else takes the place meanwhile
+            raise Boom
+
+    with pytest.raises(Boom) as failure:
+        await guarded.call(Blocks())
+    assert failure.value.__notes__ == ["gave up after 2 attempts"]
+    with pytest.raises(Boom):
+        await Pipeline("p", Retry(attempts=3, clock=clock), breaker).call(Dependency(then=Boom))
+    assert breaker.totals()["failure"] == 1  # it opened: not tried again
+
+
+async def test_timeouts_on_sync_code() -> None:
+    """Blocking code under a time limit takes `in_thread`: the caller goes on in time, with its context in the thread."""
+    release = threading.Event()
+    tenants: list[str | None] = []
+
+    @Timeout(0.05)
+    @in_thread
+    def block() -> None:
+        tenants.append(current().tenant)
+        release.wait(timeout=10)
+
+    with bind(tenant="acme"), pytest.raises(DeadlineExceeded):
+        await block()
+    release.set()
+    assert tenants == ["acme"]
+
+
+async def test_generators_and_streams(clock: VirtualClock) -> None:
+    """A stream settles at its end, an abandoned one nowhere; nothing is repeated once an item was seen."""
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    began = 0
+
+    @Pipeline("p", Retry(attempts=3, wait=lambda _: 0.0, clock=clock), breaker)
+    async def stream(fail_at: int, items: int = 3) -> AsyncIterator[int]:
+        nonlocal began
+        began += 1
+        for item in range(items):
+            if item == fail_at and (item or began == 1):
+                raise Boom
+            yield item
+
+    items = stream(-1)
+    assert await anext(items) == 0
+    assert breaker.snapshot().calls == 0
+    assert [item async for item in items] == [1, 2]
+    assert breaker.snapshot().successes_total == 1
+
+    abandoned = stream(-1)
+    await anext(abandoned)
+    await abandoned.aclose()  # type: ignore[attr-defined]  # it is a generator, typed by what it was declared as
+    assert breaker.totals()["neutral"] == 1
+
+    began = 0
+    with pytest.raises(Boom):
+        _ = [item async for item in stream(1)]
+    assert began == 1
+
+    began = 0
+    assert [item async for item in stream(0)] == [0, 1, 2]
+    assert began == 2
+    assert breaker.totals() == {"success": 2, "failure": 2, "neutral": 1, "late": 0, "rejected": 0}
+
+
+async def test_context_variables(clock: VirtualClock) -> None:
+    """A hedged attempt sees the caller's context variables; what it sets does not come back, whoever wins."""
+    variable = contextvars.ContextVar("variable", default="default")
+    variable.set("caller's")
+    seen: list[str] = []
+
+    async def attempt() -> None:
+        seen.append(variable.get())
+        variable.set(f"attempt {len(seen)}")
+        if len(seen) == 1:
+            await asyncio.Event().wait()
+
+    hedge = Hedge(1, clock=clock)
+    task = asyncio.create_task(hedge.call(attempt))
+    await clock.advance(1)
+    await task
+    assert seen == ["caller's", "caller's"]
+    assert variable.get() == "caller's"
+    await hedge.drained()
+
+
+async def test_client_throttling(clock: VirtualClock) -> None:
+    """Calls count before they are made: a dependency that only hangs is throttled although no call has ended."""
+    budget = Budget(throttle=2.0, clock=clock)
+    hang = Dependency(then=HANG)
+    calls = [asyncio.create_task(budget.call(hang)) for _ in range(500)]
+    await asyncio.sleep(0)
+    throttled = [call for call in calls if call.done() and isinstance(call.exception(), Throttled)]
+    assert len(throttled) > 400
+    assert len(hang.calls) + len(throttled) == 500
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await clock.advance(31)
+    assert await budget.call(Dependency("fine")) == "fine"
+
+
+async def test_semaphores(clock: VirtualClock) -> None:
+    """A waiter cancelled in the moment in which it gets the place passes it on: no place is ever lost."""
+    bulkhead = Bulkhead(1, queue=10, max_wait_seconds=60, clock=clock)
+    assert bulkhead.take()
+    waiters = [asyncio.create_task(bulkhead.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    bulkhead.release()  # granted to the first, which has not run yet
+    waiters[0].cancel()
+    await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await waiters[0]
+    await waiters[1]
+    waiters[2].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiters[2]
+    assert (bulkhead.under_way, len(bulkhead.waiting)) == (1, 0)
+    bulkhead.release()
+    assert bulkhead.free == 1
+
+
+async def test_retry_engines(clock: VirtualClock) -> None:
+    """Tenacity's own objects decide, and even one that would retry a cancellation cannot make the loop do it."""
+    tenacity = pytest.importorskip("tenacity")
+    clocked = Retry(
+        attempts=10,
+        wait=tenacity.wait_fixed(2) + tenacity.wait_fixed(1),
+        retry=tenacity.retry_if_not_exception_type(KeyError)
+        | tenacity.retry_if_result(lambda result: result == "busy"),
+        stop=tenacity.stop_after_delay(10) | tenacity.stop_after_attempt(4),
+        clock=clock,
+    )
+    guarded = Pipeline("p", clocked)
+    dependency = Dependency(Boom, "busy", "fine")
+    task = asyncio.create_task(guarded.call(dependency))
+    await clock.advance(6)
+    assert await task == "fine"
+    task = asyncio.create_task(guarded.call(Dependency(then=Boom)))
+    await clock.advance(9)
+    with pytest.raises(Boom):
+        await task
+    hang = Dependency(then=HANG)
+    task = asyncio.create_task(guarded.call(hang))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(hang.calls) == 1
+
+
+async def test_memory(clock: VirtualClock) -> None:
+    """Twenty thousand keys keep to a bound of one thousand, failures stay, and a circuit is below one KiB."""
+    breaker = KeyedBreaker("hosts", PLAIN, key=lambda host: host, max_keys=1000, clock=clock)
+
+    @breaker
+    async def call(host: int) -> None:
+        if host < 10:
+            raise Boom
+
+    for host in [host for host in range(10) for _ in range(4)]:
+        with pytest.raises(Boom):
+            await call(host)
+    for host in range(10, 20_000):
+        await call(host)
+    assert len(breaker) == 1000
+    assert all(breaker[host].state is State.OPEN for host in range(10))
+    assert breaker.totals()["success"] == 19_990
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    many = KeyedBreaker("many", PLAIN, key=lambda host: host, max_keys=2000)
+    for host in range(2000):
+        many[host]
+    each = (tracemalloc.get_traced_memory()[0] - before) / 2000
+    tracemalloc.stop()
+    assert each < 1024
+
+
+async def test_cost() -> None:
+    """A success costs the same for a window of a hundred calls and of a million: the generated code is the same."""
+    from mainstay.circuit_breaker._admission import text_of
+
+    short = CircuitBreaker("p", BreakerConfig(window_calls=100))
+    long = CircuitBreaker("p", BreakerConfig(window_calls=1_000_000))
+    text = text_of("async", short._layers())
+    assert text == text_of("async", long._layers())
+    assert "lock" not in text
+    assert "now" not in text
+    assert text.count("await") == 1
