@@ -319,7 +319,8 @@ def test_decorated_functions_keep_their_types():
     text = signature.dump_arguments(signature.bind((Order(1),), {"note": "x"}))
     assert text == '{"order":{"n":1},"note":"x"}'
     assert signature.load_arguments('{"order":{"n":2}}') == {"order": Order(2)}
-    assert signature.load_result(signature.dump_result([Order(3)])) == [Order(3)]
+    assert signature.keep_result([Order(3)]) == ('[{"n":3}]', [Order(3)])
+    assert signature.load_result('[{"n":3}]') == [Order(3)]
     with pytest.raises(TypeError, match="step charge: missing a required argument: 'order'"):
         signature.bind((), {})
     with pytest.raises(TypeError, match="step charge: its arguments cannot be kept"):

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mainstay.core import (
     Clock,
@@ -53,6 +53,8 @@ from mainstay.workflow.tables import END, FAIL, PARK, RELEASE
 from mainstay.workflow.workflow import RunStatus, Workflow
 
 _log = logging.getLogger("mainstay.workflow")
+
+T = TypeVar("T")
 
 AnyStep = Step[..., Any]
 AnyWorkflow = Workflow[*tuple[Any, ...], Any]
@@ -103,8 +105,7 @@ class Work:
     key: str
     policy: Policy
     call: Callable[[], Awaitable[Any]]
-    dump: Callable[[Any], str]
-    load: Callable[[str], Any]
+    keep: Callable[[Any], tuple[str, Any]]
     input: str | None = None
     undoes: str | None = None
     ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
@@ -232,7 +233,7 @@ class Run:
             cause = error
         else:
             try:
-                return self.workflow.signature.dump_result(result)
+                return self.workflow.signature.keep_result(result)[0]
             except TypeError as error:
                 raise Parked(str(error)) from error
         finally:
@@ -316,8 +317,8 @@ class Run:
             if record.state == DONE:
                 return self._load(step.signature.load_result, record)
             if record.input is None:
-                record.input = _dump(lambda: step.signature.dump_arguments(step.signature.bind(args, kwargs)))
-                arguments = step.signature.bind(args, kwargs)
+                arguments = _or_parked(step.signature.bind, args, kwargs)
+                record.input = _or_parked(step.signature.dump_arguments, arguments)
             else:  # what was begun is carried on with the input it began with
                 arguments = self._arguments(step, record)
             ask = step.ask
@@ -326,8 +327,7 @@ class Run:
                 key=key,
                 policy=step.policy,
                 call=lambda: step.signature.call(arguments),
-                dump=step.signature.dump_result,
-                load=step.signature.load_result,
+                keep=step.signature.keep_result,
                 input=record.input,
                 ask=None if ask is None else lambda: ask(**arguments),
             )
@@ -352,8 +352,7 @@ class Run:
                 key=key,
                 policy=_EFFECT,
                 call=lambda: effect(full),
-                dump=_nothing,
-                load=_nothing_back,
+                keep=_nothing,
                 entry=transactional,
             )
             await self._settle(work, record)
@@ -632,12 +631,13 @@ class Run:
         """One attempt at a transactional step: its writes and its record share one commit."""
         await self._recording.flush()
         await self._boundary()
-        written = False
+        written, kept = False, None
         row = self._recording.row(DONE, work.key, position=record.position)
         try:
             async with self._database.transaction():
                 result = await self._attempt(work, record.attempts + 1, work.call)
-                row |= {"body": _dump(lambda: work.dump(result)), "info": json.dumps({"input": work.input})}
+                body, kept = _or_parked(work.keep, result)
+                row |= {"body": body, "info": json.dumps({"input": work.input})}
                 written = True
                 await self._recording.within_transaction(row)
         except FenceLost:
@@ -648,7 +648,7 @@ class Run:
                 raise
         record.state, record.seq, record.output = "done", row["seq"], row["body"]
         count_step(work.name, DONE)
-        return self._load(work.load, record)
+        return kept
 
     async def _as_entry(self, work: Work, record: Record) -> None:
         """An effect that only writes to the database: its rows and its record are one entry, tried until it is there.
@@ -674,7 +674,7 @@ class Run:
 
     async def _done(self, work: Work, record: Record, result: Any, *, slot: bool) -> Any:
         try:
-            body = _dump(lambda: work.dump(result))
+            body, kept = _or_parked(work.keep, result)
         except Parked:
             if slot:
                 self._recording.drop_slot()
@@ -685,7 +685,7 @@ class Run:
         self._recording.settle(row, slot=slot)
         count_step(work.name, DONE)
         self._history.pivoted = self._history.pivoted or work.policy.pivot
-        return self._load(work.load, record)
+        return kept
 
     # The way back
 
@@ -731,8 +731,7 @@ class Run:
             key=key,
             policy=step.undo_policy,
             call=lambda: step.signature.call(arguments, outcome, function=undo),
-            dump=_nothing,
-            load=_nothing_back,
+            keep=_nothing,
             undoes=f"{self.id}:{record.key}",
         )
         try:
@@ -785,19 +784,16 @@ def _may_have_happened(record: Record) -> bool:
     return record.state in {DONE, UNKNOWN} or (record.state == "open" and (record.dangling or record.maybe))
 
 
-def _dump(dump: Callable[[], str]) -> str:
+def _or_parked(keep: Callable[..., T], *args: Any) -> T:
+    """What cannot be kept as its annotation says is a bug: repaired, the run goes on."""
     try:
-        return dump()
+        return keep(*args)
     except TypeError as error:
         raise Parked(str(error)) from error
 
 
-def _nothing(_result: object) -> str:
-    return "null"
-
-
-def _nothing_back(_text: str) -> None:
-    return None
+def _nothing(_result: object) -> tuple[str, Any]:
+    return "null", None
 
 
 def _text(error: Mapping[str, Any]) -> str:

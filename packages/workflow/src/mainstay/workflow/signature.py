@@ -109,29 +109,31 @@ class Signature:
         Raises:
             TypeError: a value is not of its parameter's type.
         """
-        return self._dump(self._arguments, arguments, "arguments")
+        return self._keep(self._arguments, arguments, "arguments")[0]
 
     def load_arguments(self, text: str) -> dict[str, Any]:
         """What `dump_arguments` wrote."""
         arguments: dict[str, Any] = self._arguments.validate_json(text)
         return arguments
 
-    def dump_result(self, value: object) -> str:
-        """A result as JSON.
+    def keep_result(self, value: object) -> tuple[str, Any]:
+        """A result as JSON, and what `load_result` will make of that.
 
         Raises:
             TypeError: it is not of the type that the function states.
         """
-        return self._dump(self._result, value, "result")
+        return self._keep(self._result, value, "result")
 
     def load_result(self, text: str) -> Any:
-        """What `dump_result` wrote."""
+        """What `keep_result` wrote."""
         return self._result.validate_json(text)
 
-    def _dump(self, adapter: TypeAdapter[Any], value: object, what: str) -> str:
+    def _keep(self, adapter: TypeAdapter[Any], value: object, what: str) -> tuple[str, Any]:
         try:
-            return adapter.serializer.to_json(value, warnings="error").decode()
-        except (PydanticSerializationError, UnicodeError) as error:
+            text = adapter.serializer.to_json(value, warnings="error")
+            # Not every wrong value is noticed when it is written, and a record that cannot be read is worth nothing.
+            return text.decode(), adapter.validator.validate_json(text)
+        except (PydanticSerializationError, ValueError) as error:
             msg = f"{self.kind} {self.name}: its {what} cannot be kept as its annotation says: {error}"
             raise TypeError(msg) from None
 

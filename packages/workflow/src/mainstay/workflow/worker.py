@@ -50,6 +50,8 @@ class Identity:
 
     lease: Lease
     runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
+    reserved: int = 0
+    """Places that a claim on its way may fill."""
     strays: set[tuple[str, int]] = field(default_factory=set)
     """Runs that the database says are executed here, and are not: after a start whose commit nobody saw."""
 
@@ -115,7 +117,7 @@ class Worker:
         identity = self._identity
         if identity is None or self._draining or not identity.lease.held:
             return None
-        return identity if len(identity.runs) < self._settings.max_runs else None
+        return identity if self._room(identity) > 0 else None
 
     def begin(self, identity: Identity, row: Mapping[str, Any]) -> None:
         """Execute a run that was started as this identity's."""
@@ -205,7 +207,10 @@ class Worker:
         self._draining = True
         for run, _ in identity.runs.values():
             run.stop(Released())
+        me = asyncio.current_task()
         try:
+            if me is not None and me.cancelling():
+                raise asyncio.CancelledError  # noqa: TRY301  the time to drain is over already
             while tasks := [task for _, task in identity.runs.values()]:
                 await asyncio.wait(tasks)
         except asyncio.CancelledError:
@@ -222,14 +227,25 @@ class Worker:
 
     async def _claim(self, identity: Identity) -> bool:
         """Take what is due, as far as there is room; whether there may be more."""
-        room = min(self._settings.max_runs - len(identity.runs), _AT_ONCE)
-        if room <= 0 or not await self._database.read(self._claims.waiting):
+        room = min(self._room(identity), _AT_ONCE)
+        if room <= 0:
+            return False
+        identity.reserved += room
+        try:
+            return await self._fill(identity, room)
+        finally:
+            identity.reserved -= room
+
+    def _room(self, identity: Identity) -> int:
+        return self._settings.max_runs - len(identity.runs) - identity.reserved
+
+    async def _fill(self, identity: Identity, room: int) -> bool:
+        if not await self._database.read(self._claims.waiting):
             return False
         async with self._database.transaction() as session:
             result = await session.execute(self._claims.claim, {"most": room, "owner": identity.lease.name})
             rows = [dict(row) for row in result.mappings()]
-        grown = [row["id"] for row in rows if row["progress"] > 0]
-        histories = await self._histories(grown)
+        histories = await self._histories([row["id"] for row in rows if row["progress"] > 0])
         for row in rows:
             try:
                 if row["attempts"] > self._settings.max_attempts:

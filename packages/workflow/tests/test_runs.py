@@ -1,0 +1,1041 @@
+"""Runs that go well, go wrong, and go back; on every database."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from uuid import UUID, uuid4
+
+import pytest
+import sqlalchemy as sa
+from pydantic import BaseModel
+
+from mainstay.core import (
+    App,
+    DeadlineExceeded,
+    FullJitter,
+    MainstayError,
+    Retry,
+    bind,
+    current,
+    once,
+    remaining_seconds,
+    timeout,
+)
+from mainstay.database import Database
+from mainstay.workflow import (
+    Done,
+    Failed,
+    RunConflict,
+    RunNotFound,
+    RunParked,
+    RunStateError,
+    RunStatus,
+    StepFailed,
+    Unknown,
+    WorkflowEngine,
+    WorkflowFailed,
+    WorkflowRouter,
+    current_step,
+)
+from mainstay.workflow.tables import journal, runs
+from mainstay.workflow.testing import workflows
+
+QUICK = FullJitter(0.001, 0.002)
+WAIT = 15.0
+
+
+class Order(BaseModel):
+    id: UUID
+    total: Decimal
+    at: datetime
+
+
+class Declined(Exception):
+    """The provider said no, so nothing was charged."""
+
+
+class Shop:
+    """Three steps that note what they do, and a workflow over them; `behave` makes a step misbehave."""
+
+    def __init__(self):
+        self.flows = flows = WorkflowRouter()
+        self.log: list[object] = []
+        self.behave: dict[str, object] = {}
+
+        @flows.step()
+        async def hold(n: int) -> int:
+            return await self.act("hold", n)
+
+        @hold.compensation
+        async def release(outcome: Done[int] | Unknown, n: int) -> None:
+            await self.act("release", outcome)
+
+        @flows.step(retry=Retry(attempts=3, wait=QUICK), failed_on=(Declined,), compensation_retry=Retry(4, QUICK))
+        async def charge(n: int) -> int:
+            return await self.act("charge", n)
+
+        @charge.compensation
+        async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+            await self.act("refund", outcome)
+
+        @flows.step(compensation=None, retry=Retry(attempts=2, wait=QUICK))
+        async def ship(n: int) -> int:
+            return await self.act("ship", n)
+
+        @flows.workflow(name="buy")
+        async def buy(n: int) -> int:
+            return await ship(await charge(await hold(n)))
+
+        self.hold, self.charge, self.ship, self.buy = hold, charge, ship, buy
+
+    async def act(self, name, value):
+        self.log.append(name if not isinstance(value, Unknown | Done) else (name, value))
+        how = self.behave.get(name)
+        if isinstance(how, list):
+            how = how.pop(0) if how else None
+        if isinstance(how, BaseException):
+            raise how
+        if callable(how):
+            return await how(value)
+        return value + 1 if isinstance(value, int) else None
+
+
+async def test_a_run_goes_through_its_steps_in_order(url):
+    """Every step runs once, the result comes back typed, and the run is completed."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url):
+        run = await shop.buy.start(1, id="one")
+        assert await run.result(WAIT) == 4
+        assert await run.status() is RunStatus.COMPLETED
+        assert await shop.buy.handle("one").result(WAIT) == 4
+    assert shop.log == ["hold", "charge", "ship"]
+
+
+async def test_starting_again_is_the_same_run(url):
+    """The same id and input return the run that exists; other input or another workflow is refused."""
+    shop = Shop()
+
+    @shop.flows.workflow(name="other")
+    async def other(n: int) -> int:
+        return n
+
+    async with workflows(shop.flows, url=url):
+        await (await shop.buy.start(1, id="one")).result(WAIT)
+        assert await (await shop.buy.start(1, id="one")).result(WAIT) == 4
+        with pytest.raises(RunConflict, match="with another input"):
+            await shop.buy.start(2, id="one")
+        with pytest.raises(RunConflict, match="with workflow 'buy'"):
+            await other.start(1, id="one")
+        same = await asyncio.gather(*(shop.buy.start(7, id="many") for _ in range(20)))
+        assert {await run.result(WAIT) for run in same} == {10}
+    assert shop.log == ["hold", "charge", "ship"] * 2
+
+
+async def test_a_start_shares_the_transaction_around_it(url):
+    """Rolled back, the run never was; committed, it runs; and inside a transaction, too, an id names one run."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url) as app:
+        db = app.get(Database)
+        with pytest.raises(LookupError):
+            async with db.transaction():
+                gone = await shop.buy.start(1, id="gone")
+                raise LookupError
+        with pytest.raises(RunNotFound):
+            await gone.result(WAIT)
+        async with db.transaction():
+            run = await shop.buy.start(1, id="there")
+            await asyncio.sleep(0)
+            assert shop.log == []
+        assert await run.result(WAIT) == 4
+        async with db.transaction():
+            assert (await shop.buy.start(1, id="there")).id == "there"
+        with pytest.raises(RunConflict):
+            async with db.transaction():
+                await shop.buy.start(2, id="there")
+        async with db.batch():
+            run = await shop.buy.start(5, id="collected")
+        assert await run.result(WAIT) == 8
+    assert len(shop.log) == 6
+
+
+async def test_ids_have_a_length_and_are_made_up_if_need_be(url):
+    """Without an id every start is a new run; an empty or endless one is refused."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url):
+        first, second = await shop.buy.start(1), await shop.buy.start(1)
+        assert first.id != second.id
+        assert [await first.result(WAIT), await second.result(WAIT)] == [4, 4]
+        for bad in ("", "x" * 201):
+            with pytest.raises(ValueError, match="1 to 200 characters"):
+                await shop.buy.start(1, id=bad)
+        with pytest.raises(TypeError, match="arguments cannot be kept"):
+            await shop.buy.start("one")  # type: ignore[arg-type]  # what the test is about
+
+
+async def test_values_come_back_as_their_types(url):
+    """A model with UUID, Decimal and time is the same in the step, in its result and in its compensation."""
+    flows = WorkflowRouter()
+    seen: list[object] = []
+
+    async def price(order: Order) -> dict[str, Order]:
+        seen.append(order)
+        return {"order": order}
+
+    price.__annotations__ |= {"order": Order, "return": dict[str, Order]}
+    step = flows.step()(price)
+
+    async def unprice(outcome: Done[dict[str, Order]] | Unknown, order: Order) -> None:
+        seen.extend([outcome, order])
+
+    step.compensation(unprice)
+
+    async def quote(order: Order) -> Order:
+        found = await step(order)
+        seen.append(found["order"])
+        raise LookupError
+
+    quote.__annotations__ |= {"order": Order, "return": Order}
+    workflow = flows.workflow(name="quote")(quote)
+    order = Order(id=uuid4(), total=Decimal("12.50"), at=datetime(2026, 1, 2, tzinfo=UTC) + timedelta(microseconds=3))
+    async with workflows(flows, url=url):
+        with pytest.raises(WorkflowFailed, match="LookupError"):
+            await (await workflow.start(order)).result(WAIT)
+    assert seen == [order, order, Done({"order": order}), order]
+
+
+async def test_a_failure_is_compensated_in_reverse(url):
+    """A step that fails for good raises StepFailed, and what was done before is undone, the last first."""
+    shop = Shop()
+    shop.behave["ship"] = LookupError("no truck")
+    async with workflows(shop.flows, url=url):
+        run = await shop.buy.start(1, id="one")
+        with pytest.raises(WorkflowFailed, match="StepFailed: step ship ended with LookupError: no truck") as caught:
+            await run.result(WAIT)
+        assert caught.value.error_type == "StepFailed"
+        assert await run.status() is RunStatus.FAILED
+    assert shop.log == ["hold", "charge", "ship", "ship", ("refund", Done(3)), ("release", Done(2))]
+
+
+async def test_failed_means_that_nothing_happened(url):
+    """An error of `failed_on` ends the step at once, and the step itself is not compensated."""
+    shop = Shop()
+    shop.behave["charge"] = Declined("no money")
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WorkflowFailed, match="nothing happened"):
+            await (await shop.buy.start(1)).result(WAIT)
+    assert shop.log == ["hold", "charge", ("release", Done(2))]
+
+
+async def test_no_effect_errors_are_failures(url):
+    """An error that says no_effect is attempted again while it is retryable, and then fails without compensation."""
+    shop = Shop()
+    shop.behave["charge"] = MainstayError("refused", no_effect=True, retryable=True)
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WorkflowFailed, match="nothing happened"):
+            await (await shop.buy.start(1)).result(WAIT)
+    assert shop.log == ["hold", "charge", "charge", "charge", ("release", Done(2))]
+
+
+async def test_trap_10_an_unknown_outcome_is_compensated(url):
+    """After an error that proves nothing the step counts as perhaps done, and its compensation is told so."""
+    shop = Shop()
+    shop.behave["charge"] = OSError("connection lost")
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WorkflowFailed, match="it may have happened"):
+            await (await shop.buy.start(1)).result(WAIT)
+    unknown = Unknown("OSError: connection lost")
+    assert shop.log == ["hold", "charge", "charge", "charge", ("refund", unknown), ("release", Done(2))]
+
+
+async def test_one_unknown_attempt_makes_the_step_unknown(url):
+    """A clean refusal after a lost answer does not prove that the first attempt did nothing."""
+    shop = Shop()
+    shop.behave["charge"] = [OSError("lost"), Declined("no money")]
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WorkflowFailed, match="it may have happened"):
+            await (await shop.buy.start(1)).result(WAIT)
+    assert shop.log[-2:] == [("refund", Unknown("Declined: no money")), ("release", Done(2))]
+
+
+async def test_a_rejection_is_waited_out_and_is_no_attempt(url):
+    """Twelve rejections with retry_after do not use up three attempts, and nothing is compensated."""
+    shop = Shop()
+    shop.behave["charge"] = [MainstayError("open", no_effect=True, retry_after_seconds=0.001) for _ in range(12)]
+    attempts: list[int] = []
+    act = shop.act
+
+    async def note(name, value):
+        if name == "charge":
+            attempts.append(current_step().attempt)
+        return await act(name, value)
+
+    shop.act = note  # type: ignore[method-assign]  # the steps look it up when they are called
+    async with workflows(shop.flows, url=url):
+        assert await (await shop.buy.start(1)).result(WAIT) == 4
+    assert attempts == [1] * 13
+
+
+async def test_a_step_has_a_time_limit(url):
+    """A hanging step is cut off, is unknown, and is attempted again with the same key."""
+    flows = WorkflowRouter()
+    keys: list[tuple[str, int]] = []
+    undone: list[object] = []
+
+    @flows.step(retry=Retry(attempts=2, wait=QUICK), timeout_seconds=0.05)
+    async def charge(n: int) -> int:
+        keys.append((current_step().key, current_step().attempt))
+        await asyncio.sleep(60)
+        return n
+
+    @charge.compensation
+    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+        undone.append((outcome, current_step().undoes, current_step().key))
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await charge(n)
+
+    async with workflows(flows, url=url):
+        with pytest.raises(WorkflowFailed, match="DeadlineExceeded"):
+            await (await buy.start(1, id="r")).result(WAIT)
+    assert keys == [("r:charge:1", 1), ("r:charge:1", 2)]
+    assert undone == [(Unknown("DeadlineExceeded: no result within 0.05 s"), "r:charge:1", "r:charge:1:compensation")]
+
+
+async def test_a_function_may_go_another_way(url):
+    """A StepFailed that the function catches is not the run's failure; its fields say what happened."""
+    shop = Shop()
+    shop.behave["charge"] = Declined("no money")
+    seen: list[object] = []
+
+    @shop.flows.workflow(name="try")
+    async def attempt(n: int) -> int:
+        try:
+            return await shop.charge(n)
+        except StepFailed as error:
+            seen.append((error.step, error.outcome, error.error_type, error.detail, error.no_effect))
+            return await shop.hold(n)
+
+    async with workflows(shop.flows, url=url):
+        assert await (await attempt.start(1)).result(WAIT) == 2
+    assert seen == [("charge", "failed", "Declined", "no money", True)]
+    assert shop.log == ["charge", "hold"]
+
+
+async def test_an_unknown_step_is_undone_even_where_the_run_completes(url):
+    """A function that goes another way after a lost answer does not leave the perhaps-made charge behind."""
+    shop = Shop()
+    shop.behave["charge"] = OSError("lost")
+
+    @shop.flows.workflow(name="try")
+    async def attempt(n: int) -> int:
+        try:
+            return await shop.charge(n)
+        except StepFailed:
+            return await shop.hold(n)
+
+    async with workflows(shop.flows, url=url):
+        run = await attempt.start(1)
+        assert await run.result(WAIT) == 2
+        assert await run.status() is RunStatus.COMPLETED
+    assert shop.log == ["charge", "charge", "charge", "hold", ("refund", Unknown("OSError: lost"))]
+
+
+async def test_a_retry_may_look_at_results(url):
+    """`Retry(retry=…)` over results asks again until the result is good enough."""
+    flows = WorkflowRouter()
+    answers = [0, 0, 7]
+
+    @flows.step(compensation=None, retry=Retry(5, QUICK, retry=lambda state: state.outcome.result() == 0))
+    async def ask(n: int) -> int:
+        return answers.pop(0)
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await ask(n)
+
+    async with workflows(flows, url=url):
+        assert await (await buy.start(1)).result(WAIT) == 7
+    assert answers == []
+
+
+async def test_trap_11_a_stuck_compensation_parks_the_run_and_is_resumed_there(url):
+    """After its budget the run is COMPENSATION_FAILED; resumed, only what is left is undone."""
+    shop = Shop()
+    shop.behave |= {"ship": LookupError("no truck"), "refund": OSError("provider away")}
+    async with workflows(shop.flows, url=url) as app:
+        engine = app.get(WorkflowEngine)
+        run = await shop.buy.start(1, id="one")
+        with pytest.raises(RunParked, match="compensation_failed: charge:1:compensation used up its 4 attempts"):
+            await run.result(WAIT)
+        assert await run.status() is RunStatus.COMPENSATION_FAILED
+        assert shop.log.count(("refund", Done(3))) == 4
+        with pytest.raises(RunStateError, match="cannot be cancelled"):
+            await run.cancel()
+        shop.behave.clear()
+        shop.log.clear()
+        await engine.resume("one")
+        with pytest.raises(WorkflowFailed):
+            await run.result(WAIT)
+        assert await run.status() is RunStatus.FAILED
+        with pytest.raises(RunStateError, match="cannot be resumed: it is failed"):
+            await engine.resume("one")
+    assert shop.log == [("refund", Done(3)), ("release", Done(2))]
+
+
+async def test_a_pivot_allows_no_way_back(url):
+    """What fails after the pivot parks the run with everything in place, and resumes forward."""
+    shop = Shop()
+    flows = shop.flows
+
+    @flows.step(compensation=None, on_unknown="park", pivot=True)
+    async def commit(n: int) -> int:
+        return await shop.act("commit", n)
+
+    @flows.workflow(name="pivot")
+    async def pivoting(n: int) -> int:
+        return await shop.ship(await commit(await shop.hold(n)))
+
+    shop.behave["ship"] = LookupError("no truck")
+    async with workflows(flows, url=url) as app:
+        run = await pivoting.start(1, id="one")
+        with pytest.raises(RunParked, match="ship:1 failed after the pivot"):
+            await run.result(WAIT)
+        assert shop.log == ["hold", "commit", "ship", "ship"]
+        shop.behave.clear()
+        await app.get(WorkflowEngine).resume("one")
+        assert await run.result(WAIT) == 4
+    assert shop.log == ["hold", "commit", "ship", "ship", "ship"]
+
+
+async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
+    """A bug behind the pivot does not undo anything either; the repaired function goes on."""
+    flows = WorkflowRouter()
+    broken = [True]
+
+    @flows.step(compensation=None, on_unknown="park", pivot=True)
+    async def commit(n: int) -> int:
+        return n
+
+    @flows.workflow(name="pivot")
+    async def pivoting(n: int) -> int:
+        await commit(n)
+        if broken:
+            raise LookupError("a bug")
+        return n
+
+    async with workflows(flows, url=url) as app:
+        run = await pivoting.start(1, id="one")
+        with pytest.raises(RunParked, match="failed after its pivot.*a bug"):
+            await run.result(WAIT)
+        broken.clear()
+        await app.get(WorkflowEngine).resume("one")
+        assert await run.result(WAIT) == 1
+
+
+async def test_on_unknown_park_waits_for_a_person(url):
+    """Nobody attempts the step again on his own; resume does, with the same key; cancel compensates."""
+    flows = WorkflowRouter()
+    keys: list[str] = []
+    undone: list[object] = []
+    fine: list[bool] = []
+
+    @flows.step(on_unknown="park", retry=Retry(attempts=5, wait=QUICK))
+    async def charge(n: int) -> int:
+        keys.append(current_step().key)
+        if not fine:
+            raise OSError("lost")
+        return n
+
+    @charge.compensation
+    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+        undone.append(outcome)
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await charge(n)
+
+    async with workflows(flows, url=url) as app:
+        one, two = await buy.start(1, id="one"), await buy.start(1, id="two")
+        for run in (one, two):
+            with pytest.raises(RunParked, match=r"nobody knows whether charge:1 took effect \(OSError: lost\)"):
+                await run.result(WAIT)
+        assert sorted(keys) == ["one:charge:1", "two:charge:1"]
+        fine.append(True)
+        await app.get(WorkflowEngine).resume("one")
+        assert await one.result(WAIT) == 1
+        await two.cancel()
+        with pytest.raises(WorkflowFailed, match="two cancelled"):
+            await two.result(WAIT)
+        assert await two.status() is RunStatus.CANCELLED
+    assert sorted(keys) == ["one:charge:1", "one:charge:1", "two:charge:1"]
+    assert len(undone) == 1
+    assert isinstance(undone[0], Unknown)
+
+
+@pytest.mark.parametrize("answer", ["done", "failed", "unknown"])
+async def test_on_unknown_probe_asks_first(url, answer):
+    """Done is taken as the result, failed allows another attempt, and an unknown answer parks the run."""
+    flows = WorkflowRouter()
+    log: list[str] = []
+
+    @flows.step(compensation=None, on_unknown="probe", retry=Retry(attempts=3, wait=QUICK))
+    async def charge(n: int) -> int:
+        log.append("charge")
+        if log.count("charge") == 1:
+            raise OSError("lost")
+        return n
+
+    @charge.probe
+    async def ask(n: int) -> Done[int] | Failed | Unknown:
+        log.append("ask")
+        if log.count("ask") == 1:
+            raise OSError("lost, too")
+        return {"done": Done(77), "failed": Failed(), "unknown": Unknown("no idea")}[answer]
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await charge(n)
+
+    async with workflows(flows, url=url):
+        run = await buy.start(1)
+        if answer == "unknown":
+            with pytest.raises(RunParked, match="its probe does not either: no idea"):
+                await run.result(WAIT)
+            assert log == ["charge", *["ask"] * 5]
+        else:
+            assert await run.result(WAIT) == (77 if answer == "done" else 1)
+            assert log == ["charge", "ask", "ask", *(["charge"] if answer == "failed" else [])]
+
+
+async def test_branches_run_side_by_side_with_numbers_of_their_own(url):
+    """Steps of two branches overlap, and each branch's keys say where it is."""
+    flows = WorkflowRouter()
+    keys: set[str] = set()
+    together = asyncio.Barrier(3)
+
+    @flows.step(compensation=None)
+    async def part(n: int) -> int:
+        keys.add(current_step().key)
+        if n < 10:
+            await together.wait()
+        return n + 10
+
+    async def two(n: int) -> int:
+        return await part(await part(n))
+
+    @flows.workflow(name="split")
+    async def split(n: int) -> tuple[int, int, int]:
+        result = await flows.gather(two(1), part(2), part(3))
+        await flows.gather(part(10), part(11))
+        return result
+
+    async with workflows(flows, url=url):
+        assert await (await split.start(1, id="r")).result(WAIT) == (21, 12, 13)
+    assert keys == {
+        "r:0.0/part:1",
+        "r:0.0/part:2",
+        "r:0.1/part:1",
+        "r:0.2/part:1",
+        "r:1.0/part:1",
+        "r:1.1/part:1",
+    }
+
+
+async def test_all_branches_end_before_a_failure_goes_on(url):
+    """A branch that fails does not cut its siblings off in the middle; what they did is undone."""
+    shop = Shop()
+
+    @shop.flows.workflow(name="split")
+    async def split(n: int) -> int:
+        await shop.flows.gather(shop.charge(n), shop.hold(n))
+        return n
+
+    async def slow(n):
+        await asyncio.sleep(0.05)
+        shop.log.append("held")
+        return n
+
+    shop.behave |= {"charge": Declined("no"), "hold": slow}
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WorkflowFailed, match="Declined"):
+            await (await split.start(1)).result(WAIT)
+    assert shop.log == ["charge", "hold", "held", ("release", Done(1))]
+
+
+async def test_prototype_6_steps_side_by_side_without_gather_park_the_run(url):
+    """Occurrence numbers that would depend on who comes first are refused, and the message names the remedy."""
+    shop = Shop()
+
+    @shop.flows.workflow(name="race")
+    async def race(n: int) -> int:
+        await asyncio.gather(shop.hold(1), shop.hold(2))
+        return n
+
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(RunParked, match=r"use flows\.gather"):
+            await (await race.start(1)).result(WAIT)
+
+
+async def test_trap_14_a_function_that_does_something_else_on_replay_is_parked(url):
+    """Another step where the record has one, and an end before a recorded step, park the run; neither fails it."""
+    shop = Shop()
+    way = ["hold"]
+    gate = asyncio.Event()
+
+    @shop.flows.workflow(name="fickle")
+    async def fickle(n: int) -> int:
+        if way[0] == "hold":
+            await shop.hold(n)
+        elif way[0] == "charge":
+            await shop.charge(n)
+        if way[0] == "nothing":
+            return n
+        return await shop.ship(n)
+
+    async def wait(n):
+        gate.set()
+        await asyncio.sleep(60)
+
+    shop.behave["ship"] = wait
+    async with workflows(shop.flows, url=url, serve=False) as app:
+        run = await fickle.start(1, id="one")
+        draining = asyncio.Event()
+        first = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        await gate.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert await run.status() is RunStatus.QUEUED
+        way[0] = "charge"
+        second = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        with pytest.raises(RunParked, match="asked for charge:1 where its record has hold:1.*new version"):
+            await run.result(WAIT)
+        way[0] = "nothing"
+        await app.get(WorkflowEngine).resume("one")
+        with pytest.raises(RunParked, match="ended before hold:1"):
+            await run.result(WAIT)
+        way[0] = "hold"
+        shop.behave.clear()
+        await app.get(WorkflowEngine).resume("one")
+        assert await run.result(WAIT) == 2
+        draining.set()
+        await second
+    assert shop.log == ["hold", "ship", "ship"]
+
+
+async def test_trap_18_signals_pass_by_except_exception(url):
+    """A workflow function that swallows every Exception is nevertheless cancelled, and its steps undone."""
+    shop = Shop()
+    gate = asyncio.Event()
+
+    async def wait(n):
+        gate.set()
+        await asyncio.sleep(0.05)
+        return n
+
+    @shop.flows.workflow(name="stubborn")
+    async def stubborn(n: int) -> int:
+        for _ in range(1_000):
+            try:
+                await shop.hold(n)
+            except Exception:
+                shop.log.append("swallowed")
+        return n
+
+    shop.behave["hold"] = wait
+    async with workflows(shop.flows, url=url):
+        run = await stubborn.start(1)
+        await gate.wait()
+        await run.cancel()
+        with pytest.raises(WorkflowFailed) as caught:
+            await run.result(WAIT)
+        assert caught.value.error_type == "Cancelled"
+        assert await run.status() is RunStatus.CANCELLED
+        with pytest.raises(RunStateError, match="it is cancelled"):
+            await run.cancel()
+    assert "swallowed" not in shop.log
+    assert shop.log.count("hold") == shop.log.count(("release", Done(1)))
+
+
+async def test_a_cancellation_ends_a_wait_between_attempts(url):
+    """A run that waits for its next attempt in an hour is cancelled now."""
+    flows = WorkflowRouter()
+    tried = asyncio.Event()
+    undone: list[object] = []
+
+    @flows.step(retry=Retry(attempts=5, wait=lambda _state: 3600.0))
+    async def charge(n: int) -> int:
+        tried.set()
+        raise OSError("lost")
+
+    @charge.compensation
+    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+        undone.append(outcome)
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await charge(n)
+
+    async with workflows(flows, url=url):
+        run = await buy.start(1)
+        await tried.wait()
+        await run.cancel()
+        with pytest.raises(WorkflowFailed, match="cancelled"):
+            await run.result(WAIT)
+    assert undone == [Unknown("OSError: lost")]
+
+
+async def test_a_queued_run_is_cancelled_without_ever_running(url):
+    """A run that nobody has begun is cancelled, and nothing of it happens."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url, serve=False) as app:
+        run = await shop.buy.start(1)
+        await run.cancel()
+        draining = asyncio.Event()
+        worker = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        with pytest.raises(WorkflowFailed, match="cancelled"):
+            await run.result(WAIT)
+        draining.set()
+        await worker
+    assert shop.log == []
+
+
+async def test_what_does_not_exist_is_said(url):
+    """Result, status, cancel and resume of a run that was never started name it."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url) as app:
+        run = shop.buy.handle("nobody")
+        for ask in (run.result(WAIT), run.status(), run.cancel(), app.get(WorkflowEngine).resume("nobody")):
+            with pytest.raises(RunNotFound, match="there is no run 'nobody'"):
+                await ask
+
+
+async def test_a_result_may_be_waited_for_with_a_limit(url):
+    """The limit ends the wait and not the run."""
+    shop = Shop()
+    gate = asyncio.Event()
+
+    async def wait(n):
+        await gate.wait()
+        return n
+
+    shop.behave["hold"] = wait
+    async with workflows(shop.flows, url=url):
+        run = await shop.buy.start(1)
+        with pytest.raises(DeadlineExceeded):
+            await run.result(0.05)
+        assert await run.status() is RunStatus.RUNNING
+        gate.set()
+        assert await run.result(WAIT) == 3
+
+
+async def test_the_starters_context_goes_along(url):
+    """Correlation, actor and tenant are the starter's, the cause is the run, and there is no deadline."""
+    flows = WorkflowRouter()
+    seen: list[object] = []
+
+    @flows.step(compensation=None)
+    async def look(n: int) -> int:
+        context = current()
+        seen.append((context.correlation_id, context.actor, context.tenant, context.causation_id, remaining_seconds()))
+        return n
+
+    @flows.workflow(name="look")
+    async def looking(n: int) -> int:
+        return await look(n)
+
+    async with workflows(flows, url=url):
+        with bind(correlation_id="c-1", actor="ann", tenant="acme", causation_id="request"):
+            async with timeout(5):
+                run = await looking.start(1, id="r")
+        await run.result(WAIT)
+    assert seen == [("c-1", "ann", "acme", "r", None)]
+
+
+async def test_effects_of_other_packages_are_recorded(url):
+    """`core.once` inside a run happens once with a key of the run; inside a step's code it simply runs."""
+    flows = WorkflowRouter()
+    seen: list[object] = []
+    other = sa.Table("other", sa.MetaData(), sa.Column("id", sa.String(100), primary_key=True))
+    insert = sa.insert(other).values(id=sa.bindparam("id"))
+
+    async def plain(key):
+        seen.append(key)
+
+    @flows.step(compensation=None)
+    async def inner(n: int) -> int:
+        await once("publish", plain, transactional=False)
+        return n
+
+    @flows.workflow(name="publish")
+    async def publishing(n: int) -> int:
+        async def written(key):
+            await app.get(Database).write(insert, {"id": key})
+
+        await once("publish:a/b", plain, transactional=False)
+        await once("publish:a/b", written, transactional=True)
+        await once("publish:a/b", written, transactional=True)
+        return await inner(n)
+
+    async with workflows(flows, url=url) as app:
+        async with app.get(Database).engine.begin() as connection:
+            await connection.run_sync(other.metadata.create_all)
+        assert await (await publishing.start(1, id="r")).result(WAIT) == 1
+        rows = await app.get(Database).read(sa.select(other.c.id).order_by(other.c.id))
+        assert [row.id for row in rows] == ["r:@publish:a_b:2", "r:@publish:a_b:3"]
+        entries = await app.get(Database).read(sa.select(journal.c.step, journal.c.kind).order_by(journal.c.seq))
+        assert [tuple(entry) for entry in entries] == [
+            ("@publish:a_b:1", "intent"),
+            ("@publish:a_b:1", "done"),
+            ("@publish:a_b:2", "done"),
+            ("@publish:a_b:3", "done"),
+            ("inner:1", "intent"),
+            ("inner:1", "done"),
+        ]
+    assert seen == ["r:@publish:a_b:1", None]
+
+
+async def test_an_effect_that_cannot_be_carried_out_fails_like_a_step(url):
+    """A bug in an effect is not tried for ever: nothing of it is written, and the run is compensated."""
+    shop = Shop()
+
+    async def broken(key):
+        raise LookupError("a bug")
+
+    @shop.flows.workflow(name="publish")
+    async def publishing(n: int) -> int:
+        await shop.hold(n)
+        await once("publish", broken, transactional=n == 1)
+        return n
+
+    async with workflows(shop.flows, url=url):
+        for n in (1, 2):
+            with pytest.raises(WorkflowFailed, match="step publish ended with LookupError: a bug"):
+                await (await publishing.start(n)).result(WAIT)
+    assert shop.log == ["hold", ("release", Done(2)), "hold", ("release", Done(3))]
+
+
+async def test_trap_4_a_transactional_step_shares_its_commit(url):
+    """What the step writes and its record are there together, or neither; failed attempts leave nothing."""
+    flows = WorkflowRouter()
+    stock = sa.Table("stock", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("n", sa.Integer))
+    failures = [LookupError("first"), LookupError("second")]
+
+    @flows.step(transactional=True, retry=Retry(attempts=3, wait=QUICK))
+    async def take(n: int) -> int:
+        async with app.get(Database).transaction() as session:
+            await session.execute(sa.update(stock).values(n=stock.c.n - n))
+        if failures:
+            raise failures.pop()
+        return n
+
+    @take.compensation
+    async def put_back(outcome: Done[int] | Unknown, n: int) -> None:
+        assert outcome == Done(n)
+        async with app.get(Database).transaction() as session:
+            await session.execute(sa.update(stock).values(n=stock.c.n + n))
+
+    @flows.workflow(name="take")
+    async def taking(n: int) -> int:
+        await take(n)
+        if n == 3:
+            raise LookupError("sold out")
+        return n
+
+    async with workflows(flows, url=url) as app:
+        db = app.get(Database)
+        async with db.engine.begin() as connection:
+            await connection.run_sync(stock.metadata.create_all)
+            await connection.execute(sa.insert(stock).values(id=1, n=10))
+        assert await (await taking.start(2, id="r")).result(WAIT) == 2
+        assert (await db.read(sa.select(stock.c.n)))[0].n == 8
+        with pytest.raises(WorkflowFailed, match="sold out"):
+            await (await taking.start(3)).result(WAIT)
+        assert (await db.read(sa.select(stock.c.n)))[0].n == 8
+        kinds = await db.read(sa.select(journal.c.kind).where(journal.c.run_id == "r").order_by(journal.c.seq))
+        assert [row.kind for row in kinds] == ["attempt", "attempt", "done"]
+
+
+async def test_a_step_inside_an_open_transaction_parks_the_run(url):
+    """A workflow function that holds a transaction open across steps is told where its writes belong."""
+    shop = Shop()
+
+    @shop.flows.workflow(name="holding")
+    async def holding(n: int) -> int:
+        async with app.get(Database).transaction():
+            return await shop.hold(n)
+
+    async with workflows(shop.flows, url=url) as app:
+        with pytest.raises(RunParked, match="belongs into a transactional step"):
+            await (await holding.start(1)).result(WAIT)
+
+
+async def test_what_cannot_be_kept_parks_the_run(url):
+    """A result or an input that is not of its type is a bug, not a reason to undo anything."""
+    flows = WorkflowRouter()
+
+    @flows.step(compensation=None)
+    async def wrong_result(n: int) -> int:
+        return "text"  # type: ignore[return-value]  # what the test is about
+
+    @flows.step(compensation=None)
+    async def fine(n: int) -> int:
+        return n
+
+    @flows.workflow(name="bug")
+    async def bug(n: int) -> int:
+        if n == 1:
+            return await wrong_result(n)
+        if n == 2:
+            return await fine("text")  # type: ignore[arg-type]  # what the test is about
+        return "text"  # type: ignore[return-value]  # what the test is about
+
+    async with workflows(flows, url=url):
+        for n, what in enumerate(["step wrong_result: its result", "step fine: its arguments", "workflow bug: its result"], 1):
+            with pytest.raises(RunParked, match=what):
+                await (await bug.start(n)).result(WAIT)
+
+
+async def test_a_workflow_may_be_part_of_another(url):
+    """Called inside a run, a workflow function is a part of that run."""
+    shop = Shop()
+
+    @shop.flows.workflow(name="outer")
+    async def outer(n: int) -> int:
+        return await shop.buy(n) + await shop.buy(n)
+
+    async with workflows(shop.flows, url=url) as app:
+        assert await (await outer.start(1)).result(WAIT) == 8
+        assert len(await app.get(WorkflowEngine).runs()) == 1
+    assert shop.log == ["hold", "charge", "ship"] * 2
+
+
+async def test_trap_15_an_unknown_workflow_waits_visibly(url):
+    """A run of a version that no worker knows stays queued, and health says so."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url) as app:
+        engine, db = app.get(WorkflowEngine), app.get(Database)
+        run = await shop.buy.start(1, id="old")
+        await run.result(WAIT)
+        async with db.transaction() as session:
+            await session.execute(sa.update(runs).values(status="queued", version=9, output=None))
+        async with asyncio.timeout(WAIT):
+            while (await engine.health()).status != "degraded":
+                await asyncio.sleep(0.01)
+        assert (await engine.health()).detail == "no worker knows the workflow of 1 of 'buy' version 9"
+        assert await run.status() is RunStatus.QUEUED
+        assert (await app.health())["workflow.WorkflowEngine"].status == "degraded"
+
+
+async def test_trap_9_a_run_that_kills_its_worker_is_parked(url):
+    """Every claim counts; when they bring the run no further, it is parked, and the others go on."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url, serve=False, max_attempts=3) as app:
+        db = app.get(Database)
+        poison = await shop.buy.start(1, id="poison")
+        async with db.transaction() as session:  # three claims, each of which ended with its worker
+            await session.execute(sa.update(runs).values(attempts=3))
+        healthy = await shop.buy.start(1, id="healthy")
+        draining = asyncio.Event()
+        worker = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        with pytest.raises(RunParked, match="claimed 3 times without getting any further"):
+            await poison.result(WAIT)
+        assert await healthy.result(WAIT) == 4
+        await app.get(WorkflowEngine).resume("poison")
+        assert await poison.result(WAIT) == 4
+        draining.set()
+        await worker
+
+
+async def test_lists_for_people(url):
+    """Runs are listed by status with what a person needs to know."""
+    shop = Shop()
+    shop.behave["charge"] = [Declined("no money")]
+    async with workflows(shop.flows, url=url) as app:
+        engine = app.get(WorkflowEngine)
+        with pytest.raises(WorkflowFailed):
+            await (await shop.buy.start(1, id="one")).result(WAIT)
+        await (await shop.buy.start(2, id="two")).result(WAIT)
+        assert {view.id for view in await engine.runs()} == {"one", "two"}
+        (failed,) = await engine.runs(RunStatus.FAILED)
+        assert failed.failure is not None
+        assert failed.failure["type"] == "StepFailed"
+        assert (failed.input, failed.workflow, failed.version) == ('{"n":1}', "buy", 1)
+        (done,) = await engine.runs(RunStatus.COMPLETED)
+        assert done.output == "5"
+        assert done.ended_at is not None
+        assert timedelta(0) <= done.ended_at - done.created_at < timedelta(minutes=1)
+        for status in (RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.COMPENSATING, RunStatus.PARKED):
+            assert await engine.runs(status) == []
+        assert (await engine.health()).status == "ok"
+
+
+async def test_a_thousand_runs_at_once(url):
+    """Many runs share few commits, and every one ends with its own result."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url):
+        started = await asyncio.gather(*(shop.buy.start(n, id=f"r{n}") for n in range(300)))
+        results = await asyncio.gather(*(run.result(60) for run in started))
+    assert results == [n + 3 for n in range(300)]
+    assert len(shop.log) == 900
+
+
+async def test_more_runs_than_a_worker_takes_wait_in_the_queue(url):
+    """With room for three runs at once, thirty go through all the same, never more than three together."""
+    flows = WorkflowRouter()
+    now, most = 0, 0
+
+    @flows.step(compensation=None)
+    async def busy(n: int) -> int:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.002)
+        now -= 1
+        return n
+
+    @flows.workflow(name="busy")
+    async def being_busy(n: int) -> int:
+        return await busy(n)
+
+    async with workflows(flows, url=url, max_runs=3):
+        started = [await being_busy.start(n) for n in range(30)]
+        assert [await run.result(WAIT) for run in started] == list(range(30))
+    assert most <= 3
+
+
+async def test_prototype_9_unrecorded_steps_are_bounded(url):
+    """With two slots no more than two steps are executed and unrecorded, whatever the number of runs."""
+    flows = WorkflowRouter()
+    now, most = 0, 0
+
+    @flows.step(compensation=None)
+    async def busy(n: int) -> int:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.001)
+        now -= 1
+        return n
+
+    @flows.workflow(name="busy")
+    async def being_busy(n: int) -> int:
+        await flows.gather(busy(n), busy(n))
+        return await busy(n)
+
+    async with workflows(flows, url=url, max_unrecorded=2):
+        started = await asyncio.gather(*(being_busy.start(n) for n in range(20)))
+        assert [await run.result(WAIT) for run in started] == list(range(20))
+    assert most == 2
+
+
+async def test_an_app_that_only_starts_lets_others_execute(url, tmp_path):
+    """A web process starts and awaits; the worker is another App on the same database."""
+    if ":memory:" in url:
+        url = f"sqlite+aiosqlite:///{tmp_path / 'shared.db'}"
+    shop, there = Shop(), Shop()
+    async with workflows(shop.flows, url=url, serve=False) as web, workflows(there.flows, url=url):
+        assert isinstance(web, App)
+        run = await shop.buy.start(1)
+        assert await run.result(WAIT) == 4
+    assert (shop.log, there.log) == ([], ["hold", "charge", "ship"])
