@@ -239,9 +239,11 @@ class KafkaTransport:
                 new = NewTopic(
                     name=topic,
                     num_partitions=1 if compacted else self._settings.partitions,
-                    replication_factor=self._settings.kafka_replicas or -1,
+                    replication_factor=self._settings.kafka_replicas or 1,
                     topic_configs={"cleanup.policy": "compact"} if compacted else {},
                 )
+                if self._settings.kafka_replicas is None:
+                    new.replication_factor = -1  # the cluster's default, which aiokafka's constructor does not take
                 answer = await admin.create_topics([new])
                 for name, code, *_ in answer.topic_errors:
                     error = for_code(code)
@@ -466,14 +468,15 @@ class KafkaDeadLetters:
     async def _read(self) -> dict[UUID, DeadLetter]:
         """The whole topic: compaction keeps it as large as what waits in it."""
         await self._transport.ensure_topic(_DEAD_LETTERS, compacted=True)
-        consumer = AIOKafkaConsumer(**self._transport._connection(), enable_auto_commit=False)
+        consumer = AIOKafkaConsumer(
+            **self._transport._connection(), enable_auto_commit=False, auto_offset_reset="earliest"
+        )
         place = TopicPartition(_DEAD_LETTERS, 0)
         letters: dict[UUID, DeadLetter] = {}
         try:
             await consumer.start()
             consumer.assign([place])
             end = (await consumer.end_offsets([place]))[place]
-            await consumer.seek_to_beginning(place)
             while await consumer.position(place) < end:
                 for record in (await consumer.getmany(place, timeout_ms=1000)).get(place, ()):
                     id = UUID(bytes=record.key)
