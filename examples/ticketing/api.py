@@ -50,8 +50,8 @@ async def purchase_status(order_id: str) -> dict[str, str | None]:
 @routes.get("/purchases")
 async def summary() -> dict[str, int]:
     """How many purchases are in each state."""
-    rows = await office.database.read(select(purchases.c.state, func.count()).group_by(purchases.c.state))
-    return {row[0]: row[1] for row in rows}
+    counted = select(purchases.c.state, func.count().label("number")).group_by(purchases.c.state)
+    return {row.state: row.number for row in await office.database.read(counted)}
 
 
 def run_id(order_id: str) -> str:

@@ -30,10 +30,12 @@ PATIENCE_SECONDS = 180.0
 # When to strike: what it is called, and how it shows in the provider's status and in the number of purchases by state.
 Moment = tuple[str, Callable[[dict[str, int], dict[str, int]], bool]]
 MOMENTS: tuple[Moment, ...] = (
-    ("in the middle of a charge", lambda provider, _: provider.get("charging", 0) > 0),
-    ("after a charge, before its answer", lambda provider, _: provider.get("unanswered", 0) > 0),
+    ("in the middle of a charge", lambda now, _: now.get("charging", 0) > 0),
+    ("between a charge and its answer", lambda now, _: now.get("unanswered", 0) > 0),
     ("between holding and charging", lambda _, office: office.get("held", 0) > 0),
+    ("in the middle of a refund", lambda now, _: now.get("refunding", 0) > 0),
 )
+NOTHING_GOING_ON = "when nothing was going on"
 
 
 @dataclass(slots=True)
@@ -179,7 +181,7 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
             await until_up(api, f"{urls['api']}/health/ready")
             worker.start()
             yield office
-            story.provider = await office.provider_status()
+            story.provider = (await office.provider_status())["deeds"]
         finally:
             for process in (worker, api, provider):
                 story.stopped[process.name] = await process.stop()
@@ -223,26 +225,33 @@ class _Office:
         counts: dict[str, int] = (await self._client.get(f"{self._urls['api']}/purchases")).json()
         return counts
 
-    async def provider_status(self) -> dict[str, int]:
-        counts: dict[str, int] = (await self._client.get(f"{self._urls['provider']}/status")).json()
+    async def provider_status(self) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = (await self._client.get(f"{self._urls['provider']}/status")).json()
         return counts
 
     async def kill_at_bad_moments(self, kills: int, progress: Progress) -> None:
         """Kill the worker and start it again, spread over the demo, each time at a moment that hurts."""
         for number in range(kills):
-            name, strikes = MOMENTS[number % len(MOMENTS)]
-            await progress.reached((number + 0.5) / (kills + 1))
-            end = time.monotonic() + 3.0
-            while not strikes(await self.provider_status(), await self.summary() if number % len(MOMENTS) == 2 else {}):
-                if time.monotonic() > end:
-                    name = "at no moment in particular"
-                    break
-                await asyncio.sleep(0.002)
+            await progress.reached((number + 0.5) / kills)
+            last = number == kills - 1  # refunds come late
+            moment = await self._bad_moment(MOMENTS[-1] if last else MOMENTS[number % 3], progress)
             self._worker.check()
             self._worker.kill()
             self._worker.start()
-            self._story.kills[name] += 1
-            progress.killed(name)
+            self._story.kills[moment] += 1
+            progress.killed(moment)
+
+    async def _bad_moment(self, wanted: Moment, progress: Progress) -> str:
+        """Wait for one: for three seconds the one that is wanted, then any; when no more can come, so be it."""
+        started = time.monotonic()
+        while progress.done < progress.total and (waited := time.monotonic() - started) < 10.0:
+            provider, office = await asyncio.gather(self.provider_status(), self.summary())
+            now = provider["now"]
+            for name, strikes in (wanted,) if waited < 3.0 else MOMENTS:
+                if strikes(now, office):
+                    return name
+            await asyncio.sleep(0.002)
+        return NOTHING_GOING_ON
 
     async def all_ended(self, progress: Progress) -> None:
         """Wait until every accepted purchase has come to an end, and its run with it."""

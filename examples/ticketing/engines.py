@@ -71,7 +71,7 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
         raise EngineMissing(msg)
     async with _fresh_database(server) as url:
         await upgrade(url, [*installed(), SCHEMA])  # what `mainstay-database upgrade` does
-        environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka)
+        environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka, kafka_replicas="1")
         yield Engine(url, kafka, topic, signing.verifier, environment)
 
 

@@ -22,6 +22,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,12 +53,12 @@ CREATE TABLE IF NOT EXISTS ledger (
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """How badly it behaves; shares are of charges, and the same seed gives the same charges the same fate.
+    """How badly it behaves; shares are of orders, and the same seed gives the same orders the same fate.
 
     Args:
         declined: share that is declined, whatever one tries.
         unanswered: share that is made and never answered: the connection drops at every attempt.
-        lost: share whose first answer is lost after the charge was made.
+        lost: share whose first answer is lost after the charge, or the refund, was made.
         slow: share whose first answer comes `slow_seconds` after the charge was made.
         late: share whose first attempt is made only `slow_seconds` after it was asked for.
         burst_every: after so many requests, the next `burst_requests` are answered with 503 (0: never), but no longer
@@ -75,7 +77,7 @@ class Behaviour:
     burst_seconds: float = 2.0
 
     def mood(self, order_id: str, attempt: int) -> Mood:
-        """What happens to the `attempt`-th request to charge an order."""
+        """What happens to the `attempt`-th request about an order."""
         digest = hashlib.sha256(f"{self.seed}:{order_id}".encode()).digest()
         point = int.from_bytes(digest[:8], "big") / 2**64
         shares: tuple[tuple[Mood, float, bool], ...] = (
@@ -182,19 +184,31 @@ class Provider(ThreadingHTTPServer):
         self._requests = 0
         self._burst_left = 0
         self._burst_until = 0.0
-        self.status: Counter[str] = Counter()
+        self.now: Counter[str] = Counter()  # what it is in the middle of
+        self.deeds: Counter[str] = Counter()  # what it has done, by mood
         super().__init__(("127.0.0.1", port), _Handler)
 
     def server_close(self) -> None:
         super().server_close()
         self.ledger.close()
 
-    def count(self, what: str, by: int = 1) -> None:
+    @contextmanager
+    def busy(self, what: str) -> Generator[None, None, None]:
+        """Say in the status that this is going on, for the length of the block."""
         with self._lock:
-            self.status[what] += by
+            self.now[what] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.now[what] -= 1
+
+    def did(self, what: str) -> None:
+        with self._lock:
+            self.deeds[what] += 1
 
     def attempt(self, order_id: str) -> int:
-        """The number of this request to charge the order, from 1."""
+        """The number of this request about an order, from 1."""
         with self._lock:
             self._attempts[order_id] += 1
             return self._attempts[order_id]
@@ -224,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/status":
-            self._answer(HTTPStatus.OK, dict(self.server.status))
+            self._answer(HTTPStatus.OK, {"now": dict(self.server.now), "deeds": dict(self.server.deeds)})
         else:
             match self.path.split("/"):
                 case ["", "charges", key]:
@@ -240,14 +254,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.BAD_REQUEST, {"error": "a JSON object with order_id is expected"})
             return
         if self.server.overloaded():
-            self.server.count("overloaded")
+            self.server.did("overloaded")
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "too busy"})
             return
         match self.path.split("/"):
             case ["", "charges"] if key and type(amount) is int and amount > 0:
                 self._charge(key, order_id, amount)
             case ["", "charges", key, "refund"]:
-                self._answer(*self.server.ledger.refund(unquote(key), order_id))
+                self._refund(unquote(key), order_id)
             case _:
                 self._answer(
                     HTTPStatus.BAD_REQUEST, {"error": "no such operation, no Idempotency-Key, or no amount_cents"}
@@ -256,18 +270,25 @@ class _Handler(BaseHTTPRequestHandler):
     def _charge(self, key: str, order_id: str, amount_cents: int) -> None:
         provider = self.server
         mood = provider.behaviour.mood(order_id, provider.attempt(order_id))
-        provider.count("charging")
-        try:
+        with provider.busy("charging"):
             time.sleep(provider.behaviour.slow_seconds if mood == "late" else 0.01)
             answer = provider.ledger.charge(key, order_id, amount_cents, decline=mood == "declines")
-        finally:
-            provider.count("charging", -1)
-        provider.count("unanswered")  # the money has moved and nobody knows yet
-        try:
+        with provider.busy("unanswered"):  # the money has moved and nobody knows yet
             time.sleep(provider.behaviour.slow_seconds if mood == "slow" else 0.01)
-        finally:
-            provider.count("unanswered", -1)
-        provider.count(mood)
+        self._end(mood, answer)
+
+    def _refund(self, key: str, order_id: str) -> None:
+        provider = self.server
+        mood = provider.behaviour.mood(f"{order_id}'s refund", provider.attempt(f"{order_id}'s refund"))
+        with provider.busy("refunding"):
+            time.sleep(0.01)
+            answer = provider.ledger.refund(key, order_id)
+            time.sleep(provider.behaviour.slow_seconds if mood == "slow" else 0.01)
+        # It has to succeed in the end: what for a charge is for ever, is not for a refund.
+        self._end("loses the answer" if mood == "loses the answer" else "well", answer)
+
+    def _end(self, mood: Mood, answer: Answer) -> None:
+        self.server.did(mood)
         if mood in {"loses the answer", "loses every answer"}:
             self.close_connection = True
         else:

@@ -133,7 +133,7 @@ def _rows(facts: Facts, story: Story) -> list[tuple[str, str, str] | None]:
         for who, rows in (("office", facts.payments), ("provider", facts.ledger)):
             amounts = [row["amount_cents"] for row in rows if row["kind"] == kind]
             money.append((f"{kind}s, {who}'s ledger", str(len(amounts)), f"{sum(amounts) / 100:,.2f}"))
-    provider = {name: count for name, count in story.provider.items() if name not in {"well", "charging", "unanswered"}}
+    misdeeds = Counter({name: count for name, count in story.provider.items() if name != "well"})
     return [
         ("lines in the file", str(len(facts.file)), f"played in {story.seconds:.1f} s"),
         ("purchases accepted", str(len(story.accepted)), ""),
@@ -142,7 +142,7 @@ def _rows(facts: Facts, story: Story) -> list[tuple[str, str, str] | None]:
         ("purchases rejected", str(story.reasons.total()), _counts(story.reasons)),
         None,
         *money,
-        ("provider's misdeeds", str(sum(provider.values())), _counts(Counter(provider))),
+        ("provider's misdeeds", str(misdeeds.total()), _counts(misdeeds)),
         ("circuit breaker transitions", str(story.breaker.total()), _counts(story.breaker)),
         None,
         ("events published", str(facts.published), ""),

@@ -101,7 +101,7 @@ def test_a_late_charge_loses_against_its_refund(provider, tmp_path):
     answers = []
     charging = threading.Thread(target=lambda: answers.append(client.charge("k")))
     charging.start()
-    wait_until(lambda: client.ask("GET", "/status")[1].get("charging") == 1)
+    wait_until(lambda: client.ask("GET", "/status")[1]["now"].get("charging") == 1)
     client.refund("k")
     charging.join()
     assert answers[0][0] == 409
