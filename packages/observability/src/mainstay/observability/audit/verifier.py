@@ -57,6 +57,7 @@ _NODES = (
     .order_by(tables.nodes.c.position)
     .limit(_CHUNK)
 )
+_ENDS = sa.select(sa.func.min(tables.log.c.leaf), sa.func.max(tables.log.c.leaf))
 _SHOWN = 20
 
 
@@ -242,7 +243,7 @@ class _Check:
                 "truncated", f"the log has {self._frontier.size} entries, {short} says that there were {self._size}"
             )
         elif await self._sealed_without_checkpoint():
-            self._problem("unsigned", f"there are entries beyond the {self._size} that a checkpoint covers")
+            self._problem("unsigned", f"there are entries outside of the {self._size} that a checkpoint covers")
 
     def _compare(
         self, expected: tuple[int, bytes, str], waiting: Iterator[tuple[int, bytes, str]]
@@ -262,8 +263,9 @@ class _Check:
 
     async def _sealed_without_checkpoint(self) -> bool:
         """Whether there are entries that no checkpoint covers, not even one that was signed while we were reading."""
-        beyond = sa.select(sa.func.max(tables.log.c.leaf))
-        highest = (await self._database.read(beyond))[0][0]
+        ((lowest, highest),) = await self._database.read(_ENDS)
+        if lowest is not None and lowest < 0:
+            return True
         if highest is None or highest < self._size:
             return False
         newest = sa.select(tables.checkpoints.c.note).order_by(tables.checkpoints.c.number.desc()).limit(1)
