@@ -65,7 +65,9 @@ async def test_workflow_7_leases_are_renewed_together(postgres, open_database):
     """Forty leases take a few statements a renewal, not forty."""
     async with open_database(postgres) as db:
         leases = [await db.lease(f"lease {i}", seconds=1.0) for i in range(40)]
-        (before,) = await db.read(sa.text("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"))
+        (before,) = await db.read(
+            sa.text("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")
+        )
         await asyncio.sleep(2.2)
         assert all(lease.held for lease in leases)
         (after,) = await db.read(sa.text("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"))

@@ -286,7 +286,9 @@ async def test_workflow_16_a_unit_that_reads_first_may_write(db, tables, count):
             (row,) = await db.read(sa.select(sa.func.count()).select_from(tables.notes))
             await db.write(tables.add, {"id": i, "text": str(row[0])})
 
-    await asyncio.gather(*(one(i) for i in range(10)), *(db.write(tables.add, {"id": 100 + i, "text": "x"}) for i in range(40)))
+    await asyncio.gather(
+        *(one(i) for i in range(10)), *(db.write(tables.add, {"id": 100 + i, "text": "x"}) for i in range(40))
+    )
     assert await count(db) == 50
 
 

@@ -38,6 +38,7 @@ Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("mainstay.database")
 
 _ONE_EMPTY_ROW: tuple[Mapping[str, Any], ...] = ({},)
+_REFUSED = (exc.SQLAlchemyError, OSError)  # what SQLAlchemy raises; asyncpg's failures to connect come bare
 _CANCEL_GRACE_SECONDS = 5.0  # how long a commit under way may keep a cancelled caller
 
 
@@ -161,7 +162,7 @@ class Database:
             try:
                 # Now, not with the first statement: who must wait or cannot begin learns it before doing anything.
                 _ = await session.connection(execution_options={"mainstay_write": True})
-            except exc.SQLAlchemyError as error:
+            except _REFUSED as error:
                 raise _translated(error) from error
             with unit:
                 yield
@@ -178,7 +179,7 @@ class Database:
             _run(unit.callbacks)
         if cancelled is not None:
             raise cancelled
-        if isinstance(failure, exc.SQLAlchemyError):
+        if isinstance(failure, _REFUSED):
             raise _translated(failure, committing=True) from failure
         if failure is not None:
             raise failure
@@ -311,7 +312,7 @@ class Database:
         self._form(statement, several)
         try:
             await connection.execute(statement, several)
-        except exc.SQLAlchemyError as error:
+        except _REFUSED as error:
             raise _translated(error) from error
 
     async def read(self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row]:
@@ -335,7 +336,7 @@ class Database:
                 return (await connection.execute(statement, parameters or {})).all()
             async with self._reading.connect() as connection:
                 return (await connection.execute(statement, parameters or {})).all()
-        except exc.SQLAlchemyError as error:
+        except _REFUSED as error:
             raise _translated(error) from error
 
     async def lease(self, name: str, *, seconds: float = 10.0, holder: str | None = None) -> Lease | None:
@@ -382,7 +383,7 @@ class Database:
         try:
             async with self._reading.connect() as connection:
                 await connection.execute(sa.text("SELECT 1"))
-        except (exc.SQLAlchemyError, OSError) as error:
+        except _REFUSED as error:
             return Health("down", f"no answer ({type(error).__name__})")
         return Health("ok")
 
@@ -430,7 +431,7 @@ class Database:
             connection = await self._connection(unit)
             try:
                 epoch = (await connection.execute(fence.on.one, {"id": fence.id})).scalar()
-            except exc.SQLAlchemyError as error:
+            except _REFUSED as error:
                 raise _translated(error) from error
             if epoch != fence.epoch:
                 raise FenceLost(fence.lost())
@@ -512,20 +513,20 @@ async def uninterrupted(
     return failure, cancelled
 
 
-def _translated(error: exc.SQLAlchemyError, *, committing: bool = False) -> DatabaseError:
+def _translated(error: exc.SQLAlchemyError | OSError, *, committing: bool = False) -> DatabaseError:
     """Our error for SQLAlchemy's."""
     if isinstance(error, exc.TimeoutError):
         return DatabaseBusy("no connection of the pool became free in time: units of work take long, or leak")
-    if not isinstance(error, exc.DBAPIError):
-        return DatabaseError(f"{type(error).__name__}: {error}")
-    text = str(error.orig)
+    original = error.orig if isinstance(error, exc.DBAPIError) else error
+    text = str(original) or type(original).__name__
+    state = str(getattr(original, "sqlstate", None) or "")
     if isinstance(error, exc.IntegrityError):
         return Conflict(text)
-    if error.connection_invalidated:
+    lost = isinstance(error, OSError) or (isinstance(error, exc.DBAPIError) and error.connection_invalidated)
+    if lost or state.startswith(("08", "57P")):
         if committing:
             return CommitUnknown(f"the connection was lost while committing: {text}")
-        return DatabaseUnavailable(f"the connection was lost: {text}")
-    state = str(getattr(error.orig, "sqlstate", None) or "")
+        return DatabaseUnavailable(f"the connection was lost or could not be made: {text}")
     if "database is locked" in text or state in {"40001", "40P01", "55P03"}:
         return DatabaseBusy(text)
     return DatabaseError(text)
