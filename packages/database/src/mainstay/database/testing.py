@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock
@@ -24,7 +27,7 @@ async def database(
     Args:
         url: where; by default in memory.
         schemas: whose tables to bring up to date.
-        clock: what leases are measured with on the holder's side.
+        clock: what leases go by. A virtual one takes the place of the database's clock too.
         settings: further `DatabaseSettings`.
     """
     if not url.startswith("sqlite"):
@@ -35,3 +38,19 @@ async def database(
         for schema in schemas:
             await running.ensure_schema(schema)
         yield running
+
+
+async def schema_differences(database: Database, schema: Schema) -> Sequence[object]:
+    """What the migrations of a package fail to make of its metadata, in Alembic's words; empty when they agree."""
+
+    def compare(connection: sa.Connection) -> Sequence[object]:
+        def ours(_object: object, name: str | None, kind: str, _reflected: bool, _to: object) -> bool:  # noqa: FBT001  Alembic calls it so
+            return kind != "table" or name in schema.metadata.tables
+
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": False, "include_object": ours}
+        )
+        return compare_metadata(context, schema.metadata)
+
+    async with database.engine.connect() as connection:
+        return await connection.run_sync(compare)
