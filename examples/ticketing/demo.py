@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
 from ticketing.engines import EngineMissing, EngineName, engine
 from ticketing.facts import Sources, read_facts
@@ -71,11 +73,12 @@ class Stuck(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a demo ended: the rows, the story, the verdicts."""
+    """How a demo ended: the rows, the story, the verdicts, and where the rows came from."""
 
     facts: Facts
     story: Story
     verdicts: list[Verdict]
+    sources: Sources
 
     @property
     def holds(self) -> bool:
@@ -102,11 +105,14 @@ class Script:
 async def play(script: Script, *, keep: bool = False, console: Console | None = None) -> int:
     """Run the demo, print its table, and return the exit status: 0 where every invariant held, 1 otherwise."""
     console = console or Console()
+    loop, me = asyncio.get_running_loop(), asyncio.current_task()
+    assert me is not None
+    loop.add_signal_handler(signal.SIGTERM, me.cancel)  # as Ctrl-C does: the processes are stopped on the way out
     directory = Path(tempfile.mkdtemp(prefix="ticketing-"))
     try:
         outcome = await perform(script, directory, console)
     except (EngineMissing, ProcessFailed, Stuck) as error:
-        console.print(f"[bold red]The demo could not be played:[/] {error}")
+        console.print(f"[bold red]The demo could not be played:[/] {escape(str(error))}", soft_wrap=True)
         return 1
     finally:
         if keep:
@@ -148,7 +154,7 @@ async def perform(script: Script, directory: Path, console: Console) -> Outcome:
         facts = await read_facts(sources, story.answers)
     verdicts = judge(facts)
     stubborn = [f"the {name} ended with {status}" for name, status in story.stopped.items() if status != 0]
-    return Outcome(facts, story, [*verdicts, Verdict("every process stopped when asked", tuple(stubborn))])
+    return Outcome(facts, story, [*verdicts, Verdict("every process stopped when asked", tuple(stubborn))], sources)
 
 
 @asynccontextmanager
@@ -242,12 +248,12 @@ class _Office:
             progress.killed(moment)
 
     async def _bad_moment(self, wanted: Moment, progress: Progress) -> str:
-        """Wait for one: for three seconds the one that is wanted, then any; when no more can come, so be it."""
+        """Wait for one: for some seconds the one that is wanted, then any; when no more can come, so be it."""
         started = time.monotonic()
-        while progress.done < progress.total and (waited := time.monotonic() - started) < 10.0:
+        while progress.done < progress.total and (waited := time.monotonic() - started) < 12.0:
             provider, office = await asyncio.gather(self.provider_status(), self.summary())
             now = provider["now"]
-            for name, strikes in (wanted,) if waited < 3.0 else MOMENTS:
+            for name, strikes in (wanted,) if waited < 5.0 else MOMENTS:
                 if strikes(now, office):
                     return name
             await asyncio.sleep(0.002)
@@ -263,8 +269,12 @@ class _Office:
             if progress.done >= len(self._story.accepted):
                 for order in sorted(running):
                     answer = await self._client.get(f"{self._urls['api']}/purchases/{order}")
-                    if answer.json()["status"] in {"completed", "failed"}:
+                    status = answer.json()["status"]
+                    if status in {"completed", "failed"}:
                         running.discard(order)
+                    elif status in {"parked", "compensation_failed"}:
+                        msg = f"the run of order {order} waits for a person: {status}"
+                        raise Stuck(msg)
             self._worker.check()
             if time.monotonic() > end:
                 msg = f"{len(running)} purchases had not come to an end after {PATIENCE_SECONDS:g} s: {counts}"

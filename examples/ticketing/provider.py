@@ -61,6 +61,7 @@ class Behaviour:
         lost: share whose first answer is lost after the charge, or the refund, was made.
         slow: share whose first answer comes `slow_seconds` after the charge was made.
         late: share whose first attempt is made only `slow_seconds` after it was asked for.
+        usual_seconds: what half of a charge takes where nothing is wrong.
         burst_every: after so many requests, the next `burst_requests` are answered with 503 (0: never), but no longer
             than `burst_seconds`.
     """
@@ -72,6 +73,7 @@ class Behaviour:
     slow: float = 0.08
     late: float = 0.07
     slow_seconds: float = 1.2
+    usual_seconds: float = 0.03
     burst_every: int = 40
     burst_requests: int = 12
     burst_seconds: float = 2.0
@@ -271,19 +273,19 @@ class _Handler(BaseHTTPRequestHandler):
         provider = self.server
         mood = provider.behaviour.mood(order_id, provider.attempt(order_id))
         with provider.busy("charging"):
-            time.sleep(provider.behaviour.slow_seconds if mood == "late" else 0.01)
+            time.sleep(provider.behaviour.slow_seconds if mood == "late" else provider.behaviour.usual_seconds)
             answer = provider.ledger.charge(key, order_id, amount_cents, decline=mood == "declines")
         with provider.busy("unanswered"):  # the money has moved and nobody knows yet
-            time.sleep(provider.behaviour.slow_seconds if mood == "slow" else 0.01)
+            time.sleep(provider.behaviour.slow_seconds if mood == "slow" else provider.behaviour.usual_seconds)
         self._end(mood, answer)
 
     def _refund(self, key: str, order_id: str) -> None:
         provider = self.server
         mood = provider.behaviour.mood(f"{order_id}'s refund", provider.attempt(f"{order_id}'s refund"))
         with provider.busy("refunding"):
-            time.sleep(0.01)
+            time.sleep(2 * provider.behaviour.usual_seconds)
             answer = provider.ledger.refund(key, order_id)
-            time.sleep(provider.behaviour.slow_seconds if mood == "slow" else 0.01)
+            time.sleep(provider.behaviour.slow_seconds if mood == "slow" else provider.behaviour.usual_seconds)
         # It has to succeed in the end: what for a charge is for ever, is not for a refund.
         self._end("loses the answer" if mood == "loses the answer" else "well", answer)
 

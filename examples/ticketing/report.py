@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ticketing.invariants import Facts, Verdict
 
 
+_SHOWN = 5  # complaints of one invariant
+
+
 class Progress:
     """How far the demo is: `done` of `total` purchases have come to an end."""
 
@@ -157,15 +160,21 @@ def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
-def _verdicts(verdicts: list[Verdict]) -> Table:
+def _verdicts(verdicts: list[Verdict]) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
+    table.add_column(no_wrap=True)
     table.add_column()
     for verdict in verdicts:
-        mark = Text("✔ holds", "bold green") if verdict.holds else Text("✘ FAILS", "bold red")
+        mark = Text("✔ holds", "green") if verdict.holds else Text("✘ FAILS", "bold red")
         table.add_row(mark, verdict.name)
-        for complaint in verdict.complaints[:5]:
+        for complaint in verdict.complaints[:_SHOWN]:
             table.add_row("", Text(complaint, "red"))
-        if len(verdict.complaints) > 5:
-            table.add_row("", Text(f"… and {len(verdict.complaints) - 5} more", "red"))
-    return table
+        if len(verdict.complaints) > _SHOWN:
+            table.add_row("", Text(f"… and {len(verdict.complaints) - _SHOWN} more", "red"))
+    broken = sum(not verdict.holds for verdict in verdicts)
+    end = (
+        Text(f"{broken} invariants do not hold.", "bold red")
+        if broken
+        else Text("Every invariant holds.", "bold green")
+    )
+    return Group(table, Text(), end)

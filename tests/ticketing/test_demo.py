@@ -1,0 +1,265 @@
+"""The demo itself: on both engines, with bad input, and with books that somebody has cooked afterwards."""
+
+import asyncio
+import io
+import os
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ticketing import demo
+from ticketing.demo import MOMENTS, NOTHING_GOING_ON, Outcome, Script, perform, play
+from ticketing.facts import Sources, read_facts
+from ticketing.invariants import INVARIANTS, judge
+from ticketing.processes import OfficeProcess
+
+LINES, TICKETS, STOCK, LEDGERS, HALF, ONCE, PROJECTIONS, AUDIT = INVARIANTS
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def complaints(outcome: Outcome) -> list[str]:
+    return [f"{verdict.name}: {text}" for verdict in outcome.verdicts for text in verdict.complaints]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The demo with its own purchases on SQLite, the worker killed five times, and everything it left on disk."""
+    return asyncio.run(perform(Script(kills=5), tmp_path_factory.mktemp("embedded"), quiet()))
+
+
+def test_every_invariant_holds_embedded(embedded):
+    """Nothing is lost, doubled or left half done by five kills, as told by the rows that are left."""
+    assert complaints(embedded) == []
+
+
+def test_every_line_came_to_its_end(embedded):
+    """25 purchases were accepted and came to an end; each bad line was refused, and for its own reason."""
+    assert len(embedded.story.accepted) == 25
+    assert len(embedded.facts.in_state("completed")) + len(embedded.facts.in_state("cancelled")) == 25
+    assert embedded.story.reasons == {
+        "unknown customer": 1,
+        "bad quantity": 1,
+        "broken JSON": 1,
+        "unknown item": 1,
+        "order id taken": 1,
+        "bad unit_price": 1,
+        "bad lines": 1,
+    }
+
+
+def test_the_worker_was_killed_at_bad_moments(embedded):
+    """Five kills, and at least three of them at a moment at which something was certainly going on."""
+    kills = embedded.story.kills
+    assert kills.total() == 5
+    assert kills.keys() <= {name for name, _ in MOMENTS} | {NOTHING_GOING_ON}
+    assert kills.total() - kills[NOTHING_GOING_ON] >= 3
+
+
+def test_the_story_had_all_that_it_is_about(embedded):
+    """Sold out, declined and unknown charges, refunds, bursts: a demo in which nothing goes wrong shows nothing."""
+    reasons = Counter(purchase["reason"] for purchase in embedded.facts.in_state("cancelled"))
+    assert reasons.keys() == {"sold out", "payment declined", "charge unknown"}
+    assert any(row["kind"] == "refund" for row in embedded.facts.ledger)
+    assert embedded.story.provider["loses every answer"] >= 2
+    assert embedded.story.breaker["open"] >= 1
+    assert embedded.facts.audit_entries > 100
+    assert embedded.facts.published == 60
+
+
+# What somebody might do to the office's database or to the provider's ledger, and the invariant that must say so.
+TAMPERINGS = {
+    "sell a ticket a second time": (
+        TICKETS,
+        (
+            "UPDATE ticketing_tickets "
+            "SET order_id = (SELECT max(order_id) FROM ticketing_purchases WHERE state = 'completed') "
+            "WHERE (item, serial) = (SELECT item, serial FROM ticketing_tickets WHERE state = 'issued' "
+            "AND order_id = (SELECT min(order_id) FROM ticketing_purchases WHERE state = 'completed') LIMIT 1)"
+        ),
+    ),
+    "lose a ticket": (STOCK, "DELETE FROM ticketing_tickets WHERE item = 'MUSEUM' AND serial = 66"),
+    "print more stock": (STOCK, "UPDATE ticketing_items SET stock = stock + 1, free = free + 1 WHERE item = 'MUSEUM'"),
+    "pocket a cent": (LEDGERS, "UPDATE ticketing_payments SET amount_cents = amount_cents - 1 WHERE kind = 'charge'"),
+    "forget a refund": (LEDGERS, "DELETE FROM ticketing_payments WHERE kind = 'refund'"),
+    "complete a cancelled purchase": (
+        HALF,
+        (
+            "UPDATE ticketing_purchases SET state = 'completed' WHERE order_id = "
+            "(SELECT min(order_id) FROM ticketing_purchases WHERE reason = 'sold out')"
+        ),
+    ),
+    "leave a purchase half done": (
+        LINES,
+        (
+            "UPDATE ticketing_purchases SET state = 'charged' WHERE order_id = "
+            "(SELECT min(order_id) FROM ticketing_purchases WHERE state = 'completed')"
+        ),
+    ),
+    "lose a purchase": (LINES, "DELETE FROM ticketing_purchases WHERE state = 'cancelled'"),
+    "send a receipt twice": (
+        HALF,
+        (
+            "INSERT INTO ticketing_receipts (order_id, amount_cents, text) "
+            "SELECT order_id, amount_cents, text FROM ticketing_receipts LIMIT 1"
+        ),
+    ),
+    "handle an event twice": (
+        ONCE,
+        (
+            "INSERT INTO ticketing_handled (consumer, event_type, order_id) "
+            "SELECT consumer, event_type, order_id FROM ticketing_handled LIMIT 1"
+        ),
+    ),
+    "give an event up": (
+        ONCE,
+        "DELETE FROM ticketing_handled WHERE consumer = 'sales' AND event_type = 'tickets.held'",
+    ),
+    "count a sale twice": (PROJECTIONS, "UPDATE ticketing_sales SET sold = 2 * sold WHERE item = 'MUSEUM'"),
+    "mix up customers": (
+        PROJECTIONS,
+        "UPDATE ticketing_customers SET completed = completed + 1 WHERE customer_id = 'ada'",
+    ),
+    "change an audit entry": (
+        AUDIT,
+        (
+            "UPDATE mainstay_audit_log SET data = CAST(replace(CAST(data AS TEXT), 'succeeded', 'succeedeD') AS BLOB) "
+            "WHERE leaf = 3"
+        ),
+    ),
+    "delete an audit entry": (AUDIT, "DELETE FROM mainstay_audit_log WHERE leaf = 3"),
+    "cut the audit log short": (AUDIT, "DELETE FROM mainstay_audit_log WHERE leaf > 50"),
+}
+
+
+async def judged(sources: Sources, answers: dict[int, str | None]) -> set[str]:
+    return {verdict.name for verdict in judge(await read_facts(sources, answers)) if not verdict.holds}
+
+
+def copied(embedded: Outcome, directory: Path) -> Sources:
+    """The databases of the demo once more, to be spoilt."""
+    original = embedded.sources
+    home = original.ledger.parent
+    for name in ("office.db", original.ledger.name):
+        with closing(sqlite3.connect(home / name)) as source, closing(sqlite3.connect(directory / name)) as target:
+            source.backup(target)
+    url = original.engine.database_url.replace(str(home), str(directory))
+    return replace(original, engine=replace(original.engine, database_url=url), ledger=directory / original.ledger.name)
+
+
+@pytest.mark.parametrize("tampering", TAMPERINGS)
+async def test_cooked_books_are_noticed(embedded, tmp_path, tampering):
+    """The same rows as in the demo that held, with one statement of tampering, fail the invariant it is against."""
+    name, statement = TAMPERINGS[tampering]
+    sources = copied(embedded, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "office.db")) as connection, connection:
+        assert connection.execute(statement).rowcount > 0
+    assert name in await judged(sources, embedded.story.answers)
+
+
+async def test_an_honest_copy_is_not_accused(embedded, tmp_path):
+    """What fails above is the tampering, not the copying."""
+    assert await judged(copied(embedded, tmp_path), embedded.story.answers) == set()
+
+
+async def test_a_charge_behind_the_offices_back_is_noticed(embedded, tmp_path):
+    """The provider's ledger is a witness of its own: a charge that only it knows breaks the agreement."""
+    sources = copied(embedded, tmp_path)
+    with closing(sqlite3.connect(sources.ledger)) as connection, connection:
+        connection.execute("INSERT INTO ledger (key, order_id, kind, amount_cents) VALUES ('k', '5001', 'charge', 1)")
+    assert LEDGERS in await judged(sources, embedded.story.answers)
+
+
+async def test_every_invariant_holds_on_kafka_and_postgresql(tmp_path, monkeypatch, kafka, postgres):
+    """The very same application on real servers, its worker killed twice."""
+    monkeypatch.setenv("MAINSTAY_TEST_KAFKA", kafka)
+    monkeypatch.setenv("MAINSTAY_TEST_POSTGRES", postgres)
+    outcome = await perform(Script(engine="full", kills=2), tmp_path, quiet())
+    assert complaints(outcome) == []
+    assert outcome.story.kills.total() == 2
+    assert len(outcome.story.accepted) == 25
+    assert outcome.facts.published >= 60  # a relay that was killed may have sent some twice
+
+
+def test_bad_input_stops_nothing(tmp_path):
+    """The command ends with 0 and plain lines where most of a file is rubbish, and the table says what kinds."""
+    good = (
+        '{{"order_id": "{}", "customer_id": "c", "country": "x", "placed_at": "1/1/2025 9:00", '
+        '"lines": [{{"item": "A", "title": "t", "quantity": {}, "unit_price": "1.00"}}]}}'
+    )
+    path = tmp_path / "rubbish.jsonl"
+    lines = [
+        good.format(1, 9),
+        good.format(2, -9),
+        good.format(3, 1).replace('"c"', "null"),
+        good.format(4, 1)[:-2],
+        "",
+        "[]",
+        "\ufeff?",
+        good.format(5, 1).replace('"t"', "null").replace('"A"', '"B"'),
+        good.format(1, 9),
+    ]
+    path.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "ticketing", "demo", f"--purchases={path}", "--kills=0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1]), "COLUMNS": "100"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Every invariant holds." in run.stdout
+    words = " ".join(run.stdout.split())
+    assert "lines in the file 8" in words
+    assert "purchases accepted 1" in words
+    assert "purchases rejected 7 broken JSON 3" in words
+    for reason in ("bad quantity 1", "unknown customer 1", "unknown item 1", "order id taken 1"):
+        assert reason in words
+    assert "\x1b" not in run.stdout
+
+
+async def test_a_broken_invariant_is_an_exit_status(embedded, monkeypatch):
+    """The demo ends with 1 and says what is broken, so that whoever runs it cannot overlook it."""
+    broken = replace(embedded, verdicts=judge(replace(embedded.facts, dead_letters=3)))
+
+    async def performed(*_args):
+        return broken
+
+    monkeypatch.setattr(demo, "perform", performed)
+    console = quiet()
+    assert await play(Script(), console=console) == 1
+    assert isinstance(console.file, io.StringIO)
+    assert "3 events were given up" in console.file.getvalue()
+    assert "1 invariants do not hold." in console.file.getvalue()
+
+
+async def test_missing_servers_are_named(monkeypatch):
+    """Without Kafka and PostgreSQL the full demo ends with 1 and the command that brings them."""
+    monkeypatch.delenv("MAINSTAY_TEST_KAFKA", raising=False)
+    console = quiet()
+    assert await play(Script(engine="full"), console=console) == 1
+    assert isinstance(console.file, io.StringIO)
+    assert "make demo ENGINE=full" in console.file.getvalue()
+
+
+async def test_nothing_runs_on_when_a_process_fails(monkeypatch):
+    """An API that cannot start ends the demo with the last lines that it wrote, and the others are stopped."""
+    stopped: list[str] = []
+    stop = OfficeProcess.stop
+
+    async def noted(process: OfficeProcess) -> int | None:
+        stopped.append(process.name)
+        return await stop(process)
+
+    monkeypatch.setattr(OfficeProcess, "stop", noted)
+    monkeypatch.setenv("MAINSTAY_WORKFLOW_LEASE", "typo")
+    console = quiet()
+    assert await play(Script(), console=console) == 1
+    assert isinstance(console.file, io.StringIO)
+    assert "did you mean MAINSTAY_WORKFLOW_LEASE_SECONDS?" in console.file.getvalue()
+    assert stopped == ["worker", "api", "provider"]
