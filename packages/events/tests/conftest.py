@@ -1,7 +1,6 @@
 """What the tests of events share: databases of each kind, and names that no other test uses."""
 
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""Typed events over Kafka or the own database: at least once, in order for each key, effects exactly once where asked."""
+"""Typed events over Kafka or the own database: at least once, ordered by key, effects exactly once where asked."""
 
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.errors import DecodeError, PublishError, RedriveError

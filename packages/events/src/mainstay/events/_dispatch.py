@@ -1,22 +1,24 @@
 """From records to handler calls: in order for each key, side by side for different keys, committed only when finished.
 
-The benchmark row is `events/dispatch`: microseconds an event beyond validating it and calling the handler. What it taught:
+The benchmark row is `events/dispatch`: microseconds an event beyond validating it and calling the handler. What it
+taught:
 
-- **Workers, not a task for each event.** A task with a fresh context costs more than reading the event. A few long-lived
-  workers take *chains* from a queue; a chain is what waits for one key, and whoever takes it works it off. So equal keys
-  are serial, different keys never wait for each other, and there are never more calls at once than workers.
-- **A chain is a linked list through the deliveries**, and its tail is in a dict by key. A deque for each key costs as much
-  as the call.
+- **Workers, not a task for each event.** A task with a fresh context costs more than reading the event. A few
+  long-lived workers take *chains* from a queue; a chain is what waits for one key, and whoever takes it works it off.
+  So equal keys are serial, different keys never wait for each other, and there are never more calls at once than
+  workers.
+- **A chain is a linked list through the deliveries**, and its tail is in a dict by key. A deque for each key costs as
+  much as the call.
 - **A fresh context for each event, without creating one.** A worker binds the event's context over the last one's. If a
-  handler sets a context variable of its own and leaves it set, the worker would carry it to the next event; comparing two
-  `copy_context()` is nearly free, and a worker that was changed is replaced.
+  handler sets a context variable of its own and leaves it set, the worker would carry it to the next event; comparing
+  two `copy_context()` is nearly free, and a worker that was changed is replaced.
 - **A retry waits in a timer, not in a worker.** The chain stays closed meanwhile, since the delivery is still its head:
   order is kept and no worker is lost to a slow key.
 
 What may be committed is a matter of the *window*: deliveries in the order in which they were handed out. A finished one
-leaves it only when all before it have; whatever left last is where a restart resumes, whichever numbers lie between. Each
-assignment of a partition has a window of its own, so that work from before a partition was lost and regained finishes into
-a window that nobody commits any more.
+leaves it only when all before it have; whatever left last is where a restart resumes, whichever numbers lie between.
+Each assignment of a partition has a window of its own, so that work from before a partition was lost and regained
+finishes into a window that nobody commits any more.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ class Route:
         handling = self._majors.get(text.partition(".")[0])
         if handling is None:
             known = ", ".join(f"{major}.x" for major in sorted(self._majors))
-            msg = f"{self.type} was published as version {text!r}; this group reads {known}: declare a class for that version"
+            msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"
             raise DecodeError(msg)
         return handling
 
@@ -366,7 +368,7 @@ class Dispatcher:
                     await asyncio.sleep(0)
 
     def _wanted(self, route: Route | None, headers: Mapping[str, bytes]) -> tuple[Route | None, Exception | None]:
-        """Whether the group has to do with the record at all. The names of types are many and grow: skipping is normal."""
+        """Whether the group has to do with the record at all; topics carry several types, so skipping is normal."""
         only = headers.get(ONLY_GROUP)
         if only is not None and only != self._group.encode():
             self._skipped.inc()
@@ -402,7 +404,7 @@ class Dispatcher:
             delivery.waited = 0.0
         try:
             await self._bury(delivery, error)
-        except Exception:
+        except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
             first, longest = _BURY_SECONDS
             delivery.waited = min(max(first, delivery.waited * 2), longest)
@@ -424,7 +426,7 @@ class Dispatcher:
 
 
 def _own_cancellation() -> Exception:
-    """A cancellation that we did not ask for came from inside the handler: a failure of it, not an end of the worker."""
+    """A cancellation that nobody asked the worker for came from inside the handler: a failure, not an end."""
     task = asyncio.current_task()
     while task is not None and task.cancelling():
         task.uncancel()

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return asyncio.run(_run(options))
     except MainstayError as error:
-        print(f"mainstay-events: {error}", file=sys.stderr)  # noqa: T201  a command talks to a terminal
+        print(f"mainstay-events: {error}", file=sys.stderr)
         return 1
 
 
@@ -51,16 +51,16 @@ def _parser() -> argparse.ArgumentParser:
 async def _run(options: argparse.Namespace) -> int:
     settings = EventsSettings()
     if settings.transport == "memory":
-        print("mainstay-events: the memory transport keeps nothing for other processes", file=sys.stderr)  # noqa: T201
+        print("mainstay-events: the memory transport keeps nothing for other processes", file=sys.stderr)
         return 1
     modules = [DatabaseModule.for_root()] if settings.writes_database else []
     async with App(*modules, EventsModule.for_root(settings)) as app:
         letters = app.get(DeadLetters)
         if options.command == "list":
             for letter in await letters.list(options.group, limit=options.limit):
-                print(_line(letter))  # noqa: T201
+                print(_line(letter))
         elif options.command == "show":
-            print(_page(await letters.get(options.id)))  # noqa: T201
+            print(_page(await letters.get(options.id)))
         else:
             await _redrive(letters, options)
     return 0
@@ -70,9 +70,9 @@ async def _redrive(letters: DeadLetters, options: argparse.Namespace) -> None:
     ids: list[UUID] = options.id
     if options.all:
         ids = [letter.id for letter in await letters.list(options.group, limit=1_000_000)]
-    for id in ids:
-        letter = await letters.redrive(id)
-        print(f"sent again: {letter.id} to group {letter.group}")  # noqa: T201
+    for wanted in ids:
+        letter = await letters.redrive(wanted)
+        print(f"sent again: {letter.id} to group {letter.group}")
 
 
 def _line(letter: DeadLetter) -> str:
@@ -87,7 +87,8 @@ def _page(letter: DeadLetter) -> str:
     value = "(none)" if letter.value is None else letter.value.decode(errors="backslashreplace")
     key = "(none)" if letter.key is None else letter.key.decode(errors="backslashreplace")
     return (
-        f"id        {letter.id}\ngroup     {letter.group}\nread at   {letter.topic}/{letter.partition}@{letter.offset}\n"
+        f"id        {letter.id}\ngroup     {letter.group}\n"
+        f"read at   {letter.topic}/{letter.partition}@{letter.offset}\n"
         f"given up  {letter.time:%Y-%m-%d %H:%M:%S %Z} after {letter.attempts} attempts\nkey       {key}\n"
         f"headers\n{headers}\nvalue\n  {value}\nerror\n{letter.error}"
     )

@@ -1,4 +1,4 @@
-"""A consumer group in this process: fetches, hands to the dispatcher, commits what is finished, gives partitions back."""
+"""A consumer group in this process: fetches, dispatches, commits what is finished, gives partitions back."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Consumer:
                 try:
                     await self._session(draining)
                     delay = _RECONNECT_SECONDS[0]
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001  a transport that is away comes back
                     self._dispatcher.check()
                     self._trouble = f"{type(error).__name__}"
                     _log.warning("group %s lost its transport, again in %.1f s", self.group, delay, exc_info=error)
@@ -139,7 +139,7 @@ class Consumer:
             try:
                 await self._commit(list(self._assignments))
                 failures = 0
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  the next one commits the same and more
                 failures += 1
                 # Once is normal while partitions move; what is finished stays finished, and the next commit says so.
                 level = logging.WARNING if failures in {10, 100, 1000} else logging.DEBUG
@@ -191,7 +191,7 @@ class Consumer:
         finished = await self._dispatcher.drain(mine, self._drain_seconds)
         try:
             await self._commit(mine)
-        except Exception:
+        except Exception:  # noqa: BLE001  the partitions go all the same; their next owner repeats
             _log.exception("group %s could not commit what it gave up: its next owner will repeat some", self.group)
         finally:
             for assignment in mine:

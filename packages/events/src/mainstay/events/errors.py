@@ -5,8 +5,8 @@ MainstayError
 ├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
 └── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
 
-Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is put
-together.
+Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is
+put together.
 """
 
 from __future__ import annotations

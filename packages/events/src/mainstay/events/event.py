@@ -35,8 +35,8 @@ class EventDefinition:
 class Event(BaseModel):
     """Base of every event: `class OrderPaid(Event, type="order.paid", version="1.0", key="order_id"): …`.
 
-    Immutable. Unknown fields are ignored when an event is read, so that a publisher may add some before its readers know
-    them. A class without `type=` is abstract: it carries fields for others to inherit.
+    Immutable. Unknown fields are ignored when an event is read, so that a publisher may add some before its readers
+    know them. A class without `type=` is abstract: it carries fields for others to inherit.
 
     Raises:
         TypeError: the type, the version or the key is not well formed, or the key names no field.
@@ -68,14 +68,15 @@ class Event(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         if type is None:
             if version is not None or key is not None:
-                msg = f"class {cls.__name__}(Event, …) has version= or key= but no type=: an event on the wire needs a type"
+                msg = f"class {cls.__name__}(Event, …) has version= or key= but no type=: add it"
                 raise TypeError(msg)
             cls.__event__ = None
             return
-        if not _TYPE.fullmatch(type):
-            msg = f"{cls.__name__}: type={type!r} must be words of letters, digits, _ and - joined by dots, like order.paid"
+        if _TYPE.fullmatch(type) is None:
+            msg = f"{cls.__name__}: type={type!r} is words of letters, digits, _ and - joined by dots, like order.paid"
             raise TypeError(msg)
-        if not _VERSION.fullmatch(version := "1.0" if version is None else version):
+        version = "1.0" if version is None else version
+        if _VERSION.fullmatch(version) is None:
             msg = f"{cls.__name__}: version={version!r} must be two numbers, major.minor, like 1.0"
             raise TypeError(msg)
         if key is not None and key not in cls.model_fields:

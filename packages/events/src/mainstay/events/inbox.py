@@ -8,9 +8,9 @@ from typing import Any
 
 from mainstay.database import Database
 from mainstay.events import tables
+from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event
 from mainstay.events.metadata import ID, Metadata
-from mainstay.events.errors import DecodeError
 from mainstay.events.metrics import DUPLICATES
 from mainstay.events.sql import swept
 
@@ -26,13 +26,13 @@ def exactly_once(
     duplicates = DUPLICATES.labels(group)
 
     async def handle(event: Event, meta: Metadata) -> None:
-        id = meta.headers.get(ID)
-        if id is None:
+        event_id = meta.headers.get(ID)
+        if event_id is None:
             msg = f"an event without the header {ID} cannot be told from its duplicates: the inbox refuses it"
             raise DecodeError(msg)
         async with database.transaction() as session:
             result: Any = await session.execute(
-                insert, {"group_name": group, "event_id": id.decode(errors="replace")}
+                insert, {"group_name": group, "event_id": event_id.decode(errors="replace")}
             )
             if result.rowcount == 0:
                 duplicates.inc()
@@ -44,4 +44,4 @@ def exactly_once(
 
 async def sweep(database: Database, draining: asyncio.Event, days: float) -> None:
     """Worker: forgets events that are older than the window within which duplicates are recognised."""
-    await swept(database, draining, [(tables.DELETE_OLD_INBOX, days)])
+    await swept(database, draining, [(tables.DELETE_OLD_INBOX[database.dialect], days)])

@@ -1,15 +1,17 @@
-"""The `kafka` transport, on aiokafka: explicit offsets, idempotent batches, and an end that comes even with the broker away.
+"""The `kafka` transport, on aiokafka: explicit offsets, idempotent batches, and an end also without a broker.
 
 What is done differently from aiokafka's defaults, and why:
 
 - Automatic commits are off. The position moves when records are handed out, not when they are handled.
 - Nothing is deserialised in the client: a deserialiser that raises fetches the same record for ever.
 - Back-pressure asks for records of the partitions that have room. `pause()` throws away what was prefetched.
-- `rebalance_timeout_ms` covers the drain time. It defaults to the session timeout, after which a partition has two owners.
-- `max_poll_interval_ms` is out of the way: a consumer that polls while its handlers hang looks alive, and one that waits
-  for slow handlers looks dead. The age of the oldest event in flight tells them apart, and health reports it.
+- `rebalance_timeout_ms` covers the drain time. It defaults to the session timeout, after which a partition has two
+  owners.
+- `max_poll_interval_ms` is out of the way: a consumer that polls while its handlers hang looks alive, and one that
+  waits for slow handlers looks dead. The age of the oldest event in flight tells them apart, and health reports it.
 - The producer lingers, compresses, and takes larger batches; the relay hands it whole batches for each partition.
-- After a failed batch an idempotent producer's numbers have a hole that the broker refuses from then on: it is replaced.
+- After a failed batch an idempotent producer's numbers have a hole that the broker refuses from then on: it is
+  replaced.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ class KafkaTransport:
 
     async def close(self) -> None:
         """Disconnect, within seconds also from a broker that is away."""
-        producer, self._producer = self._producer, None
+        producer = self._producer
+        self._producer = None
         if producer is not None:
             await _ended("the Kafka producer", producer.stop(), producer.client)
 
@@ -114,11 +117,10 @@ class KafkaTransport:
     # Sending
 
     async def _producing(self) -> AIOKafkaProducer:
-        if self._producer is None:
-            async with self._starting:
-                if self._producer is None:
-                    self._producer = await self._new_producer()
-        return self._producer
+        async with self._starting:
+            if self._producer is None:
+                self._producer = await self._new_producer()
+            return self._producer
 
     async def _new_producer(self) -> AIOKafkaProducer:
         producer = AIOKafkaProducer(
@@ -142,7 +144,8 @@ class KafkaTransport:
 
     async def _replace_producer(self, broken: AIOKafkaProducer, error: BaseException) -> None:
         self._trouble = f"{type(error).__name__}: {error}"
-        if self._producer is broken:
+        current = self._producer is broken
+        if current:
             self._producer = None
             await _ended("the Kafka producer", broken.stop(), broken.client)
 
@@ -188,7 +191,9 @@ class KafkaTransport:
             raise
 
     async def _send_wave(self, producer: AIOKafkaProducer, events: Sequence[Outgoing]) -> set[int]:
-        partitions = {topic: sorted(await producer.partitions_for(topic)) for topic in {event.topic for event in events}}
+        partitions = {
+            topic: sorted(await producer.partitions_for(topic)) for topic in {event.topic for event in events}
+        }
         batches: dict[tuple[str, int], tuple[Any, list[int]]] = {}
         full: set[tuple[str, int]] = set()
         place_by_key = DefaultPartitioner()
@@ -244,7 +249,7 @@ class KafkaTransport:
                 )
                 if self._settings.kafka_replicas is None:
                     new.replication_factor = -1  # the cluster's default, which aiokafka's constructor does not take
-                answer = await admin.create_topics([new])
+                answer: Any = await admin.create_topics([new])
                 for name, code, *_ in answer.topic_errors:
                     error = for_code(code)
                     if code and error is not TopicAlreadyExistsError:
@@ -286,13 +291,13 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
     def __init__(self, source: KafkaSource) -> None:
         self._source = source
 
-    async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: object) -> None:  # noqa: ARG002 # pyright: ignore[reportIncompatibleMethodOverride]  all, and it may be async
         try:
             await self._source.revoke()
-        except Exception:
+        except Exception:  # noqa: BLE001  aiokafka would swallow it without a word
             _log.exception("giving up partitions failed; their next owner will repeat some events")
 
-    async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
+    async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  it may be async
         self._source.assign(assigned)
 
 
@@ -304,6 +309,7 @@ class KafkaSource:
         self._reader = reader
         self._held: dict[TopicPartition, Assignment] = {}
         self._by_assignment: dict[Assignment, TopicPartition] = {}
+        self._delivered: dict[TopicPartition, int] = {}
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """New partitions, in a generation of their own: what is left of older ones no longer counts."""
@@ -313,8 +319,9 @@ class KafkaSource:
             self._by_assignment[assignment] = place
 
     async def revoke(self) -> None:
-        """aiokafka takes everything away before each rebalance. No lock is held here that a fetch could hold."""
+        """Aiokafka takes everything away before each rebalance. No lock is held here that a fetch could hold."""
         held, self._held = self._held, {}
+        self._delivered.clear()
         try:
             await self._reader.revoked(list(held.values()))
         finally:
@@ -328,8 +335,11 @@ class KafkaSource:
         fetched: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
             *places, timeout_ms=_FETCH_MS, max_records=_BATCH
         )
-        # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped, its offset is not committed.
-        return {self._held[place]: records for place, records in fetched.items() if place in self._held}
+        # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped and not committed.
+        mine = {place: records for place, records in fetched.items() if place in self._held}
+        for place, records in mine.items():
+            self._delivered[place] = records[-1].offset + 1
+        return {self._held[place]: records for place, records in mine.items()}
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:
         """See `Source`."""
@@ -342,16 +352,13 @@ class KafkaSource:
             return
         await self._consumer.commit(offsets)
 
-    def lag(self) -> int | None:
-        """See `Source`."""
+    def lag(self) -> int:
+        """See `Source`; of the partitions that anything was read from so far."""
         waiting = 0
-        for place in self._held:
+        for place in self._delivered:
             end = self._consumer.highwater(place)
-            position = self._consumer._subscription.subscription.assignment
-            state = position.state_value(place) if position is not None and place in position.tps else None
-            if end is None or state is None or not state.has_valid_position:
-                return None
-            waiting += max(0, end - state.position)
+            if end is not None:
+                waiting += max(0, end - self._delivered[place])
         return waiting
 
 
@@ -396,7 +403,7 @@ def check_size(event: Outgoing) -> None:
     """
     size = len(event.value) + len(event.key or b"") + sum(len(name) + len(value) for name, value in event.headers)
     if size > _LARGEST_BYTES:
-        msg = f"an event for topic {event.topic} has {size} bytes; Kafka takes {_LARGEST_BYTES}: publish a reference instead"
+        msg = f"an event for topic {event.topic} has {size} bytes; at most {_LARGEST_BYTES} are taken"
         raise PublishError(msg, no_effect=True, retryable=False)
 
 
@@ -458,7 +465,7 @@ class KafkaDeadLetters:
         return (await self._read()).get(id)
 
     async def redrive(self, letter: DeadLetter) -> bool:
-        """See `DeadLetterStore`. Killed between the two, it is there twice: in the topic, and still as a dead letter."""
+        """See `DeadLetterStore`. Killed between the two, it is there twice."""
         if letter.id not in await self._read():
             return False
         await self._transport.send([letter.again()])
@@ -479,11 +486,11 @@ class KafkaDeadLetters:
             end = (await consumer.end_offsets([place]))[place]
             while await consumer.position(place) < end:
                 for record in (await consumer.getmany(place, timeout_ms=1000)).get(place, ()):
-                    id = UUID(bytes=record.key)
+                    name = UUID(bytes=record.key)
                     if record.value is None:
-                        letters.pop(id, None)
+                        letters.pop(name, None)
                     else:
-                        letters[id] = _decode_letter(id, dict(record.headers)["letter"], record.value)
+                        letters[name] = _decode_letter(name, dict(record.headers)["letter"], record.value)
         finally:
             await _ended("the reader of dead letters", consumer.stop(), consumer._client)
         return letters

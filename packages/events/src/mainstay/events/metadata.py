@@ -43,17 +43,34 @@ class Record(Protocol):
     """One record of a log, as a transport hands it out."""
 
     @property
-    def topic(self) -> str: ...
+    def topic(self) -> str:
+        """Where it is."""
+        ...
+
     @property
-    def partition(self) -> int: ...
+    def partition(self) -> int:
+        """The part of the topic."""
+        ...
+
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int:
+        """Its place there; rises, not by one."""
+        ...
+
     @property
-    def key(self) -> bytes | None: ...
+    def key(self) -> bytes | None:
+        """What orders it."""
+        ...
+
     @property
-    def value(self) -> bytes | None: ...
+    def value(self) -> bytes | None:
+        """The event as JSON, if it is one."""
+        ...
+
     @property
-    def headers(self) -> Headers: ...
+    def headers(self) -> Headers:
+        """What is known about it."""
+        ...
 
 
 class Outgoing(NamedTuple):
@@ -77,7 +94,9 @@ class Metadata:
 
     __slots__ = ("_headers", "_record", "attempt", "group")
 
-    def __init__(self, record: Record, *, group: str, attempt: int = 1, headers: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self, record: Record, *, group: str, attempt: int = 1, headers: dict[str, bytes] | None = None
+    ) -> None:
         self._record = record
         self._headers = dict(record.headers) if headers is None else headers
         self.group = group
@@ -169,7 +188,8 @@ class Metadata:
         return context_of(self._headers)
 
     def __repr__(self) -> str:
-        return f"<Metadata {self.type} {self._text(ID)} {self.topic}/{self.partition}@{self.offset} attempt {self.attempt}>"
+        place = f"{self.topic}/{self.partition}@{self.offset}"
+        return f"<Metadata {self.type} {self._text(ID)} {place} attempt {self.attempt}>"
 
 
 def context_of(headers: Mapping[str, bytes]) -> Context:

@@ -44,6 +44,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     """
 
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
+        """The Database, where the log, the outbox or an inbox is kept in it."""
         return [DatabaseModule] if self._needs_database() else []
 
     def _needs_database(self) -> bool:
@@ -54,6 +55,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
+        """See `Module`."""
         settings = self.settings
         subscriptions = self._subscriptions()
         try:
@@ -85,9 +87,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 app.serve(f"events:{consumer.group}", consumer.serve)
             if database is not None and any(subscription.inbox for subscription in subscriptions):
                 app.serve("events:inbox", partial(_sweep_inbox, database, settings.inbox_days))
-            publisher = EventPublisher(
-                send, transactional=settings.writes_database, settings=settings, clock=app.clock
-            )
+            publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             yield [publisher, DeadLetters(letters), EventConsumers(consumers), *services]

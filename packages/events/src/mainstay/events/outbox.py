@@ -1,10 +1,11 @@
 """The transactional outbox in front of Kafka: events commit with what they tell of, and a relay carries them on.
 
-Keys are hashed to lanes, and a lane is relayed by one process at a time, which holds its lease. A wave takes the oldest rows
-of all lanes that are held, sends one batch to each partition and deletes, by their own numbers and under the lease's fence,
-the rows of the batches that were confirmed. A batch is confirmed whole or not at all, and an event's key always goes to the
-same partition; so of the rows with one key a prefix is deleted, and what failed is the first of its key in the next wave.
-Deleting "everything up to" a position would lose rows of transactions that began earlier and commit later.
+Keys are hashed to lanes, and a lane is relayed by one process at a time, which holds its lease. A wave takes the oldest
+rows of all lanes that are held, sends one batch to each partition and deletes, by their own numbers and under the
+lease's fence, the rows of the batches that were confirmed. A batch is confirmed whole or not at all, and an event's key
+always goes to the same partition; so of the rows with one key a prefix is deleted, and what failed is the first of its
+key in the next wave. Deleting "everything up to" a position would lose rows of transactions that began earlier and
+commit later.
 
 Killed between sending and deleting, a relay's successor sends again: duplicates, in order, which an inbox recognises.
 """
@@ -114,7 +115,7 @@ class OutboxRelay:
                 try:
                     await self._take_lanes()
                     full = await self._wave()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001  broker and database come back
                     self._failed(error, delay)
                     await asyncio.wait((stop,), timeout=delay)
                     delay = min(delay * 2, _BACKOFF_SECONDS[1])

@@ -11,7 +11,7 @@ from mainstay.events.metrics import PUBLISHED
 from mainstay.events.settings import EventsSettings
 
 Send = Callable[[Sequence[Outgoing]], Awaitable[None]]
-"""Takes encoded events, in order, and returns when they are durable: all of them or, with an exception, perhaps none."""
+"""Takes encoded events, in order, and returns when they are durable; after an exception some may be."""
 
 
 class EventPublisher:
@@ -33,7 +33,8 @@ class EventPublisher:
     async def publish(self, event: Event) -> None:
         """Publish one event; returns when it is durable, or joins the unit of work that is open and commits with it.
 
-        Inside a workflow function it is a recorded step: a replay does not publish again, and a repetition after a crash
+        Inside a workflow function it is a recorded step: a replay does not publish again, and a repetition after a
+            crash
         has the same event id.
 
         Raises:
@@ -52,7 +53,12 @@ class EventPublisher:
         types = [definition_of(type(event)).type for event in events]
 
         async def effect(key: str | None) -> None:
-            time, context, source, topic_of = self._clock.now(), current(), self._settings.source, self._settings.topic_of
+            time, context, source, topic_of = (
+                self._clock.now(),
+                current(),
+                self._settings.source,
+                self._settings.topic_of,
+            )
             await self._send(
                 [
                     encode(

@@ -14,6 +14,7 @@ from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
 
 E = TypeVar("E", bound=Event)
+F = TypeVar("F", bound=Event)
 E_contra = TypeVar("E_contra", bound=Event, contravariant=True)
 H = TypeVar("H", bound="type[HandlesEvent[Any] | HandlesEventAndMetadata[Any]]")
 
@@ -21,13 +22,17 @@ H = TypeVar("H", bound="type[HandlesEvent[Any] | HandlesEventAndMetadata[Any]]")
 class HandlesEvent(Protocol[E_contra]):
     """A handler class whose `handle` takes the event."""
 
-    def handle(self, event: E_contra, /) -> Awaitable[None]: ...
+    def handle(self, event: E_contra, /) -> Awaitable[None]:
+        """Handle one event."""
+        ...
 
 
 class HandlesEventAndMetadata(Protocol[E_contra]):
     """A handler class whose `handle` takes the event and its metadata."""
 
-    def handle(self, event: E_contra, meta: Metadata, /) -> Awaitable[None]: ...
+    def handle(self, event: E_contra, meta: Metadata, /) -> Awaitable[None]:
+        """Handle one event."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ class Subscription:
 class EventRouter:
     """The events of one feature: declares handlers, and publishes once an App runs it.
 
-    `events = EventRouter()` at module level; `EventsModule.for_feature(events)` adds it to an App. Importing it starts nothing.
+    `events = EventRouter()` at module level; `EventsModule.for_feature(events)` adds it to an App. Importing it starts
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -57,14 +63,46 @@ class EventRouter:
             remedy="add EventsModule.for_feature(<the router>) to the App, and use it while the App runs",
         )
 
+    @overload
     def on(
         self,
-        *events: type[E],
+        event: type[E],
+        /,
+        *,
         group: str,
         retry: Retry | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
-    ) -> On[E]:
+    ) -> On[E]: ...
+    @overload
+    def on(
+        self,
+        event: type[E],
+        other: type[F],
+        /,
+        *,
+        group: str,
+        retry: Retry | None = None,
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[E | F]: ...
+    @overload
+    def on(
+        self,
+        *events: type[Event],
+        group: str,
+        retry: Retry | None = None,
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[Any]: ...
+    def on(
+        self,
+        *events: type[Event],
+        group: str,
+        retry: Retry | None = None,
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[Any]:
         """Handle events: `@events.on(OrderPaid, group="receipts")` on an async function, or on a class with `handle`.
 
         The function takes the event, or the event and its `Metadata`. It is called at least once for each event, with
@@ -75,10 +113,11 @@ class EventRouter:
             group: who handles them. Each group receives every event once, however many processes share the work; it
                 keeps its place under this name, so a name is for ever.
             retry: when to call again after an exception; by default as the settings say.
-            inbox: run the handler inside `db.transaction()` together with the note that this group has handled the event,
-                so that what it writes there happens exactly once. Not for handlers that call other services: the
+            inbox: run the handler inside `db.transaction()` together with the note that this group has handled the
+                event, so that what it writes there happens exactly once. Not for handlers that call other services: the
                 transaction would stay open meanwhile.
-            timeout_seconds: how long one call may take before it counts as failed; None waits for ever, and health says so.
+            timeout_seconds: how long one call may take before it counts as failed; None waits for ever, and health says
+                so.
 
         Raises:
             TypeError: what is decorated cannot be a handler, with the remedy.
@@ -118,7 +157,7 @@ class On(Generic[E]):
     def __init__(
         self,
         router: EventRouter,
-        events: tuple[type[E], ...],
+        events: tuple[type[Event], ...],
         group: str,
         retry: Retry | None,
         *,
@@ -137,8 +176,11 @@ class On(Generic[E]):
     @overload
     def __call__(self, handler: Callable[[E], Awaitable[None]]) -> Callable[[E], Awaitable[None]]: ...
     @overload
-    def __call__(self, handler: Callable[[E, Metadata], Awaitable[None]]) -> Callable[[E, Metadata], Awaitable[None]]: ...
+    def __call__(
+        self, handler: Callable[[E, Metadata], Awaitable[None]]
+    ) -> Callable[[E, Metadata], Awaitable[None]]: ...
     def __call__(self, handler: Any) -> Any:
+        """Register the handler."""
         name = f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', repr(handler))}"
         call = _bound_method(handler, name) if inspect.isclass(handler) else handler
         self._router.add(
@@ -169,8 +211,8 @@ def one_handler_each(subscriptions: Sequence[Subscription]) -> None:
             key = (subscription.group, definition.type, definition.major)
             if key in handlers:
                 msg = (
-                    f"group {subscription.group!r} handles {definition.type} {definition.major}.x twice, by {handlers[key]} "
-                    f"and {subscription.name}: give one of them a group of its own"
+                    f"group {subscription.group!r} handles {definition.type} {definition.major}.x twice, "
+                    f"by {handlers[key]} and {subscription.name}: give one of them a group of its own"
                 )
                 raise ValueError(msg)
             handlers[key] = subscription.name
@@ -194,7 +236,9 @@ def _wants_metadata(call: Callable[..., Awaitable[None]], name: str, events: tup
         msg = f"{name} is not an async function: write async def, and asyncio.to_thread around what blocks"
         raise TypeError(msg)
     parameters = list(inspect.signature(call).parameters.values())
-    required = [p for p in parameters if p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}
+    ]
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if not 1 <= len(required) <= 2 or keywords:  # noqa: PLR2004  the event, and the metadata
         msg = f"{name} takes {inspect.signature(call)}: a handler takes (event) or (event, meta: Metadata)"

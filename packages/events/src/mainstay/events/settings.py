@@ -23,7 +23,8 @@ class EventsSettings(Settings):
         outbox: `kafka` only, there on by default. Events are written to the Database, in the unit of work that is open,
             and relayed from there; without it `publish` waits for the broker. The `sql` log is its own outbox.
         concurrency: how many events each consumer group of a process handles at once.
-        retry_attempts: how often a handler is called before its event becomes a dead letter, unless `on(retry=…)` says it.
+        retry_attempts: how often a handler is called before its event becomes a dead letter, unless `on(retry=…)` says
+            it.
         retry_initial_seconds, retry_max_seconds: the waits between attempts, exponential with full jitter.
         drain_seconds: how long handlers may take to finish when their partition moves to another process.
         stuck_seconds: an event in flight for longer than this makes the health degraded.
@@ -42,7 +43,7 @@ class EventsSettings(Settings):
     transport: Literal["sql", "kafka", "memory"] = "sql"
     source: str = Field(default="mainstay", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:@/+=-]+$")
     partitions: int = Field(default=8, ge=1, le=1024)
-    topics: dict[str, str] = {}
+    topics: dict[str, str] = Field(default_factory=dict[str, str])
     outbox: bool | None = None
     concurrency: int = Field(default=64, ge=1, le=10_000)
     retry_attempts: int = Field(default=5, ge=1)
@@ -69,13 +70,21 @@ class EventsSettings(Settings):
             if getattr(self, field) is None:
                 continue
             if self.transport != "kafka" and (field.startswith("kafka_") or field in {"outbox", "send_seconds"}):
-                why = "its log is its own outbox" if field == "outbox" and self.transport == "sql" else "it has no use for it"
-                msg = f"transport {self.transport!r} cannot honour {field}: {why}; leave it out, or use transport 'kafka'"
+                why = (
+                    "its log is its own outbox"
+                    if field == "outbox" and self.transport == "sql"
+                    else "it has no use for it"
+                )
+                msg = (
+                    f"transport {self.transport!r} cannot honour {field}: {why}; leave it out, or use transport 'kafka'"
+                )
                 raise ValueError(msg)
             if self.transport != "sql" and field == "log_days":
-                msg = f"transport {self.transport!r} cannot honour log_days: only the sql log is deleted by this service"
+                msg = (
+                    f"transport {self.transport!r} cannot honour log_days: only the sql log is deleted by this service"
+                )
                 raise ValueError(msg)
-            if self.transport == "memory" and field in {"lease_seconds"}:
+            if self.transport == "memory" and field == "lease_seconds":
                 msg = f"transport 'memory' cannot honour {field}: no other process takes part"
                 raise ValueError(msg)
         if self.transport == "kafka":

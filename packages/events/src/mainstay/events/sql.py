@@ -1,16 +1,17 @@
 """The `sql` transport: a durable partitioned log in the service's own database, shared by its processes.
 
-A row's position is drawn when it is inserted, but the row is seen when its transaction commits, perhaps long after rows with
-higher positions. Whoever reads `position > last` loses it. On PostgreSQL the log is therefore read in *windows* of
-transactions: a window ends below the oldest transaction that still runs, so everything in it has been decided and no row can
+A row's position is drawn when it is inserted, but the row is seen when its transaction commits, perhaps long after rows
+with higher positions. Whoever reads `position > last` loses it. On PostgreSQL the log is therefore read in *windows* of
+transactions: a window ends below the oldest transaction that still runs, so everything in it has been decided and no
+    row can
 appear in it any more; inside, rows go by position. Of two events of which one was published after the other had been
 committed, the first is in an earlier window or in the same one at a lower position: what order there was is kept, which
-reading by transaction number alone would not do. On SQLite writers take turns, positions are in the order of commits, and a
-window is what is there.
+reading by transaction number alone would not do. On SQLite writers take turns, positions are in the order of commits,
+and a window is what is there.
 
-A group's place in a partition is a window and a position in it: `low`, `high`, `position`. A long write transaction anywhere
-in the database holds the end of all windows back until it is over, and a dump that is restored into another cluster counts
-transactions anew: then the places of all groups must be set back.
+A group's place in a partition is a window and a position in it: `low`, `high`, `position`. A long write transaction
+anywhere in the database holds the end of all windows back until it is over, and a dump that is restored into another
+cluster counts transactions anew: then the places of all groups must be set back.
 
 Partitions are divided by rank among the live members of a group and held by leases; a commit is fenced by the lease.
 """
@@ -92,7 +93,10 @@ class SqlTransport:
         await swept(
             self.database,
             draining,
-            [(tables.DELETE_OLD_LOG, self._log_days), (tables.FORGET_MEMBERS, 1.0)],
+            [
+                (tables.DELETE_OLD_LOG[self.database.dialect], self._log_days),
+                (tables.FORGET_MEMBERS[self.database.dialect], 1.0),
+            ],
         )
 
     @asynccontextmanager
@@ -210,9 +214,7 @@ class SqlSource:
             else:
                 slot.high, slot.position = row.high, row.start - 1
 
-    async def _read_page(
-        self, slots: Sequence[_Slot], high: int, fetched: dict[Assignment, Sequence[Record]]
-    ) -> None:
+    async def _read_page(self, slots: Sequence[_Slot], high: int, fetched: dict[Assignment, Sequence[Record]]) -> None:
         rows = await self._database.read(
             self._page_statement,
             {
@@ -290,7 +292,10 @@ class SqlSource:
                 {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds},
             )
             self._announced_until = now + self._lease_seconds / 3
-        members = [row.member for row in await self._database.read(tables.READ_MEMBERS, {"group": self._group})]
+        members = [
+            row.member
+            for row in await self._database.read(tables.READ_MEMBERS[self._database.dialect], {"group": self._group})
+        ]
         if self._member not in members:  # our own note expired: the loop was blocked for long
             self._announced_until = 0.0
             return
@@ -346,7 +351,12 @@ class SqlSource:
         idle: dict[Lease, list[tuple[_Slot, tuple[int, int, int]]]] = {}
         for assignment, slot in self._slots.items():
             place = (slot.low, slot.high, slot.position)
-            if slot.low == slot.high and not assignment.window and assignment.finished is None and place != slot.remembered:
+            if (
+                slot.low == slot.high
+                and not assignment.window
+                and assignment.finished is None
+                and place != slot.remembered
+            ):
                 idle.setdefault(slot.lease, []).append((slot, place))
         await self._store(idle)
 
@@ -358,7 +368,7 @@ class SqlSource:
         await self._database.write(tables.LEAVE_GROUP, {"of_group": self._group, "leaver": self._member})
 
 
-def _statements(order: sa.ColumnElement[int], end: sa.ColumnElement[int]) -> tuple[sa.Select[Any], sa.Select[Any]]:
+def _statements(order: sa.ColumnElement[int], end: sa.ColumnElement[int]) -> tuple[sa.Executable, sa.Executable]:
     low = sa.bindparam("low", type_=sa.BigInteger)
     started = sa.select(sa.func.min(LOG.c.position)).where(order >= low, order < end).scalar_subquery()
     window = sa.select(end.label("high"), started.label("start"))
@@ -390,14 +400,13 @@ _STATEMENTS = {
         LOG.c.xid, sa.literal_column("pg_snapshot_xmin(pg_current_snapshot())::text::bigint", sa.BigInteger)
     ),
     "sqlite": _statements(
-        LOG.c.position, sa.select(sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1).correlate(None).scalar_subquery()
+        LOG.c.position,
+        sa.select(sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1).correlate(None).scalar_subquery(),
     ),
 }
 
 
-async def swept(
-    database: Database, draining: asyncio.Event, deletions: Sequence[tuple[sa.Delete, float]]
-) -> None:
+async def swept(database: Database, draining: asyncio.Event, deletions: Sequence[tuple[sa.Delete, float]]) -> None:
     """Delete what is older than so many days, again and again until `draining`; one process at a time is enough."""
     while not draining.is_set():
         try:

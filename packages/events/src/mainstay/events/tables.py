@@ -1,20 +1,25 @@
 """The tables, and the statements that touch them.
 
-Times in them are the database's own clock, in seconds since 1970. Headers are JSON pairs of name and value, the value's bytes
-as Latin-1, so that whatever a foreign producer wrote comes back as it was.
+Times in them are the database's own clock, in seconds since 1970. Headers are JSON pairs of name and value, the value's
+bytes as Latin-1, so that whatever a foreign producer wrote comes back as it was.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mainstay.database import Schema
 from mainstay.events.metadata import Headers
+
+T = TypeVar("T")
+Insert = Any
+"""The `insert` of a dialect: both have `on_conflict_…`, and no type in common."""
 
 METADATA = sa.MetaData()
 
@@ -99,30 +104,35 @@ def unpack_headers(text: str) -> Headers:
     return [(name, value.encode("latin-1")) for name, value in pairs]
 
 
-class Now(sa.sql.functions.GenericFunction[Any]):
-    """The database's clock, in seconds since 1970; not the start of the transaction but now."""
-
-    type = sa.Double()
-    name = "mainstay_events_now"
-    inherit_cache = True
+def _binds(table: sa.Table, *names: str) -> dict[str, sa.BindParameter[Any]]:
+    return {name: sa.bindparam(name, type_=table.c[name].type) for name in names}
 
 
-@sa.ext.compiler.compiles(Now, "sqlite")
-def _now_sqlite(element: Now, compiler: Any, **kwargs: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
+def _each(make: Callable[[Insert, sa.ColumnElement[float]], T]) -> dict[str, T]:
+    """A statement for each dialect, from its own `insert` and its own clock: the time now, not of the transaction."""
+    return {
+        "sqlite": make(sqlite.insert, sa.literal_column("((julianday('now') - 2440587.5) * 86400.0)", sa.Double)),
+        "postgresql": make(
+            postgresql.insert, sa.literal_column("extract(epoch FROM clock_timestamp())::double precision", sa.Double)
+        ),
+    }
 
 
-@sa.ext.compiler.compiles(Now, "postgresql")
-def _now_postgresql(element: Now, compiler: Any, **kwargs: Any) -> str:
-    return "extract(epoch FROM clock_timestamp())::double precision"
+_SECONDS = sa.bindparam("seconds", type_=sa.Double)
 
-
-INSERT_LOG = sa.insert(LOG).values(
-    {name: sa.bindparam(name) for name in ("topic", "partition", "key", "value", "headers")}
+INSERT_LOG = sa.insert(LOG).values(_binds(LOG, "topic", "partition", "key", "value", "headers"))
+DELETE_OLD_LOG = _each(
+    lambda _, now: sa.delete(LOG).where(
+        LOG.c.position.in_(
+            # The oldest positions first: nothing else needs an index by time.
+            sa.select(sa.literal_column("position"))
+            .select_from(sa.select(LOG.c.position, LOG.c.created_at).order_by(LOG.c.position).limit(5000).subquery())
+            .where(sa.literal_column("created_at") < now - _SECONDS)
+        )
+    )
 )
-INSERT_OUTBOX = sa.insert(OUTBOX).values(
-    {name: sa.bindparam(name) for name in ("lane", "topic", "key", "value", "headers")}
-)
+
+INSERT_OUTBOX = sa.insert(OUTBOX).values(_binds(OUTBOX, "lane", "topic", "key", "value", "headers"))
 READ_OUTBOX = (
     sa.select(OUTBOX)
     .where(OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)))
@@ -132,85 +142,50 @@ READ_OUTBOX = (
 DELETE_OUTBOX = sa.delete(OUTBOX).where(OUTBOX.c.position == sa.bindparam("sent"))
 COUNT_OUTBOX = sa.select(sa.func.count()).select_from(sa.select(OUTBOX.c.position).limit(10_000).subquery())
 
-DELETE_OLD_LOG = sa.delete(LOG).where(
-    LOG.c.position.in_(
-        sa.select(LOG.c.position)
-        .where(LOG.c.created_at < Now() - sa.bindparam("seconds", type_=sa.Double))
-        .order_by(LOG.c.position)
-        .limit(1000)
+JOIN_GROUP = _each(
+    lambda insert, now: (
+        insert(MEMBERS)
+        .values(**_binds(MEMBERS, "group_name", "member"), expires_at=now + _SECONDS)
+        .on_conflict_do_update(index_elements=["group_name", "member"], set_={"expires_at": now + _SECONDS})
     )
 )
-DELETE_OLD_INBOX = sa.delete(INBOX).where(INBOX.c.created_at < Now() - sa.bindparam("seconds", type_=sa.Double))
-
-JOIN_GROUP = {
-    "sqlite": (
-        sqlite.insert(MEMBERS)
-        .values(
-            group_name=sa.bindparam("group_name"),
-            member=sa.bindparam("member"),
-            expires_at=Now() + sa.bindparam("seconds", type_=sa.Double),
-        )
-        .on_conflict_do_update(
-            index_elements=["group_name", "member"],
-            set_={"expires_at": Now() + sa.bindparam("seconds", type_=sa.Double)},
-        )
-    ),
-    "postgresql": (
-        postgresql.insert(MEMBERS)
-        .values(
-            group_name=sa.bindparam("group_name"),
-            member=sa.bindparam("member"),
-            expires_at=Now() + sa.bindparam("seconds", type_=sa.Double),
-        )
-        .on_conflict_do_update(
-            index_elements=["group_name", "member"],
-            set_={"expires_at": Now() + sa.bindparam("seconds", type_=sa.Double)},
-        )
-    ),
-}
-READ_MEMBERS = (
-    sa.select(MEMBERS.c.member)
-    .where(MEMBERS.c.group_name == sa.bindparam("group"), MEMBERS.c.expires_at > Now())
-    .order_by(MEMBERS.c.member)
+READ_MEMBERS = _each(
+    lambda _, now: (
+        sa.select(MEMBERS.c.member)
+        .where(MEMBERS.c.group_name == sa.bindparam("group"), MEMBERS.c.expires_at > now)
+        .order_by(MEMBERS.c.member)
+    )
 )
 LEAVE_GROUP = sa.delete(MEMBERS).where(
     MEMBERS.c.group_name == sa.bindparam("of_group"), MEMBERS.c.member == sa.bindparam("leaver")
 )
-FORGET_MEMBERS = sa.delete(MEMBERS).where(MEMBERS.c.expires_at < Now() - sa.bindparam("seconds", type_=sa.Double))
+FORGET_MEMBERS = _each(lambda _, now: sa.delete(MEMBERS).where(MEMBERS.c.expires_at < now - _SECONDS))
 
 READ_OFFSETS = sa.select(OFFSETS).where(
     OFFSETS.c.group_name == sa.bindparam("group"), OFFSETS.c.partition == sa.bindparam("number")
 )
 WIDEST_PARTITION = sa.select(sa.func.max(OFFSETS.c.partition))
-_OFFSET_VALUES = {
-    name: sa.bindparam(name) for name in ("group_name", "topic", "partition", "low", "high", "position")
-}
-COMMIT_OFFSET = {
-    "sqlite": (
-        (_lite := sqlite.insert(OFFSETS).values(_OFFSET_VALUES)).on_conflict_do_update(
-            index_elements=["group_name", "topic", "partition"],
-            set_={name: _lite.excluded[name] for name in ("low", "high", "position")},
-        )
-    ),
-    "postgresql": (
-        (_post := postgresql.insert(OFFSETS).values(_OFFSET_VALUES)).on_conflict_do_update(
-            index_elements=["group_name", "topic", "partition"],
-            set_={name: _post.excluded[name] for name in ("low", "high", "position")},
-        )
-    ),
-}
+_PLACE = _binds(OFFSETS, "low", "high", "position")
+COMMIT_OFFSET = _each(
+    lambda insert, _: (
+        insert(OFFSETS)
+        .values(**_binds(OFFSETS, "group_name", "topic", "partition"), **_PLACE)
+        .on_conflict_do_update(index_elements=["group_name", "topic", "partition"], set_=_PLACE)
+    )
+)
 
-_INBOX_VALUES = {"group_name": sa.bindparam("group_name"), "event_id": sa.bindparam("event_id")}
-INSERT_INBOX = {
-    "sqlite": sqlite.insert(INBOX).values(_INBOX_VALUES).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(INBOX).values(_INBOX_VALUES).on_conflict_do_nothing(),
-}
+INSERT_INBOX = _each(
+    lambda insert, _: insert(INBOX).values(_binds(INBOX, "group_name", "event_id")).on_conflict_do_nothing()
+)
+DELETE_OLD_INBOX = _each(lambda _, now: sa.delete(INBOX).where(INBOX.c.created_at < now - _SECONDS))
 
-_LETTER_VALUES = {column.name: sa.bindparam(column.name) for column in DEAD_LETTERS.columns}
-INSERT_DEAD_LETTER = {
-    "sqlite": sqlite.insert(DEAD_LETTERS).values(_LETTER_VALUES).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(DEAD_LETTERS).values(_LETTER_VALUES).on_conflict_do_nothing(),
-}
+INSERT_DEAD_LETTER = _each(
+    lambda insert, _: (
+        insert(DEAD_LETTERS)
+        .values(_binds(DEAD_LETTERS, *(column.name for column in DEAD_LETTERS.columns)))
+        .on_conflict_do_nothing()
+    )
+)
 LIST_DEAD_LETTERS = (
     sa.select(DEAD_LETTERS)
     .order_by(DEAD_LETTERS.c.time, DEAD_LETTERS.c.id)

@@ -1,10 +1,10 @@
 """For tests: handlers run in memory, and the contract that every transport keeps.
 
-`async with in_memory(events) as rehearsal:` runs the handlers of routers without a server, keeps what was published, and
-`await rehearsal.settled()` returns when everything has been handled.
+`async with in_memory(events) as rehearsal:` runs the handlers of routers without a server, keeps what was published,
+and `await rehearsal.settled()` returns when everything has been handled.
 
-`TransportContract` is what the transports of this package are tested with. Subclass it and say how a service is configured:
-it shows whether Kafka as you run it, or your database, keeps what the documentation promises.
+`TransportContract` is what the transports of this package are tested with. Subclass it and say how a service is
+configured: it shows whether Kafka as you run it, or your database, keeps what the documentation promises.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class TransportContract:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Settings that keep this test apart from others."""
-        topics = {kind: f"{self.prefix}-contract" for kind in ("contract.placed", "contract.paid", "contract.noted")}
+        topics = dict.fromkeys(("contract.placed", "contract.paid", "contract.noted"), f"{self.prefix}-contract")
         return {"topics": topics, "partitions": 4, "retry_initial_seconds": 0.01, "retry_max_seconds": 0.05, **more}
 
     @asynccontextmanager
@@ -255,7 +255,7 @@ class TransportContract:
         assert [number for order, number in seen if order == "shaky"] == [0, 1, 2]
 
     async def test_what_keeps_failing_becomes_a_dead_letter_and_can_be_redriven(self) -> None:
-        """After its attempts an event is kept with bytes and error, the rest goes on, a redrive reaches this group only."""
+        """After its attempts an event is kept, the rest goes on, and a redrive reaches this group only."""
         events = EventRouter()
         broken = True
         handled: list[int] = []
@@ -382,7 +382,7 @@ class TransportContract:
         started, done = asyncio.Event(), False
 
         @events.on(Placed, group=self.group("drain"))
-        async def handle(event: Placed) -> None:
+        async def handle(_event: Placed) -> None:
             nonlocal done
             started.set()
             await asyncio.sleep(0.2)

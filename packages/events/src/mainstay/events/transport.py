@@ -58,7 +58,7 @@ class Reader(Protocol):
         ...
 
     async def revoked(self, assignments: Collection[Assignment]) -> None:
-        """Partitions are going to be another's: finish what runs, commit, forget them. Returns within the drain time."""
+        """Partitions are going to be another's: finish what runs, commit, forget them. Ends within the drain time."""
         ...
 
     async def lost(self, assignments: Collection[Assignment]) -> None:
