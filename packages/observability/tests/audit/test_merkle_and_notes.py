@@ -175,7 +175,7 @@ def test_nesting_has_an_end():
 
 
 def test_a_key_of_another_implementation():
-    """A verifier key that another implementation of signed notes made is read here, so our key ids are computed alike."""
+    """A verifier key that another implementation of signed notes made has the id that we compute."""
     text = "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
     assert VerifierKey.parse(text).text == text
 

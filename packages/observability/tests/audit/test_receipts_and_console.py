@@ -222,7 +222,7 @@ async def test_keys_from_a_file_and_keys_that_are_none(tmp_path, database_settin
 
 
 def test_the_tables_load_without_the_extra():
-    """`mainstay-database upgrade` loads the schema where nobody installed `cryptography`; a key then names the remedy."""
+    """`mainstay-database upgrade` loads the schema without `cryptography`; a key then names the remedy."""
     code = (
         "import sys; sys.modules['cryptography'] = None\n"
         "from mainstay.observability.audit.tables import SCHEMA\n"
