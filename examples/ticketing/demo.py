@@ -181,11 +181,10 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
     async with httpx.AsyncClient(timeout=30.0) as client:
         office = _Office(client, urls, worker, story)
         try:
-            provider.start()
-            api.start()
+            for process in (provider, api, worker):  # at once: each waits for what it needs
+                process.start()
             await until_up(provider, f"{urls['provider']}/status")
             await until_up(api, f"{urls['api']}/health/ready")
-            worker.start()
             yield office
             story.provider = (await office.provider_status())["deeds"]
         finally:

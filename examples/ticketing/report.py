@@ -172,9 +172,5 @@ def _verdicts(verdicts: list[Verdict]) -> RenderableType:
         if len(verdict.complaints) > _SHOWN:
             table.add_row("", Text(f"… and {len(verdict.complaints) - _SHOWN} more", "red"))
     broken = sum(not verdict.holds for verdict in verdicts)
-    end = (
-        Text(f"{broken} invariants do not hold.", "bold red")
-        if broken
-        else Text("Every invariant holds.", "bold green")
-    )
-    return Group(table, Text(), end)
+    end = f"[bold red]{broken} invariants do not hold." if broken else "[bold green]Every invariant holds."
+    return Group(table, "", end)
