@@ -57,8 +57,8 @@ def test_a_step_that_is_not_async_is_refused():
     flows = WorkflowRouter()
     with pytest.raises(TypeError, match="step charge must be an `async def`"):
 
-        @flows.step(compensation=None)
-        def charge(n: int) -> int:  # type: ignore[type-var]  # what the test is about
+        @flows.step(compensation=None)  # type: ignore[arg-type]  # what the test is about
+        def charge(n: int) -> int:
             return n
 
 
@@ -67,8 +67,8 @@ def test_a_workflow_that_is_not_async_is_refused():
     flows = WorkflowRouter()
     with pytest.raises(TypeError, match="workflow buy must be an `async def`"):
 
-        @flows.workflow(name="buy")
-        def buy(n: int) -> int:  # type: ignore[type-var]  # what the test is about
+        @flows.workflow(name="buy")  # type: ignore[arg-type]  # what the test is about
+        def buy(n: int) -> int:
             return n
 
 
@@ -203,7 +203,7 @@ def test_a_compensation_fits_its_step():
     with pytest.raises(
         TypeError, match=r"compensation wrong takes \(outcome, m\); that of step charge takes \(outcome, n\)"
     ):
-        charge.compensation(wrong)
+        charge.compensation(wrong)  # type: ignore[arg-type]  # what the test is about
 
     async def right(outcome: Done[int] | Unknown, n: int) -> None: ...
 
@@ -233,7 +233,7 @@ def test_a_probe_is_needed_and_fits():
         return Failed()
 
     with pytest.raises(TypeError, match=r"probe wrong takes \(m\)"):
-        charge.probe(wrong)
+        charge.probe(wrong)  # type: ignore[arg-type]  # what the test is about
 
     @charge.probe
     async def ask(n: int) -> Done[int] | Failed | Unknown:

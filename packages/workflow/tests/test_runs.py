@@ -3,6 +3,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -64,7 +65,7 @@ class Shop:
 
         @flows.step()
         async def hold(n: int) -> int:
-            return await self.act("hold", n)
+            return int(await self.act("hold", n))
 
         @hold.compensation
         async def release(outcome: Done[int] | Unknown, n: int) -> None:
@@ -72,7 +73,7 @@ class Shop:
 
         @flows.step(retry=Retry(attempts=3, wait=QUICK), failed_on=(Declined,), compensation_retry=Retry(4, QUICK))
         async def charge(n: int) -> int:
-            return await self.act("charge", n)
+            return int(await self.act("charge", n))
 
         @charge.compensation
         async def refund(outcome: Done[int] | Unknown, n: int) -> None:
@@ -80,7 +81,7 @@ class Shop:
 
         @flows.step(compensation=None, retry=Retry(attempts=2, wait=QUICK))
         async def ship(n: int) -> int:
-            return await self.act("ship", n)
+            return int(await self.act("ship", n))
 
         @flows.workflow(name="buy")
         async def buy(n: int) -> int:
@@ -88,7 +89,7 @@ class Shop:
 
         self.hold, self.charge, self.ship, self.buy = hold, charge, ship, buy
 
-    async def act(self, name, value):
+    async def act(self, name: str, value: Any) -> Any:
         self.log.append(name if not isinstance(value, Unknown | Done) else (name, value))
         how = self.behave.get(name)
         if isinstance(how, list):
@@ -366,7 +367,7 @@ async def test_trap_11_a_stuck_compensation_parks_the_run_and_is_resumed_there(u
     async with workflows(shop.flows, url=url) as app:
         engine = app.get(WorkflowEngine)
         run = await shop.buy.start(1, id="one")
-        with pytest.raises(RunParked, match="compensation_failed: charge:1:compensation used up its 4 attempts"):
+        with pytest.raises(RunParked, match=r"compensation_failed: charge:1:compensation used up its 4 attempts"):
             await run.result(WAIT)
         assert await run.status() is RunStatus.COMPENSATION_FAILED
         assert shop.log.count(("refund", Done(3))) == 4
@@ -390,7 +391,7 @@ async def test_a_pivot_allows_no_way_back(url):
 
     @flows.step(compensation=None, on_unknown="park", pivot=True)
     async def commit(n: int) -> int:
-        return await shop.act("commit", n)
+        return int(await shop.act("commit", n))
 
     @flows.workflow(name="pivot")
     async def pivoting(n: int) -> int:
@@ -421,12 +422,13 @@ async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
     async def pivoting(n: int) -> int:
         await commit(n)
         if broken:
-            raise LookupError("a bug")
+            msg = "a bug"
+            raise LookupError(msg)
         return n
 
     async with workflows(flows, url=url) as app:
         run = await pivoting.start(1, id="one")
-        with pytest.raises(RunParked, match="failed after its pivot.*a bug"):
+        with pytest.raises(RunParked, match=r"failed after its pivot.*a bug"):
             await run.result(WAIT)
         broken.clear()
         await app.get(WorkflowEngine).resume("one")
@@ -444,7 +446,8 @@ async def test_on_unknown_park_waits_for_a_person(url):
     async def charge(n: int) -> int:
         keys.append(current_step().key)
         if not fine:
-            raise OSError("lost")
+            msg = "lost"
+            raise OSError(msg)
         return n
 
     @charge.compensation
@@ -483,15 +486,22 @@ async def test_on_unknown_probe_asks_first(url, answer):
     async def charge(n: int) -> int:
         log.append("charge")
         if log.count("charge") == 1:
-            raise OSError("lost")
+            msg = "lost"
+            raise OSError(msg)
         return n
 
     @charge.probe
     async def ask(n: int) -> Done[int] | Failed | Unknown:
         log.append("ask")
         if log.count("ask") == 1:
-            raise OSError("lost, too")
-        return {"done": Done(77), "failed": Failed(), "unknown": Unknown("no idea")}[answer]
+            msg = "lost, too"
+            raise OSError(msg)
+        outcomes: dict[str, Done[int] | Failed | Unknown] = {
+            "done": Done(77),
+            "failed": Failed(),
+            "unknown": Unknown("no idea"),
+        }
+        return outcomes[answer]
 
     @flows.workflow(name="buy")
     async def buy(n: int) -> int:
@@ -608,7 +618,7 @@ async def test_trap_14_a_function_that_does_something_else_on_replay_is_parked(u
         assert await run.status() is RunStatus.QUEUED
         way[0] = "charge"
         second = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
-        with pytest.raises(RunParked, match="asked for charge:1 where its record has hold:1.*new version"):
+        with pytest.raises(RunParked, match=r"asked for charge:1 where its record has hold:1.*new version"):
             await run.result(WAIT)
         way[0] = "nothing"
         await app.get(WorkflowEngine).resume("one")
@@ -638,7 +648,7 @@ async def test_trap_18_signals_pass_by_except_exception(url):
         for _ in range(1_000):
             try:
                 await shop.hold(n)
-            except Exception:
+            except Exception:  # noqa: BLE001  what the test is about
                 shop.log.append("swallowed")
         return n
 
@@ -666,7 +676,8 @@ async def test_a_cancellation_ends_a_wait_between_attempts(url):
     @flows.step(retry=Retry(attempts=5, wait=lambda _state: 3600.0))
     async def charge(n: int) -> int:
         tried.set()
-        raise OSError("lost")
+        msg = "lost"
+        raise OSError(msg)
 
     @charge.compensation
     async def refund(outcome: Done[int] | Unknown, n: int) -> None:
@@ -800,7 +811,8 @@ async def test_an_effect_that_cannot_be_carried_out_fails_like_a_step(url):
     shop = Shop()
 
     async def broken(key):
-        raise LookupError("a bug")
+        msg = "a bug"
+        raise LookupError(msg)
 
     @shop.flows.workflow(name="publish")
     async def publishing(n: int) -> int:
@@ -839,7 +851,8 @@ async def test_trap_4_a_transactional_step_shares_its_commit(url):
     async def taking(n: int) -> int:
         await take(n)
         if n == 3:
-            raise LookupError("sold out")
+            msg = "sold out"
+            raise LookupError(msg)
         return n
 
     async with workflows(flows, url=url) as app:
@@ -891,7 +904,9 @@ async def test_what_cannot_be_kept_parks_the_run(url):
         return "text"  # type: ignore[return-value]  # what the test is about
 
     async with workflows(flows, url=url):
-        for n, what in enumerate(["step wrong_result: its result", "step fine: its arguments", "workflow bug: its result"], 1):
+        for n, what in enumerate(
+            ["step wrong_result: its result", "step fine: its arguments", "workflow bug: its result"], 1
+        ):
             with pytest.raises(RunParked, match=what):
                 await (await bug.start(n)).result(WAIT)
 
@@ -920,7 +935,7 @@ async def test_trap_15_an_unknown_workflow_waits_visibly(url):
         async with db.transaction() as session:
             await session.execute(sa.update(runs).values(status="queued", version=9, output=None))
         async with asyncio.timeout(WAIT):
-            while (await engine.health()).status != "degraded":
+            while (await engine.health()).status != "degraded":  # noqa: ASYNC110  found by polling, here and there
                 await asyncio.sleep(0.01)
         assert (await engine.health()).detail == "no worker knows the workflow of 1 of 'buy' version 9"
         assert await run.status() is RunStatus.QUEUED

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import sqlalchemy as sa
 
@@ -34,7 +34,10 @@ from mainstay.workflow.tables import (
     runs,
 )
 from mainstay.workflow.worker import Worker
-from mainstay.workflow.workflow import RunStatus
+from mainstay.workflow.workflow import RunStatus, Workflow
+
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.workflow")
 
@@ -157,6 +160,10 @@ class WorkflowEngine:
             msg = f"run {row['id']!r} exists, with {what}: an id names one run for ever"
             raise RunConflict(msg)
         return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
+
+    async def execute(self, workflow: Workflow[*Ts, T], *args: *Ts, id: str | None = None) -> T:
+        """Start a run and wait for its result: `Workflow.start` and `Handle.result`."""
+        return await (await workflow.start(*args, id=id)).result()
 
     # Results
 
@@ -289,6 +296,10 @@ class WorkflowEngine:
                 await self._refuse(id, "cancelled")
         self.worker.cancel(id)
         self.worker.wake()
+
+    async def compensate(self, id: str) -> None:
+        """Undo a run that has not ended: `cancel` by another name."""
+        await self.cancel(id)
 
     async def resume(self, id: str) -> None:
         """Let a parked run go on where it stopped, forward or back, with all attempts of the step that was stuck.

@@ -14,6 +14,7 @@ BaseException
 └── Signal                  never seen by `except Exception`: it is about who runs a workflow, not about what it does
     ├── Lost                another worker owns the run now: give up silently, record nothing
     ├── Released            this worker stops: the run goes back to the queue
+    ├── Suspended           the run waits for long: back into the queue until then
     ├── CancelRequested     somebody asked for the run to be cancelled: compensate
     ├── Parked              the run cannot go on without a person
     └── CompensationExhausted   a compensation used up its attempts
@@ -127,6 +128,18 @@ class Lost(Signal):
 
 class Released(Signal):
     """This worker stops and gives the run back."""
+
+
+class Suspended(Signal):
+    """The run waits for so long that it need not be in memory.
+
+    Attributes:
+        until: on the clock's monotonic time.
+    """
+
+    def __init__(self, until: float) -> None:
+        super().__init__(until)
+        self.until = until
 
 
 class CancelRequested(Signal):

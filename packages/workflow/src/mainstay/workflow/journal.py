@@ -20,6 +20,7 @@ RESUMED = "resumed"
 """A person let the parked run go on: open steps may be attempted again, with all their attempts."""
 
 COMPENSATION = ":compensation"
+SLEEP = "@sleep"
 
 
 def step_of(key: str) -> str:
@@ -38,6 +39,7 @@ class Record:
         seq: of the entry that settled it, or of the last intent.
         input, output: JSON.
         attempts: how many ended without a result.
+        began: how many attempts began.
         dangling: an attempt began whose end nobody saw.
         maybe: an attempt may have taken effect.
         rest_seconds: how much is left of the wait before the next attempt.
@@ -51,10 +53,16 @@ class Record:
     input: str | None = None
     output: str | None = None
     attempts: int = 0
+    began: int = 0
     dangling: bool = False
     maybe: bool = False
     rest_seconds: float = 0.0
     error: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def maybe_twice(self) -> bool:
+        """Whether the effect may have happened more than once, unless the other side honours the key."""
+        return self.began > 1 or (self.began == 1 and self.dangling)
 
 
 @dataclass(slots=True)
@@ -88,7 +96,7 @@ def recall(entries: Iterable[Mapping[str, Any]]) -> History:
 
 def _resume(history: History) -> None:
     for record in history.records.values():
-        if record.state == "open":
+        if record.state == "open" and step_of(record.key) != SLEEP:
             record.maybe = record.maybe or record.dangling
             record.dangling = False
             record.attempts = 0
@@ -107,7 +115,9 @@ def _add(history: History, entry: Mapping[str, Any]) -> None:
         record.input = info["input"]
     if kind == INTENT:
         record.seq = entry["seq"]
-        record.dangling = True
+        record.began += 1
+        record.dangling = "rest_seconds" not in info
+        record.rest_seconds = max(0.0, info.get("rest_seconds", 0.0) - (entry["now"] - entry["at"]))
         if entry["body"] is not None:
             record.input = entry["body"]
     elif kind == ATTEMPT:

@@ -130,6 +130,22 @@ class WorkflowRouter:
 
         return declare
 
+    async def sleep(self, seconds: float) -> None:
+        """Let `seconds` pass, durably: a crash neither shortens nor lengthens it, and a long sleep costs no memory.
+
+        Raises:
+            NotInRun: this is no workflow function.
+            ValueError: `seconds` is negative or not finite.
+        """
+        if not 0 <= seconds < float("inf"):
+            msg = f"sleep({seconds!r}): a finite number of seconds, 0 or more"
+            raise ValueError(msg)
+        scope = _scope.get()
+        if scope is None:
+            msg = "sleep was called outside a run: it is for workflow functions; elsewhere use asyncio.sleep"
+            raise NotInRun(msg)
+        await scope.run.sleep(scope, seconds)
+
     @overload
     async def gather(self, one: Awaitable[T1], two: Awaitable[T2], /) -> tuple[T1, T2]: ...
     @overload

@@ -33,6 +33,7 @@ from mainstay.workflow.errors import (
     Released,
     Signal,
     StepFailed,
+    Suspended,
 )
 from mainstay.workflow.journal import (
     ATTEMPT,
@@ -40,6 +41,7 @@ from mainstay.workflow.journal import (
     DONE,
     FAILED,
     INTENT,
+    SLEEP,
     UNKNOWN,
     History,
     Record,
@@ -135,6 +137,7 @@ class Run:
         clock: Clock,
         recording: Recording,
         held: Callable[[], bool],
+        suspend_after_seconds: float,
         steps: Mapping[str, AnyStep],
     ) -> None:
         self.id = id
@@ -148,6 +151,7 @@ class Run:
         self._clock = clock
         self._recording = recording
         self._held = held
+        self._suspend_after_seconds = suspend_after_seconds
         self._steps = steps
         self._cancel = cancel_requested
         self._going_back = failure is not None
@@ -183,6 +187,8 @@ class Run:
             await self._park(RunStatus.COMPENSATION_FAILED, str(exhausted))
         except Released:
             await self._release()
+        except Suspended as suspended:
+            await self._release(max(0.0, suspended.until - self._clock.monotonic()))
         except asyncio.CancelledError:
             await self._release()
             raise
@@ -265,8 +271,8 @@ class Run:
         await self._last_word(PARK, values)
         self.status = status
 
-    async def _release(self) -> None:
-        await self._last_word(RELEASE, {"run": self.id, "at_epoch": self.epoch, "delay": 0.0})
+    async def _release(self, delay: float = 0.0) -> None:
+        await self._last_word(RELEASE, {"run": self.id, "at_epoch": self.epoch, "delay": delay})
 
     async def _last_word(self, statement: Any, values: Mapping[str, Any]) -> None:
         try:
@@ -293,8 +299,10 @@ class Run:
             raise CancelRequested
 
     async def _pause(self, seconds: float) -> None:
-        """Wait between attempts; a stop or a cancellation ends it."""
+        """Wait between attempts; a stop or a cancellation ends it, and a long wait is not waited for here."""
         await self._boundary()
+        if seconds > self._suspend_after_seconds:
+            raise Suspended(self._clock.monotonic() + seconds)
         pause: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(seconds, lambda: _finish(pause))
         self._pauses.add(pause)
@@ -359,6 +367,24 @@ class Run:
         finally:
             scope.busy = False
 
+    async def sleep(self, scope: Scope, seconds: float) -> None:
+        """Let time pass, by the database's clock from the moment that is recorded."""
+        key, record = self._enter(scope, SLEEP)
+        try:
+            if record.state == DONE:
+                return
+            if record.seq == 0:
+                info = json.dumps({"rest_seconds": seconds})
+                row = self._recording.row(INTENT, key, position=record.position, info=info)
+                record.seq, record.rest_seconds = row["seq"], seconds
+                await self._recording.append(row)
+            await self._pause(record.rest_seconds)
+            row = self._recording.row(DONE, key, position=record.position)
+            record.state, record.seq = "done", row["seq"]
+            self._recording.settle(row, slot=False)
+        finally:
+            scope.busy = False
+
     async def gather(self, scope: Scope, branches: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
         """Execute branches side by side, each with numbers of its own; all of them end before this does."""
         self._claim_scope(scope, "gather")
@@ -382,9 +408,9 @@ class Run:
         errors = [found for task in tasks if (found := _error_of(task)) is not None]
         if cancelled is not None:
             raise cancelled
-        for signal in errors:
-            if isinstance(signal, Signal):
-                raise signal
+        signals = [error for error in errors if isinstance(error, Signal)]
+        if signals:
+            raise min(signals, key=_urgency)
         if errors:
             raise errors[0]
         return tuple(task.result() for task in tasks)
@@ -746,6 +772,11 @@ def _being_cancelled() -> bool:
     """Whether somebody cancelled this task; otherwise a CancelledError came out of something that it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _urgency(signal: Signal) -> tuple[bool, float]:
+    """A branch that sleeps gives way to one that was stopped or parked, and to one that sleeps less."""
+    return (True, signal.until) if isinstance(signal, Suspended) else (False, 0.0)
 
 
 def _finish(pause: asyncio.Future[None]) -> None:

@@ -17,6 +17,8 @@ class WorkflowSettings(Settings):
         max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no
         attempt.
         lease_seconds: how long after the death of a worker others take over its runs, at most.
+        suspend_after_seconds: a run that waits for longer than this (a sleep, or before a late attempt) leaves the
+            worker's memory and comes back through the queue.
         poll_seconds: how often the queue is looked into for runs that other processes started.
     """
 
@@ -26,4 +28,5 @@ class WorkflowSettings(Settings):
     max_unrecorded: int = Field(default=128, ge=1)
     max_attempts: int = Field(default=10, ge=1)
     lease_seconds: float = Field(default=5.0, ge=0.5, le=3_600)
+    suspend_after_seconds: float = Field(default=10.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0, le=60)

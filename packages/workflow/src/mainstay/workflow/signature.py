@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
-from typing import Any, NotRequired, get_type_hints
+from typing import Any, Literal, NotRequired, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
@@ -80,6 +80,10 @@ class Signature:
         except PydanticUserError as error:
             msg = f"{self.kind} {self.name}: its {what} cannot be kept as JSON: {error.message}"
             raise TypeError(msg) from error
+
+    def hint(self, of: int | Literal["return"]) -> Any:
+        """The type of a parameter, by its place, or of the result."""
+        return self._hints[of if isinstance(of, str) else self.parameters[of]]
 
     def check(self) -> None:
         """Resolve every annotation.

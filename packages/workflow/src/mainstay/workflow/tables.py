@@ -189,7 +189,7 @@ REQUEUE = (
 CANCEL = (
     sa.update(runs)
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["queued", "running"]))
-    .values(cancel_requested=True)
+    .values(cancel_requested=True, wake_at=database_now())
 )
 CANCEL_PARKED = (
     sa.update(runs)

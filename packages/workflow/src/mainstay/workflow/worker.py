@@ -210,7 +210,7 @@ class Worker:
         me = asyncio.current_task()
         try:
             if me is not None and me.cancelling():
-                raise asyncio.CancelledError  # noqa: TRY301  the time to drain is over already
+                raise asyncio.CancelledError  # the time to drain is over already
             while tasks := [task for _, task in identity.runs.values()]:
                 await asyncio.wait(tasks)
         except asyncio.CancelledError:
@@ -287,10 +287,12 @@ class Worker:
             clock=self._clock,
             recording=Recording(self._database, self._clock, row["id"], fence, history.last_seq, slots=self._slots),
             held=lambda: identity.lease.held,
+            suspend_after_seconds=self._settings.suspend_after_seconds,
             steps=self._steps,
         )
         task = spawn(self._execute(identity, run, row["context"]), name=f"run {row['id']}")
         identity.runs[row["id"]] = (run, task)
+        task.add_done_callback(_seen)
         metrics.RUNS_ACTIVE.inc()
         if self._draining:
             run.stop(Released())
@@ -357,3 +359,9 @@ class Worker:
                 self._woken.set()
             finally:
                 await lease.release()
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """What ends a run's task is told by the run; asyncio need not complain that nobody awaited it."""
+    if not task.cancelled():
+        task.exception()
