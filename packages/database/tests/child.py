@@ -50,8 +50,9 @@ async def units(url: str, first: int, rounds: int) -> None:
 async def hold(url: str, name: str, seconds: float) -> None:
     """Take a lease as soon as it is free, then say, whenever asked by a line, whether it is held and its fence good."""
     async with database(url) as db:
-        while (lease := await db.lease(name, seconds=seconds)) is None:
-            await asyncio.sleep(0.02)
+        lease = await db.lease(name, seconds=seconds)
+        if lease is None:
+            sys.exit("the lease was not free")
         say("epoch", lease.epoch)
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

@@ -49,7 +49,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return "sqlite+aiosqlite:///:memory:"
     if request.param == "file":
         return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
-    return request.getfixturevalue(request.param)
+    return str(request.getfixturevalue(request.param))
 
 
 @asynccontextmanager
@@ -62,7 +62,7 @@ async def opened(url, **settings):
 
 @pytest.fixture
 def open_database():
-    """`async with open_database(url, **settings) as db:` with the tables of these tests."""
+    """A context manager over URL and settings: a running Database with the tables of these tests."""
     return opened
 
 
@@ -79,7 +79,7 @@ def count():
 
     async def ask(db, *conditions) -> int:
         async with db.engine.connect() as connection:
-            return (await connection.execute(COUNT.where(*conditions))).scalar_one()
+            return int((await connection.execute(COUNT.where(*conditions))).scalar_one())
 
     return ask
 

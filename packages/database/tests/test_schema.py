@@ -85,7 +85,7 @@ async def test_postgres_is_migrated_by_the_command_only(postgres, tmp_path):
     """A start without tables, and on old ones, is refused with the command to run; after it, all is well."""
     old, new = shop(tmp_path / "one", FIRST), shop(tmp_path / "two", FIRST, SECOND)
     app = App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(postgres))))
-    with pytest.raises(ConfigurationError, match="no tables for mainstay-database.*`mainstay-database upgrade`"):
+    with pytest.raises(ConfigurationError, match=r"no tables for mainstay-database.*`mainstay-database upgrade`"):
         async with app:
             pass
     await upgrade(postgres, [SCHEMA, old])

@@ -32,10 +32,9 @@ async def test_prototype_1_the_first_write_of_a_session_rolls_back_with_it(db, t
         async with db.transaction():
             await db.write(tables.add, [{"id": 1, "text": "x"}, {"id": 2, "text": "x"}])
             _ = 1 / 0
-    async with AsyncSession(db.engine) as session:
-        async with db.transaction(session):
-            await db.write(tables.add, {"id": 3, "text": "x"})
-            await session.rollback()
+    async with AsyncSession(db.engine) as session, db.transaction(session):
+        await db.write(tables.add, {"id": 3, "text": "x"})
+        await session.rollback()
     assert await count(db) == 0
 
 
@@ -225,31 +224,31 @@ async def test_two_sessions_cannot_be_one_unit(db):
             db.transaction(session)
 
 
-@pytest.mark.parametrize("steps", range(12))
-async def test_a_cancelled_unit_is_whole_or_nothing(db, tables, count, steps):
+async def test_a_cancelled_unit_is_whole_or_nothing(db, tables, count):
     """Cancelled at any point, also in the middle of its commit, it is all there or not at all, as its callback says."""
-    seen = []
+    seen: list[int] = []
 
-    async def unit():
+    async def unit(number: int):
         async with db.transaction():
-            db.after_commit(lambda: seen.append("committed"))
-            await db.write(tables.add, {"id": 1, "text": "x"})
-            await db.write(tables.add, {"id": 2, "text": "x"})
+            db.after_commit(lambda: seen.append(number))
+            await db.write(tables.add, {"id": 2 * number, "text": "x"})
+            await db.write(tables.add, {"id": 2 * number + 1, "text": "x"})
 
-    task = asyncio.create_task(unit())
-    for _ in range(steps * 3):
-        await asyncio.sleep(0)
-        if db.dialect == "sqlite":
-            await asyncio.to_thread(time.sleep, 0.0002)  # its steps are a thread's, not turns of the loop
-    task.cancel()
-    cancelled = (await asyncio.gather(task, return_exceptions=True))[0] is not None
-    assert await count(db) == (2 if seen else 0)
-    assert cancelled or seen
-    # The connection, and on SQLite the writer's turn, are free again.
-    async with asyncio.timeout(5):
-        await asyncio.gather(*(db.write(tables.add, {"id": 10 + i, "text": "x"}) for i in range(3)))
-        async with db.transaction():
-            await db.write(tables.add, {"id": 20, "text": "x"})
+    for number in range(16):
+        task = asyncio.create_task(unit(number))
+        for _ in range(number * 3):
+            await asyncio.sleep(0)
+            if db.dialect == "sqlite":
+                await asyncio.to_thread(time.sleep, 0.0002)  # its steps are a thread's, not turns of the loop
+        task.cancel()
+        cancelled = (await asyncio.gather(task, return_exceptions=True))[0] is not None
+        assert cancelled or number in seen
+        assert await count(db, tables.notes.c.id.in_([2 * number, 2 * number + 1])) == (2 if number in seen else 0)
+        # The connection, and on SQLite the writer's turn, are free again.
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(db.write(tables.add, {"id": 1000 + number * 10 + i, "text": "x"}) for i in range(3)))
+            async with db.transaction():
+                await db.write(tables.add, {"id": 1009 + number * 10, "text": "x"})
 
 
 async def test_observability_16_an_exhausted_pool_neither_deadlocks_nor_waits_for_ever(
@@ -308,7 +307,7 @@ async def test_prototype_2_a_unit_that_awaits_the_recorder_is_told_so(tmp_path, 
         assert await count(db) == 2
 
 
-async def test_sqlites_turn_is_fair(tmp_path, open_database, tables):
+async def test_sqlites_turn_is_fair(tmp_path, open_database, tables, until):
     """A unit of work gets its turn soon while a hundred tasks keep the recorder busy, and they go on too."""
     async with open_database(f"sqlite:///{tmp_path / 'x.db'}") as db:
         stop = asyncio.Event()
@@ -322,8 +321,7 @@ async def test_sqlites_turn_is_fair(tmp_path, open_database, tables):
                 i += 1
 
         tasks = [asyncio.create_task(writing(task)) for task in range(1, 101)]
-        while written[0] < 1_000:
-            await asyncio.sleep(0.005)
+        await until(lambda: written[0] >= 1_000)
         longest = 0.0
         for i in range(10):
             begun = time.monotonic()

@@ -5,10 +5,12 @@ import enum
 import uuid
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from prometheus_client import REGISTRY
+from sqlalchemy.dialects import postgresql, sqlite
 
 from mainstay.database import Conflict, DatabaseError, FenceLost, UnitOfWorkError
 
@@ -61,7 +63,7 @@ async def test_recorder_and_session_write_identical_values(db):
     await db.write(sa.insert(kinds), [{"id": 1, **KIND}, {"id": 2, **nothing}])
     async with db.transaction():
         await db.write(sa.insert(kinds), [{"id": 3, **KIND}, {"id": 4, **nothing}])
-    shown = [
+    shown: list[sa.ColumnElement[str]] = [
         sa.literal_column(f"quote({column.name})" if db.dialect == "sqlite" else f"{column.name}::text")
         for column in kinds.c
         if column.name != "id"
@@ -83,10 +85,10 @@ async def test_recorder_and_session_write_identical_values(db):
 
 async def test_writes_at_once_share_commits(db, tables, count):
     """Three hundred concurrent writes are all there when they return, in far fewer commits."""
-    before = REGISTRY.get_sample_value("mainstay_database_commits_total", {"by": "recorder"})
+    before = REGISTRY.get_sample_value("mainstay_database_commits_total", {"by": "recorder"}) or 0.0
     await asyncio.gather(*(db.write(tables.add, {"id": i, "text": "x"}) for i in range(300)))
     assert await count(db) == 300
-    after = REGISTRY.get_sample_value("mainstay_database_commits_total", {"by": "recorder"})
+    after = REGISTRY.get_sample_value("mainstay_database_commits_total", {"by": "recorder"}) or 0.0
     assert after - before <= 20
 
 
@@ -207,7 +209,7 @@ async def test_a_transaction_in_a_batch_is_refused(db):
 
 
 async def test_workflow_5_a_zombie_writes_nothing(db, tables, count):
-    """Writes, batches and units fenced with an old epoch fail with FenceLost and leave nothing; the others go through."""
+    """Writes, batches and units fenced with an old epoch fail with FenceLost and leave nothing; others go through."""
     await db.write(tables.own, [{"id": 1, "epoch": 3}, {"id": 2, "epoch": 1}])
     good, old, gone = tables.fences.at(1, 3), tables.fences.at(1, 2), tables.fences.at(9, 1)
     results = await asyncio.gather(
@@ -301,11 +303,7 @@ async def test_upserts_and_generated_keys(db):
     )
     async with db.transaction() as session:
         await (await session.connection()).run_sync(table.metadata.create_all)
-    if db.dialect == "sqlite":
-        from sqlalchemy.dialects.sqlite import insert
-    else:
-        from sqlalchemy.dialects.postgresql import insert
-    upsert = insert(table)
+    upsert = (sqlite if db.dialect == "sqlite" else postgresql).insert(table)
     upsert = upsert.on_conflict_do_update(index_elements=["name"], set_={"n": table.c.n + upsert.excluded.n})
     await asyncio.gather(*(db.write(upsert, {"name": f"name {i % 3}", "n": 1}) for i in range(30)))
     rows = await db.read(sa.select(table.c.name, table.c.n).order_by(table.c.name))
@@ -358,6 +356,4 @@ async def test_databases_are_apart(open_database, tables, count):
             assert await count(two) == 1
             assert await count(one) == 0
         place = one.engine.url.database
-    from pathlib import Path
-
     assert not Path(place).parent.exists()

@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,8 +59,12 @@ def sqlite_connection(address: Address) -> sqlite3.Connection:
     place, options = address.url.get_dialect()().create_connect_args(address.url)
     own: dict[str, Any] = {**options, "timeout": 0, "isolation_level": None, "cached_statements": 512}
     connection: sqlite3.Connection = sqlite3.connect(*cast("tuple[Any]", place), **own)
-    for pragma in sqlite_pragmas(address.synchronous):
-        connection.execute(pragma)
+    try:
+        for pragma in sqlite_pragmas(address.synchronous):
+            connection.execute(pragma)
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
@@ -77,19 +82,17 @@ def write_ahead(address: Address, seconds: float) -> None:
         sqlite3.Error: the file cannot be opened, or somebody else kept it locked.
     """
     end = time.monotonic() + seconds
-    connection = sqlite_connection(address)
-    try:
-        while True:
-            try:
+    while True:
+        try:
+            # Opening is part of it: while another process switches, not even a pragma gets its read lock.
+            with closing(sqlite_connection(address)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL").fetchone()
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > end:
-                    raise
-                time.sleep(0.01)
-            else:
-                return
-    finally:
-        connection.close()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 async def postgres_connection(address: Address, *, pooled: bool, timeout_seconds: float) -> asyncpg.Connection:

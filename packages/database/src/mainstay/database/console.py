@@ -28,11 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.sql:
             dialect = parse_url(url).get_backend_name()
             for schema in installed():
-                print(schema.sql(dialect))  # noqa: T201  the command's output
+                print(schema.sql(dialect))
         else:
             asyncio.run(_upgrade(url))
     except (ConfigurationError, ValueError) as error:
-        print(f"mainstay-database: {error}", file=sys.stderr)  # noqa: T201  the command's output
+        print(f"mainstay-database: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -42,11 +42,11 @@ async def _status(url: str) -> int:
     for package, current, head in await status(url, installed()):
         old |= current != head
         state = "up to date" if current == head else f"newest is {head}: run `mainstay-database upgrade`"
-        print(f"{package:16} {current or 'no tables':12} {state}")  # noqa: T201  the command's output
+        print(f"{package:16} {current or 'no tables':12} {state}")
     return old
 
 
 async def _upgrade(url: str) -> None:
     schemas = installed()
     await upgrade(url, schemas)
-    print("up to date: " + ", ".join(schema.package for schema in schemas))  # noqa: T201  the command's output
+    print("up to date: " + ", ".join(schema.package for schema in schemas))

@@ -50,7 +50,7 @@ async def schema_differences(database: Database, schema: Schema) -> Sequence[obj
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "compare_server_default": False, "include_object": ours}
         )
-        return compare_metadata(context, schema.metadata)
+        return list(compare_metadata(context, schema.metadata))
 
     async with database.engine.connect() as connection:
         return await connection.run_sync(compare)
