@@ -104,9 +104,10 @@ class Reference:
             return
         if failed and self.state is State.RAMPING:
             self.share /= 2
-        if (failed or slow) and self.state in {State.CLOSED, State.RAMPING}:
-            if self.passed(now) or (self.state is State.RAMPING and self.share < self.config.ramp_start / 4):
-                self.open(now)
+        counts = (failed or slow) and self.state in {State.CLOSED, State.RAMPING}
+        outran = self.state is State.RAMPING and self.share < self.config.ramp_start / 4
+        if counts and (outran or self.passed(now)):
+            self.open(now)
 
     def window(self, now: float) -> list[tuple[float, bool, bool]]:
         config = self.config

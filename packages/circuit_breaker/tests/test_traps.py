@@ -289,7 +289,7 @@ async def test_order_a_rejected_retry_does_not_deny_the_first_attempt(clock: Vir
 
 
 async def test_timeouts_on_sync_code() -> None:
-    """Blocking code under a time limit takes `in_thread`: the caller goes on in time, with its context in the thread."""
+    """Blocking code under a time limit takes `in_thread`: the caller goes on in time, the thread has its context."""
     release = threading.Event()
     tenants: list[str | None] = []
 

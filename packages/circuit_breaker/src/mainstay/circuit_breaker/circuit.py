@@ -231,9 +231,9 @@ class Circuit:
         """
         rules = self.rules
         now = rules.now()
-        if (
-            self.state is State.OPEN and now < self._until
-        ):  # no lock: both only change together, and a moment later is fine
+        # No lock: rejecting is the hot path of an outage, and a call that sees the break's end a moment late loses
+        # nothing.
+        if self.state is State.OPEN and now < self._until:
             self.rejected += 1
             raise CircuitOpen(rules.name, "open", self._until - now)
         with self.lock:
@@ -283,6 +283,7 @@ class Circuit:
             if ticket.epoch != self.epoch:
                 self.late += 1
                 return
+            self.counted.turn(self.rules.now())
             self.counted.successes += 1
             slow = self._mark_slow(seconds)
             if isinstance(ticket, Probe):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
+from mainstay.circuit_breaker.evidence import SharedEvidence
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.service import CircuitBreakerService
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings
-from mainstay.core import App, ConfigurationError, Module
+from mainstay.core import App, ConfigurationError, Module, spawn
 
 
 class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | KeyedBreaker | Pipeline]):
@@ -46,10 +48,27 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object]]:
-        """Bind the breakers for as long as the App runs."""
-        breakers = self.breakers()
-        service = CircuitBreakerService(breakers, app.clock)
-        with ExitStack() as bound:
-            for breaker in breakers.values():
-                bound.enter_context(breaker.bound(self, self.config_of(breaker), app.clock))
-            yield (service,)
+        """Bind the breakers for as long as the App runs, and keep their history; share evidence if told to."""
+        settings, breakers = self.settings, self.breakers()
+        service = CircuitBreakerService(breakers, settings, app.clock)
+        services: list[object] = [service]
+        tasks = [spawn(service.history.run(), name="circuit breaker history")]
+        try:
+            if settings.evidence_url is not None:
+                evidence = SharedEvidence(
+                    settings.evidence_url.get_secret_value(),
+                    [breaker for breaker in breakers.values() if isinstance(breaker, CircuitBreaker)],
+                    every_seconds=settings.evidence_seconds,
+                    quorum=settings.evidence_quorum,
+                    clock=app.clock,
+                )
+                services.append(evidence)
+                tasks.append(spawn(evidence.run(), name="circuit breaker evidence"))
+            with ExitStack() as bound:
+                for breaker in breakers.values():
+                    bound.enter_context(breaker.bound(self, self.config_of(breaker), app.clock))
+                yield services
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

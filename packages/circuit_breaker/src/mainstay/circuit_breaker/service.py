@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.chaos import faults_now
 from mainstay.circuit_breaker.circuit import CircuitSnapshot, State
+from mainstay.circuit_breaker.console import History, worst_state
 from mainstay.circuit_breaker.pipeline import Pipeline
-from mainstay.circuit_breaker.settings import BreakerConfig, Count, Seconds
+from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings, Count, Seconds
 from mainstay.core import SYSTEM_CLOCK, Clock, Health, Retry
 
 T = TypeVar("T")
@@ -51,11 +52,18 @@ class CircuitBreakerService:
     """The breakers of a running App, by name; `app.get(CircuitBreakerService)`."""
 
     def __init__(
-        self, breakers: Mapping[str, CircuitBreaker | KeyedBreaker] | None = None, clock: Clock = SYSTEM_CLOCK
+        self,
+        breakers: Mapping[str, CircuitBreaker | KeyedBreaker] | None = None,
+        settings: CircuitBreakerSettings | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        settings = CircuitBreakerSettings() if settings is None else settings
         self._breakers = dict(breakers or {})
         self._operations: dict[str, tuple[OperationConfig, Pipeline]] = {}
         self._clock = clock
+        self.history = History(
+            seconds=settings.history_seconds, sample_seconds=settings.sample_seconds, clock=clock, of=self._breakers
+        )
 
     async def execute(self, operation: Callable[[], Awaitable[T]], config: OperationConfig) -> T:
         """Await `operation()` under the breaker (and the retries) of `config.name`; another config changes it in place.
@@ -64,7 +72,7 @@ class CircuitBreakerService:
             CircuitOpen: the operation fails too often.
         """
         known, pipeline = self._operations.get(config.name, (None, None))
-        if pipeline is None or known != config:
+        if pipeline is None or (known is not config and known != config):
             pipeline = self._arrange(config)
         return await pipeline.call(operation)
 
@@ -98,9 +106,7 @@ class CircuitBreakerService:
 
     def get_state(self, name: str) -> State:
         """The state of the breaker `name`; of one with keys, the worst."""
-        return min(
-            (circuit.state for circuit in self.breaker(name).circuits()), key=_BADNESS.index, default=State.CLOSED
-        )
+        return worst_state(self.breaker(name))
 
     def get_metrics(self, name: str) -> dict[str, int]:
         """Calls by outcome of the breaker `name`: success, failure, neutral, late, rejected."""
@@ -110,12 +116,13 @@ class CircuitBreakerService:
         """Every circuit of every breaker, for a console."""
         return [circuit.snapshot() for _, breaker in sorted(self._breakers.items()) for circuit in breaker.circuits()]
 
+    def draw(self, name: str) -> str:
+        """The last minutes of the breaker `name` as text; see `CircuitBreakerSettings.history_seconds`."""
+        return self.history.draw(self.breaker(name))
+
     async def health(self) -> Health:
         """Degraded while a circuit is not closed: this service works, with less than it should have."""
         bad = {name: state for name in self._breakers if (state := self.get_state(name)) is not State.CLOSED}
         problems = [f"{name} is {state.value.replace('_', ' ')}" for name, state in sorted(bad.items())]
         problems += [f"chaos {name} injects faults" for name in faults_now()]
         return Health("degraded", "; ".join(problems)) if problems else Health("ok")
-
-
-_BADNESS = [State.FORCED_OPEN, State.OPEN, State.HALF_OPEN, State.RAMPING, State.DISABLED, State.CLOSED]

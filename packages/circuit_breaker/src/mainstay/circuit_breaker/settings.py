@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
@@ -90,12 +90,14 @@ class BreakerConfig(BaseModel):
 class CircuitBreakerSettings(Settings):
     """Settings of the package, from `MAINSTAY_CIRCUIT_BREAKER_…`.
 
-    Attributes:
-        defaults: for every breaker that was written without a configuration of its own.
-        breakers: by name; stronger than what the code says, so that an operator can change a breaker without a release:
-            `MAINSTAY_CIRCUIT_BREAKER_BREAKERS='{"payments": {"failure_ratio": 0.3}}'`.
-        history_seconds: how far back the service can draw a breaker, in seconds.
-        sample_seconds: the resolution of that drawing, in seconds.
+    Attributes: defaults: for every breaker that was written without a configuration of its own. breakers: by name;
+        stronger than what the code says, so that an operator can change a breaker without a release:
+        `MAINSTAY_CIRCUIT_BREAKER_BREAKERS='{"payments": {"failure_ratio": 0.3}}'`. history_seconds: how far back the
+        service can draw a breaker, in seconds. sample_seconds: the resolution of that drawing, in seconds.
+        evidence_url: `redis://…` of the Redis through which the processes of this service share evidence; None keeps
+        each to itself. It may carry a password and is never printed. evidence_seconds: how often evidence is exchanged,
+        in seconds. A vote counts for three times as long. evidence_quorum: share of the processes with evidence that
+        must find a dependency failing to open it for all. (0, 1]
     """
 
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_CIRCUIT_BREAKER_")
@@ -104,3 +106,6 @@ class CircuitBreakerSettings(Settings):
     breakers: dict[str, BreakerConfig] = Field(default_factory=dict)
     history_seconds: Seconds = 300.0
     sample_seconds: Seconds = 5.0
+    evidence_url: SecretStr | None = None
+    evidence_seconds: Seconds = 1.0
+    evidence_quorum: Ratio = 0.5

@@ -1,0 +1,322 @@
+"""In an App: settings, binding, the service, metrics, health, history, keys."""
+
+import asyncio
+import logging
+
+import pytest
+from prometheus_client import REGISTRY
+from pydantic import ValidationError
+
+from mainstay.circuit_breaker import (
+    BreakerConfig,
+    Chaos,
+    CircuitBreaker,
+    CircuitBreakerModule,
+    CircuitBreakerService,
+    CircuitBreakerSettings,
+    CircuitOpen,
+    Fault,
+    KeyedBreaker,
+    OperationConfig,
+    Pipeline,
+    State,
+    Timeout,
+)
+from mainstay.circuit_breaker.testing import Dependency, forced
+from mainstay.core import App, ConfigurationError, Retry
+from mainstay.core.testing import VirtualClock
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    return VirtualClock()
+
+
+def module(*parts, **settings):
+    """What an App is made of."""
+    return (
+        CircuitBreakerModule.for_root(CircuitBreakerSettings(**settings)),
+        CircuitBreakerModule.for_feature(*parts),
+    )
+
+
+async def test_the_environment_configures_what_code_left_open(
+    clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name beats the code, the code beats the defaults; after the App everything is as it was."""
+    monkeypatch.setenv("MAINSTAY_CIRCUIT_BREAKER_DEFAULTS", '{"minimum_calls": 7}')
+    monkeypatch.setenv("MAINSTAY_CIRCUIT_BREAKER_BREAKERS", '{"named": {"failure_ratio": 0.3, "slow_seconds": 2}}')
+    named = CircuitBreaker("named", BreakerConfig(minimum_calls=3))
+    coded = CircuitBreaker("coded", BreakerConfig(minimum_calls=4))
+    plain = CircuitBreaker("plain")
+    guarded = Pipeline("p", Timeout(1), plain)
+    app = App(
+        CircuitBreakerModule.for_root(),
+        CircuitBreakerModule.for_feature(named, coded),
+        CircuitBreakerModule.for_feature(guarded),
+        clock=clock,
+    )
+    async with app:
+        assert named.config == BreakerConfig(failure_ratio=0.3, slow_seconds=2)
+        assert coded.config.minimum_calls == 4
+        assert plain.config.minimum_calls == 7
+        assert named.clock is clock
+        await guarded.call(Dependency())
+        assert app.get(CircuitBreakerService).get_metrics("plain")["success"] == 1
+    assert (named.config.minimum_calls, plain.config) == (3, BreakerConfig())
+    assert named.clock is not clock
+
+
+async def test_mistakes_are_named_at_start() -> None:
+    """Two breakers of one name, settings for none, a part of another kind, a second App: each names its remedy."""
+    breaker = CircuitBreaker("p")
+    with pytest.raises(ConfigurationError, match="two breakers are called 'p'"):
+        async with App(*module(breaker, CircuitBreaker("p"))):
+            pass
+    with pytest.raises(ConfigurationError, match="configures 'q', but the features bring 'p'"):
+        async with App(*module(breaker, breakers={"q": BreakerConfig()})):
+            pass
+    with pytest.raises(ConfigurationError, match="for_feature takes"):
+        CircuitBreakerModule.for_feature(Timeout(1))  # type: ignore[arg-type]  # that is the test
+    with pytest.raises(ConfigurationError, match="without its root"):
+        App(CircuitBreakerModule.for_feature(breaker))
+    async with App(*module(breaker)):
+        with pytest.raises(ConfigurationError, match="belongs to an App that is already running"):
+            async with App(*module(breaker)):
+                pass
+    async with App(*module(breaker, Pipeline("p", breaker))):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"failure_ratio": 1.5}, "failure_ratio\n.*less than or equal to 1"),
+        ({"failure_ratio": 0}, "failure_ratio\n.*greater than 0"),
+        ({"minimum_calls": 0}, "minimum_calls\n.*greater than or equal to 1"),
+        ({"break_seconds": -1}, "break_seconds\n.*greater than 0"),
+        ({"window_seconds": float("inf")}, "window_seconds\n.*less than inf"),
+        ({"ramp_seconds": float("nan")}, "ramp_seconds"),
+        ({"break_jitter": 1}, "break_jitter\n.*less than 1"),
+        ({"failure_rate": 0.5}, "failure_rate\n.*not permitted"),
+        ({"break_seconds": 90}, r"max_break_seconds \(60\) is below break_seconds \(90\)"),
+        ({"failure_ratio": None}, "nothing can open it: set failure_ratio"),
+        ({"window_calls": 5}, r"minimum_calls \(10\) can never be reached in a window of window_calls=5"),
+    ],
+)
+def test_impossible_settings_are_refused_with_field_and_range(values: dict[str, object], message: str) -> None:
+    """At definition, not at the first outage."""
+    with pytest.raises(ValidationError, match=message):
+        BreakerConfig.model_validate(values)
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown variable under the prefix, and a bad value inside a JSON one, name the variable."""
+    monkeypatch.setenv("MAINSTAY_CIRCUIT_BREAKER_BREAKER", "{}")
+    with pytest.raises(ConfigurationError, match="did you mean MAINSTAY_CIRCUIT_BREAKER_BREAKERS"):
+        CircuitBreakerModule.for_root()
+    monkeypatch.delenv("MAINSTAY_CIRCUIT_BREAKER_BREAKER")
+    monkeypatch.setenv("MAINSTAY_CIRCUIT_BREAKER_BREAKERS", '{"p": {"failure_ratio": 3}}')
+    with pytest.raises(ConfigurationError, match=r"breakers\.p\.failure_ratio"):
+        CircuitBreakerModule.for_root()
+
+
+def calls_metric(name: str, outcome: str) -> float | None:
+    return REGISTRY.get_sample_value("mainstay_circuit_breaker_calls_total", {"breaker": name, "outcome": outcome})
+
+
+async def test_metrics_tell_outcomes_transitions_and_states(clock: VirtualClock) -> None:
+    """A scrape reads what the breaker counted, of all breakers of one name together; keys are no labels."""
+    first = CircuitBreaker("metered", BreakerConfig(minimum_calls=3), clock=clock)
+    second = CircuitBreaker("metered", clock=clock)
+    hosts = KeyedBreaker("metered hosts", key=lambda host: host, clock=clock)
+    await first.call(Dependency())
+    await second.call(Dependency())
+    for _ in range(2):
+        with pytest.raises(Boom):
+            await first.call(Dependency(Boom))
+    with pytest.raises(CircuitOpen):
+        await first.call(Dependency())
+    guarded = hosts(Dependency())
+    for host in ("a", "b", "a"):
+        await guarded(host)
+    assert [calls_metric("metered", outcome) for outcome in ("success", "failure", "neutral", "late", "rejected")] == [
+        *(2, 2, 0, 0, 1)
+    ]
+    assert calls_metric("metered hosts", "success") == 3
+    labels = {"breaker": "metered", "to": "open"}
+    assert REGISTRY.get_sample_value("mainstay_circuit_breaker_transitions_total", labels) == 1
+    states = {
+        state: REGISTRY.get_sample_value("mainstay_circuit_breaker_circuits", {"breaker": "metered", "state": state})
+        for state in ("open", "closed", "ramping")
+    }
+    assert states == {"open": 1, "closed": 1, "ramping": 0}
+    assert (
+        REGISTRY.get_sample_value("mainstay_circuit_breaker_circuits", {"breaker": "metered hosts", "state": "closed"})
+        == 2
+    )
+
+
+def test_metric_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand names become as many labels as allowed, and one for the rest."""
+    from mainstay.circuit_breaker import _metrics
+
+    monkeypatch.setattr(_metrics, "MAX_NAMES", 5)
+    breakers = [CircuitBreaker(f"dynamic {number}") for number in range(50)]
+    collector = _metrics._Collector()
+    families = {family.name: family for family in collector.collect()}
+    names = {sample.labels["breaker"] for sample in families["mainstay_circuit_breaker_calls"].samples}
+    assert len(names) == 6
+    assert "(more)" in names
+    assert len(breakers) == 50
+
+
+async def test_execute_and_its_neighbours(clock: VirtualClock) -> None:
+    """An operation under its own breaker and retries, configured by four numbers that may change."""
+    async with App(*module(CircuitBreaker("brought")), clock=clock) as app:
+        service = app.get(CircuitBreakerService)
+        config = OperationConfig(name="charge", failure_threshold=3, recovery_timeout=9, monitoring_period=30)
+        assert await service.execute(Dependency("fine"), config) == "fine"
+        for _ in range(3):
+            with pytest.raises(Boom):
+                await service.execute(Dependency(Boom), config)
+        assert service.get_state("charge") is State.OPEN
+        with pytest.raises(CircuitOpen):
+            await service.execute(Dependency(), config)
+        assert service.get_metrics("charge") == {"success": 1, "failure": 3, "neutral": 0, "late": 0, "rejected": 1}
+        breaker = service.breaker("charge")
+        assert (breaker.config.break_seconds, breaker.config.window_seconds) == (9, 30)
+        await clock.advance(10)
+        retried = config.model_copy(update={"retry_strategy": Retry(attempts=2, wait=lambda _: 0.0, clock=clock)})
+        await service.execute(Dependency("fine"), retried)
+        await service.execute(Dependency("fine"), retried)
+        await clock.advance(60)
+        assert await service.execute(Dependency(Boom, "fine"), retried) == "fine"
+        assert service.get_state("charge") is State.CLOSED
+        with pytest.raises(ValueError, match="has the name of a breaker that a feature brings"):
+            await service.execute(Dependency(), OperationConfig(name="brought"))
+        with pytest.raises(KeyError, match="no breaker 'refund'; there are brought, charge"):
+            service.get_state("refund")
+    with pytest.raises(ValidationError, match="failure_threshold"):
+        OperationConfig(name="x", failure_threshold=0)
+
+
+async def test_health_says_what_is_not_closed_and_what_is_rehearsed(clock: VirtualClock) -> None:
+    """Open circuits and chaos degrade the service's health, and name themselves."""
+    payments, hosts = CircuitBreaker("payments"), KeyedBreaker("hosts", key=str)
+    chaos = Chaos("drill", Fault(1), clock=clock)
+    async with App(*module(payments, hosts), clock=clock) as app:
+        assert (await app.health())["circuitbreaker.CircuitBreakerService"].status == "ok"
+        hosts["a"].disable()
+        with forced(payments, State.OPEN), chaos.on(seconds=9, reason="test"):
+            health = (await app.health())["circuitbreaker.CircuitBreakerService"]
+            assert health.status == "degraded"
+            assert health.detail == "hosts is disabled; payments is open; chaos drill injects faults"
+        hosts["a"].reset()
+        assert [(each.name, each.key, each.state) for each in app.get(CircuitBreakerService).snapshot()] == [
+            ("hosts", "a", State.CLOSED),
+            ("payments", None, State.CLOSED),
+        ]
+
+
+async def test_the_last_minutes_as_text(clock: VirtualClock) -> None:
+    """Calls, failures, rejections and states, sampled while the App runs, drawn on one scale of time."""
+    payments = CircuitBreaker("payments", BreakerConfig(minimum_calls=4, break_jitter=0, break_seconds=10))
+    async with App(*module(payments, history_seconds=60, sample_seconds=5), clock=clock) as app:
+        service = app.get(CircuitBreakerService)
+        await asyncio.sleep(0)
+        for calls, outcome in ((2, None), (8, None), (12, Boom), (5, None), (0, None)):
+            for _ in range(calls):
+                await asyncio.gather(payments.call(Dependency(outcome)), return_exceptions=True)
+            await clock.advance(5)
+        assert service.draw("payments").splitlines() == [
+            "payments   open: 10 of 20 calls failed",
+            "calls      ▂▆█    20",
+            "failed       █    10",
+            "rejected     ▃█   7",
+            "state      ··###",
+            "           25 s ago now",
+        ]
+        await clock.advance(100)
+        state, ago = service.draw("payments").splitlines()[4:]
+        assert (len(state), ago) == (11 + 12, "           60 s ago now")
+
+
+async def test_logs_say_what_changed_and_why(clock: VirtualClock, caplog: pytest.LogCaptureFixture) -> None:
+    """Opening is a warning with numbers in it and fields beside it; recovering is information."""
+    breaker = CircuitBreaker("payments", BreakerConfig(consecutive_failures=2, failure_ratio=None), clock=clock)
+    with caplog.at_level(logging.INFO, logger="mainstay.circuit_breaker"):
+        for _ in range(2):
+            with pytest.raises(Boom):
+                await breaker.call(Dependency(Boom))
+        breaker.reset()
+    opened, closed = caplog.records
+    assert (opened.levelname, opened.message) == ("WARNING", "circuit payments: open, was closed: 2 failures in a row")
+    assert (opened.breaker, opened.before, opened.after) == ("payments", "closed", "open")  # type: ignore[attr-defined]  # from extra=
+    assert closed.levelname == "INFO"
+
+
+# Keys
+
+
+async def test_each_key_has_its_own_circuit(clock: VirtualClock) -> None:
+    """One host that fails is rejected, the others are not; by async and plain functions, streams and callables."""
+    hosts = KeyedBreaker("hosts", BreakerConfig(minimum_calls=2), key=lambda host, **_: host, clock=clock)
+    heard = []
+    hosts.on_change(heard.append)
+
+    @hosts
+    async def fetch(host: str, *, fail: bool = False) -> str:
+        if fail:
+            raise Boom
+        return host
+
+    for _ in range(2):
+        with pytest.raises(Boom):
+            await fetch("bad", fail=True)
+    with pytest.raises(CircuitOpen, match="hosts is open"):
+        await fetch("bad")
+    assert await fetch("good") == "good"
+    assert hosts(lambda host: host)("good") == "good"
+    assert (hosts["bad"].state, hosts["good"].state, "other" in hosts, len(hosts)) == (
+        State.OPEN,
+        State.CLOSED,
+        False,
+        2,
+    )
+    assert (heard[0].key, heard[0].after) == ("bad", State.OPEN)
+    assert repr(hosts) == "<KeyedBreaker 'hosts' with 2 keys>"
+    assert hosts
+    assert hosts.totals() == {"success": 2, "failure": 2, "neutral": 0, "late": 0, "rejected": 1}
+    hosts.reload(BreakerConfig(slow_seconds=1, window_calls=50))
+    assert hosts["bad"].state is State.OPEN
+    assert await fetch("good") == "good"
+
+
+async def test_when_every_key_remembers_failures_new_ones_share_a_circuit(clock: VirtualClock) -> None:
+    """Memory stays bounded and no open circuit is forgotten; once one has recovered it makes room again."""
+    hosts = KeyedBreaker("hosts", BreakerConfig(consecutive_failures=1), key=lambda host: host, max_keys=3, clock=clock)
+
+    @hosts
+    async def fetch(host: str) -> None:
+        if host.startswith("bad"):
+            raise Boom
+
+    for host in ("bad1", "bad2", "bad3"):
+        with pytest.raises(Boom):
+            await fetch(host)
+    await fetch("new1")
+    await fetch("new2")
+    assert len(hosts) == 3
+    assert hosts["new1"] is hosts["new2"]
+    assert [circuit.key for circuit in hosts.circuits()][-1] == "(others)"
+    hosts["bad2"].reset()
+    await fetch("new1")
+    assert ("bad2" in hosts, "new1" in hosts) == (False, True)
+    assert hosts.totals()["success"] == 3
+    with pytest.raises(ValueError, match="max_keys is 0"):
+        KeyedBreaker("hosts", key=str, max_keys=0)

@@ -1,0 +1,309 @@
+"""The httpx transports, and everything together against a real server that is sick, stalls, resets and recovers."""
+
+import asyncio
+import contextlib
+import gzip
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import pytest
+
+from mainstay.circuit_breaker import (
+    BreakerConfig,
+    Budget,
+    Bulkhead,
+    CircuitBreaker,
+    CircuitOpen,
+    KeyedBreaker,
+    Pipeline,
+    Policy,
+    Rejected,
+    Retries,
+    State,
+    Timeout,
+    database,
+    http_read,
+    http_write,
+)
+from mainstay.circuit_breaker.http import AsyncPolicyTransport, PolicyTransport, retry_after
+from mainstay.circuit_breaker.testing import Dependency, forced
+from mainstay.core import DeadlineExceeded, FullJitter, Retry
+
+
+class SickServer:
+    """A real HTTP server on a free port; how it behaves is set by `mood`, what reached it is in `arrivals`."""
+
+    def __init__(self) -> None:
+        self.mood = "fine"
+        self.script: deque[str] = deque()
+        self.arrivals: list[tuple[float, str]] = []
+        self.stalled: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        try:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            for task in list(self.stalled):
+                task.cancel()
+            server.close()
+            await server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.stalled.add(task)
+        try:
+            while await self._answer(reader, writer):
+                pass
+        except (asyncio.CancelledError, OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self.stalled.discard(task)
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(
+            (int(line[16:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: ")), 0
+        )
+        await reader.readexactly(length)
+        mood = self.script.popleft() if self.script else self.mood
+        self.arrivals.append((time.monotonic(), mood))
+        if mood == "stall":
+            await asyncio.Event().wait()
+        if mood == "reset":
+            writer.transport.abort()
+            return False
+        status, headers, body = "200 OK", b"", b"fine"
+        if mood == "sick":
+            status, body = "503 Service Unavailable", b"sorry"
+        elif mood == "busy":
+            status, headers = "429 Too Many Requests", b"Retry-After: 1\r\n"
+        elif mood == "missing":
+            status = "404 Not Found"
+        elif mood == "gzip":
+            headers, body = b"Content-Encoding: gzip\r\n", gzip.compress(b"fine")
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n".encode() + headers + b"\r\n")
+        if mood == "cut":
+            writer.write(body[:2])
+            await writer.drain()
+            writer.transport.abort()
+            return False
+        writer.write(body)
+        await writer.drain()
+        return True
+
+    def reached(self, since: float, until: float) -> int:
+        return sum(since <= at < until for at, _ in self.arrivals)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[SickServer]:
+    sick = SickServer()
+    async with sick.running() as sick.url:  # type: ignore[attr-defined]  # set here, read by the tests
+        yield sick
+
+
+def client(server: SickServer, policy: Policy, **options) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=AsyncPolicyTransport(policy, **options), base_url=server.url)
+
+
+QUICK = BreakerConfig(minimum_calls=4, break_jitter=0)
+
+
+async def test_statuses_count_and_come_back_as_they_are(server: SickServer) -> None:
+    """503 and 429 are failures to the breaker and responses to the caller; 404 is an answer; open raises."""
+    breaker = CircuitBreaker("api", QUICK)
+    async with client(server, breaker) as http:
+        server.script.extend(["missing", "sick", "busy", "gzip", "sick"])
+        assert [(await http.get("/")).status_code for _ in range(3)] == [404, 503, 429]
+        assert (await http.get("/")).text == "fine"
+        response = await http.get("/")
+        assert (response.status_code, response.text, response.is_closed) == (503, "sorry", True)
+        assert (breaker.totals()["success"], breaker.totals()["failure"], breaker.state) == (2, 3, State.OPEN)
+        with pytest.raises(CircuitOpen):
+            await http.get("/")
+    assert len(server.arrivals) == 5
+
+
+async def test_retries_repeat_the_request_and_honour_retry_after(server: SickServer) -> None:
+    """A reset, a cut and a 503 are got over, the body sent again; `Retry-After: 1` is waited out."""
+    retry = Retry(attempts=4, wait=FullJitter(0.001))
+    async with client(server, Pipeline("api", Timeout(10), retry)) as http:
+        server.script.extend(["reset", "cut", "sick", "fine"])
+        response = await http.post("/", content=b"body")
+        assert (response.status_code, len(server.arrivals)) == (200, 4)
+        server.script.extend(["busy", "fine"])
+        started = time.monotonic()
+        assert (await http.get("/")).status_code == 200
+        assert time.monotonic() - started >= 1
+        server.mood = "sick"
+        assert (await http.get("/")).status_code == 503  # given up: the last response, not an exception
+
+
+async def test_a_time_limit_covers_the_body(server: SickServer) -> None:
+    """A server that stalls is given up on in time, and that is a failure."""
+    breaker = CircuitBreaker("api", QUICK)
+    async with client(server, Pipeline("api", Timeout(0.05), breaker)) as http:
+        server.mood = "stall"
+        with pytest.raises(DeadlineExceeded):
+            await http.get("/")
+    assert breaker.totals()["failure"] == 1
+
+
+async def test_streams_settle_at_their_end(server: SickServer) -> None:
+    """A streamed body counts when it has ended, a broken one as a failure, one left early not at all."""
+    breaker, bulkhead = CircuitBreaker("api", QUICK), Bulkhead(5)
+    policy = Pipeline("api", breaker, bulkhead)
+    with pytest.raises(TypeError, match="cannot stand around an async generator"):
+        AsyncPolicyTransport(Timeout(1), stream=True)
+    async with client(server, policy, stream=True) as http:
+        async with http.stream("GET", "/") as response:
+            assert breaker.totals()["success"] == 0
+            assert bulkhead.under_way == 1
+            assert b"".join([part async for part in response.aiter_bytes()]) == b"fine"
+        assert (breaker.totals()["success"], bulkhead.under_way) == (1, 0)
+        async with http.stream("GET", "/"):
+            pass
+        assert (breaker.totals()["neutral"], bulkhead.under_way) == (1, 0)
+        server.script.extend(["cut", "sick", "gzip"])
+        with pytest.raises(httpx.RemoteProtocolError):
+            await http.get("/")
+        response = await http.get("/")
+        assert (response.status_code, response.text) == (503, "sorry")
+        assert (await http.get("/")).text == "fine"
+    assert (breaker.totals()["success"], breaker.totals()["failure"], bulkhead.free) == (2, 2, 5)
+
+
+async def test_a_circuit_for_each_host(server: SickServer) -> None:
+    """One host that is sick closes the way to itself only."""
+    hosts = KeyedBreaker("hosts", QUICK, key=lambda request: request.url.host)
+    async with client(server, hosts) as http:
+        server.mood = "sick"
+        for _ in range(4):
+            await http.get("/")
+        with pytest.raises(CircuitOpen):
+            await http.get("/")
+        assert (await http.get(server.url.replace("127.0.0.1", "localhost"))).status_code == 503
+    assert sorted(circuit.key for circuit in hosts.circuits()) == ["127.0.0.1", "localhost"]
+
+
+async def test_the_sync_transport(server: SickServer) -> None:
+    """A plain client under the same breaker."""
+    breaker = CircuitBreaker("api", QUICK)
+
+    def work() -> list[int]:
+        with httpx.Client(transport=PolicyTransport(breaker), base_url=server.url) as http:
+            return [http.get("/").status_code for _ in range(3)]
+
+    server.script.extend(["fine", "sick", "gzip"])
+    assert await asyncio.to_thread(work) == [200, 503, 200]
+    assert (breaker.totals()["success"], breaker.totals()["failure"]) == (2, 1)
+    with pytest.raises(TypeError, match="in_thread"):
+        PolicyTransport(Timeout(1))
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [("3", 3, 3), ("0", 0, 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 1e9, 1e11)],
+)
+def test_retry_after_in_both_forms(value: str, low: float, high: float) -> None:
+    """Seconds, or a date; one that has passed means now."""
+    seconds = retry_after(httpx.Headers({"Retry-After": value}))
+    assert seconds is not None
+    assert low <= seconds <= high
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-5", "1.5e3", "٣"])
+def test_a_malformed_retry_after_is_none(value: str) -> None:
+    """What cannot be understood asks for nothing."""
+    assert retry_after(httpx.Headers([(b"retry-after", value.encode())])) is None
+
+
+@pytest.mark.parametrize("make", [http_read, http_write, database])
+async def test_the_ready_made_pipelines(make: Callable[[str], Pipeline]) -> None:
+    """Each is made without a warning about its order, passes a call, and retries only where a call may be repeated."""
+    guarded = make("api")
+    assert await guarded.call(Dependency("fine")) == "fine"
+    failing = Dependency(OSError, "fine")
+    if make is http_read:
+        assert await guarded.call(failing) == "fine"
+    else:
+        with pytest.raises(OSError):  # noqa: PT011  any message
+            await guarded.call(failing)
+    (breaker,) = guarded.breakers()
+    assert isinstance(breaker, CircuitBreaker)
+    with forced(breaker, State.OPEN), pytest.raises(CircuitOpen):
+        await guarded.call(failing)
+
+
+async def test_a_sick_server_is_spared_and_found_well_again(server: SickServer) -> None:
+    """Through 503s, stalls and resets most calls are rejected and little reaches the server; recovery is gentle."""
+    breaker = CircuitBreaker(
+        "api",
+        BreakerConfig(
+            minimum_calls=10,
+            window_seconds=2,
+            break_seconds=0.3,
+            max_break_seconds=0.6,
+            ramp_seconds=1.0,
+            ramp_start=0.1,
+        ),
+    )
+    guarded = Pipeline(
+        "api",
+        Timeout(2),
+        Retries(Retry(attempts=3, wait=FullJitter(0.01)), budget=Budget(0.2, per_second=0)),
+        breaker,
+        Bulkhead(30, queue=10),
+        Timeout(0.2),
+    )
+    outcomes: list[tuple[float, str]] = []
+
+    async def call(http: httpx.AsyncClient) -> None:
+        started = time.monotonic()
+        try:
+            response = await http.get("/")
+            outcome = "fine" if response.status_code == 200 else "failed"
+        except Rejected:
+            outcome = "rejected"
+        except (httpx.TransportError, DeadlineExceeded):
+            outcome = "failed"
+        outcomes.append((started, outcome))
+
+    async def load(http: httpx.AsyncClient, seconds: float) -> tuple[float, float]:
+        began = time.monotonic()
+        calls: list[asyncio.Task[None]] = []
+        while time.monotonic() < began + seconds:
+            calls.append(asyncio.create_task(call(http)))
+            await asyncio.sleep(0.005)
+        ended = time.monotonic()
+        await asyncio.gather(*calls)
+        return began, ended
+
+    def count(outcome: str, since: float, until: float) -> int:
+        return sum(outcome == each and since <= at < until for at, each in outcomes)
+
+    async with client(server, guarded) as http:
+        began, ended = await load(http, 1.0)
+        assert count("fine", began, ended) == len(outcomes)
+        for mood in ("sick", "stall", "reset"):
+            server.mood = mood
+            began, ended = await load(http, 1.0)
+            offered = sum(began <= at < ended for at, _ in outcomes)
+            if mood != "sick":  # it has opened: only probes go through
+                assert count("rejected", began, ended) >= 0.9 * offered
+                assert server.reached(began, ended) <= 12
+        server.mood = "fine"
+        began, ended = await load(http, 3.5)
+        good = [at for at, outcome in outcomes if outcome == "fine" and at >= began]
+        assert good[0] - began < 1.2  # two breaks at most until the first probe succeeds
+        assert breaker.state is State.CLOSED
+        # Gentle: in the first quarter second after it was found well, far less than everything came.
+        asked = sum(good[0] <= at < good[0] + 0.25 for at, _ in outcomes)
+        assert server.reached(good[0], good[0] + 0.25) <= 0.7 * asked
+        assert count("fine", ended - 0.5, ended) >= 0.95 * sum(ended - 0.5 <= at < ended for at, _ in outcomes)
