@@ -114,6 +114,16 @@ def application(app=None, **options):
     return api
 
 
+async def nobody():
+    """A receiving end that nothing comes from."""
+    return await asyncio.get_running_loop().create_future()
+
+
+async def nowhere(message):
+    """A sending end that must not be used."""
+    raise AssertionError(message)
+
+
 def client(api, **options):
     return httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test", **options)
 
@@ -302,7 +312,7 @@ async def test_an_error_after_the_answer_began_breaks_the_connection():
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-correlation-id", b"new")]}
     with pytest.raises(OSError, match="half way"):
-        await ObservabilityMiddleware(half)(scope, None, send)
+        await ObservabilityMiddleware(half)(scope, nobody, send)
     assert sent[0]["headers"] == [(b"x-correlation-id", b"new")]
     assert len(sent) == 1
 
@@ -318,7 +328,7 @@ async def test_a_domain_error_outside_of_any_framework_is_answered_too():
     async def send(message):
         sent.append(message)
 
-    await ObservabilityMiddleware(app)({"type": "http", "method": "GET", "path": "/", "headers": []}, None, send)
+    await ObservabilityMiddleware(app)({"type": "http", "method": "GET", "path": "/", "headers": []}, nobody, send)
     assert sent[0]["status"] == 503
     assert (b"retry-after", b"2") in sent[0]["headers"]
     assert json.loads(sent[1]["body"])["error"]["code"] == "EXT_PAYMENTS_OPEN"
@@ -335,7 +345,7 @@ async def test_a_client_that_goes_away_is_counted_apart():
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     labels = {"method": "GET", "route": "unmatched", "status": "499"}
     before, running = metric("mainstay_http_requests_total", **labels), metric("mainstay_http_requests_in_progress")
-    task = asyncio.ensure_future(ObservabilityMiddleware(slow)(scope, None, None))
+    task = asyncio.ensure_future(ObservabilityMiddleware(slow)(scope, nobody, nowhere))
     await entered.wait()
     assert metric("mainstay_http_requests_in_progress") == running + 1
     task.cancel()
@@ -353,8 +363,8 @@ async def test_websockets_have_the_context_and_lifespans_pass():
         seen.append((scope["type"], current().correlation_id))
 
     middleware = ObservabilityMiddleware(app)
-    await middleware({"type": "websocket", "headers": [(b"x-correlation-id", b"ws")]}, None, None)
-    await middleware({"type": "lifespan"}, None, None)
+    await middleware({"type": "websocket", "headers": [(b"x-correlation-id", b"ws")]}, nobody, nowhere)
+    await middleware({"type": "lifespan"}, nobody, nowhere)
     assert seen == [("websocket", "ws"), ("lifespan", None)]
 
 
@@ -427,7 +437,7 @@ async def test_with_an_sdk_an_application_without_spans_of_its_own_gets_them(spa
         scope["path_params"] = {"n": "1"}
         if scope["path"] == "/things/1":
             await send({"type": "http.response.start", "status": 201, "headers": []})
-            await send({"type": "http.response.body", "body": current().traceparent.encode()})
+            await send({"type": "http.response.body", "body": str(current().traceparent).encode()})
         else:
             raise RuntimeError
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import structlog
@@ -61,7 +62,7 @@ def test_what_is_passed_wins_over_the_context():
 
 def test_secrets_under_telling_keys_are_redacted_at_any_depth():
     """Passwords, tokens and keys disappear from values, nested ones too, and the caller's object stays as it was."""
-    mine = {"user": "ann", "nested": [{"api_key": "K", "list": ({"Authorization": "Bearer Z"},)}]}
+    mine: dict[str, Any] = {"user": "ann", "nested": [{"api_key": "K", "list": ({"Authorization": "Bearer Z"},)}]}
     with lines() as written:
         log = structlog.get_logger()
         log.info("in", password="P", mine=mine, secret=SecretStr("S"), value=SecretStr("V"), session_token=["T"])
@@ -231,13 +232,13 @@ def test_a_broken_record_is_stdlib_s_business(monkeypatch):
 
 def test_lines_of_many_threads_stay_whole():
     """Eight threads at once: every line parses and none is missing."""
+
+    def talk(n):
+        for _ in range(50):
+            logging.getLogger("t").info("x" * 500, extra={"n": n})
+
     with lines() as written:
-        threads = [
-            threading.Thread(
-                target=lambda n=n: [logging.getLogger("t").info("x" * 500, extra={"n": n}) for _ in range(50)]
-            )
-            for n in range(8)
-        ]
+        threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:

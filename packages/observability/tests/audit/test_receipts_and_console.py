@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from mainstay.core import App, ConfigurationError, bind
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.database.testing import schema_differences
 from mainstay.observability.audit import (
     AuditModule,
     AuditSettings,
@@ -236,14 +237,9 @@ def test_the_tables_load_without_the_extra():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-async def test_the_migration_makes_the_tables_of_the_code(database_settings, url):
-    """Columns by the migration are the columns the code uses, on both engines."""
+async def test_the_migration_makes_the_tables_of_the_code(database_settings):
+    """Columns, types, keys and indexes by the migration are those that the code uses, on both engines."""
     async with App(DatabaseModule.for_root(database_settings)) as running:
         db = running.get(Database)
         await db.ensure_schema(tables.SCHEMA)
-        async with db.engine.connect() as connection:
-            for table in tables.metadata.sorted_tables:
-                found = await connection.run_sync(lambda sync, name=table.name: sa.inspect(sync).get_columns(name))
-                assert [column["name"] for column in found] == [column.name for column in table.columns]
-                nullable = {column["name"]: column["nullable"] for column in found}
-                assert nullable == {column.name: column.nullable for column in table.columns}
+        assert await schema_differences(db, tables.SCHEMA) == []

@@ -4,12 +4,14 @@ import asyncio
 from datetime import date
 from decimal import Decimal
 from enum import Enum
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
 
 from mainstay.core import App, ConfigurationError, MainstayError, NotBoundError, bind, bind_journal, derived_id
+from mainstay.core.testing import VirtualClock
 from mainstay.database import Database, DatabaseModule, DatabaseUnavailable
 from mainstay.observability.audit import AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
 from mainstay.observability.audit.testing import settings, written
@@ -315,3 +317,71 @@ def test_an_entry_comes_back_from_its_bytes():
     ):
         with pytest.raises(InvalidEntry):
             Entry.from_bytes(wrong)
+
+
+async def test_the_audit_trail_s_own_action_is_reserved(db, trail):
+    """Nobody can make up a producer's statement by accident."""
+    with pytest.raises(InvalidEntry, match="own"):
+        await trail.write("mainstay.audit.statement")
+
+
+async def statements(db):
+    """How many statements of producers are there."""
+    rows = await db.read(sa.select(tables.pending.c.data))
+    return sum(Entry.from_bytes(bytes(row.data)).action == "mainstay.audit.statement" for row in rows)
+
+
+async def test_a_statement_that_could_not_be_written_is_said_later(database_settings, trail, monkeypatch, caplog):
+    """Away, then cut off after it had arrived, then there: it is one statement, and it is not lost."""
+    clock = VirtualClock()
+    app = App(
+        DatabaseModule.for_root(database_settings),
+        AuditModule.for_root(settings(statement_seconds=5.0)),
+        AuditModule.for_feature(trail),
+        clock=clock,
+    )
+    async with app:
+        db, real = app.get(Database), Database.write
+        await trail.write("a")
+        calls = []
+
+        async def write(self, statement, rows=(), **options):
+            calls.append(1)
+            if len(calls) == 2:
+                await real(self, statement, rows, **options)
+            if len(calls) <= 2:
+                msg = "away"
+                raise DatabaseUnavailable(msg)
+            await real(self, statement, rows, **options)
+
+        monkeypatch.setattr(Database, "write", write)
+        async with asyncio.timeout(10):
+            while len(calls) < 3:
+                await clock.advance(5.0)
+                await asyncio.sleep(0.001)
+        monkeypatch.undo()
+        assert await statements(db) == 1
+        assert caplog.text.count("is put off") == 2
+        await trail.write("b")
+    async with app:
+        assert await statements(app.get(Database)) == 2
+
+
+async def test_the_end_of_stating_is_told(database_settings, trail, monkeypatch, caplog):
+    """Should the task that states what was written die of a mistake, the stop of the App says so."""
+    app = App(
+        DatabaseModule.for_root(database_settings), AuditModule.for_root(settings()), AuditModule.for_feature(trail)
+    )
+    monkeypatch.setattr("mainstay.observability.audit.trail.Intake.say_for_ever", AsyncMock(side_effect=ValueError))
+    async with app:
+        await asyncio.sleep(0)
+    assert "had stopped" in caplog.text
+
+
+async def test_a_child_task_of_an_open_unit_can_report_a_failure(db, trail):
+    """A task that must not write into its parent's unit still records a failure, and waits for nobody."""
+    async with db.transaction():
+        async with asyncio.timeout(5):
+            await asyncio.get_running_loop().create_task(trail.write("x", outcome="failed"))
+    (entry,) = await settled(db, 1)
+    assert entry.outcome == "failed"

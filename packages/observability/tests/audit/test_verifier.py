@@ -332,13 +332,21 @@ def test_statements_of_a_producer():
     for number in (1, 2, 5):
         producer.committed(number)
     first = producer.statement()
+    assert first is not None
     assert (first.sequence, first.first, first.last) == (1, 1, 9)
     assert first.missing == {3, 4, 6, 7, 8, 9}
     producer.committed(4)
     assert producer.statement() == first
     producer.said()
     second = producer.statement()
-    assert (second.sequence, second.first, second.last, second.missing, second.late) == (2, 10, 9, set(), {4})
+    assert second is not None
+    assert (second.sequence, second.first, second.last, second.missing, second.late) == (
+        2,
+        10,
+        9,
+        frozenset(),
+        frozenset({4}),
+    )
     producer.said()
     assert producer.statement() is None
     for statement in (first, second):

@@ -19,6 +19,7 @@ from mainstay.core import Binding, Clock, MainstayError, current, derived_id, on
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
 from mainstay.observability.audit import metrics
 from mainstay.observability.audit.entry import Entry, Outcome
+from mainstay.observability.audit.errors import InvalidEntry
 from mainstay.observability.audit.note import SigningKey
 from mainstay.observability.audit.producer import STATEMENT, Producer
 from mainstay.observability.audit.tables import INSERT_PENDING
@@ -70,6 +71,9 @@ class AuditTrail:
             DatabaseError: it could not be written; what it belongs to must not be done either.
         """
         intake = self.bound.get()
+        if action == STATEMENT:
+            msg = f"the action {STATEMENT} is the audit trail's own"
+            raise InvalidEntry(msg)
         joins = outcome == "succeeded"
 
         async def effect(key: str | None) -> None:

@@ -57,7 +57,7 @@ _NODES = (
     .order_by(tables.nodes.c.position)
     .limit(_CHUNK)
 )
-_ENDS = sa.select(sa.func.min(tables.log.c.leaf), sa.func.max(tables.log.c.leaf))
+_ENDS = sa.select(sa.func.min(tables.log.c.leaf).label("lowest"), sa.func.max(tables.log.c.leaf).label("highest"))
 _SHOWN = 20
 
 
@@ -263,7 +263,8 @@ class _Check:
 
     async def _sealed_without_checkpoint(self) -> bool:
         """Whether there are entries that no checkpoint covers, not even one that was signed while we were reading."""
-        ((lowest, highest),) = await self._database.read(_ENDS)
+        row = (await self._database.read(_ENDS))[0]
+        lowest, highest = row.lowest, row.highest
         if lowest is not None and lowest < 0:
             return True
         if highest is None or highest < self._size:

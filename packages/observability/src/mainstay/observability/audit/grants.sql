@@ -1,0 +1,17 @@
+-- Who may do what with the audit tables on PostgreSQL. Replace the three roles:
+--   app_owner   owns the tables and runs `mainstay-database upgrade`; no service logs in with it
+--   app         the services: they may write entries and look at what waits for its seal
+--   app_sealer  the one service that seals; only it has the signing key
+-- Nobody may update, and only the sealer may delete, and only what it has sealed. No table refers to another, so nothing
+-- cascades. The leases are the database package's: every service that runs workers needs them.
+REVOKE ALL ON mainstay_audit_pending, mainstay_audit_log, mainstay_audit_nodes, mainstay_audit_checkpoints
+    FROM PUBLIC, app, app_sealer;
+
+GRANT SELECT, INSERT ON mainstay_audit_pending TO app;
+GRANT SELECT ON mainstay_audit_log, mainstay_audit_nodes, mainstay_audit_checkpoints TO app;
+
+GRANT SELECT, INSERT, DELETE ON mainstay_audit_pending TO app_sealer;
+GRANT SELECT, INSERT ON mainstay_audit_log, mainstay_audit_nodes, mainstay_audit_checkpoints TO app_sealer;
+
+GRANT SELECT ON mainstay_audit_version, mainstay_database_version TO app, app_sealer;
+GRANT SELECT, INSERT, UPDATE ON mainstay_database_leases TO app, app_sealer;
