@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ticketing.engines import EngineMissing, EngineName, engine
-from ticketing.facts import Sources, read_facts
+from ticketing.facts import Sources, read_facts, read_rows
 from ticketing.invariants import Facts, Verdict, effects_exactly_once, judge
 from ticketing.processes import OfficeProcess, ProcessFailed, free_port, until_up
 from ticketing.purchases import read_lines
@@ -119,6 +119,7 @@ async def play(script: Script, *, keep: bool = False, console: Console | None = 
             console.print(f"databases and logs: {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
+        loop.remove_signal_handler(signal.SIGTERM)
     console.print(report(outcome.facts, outcome.story, outcome.verdicts, engine=script.engine))
     return 0 if outcome.holds else 1
 
@@ -188,8 +189,12 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
             yield office
             story.provider = (await office.provider_status())["deeds"]
         finally:
-            for process in (worker, api, provider):
-                story.stopped[process.name] = await process.stop()
+            try:
+                for process in (worker, api, provider):
+                    story.stopped[process.name] = await process.stop()
+            finally:
+                for process in (worker, api, provider):  # also when the waiting was cut short
+                    process.end()
 
 
 class _Office:
@@ -255,7 +260,7 @@ class _Office:
             for name, strikes in (wanted,) if waited < 5.0 else MOMENTS:
                 if strikes(now, office):
                     return name
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.005)
         return NOTHING_GOING_ON
 
     async def all_ended(self, progress: Progress) -> None:
@@ -284,7 +289,7 @@ class _Office:
         """Wait until every event has had its effect, or for long enough that one never will."""
         end = time.monotonic() + 30.0
         while time.monotonic() < end:
-            facts = await read_facts(sources, self._story.answers)
+            facts = await read_rows(sources, self._story.answers)
             if not any(effects_exactly_once(facts)) and not facts.unsealed:
                 return
             self._worker.check()

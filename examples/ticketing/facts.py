@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -32,40 +33,53 @@ class Sources:
 
 
 async def read_facts(sources: Sources, answers: dict[int, str | None]) -> Facts:
-    """The facts as of now; `answers` is what the API answered to each line."""
+    """The facts as of now, the audit log verified; `answers` is what the API answered to each line."""
     audit = await _verify_audit(sources.engine)
-    engine = create_async_engine(sources.engine.database_url)
+    return replace(
+        await read_rows(sources, answers),
+        audit_entries=audit.entries,
+        audit_problems=tuple(f"{problem.kind}: {problem.detail}" for problem in audit.problems),
+        published=await _published(sources.engine),
+    )
+
+
+async def read_rows(sources: Sources, answers: dict[int, str | None]) -> Facts:
+    """The part of the facts that is rows: cheap enough to be looked at again and again."""
+    async with _connected(sources.engine) as connection:
+
+        async def rows(table: str) -> list[Row]:
+            return await _rows(connection, f"SELECT * FROM ticketing_{table}")  # noqa: S608  names from this file
+
+        sealed = await _entries(connection, "log")
+        pending = await _entries(connection, "pending")
+        return Facts(
+            file=read_file(sources.purchases),
+            answers=dict(answers),
+            items=await rows("items"),
+            tickets=await rows("tickets"),
+            purchases=await rows("purchases"),
+            payments=await rows("payments"),
+            sales=await rows("sales"),
+            customers=await rows("customers"),
+            receipts=await rows("receipts"),
+            handled=await rows("handled"),
+            ledger=read_ledger(sources.ledger),
+            audited=Counter(
+                (entry["action"], entry.get("resource", "")) for entry in sealed if entry["outcome"] == "succeeded"
+            ),
+            unsealed=sum(entry["number"] > 0 for entry in pending),  # 0: said by a process about itself, also last
+            dead_letters=await _count(connection, "mainstay_events_dead_letters"),
+        )
+
+
+@asynccontextmanager
+async def _connected(engine: Engine) -> AsyncGenerator[AsyncConnection, None]:
+    database = create_async_engine(engine.database_url)
     try:
-        async with engine.connect() as connection:
-
-            async def rows(table: str) -> list[Row]:
-                return await _rows(connection, f"SELECT * FROM ticketing_{table}")  # noqa: S608  names from this file
-
-            sealed = await _entries(connection, "log")
-            pending = await _entries(connection, "pending")
-            return Facts(
-                file=read_file(sources.purchases),
-                answers=dict(answers),
-                items=await rows("items"),
-                tickets=await rows("tickets"),
-                purchases=await rows("purchases"),
-                payments=await rows("payments"),
-                sales=await rows("sales"),
-                customers=await rows("customers"),
-                receipts=await rows("receipts"),
-                handled=await rows("handled"),
-                ledger=read_ledger(sources.ledger),
-                audited=Counter(
-                    (entry["action"], entry.get("resource", "")) for entry in sealed if entry["outcome"] == "succeeded"
-                ),
-                audit_entries=audit.entries,
-                audit_problems=tuple(f"{problem.kind}: {problem.detail}" for problem in audit.problems),
-                unsealed=sum(entry["number"] > 0 for entry in pending),  # 0: said by a process about itself, also last
-                published=await _published(connection, sources.engine),
-                dead_letters=await _count(connection, "mainstay_events_dead_letters"),
-            )
+        async with database.connect() as connection:
+            yield connection
     finally:
-        await engine.dispose()
+        await database.dispose()
 
 
 async def _verify_audit(engine: Engine) -> Report:
@@ -74,9 +88,10 @@ async def _verify_audit(engine: Engine) -> Report:
         return await verify(app.get(Database), [engine.audit_key])
 
 
-async def _published(connection: AsyncConnection, engine: Engine) -> int:
+async def _published(engine: Engine) -> int:
     if engine.kafka is None:
-        return await _count(connection, "mainstay_events_log")
+        async with _connected(engine) as connection:
+            return await _count(connection, "mainstay_events_log")
     consumer = AIOKafkaConsumer(engine.topic, bootstrap_servers=engine.kafka)
     await consumer.start()
     try:

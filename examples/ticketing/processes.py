@@ -31,7 +31,6 @@ class OfficeProcess:
     def __init__(self, name: str, *arguments: str, environment: dict[str, str], log: Path) -> None:
         self.name = name
         self.log = log
-        self.kills = 0
         self._command = [sys.executable, "-m", "ticketing", name, *arguments]
         # Bytecode is kept whatever this machine's habit is: a worker that was killed is to be back soon.
         python = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": ""}
@@ -63,20 +62,25 @@ class OfficeProcess:
         assert self._process is not None
         self._process.send_signal(SIGKILL)
         self._process.wait()
-        self.kills += 1
 
     async def stop(self, seconds: float = 20.0) -> int | None:
         """SIGTERM, and the exit status; None where it had to be killed after all."""
-        process, self._process = self._process, None
-        if process is None:
+        if self._process is None:
             return None
-        process.send_signal(SIGTERM)
+        self._process.send_signal(SIGTERM)
         try:
-            return await asyncio.to_thread(process.wait, seconds)
+            return await asyncio.to_thread(self._process.wait, seconds)
         except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Whatever it is doing, it does not outlive this call."""
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
             process.kill()
             process.wait()
-            return None
 
 
 async def until_up(process: OfficeProcess, url: str, seconds: float = 30.0) -> None:

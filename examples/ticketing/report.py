@@ -172,5 +172,9 @@ def _verdicts(verdicts: list[Verdict]) -> RenderableType:
         if len(verdict.complaints) > _SHOWN:
             table.add_row("", Text(f"… and {len(verdict.complaints) - _SHOWN} more", "red"))
     broken = sum(not verdict.holds for verdict in verdicts)
-    end = f"[bold red]{broken} invariants do not hold." if broken else "[bold green]Every invariant holds."
+    end = (
+        f"[bold red]{broken} of {len(verdicts)} invariants do not hold."
+        if broken
+        else "[bold green]Every invariant holds."
+    )
     return Group(table, "", end)

@@ -235,7 +235,7 @@ async def test_a_broken_invariant_is_an_exit_status(embedded, monkeypatch):
     assert await play(Script(), console=console) == 1
     assert isinstance(console.file, io.StringIO)
     assert "3 events were given up" in console.file.getvalue()
-    assert "1 invariants do not hold." in console.file.getvalue()
+    assert "1 of 8 invariants do not hold." in console.file.getvalue()
 
 
 async def test_missing_servers_are_named(monkeypatch):
