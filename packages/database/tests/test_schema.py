@@ -11,8 +11,7 @@ from pydantic import SecretStr
 
 from mainstay.core import App, ConfigurationError
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, Schema, console, upgrade
-from mainstay.database.module import SCHEMA
-from mainstay.database.schema import installed, status
+from mainstay.database.schema import SCHEMA, installed, status
 from mainstay.database.testing import database, schema_differences
 
 FIRST = """

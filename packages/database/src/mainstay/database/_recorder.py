@@ -549,13 +549,13 @@ class PostgresWriter:
                 # One statement is its own transaction, in one message instead of three.
                 self._in_doubt = (entries, errors)
                 statement, rows = first.operations[0]
-                await _execute_many(connection, statement.sql, rows)
+                await _execute_many(connection, statement, rows)
                 self._in_doubt = None
             else:
                 await self._begin(connection, _PATIENCE_SECONDS)
                 errors = await self._fenced_out(connection, entries)
                 for statement, rows in merge([entry for entry in entries if id(entry) not in errors]):
-                    await _execute_many(connection, statement.sql, rows)
+                    await _execute_many(connection, statement, rows)
                 await self._end(connection, entries, errors)
         except Exception as error:
             if connection.is_closed() or is_disconnect(error):
@@ -600,7 +600,7 @@ class PostgresWriter:
                 errors |= await self._fenced_out(connection, [entry])
                 if id(entry) not in errors:
                     for statement, rows in entry.operations:
-                        await _execute_many(connection, statement.sql, rows)
+                        await _execute_many(connection, statement, rows)
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # or the commit would fail for all
             except Exception as error:
                 if connection.is_closed() or is_disconnect(error):
@@ -649,11 +649,15 @@ def _lock_timeout(verb: str, seconds: float) -> str:
     return f"{verb} lock_timeout = '{int(seconds * 1000)}ms'"
 
 
-async def _execute_many(connection: asyncpg.Connection, sql: str, rows: Sequence[Arguments]) -> None:
+async def _execute_many(
+    connection: asyncpg.Connection, statement: Prepared | Literal, rows: Sequence[Arguments]
+) -> None:
     if len(rows) == 1:
-        await connection.execute(sql, *rows[0])
+        await connection.execute(statement.sql, *rows[0])
+    elif statement.by_column is not None:
+        await connection.execute(statement.by_column, *zip(*rows, strict=True))
     else:
-        await connection.executemany(sql, rows)
+        await connection.executemany(statement.sql, rows)
 
 
 def is_disconnect(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ So SQL and conversions (UUID, JSON, Decimal, datetime, Enum, …) are taken from
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -20,14 +21,36 @@ Convert = Callable[[Any], Any]
 
 _CACHED = 1_024
 
+# An insert as SQLAlchemy renders it for asyncpg, if it takes nothing but its rows: `INSERT … VALUES ($1::BIGINT, …)`.
+# Not `DO UPDATE`, which one statement may not do twice to a row.
+_INSERT = re.compile(r"(INSERT INTO [^$]+\)) VALUES \(([^;]*)\)(|[^$]* DO NOTHING)")
+_VALUE = re.compile(r"\$(\d+)::([A-Z][A-Z ]*)(?:\(\d+(?:, ?\d+)?\))?")
+# Types whose Python values cannot be taken for arrays.
+_SCALARS = {"BIGINT", "BOOLEAN", "BYTEA", "DATE", "DOUBLE PRECISION", "FLOAT", "INTEGER", "INTERVAL", "JSON", "JSONB"}
+_SCALARS |= {
+    "NUMERIC",
+    "SMALLINT",
+    "TEXT",
+    "TIMESTAMP WITH TIME ZONE",
+    "TIMESTAMP WITHOUT TIME ZONE",
+    "UUID",
+    "VARCHAR",
+}
+
 
 class Prepared:
-    """One SQL text, and how a row becomes its arguments."""
+    """One SQL text, and how a row becomes its arguments.
 
-    __slots__ = ("_compiled", "_convert", "_fixed", "_keys", "_pick", "_plain", "_spread", "sql")
+    Attributes:
+        sql: for one row.
+        by_column: for any number of rows on PostgreSQL, one array for each column; None where there is no such form.
+    """
+
+    __slots__ = ("_compiled", "_convert", "_fixed", "_keys", "_pick", "_plain", "_spread", "by_column", "sql")
 
     def __init__(self, compiled: SQLCompiler, keys: Sequence[str]) -> None:
         self.sql = compiled.string
+        self.by_column = _by_column(compiled.string)
         self._compiled = compiled
         self._spread = bool(compiled.post_compile_params)
         self._keys = frozenset(keys)
@@ -95,10 +118,11 @@ class Prepared:
 class Literal:
     """SQL that was spread over one row; many equal ones are one object, so that they are grouped."""
 
-    __slots__ = ("sql",)
+    __slots__ = ("by_column", "sql")
 
     def __init__(self, sql: str) -> None:
         self.sql = sql
+        self.by_column: str | None = None
 
 
 Operation = tuple[Prepared | Literal, list[Arguments]]
@@ -146,6 +170,22 @@ class Statements:
 def _bound(cache: dict[Any, Any]) -> None:
     if len(cache) >= _CACHED:
         del cache[next(iter(cache))]
+
+
+def _by_column(sql: str) -> str | None:
+    """The insert that takes its rows by column: the server parses, plans and executes once, whatever their number."""
+    insert = _INSERT.fullmatch(sql)
+    if insert is None:
+        return None
+    head, values, tail = insert.groups()
+    casts = [(match[0], match[1], match[2].rstrip()) for match in _VALUE.finditer(values)]
+    whole = ", ".join(text for text, _, _ in casts) == values
+    if not whole or [int(number) for _, number, _ in casts] != list(range(1, len(casts) + 1)):
+        return None
+    if not _SCALARS.issuperset(kind for _, _, kind in casts):
+        return None
+    arrays = ", ".join(f"{text}[]" for text, _, _ in casts)
+    return f"{head} SELECT * FROM unnest({arrays}){tail}"  # noqa: S608  pieces of what SQLAlchemy rendered
 
 
 def _picker(keys: list[str]) -> Callable[[Mapping[str, Any]], Arguments]:

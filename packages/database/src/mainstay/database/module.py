@@ -6,7 +6,6 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Never
 
 from sqlalchemy import event
@@ -18,11 +17,9 @@ from mainstay.database._engine import Address, behind_pooler, make_engine, unrea
 from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn, Writer
 from mainstay.database._statements import Statements
 from mainstay.database.database import Database, uninterrupted
-from mainstay.database.lease import Keeper, metadata
-from mainstay.database.schema import Schema
+from mainstay.database.lease import Keeper
+from mainstay.database.schema import SCHEMA as SCHEMA  # noqa: PLC0414  others take it from here
 from mainstay.database.settings import DatabaseSettings, parse_url
-
-SCHEMA = Schema("database", metadata, Path(__file__).parent / "migrations")
 
 
 class DatabaseModule(Module[DatabaseSettings, Never]):

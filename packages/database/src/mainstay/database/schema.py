@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from mainstay.core import ConfigurationError
 from mainstay.database._engine import Address, begin_events, behind_pooler, pooler_arguments
+from mainstay.database.lease import metadata
 from mainstay.database.settings import parse_url
 
 _log = logging.getLogger("mainstay.database")
@@ -110,6 +111,9 @@ class Schema:
         return buffer.getvalue()
 
 
+SCHEMA = Schema("database", metadata, Path(__file__).parent / "migrations")
+
+
 def _steps(script: ScriptDirectory) -> Callable[[Any, MigrationContext], Any]:
     return lambda revision, _context: script._upgrade_revs("head", revision)
 
@@ -121,7 +125,7 @@ def installed() -> list[Schema]:
 
 
 async def upgrade(url: str, schemas: Sequence[Schema]) -> None:
-    """Bring the database at `url` to the newest revision of `schemas`, all of it or nothing.
+    """Bring the database at `url` to the newest revision of `schemas` and of this package, all of it or nothing.
 
     Any number of processes may do so at once: they take turns, and the later ones find nothing left to do.
 
@@ -131,7 +135,7 @@ async def upgrade(url: str, schemas: Sequence[Schema]) -> None:
     """
     engine = await _engine(url)
     try:
-        await upgrade_with(engine, schemas)
+        await upgrade_with(engine, [SCHEMA, *(schema for schema in schemas if schema is not SCHEMA)])
     finally:
         await engine.dispose()
 

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock
 from mainstay.database.database import Database
-from mainstay.database.module import SCHEMA, DatabaseModule
+from mainstay.database.module import DatabaseModule
 from mainstay.database.schema import Schema, upgrade
 from mainstay.database.settings import DatabaseSettings
 
@@ -31,7 +31,7 @@ async def database(
         settings: further `DatabaseSettings`.
     """
     if not url.startswith("sqlite"):
-        await upgrade(url, [SCHEMA, *schemas])
+        await upgrade(url, schemas)
     app = App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url), **settings)), clock=clock)
     async with app:
         running = app.get(Database)
