@@ -75,8 +75,8 @@ async def test_recorder_and_session_write_identical_values(db):
     assert raw[0] != raw[1]
     # Without the enum, PostgreSQL takes the rows by column.
     plain = {name: value for name, value in KIND.items() if name != "colour"}
-    await db.write(sa.insert(kinds), [{"id": id, **plain} for id in (5, 6)])
-    await db.write(sa.insert(kinds), [{"id": id, **dict.fromkeys(plain)} for id in (7, 8)])
+    await db.write(sa.insert(kinds), [{"id": number, **plain} for number in (5, 6)])
+    await db.write(sa.insert(kinds), [{"id": number, **dict.fromkeys(plain)} for number in (7, 8)])
     async with db.transaction():
         await db.write(sa.insert(kinds), [{"id": 9, **plain}, {"id": 10, **dict.fromkeys(plain)}])
     raw = await db.read(sa.select(*shown).select_from(kinds).where(kinds.c.id > 4).order_by(kinds.c.id))
@@ -374,6 +374,7 @@ async def test_databases_are_apart(open_database, tables, count):
     [
         ("(a, b) VALUES ($1::UUID, $2::NUMERIC(12, 2))", "$1::UUID[], $2::NUMERIC(12, 2)[])"),
         ("(a) VALUES ($1::UUID) ON CONFLICT (a) DO NOTHING", "$1::UUID[]) ON CONFLICT (a) DO NOTHING"),
+        ("(a) VALUES ($1::NUMERIC(9, 2)) ON CONFLICT DO NOTHING", "$1::NUMERIC(9, 2)[]) ON CONFLICT DO NOTHING"),
         ("(a) VALUES ($1::UUID) ON CONFLICT (a) DO UPDATE SET b = excluded.b", None),
         ("(a) VALUES ($1::UUID) ON CONFLICT (a) WHERE c = $2::INTEGER DO NOTHING", None),
         ("(a) VALUES ($1::UUID) RETURNING t.a", None),
@@ -387,7 +388,7 @@ async def test_databases_are_apart(open_database, tables, count):
     ],
 )
 def test_only_plain_inserts_are_taken_by_column(rest, by_column):
-    """Everything that means something else for several rows at once, or whose values could be arrays, stays as it is."""
+    """What means something else for several rows at once, or whose values could be arrays, stays as it is."""
     found = _by_column(f"INSERT INTO t {rest}")
     assert (found or "none").endswith(by_column or "none")
     assert found is None or " SELECT * FROM unnest(" in found

@@ -23,7 +23,7 @@ _CACHED = 1_024
 
 # An insert as SQLAlchemy renders it for asyncpg, if it takes nothing but its rows: `INSERT … VALUES ($1::BIGINT, …)`.
 # Not `DO UPDATE`, which one statement may not do twice to a row.
-_INSERT = re.compile(r"(INSERT INTO [^$]+\)) VALUES \(([^;]*)\)(|[^$]* DO NOTHING)")
+_INSERT = re.compile(r"(INSERT INTO [^$]+\)) VALUES \((.*?)\)(| ON CONFLICT[^$]* DO NOTHING)")
 _VALUE = re.compile(r"\$(\d+)::([A-Z][A-Z ]*)(?:\(\d+(?:, ?\d+)?\))?")
 # Types whose Python values cannot be taken for arrays.
 _SCALARS = {"BIGINT", "BOOLEAN", "BYTEA", "DATE", "DOUBLE PRECISION", "FLOAT", "INTEGER", "INTERVAL", "JSON", "JSONB"}
