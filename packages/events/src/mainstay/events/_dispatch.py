@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from mainstay.core import Clock, Outcome, Retry, RetryState, bind, spawn
+from mainstay.core import Clock, MainstayError, Outcome, Retry, RetryState, bind, spawn
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
@@ -67,7 +67,7 @@ class Assignment:
 class Delivery:
     """One record on its way through a group."""
 
-    __slots__ = ("assignment", "attempt", "done", "fed_at", "next", "record", "verdict", "waited")
+    __slots__ = ("assignment", "attempt", "done", "fed_at", "next", "postponed", "record", "verdict", "waited")
 
     def __init__(self, assignment: Assignment, record: Record, fed_at: float) -> None:
         self.assignment = assignment
@@ -76,6 +76,7 @@ class Delivery:
         self.next: Delivery | None = None
         self.done = False
         self.attempt = 1
+        self.postponed = 0
         self.waited = 0.0
         self.verdict: Exception | None = None  # why it is a dead letter, once that is certain
 
@@ -388,13 +389,19 @@ class Dispatcher:
             where = f"{record.topic}/{record.partition}@{record.offset}"
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
-            delay = self._delay(delivery, handling, error)
+            # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the event
+            # and costs no attempt: an outage of a minute must not turn a minute's events into dead letters.
+            postponed = isinstance(error, MainstayError) and error.no_effect and error.retryable
+            delay = self._delay(delivery, handling, error, postponed=postponed)
             if delay is not None:
                 _log.warning(
                     "%s in group %s failed at attempt %d, again in %.2f s", where, self._group, delivery.attempt, delay,
                     exc_info=error,
                 )  # fmt: skip
-                delivery.attempt += 1
+                if postponed:
+                    delivery.postponed += 1
+                else:
+                    delivery.attempt += 1
                 delivery.waited += delay
                 self._clock.call_later(delay, lambda: self._again(delivery))
                 return False
@@ -413,11 +420,18 @@ class Dispatcher:
             return False
         return True
 
-    def _delay(self, delivery: Delivery, handling: Handling | None, error: Exception) -> float | None:
+    def _delay(
+        self, delivery: Delivery, handling: Handling | None, error: Exception, *, postponed: bool
+    ) -> float | None:
         if handling is None or isinstance(error, DecodeError):
             return None
         age = self._clock.monotonic() - delivery.fed_at
-        return handling.retry.delay_seconds(RetryState(delivery.attempt, Outcome.of_error(error), age, delivery.waited))
+        number = delivery.postponed + 1 if postponed else delivery.attempt
+        state = RetryState(number, Outcome.of_error(error), age, delivery.waited)
+        if not postponed:
+            return handling.retry.delay_seconds(state)
+        hint: float = getattr(error, "retry_after_seconds", None) or 0.0
+        return max(handling.retry.wait(state), hint) if handling.retry.retry(state) else None
 
     def _again(self, delivery: Delivery) -> None:
         if delivery.assignment.open:

@@ -49,6 +49,7 @@ _BATCH_BYTES = 256 * 1024
 _LARGEST_BYTES = 900_000
 """The largest event. Brokers refuse 1 MiB, and one that is refused would block its lane for ever."""
 _REQUEST_SECONDS = 20.0
+_SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accepts
 _DEAD_LETTERS = "mainstay.dead-letters"
 
 
@@ -266,6 +267,7 @@ class KafkaTransport:
         """See `Transport`."""
         for topic in topics:
             await self.ensure_topic(topic)
+        session_ms = int(max(_SHORTEST_SESSION_SECONDS, self._settings.lease_seconds) * 1000)
         drain_ms = int((self._settings.drain_seconds + 2 * _CLOSE_SECONDS) * 1000)
         consumer = AIOKafkaConsumer(
             **self._connection(),
@@ -273,6 +275,8 @@ class KafkaTransport:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             rebalance_timeout_ms=drain_ms,
+            session_timeout_ms=session_ms,
+            heartbeat_interval_ms=session_ms // 4,
             max_poll_interval_ms=2_000_000_000,
             fetch_max_wait_ms=100,
             metadata_max_age_ms=30_000,

@@ -29,7 +29,7 @@ class EventsSettings(Settings):
         drain_seconds: how long handlers may take to finish when their partition moves to another process.
         stuck_seconds: an event in flight for longer than this makes the health degraded.
         send_seconds: how long a confirmation by the broker may take.
-        lease_seconds: how long a killed process keeps its lanes and partitions from others (`sql`, and the outbox).
+        lease_seconds: how long a killed process keeps its lanes and partitions from others; brokers want 6 or more.
         inbox_days: how long the inbox remembers an event: the window within which a duplicate is recognised.
         log_days: `sql` only: how long events stay in the log, handled or not.
         kafka_servers: addresses to find the cluster by, `host:port,host:port`.

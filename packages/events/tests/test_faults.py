@@ -1,0 +1,391 @@
+"""What must survive: killed processes, a broker or a database that goes away, partitions that move."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from aiokafka import AIOKafkaConsumer
+from mainstay_servers import Kafka, Postgres, fresh_database
+from packages.events.tests import worker
+from packages.events.tests.worker import EFFECTS, Step, service
+
+from mainstay.core import App, ConfigurationError
+from mainstay.database import Database, upgrade
+from mainstay.database.module import SCHEMA
+from mainstay.events import EventConsumers, EventPublisher, EventRouter
+from mainstay.events.outbox import OutboxRelay
+from mainstay.events.tables import OUTBOX
+from mainstay.events.tables import SCHEMA as EVENTS
+from mainstay.events.testing import eventually
+
+ROOT = Path(__file__).parents[3]
+
+
+class Process:
+    """A worker of its own process."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, worker.__file__, json.dumps(options)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+
+    def reads(self, line: str) -> None:
+        """Wait until it has printed the line."""
+        assert self._process.stdout is not None
+        while (said := self._process.stdout.readline()) != f"{line}\n":
+            assert said, f"the worker ended with status {self._process.wait()}"
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal."""
+        self._process.send_signal(number)
+
+
+@asynccontextmanager
+async def processes() -> AsyncIterator[Callable[..., Any]]:
+    """Yields what starts workers; none survives the block."""
+    started: list[Process] = []
+
+    async def start(options: dict[str, Any], *, until: str = "serving") -> Process:
+        process = Process(options)
+        started.append(process)
+        await asyncio.to_thread(process.reads, until)
+        return process
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+
+
+async def effects(app: App) -> list[tuple[str, int]]:
+    """What the handlers have written, in order."""
+    rows = await app.get(Database).read(sa.select(EFFECTS.c.key, EFFECTS.c.number).order_by(EFFECTS.c.id))
+    return [(row.key, row.number) for row in rows]
+
+
+async def prepare(app: App) -> None:
+    """Create the table of effects."""
+    async with app.get(Database).transaction() as session:
+        await session.execute(sa.schema.CreateTable(EFFECTS, if_not_exists=True))
+
+
+async def wait_for(app: App, count: int, seconds: float = 60.0) -> list[tuple[str, int]]:
+    """The effects, once there are so many."""
+    end = time.monotonic() + seconds
+    while len(done := await effects(app)) < count:
+        assert time.monotonic() < end, f"{len(done)} of {count} after {seconds} s"
+        await asyncio.sleep(0.05)
+    return done
+
+
+def exactly_once_and_in_order(done: list[tuple[str, int]], keys: int, each: int) -> None:
+    """Assert that every key has its numbers once, in order."""
+    by_key: dict[str, list[int]] = {}
+    for key, number in done:
+        by_key.setdefault(key, []).append(number)
+    assert by_key == {f"k{key}": list(range(each)) for key in range(keys)}
+
+
+async def publish(app: App, keys: int, each: int, start: int = 0) -> None:
+    """Publish `each` numbers for every key."""
+    for number in range(start, each):
+        await app.get(EventPublisher).publish_batch([Step(key=f"k{key}", number=number) for key in range(keys)])
+
+
+@pytest.fixture(params=["sql on sqlite", "sql on postgres", "kafka with postgres"])
+def options(request: pytest.FixtureRequest, prefix: str) -> dict[str, Any]:
+    """A service on either transport and either database."""
+    transport, _, database = request.param.split()
+    events: dict[str, Any] = {"transport": transport, "lease_seconds": 1.5, "partitions": 4}
+    if transport == "kafka":
+        events["kafka_servers"] = request.getfixturevalue("kafka")
+    url = request.getfixturevalue(f"{database}_url")
+    return {"url": url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events}
+
+
+async def test_a_consumer_killed_in_its_handler_loses_nothing_and_doubles_no_effect(options: dict[str, Any]) -> None:
+    """A worker is killed twice while handlers run; every event has its effect once, in the order of its key."""
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=8, each=20)
+        for kills in range(2):
+            process = await start(options)
+            await wait_for(publisher, 25 * (kills + 1))
+            process.kill()
+        await start(options)
+        done = await wait_for(publisher, 160)
+        exactly_once_and_in_order(done, keys=8, each=20)
+
+
+async def test_a_stopped_consumer_that_wakes_up_doubles_no_effect(options: dict[str, Any]) -> None:
+    """A worker that was frozen past its lease wakes up among others: what it still does is refused or a duplicate."""
+    lease_seconds = 7.0 if options["events"]["transport"] == "kafka" else 2.5  # a broker's sessions are longer
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=8, each=15)
+        frozen = await start(options)
+        await wait_for(publisher, 10)
+        frozen.send(signal.SIGSTOP)
+        await start(options)
+        try:
+            await asyncio.sleep(lease_seconds)  # the lease runs out: the time is what is tested
+        finally:
+            frozen.send(signal.SIGCONT)
+        done = await wait_for(publisher, 120)
+        await publish(publisher, keys=8, each=20, start=15)
+        done = await wait_for(publisher, 160)
+        exactly_once_and_in_order(done, keys=8, each=20)
+
+
+async def test_two_processes_share_the_partitions(options: dict[str, Any]) -> None:
+    """A second worker takes its share while the first works, and neither repeats or reorders anything."""
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await start(options)
+        await publish(publisher, keys=12, each=10)
+        await start(options)
+        await publish(publisher, keys=12, each=40, start=10)
+        done = await wait_for(publisher, 480)
+        exactly_once_and_in_order(done, keys=12, each=40)
+
+        async def handlers() -> int:
+            rows = await publisher.get(Database).read(sa.select(sa.func.count(sa.distinct(EFFECTS.c.pid))))
+            return int(rows[0][0])
+
+        number = 40
+        end = time.monotonic() + 30
+        while await handlers() < 2:
+            assert time.monotonic() < end, "the second worker never took a share"
+            await publish(publisher, keys=12, each=number + 1, start=number)
+            number += 1
+            await wait_for(publisher, 12 * number)
+        exactly_once_and_in_order(await effects(publisher), keys=12, each=number)
+
+
+async def test_a_relay_killed_between_sending_and_deleting_repeats_in_order(
+    postgres_url: str, kafka: str, prefix: str
+) -> None:
+    """What the broker has and the outbox still holds is sent again: duplicates, in order, and each effect once."""
+    events = {"transport": "kafka", "kafka_servers": kafka, "lease_seconds": 1.5, "partitions": 4}
+    options = {"url": postgres_url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events}
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=5, each=10)
+        relay = await start({**options, "relay only": True, "hang": "after sending"}, until="sent")
+        relay.kill()
+        left = await publisher.get(Database).read(sa.select(sa.func.count()).select_from(OUTBOX))
+        assert left[0][0] == 50
+        await publish(publisher, keys=5, each=12, start=10)
+        await start(options)
+        done = await wait_for(publisher, 60)
+        exactly_once_and_in_order(done, keys=5, each=12)
+    sent = await everything_on(kafka, options["topic"])
+    assert len(sent) > 60
+    for key in range(5):
+        numbers = [number for other, number in sent if other == f"k{key}"]
+        # 0…9 from the first relay, then 0…11 from the second: each run of numbers goes up by one.
+        assert numbers == [*range(10), *range(12)]
+
+
+async def everything_on(servers: str, topic: str) -> list[tuple[str, int]]:
+    """All records of a topic, each partition in its order."""
+    consumer = AIOKafkaConsumer(
+        topic, bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False
+    )
+    await consumer.start()
+    try:
+        found: list[tuple[str, int]] = []
+        ends = await consumer.end_offsets(consumer.assignment())
+        while any([await consumer.position(place) < end for place, end in ends.items()]):
+            for records in (await consumer.getmany(timeout_ms=200)).values():
+                found += [(step.key, step.number) for step in map(Step.model_validate_json, (r.value for r in records))]
+        return found
+    finally:
+        await consumer.stop()
+
+
+@pytest.fixture
+def own_options(own_kafka: Kafka, sqlite_url: str, prefix: str) -> dict[str, Any]:
+    """A service on a broker of the test's own."""
+    events = {"transport": "kafka", "kafka_servers": own_kafka.address, "lease_seconds": 2.0, "partitions": 4}
+    return {"url": sqlite_url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events, "pause": 0}
+
+
+async def test_a_broker_restart_under_load_loses_and_reorders_nothing(
+    own_kafka: Kafka, own_options: dict[str, Any]
+) -> None:
+    """The broker is killed and started again while events are published and handled."""
+    holder: list[App] = []
+    app = service(own_options, worker.recorder(own_options, holder))
+    holder.append(app)
+    async with app.running(serve=True):
+        await prepare(app)
+        await publish(app, keys=6, each=10)
+        await wait_for(app, 30)
+        restarting = asyncio.create_task(asyncio.to_thread(lambda: (own_kafka.kill(), own_kafka.start())))
+        number = 10
+        while not restarting.done():
+            await publish(app, keys=6, each=number + 1, start=number)
+            number += 1
+            await asyncio.sleep(0.05)
+        await restarting
+        done = await wait_for(app, 6 * number)
+        exactly_once_and_in_order(done, keys=6, each=number)
+
+
+async def test_a_broker_that_hangs_delays_publishing_not_at_all_and_stopping_only_shortly(
+    own_kafka: Kafka, own_options: dict[str, Any]
+) -> None:
+    """With the broker frozen, publishing goes on into the outbox, health says degraded, and a stop takes seconds."""
+    holder: list[App] = []
+    app = service(own_options, worker.recorder(own_options, holder), send_seconds=2.0)
+    holder.append(app)
+    async with app.running(serve=True):
+        await prepare(app)
+        await publish(app, keys=4, each=5)
+        await wait_for(app, 20)
+        await asyncio.to_thread(own_kafka.pause)
+        before = time.monotonic()
+        await publish(app, keys=4, each=10, start=5)
+        assert time.monotonic() - before < 2
+        relay = app.get(OutboxRelay)
+        end = time.monotonic() + 20
+        while (await relay.health()).status == "ok":
+            assert time.monotonic() < end
+            await asyncio.sleep(0.05)
+        before = time.monotonic()
+    assert time.monotonic() - before < 25
+    await asyncio.to_thread(own_kafka.resume)
+    holder.clear()
+    again = service(own_options, worker.recorder(own_options, holder))
+    holder.append(again)
+    async with again.running(serve=True):
+        done = await wait_for(again, 40)
+        exactly_once_and_in_order(done, keys=4, each=10)
+
+
+async def test_a_broker_that_is_away_does_not_stop_a_start_where_the_outbox_holds_what_is_published(
+    own_kafka: Kafka, own_options: dict[str, Any]
+) -> None:
+    """Without a broker a service starts and publishes; straight to the broker the start fails and names the setting."""
+    await asyncio.to_thread(own_kafka.stop)
+    holder: list[App] = []
+    app = service(own_options, worker.recorder(own_options, holder))
+    holder.append(app)
+    async with app.running(serve=True):
+        await prepare(app)
+        await publish(app, keys=2, each=3)
+        report = await app.health()
+        assert report["database.Database"].status == "ok"
+        with pytest.raises(ConfigurationError, match="MAINSTAY_EVENTS_KAFKA_SERVERS"):
+            async with service({**own_options, "url": None}, outbox=False):
+                pass
+        await asyncio.to_thread(own_kafka.start)
+        exactly_once_and_in_order(await wait_for(app, 6), keys=2, each=3)
+
+
+async def test_a_database_restart_under_load_loses_nothing(own_postgres: Postgres, prefix: str) -> None:
+    """PostgreSQL is killed and started again while the log in it is written and read."""
+    with fresh_database(own_postgres.url) as url:
+        await upgrade(url, [SCHEMA, EVENTS])
+        events = {"transport": "sql", "lease_seconds": 2.0, "partitions": 4}
+        options = {"url": url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events, "pause": 0}
+        holder: list[App] = []
+        app = service(options, worker.recorder(options, holder))
+        holder.append(app)
+        async with app.running(serve=True):
+            await prepare(app)
+            await publish(app, keys=6, each=20)
+            await wait_for(app, 10)
+            await asyncio.to_thread(own_postgres.kill)
+            await asyncio.to_thread(own_postgres.start)
+            await publish(app, keys=6, each=30, start=20)
+            done = await wait_for(app, 180)
+            exactly_once_and_in_order(done, keys=6, each=30)
+
+
+async def test_a_hung_handler_holds_back_its_key_only_and_is_seen(options: dict[str, Any]) -> None:
+    """Others go on, health names the age, and a restart delivers the hung event and what was behind it again."""
+    events = EventRouter()
+    seen: list[tuple[str, int]] = []
+    hang = True
+
+    @events.on(Step, group=options["group"])
+    async def handle(event: Step) -> None:
+        if event.key == "k0" and hang:
+            await asyncio.Event().wait()
+        seen.append((event.key, event.number))
+
+    app = service(options, events, stuck_seconds=0.3, drain_seconds=0.5)
+    stack = app.running(serve=True)
+    await stack.__aenter__()
+    await publish(app, keys=6, each=10)
+    await eventually(lambda: len(seen) == 50, what="the other keys")
+    consumers = app.get(EventConsumers)
+    end = time.monotonic() + 10
+    while "in flight" not in (health := await consumers.health()).detail:
+        assert time.monotonic() < end, health
+        await asyncio.sleep(0.05)
+    assert health.status == "degraded"
+    # The drain time of an App is 30 s by default; this one has a handler that would use all of it.
+    app._drain_seconds = 0.5
+    await stack.__aexit__(None, None, None)
+    hang = False
+    again = EventRouter()
+    again.on(Step, group=options["group"])(handle)
+    async with service(options, again).running(serve=True):
+        await eventually(lambda: [n for key, n in seen if key == "k0"] == list(range(10)), what="the hung key")
+
+
+async def test_handlers_finish_before_their_partitions_move(options: dict[str, Any]) -> None:
+    """When a second consumer joins, what runs is finished and committed first: nothing is handled twice."""
+    seen: list[tuple[str, int]] = []
+
+    def feature() -> EventRouter:
+        events = EventRouter()
+
+        @events.on(Step, group=options["group"])
+        async def handle(event: Step) -> None:
+            await asyncio.sleep(0.05)
+            seen.append((event.key, event.number))
+
+        return events
+
+    first = feature()
+    async with service(options, first).running(serve=True) as app:
+        await publish(app, keys=8, each=10)
+        await eventually(lambda: len(seen) >= 8, what="the first events")
+        second = service(options, feature())
+        async with second.running(serve=True):
+            consumer = second.get(EventConsumers).consumers[0]
+            await eventually(lambda: bool(consumer._assignments), what="a share of the partitions")
+            await publish(app, keys=8, each=20, start=10)
+            await eventually(lambda: len(seen) >= 160, what="everything", seconds=40)
+    exactly_once_and_in_order(seen, keys=8, each=20)
+
+
+def test_the_worker_is_where_the_tests_expect_it() -> None:
+    """A guard for the path that processes are started with."""
+    assert os.path.samefile(worker.__file__, Path(__file__).with_name("worker.py"))  # noqa: PTH121

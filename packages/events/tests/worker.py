@@ -1,0 +1,71 @@
+"""A service of its own process, to be killed: `python worker.py '{"transport": …}'`. Not a test."""
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import SecretStr
+
+from mainstay.core import App
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
+from mainstay.events.outbox import OutboxRelay
+
+EFFECTS = sa.Table(
+    "effects",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("key", sa.Text),
+    sa.Column("number", sa.Integer),
+    sa.Column("pid", sa.Integer),
+)
+
+
+class Step(Event, type="fault.step", version="1.0", key="key"):
+    key: str
+    number: int
+
+
+def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
+    settings = EventsSettings(topics={"fault.step": options["topic"]}, **{**options["events"], **more})
+    modules: list[Any] = [EventsModule.for_root(settings), EventsModule.for_feature(*routers)]
+    if options["url"]:
+        modules.insert(0, DatabaseModule.for_root(DatabaseSettings(url=SecretStr(options["url"]))))
+    return App(*modules)
+
+
+def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
+    events = EventRouter()
+
+    @events.on(Step, group=options["group"], inbox=True)
+    async def record(event: Step) -> None:
+        async with app[0].get(Database).transaction() as session:
+            row = {"key": event.key, "number": event.number, "pid": os.getpid()}
+            await session.execute(sa.insert(EFFECTS).values(row))
+            await asyncio.sleep(options.get("pause", 0.005))
+
+    return events
+
+
+async def main(options: dict[str, Any]) -> None:
+    if options.get("hang") == "after sending":
+
+        async def never(*_arguments: object) -> None:
+            print("sent", flush=True)
+            await asyncio.sleep(3600)
+
+        OutboxRelay._delete = never  # type: ignore[method-assign]  # the moment between sending and deleting
+    holder: list[App] = []
+    routers = [] if options.get("relay only") else [recorder(options, holder)]
+    app = service(options, *routers)
+    holder.append(app)
+    async with app.running(serve=True):
+        print("serving", flush=True)
+        await asyncio.sleep(3600)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(json.loads(sys.argv[1])))
