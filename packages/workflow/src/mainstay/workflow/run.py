@@ -292,7 +292,7 @@ class Run:
         settled.
         """
         while not self._held() and self._stop is None:
-            await self._clock.sleep(_LEASE_LOOK_SECONDS)
+            await self._nap(_LEASE_LOOK_SECONDS)
         if self._stop is not None:
             raise self._stop
         if self._may_cancel():
@@ -303,6 +303,11 @@ class Run:
         await self._boundary()
         if seconds > self._suspend_after_seconds:
             raise Suspended(self._clock.monotonic() + seconds)
+        await self._nap(seconds)
+        await self._boundary()
+
+    async def _nap(self, seconds: float) -> None:
+        """Let time pass, or less where somebody stops or cancels the run."""
         pause: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(seconds, lambda: _finish(pause))
         self._pauses.add(pause)
@@ -311,7 +316,6 @@ class Run:
         finally:
             timer.cancel()
             self._pauses.discard(pause)
-        await self._boundary()
 
     # What workflow functions call, by way of the scope they run in
 

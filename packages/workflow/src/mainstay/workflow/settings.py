@@ -27,6 +27,6 @@ class WorkflowSettings(Settings):
     max_runs: int = Field(default=1_000, ge=1)
     max_unrecorded: int = Field(default=128, ge=1)
     max_attempts: int = Field(default=10, ge=1)
-    lease_seconds: float = Field(default=5.0, ge=0.5, le=3_600)
+    lease_seconds: float = Field(default=5.0, ge=0.5)
     suspend_after_seconds: float = Field(default=10.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0, le=60)
