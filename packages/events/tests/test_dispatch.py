@@ -1,0 +1,406 @@
+"""The dispatcher and what may be committed, without a transport."""
+
+import asyncio
+import contextvars
+from typing import Any
+
+import pytest
+
+from mainstay.core import Context, FullJitter, MainstayError, Retry, current
+from mainstay.core.testing import VirtualClock
+from mainstay.events import DecodeError, Event, Metadata
+from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events.metadata import encode
+from mainstay.events.testing import eventually
+from mainstay.events.transport import LogRecord
+
+LEFT: contextvars.ContextVar[str] = contextvars.ContextVar("left")
+
+
+class Made(Event, type="dispatch.made", version="1.2", key="name"):
+    name: str
+    number: int
+
+
+def record(name: str, number: int, *, offset: int | None = None, key: bytes | None = b"", **headers: bytes) -> LogRecord:
+    """A record as a transport hands it out."""
+    from datetime import UTC, datetime
+    from uuid import UUID
+
+    out = encode(
+        Made(name=name, number=number),
+        id=UUID(int=number),
+        time=datetime.now(UTC),
+        source="test",
+        context=Context(correlation_id=f"c{number}"),
+        topic="dispatch",
+    )
+    named = [(header, headers.pop(header, value)) for header, value in out.headers]
+    return LogRecord(
+        "dispatch", 0, number if offset is None else offset, out.key if key == b"" else key, out.value,
+        [*named, *headers.items()],
+    )  # fmt: skip
+
+
+class Bench:
+    """A dispatcher with one handler."""
+
+    def __init__(self, handler: Any, *, retry: Retry | None = None, concurrency: int = 4, metadata: bool = False) -> None:
+        self.clock = VirtualClock()
+        self.buried: list[tuple[Delivery, Exception]] = []
+        self.burying_fails = 0
+        self.route = Route("dispatch.made", "g")
+        policy = Retry(attempts=3, wait=FullJitter(1.0, 1.0)) if retry is None else retry
+        self.route.reads(Made, handler, wants_metadata=metadata, retry=policy)
+        self.dispatcher = Dispatcher(
+            "g", {"dispatch.made": self.route}, concurrency=concurrency, bury=self._bury, clock=self.clock
+        )
+
+    async def _bury(self, delivery: Delivery, error: Exception) -> None:
+        if self.burying_fails:
+            self.burying_fails -= 1
+            msg = "nowhere to put it"
+            raise OSError(msg)
+        self.buried.append((delivery, error))
+
+
+@pytest.fixture
+def assignment() -> Assignment:
+    """A partition."""
+    return Assignment("dispatch", 0)
+
+
+async def test_the_lowest_unfinished_bounds_the_commit_also_over_holes(assignment: Assignment) -> None:
+    """Offsets are not consecutive, and the second finishes first: only what lies before the unfinished may be committed."""
+    gates = {10: asyncio.Event(), 20: asyncio.Event(), 37: asyncio.Event()}
+
+    async def handle(event: Made) -> None:
+        await gates[event.number].wait()
+
+    bench = Bench(handle)
+    bench.dispatcher.feed(assignment, [record(f"k{n}", n) for n in (10, 20, 37)])
+    gates[20].set()
+    await bench.dispatcher.progress(5)
+    assert assignment.finished is None
+    gates[10].set()
+    await bench.dispatcher.progress(5)
+    assert assignment.finished is not None
+    assert assignment.finished.offset == 20
+    gates[37].set()
+    await bench.dispatcher.settle([assignment], 5)
+    assert assignment.finished.offset == 37
+    await bench.dispatcher.stop()
+
+
+async def test_work_from_before_a_partition_was_lost_does_not_move_the_new_assignment(assignment: Assignment) -> None:
+    """A completion of an older assignment reaches a window that nobody commits."""
+    gate = asyncio.Event()
+
+    async def handle(event: Made) -> None:
+        await gate.wait()
+
+    bench = Bench(handle)
+    bench.dispatcher.feed(assignment, [record("a", 5)])
+    await asyncio.sleep(0)
+    assignment.open = False
+    again = Assignment("dispatch", 0)
+    gate.set()
+    await bench.dispatcher.settle([assignment], 5)
+    assert again.finished is None
+    await bench.dispatcher.stop()
+
+
+async def test_a_retry_waits_in_a_timer_and_holds_back_its_key_only(assignment: Assignment) -> None:
+    """With one worker, a key that waits for its retry leaves the worker to the others, and keeps its own order."""
+    seen: list[tuple[str, int, int]] = []
+
+    async def handle(event: Made, meta: Metadata) -> None:
+        seen.append((event.name, event.number, meta.attempt))
+        if event.number == 0 and meta.attempt < 3:
+            msg = "not yet"
+            raise RuntimeError(msg)
+
+    bench = Bench(handle, concurrency=1, metadata=True)
+    bench.dispatcher.feed(assignment, [record("a", 0), record("a", 1), record("b", 2), record("b", 3)])
+    await eventually(lambda: len(seen) == 3)
+    assert seen == [("a", 0, 1), ("b", 2, 1), ("b", 3, 1)]
+    await bench.clock.advance(1.0)
+    await bench.clock.advance(1.0)
+    await bench.dispatcher.settle([assignment], 5)
+    assert seen[3:] == [("a", 0, 2), ("a", 0, 3), ("a", 1, 1)]
+    await bench.dispatcher.stop()
+
+
+async def test_a_dead_letter_is_durable_before_its_event_counts_as_finished(assignment: Assignment) -> None:
+    """While the dead letter cannot be stored nothing behind it of its key runs, and nothing may be committed."""
+    seen: list[int] = []
+
+    async def handle(event: Made) -> None:
+        seen.append(event.number)
+        if event.number == 0:
+            msg = "never"
+            raise RuntimeError(msg)
+
+    bench = Bench(handle, retry=Retry(attempts=1))
+    bench.burying_fails = 2
+    bench.dispatcher.feed(assignment, [record("a", 0), record("a", 1)])
+    await eventually(lambda: bench.burying_fails == 1)
+    await bench.clock.advance(1.0)
+    await eventually(lambda: bench.burying_fails == 0)
+    assert assignment.finished is None
+    assert seen == [0], "the handler is not called again, and the next waits"
+    await bench.clock.advance(2.0)
+    await bench.dispatcher.settle([assignment], 5)
+    assert seen == [0, 1]
+    assert [str(error) for _, error in bench.buried] == ["never"]
+    await bench.dispatcher.stop()
+
+
+async def test_what_certainly_did_not_happen_and_will_pass_costs_no_attempt(assignment: Assignment) -> None:
+    """An open breaker or a database that is away postpones an event for as long as it takes, by the error's own hint."""
+
+    class Away(MainstayError):
+        code = "EXT_AWAY"
+        retryable = True
+        no_effect = True
+        retry_after_seconds = 7.0
+
+    outage = 20
+    attempts: list[int] = []
+
+    async def handle(event: Made, meta: Metadata) -> None:
+        attempts.append(meta.attempt)
+        if len(attempts) <= outage:
+            raise Away
+
+    bench = Bench(handle, retry=Retry(attempts=2, wait=FullJitter(0.1, 0.1)), metadata=True)
+    bench.dispatcher.feed(assignment, [record("a", 0)])
+    await eventually(lambda: len(attempts) == 1)
+    await bench.clock.advance(6.9)
+    assert len(attempts) == 1
+    for _ in range(outage):
+        await bench.clock.advance(7.0)
+    await bench.dispatcher.settle([assignment], 5)
+    assert attempts == [1] * (outage + 1)
+    assert bench.buried == []
+    await bench.dispatcher.stop()
+
+
+async def test_an_error_that_is_not_retryable_is_not_tried_again(assignment: Assignment) -> None:
+    """The default policy asks the error."""
+
+    class Final(MainstayError):
+        code = "BIZ_FINAL"
+
+    calls = 0
+
+    async def handle(event: Made) -> None:
+        nonlocal calls
+        calls += 1
+        raise Final
+
+    bench = Bench(handle)
+    bench.dispatcher.feed(assignment, [record("a", 0)])
+    await bench.dispatcher.settle([assignment], 5)
+    assert calls == 1
+    assert isinstance(bench.buried[0][1], Final)
+    await bench.dispatcher.stop()
+
+
+async def test_a_cancellation_from_inside_a_handler_is_its_failure(assignment: Assignment) -> None:
+    """A handler that awaits something cancelled, or cancels its own task, fails; the worker lives on."""
+    seen: list[int] = []
+
+    async def handle(event: Made) -> None:
+        if event.number == 0:
+            raise asyncio.CancelledError
+        if event.number == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+        seen.append(event.number)
+
+    bench = Bench(handle, retry=Retry(attempts=1), concurrency=1)
+    bench.dispatcher.feed(assignment, [record("a", number) for number in range(4)])
+    await bench.dispatcher.settle([assignment], 5)
+    assert seen == [2, 3]
+    assert all("cancelled from inside" in str(error) for _, error in bench.buried)
+    await bench.dispatcher.stop()
+
+
+async def test_every_event_gets_its_own_context(assignment: Assignment) -> None:
+    """Correlation is carried on, the cause is the event, and what a handler leaves in a variable reaches nobody."""
+    contexts: list[Context] = []
+    left: list[str] = []
+
+    async def handle(event: Made) -> None:
+        contexts.append(current())
+        left.append(LEFT.get("nothing"))
+        LEFT.set(f"by {event.number}")
+
+    bench = Bench(handle, concurrency=1)
+    bench.dispatcher.feed(assignment, [record("same", number) for number in range(3)])
+    await bench.dispatcher.settle([assignment], 5)
+    assert left == ["nothing"] * 3
+    assert [context.correlation_id for context in contexts] == ["c0", "c1", "c2"]
+    assert [context.causation_id for context in contexts] == [f"00000000-0000-0000-0000-00000000000{n}" for n in range(3)]
+    await bench.dispatcher.stop()
+
+
+async def test_malformed_context_is_dropped_not_believed(assignment: Assignment) -> None:
+    """Ids with line breaks, or longer than ids are, do not get into logs."""
+    contexts: list[Context] = []
+
+    async def handle(event: Made) -> None:
+        contexts.append(current())
+
+    bench = Bench(handle, concurrency=1)
+    bench.dispatcher.feed(
+        assignment,
+        [
+            record("a", 0, ce_correlationid=b"two\nlines"),
+            record("a", 1, ce_correlationid=b"x" * 129),
+            record("a", 2, ce_actor=b"ann", ce_tenant=b"not\x00so", ce_id=b"\xff"),
+        ],
+    )
+    await bench.dispatcher.settle([assignment], 5)
+    assert contexts[0].correlation_id is None
+    assert contexts[1].correlation_id is None
+    assert contexts[2] == Context(correlation_id="c2", actor="ann")
+    await bench.dispatcher.stop()
+
+
+async def test_an_unreadable_event_names_the_field_and_never_the_value(assignment: Assignment) -> None:
+    """The dead letter says what is wrong; the value may be anybody's secret."""
+
+    async def handle(event: Made) -> None:
+        raise AssertionError
+
+    bench = Bench(handle)
+    bench.dispatcher.feed(
+        assignment,
+        [
+            record("a", 0)._replace(value=b'{"name": "hunter2", "number": "hunter2"}'),
+            record("a", 1)._replace(value=None),
+            record("a", 2, ce_eventversion=b"3.0"),
+            record("a", 3)._replace(headers=[]),
+        ],
+    )
+    await bench.dispatcher.settle([assignment], 5)
+    errors = [str(error) for _, error in bench.buried]
+    assert errors[0].startswith("dispatch.made cannot be read: number: ")
+    assert "hunter2" not in errors[0]
+    assert all(isinstance(error, DecodeError) for _, error in bench.buried)
+    assert "has version '3.0'; this group reads 1.x" in errors[2]
+    assert "no header ce_type" in errors[3]
+    await bench.dispatcher.stop()
+
+
+async def test_a_drain_starts_nothing_more_and_waits_for_what_runs(assignment: Assignment) -> None:
+    """Of a hundred events the one that runs is finished; the others are left for the next owner."""
+    gate = asyncio.Event()
+    seen: list[int] = []
+
+    async def handle(event: Made) -> None:
+        await gate.wait()
+        seen.append(event.number)
+
+    bench = Bench(handle, concurrency=1)
+    bench.dispatcher.feed(assignment, [record(f"k{number}", number) for number in range(100)])
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(bench.dispatcher.drain([assignment], 10))
+    await asyncio.sleep(0)
+    gate.set()
+    assert await draining
+    assert seen == [0]
+    assert assignment.finished is not None
+    assert assignment.finished.offset == 0
+    await bench.dispatcher.stop()
+
+
+async def test_what_outlasts_the_drain_is_cancelled_and_not_finished(assignment: Assignment) -> None:
+    """A handler that goes on after the deadline is cancelled, and its event is nobody's success."""
+    cancelled = asyncio.Event()
+
+    async def handle(event: Made) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    bench = Bench(handle)
+    bench.dispatcher.feed(assignment, [record("a", 0)])
+    await asyncio.sleep(0)
+    assert not await bench.dispatcher.drain([assignment], 0)
+    await bench.dispatcher.cancel([assignment])
+    assert cancelled.is_set()
+    assert assignment.finished is None
+    other = Assignment("dispatch", 1)
+    seen: list[int] = []
+
+    async def fine(event: Made) -> None:
+        seen.append(event.number)
+
+    bench.route.reads(Made, fine, wants_metadata=False, retry=Retry())
+    bench.dispatcher.feed(other, [record("b", 1)])
+    assert await bench.dispatcher.settle([other], 5)
+    assert seen == [1], "other partitions go on with a new worker"
+    await bench.dispatcher.stop()
+
+
+async def test_the_oldest_in_flight_shows_a_handler_that_hangs(assignment: Assignment) -> None:
+    """Its age grows with the clock although everything else is handled."""
+
+    async def handle(event: Made) -> None:
+        if event.number == 0:
+            await asyncio.Event().wait()
+
+    bench = Bench(handle)
+    bench.dispatcher.feed(assignment, [record("a", 0)])
+    await bench.clock.advance(60.0)
+    bench.dispatcher.feed(assignment, [record("b", 1)])
+    await bench.dispatcher.progress(5)
+    assert bench.dispatcher.oldest_seconds([assignment]) == 60.0
+    assert not await bench.dispatcher.settle([assignment], 0)
+    await bench.dispatcher.stop()
+
+
+async def test_no_more_calls_at_once_than_workers_and_keyless_events_side_by_side(assignment: Assignment) -> None:
+    """Events without a key wait for nobody, but there are never more than `concurrency` of them at work."""
+    running = most = 0
+    gate = asyncio.Event()
+
+    async def handle(event: Made) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await gate.wait()
+        running -= 1
+
+    bench = Bench(handle, concurrency=3)
+    bench.dispatcher.feed(assignment, [record("same", number, key=None) for number in range(10)])
+    await eventually(lambda: running == 3)
+    gate.set()
+    await bench.dispatcher.settle([assignment], 5)
+    assert most == 3
+    await bench.dispatcher.stop()
+
+
+async def test_a_defect_of_the_worker_is_not_silent(assignment: Assignment) -> None:
+    """What is no handler's error stops the consumer, which says so and starts anew."""
+
+    async def handle(event: Made) -> None:
+        raise KeyboardInterrupt
+
+    bench = Bench(handle)
+    bench.route.seconds = None  # type: ignore[assignment]  # a defect to find
+    bench.route.reads(Made, _nothing, wants_metadata=False, retry=Retry())
+    bench.dispatcher.feed(assignment, [record("a", 0)])
+    with pytest.raises(AttributeError):
+        await bench.dispatcher.settle([assignment], 5)
+    await bench.dispatcher.stop()
+
+
+async def _nothing(event: Made) -> None:
+    pass
