@@ -49,7 +49,7 @@ class Story:
         reasons: why lines were refused, counted.
         kills: at which moment the worker was killed, counted.
         provider: what the provider did, counted.
-        seconds: from the first purchase to the last end.
+        seconds: from the first purchase until the last had ended.
         stopped: the exit status of each process that was asked to stop; None for one that had to be killed.
         breaker: state changes of the circuit, counted.
     """
@@ -139,15 +139,7 @@ async def perform(script: Script, directory: Path, console: Console) -> Outcome:
             lines = list(read_lines(script.purchases))
             with Progress(console, len(lines)) as progress:
                 started = time.monotonic()
-                killing = asyncio.create_task(office.kill_at_bad_moments(script.kills, progress))
-                try:
-                    await office.send(lines)
-                    progress.total = len(story.accepted)
-                    await office.all_ended(progress)
-                    await killing
-                finally:
-                    killing.cancel()
-                    await asyncio.gather(killing, return_exceptions=True)
+                await office.sell(lines, script.kills, progress)
                 story.seconds = time.monotonic() - started
                 progress.say("waiting for the last events and audit entries")
                 await office.drained(sources)
@@ -161,7 +153,7 @@ async def perform(script: Script, directory: Path, console: Console) -> Outcome:
 @asynccontextmanager
 async def _office(sources: Sources, directory: Path, seed: int, story: Story) -> AsyncGenerator[_Office, None]:
     """Start provider, API and worker; stop them in reverse, in order, whatever happened."""
-    ports = {"provider": free_port(), "api": free_port()}
+    ports = {name: free_port() for name in ("provider", "api", "worker")}
     urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     shared = sources.engine.environment | {"TICKETING_PROVIDER_URL": urls["provider"]}
     provider = OfficeProcess(
@@ -178,7 +170,11 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
         environment=shared | {"TICKETING_PURCHASES": str(sources.purchases)},
         log=directory / "api.log",
     )
-    worker = OfficeProcess("worker", environment=shared, log=directory / "worker.log")
+    worker = OfficeProcess(
+        "worker",
+        environment=shared | {"MAINSTAY_OBSERVABILITY_HTTP_PORT": str(ports["worker"])},
+        log=directory / "worker.log",
+    )
     async with httpx.AsyncClient(timeout=30.0) as client:
         office = _Office(client, urls, worker, story)
         try:
@@ -206,8 +202,33 @@ class _Office:
         self._worker = worker
         self._story = story
 
-    async def send(self, lines: list[tuple[int, bytes]]) -> None:
-        """Every line to the API, several at a time, in about the order of the file."""
+    async def sell(self, lines: list[tuple[int, bytes]], kills: int, progress: Progress) -> None:
+        """Play the file to its end, with so many kills on the way."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                sending = tasks.create_task(self._send_and_kill(lines, kills, progress))
+                tasks.create_task(self._watch(sending, progress))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _send_and_kill(self, lines: list[tuple[int, bytes]], kills: int, progress: Progress) -> None:
+        """Send the file in parts, and with each but the first kill the worker, at a moment that hurts."""
+        bounds = [len(lines) * part // (kills + 1) for part in range(kills + 2)]
+        await self._send(lines[: bounds[1]])
+        for number in range(1, kills + 1):
+            # A fast office must not be done before the next kill, and a slow one must get somewhere between two.
+            await progress.reached(0.6 * len(self._story.accepted))
+            await self._send(lines[bounds[number] : bounds[number + 1]])
+            last = number == kills  # refunds come late
+            moment = await self._bad_moment(MOMENTS[-1] if last else MOMENTS[(number - 1) % 3], progress)
+            self._worker.check()
+            self._worker.kill()
+            self._worker.start()
+            self._story.kills[moment] += 1
+            progress.killed(moment)
+
+    async def _send(self, lines: list[tuple[int, bytes]]) -> None:
+        """To the API, several at a time, in about the order of the file."""
         waiting = iter(lines)
 
         async def clerk() -> None:
@@ -239,22 +260,10 @@ class _Office:
         counts: dict[str, dict[str, int]] = (await self._client.get(f"{self._urls['provider']}/status")).json()
         return counts
 
-    async def kill_at_bad_moments(self, kills: int, progress: Progress) -> None:
-        """Kill the worker and start it again, spread over the demo, each time at a moment that hurts."""
-        for number in range(kills):
-            await progress.reached((number + 0.5) / kills)
-            last = number == kills - 1  # refunds come late
-            moment = await self._bad_moment(MOMENTS[-1] if last else MOMENTS[number % 3], progress)
-            self._worker.check()
-            self._worker.kill()
-            self._worker.start()
-            self._story.kills[moment] += 1
-            progress.killed(moment)
-
     async def _bad_moment(self, wanted: Moment, progress: Progress) -> str:
         """Wait for one: for some seconds the one that is wanted, then any; when no more can come, so be it."""
         started = time.monotonic()
-        while progress.done < progress.total and (waited := time.monotonic() - started) < 12.0:
+        while progress.done < len(self._story.accepted) and (waited := time.monotonic() - started) < 12.0:
             provider, office = await asyncio.gather(self.provider_status(), self.summary())
             now = provider["now"]
             for name, strikes in (wanted,) if waited < 5.0 else MOMENTS:
@@ -263,30 +272,36 @@ class _Office:
             await asyncio.sleep(0.005)
         return NOTHING_GOING_ON
 
-    async def all_ended(self, progress: Progress) -> None:
-        """Wait until every accepted purchase has come to an end, and its run with it."""
+    async def _watch(self, sending: asyncio.Task[None], progress: Progress) -> None:
+        """Show how far it is, until every accepted purchase has come to an end, and its run with it."""
         end = time.monotonic() + PATIENCE_SECONDS
-        running = set(self._story.accepted)
-        while running:
+        while True:
+            finished = sending.done()
             counts = await self.summary()
             progress.done = counts.get("completed", 0) + counts.get("cancelled", 0)
-            if progress.done >= len(self._story.accepted):
-                for order in sorted(running):
-                    answer = await self._client.get(f"{self._urls['api']}/purchases/{order}")
-                    status = answer.json()["status"]
-                    if status in {"completed", "failed"}:
-                        running.discard(order)
-                    elif status in {"parked", "compensation_failed"}:
-                        msg = f"the run of order {order} waits for a person: {status}"
-                        raise Stuck(msg)
+            if finished:
+                progress.total = len(self._story.accepted)
+                if progress.done >= progress.total and await self._runs_ended():
+                    return
             self._worker.check()
             if time.monotonic() > end:
-                msg = f"{len(running)} purchases had not come to an end after {PATIENCE_SECONDS:g} s: {counts}"
+                msg = f"not every purchase had come to an end after {PATIENCE_SECONDS:g} s: {counts}"
                 raise Stuck(msg)
             await asyncio.sleep(0.05)
 
+    async def _runs_ended(self) -> bool:
+        for order in self._story.accepted:
+            status = (await self._client.get(f"{self._urls['api']}/purchases/{order}")).json()["status"]
+            if status in {"parked", "compensation_failed"}:
+                msg = f"the run of order {order} waits for a person: {status}"
+                raise Stuck(msg)
+            if status not in {"completed", "failed"}:
+                return False
+        return True
+
     async def drained(self, sources: Sources) -> None:
         """Wait until every event has had its effect, or for long enough that one never will."""
+        await until_up(self._worker, f"{self._urls['worker']}/health/ready")  # it may have been killed a moment ago
         end = time.monotonic() + 30.0
         while time.monotonic() < end:
             facts = await read_rows(sources, self._story.answers)

@@ -73,9 +73,9 @@ class Progress:
         self._total = value
         self._show()
 
-    async def reached(self, share: float) -> None:
-        """Wait until this share of all has come to an end."""
-        while self._done < share * self._total:
+    async def reached(self, done: float) -> None:
+        """Wait until so many have come to an end."""
+        while self._done < done:
             self._moved.clear()
             await self._moved.wait()
 
@@ -172,9 +172,6 @@ def _verdicts(verdicts: list[Verdict]) -> RenderableType:
         if len(verdict.complaints) > _SHOWN:
             table.add_row("", Text(f"… and {len(verdict.complaints) - _SHOWN} more", "red"))
     broken = sum(not verdict.holds for verdict in verdicts)
-    end = (
-        f"[bold red]{broken} of {len(verdicts)} invariants do not hold."
-        if broken
-        else "[bold green]Every invariant holds."
-    )
-    return Group(table, "", end)
+    if broken:
+        return Group(table, "", f"[bold red]{broken} of {len(verdicts)} invariants do not hold.")
+    return Group(table, "", "[bold green]Every invariant holds.")
