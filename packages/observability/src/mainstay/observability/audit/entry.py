@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Never, cast, get_args
 from uuid import UUID
 
 from mainstay.observability.audit.errors import InvalidEntry
@@ -70,9 +70,7 @@ class Entry:
         if self.outcome not in OUTCOMES:
             msg = f"outcome {self.outcome!r} of an audit entry is none of {', '.join(OUTCOMES)}"
             raise InvalidEntry(msg)
-        values = {name: getattr(self, name) for name in _OPTIONAL}
-        fields: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-        fields |= {
+        fields: dict[str, Any] = {
             "v": _VERSION,
             "id": str(self.id),
             "action": self.action,
@@ -81,6 +79,10 @@ class Entry:
             "producer": self.producer,
             "number": self.number,
         }
+        for name in _OPTIONAL:
+            value = getattr(self, name)
+            if value is not None:
+                fields[name] = value
         if self.detail:
             fields["detail"] = self.detail
         data = canonical(fields)
@@ -99,20 +101,39 @@ class Entry:
             InvalidEntry: these are not the canonical bytes of an entry.
         """
         try:
-            fields: dict[str, Any] = json.loads(data)
-            if canonical(fields) != data or fields.pop("v") != _VERSION:
+            fields: dict[str, Any] = _decoder.decode(data.decode())
+            if _encode(fields) != data or fields.pop("v") != _VERSION or fields["outcome"] not in OUTCOMES:
                 raise ValueError
             fields["id"] = UUID(fields["id"])
             entry = cls(**fields)
-            if entry.to_bytes() != data:
+            if not all(isinstance(getattr(entry, name), kind) for name, kind in _KINDS.items()):
                 raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidEntry) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             msg = "these are not the canonical bytes of an audit entry"
             raise InvalidEntry(msg) from error
         return entry
 
 
 _OPTIONAL = ("resource", "actor", "tenant", "correlation_id", "causation_id")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("action", "time", "producer"), str),
+    **dict.fromkeys(_OPTIONAL, str | None),
+    "number": int,
+    "detail": dict,
+}
+
+
+def _refuse(number: str) -> Never:
+    raise ValueError(number)
+
+
+# Made once: `json.dumps` with options of its own makes an encoder for every call.
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_decoder = json.JSONDecoder(parse_float=_refuse, parse_constant=_refuse)
+
+
+def _encode(plain: Mapping[str, Any]) -> bytes:
+    return _encoder.encode(plain).encode()
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -123,10 +144,17 @@ def canonical(value: Mapping[str, Any]) -> bytes:
     """
     plain = _plain(value, "", _DEPTH)
     try:
-        return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        return _encode(plain)
     except UnicodeEncodeError as error:
         msg = "a string of the audit entry holds half a surrogate pair, which no encoding can store"
         raise InvalidEntry(msg) from error
+
+
+_AS_IT_IS = frozenset({str, bool, type(None)})
+
+
+def _at(path: str) -> str:
+    return path.lstrip(".") or "the entry"
 
 
 def _plain(value: object, path: str, depth: int) -> Any:
@@ -134,7 +162,7 @@ def _plain(value: object, path: str, depth: int) -> Any:
         return value
     if isinstance(value, int) and not isinstance(value, Enum):
         if not -_EXACT <= value <= _EXACT:
-            msg = f"detail{path} is an integer beyond 2^53, which JSON readers change: pass it as a string"
+            msg = f"{_at(path)} is an integer beyond 2^53, which JSON readers change: pass it as a string"
             raise InvalidEntry(msg)
         return int(value)
     if isinstance(value, Enum):
@@ -144,19 +172,19 @@ def _plain(value: object, path: str, depth: int) -> Any:
     if isinstance(value, (datetime, date)):
         return value.isoformat()
     if depth == 0:
-        msg = f"detail{path} is nested more than {_DEPTH} levels deep"
+        msg = f"{_at(path)} is nested more than {_DEPTH} levels deep"
         raise InvalidEntry(msg)
     if isinstance(value, Mapping):
         plain: dict[str, Any] = {}
         for key, inner in cast("Mapping[object, object]", value).items():
             if not isinstance(key, str) or not key.isascii():
-                msg = f"detail{path} has the key {key!r}: keys are ASCII strings, whose order no reader doubts"
+                msg = f"{_at(path)} has the key {key!r}: keys are ASCII strings, whose order no reader doubts"
                 raise InvalidEntry(msg)
-            plain[key] = _plain(inner, f"{path}.{key}", depth - 1)
+            plain[key] = inner if type(inner) in _AS_IT_IS else _plain(inner, f"{path}.{key}", depth - 1)
         return plain
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         sequence = cast("Sequence[object]", value)
         return [_plain(inner, f"{path}[{place}]", depth - 1) for place, inner in enumerate(sequence)]
     remedy = "pass a Decimal or a string" if isinstance(value, float) else "pass strings, integers, booleans"
-    msg = f"detail{path} is a {type(value).__name__}, which has no exact form in JSON: {remedy}"
+    msg = f"{_at(path)} is a {type(value).__name__}, which has no exact form in JSON: {remedy}"
     raise InvalidEntry(msg)

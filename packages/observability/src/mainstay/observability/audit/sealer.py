@@ -17,6 +17,7 @@ import random
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from mainstay.core import Clock, Health
 from mainstay.database import Database, DatabaseError, Lease
@@ -41,6 +42,10 @@ _TO_LOG = sa.insert(tables.log)
 _TO_NODES = sa.insert(tables.nodes)
 _TO_CHECKPOINTS = sa.insert(tables.checkpoints)
 _DONE = sa.delete(tables.pending).where(tables.pending.c.seq == sa.bindparam("done"))
+# The same for all at once; SQLite has no arrays, and no round trips that would make it worth while.
+_ALL_DONE = sa.delete(tables.pending).where(
+    tables.pending.c.seq == sa.any_(sa.bindparam("done", type_=ARRAY(sa.BigInteger)))
+)
 
 
 class Sealer:
@@ -194,7 +199,11 @@ class OpenLog:
                 _TO_NODES, [{"level": node.level, "position": node.position, "hash": node.hash} for node in nodes]
             )
             await self._database.write(_TO_CHECKPOINTS, self._next_checkpoint(time))
-            await self._database.write(_DONE, [{"done": cast("int", row.seq)} for row in rows])
+            done = [cast("int", row.seq) for row in rows]
+            if self._database.dialect == "postgresql":
+                await self._database.write(_ALL_DONE, {"done": done})
+            else:
+                await self._database.write(_DONE, [{"done": seq} for seq in done])
         return len(rows)
 
     async def sign(self, time: str) -> None:
