@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mainstay.database import DatabaseModule, DatabaseSettings, upgrade
+from mainstay.database import upgrade
 from mainstay.database.module import SCHEMA
 from mainstay.events.tables import SCHEMA as EVENTS
+from mainstay_servers import Kafka, plugin
 
 
 @pytest.fixture
@@ -39,6 +40,13 @@ async def postgres_url(postgres: str) -> str:
     return postgres
 
 
-def database_module(url: str) -> DatabaseModule:
-    """The module for a URL."""
-    return DatabaseModule.for_root(DatabaseSettings(url=url))
+@pytest.fixture(scope="module")
+def _broker() -> Iterator[Kafka]:
+    yield from plugin._own(Kafka())
+
+
+@pytest.fixture
+def broker(_broker: Kafka) -> Kafka:
+    """A Kafka to be killed and paused, shared by the tests of one file: starting one takes seconds."""
+    _broker.start()
+    return _broker

@@ -22,7 +22,9 @@ class Made(Event, type="dispatch.made", version="1.2", key="name"):
     number: int
 
 
-def record(name: str, number: int, *, offset: int | None = None, key: bytes | None = b"", **headers: bytes) -> LogRecord:
+def record(
+    name: str, number: int, *, offset: int | None = None, key: bytes | None = b"", **headers: bytes
+) -> LogRecord:
     """A record as a transport hands it out."""
     from datetime import UTC, datetime
     from uuid import UUID
@@ -45,7 +47,9 @@ def record(name: str, number: int, *, offset: int | None = None, key: bytes | No
 class Bench:
     """A dispatcher with one handler."""
 
-    def __init__(self, handler: Any, *, retry: Retry | None = None, concurrency: int = 4, metadata: bool = False) -> None:
+    def __init__(
+        self, handler: Any, *, retry: Retry | None = None, concurrency: int = 4, metadata: bool = False
+    ) -> None:
         self.clock = VirtualClock()
         self.buried: list[tuple[Delivery, Exception]] = []
         self.burying_fails = 0
@@ -244,7 +248,9 @@ async def test_every_event_gets_its_own_context(assignment: Assignment) -> None:
     await bench.dispatcher.settle([assignment], 5)
     assert left == ["nothing"] * 3
     assert [context.correlation_id for context in contexts] == ["c0", "c1", "c2"]
-    assert [context.causation_id for context in contexts] == [f"00000000-0000-0000-0000-00000000000{n}" for n in range(3)]
+    assert [context.causation_id for context in contexts] == [
+        f"00000000-0000-0000-0000-00000000000{n}" for n in range(3)
+    ]
     await bench.dispatcher.stop()
 
 

@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from aiokafka import AIOKafkaConsumer
-from mainstay_servers import Kafka, Postgres, fresh_database
-from packages.events.tests import worker
-from packages.events.tests.worker import EFFECTS, Step, service
 
 from mainstay.core import App, ConfigurationError
 from mainstay.database import Database, upgrade
@@ -27,6 +24,9 @@ from mainstay.events.outbox import OutboxRelay
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay.events.testing import eventually
+from mainstay_servers import Kafka, Postgres, fresh_database
+from packages.events.tests import worker
+from packages.events.tests.worker import EFFECTS, Step, service
 
 ROOT = Path(__file__).parents[3]
 
@@ -227,14 +227,14 @@ async def everything_on(servers: str, topic: str) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def own_options(own_kafka: Kafka, sqlite_url: str, prefix: str) -> dict[str, Any]:
+def own_options(broker: Kafka, sqlite_url: str, prefix: str) -> dict[str, Any]:
     """A service on a broker of the test's own."""
-    events = {"transport": "kafka", "kafka_servers": own_kafka.address, "lease_seconds": 2.0, "partitions": 4}
+    events = {"transport": "kafka", "kafka_servers": broker.address, "lease_seconds": 2.0, "partitions": 4}
     return {"url": sqlite_url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events, "pause": 0}
 
 
 async def test_a_broker_restart_under_load_loses_and_reorders_nothing(
-    own_kafka: Kafka, own_options: dict[str, Any]
+    broker: Kafka, own_options: dict[str, Any]
 ) -> None:
     """The broker is killed and started again while events are published and handled."""
     holder: list[App] = []
@@ -244,7 +244,7 @@ async def test_a_broker_restart_under_load_loses_and_reorders_nothing(
         await prepare(app)
         await publish(app, keys=6, each=10)
         await wait_for(app, 30)
-        restarting = asyncio.create_task(asyncio.to_thread(lambda: (own_kafka.kill(), own_kafka.start())))
+        restarting = asyncio.create_task(asyncio.to_thread(lambda: (broker.kill(), broker.start())))
         number = 10
         while not restarting.done():
             await publish(app, keys=6, each=number + 1, start=number)
@@ -256,7 +256,7 @@ async def test_a_broker_restart_under_load_loses_and_reorders_nothing(
 
 
 async def test_a_broker_that_hangs_delays_publishing_not_at_all_and_stopping_only_shortly(
-    own_kafka: Kafka, own_options: dict[str, Any]
+    broker: Kafka, own_options: dict[str, Any]
 ) -> None:
     """With the broker frozen, publishing goes on into the outbox, health says degraded, and a stop takes seconds."""
     holder: list[App] = []
@@ -266,7 +266,7 @@ async def test_a_broker_that_hangs_delays_publishing_not_at_all_and_stopping_onl
         await prepare(app)
         await publish(app, keys=4, each=5)
         await wait_for(app, 20)
-        await asyncio.to_thread(own_kafka.pause)
+        await asyncio.to_thread(broker.pause)
         before = time.monotonic()
         await publish(app, keys=4, each=10, start=5)
         assert time.monotonic() - before < 2
@@ -277,7 +277,7 @@ async def test_a_broker_that_hangs_delays_publishing_not_at_all_and_stopping_onl
             await asyncio.sleep(0.05)
         before = time.monotonic()
     assert time.monotonic() - before < 25
-    await asyncio.to_thread(own_kafka.resume)
+    await asyncio.to_thread(broker.resume)
     holder.clear()
     again = service(own_options, worker.recorder(own_options, holder))
     holder.append(again)
@@ -287,10 +287,10 @@ async def test_a_broker_that_hangs_delays_publishing_not_at_all_and_stopping_onl
 
 
 async def test_a_broker_that_is_away_does_not_stop_a_start_where_the_outbox_holds_what_is_published(
-    own_kafka: Kafka, own_options: dict[str, Any]
+    broker: Kafka, own_options: dict[str, Any]
 ) -> None:
     """Without a broker a service starts and publishes; straight to the broker the start fails and names the setting."""
-    await asyncio.to_thread(own_kafka.stop)
+    await asyncio.to_thread(broker.stop)
     holder: list[App] = []
     app = service(own_options, worker.recorder(own_options, holder))
     holder.append(app)
@@ -302,7 +302,7 @@ async def test_a_broker_that_is_away_does_not_stop_a_start_where_the_outbox_hold
         with pytest.raises(ConfigurationError, match="MAINSTAY_EVENTS_KAFKA_SERVERS"):
             async with service({**own_options, "url": None}, outbox=False):
                 pass
-        await asyncio.to_thread(own_kafka.start)
+        await asyncio.to_thread(broker.start)
         exactly_once_and_in_order(await wait_for(app, 6), keys=2, each=3)
 
 

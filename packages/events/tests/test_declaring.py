@@ -1,0 +1,235 @@
+"""Event classes, handlers, settings: what is refused where it is written, and with which remedy."""
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from mainstay.core import App, ConfigurationError, NotBoundError, Retry
+from mainstay.database import DatabaseModule, DatabaseSettings
+from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings, Metadata
+from mainstay.events.event import definition_of
+
+
+class OrderPaid(Event, type="order.paid", version="1.0", key="order_id"):
+    order_id: UUID
+    amount: int
+
+
+class OrderPaidAnew(Event, type="order.paid", version="2.0", key="order_id"):
+    order_id: UUID
+    cents: int
+
+
+class Base(Event):
+    tenant: str
+
+
+class Named(Base, type="named", key="tenant", frozen=True):
+    pass
+
+
+def test_an_event_is_immutable_and_knows_its_definition() -> None:
+    """The class keywords are the definition; a field cannot be set; a version has a default."""
+    event = OrderPaid(order_id=uuid4(), amount=5)
+    with pytest.raises(ValidationError):
+        event.amount = 6  # type: ignore[misc]  # that it is refused is the test
+    assert (definition_of(OrderPaid).type, definition_of(OrderPaid).version, definition_of(OrderPaid).key) == (
+        "order.paid",
+        "1.0",
+        "order_id",
+    )
+    assert definition_of(Named).version == "1.0"
+    assert Named(tenant="x").tenant == "x"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"type": "order paid"}, "is words of letters"),
+        ({"type": "x", "version": "1"}, "must be two numbers"),
+        ({"type": "x", "version": "01.0"}, "must be two numbers"),
+        ({"type": "x", "key": "nothing"}, "names no field; the fields are number"),
+        ({"version": "1.0"}, "no type="),
+    ],
+)
+def test_a_wrong_definition_is_refused_at_the_class(keywords: dict[str, Any], message: str) -> None:
+    """The error names the class, the keyword and what is wrong with it."""
+    with pytest.raises(TypeError, match=message):
+        type("Wrong", (Event,), {"__annotations__": {"number": int}, "__module__": __name__}, **keywords)
+
+
+def test_an_abstract_event_can_be_neither_published_nor_handled() -> None:
+    """A class without a type is for inheriting."""
+    with pytest.raises(TypeError, match="Base is not an event"):
+        EventRouter().on(Base, group="g")
+    with pytest.raises(TypeError, match="is not an event"):
+        definition_of(int)  # type: ignore[arg-type]  # that it is refused is the test
+
+
+def test_handlers_are_functions_and_classes_with_or_without_metadata() -> None:
+    """All four forms are taken, given back unchanged, and classes are made once."""
+    events = EventRouter()
+
+    @events.on(OrderPaid, group="a")
+    async def plain(event: OrderPaid) -> None: ...
+
+    @events.on(OrderPaid, group="b")
+    async def both(event: OrderPaid, meta: Metadata) -> None: ...
+
+    @events.on(OrderPaid, group="c")
+    class Handler:
+        async def handle(self, event: OrderPaid, meta: Metadata) -> None: ...
+
+    @events.on(OrderPaid, OrderPaidAnew, group="d")
+    async def either(event: OrderPaid | OrderPaidAnew) -> None: ...
+
+    assert isinstance(Handler, type)
+    assert [subscription.wants_metadata for subscription in events.subscriptions] == [False, True, True, False]
+    assert plain.__name__ == "plain"
+
+
+def _sync(event: OrderPaid) -> None: ...
+async def _three(event: OrderPaid, meta: Metadata, more: int) -> None: ...
+async def _wrong_event(event: Named) -> None: ...
+async def _wrong_metadata(event: OrderPaid, meta: int) -> None: ...
+async def _keyword(event: OrderPaid, *, more: int) -> None: ...
+
+
+class _NoHandle: ...
+
+
+class _Needs:
+    def __init__(self, more: int) -> None: ...
+    async def handle(self, event: OrderPaid) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        (_sync, "not an async function: write async def"),
+        (_three, r"a handler takes \(event\) or"),
+        (_keyword, r"a handler takes \(event\) or"),
+        (_wrong_event, "takes a Named, but handles OrderPaid"),
+        (_wrong_metadata, "annotate it so"),
+        (_NoHandle, "has no method handle"),
+        (_Needs, "cannot be made without arguments"),
+    ],
+)
+def test_what_cannot_be_a_handler_is_refused_with_the_remedy(handler: Any, message: str) -> None:
+    """The error comes where the decorator is, and names the function."""
+    with pytest.raises(TypeError, match=message):
+        EventRouter().on(OrderPaid, group="g")(handler)
+
+
+def test_options_of_on_are_checked() -> None:
+    """No event, no group and no time are errors at once."""
+    events = EventRouter()
+    with pytest.raises(TypeError, match="needs an event class"):
+        events.on(group="g")
+    with pytest.raises(ValueError, match="needs a name"):
+        events.on(OrderPaid, group="")
+    with pytest.raises(ValueError, match="more than 0 seconds"):
+        events.on(OrderPaid, group="g", timeout_seconds=0)
+
+
+async def test_a_group_handles_a_type_once_also_across_features() -> None:
+    """A retry for one of two handlers would repeat the other; two major versions are two types."""
+    events, others = EventRouter(), EventRouter()
+
+    async def handle(event: OrderPaid) -> None: ...
+    async def anew(event: OrderPaidAnew) -> None: ...
+
+    events.on(OrderPaid, group="g")(handle)
+    events.on(OrderPaidAnew, group="g")(anew)
+    with pytest.raises(ValueError, match=r"group 'g' handles order.paid 1.x twice"):
+        events.on(OrderPaid, group="g")(handle)
+    others.on(OrderPaid, group="g")(handle)
+    root = EventsModule.for_root(EventsSettings(transport="memory"))
+    with pytest.raises(ConfigurationError, match="handles order.paid 1.x twice"):
+        async with App(root, EventsModule.for_feature(events, others)):
+            pass
+
+
+async def test_an_unbound_router_names_the_missing_line() -> None:
+    """Publishing outside a running App says what to add."""
+    with pytest.raises(NotBoundError, match=r"EventsModule\.for_feature"):
+        await EventRouter().publish(OrderPaid(order_id=uuid4(), amount=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"transport": "sql", "outbox": True}, "its log is its own outbox"),
+        ({"transport": "sql", "kafka_servers": "x:1"}, "cannot honour kafka_servers"),
+        ({"transport": "memory", "outbox": False}, "cannot honour outbox"),
+        ({"transport": "memory", "lease_seconds": 3.0}, "cannot honour lease_seconds"),
+        ({"transport": "memory", "log_days": 3.0}, "cannot honour log_days"),
+        ({"transport": "kafka", "kafka_servers": "x:1", "log_days": 3.0}, "cannot honour log_days"),
+        ({"transport": "kafka"}, "MAINSTAY_EVENTS_KAFKA_SERVERS=host:port"),
+        ({"transport": "kafka", "kafka_servers": "x:1", "kafka_protocol": "SASL_SSL"}, "needs kafka_username"),
+        ({"transport": "sql", "source": "two words"}, "MAINSTAY_EVENTS_SOURCE"),
+    ],
+)
+def test_an_option_that_a_transport_cannot_honour_is_an_error(values: dict[str, Any], message: str) -> None:
+    """Silence would be taken for consent."""
+    with pytest.raises(ConfigurationError, match=message):
+        EventsSettings(**values)
+
+
+def test_a_password_is_never_shown() -> None:
+    """Neither in the settings' representation nor in an error."""
+    settings = EventsSettings(
+        transport="kafka",
+        kafka_servers="x:1",
+        kafka_protocol="SASL_SSL",
+        kafka_username="ann",
+        kafka_password=SecretStr("hunter2"),
+    )
+    assert "hunter2" not in repr(settings)
+
+
+def test_topics_follow_the_type_unless_named() -> None:
+    """What belongs to one thing shares a topic, so that its events keep their order; a mapping says otherwise."""
+    settings = EventsSettings(transport="memory", topics={"order.audit": "secrets"})
+    assert [settings.topic_of(name) for name in ("order.paid", "order.placed", "shop.order.paid", "plain")] == [
+        "order",
+        "order",
+        "shop.order",
+        "plain",
+    ]
+    assert settings.topic_of("order.audit") == "secrets"
+    assert settings.retry() == Retry(5, settings.retry().wait)
+
+
+async def test_the_database_is_required_where_it_is_used() -> None:
+    """sql, the outbox and an inbox need it; the error names the line."""
+    events = EventRouter()
+
+    @events.on(OrderPaid, group="g", inbox=True)
+    async def handle(event: OrderPaid) -> None: ...
+
+    for settings in (EventsSettings(), EventsSettings(transport="kafka", kafka_servers="x:1")):
+        with pytest.raises(ConfigurationError, match=r"DatabaseModule\.for_root"):
+            App(EventsModule.for_root(settings))
+    memory = EventsModule.for_root(EventsSettings(transport="memory"))
+    with pytest.raises(ConfigurationError, match=r"DatabaseModule\.for_root"):
+        App(memory, EventsModule.for_feature(events))
+
+
+async def test_a_router_belongs_to_one_running_app(sqlite_url: str) -> None:
+    """A second App of the process is refused, and after a stop the router is free again."""
+    events = EventRouter()
+
+    def app() -> App:
+        database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+        return App(database, EventsModule.for_root(EventsSettings()), EventsModule.for_feature(events))
+
+    async with app() as first:
+        await first.get(EventPublisher).publish_batch([])
+        with pytest.raises(ConfigurationError, match="already running"):
+            async with app():
+                pass
+    async with app():
+        await events.publish_batch([OrderPaid(order_id=uuid4(), amount=1)])

@@ -1,0 +1,304 @@
+"""The log in the database: nothing is missed, whatever order transactions commit in; partitions are shared."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import SecretStr
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from mainstay.core import App
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
+from mainstay.events._dispatch import Assignment
+from mainstay.events.metadata import Record, encode
+from mainstay.events.sql import SqlSource, SqlTransport
+from mainstay.events.tables import INSERT_LOG, LOG, OFFSETS, pack_headers, unpack_headers
+from mainstay.events.testing import eventually
+
+
+class Line(Event, type="sql.line", key="name"):
+    name: str
+    number: int
+
+
+def service(url: str, *routers: EventRouter, **settings: Any) -> App:
+    """An App on the sql transport."""
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url)))
+    return App(database, EventsModule.for_root(EventsSettings(**settings)), EventsModule.for_feature(*routers))
+
+
+def collecting(seen: list[int], *, group: str = "g", seconds: float = 0.0) -> EventRouter:
+    """A feature that notes what it gets."""
+    events = EventRouter()
+
+    @events.on(Line, group=group)
+    async def handle(event: Line) -> None:
+        await asyncio.sleep(seconds)
+        seen.append(event.number)
+
+    return events
+
+
+@asynccontextmanager
+async def transactions(url: str) -> AsyncIterator[AsyncEngine]:
+    """Transactions of others, which the test begins and commits when it likes."""
+    engine = create_async_engine(url)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+async def insert(connection: AsyncConnection, number: int, name: str = "same") -> None:
+    """Publish in a transaction of one's own."""
+    from datetime import UTC, datetime
+
+    from mainstay.core import Context, uuid7
+
+    out = encode(
+        Line(name=name, number=number),
+        id=uuid7(),
+        time=datetime.now(UTC),
+        source="t",
+        context=Context(),
+        topic="sql",
+    )
+    row = {"topic": "sql", "partition": 0, "key": out.key, "value": out.value, "headers": pack_headers(out.headers)}
+    await connection.execute(INSERT_LOG, row)
+
+
+async def test_an_event_that_commits_late_is_not_missed(postgres_url: str) -> None:
+    """Positions are drawn at insert and seen at commit: reading past the higher one must not lose the lower."""
+    seen: list[int] = []
+    async with (
+        service(postgres_url, collecting(seen), partitions=1).running(serve=True),
+        transactions(postgres_url) as engine,
+        engine.connect() as early,
+        engine.connect() as late,
+    ):
+        await insert(early, 1)
+        await insert(late, 2)
+        await late.commit()
+        async with engine.begin() as third:
+            await insert(third, 3)
+        await asyncio.sleep(0.6)  # several polls: a reader by position would have moved past 1 by now
+        assert seen == [], "nothing above the oldest open transaction is handed out"
+        await early.commit()
+        await eventually(lambda: len(seen) == 3)
+        assert seen == [1, 2, 3]
+
+
+async def test_what_was_committed_before_another_was_published_comes_first(postgres_url: str) -> None:
+    """A transaction with the lower number publishes after the other one has committed: order is by publishing."""
+    seen: list[int] = []
+    async with (
+        service(postgres_url, collecting(seen), partitions=1).running(serve=True),
+        transactions(postgres_url) as engine,
+        engine.connect() as older,
+    ):
+        await older.execute(sa.text("SELECT pg_current_xact_id()"))  # it has its number now, the lower one
+        async with engine.begin() as younger:
+            await insert(younger, 1)
+        await insert(older, 2)
+        await older.commit()
+        await eventually(lambda: len(seen) == 2)
+        assert seen == [1, 2]
+
+
+async def test_many_overlapping_transactions_lose_and_double_nothing(postgres_url: str) -> None:
+    """Sixteen writers hold their transactions open at random; every event arrives once, each writer's in order."""
+    seen: list[int] = []
+    writers, each = 16, 12
+    async with (
+        service(postgres_url, collecting(seen), partitions=2).running(serve=True),
+        transactions(postgres_url) as engine,
+    ):
+
+        async def write(writer: int) -> None:
+            for number in range(each):
+                async with engine.begin() as connection:
+                    await insert(connection, writer * 1000 + number, name=f"w{writer}")
+                    await asyncio.sleep(0.001 * ((writer * 7 + number * 3) % 11))
+
+        await asyncio.gather(*map(write, range(writers)))
+        await eventually(lambda: len(seen) >= writers * each)
+    assert sorted(seen) == sorted(writer * 1000 + number for writer in range(writers) for number in range(each))
+    for writer in range(writers):
+        assert [n for n in seen if n // 1000 == writer] == [writer * 1000 + number for number in range(each)]
+
+
+class Reading:
+    """The side of a consumer, by hand."""
+
+    def __init__(self) -> None:
+        self.held: list[Assignment] = []
+
+    def assigned(self, topic: str, partition: int) -> Assignment:
+        self.held.append(Assignment(topic, partition))
+        return self.held[-1]
+
+    async def revoked(self, assignments: Any) -> None:
+        self.held = [held for held in self.held if held not in assignments]
+
+    async def lost(self, assignments: Any) -> None:
+        await self.revoked(assignments)
+
+
+async def pages(source: SqlSource, reading: Reading) -> list[tuple[int, Record]]:
+    """Everything that there is now, in order."""
+    found: list[tuple[int, Record]] = []
+    empty = 0
+    while empty < 2:
+        fetched = await source.fetch(reading.held)
+        empty = 0 if fetched else empty + 1
+        for records in fetched.values():
+            found += [(Line.model_validate_json(record.value or b"").number, record) for record in records]
+    return found
+
+
+async def test_a_place_survives_wherever_a_group_stops(database_url: str) -> None:
+    """Whatever was committed last, a new reader goes on with exactly the rest; also after a page in a window."""
+    async with service(database_url, partitions=1) as app:
+        transport, publisher, reading = app.get(SqlTransport), app.get(EventPublisher), Reading()
+        await publisher.publish_batch([Line(name="a", number=number) for number in range(1200)])
+        async with transport.source("g", ["sql"], reading) as source:
+            found = await pages(source, reading)
+            assert [number for number, _ in found] == list(range(1200))
+            await source.commit({reading.held[0]: found[700][1]})
+        await publisher.publish_batch([Line(name="a", number=number) for number in range(1200, 1300)])
+        reading = Reading()
+        async with transport.source("g", ["sql"], reading) as source:
+            found = await pages(source, reading)
+            assert [number for number, _ in found] == list(range(701, 1300))
+            assert source.lag() == 0
+            await source.commit({reading.held[0]: found[-1][1]})
+        reading = Reading()
+        async with transport.source("g", ["sql"], reading) as source:
+            assert await pages(source, reading) == []
+            await publisher.publish(Line(name="a", number=1300))
+            assert [number for number, _ in await pages(source, reading)] == [1300]
+
+
+async def test_the_place_of_an_idle_group_is_remembered(database_url: str) -> None:
+    """What was not for the group is not looked at again after a restart."""
+    async with service(database_url, partitions=1) as app:
+        transport, reading = app.get(SqlTransport), Reading()
+        await app.get(EventPublisher).publish(Line(name="a", number=1))
+        async with transport.source("g", ["other"], reading) as source:
+            assert await pages(source, reading) == []
+            source._remember_at = source._rebalance_at = 0.0
+            await source.fetch(reading.held)
+            rows = await app.get(Database).read(sa.select(OFFSETS))
+            assert [(row.topic, row.low > 0, row.low == row.high) for row in rows] == [("other", True, True)]
+
+
+async def test_a_commit_after_the_lease_was_lost_changes_nothing(database_url: str) -> None:
+    """Whoever slept through the end of a lease cannot move the group back, and learns that the partition is gone."""
+    async with service(database_url, partitions=1) as app:
+        transport, reading = app.get(SqlTransport), Reading()
+        await app.get(EventPublisher).publish_batch([Line(name="a", number=number) for number in range(5)])
+        async with transport.source("g", ["sql"], reading) as source:
+            found = await pages(source, reading)
+            lease = next(iter(source._leases.values()))
+            await app.get(Database)._keeper.release(lease)  # as if it had expired at the database
+            taken = await app.get(Database).lease(lease.name)
+            assert taken is not None
+            await source.commit({reading.held[0]: found[4][1]})
+            assert reading.held == []
+            assert await app.get(Database).read(sa.select(OFFSETS)) == []
+            await taken.release()
+
+
+async def test_partitions_are_shared_by_rank_and_given_back(database_url: str) -> None:
+    """Two services split them; when one leaves, the other has them all within moments."""
+    seen: list[int] = []
+    settings = {"partitions": 6, "lease_seconds": 2.0}
+    first = service(database_url, collecting(seen), **settings)
+    second = service(database_url, collecting(seen), **settings)
+
+    def held(app: App) -> int:
+        return len(app.get(EventConsumers).consumers[0]._assignments)
+
+    async with first.running(serve=True):
+        await eventually(lambda: held(first) == 6, what="all partitions")
+        async with second.running(serve=True):
+            await eventually(lambda: (held(first), held(second)) == (3, 3), what="half each")
+            assert "3 partitions" in (await second.get(EventConsumers).consumers[0].health()).detail
+        await eventually(lambda: held(first) == 6, what="all partitions again")
+
+
+async def test_more_partitions_once_are_read_to_the_end(database_url: str) -> None:
+    """After the setting was lowered, what waits in the higher partitions is still handled."""
+    seen: list[int] = []
+    async with service(database_url, collecting(seen), partitions=8).running(serve=True) as app:
+        publisher = app.get(EventPublisher)
+        await publisher.publish_batch([Line(name=f"k{number}", number=number) for number in range(50)])
+        await eventually(lambda: len(seen) == 50)
+    async with service(database_url, partitions=8) as app:
+        publisher = app.get(EventPublisher)
+        await publisher.publish_batch([Line(name=f"k{number}", number=number) for number in range(50, 100)])
+    async with service(database_url, collecting(seen), partitions=2).running(serve=True):
+        await eventually(lambda: len(seen) == 100)
+    assert sorted(seen) == list(range(100))
+
+
+async def test_a_full_window_of_unfinished_events_holds_the_reading_back() -> None:
+    """Back-pressure: while handlers hang, a thousand events of a partition are in memory and no more."""
+    events = EventRouter()
+    gate = asyncio.Event()
+    seen: list[int] = []
+
+    @events.on(Line, group="g")
+    async def handle(event: Line) -> None:
+        await gate.wait()
+        seen.append(event.number)
+
+    async with service("sqlite+aiosqlite:///:memory:", events, partitions=1).running(serve=True) as app:
+        await events.publish_batch([Line(name="a", number=number) for number in range(2500)])
+        consumer = app.get(EventConsumers).consumers[0]
+
+        def window() -> int:
+            return sum(len(assignment.window) for assignment in consumer._assignments)
+
+        await eventually(lambda: window() >= 1000)
+        await asyncio.sleep(0.3)  # a reader without bounds would have the rest by now
+        assert 1000 <= window() <= 1500
+        gate.set()
+        await eventually(lambda: len(seen) == 2500)
+    assert seen == list(range(2500))
+
+
+def test_headers_come_back_byte_for_byte() -> None:
+    """Whatever a foreign producer wrote."""
+    headers = [("a", bytes(range(256))), ("ü", b""), ("a", b"twice")]
+    assert unpack_headers(pack_headers(headers)) == headers
+
+
+async def test_the_log_is_deleted_a_part_at_a_time(sqlite_url: str) -> None:
+    """Only old rows go, the oldest first."""
+    async with service(sqlite_url, partitions=1, log_days=1.0) as app:
+        database = app.get(Database)
+        await app.get(EventPublisher).publish_batch([Line(name="a", number=number) for number in range(10)])
+        async with database.transaction() as session:
+            old = sa.update(LOG).where(LOG.c.position <= 4).values(created_at=LOG.c.created_at - 100_000)
+            await session.execute(old)
+        draining = asyncio.Event()
+        sweeping = asyncio.create_task(app.get(SqlTransport).sweep(draining))
+        end = time.monotonic() + 10
+        while (left := await database.read(sa.select(LOG.c.position))) and len(left) > 6:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.02)
+        draining.set()
+        await sweeping
+        assert [row.position for row in left] == [5, 6, 7, 8, 9, 10]
+
+
+async def test_the_transport_names_its_place(sqlite_url: str) -> None:
+    """Health says where events are."""
+    async with service(sqlite_url) as app:
+        assert (await app.health())["events.SqlTransport"].detail == "events are kept in the Database"
+        assert (await app.get(EventConsumers).health()).detail == "0 groups"
