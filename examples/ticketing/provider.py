@@ -223,9 +223,12 @@ class Provider(ThreadingHTTPServer):
                 return True
             self._requests += 1
             if self.behaviour.burst_every and self._requests % self.behaviour.burst_every == 0:
-                self._burst_left = self.behaviour.burst_requests
-                self._burst_until = time.monotonic() + self.behaviour.burst_seconds
+                self.burst(self.behaviour.burst_requests, self.behaviour.burst_seconds)
             return False
+
+    def burst(self, requests: int, seconds: float) -> None:
+        """Answer the next requests with 503, but no longer than this; 0 ends a burst that is under way."""
+        self._burst_left, self._burst_until = requests, time.monotonic() + seconds
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed in the middle of its request is no news here; anything else is."""
