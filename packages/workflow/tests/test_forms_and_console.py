@@ -1,0 +1,209 @@
+"""The other forms of workflows, and the command for people."""
+
+import asyncio
+
+import pytest
+import sqlalchemy as sa
+
+from mainstay.database import Database
+from mainstay.workflow import (
+    Done,
+    RunParked,
+    RunStatus,
+    Unknown,
+    WorkflowEngine,
+    WorkflowFailed,
+    WorkflowRouter,
+)
+from mainstay.workflow.console import main
+from mainstay.workflow.forms import class_step, declare, steps_of
+from mainstay.workflow.tables import runs
+from mainstay.workflow.testing import workflows
+
+WAIT = 15.0
+
+
+async def test_a_list_of_steps_with_a_map_of_compensations():
+    """Each step gets the result of the one before; what the map names is undone, in reverse."""
+    flows = WorkflowRouter()
+    log: list[object] = []
+
+    async def hold(n: int) -> int:
+        log.append("hold")
+        return n + 1
+
+    async def charge(n: int) -> int:
+        log.append("charge")
+        return n + 1
+
+    async def ship(n: int) -> str:
+        if n > 5:
+            raise LookupError(n)
+        return f"shipped {n}"
+
+    async def release(outcome: Done[int] | Unknown, n: int) -> None:
+        log.append(("release", outcome))
+
+    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+        log.append(("refund", outcome))
+
+    steps = steps_of(flows, [hold, charge, ship], {"hold": release, "charge": refund})
+    buy = declare(flows, "buy", steps, version=2)
+    with pytest.raises(ValueError, match="workflow 'none' has no steps"):
+        declare(flows, "none", [])
+    async with workflows(flows) as app:
+        engine = app.get(WorkflowEngine)
+        assert await engine.execute(buy, 1, id="one") == "shipped 3"
+        log.clear()
+        with pytest.raises(WorkflowFailed, match="LookupError"):
+            await engine.execute(buy, 10)
+    assert log == ["hold", "charge", ("refund", Done(12)), ("release", Done(11))]
+
+
+async def test_steps_as_classes():
+    """`execute` is the step, `compensate` undoes it, and a class without it leaves nothing to undo."""
+    flows = WorkflowRouter()
+    log: list[object] = []
+
+    class Hold:
+        async def execute(self, value: int) -> int:
+            log.append(value)
+            return value + 1
+
+        async def compensate(self, outcome: Done[int] | Unknown, value: int) -> None:
+            log.append((outcome, value))
+
+    class Fail:
+        async def execute(self, value: int) -> int:
+            raise LookupError(value)
+
+    buy = declare(flows, "buy", [class_step(flows, Hold()), class_step(flows, Fail())])
+    assert list(flows.steps) == ["Hold", "Fail"]
+    async with workflows(flows):
+        with pytest.raises(WorkflowFailed, match="step Fail ended with LookupError"):
+            await (await buy.start(1)).result(WAIT)
+    assert log == [1, (Done(2), 1)]
+
+
+async def test_compensate_undoes_a_parked_run():
+    """`WorkflowEngine.compensate` takes a run back that waits for a person."""
+    flows = WorkflowRouter()
+    log: list[object] = []
+
+    @flows.step(on_unknown="park")
+    async def charge(n: int) -> int:
+        raise OSError(n)
+
+    @charge.compensation
+    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+        log.append(outcome)
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await charge(n)
+
+    async with workflows(flows) as app:
+        run = await buy.start(1)
+        with pytest.raises(RunParked):
+            await run.result(WAIT)
+        await app.get(WorkflowEngine).compensate(run.id)
+        with pytest.raises(WorkflowFailed, match="cancelled"):
+            await run.result(WAIT)
+    assert len(log) == 1
+
+
+async def command(*arguments: str) -> int:
+    """The command in a thread, since it has a loop of its own."""
+    return await asyncio.to_thread(main, list(arguments))
+
+
+async def test_the_command_shows_and_decides(tmp_path, capsys):
+    """list, show, resume and cancel, on a run that nobody knows the outcome of."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+    flows = WorkflowRouter()
+    tried: list[int] = []
+
+    @flows.step(compensation=None, on_unknown="park")
+    async def charge(n: int) -> int:
+        tried.append(n)
+        if len(tried) < 3:
+            raise OSError(n)
+        return n
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await charge(n)
+
+    async with workflows(flows, url=url) as app:
+        run = await buy.start(7, id="order-7")
+        other = await buy.start(8, id="order-8")
+        for parked in (run, other):
+            with pytest.raises(RunParked):
+                await parked.result(WAIT)
+
+        assert await command("--url", url, "list", "--status", "parked") == 0
+        listed = capsys.readouterr().out
+        assert "parked" in listed
+        assert "buy v1" in listed
+        assert "order-7" in listed
+        assert "nobody knows whether charge:1 took effect" in listed
+        assert await command("--url", url, "list", "--status", "completed", "--limit", "5") == 0
+        assert "order-7" not in capsys.readouterr().out
+
+        assert await command("--url", url, "show", "order-7") == 0
+        shown = capsys.readouterr().out
+        assert "workflow  buy version 1" in shown
+        assert 'input     {"n":7}' in shown
+        assert "may have happened more than once" in shown
+        assert "nobody saw the end of the last attempt" in shown
+
+        assert await command("--url", url, "resume", "order-7") == 0
+        assert "order-7 goes on" in capsys.readouterr().out
+        assert await run.result(WAIT) == 7
+        assert await command("--url", url, "cancel", "order-8") == 0
+        assert "order-8 will be cancelled" in capsys.readouterr().out
+        with pytest.raises(WorkflowFailed):
+            await other.result(WAIT)
+        assert await other.status() is RunStatus.CANCELLED
+        assert await command("--url", url, "show", "order-8") == 0
+        assert "failure   Cancelled: the run was cancelled" in capsys.readouterr().out
+        assert await command("--url", url, "show", "order-7") == 0
+        assert "OSError" not in capsys.readouterr().out.split("result")[0]
+
+    assert await command("--url", url, "cancel", "order-8") == 2
+    assert "run 'order-8' cannot be cancelled: it is cancelled" in capsys.readouterr().err
+    assert await command("--url", url, "show", "nobody") == 2
+    assert "there is no run 'nobody'" in capsys.readouterr().err
+
+
+async def test_the_command_shows_what_waits_to_be_undone():
+    """A run on its way back is shown as compensating, wherever it waits."""
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return n
+
+    async with workflows(flows, serve=False) as app:
+        run = await buy.start(1)
+        async with app.get(Database).transaction() as session:
+            await session.execute(sa.update(runs).values(failure='{"type": "X", "detail": "y"}'))
+        assert await run.status() is RunStatus.COMPENSATING
+        assert [view.id for view in await app.get(WorkflowEngine).runs(RunStatus.COMPENSATING)] == [run.id]
+        assert await app.get(WorkflowEngine).runs(RunStatus.QUEUED) == []
+
+
+async def test_whoever_waits_is_told_that_the_app_stops():
+    """A result that is waited for when the App stops does not hang; the run goes on elsewhere."""
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return n
+
+    async with workflows(flows, serve=False):
+        run = await buy.start(1)
+        waiting = asyncio.create_task(run.result())
+        await asyncio.sleep(0.01)
+    with pytest.raises(Exception, match="the App stopped before the run ended"):
+        await waiting
