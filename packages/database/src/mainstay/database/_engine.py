@@ -158,6 +158,8 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
         arguments |= pooler_arguments()
     engine = create_async_engine(
         address.url,
+        # Whoever closes a connection in a transaction rolls it back anyway; to do it once more asks SQLite's thread.
+        pool_reset_on_return=None if address.dialect == "sqlite" else "rollback",
         pool_size=settings.pool_size,
         max_overflow=0,
         pool_timeout=settings.pool_timeout_seconds,
@@ -183,17 +185,26 @@ def _prepare_sqlite(engine: AsyncEngine, synchronous: str) -> None:
 
 
 def begin_events(engine: AsyncEngine) -> None:
-    """Make SQLite's transactions begin as the engine's execution option `mainstay_write` says."""
+    """Make SQLite's transactions begin with the statement in the execution option `mainstay_begin`.
+
+    A transaction that starts with a read and then writes would fail at once when somebody else has written in between,
+    whatever the busy timeout says; so who means to write says so at the start, with `BEGIN IMMEDIATE`. The empty string
+    is for a single read, which is its own snapshot.
+    """
 
     def plain(connection: Any, _record: object) -> None:
-        # The driver's own idea of when a transaction begins is turned off: `begin` says it.
+        # The driver's own idea of when a transaction begins is turned off.
         connection.isolation_level = None
 
     def begin(connection: sa.Connection) -> None:
-        # A transaction that starts with a read and then writes would fail at once when somebody else has written in
-        # between, whatever the busy timeout says; who means to write says so at the start.
-        write = connection.get_execution_options().get("mainstay_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        how: str = connection.get_execution_options().get("mainstay_begin", "BEGIN")
+
+        def say(driver: Any) -> Any:
+            return driver.execute(how)
+
+        if how:
+            # One message to the connection's thread; a cursor of SQLAlchemy's would be three.
+            cast("Any", connection.connection.dbapi_connection).run_async(say)
 
     event.listen(engine.sync_engine, "connect", plain)
     event.listen(engine.sync_engine, "begin", begin)

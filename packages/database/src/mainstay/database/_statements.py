@@ -26,16 +26,23 @@ _CACHED = 1_024
 _INSERT = re.compile(r"(INSERT INTO [^$]+\)) VALUES \((.*?)\)(| ON CONFLICT[^$]* DO NOTHING)")
 _VALUE = re.compile(r"\$(\d+)::([A-Z][A-Z ]*)(?:\(\d+(?:, ?\d+)?\))?")
 # Types whose Python values cannot be taken for arrays.
-_SCALARS = {"BIGINT", "BOOLEAN", "BYTEA", "DATE", "DOUBLE PRECISION", "FLOAT", "INTEGER", "INTERVAL", "JSON", "JSONB"}
-_SCALARS |= {
-    "NUMERIC",
-    "SMALLINT",
-    "TEXT",
-    "TIMESTAMP WITH TIME ZONE",
-    "TIMESTAMP WITHOUT TIME ZONE",
-    "UUID",
-    "VARCHAR",
-}
+_SCALARS = frozenset(
+    {
+        *(
+            "BIGINT",
+            "INTEGER",
+            "SMALLINT",
+            "NUMERIC",
+            "FLOAT",
+            "DOUBLE PRECISION",
+            "BOOLEAN",
+            "BYTEA",
+            "TEXT",
+            "VARCHAR",
+        ),
+        *("DATE", "INTERVAL", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP WITHOUT TIME ZONE", "JSON", "JSONB", "UUID"),
+    }
+)
 
 
 class Prepared:

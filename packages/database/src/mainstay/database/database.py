@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -38,7 +39,8 @@ Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("mainstay.database")
 
 _ONE_EMPTY_ROW: tuple[Mapping[str, Any], ...] = ({},)
-_REFUSED = (exc.SQLAlchemyError, OSError)  # what SQLAlchemy raises; asyncpg's failures to connect come bare
+_REFUSED = (exc.SQLAlchemyError, OSError, sqlite3.Error)  # failures to connect and to begin come bare from the driver
+_WRITE = {"mainstay_begin": "BEGIN IMMEDIATE"}
 _CANCEL_GRACE_SECONDS = 5.0  # how long a commit under way may keep a cancelled caller
 
 
@@ -107,10 +109,12 @@ class Database:
         self._keeper = keeper
         self._statements = statements
         self._turn = turn
-        self._writing = engine.execution_options(mainstay_write=True) if turn is not None else engine
-        # One statement is its own snapshot; behind a pooler it needs the transaction to stay on one server.
-        autocommit = turn is None and not pooled
-        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else engine
+        self._writing = self._reading = engine
+        if turn is not None:
+            self._writing = engine.execution_options(**_WRITE)
+            self._reading = engine.execution_options(mainstay_begin="")
+        elif not pooled:  # behind a pooler a statement needs a transaction to stay on one server
+            self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     # Units of work
 
@@ -161,7 +165,7 @@ class Database:
         try:
             try:
                 # Now, not with the first statement: who must wait or cannot begin learns it before doing anything.
-                _ = await session.connection(execution_options={"mainstay_write": True})
+                _ = await session.connection(execution_options=_WRITE)
             except _REFUSED as error:
                 raise _translated(error) from error
             with unit:
@@ -513,7 +517,7 @@ async def uninterrupted(
     return failure, cancelled
 
 
-def _translated(error: exc.SQLAlchemyError | OSError, *, committing: bool = False) -> DatabaseError:
+def _translated(error: exc.SQLAlchemyError | OSError | sqlite3.Error, *, committing: bool = False) -> DatabaseError:
     """Our error for SQLAlchemy's."""
     if isinstance(error, exc.TimeoutError):
         return DatabaseBusy("no connection of the pool became free in time: units of work take long, or leak")

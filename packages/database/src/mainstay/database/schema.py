@@ -169,7 +169,7 @@ async def _engine(url: str) -> AsyncEngine:
 
 async def upgrade_with(engine: AsyncEngine, schemas: Sequence[Schema]) -> None:
     """The same on an engine of this package's making."""
-    async with engine.execution_options(mainstay_write=True).begin() as connection:
+    async with engine.execution_options(mainstay_begin="BEGIN IMMEDIATE").begin() as connection:
         if engine.dialect.name == "postgresql":
             # Held until the commit, so it works behind a transaction pooler.
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
