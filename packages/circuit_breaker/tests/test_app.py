@@ -20,6 +20,7 @@ from mainstay.circuit_breaker import (
     OperationConfig,
     Pipeline,
     State,
+    StateChange,
     Timeout,
 )
 from mainstay.circuit_breaker.testing import Dependency, forced
@@ -266,7 +267,7 @@ async def test_logs_say_what_changed_and_why(clock: VirtualClock, caplog: pytest
 async def test_each_key_has_its_own_circuit(clock: VirtualClock) -> None:
     """One host that fails is rejected, the others are not; by async and plain functions, streams and callables."""
     hosts = KeyedBreaker("hosts", BreakerConfig(minimum_calls=2), key=lambda host, **_: host, clock=clock)
-    heard = []
+    heard: list[StateChange] = []
     hosts.on_change(heard.append)
 
     @hosts

@@ -38,9 +38,9 @@ async def test_it_opens_at_the_ratio_and_not_below_the_minimum(clock: VirtualClo
     """Three failures of three calls leave it closed, because a ratio of three says nothing; the fourth opens it."""
     breaker = CircuitBreaker("p", QUICK, clock=clock)
     await fail(breaker, 3)
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
     await fail(breaker, 1)
-    assert breaker.state is State.OPEN
+    assert breaker.snapshot().state is State.OPEN
     with pytest.raises(CircuitOpen) as rejection:
         await breaker.call(fine)
     assert (rejection.value.name, rejection.value.state, rejection.value.retry_after_seconds) == ("p", "open", 5.0)
@@ -54,9 +54,9 @@ async def test_successes_dilute_the_ratio(clock: VirtualClock) -> None:
     for _ in range(6):
         await breaker.call(fine)
     await fail(breaker, 5)
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
     await fail(breaker, 1)
-    assert breaker.state is State.OPEN
+    assert breaker.snapshot().state is State.OPEN
 
 
 async def test_old_calls_leave_a_time_window(clock: VirtualClock) -> None:
@@ -65,7 +65,7 @@ async def test_old_calls_leave_a_time_window(clock: VirtualClock) -> None:
     await fail(breaker, 3)
     await clock.advance(61)
     await fail(breaker, 3)
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
     assert breaker.snapshot().calls == 3
 
 
@@ -78,10 +78,10 @@ async def test_old_calls_leave_a_count_window(clock: VirtualClock) -> None:
     snapshot = breaker.snapshot()
     assert (snapshot.calls, snapshot.failures) == (10, 1)
     await fail(breaker, 3)
-    assert breaker.state is State.CLOSED  # the old one has left: 3 of 10
+    assert breaker.snapshot().state is State.CLOSED  # the old one has left: 3 of 10
     assert breaker.snapshot().failures == 3
     await fail(breaker, 2)
-    assert breaker.state is State.OPEN
+    assert breaker.snapshot().state is State.OPEN
 
 
 async def test_recovery_probe_by_probe(clock: VirtualClock) -> None:
@@ -90,11 +90,11 @@ async def test_recovery_probe_by_probe(clock: VirtualClock) -> None:
     await fail(breaker, 4)
     await clock.advance(5)
     await fail(breaker, 1)
-    assert breaker.state is State.OPEN
+    assert breaker.snapshot().state is State.OPEN
     assert breaker.snapshot().retry_after_seconds == 10.0
     await clock.advance(10)
     assert await breaker.call(fine, 7) == 7
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
     await fail(breaker, 4)
     assert breaker.snapshot().retry_after_seconds == 5.0  # recovered once: the next break is the first again
 
@@ -150,12 +150,12 @@ async def test_a_refusal_is_an_answer(clock: VirtualClock) -> None:
     await clock.advance(5)
     with pytest.raises(Declined):
         await breaker.call(decline)
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
     assert breaker.totals()["success"] == 1
     for _ in range(20):
         with pytest.raises(Declined):
             await breaker.call(decline)
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
 
 
 async def test_a_cancelled_caller_is_neutral(clock: VirtualClock) -> None:
@@ -171,5 +171,5 @@ async def test_a_cancelled_caller_is_neutral(clock: VirtualClock) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert breaker.state is State.CLOSED
+    assert breaker.snapshot().state is State.CLOSED
     assert breaker.totals() == {"success": 0, "failure": 0, "neutral": 20, "late": 0, "rejected": 0}

@@ -11,7 +11,9 @@ policies write the lines that they need into **one function**, outermost first, 
     async def call(*args, **kwargs):
         window_0 = circuit_0.window            # admission: the one thing that a closed circuit needs to say
         if window_0 is None:
-            window_0 = admit_0()               # not closed: the state machine decides, or raises CircuitOpen
+            window_0 = admit_0()               # not closed: the state machine decides
+            if window_0 is None:
+                raise rejection_0()
         try:
             result = await fn(*args, **kwargs)
         except BaseException as error_0:
@@ -271,7 +273,10 @@ def refuse_awaitable(result: object) -> None:
     raise TypeError(msg)
 
 
-_SHARED: Final = {"Awaitables": (types.CoroutineType, asyncio.Future), "refuse_awaitable": refuse_awaitable}
+_SHARED: Final = {
+    "Awaitables": (types.CoroutineType, asyncio.Future),
+    "refuse_awaitable": refuse_awaitable,
+}
 
 _NO_STREAM = "cannot stand around an async generator, whose consumer takes its time: put it around each call inside"
 _NO_REPEAT = "cannot repeat the body of a `with` block: decorate a function, or use `call`"
@@ -420,6 +425,8 @@ def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str
     text.add(f"window_{i} = circuit_{i}.window")
     with text.block(f"if window_{i} is None:"):
         text.add(f"window_{i} = {method('admit')}()")
+        with text.block(f"if window_{i} is None:"):
+            text.add(f"raise {method('rejection')}()")
     if slow:
         text.add(f"started_{i} = now_{i}()")
     with text.block("try:"):

@@ -228,6 +228,7 @@ class CircuitBreaker(Circuit, _Ruled):
         names: dict[str, object] = {
             "circuit": self,
             "admit": self.admit,
+            "rejection": self.rejection,
             "raised": self.raised,
             "succeeded": self.succeeded,
             "failed": self.failed,

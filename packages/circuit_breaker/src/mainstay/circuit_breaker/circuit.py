@@ -118,6 +118,7 @@ class Circuit:
     """A state machine for one dependency, or one key of it. Made by `CircuitBreaker`, by itself or for each key."""
 
     __slots__ = (
+        "_asked",
         "_breaks",
         "_credit",
         "_probed",
@@ -155,6 +156,7 @@ class Circuit:
         self._probed = 0  # probes that succeeded, in a row
         self._breaks = 0  # breaks since it was last closed
         self._until = 0.0  # the break's end
+        self._asked = 0.0  # when the last rejected call asked
         self._share = 1.0
         self._credit = 0.0
         self._ramped_at = 0.0
@@ -223,58 +225,69 @@ class Circuit:
 
     # Admission and settling
 
-    def admit(self) -> Ticket:
-        """Admit a call when `window` is None.
+    def admit(self) -> Ticket | None:
+        """Decide about a call when `window` is None: its ticket, or None. Then the caller raises `rejection()`.
 
-        Raises:
-            CircuitOpen: it may not go through.
+        It is not raised here because while a dependency is down this is a hot path, and a frame less to unwind is a
+        fifth of it; nor returned from here, because an exception in a variable of the frame that raises it is a cycle.
         """
-        rules = self.rules
-        now = rules.now()
-        # No lock: rejecting is the hot path of an outage, and a call that sees the break's end a moment late loses
-        # nothing.
+        now = self.rules.now()
+        # No lock: a call that sees the end of the break a moment late loses nothing.
         if self.state is State.OPEN and now < self._until:
+            self._asked = now
             self.rejected += 1
-            raise CircuitOpen(rules.name, "open", self._until - now)
+            return None
         with self.lock:
-            change, ticket, after = self._decide(now)
-            state = self.state
+            change, ticket = self._decide(now)
+            self._asked = now
             self.rejected += ticket is None
         self._announce(change)
-        if ticket is None:
-            raise CircuitOpen(rules.name, _SPOKEN[state], after)
         return ticket
 
-    def _decide(self, now: float) -> tuple[StateChange | None, Ticket | None, float | None]:
+    def rejection(self) -> CircuitOpen:
+        """Why the call that asked last was not admitted."""
+        state, config = self.state, self.rules.config
+        if state is State.OPEN:
+            return CircuitOpen(self.rules.name, "open", self._until - self._asked)
+        after: float | None = 0.0  # it has just closed
+        if state is State.FORCED_OPEN:
+            after = None
+        elif state is State.HALF_OPEN:
+            # Nobody knows when the probe ends. Its lease is the latest, a break is what failure would cost.
+            lease = min((probe.until for probe in self._probes), default=self._asked) - self._asked
+            after = min(config.break_seconds, lease)
+        elif state is State.RAMPING:
+            after = min(config.ramp_seconds, 1.0)
+        return CircuitOpen(self.rules.name, _SPOKEN[state], after)
+
+    def _decide(self, now: float) -> tuple[StateChange | None, Ticket | None]:
         change: StateChange | None = None
         config = self.rules.config
         if self.state is State.OPEN:
             if now < self._until:
-                return None, None, self._until - now
+                return None, None
             change = self._enter(State.HALF_OPEN, "the break is over")
         if self.state is State.HALF_OPEN:
-            waiting = [probe for probe in self._probes if probe.until > now]
-            if len(waiting) < len(self._probes):
-                reopened = self._open(f"a probe had no outcome within {config.probe_seconds:g} s")
-                return reopened, None, self._until - now
-            if len(waiting) >= config.probes:
-                return change, None, min(config.break_seconds, min(probe.until for probe in waiting) - now)
+            if any(probe.until <= now for probe in self._probes):
+                return self._open(f"a probe had no outcome within {config.probe_seconds:g} s"), None
+            if len(self._probes) >= config.probes:
+                return change, None
             probe = Probe(self.epoch, now + config.probe_seconds)
-            self._probes = (*waiting, probe)
-            return change, probe, None
+            self._probes = (*self._probes, probe)
+            return change, probe
         if self.state is State.RAMPING:
             self._share = min(1.0, self._share + (now - self._ramped_at) / config.ramp_seconds)
             self._ramped_at = now
             if self._share >= 1:
-                return self._enter(State.CLOSED, f"ramped up over {config.ramp_seconds:g} s"), self.counted, None
+                return self._enter(State.CLOSED, f"ramped up over {config.ramp_seconds:g} s"), self.counted
             self._credit = min(1.0, self._credit + self._share)
             if self._credit >= 1 - 1e-9:
                 self._credit -= 1
-                return None, self.counted, None
-            return None, None, min(config.ramp_seconds, 1.0)
+                return None, self.counted
+            return None, None
         if self.state is State.FORCED_OPEN:
-            return None, None, None
-        return None, self.counted, None  # closed or disabled by somebody else a moment ago
+            return None, None
+        return None, self.counted  # closed or disabled by somebody else a moment ago
 
     def succeeded(self, ticket: Ticket, seconds: float | None = None) -> None:
         """Settle a call that the fast path did not: its window is no longer, or was never, the closed circuit's."""

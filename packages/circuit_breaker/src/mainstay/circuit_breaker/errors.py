@@ -31,8 +31,8 @@ class Rejected(MainstayError):
     public_message = "The service is busy. Please try again later."
 
     def __init__(self, name: str, state: str, retry_after_seconds: float | None = None) -> None:
-        # Rejecting is a hot path while a dependency is down: the message is made only when somebody reads it.
-        Exception.__init__(self, name, state, retry_after_seconds)
+        # Rejecting is a hot path while a dependency is down: the message is made only when somebody reads it, and what
+        # `super().__init__` would set is set (`args`, by `__new__`) or the class's own.
         self.name = name
         self.state = state
         self.retry_after_seconds = retry_after_seconds

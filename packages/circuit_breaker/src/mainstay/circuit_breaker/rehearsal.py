@@ -23,7 +23,6 @@ from typing import TextIO
 
 from mainstay.circuit_breaker.breaker import Rules
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Ticket
-from mainstay.circuit_breaker.errors import CircuitOpen
 from mainstay.circuit_breaker.settings import BreakerConfig
 
 
@@ -132,9 +131,8 @@ def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
         report.failures += record.failed
         if record.failed:
             first_failure = min(first_failure, record.at)
-        try:
-            ticket = circuit.window or circuit.admit()
-        except CircuitOpen:
+        ticket = circuit.window or circuit.admit()
+        if ticket is None:
             report.rejected += 1
             report.failures_saved += record.failed
             report.successes_lost += not record.failed

@@ -1,0 +1,219 @@
+"""What policies cost on every call: beside what a person would write by hand, and beside the peers."""
+
+import asyncio
+import contextlib
+import gc
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from benchmarks.circuit_breaker import by_hand
+from benchmarks.rows import Peers, Round, Row, compare, row
+from mainstay.circuit_breaker import (
+    BreakerConfig,
+    Bulkhead,
+    CircuitBreaker,
+    CircuitOpen,
+    KeyedBreaker,
+    Pipeline,
+    Retries,
+    Timeout,
+)
+from mainstay.core import Retry
+
+Plain = Callable[[int], object]
+Async = Callable[[int], Awaitable[object]]
+
+
+def work(value: int) -> int:
+    return value
+
+
+async def work_async(value: int) -> int:
+    return value
+
+
+def plain(one: Plain, calls: int) -> Round:
+    def measure() -> float:
+        assert one(1) == 1
+        started = time.perf_counter()
+        for _ in range(calls):
+            one(1)
+        return (time.perf_counter() - started) / calls * 1e9
+
+    return measure
+
+
+def awaited(one: Async, calls: int) -> Round:
+    async def measure() -> float:
+        assert await one(1) == 1
+        started = time.perf_counter()
+        for _ in range(calls):
+            await one(1)
+        return (time.perf_counter() - started) / calls * 1e9
+
+    return measure
+
+
+async def rejecting(one: Async, calls: int) -> float:
+    rejections = 0
+    started = time.perf_counter()
+    for _ in range(calls):
+        try:
+            await one(1)
+        except CircuitOpen:
+            rejections += 1
+    took = (time.perf_counter() - started) / calls * 1e9
+    assert rejections == calls
+    return took
+
+
+def opened() -> Async:
+    """A function whose circuit is open: through a failure, as it happens, for the longest break there is."""
+    config = BreakerConfig(consecutive_failures=1, break_seconds=1e6, max_break_seconds=1e6)
+    breaker = CircuitBreaker("open", config)
+
+    def fail() -> None:
+        raise by_hand.Boom
+
+    with contextlib.suppress(by_hand.Boom):
+        breaker.call_sync(fail)
+    return breaker(work_async)
+
+
+async def raising(value: int) -> None:
+    name = "open"
+    raise CircuitOpen(name, name, float(value))
+
+
+def beyond_raising(calls: int) -> Round:
+    """What a rejection costs more than raising the same exception, measured in one round."""
+    closed = opened()
+
+    async def measure() -> float:
+        return await rejecting(closed, calls) - await rejecting(raising, calls)
+
+    return measure
+
+
+def bytes_each(make: Callable[[], list[object]]) -> float:
+    make()
+    gc.collect()
+    tracemalloc.start()
+    made = make()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return size / len(made)
+
+
+def keyed(keys: int) -> tuple[float, int]:
+    """MiB of a breaker that met twice as many keys as it may keep, and the number it kept."""
+    gc.collect()
+    tracemalloc.start()
+    breaker = KeyedBreaker("hosts", key=work, max_keys=keys)
+    call = breaker(work)
+    for number in range(2 * keys):
+        call(number)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return size / 2**20, len(breaker)
+
+
+async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
+    rounds, calls = (3, 5_000) if quick else (11, 40_000)
+    peer_calls = calls // 4
+    counted = CircuitBreaker("counted", BreakerConfig(window_calls=100))(work_async)
+    timed = CircuitBreaker("timed")(work_async)
+    everything = CircuitBreaker("everything", BreakerConfig(slow_seconds=1.0))(work_async)
+    timed_sync = CircuitBreaker("timed")(work)
+    million = CircuitBreaker("million", BreakerConfig(window_calls=1_000_000))(work_async)
+    retried = Retries(Retry(attempts=3))(work_async)
+    four = Pipeline("four", Retry(attempts=3), CircuitBreaker("four"), Bulkhead(100), Timeout(30))(work_async)
+
+    async def beside(name: str, subject: Round, peer: str, theirs: Round, goal: float) -> Row:
+        return await compare(name, "ns/call", subject, peer=(peer, theirs), goal=goal, rounds=rounds)
+
+    hand = awaited(by_hand.bare(work_async), calls)
+    for name, subject, peer, theirs, goal in (
+        *(
+            (
+                "breaker closed, async, window of calls",
+                awaited(counted, calls),
+                "by hand, same features",
+                awaited(by_hand.counting(work_async), calls),
+                1.4,
+            ),
+        ),
+        *(
+            (
+                "breaker closed, async, window of seconds",
+                awaited(timed, calls),
+                "by hand, same features",
+                awaited(by_hand.timing(work_async), calls),
+                1.4,
+            ),
+        ),
+        ("breaker closed, async, everything on", awaited(everything, calls), "by hand, bare", hand, 2.5),
+        (
+            "breaker closed, sync, window of seconds",
+            plain(timed_sync, calls),
+            "by hand, same features",
+            plain(by_hand.timing_sync(work), calls),
+            1.4,
+        ),
+        (
+            "breaker closed, sync, window of seconds, beside bare",
+            plain(timed_sync, calls),
+            "by hand, bare",
+            plain(by_hand.bare_sync(work), calls),
+            2.5,
+        ),
+        ("window of 1,000,000 calls", awaited(million, calls), "window of 100", awaited(counted, calls), 1.1),
+        (
+            "four policies, nothing going wrong",
+            awaited(four, calls // 4),
+            "fused by hand",
+            awaited(by_hand.four(work_async), calls // 4),
+            1.3,
+        ),
+    ):
+        yield await beside(name, subject, peer, theirs, goal)
+    yield await compare(
+        "four policies, nothing going wrong, absolute", "ns/call", awaited(four, calls // 4), goal=4000, rounds=rounds
+    )
+    yield await compare("rejection, beyond raising it", "ns/call", beyond_raising(calls // 4), goal=300, rounds=rounds)
+
+    with Peers("circuit_breaker") as peers:
+        for library in ("circuitbreaker", "aiobreaker", "purgatory", "hyx", "interlock-cb", "pyresilience"):
+            theirs = peers(f"closed async {library}", peer_calls)
+            yield await beside(f"breaker closed, async, beside {library}", awaited(timed, calls), library, theirs, 1.0)
+        for library in ("pybreaker", "circuitbreaker", "aiobreaker", "purgatory", "interlock-cb", "pyresilience"):
+            theirs = peers(f"closed sync {library}", peer_calls)
+            yield await beside(
+                f"breaker closed, sync, beside {library}", plain(timed_sync, calls), library, theirs, 1.0
+            )
+        closed = opened()
+        for library in ("circuitbreaker", "aiobreaker", "interlock-cb"):
+            theirs = peers(f"open {library}", peer_calls)
+            yield await beside(
+                f"rejection, beside {library}", lambda: rejecting(closed, calls // 4), library, theirs, 1.0
+            )
+        for library in ("hyx", "stamina", "tenacity"):
+            theirs = peers(f"retry {library}", peer_calls // 4)
+            yield await beside(f"retry, no failure, beside {library}", awaited(retried, calls), library, theirs, 1.0)
+        for stack in (
+            "pyresilience",
+            "hyx",
+            "interlock-cb",
+            "Semaphore + circuitbreaker + tenacity + asyncio.timeout",
+        ):
+            theirs = peers(f"four {stack}", peer_calls // 4)
+            yield await beside(f"four policies, beside {stack}", awaited(four, calls // 4), stack, theirs, 1.0)
+
+    number = 1_000 if quick else 10_000
+    circuits = KeyedBreaker("memory", key=work, max_keys=number)
+    yield row("memory of a circuit", "bytes", bytes_each(lambda: [circuits._make(n) for n in range(number)]), goal=1024)
+    keys = 10_000 if quick else 100_000
+    size, kept = await asyncio.to_thread(keyed, keys)
+    assert kept == keys
+    yield row(f"memory of {keys:,} keyed circuits after {2 * keys:,} keys", "MiB", size, goal=keys / 1024)
