@@ -14,7 +14,7 @@ from typing import Any, cast
 import asyncpg
 import sqlalchemy as sa
 from sqlalchemy import event, exc
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from mainstay.core import ConfigurationError
@@ -166,11 +166,27 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
         connect_args=arguments,
         hide_parameters=True,
     )
+    event.listen(engine.sync_engine, "handle_error", _note_refusal)
+    event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)
     if address.dialect == "sqlite":
         _prepare_sqlite(engine, address.synchronous)
     else:
         event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine
+
+
+REFUSED = "mainstay_refused"
+"""In a connection's `info`: the error of a statement that nobody has rolled back to a savepoint since."""
+
+
+def _note_refusal(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is not None and not context.is_disconnect and not connection.closed:
+        connection.info[REFUSED] = context.original_exception
+
+
+def _forget_refusal(connection: sa.Connection, _name: str, _savepoint: object) -> None:
+    connection.info.pop(REFUSED, None)
 
 
 def _prepare_sqlite(engine: AsyncEngine, synchronous: str) -> None:

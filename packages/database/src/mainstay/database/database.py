@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from mainstay.core import Health
 from mainstay.database import _metrics
+from mainstay.database._engine import REFUSED
 from mainstay.database._recorder import Recorder, Turn
 from mainstay.database._statements import Operation, Prepared, Statements
 from mainstay.database.errors import (
@@ -123,7 +124,8 @@ class Database:
 
         It is ambient: `write`, and with it outbox, inbox, audit and transactional steps, join it by themselves. A
         `transaction()` inside it is the same one; when an inner block ends with an exception, the whole unit can only
-        be rolled back (`session.begin_nested()` around it makes a savepoint to go back to).
+        be rolled back (`session.begin_nested()` around it makes a savepoint to go back to). So it is after a statement
+        that the database refused, also where its exception was caught.
 
         Args:
             session: a session of your own that is to be the unit. One that is not in a transaction is committed at
@@ -134,7 +136,8 @@ class Database:
             DatabaseUnavailable: the database is away.
             CommitUnknown: the connection was lost while committing.
             Conflict: a deferred constraint refused the commit.
-            UnitOfWorkError: inside a batch; inside another task's unit of work; an inner block failed before.
+            UnitOfWorkError: inside a batch; inside another task's unit of work; an inner block or a statement failed
+                before.
         """
         unit = self._current()
         if unit is None:
@@ -461,6 +464,14 @@ def _broken(error: BaseException) -> UnitOfWorkError:
     msg = (
         f"an inner block of this unit of work failed with {type(error).__name__} and was caught: its half must not be "
         "committed. Let the exception pass, or put `async with session.begin_nested():` around the inner block"
+    )
+    return UnitOfWorkError(msg)
+
+
+def _refused(error: BaseException) -> UnitOfWorkError:
+    msg = (
+        f"the database refused a statement of this unit of work with {type(error).__name__}, which was caught: the rest "
+        "is not committed. Let the exception pass, or put `async with session.begin_nested():` around the statement"
     )
     return UnitOfWorkError(msg)
 

@@ -50,7 +50,7 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         pooled = await behind_pooler(address, busy)
     engine = make_engine(address, settings, pooled=pooled)
     event.listen(engine.sync_engine, "checkout", _checked_out)
-    event.listen(engine.sync_engine, "checkin", _checked_in)
+    event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin
     statements = Statements(engine.dialect)
     turn = Turn(busy) if address.dialect == "sqlite" else None
     writers: list[Writer] = (
