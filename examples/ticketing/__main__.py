@@ -1,5 +1,9 @@
-"""`python -m ticketing demo`, and the three processes that it starts: api, worker, provider."""
+"""`python -m ticketing demo`, and the three processes that it starts: api, worker, provider.
 
+Each command imports what it runs: a worker that was killed is back sooner without the web server and the demo.
+"""
+
+# ruff: noqa: PLC0415  see above
 from __future__ import annotations
 
 import asyncio
@@ -11,10 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
-
-from ticketing.demo import DEFAULT_PURCHASES, Script, play
-from ticketing.provider import Behaviour, Provider
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -28,30 +28,34 @@ class Engine(StrEnum):
 
 @cli.command()
 def demo(
-    purchases: Annotated[Path, typer.Option(help="JSON lines, a purchase each.", exists=True, dir_okay=False)] = (
-        DEFAULT_PURCHASES
-    ),
+    purchases: Annotated[
+        Path | None, typer.Option(help="JSON lines, a purchase each.", exists=True, dir_okay=False)
+    ] = None,
     engine: Annotated[Engine, typer.Option(help="SQLite, or Kafka and PostgreSQL.")] = Engine.EMBEDDED,
     kills: Annotated[int, typer.Option(help="How often the worker is killed.", min=0)] = 5,
     seed: Annotated[int, typer.Option(help="Whom the provider treats badly.")] = 1,
     keep: Annotated[bool, typer.Option(help="Keep databases and logs, and say where.")] = False,  # noqa: FBT002  typer's way
 ) -> None:
     """Play a file of purchases through the office, kill its worker on the way, and audit what is left."""
-    sys.exit(asyncio.run(play(Script(purchases, engine.value, kills, seed), keep=keep)))
+    from ticketing.demo import DEFAULT_PURCHASES, Script, play
+
+    sys.exit(asyncio.run(play(Script(purchases or DEFAULT_PURCHASES, engine.value, kills, seed), keep=keep)))
 
 
 @cli.command()
 def api(port: int = 8000) -> None:
     """Accept purchases over HTTP."""
+    import uvicorn
+
     # uvicorn stops in order on SIGTERM, and then raises the signal once more for whoever else listens.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    uvicorn.run("ticketing.main:api", port=port, log_config=None, access_log=False)
+    uvicorn.run("ticketing.api:api", port=port, log_config=None, access_log=False)
 
 
 @cli.command()
 def worker() -> None:
     """Sell tickets: execute the sagas, relay and handle events, seal the audit log."""
-    from ticketing.main import app  # noqa: PLC0415  importing it reads the environment, which only this process has
+    from ticketing.main import app
 
     app.run()
 
@@ -59,6 +63,8 @@ def worker() -> None:
 @cli.command()
 def provider(ledger: Path, port: int = 8001, seed: int = 1) -> None:
     """Be the payment provider, and misbehave."""
+    from ticketing.provider import Behaviour, Provider
+
     server = Provider(ledger, Behaviour(seed=seed), port=port)
     # shutdown() waits for the loop that serves, which is this thread's
     signal.signal(signal.SIGTERM, lambda _number, _frame: threading.Thread(target=server.shutdown).start())

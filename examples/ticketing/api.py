@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import func, select
 
 from mainstay.core import current
 from mainstay.observability import error_body
+from mainstay.observability.fastapi import instrument
 from mainstay.workflow import RunConflict
+from ticketing.main import app
 from ticketing.office import office
 from ticketing.purchases import MAX_BYTES, Problem, PurchaseRejected, parse_purchase
 from ticketing.saga import Order, sell
 from ticketing.tables import purchases
 
-routes = APIRouter()
+api = FastAPI(title="Ticket office", lifespan=app.lifespan)
+instrument(api, app)
 
 
-@routes.post("/purchases", status_code=202)
+@api.post("/purchases", status_code=202)
 async def buy(request: Request, line: Annotated[int, Query(ge=1)] = 1) -> dict[str, str]:
     """Accept one line of a purchases file: its JSON is the body, its number in the file is `line`.
 
@@ -35,7 +38,7 @@ async def buy(request: Request, line: Annotated[int, Query(ge=1)] = 1) -> dict[s
     return {"order_id": purchase.order_id, "run_id": run.id}
 
 
-@routes.get("/purchases/{order_id}")
+@api.get("/purchases/{order_id}")
 async def purchase_status(order_id: str) -> dict[str, str | None]:
     """How a purchase is doing; 404 where there is none."""
     run = sell.handle(run_id(order_id))
@@ -47,7 +50,7 @@ async def purchase_status(order_id: str) -> dict[str, str | None]:
     return {"order_id": order_id, "run_id": run.id, "status": status.value, "state": state, "reason": reason}
 
 
-@routes.get("/purchases")
+@api.get("/purchases")
 async def summary() -> dict[str, int]:
     """How many purchases are in each state."""
     counted = select(purchases.c.state, func.count().label("number")).group_by(purchases.c.state)
@@ -58,6 +61,7 @@ def run_id(order_id: str) -> str:
     return f"purchase-{order_id}"
 
 
+@api.exception_handler(PurchaseRejected)
 async def rejected(_request: Request, error: Exception) -> JSONResponse:
     """A rejected purchase, with every problem by line and field."""
     assert isinstance(error, PurchaseRejected)

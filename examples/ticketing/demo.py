@@ -266,10 +266,10 @@ class _Office:
         while progress.done < len(self._story.accepted) and (waited := time.monotonic() - started) < 12.0:
             provider, office = await asyncio.gather(self.provider_status(), self.summary())
             now = provider["now"]
-            for name, strikes in (wanted,) if waited < 5.0 else MOMENTS:
+            for name, strikes in (wanted,) if waited < 4.0 else MOMENTS:
                 if strikes(now, office):
                     return name
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
         return NOTHING_GOING_ON
 
     async def _watch(self, sending: asyncio.Task[None], progress: Progress) -> None:

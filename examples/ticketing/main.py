@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-
 from mainstay.circuit_breaker import CircuitBreakerModule
 from mainstay.core import App
 from mainstay.database import DatabaseModule
 from mainstay.events import EventsModule
 from mainstay.observability import ObservabilityModule, ObservabilitySettings
 from mainstay.observability.audit import AuditModule
-from mainstay.observability.fastapi import instrument
 from mainstay.workflow import WorkflowModule
-from ticketing import api as http
 from ticketing import payments, projections, saga
 from ticketing.office import OfficeModule, office
-from ticketing.purchases import PurchaseRejected
 
 app = App(
     ObservabilityModule.for_root(ObservabilitySettings(service_name="ticketing")),
@@ -31,8 +26,3 @@ app = App(
     OfficeModule.for_root(),
     OfficeModule.for_feature(office),
 )
-
-api = FastAPI(title="Ticket office", lifespan=app.lifespan)  # accepts purchases, sells nothing itself
-api.include_router(http.routes)
-api.add_exception_handler(PurchaseRejected, http.rejected)
-instrument(api, app)

@@ -73,7 +73,7 @@ class Behaviour:
     slow: float = 0.08
     late: float = 0.07
     slow_seconds: float = 1.2
-    usual_seconds: float = 0.03
+    usual_seconds: float = 0.05
     burst_every: int = 40
     burst_requests: int = 12
     burst_seconds: float = 2.0
