@@ -50,7 +50,11 @@ _ASSIGNMENT = re.compile(
 _DEPTH = 6
 
 # What a LogRecord always has; everything else on it was passed as `extra`.
+_RECORD_LENGTH = len(logging.makeLogRecord({}).__dict__)
 _RECORD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message", "taskName"}
+
+# Asking whether these are mappings costs more than everything else about them.
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 _verdicts: dict[str, bool] = {}
 
@@ -85,7 +89,7 @@ def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
     for key, value in event.items():
         if _is_secret(key):
             event[key] = _REDACTED
-        elif isinstance(value, (Mapping, list, tuple)):
+        elif type(value) not in _PLAIN and isinstance(value, (Mapping, list, tuple)):
             event[key] = _redacted(value, _DEPTH)
     return event
 
@@ -136,7 +140,8 @@ def add_exception(_logger: object, _method: str, event: EventDict) -> EventDict:
 
 
 def _timestamp() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Less than half the cost of strftime.
+    return datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
 
 
 class _Json:
@@ -210,9 +215,10 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event: Any = {"event": record.getMessage(), "level": record.levelname.lower(), "logger": record.name}
-        for name, value in record.__dict__.items():
-            if name not in _RECORD_FIELDS:
-                event.setdefault(name, value)
+        if len(record.__dict__) > _RECORD_LENGTH:
+            for name, value in record.__dict__.items():
+                if name not in _RECORD_FIELDS:
+                    event.setdefault(name, value)
         if record.exc_info:
             event["exc_info"] = record.exc_info
         if record.stack_info:

@@ -22,9 +22,7 @@ def installed() -> bool:
 
 
 def current_ids() -> tuple[str, str] | None:
-    """Trace id and span id (hexadecimal) of the current span; None without an SDK or outside of any span."""
-    if not installed():
-        return None
+    """Trace id and span id (hexadecimal) of the current span; None outside of any."""
     context = trace.get_current_span().get_span_context()
     return (f"{context.trace_id:032x}", f"{context.span_id:016x}") if context.is_valid else None
 

@@ -18,7 +18,7 @@ from uuid import UUID
 from mainstay.core import Binding, Clock, MainstayError, current, derived_id, once, spawn, uuid7
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
 from mainstay.observability.audit import metrics
-from mainstay.observability.audit.entry import Entry, Outcome
+from mainstay.observability.audit.entry import Outcome, encode
 from mainstay.observability.audit.errors import InvalidEntry
 from mainstay.observability.audit.note import SigningKey
 from mainstay.observability.audit.producer import STATEMENT, Producer
@@ -191,20 +191,22 @@ class Intake:
         number = 0 if action == STATEMENT else self._producer.issue()
         context = current()
         now = self._clock.now()
-        data = Entry(
-            id=entry_id,
-            action=action,
-            outcome=outcome,
-            time=now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            producer=self._producer.name,
-            number=number,
-            resource=resource,
-            actor=context.actor,
-            tenant=context.tenant,
-            correlation_id=context.correlation_id,
-            causation_id=context.causation_id,
-            detail=detail,
-        ).to_bytes()
+        data = encode(
+            {
+                "id": str(entry_id),
+                "action": action,
+                "outcome": outcome,
+                "time": now.isoformat(timespec="microseconds")[:-6] + "Z",
+                "producer": self._producer.name,
+                "number": number,
+                "resource": resource,
+                "actor": context.actor,
+                "tenant": context.tenant,
+                "correlation_id": context.correlation_id,
+                "causation_id": context.causation_id,
+                "detail": detail,
+            }
+        )
         # Integer arithmetic: a float of today's seconds has no room for microseconds.
         since = now - _EPOCH
         recorded_at = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
