@@ -1,6 +1,7 @@
 """What the tests of events share: databases of each kind, and names that no other test uses."""
 
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest

@@ -147,7 +147,7 @@ async def test_a_group_handles_a_type_once_also_across_features() -> None:
         events.on(OrderPaid, group="g")(handle)
     others.on(OrderPaid, group="g")(handle)
     root = EventsModule.for_root(EventsSettings(transport="memory"))
-    with pytest.raises(ConfigurationError, match="handles order.paid 1.x twice"):
+    with pytest.raises(ConfigurationError, match=r"handles order\.paid 1.x twice"):
         async with App(root, EventsModule.for_feature(events, others)):
             pass
 

@@ -75,7 +75,7 @@ def assignment() -> Assignment:
 
 
 async def test_the_lowest_unfinished_bounds_the_commit_also_over_holes(assignment: Assignment) -> None:
-    """Offsets are not consecutive, and the second finishes first: only what lies before the unfinished may be committed."""
+    """Offsets have holes, and the second finishes first: only what lies before the unfinished is committed."""
     gates = {10: asyncio.Event(), 20: asyncio.Event(), 37: asyncio.Event()}
 
     async def handle(event: Made) -> None:
@@ -161,7 +161,7 @@ async def test_a_dead_letter_is_durable_before_its_event_counts_as_finished(assi
 
 
 async def test_what_certainly_did_not_happen_and_will_pass_costs_no_attempt(assignment: Assignment) -> None:
-    """An open breaker or a database that is away postpones an event for as long as it takes, by the error's own hint."""
+    """An open breaker or a database that is away postpones an event as long as it takes, by the error's own hint."""
 
     class Away(MainstayError):
         code = "EXT_AWAY"

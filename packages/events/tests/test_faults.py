@@ -188,7 +188,12 @@ async def test_a_relay_killed_between_sending_and_deleting_repeats_in_order(
 ) -> None:
     """What the broker has and the outbox still holds is sent again: duplicates, in order, and each effect once."""
     events = {"transport": "kafka", "kafka_servers": kafka, "lease_seconds": 1.5, "partitions": 4}
-    options = {"url": postgres_url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events}
+    options: dict[str, Any] = {
+        "url": postgres_url,
+        "topic": f"{prefix}-fault",
+        "group": f"{prefix}-g",
+        "events": events,
+    }
     publisher = service(options)
     async with publisher, processes() as start:
         await prepare(publisher)
@@ -226,6 +231,11 @@ async def everything_on(servers: str, topic: str) -> list[tuple[str, int]]:
         await consumer.stop()
 
 
+def _power_cut(broker: Kafka) -> None:
+    broker.kill()
+    broker.start()
+
+
 @pytest.fixture
 def own_options(broker: Kafka, sqlite_url: str, prefix: str) -> dict[str, Any]:
     """A service on a broker of the test's own."""
@@ -244,7 +254,7 @@ async def test_a_broker_restart_under_load_loses_and_reorders_nothing(
         await prepare(app)
         await publish(app, keys=6, each=10)
         await wait_for(app, 30)
-        restarting = asyncio.create_task(asyncio.to_thread(lambda: (broker.kill(), broker.start())))
+        restarting = asyncio.create_task(asyncio.to_thread(_power_cut, broker))
         number = 10
         while not restarting.done():
             await publish(app, keys=6, each=number + 1, start=number)

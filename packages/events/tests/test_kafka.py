@@ -161,7 +161,7 @@ async def committed(servers: str, group: str) -> int | None:
 
 
 async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, prefix: str) -> None:
-    """A consumer and a producer whose broker died are gone within seconds, and publishing says that nobody confirmed."""
+    """A consumer and a producer whose broker died are gone within seconds, and publishing says so."""
     events = EventRouter()
     seen: list[int] = []
 
@@ -219,7 +219,7 @@ def test_secure_connections_are_configured_whole() -> None:
         kafka_servers="x:1",
         kafka_protocol="SASL_SSL",
         kafka_username="ann",
-        kafka_password="hunter2",  # type: ignore[arg-type]  # as the environment gives it
+        kafka_password="hunter2",
         kafka_mechanism="SCRAM-SHA-256",
     )
     options = KafkaTransport(settings, App().clock)._connection()

@@ -57,7 +57,7 @@ async def main(options: dict[str, Any]) -> None:
             print("sent", flush=True)
             await asyncio.sleep(3600)
 
-        OutboxRelay._delete = never  # type: ignore[method-assign]  # the moment between sending and deleting
+        OutboxRelay._delete = never  # type: ignore[method-assign, assignment]  # the moment between sending and deleting
     holder: list[App] = []
     routers = [] if options.get("relay only") else [recorder(options, holder)]
     app = service(options, *routers)

@@ -389,8 +389,8 @@ class Dispatcher:
             where = f"{record.topic}/{record.partition}@{record.offset}"
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
-            # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the event
-            # and costs no attempt: an outage of a minute must not turn a minute's events into dead letters.
+            # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the
+            # event and costs no attempt: an outage of a minute must not turn a minute's events into dead letters.
             postponed = isinstance(error, MainstayError) and error.no_effect and error.retryable
             delay = self._delay(delivery, handling, error, postponed=postponed)
             if delay is not None:
