@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import sqlalchemy as sa
 
+from mainstay.core import NotBoundError
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
@@ -205,5 +206,5 @@ async def test_whoever_waits_is_told_that_the_app_stops():
         run = await buy.start(1)
         waiting = asyncio.create_task(run.result())
         await asyncio.sleep(0.01)
-    with pytest.raises(Exception, match="the App stopped before the run ended"):
+    with pytest.raises(NotBoundError, match="the App stopped before the run ended"):
         await waiting

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, TypeVarTuple, cast
 
 import sqlalchemy as sa
 
-from mainstay.core import Clock, Health, current, spawn, timeout, uuid7
-from mainstay.database import CommitUnknown, Conflict, Database, DatabaseUnavailable
+from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
+from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import metrics
 from mainstay.workflow.errors import RunConflict, RunNotFound, RunParked, RunStateError, WorkflowFailed
 from mainstay.workflow.journal import RESUMED, History, recall
@@ -347,7 +347,7 @@ class WorkflowEngine:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
         for waited in list(self._waiters):
-            self._tell(waited, DatabaseUnavailable("the App stopped before the run ended; it goes on elsewhere"))
+            self._tell(waited, NotBoundError("the App stopped before the run ended; it goes on elsewhere"))
 
 
 def _changed(result: sa.Result[Any]) -> bool:

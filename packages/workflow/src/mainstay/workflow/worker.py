@@ -83,6 +83,7 @@ class Worker:
         self._slots = asyncio.Semaphore(settings.max_unrecorded)
         self._identity: Identity | None = None
         self._draining = False
+        self._full = False
         self._woken = asyncio.Event()
         self.unknown: list[str] = []
         self.parked = 0
@@ -117,7 +118,10 @@ class Worker:
         identity = self._identity
         if identity is None or self._draining or not identity.lease.held:
             return None
-        return identity if self._room(identity) > 0 else None
+        if self._room(identity) > 0:
+            return identity
+        self._full = True
+        return None
 
     def begin(self, identity: Identity, row: Mapping[str, Any]) -> None:
         """Execute a run that was started as this identity's."""
@@ -228,7 +232,8 @@ class Worker:
     async def _claim(self, identity: Identity) -> bool:
         """Take what is due, as far as there is room; whether there may be more."""
         room = min(self._room(identity), _AT_ONCE)
-        if room <= 0:
+        self._full = room <= 0
+        if self._full:
             return False
         identity.reserved += room
         try:
@@ -312,7 +317,8 @@ class Worker:
         finally:
             metrics.RUNS_ACTIVE.dec()
             del identity.runs[run.id]
-            self._woken.set()
+            if self._full:  # somebody waits for this place
+                self._woken.set()
             self._ended(run.id, *(end or (None, None, None)))
 
     # Looking around
