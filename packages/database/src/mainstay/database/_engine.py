@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import PoolResetState
 
 from mainstay.core import ConfigurationError
 from mainstay.database.settings import DatabaseSettings, variable_of_url
@@ -158,7 +159,8 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
         arguments |= pooler_arguments()
     engine = create_async_engine(
         address.url,
-        # Whoever closes a connection in a transaction rolls it back anyway; to do it once more asks SQLite's thread.
+        # Whoever closes a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
+        # always would ask SQLite's thread once more each time.
         pool_reset_on_return=None if address.dialect == "sqlite" else "rollback",
         pool_size=settings.pool_size,
         max_overflow=0,
@@ -176,13 +178,13 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
 
 
 REFUSED = "mainstay_refused"
-"""In a connection's `info`: the error of a statement that nobody has rolled back to a savepoint since."""
+"""In a connection's `info`: the name of the error of a statement that nobody has rolled back to a savepoint since."""
 
 
 def _note_refusal(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is not None and not context.is_disconnect and not connection.closed:
-        connection.info[REFUSED] = context.original_exception
+        connection.info[REFUSED] = type(context.original_exception).__name__
 
 
 def _forget_refusal(connection: sa.Connection, _name: str, _savepoint: object) -> None:
@@ -196,7 +198,12 @@ def _prepare_sqlite(engine: AsyncEngine, synchronous: str) -> None:
             cursor.execute(pragma)
         cursor.close()
 
+    def reset(connection: Any, _record: object, state: PoolResetState) -> None:
+        if state.asyncio_safe and not state.terminate_only and connection.driver_connection.in_transaction:
+            connection.rollback()
+
     event.listen(engine.sync_engine, "connect", connect)
+    event.listen(engine.sync_engine, "reset", reset)
     begin_events(engine)
 
 

@@ -365,6 +365,9 @@ class SQLiteWriter:
                 connection.execute("ROLLBACK")
             if not isinstance(error, sqlite3.Error):
                 raise
+            if isinstance(error, sqlite3.IntegrityError) and len(entries) > 1:
+                # A deferred constraint, which SQLite looks at only now: whose it is shows when each goes alone.
+                return {who: what for entry in entries for who, what in self._commit([entry]).items()}
             return {id(entry): sqlite_error(error) for entry in entries}
         return errors
 

@@ -168,13 +168,17 @@ class Database:
         try:
             try:
                 # Now, not with the first statement: who must wait or cannot begin learns it before doing anything.
-                _ = await session.connection(execution_options=_WRITE)
+                connection = await session.connection(execution_options=_WRITE)
             except _REFUSED as error:
                 raise _translated(error) from error
+            connection.info.pop(REFUSED, None)  # of somebody before
             with unit:
                 yield
             if unit.broken is not None:
                 raise _broken(unit.broken) from unit.broken
+            if not connection.closed and (refused := connection.info.pop(REFUSED, None)):
+                # PostgreSQL has given up the transaction, and answers its COMMIT with a rollback that nobody sees.
+                raise _refused(refused)
         except BaseException:
             _, cancelled = await uninterrupted(end())
             if cancelled is not None:
@@ -468,10 +472,10 @@ def _broken(error: BaseException) -> UnitOfWorkError:
     return UnitOfWorkError(msg)
 
 
-def _refused(error: BaseException) -> UnitOfWorkError:
+def _refused(error: str) -> UnitOfWorkError:
     msg = (
-        f"the database refused a statement of this unit of work with {type(error).__name__}, which was caught: the rest "
-        "is not committed. Let the exception pass, or put `async with session.begin_nested():` around the statement"
+        f"the database refused a statement of this unit of work with {error}, which was caught: the rest is not "
+        "committed. Let the exception pass, or put `async with session.begin_nested():` around the statement"
     )
     return UnitOfWorkError(msg)
 
