@@ -49,6 +49,7 @@ _seconds = CappedLabels(SECONDS, 500)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _UNMATCHED = "unmatched"
+_NOTHING = Context()
 _WANTED = {
     name.encode(): name
     for name in ("x-correlation-id", "x-causation-id", "x-actor", "x-tenant", "traceparent", "tracestate")
@@ -80,7 +81,7 @@ class ObservabilityMiddleware:
         if self._app is not None and scope["type"] == "http" and await self._probed(self._app, scope, send):
             return
         headers = _headers(scope)
-        context = Context.from_headers(headers, trusted=self._trusted)
+        context = Context.from_headers(headers, trusted=self._trusted) if headers else _NOTHING
         correlation_id = context.correlation_id or str(uuid7())
         with bind(context, correlation_id=correlation_id):
             if scope["type"] == "websocket":
