@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import Peers, Row, compare, row
 from mainstay.workflow import WorkflowRouter, current_step
@@ -65,7 +67,7 @@ async def runs(at_once: int, count: int) -> float:
     return count / (time.perf_counter() - started)
 
 
-SETTINGS = {"lease_seconds": 5.0, "poll_seconds": 0.2}
+SETTINGS: dict[str, Any] = {"lease_seconds": 5.0, "poll_seconds": 0.2}
 
 
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
@@ -85,7 +87,7 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
                         yield await compare(
                             f"three steps, {at_once:,} at once, {name}",
                             "runs/s",
-                            lambda at_once=at_once, count=count: runs(at_once, count),
+                            partial(runs, at_once, count),
                             peer=("DBOS", peers("runs", peer_url, at_once, count)),
                             # Alone, the commits count: DBOS makes sixteen of them, we five.
                             goal=3.0 if at_once == 1 else 10.0,

@@ -36,7 +36,7 @@ async def third(n: int) -> int:
 
 @DBOS.workflow()
 async def three(n: int) -> int:
-    return await third(await second(await first(n)))
+    return int(await third(await second(await first(n))))
 
 
 async def runs(url: str, at_once: int, count: int) -> float:

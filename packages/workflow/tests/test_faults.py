@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 import sqlalchemy as sa
-from mainstay_servers import Postgres, fresh_database
 
 from mainstay.core import FullJitter, MainstayError, Retry
 from mainstay.core.testing import VirtualClock
@@ -29,6 +28,7 @@ from mainstay.workflow import (
 from mainstay.workflow.tables import journal, runs
 from mainstay.workflow.testing import workflows
 from mainstay.workflow.worker import Worker
+from mainstay_servers import Postgres, fresh_database
 
 QUICK = FullJitter(0.001, 0.002)
 WAIT = 20.0
@@ -188,7 +188,7 @@ async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
 
         @router.workflow(name="block")
         async def blocking(n: int) -> int:
-            return await block(n)
+            return int(await block(n))
 
         return blocking
 
@@ -268,7 +268,7 @@ async def test_a_step_cut_off_by_the_end_of_the_drain_is_repeated(url):
     @flows.workflow(name="work")
     async def working(n: int) -> int:
         one, _ = await flows.gather(work(n), flows.sleep(0))
-        return one
+        return int(one)
 
     async with workflows(flows, url=url, serve=False) as app:
         engine = app.get(WorkflowEngine)

@@ -135,7 +135,7 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
     async def buy(n: int) -> int:
         return await charge(n)
 
-    async with workflows(flows, url=url) as app:
+    async with workflows(flows, url=url):
         run = await buy.start(7, id="order-7")
         other = await buy.start(8, id="order-8")
         for parked in (run, other):

@@ -17,6 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from mainstay.database import FenceOn, Schema
+from mainstay.workflow.journal import INTENT
 
 ID_LENGTH = 200
 STEP_LENGTH = 300
@@ -51,7 +52,7 @@ runs = sa.Table(
     sa.Column("status", sa.String(24), nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("worker", sa.String(100)),
-    # claims since the journal last grew, and its length at that claim
+    # claims since anything came of a step, and the number of the entry that said so
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("progress", sa.Integer, nullable=False),
     # claimed not before this moment of the database's clock, and in this order
@@ -241,9 +242,9 @@ class Claims:
         )
         due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now())
         self.waiting = sa.select(runs.c.id).where(due).limit(1)
-        length = (
+        reached = (
             sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0))
-            .where(journal.c.run_id == runs.c.id)
+            .where(journal.c.run_id == runs.c.id, journal.c.kind != INTENT)
             .scalar_subquery()
         )
         taken = (
@@ -254,7 +255,8 @@ class Claims:
             .with_for_update(skip_locked=True)
             .cte("taken")
         )
-        # The attempt is counted here, so that a crash counts; journal entries since the last claim make it the first.
+        # The attempt is counted here, so that a crash counts; what came of a step since the last claim makes it the
+        # first. That an attempt began is no progress: a step that kills its worker begins at every claim.
         self.claim = (
             sa.update(runs)
             .where(runs.c.id.in_(sa.select(taken.c.id)), runs.c.status == "queued")
@@ -262,8 +264,8 @@ class Claims:
                 status="running",
                 epoch=runs.c.epoch + 1,
                 worker=sa.bindparam("owner"),
-                attempts=sa.case((length > runs.c.progress, 1), else_=runs.c.attempts + 1),
-                progress=length,
+                attempts=sa.case((reached > runs.c.progress, 1), else_=runs.c.attempts + 1),
+                progress=reached,
             )
             .returning(*runs.c)
         )

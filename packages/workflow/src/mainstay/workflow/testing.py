@@ -49,7 +49,7 @@ async def workflows(
     if not url.startswith("sqlite"):
         await upgrade(url, [SCHEMA, schema])
     # A lease is measured with the App's clock here and with the database's there: a virtual hour must not end it.
-    lease = {} if clock is SYSTEM_CLOCK else {"lease_seconds": _FOR_EVER_SECONDS}
+    lease: dict[str, Any] = {} if clock is SYSTEM_CLOCK else {"lease_seconds": _FOR_EVER_SECONDS}
     app = App(
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
         WorkflowModule.for_root(WorkflowSettings(**{**_QUICK, **lease, **settings})),
@@ -57,7 +57,7 @@ async def workflows(
         clock=clock,
     )
     async with app.running(serve=serve):
-        while serve and not app.get(WorkflowEngine).worker.held:
+        while serve and not app.get(WorkflowEngine).worker.held:  # noqa: ASYNC110  the database gives it
             await asyncio.sleep(0.001)
         yield app
 

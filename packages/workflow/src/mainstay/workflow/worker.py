@@ -250,7 +250,7 @@ class Worker:
         async with self._database.transaction() as session:
             result = await session.execute(self._claims.claim, {"most": room, "owner": identity.lease.name})
             rows = [dict(row) for row in result.mappings()]
-        histories = await self._histories([row["id"] for row in rows if row["progress"] > 0])
+        histories = await self._histories([row["id"] for row in rows if row["epoch"] > 1])
         for row in rows:
             try:
                 if row["attempts"] > self._settings.max_attempts:
