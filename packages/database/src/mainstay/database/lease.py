@@ -51,6 +51,8 @@ _fence_on = FenceOn(leases, leases.c.name, leases.c.epoch)
 
 _MARGIN = 0.2  # of the lease: how long before the database's end the holder stops believing in it
 _RENEWALS = 4  # so many fit into a lease
+_BEGIN = "BEGIN; SET LOCAL lock_timeout = '300ms'"
+_LOOK_SECONDS = 0.2  # how soon a lease that was just taken is seen by the one who renews
 _CLOSE_SECONDS = 2.0  # how long giving leases back may hold up the end of the process
 
 # Seconds since 1970 by the database's clock, unless a test's clock says otherwise. `unixepoch('subsec')` would be
@@ -206,6 +208,8 @@ class Keeper:
             if epoch is None:
                 return None
             lease = Lease(self, name, holder=holder, epoch=epoch, seconds=seconds, asked_at=asked_at)
+            if name in self._held:  # it had expired, and nobody but this process came back for it
+                self._lose(self._held[name])
             self._held[name] = lease
             _metrics.LEASES_HELD.inc()
             return lease
@@ -227,19 +231,25 @@ class Keeper:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._release(*self._held.values())
 
+    def _lose(self, lease: Lease) -> None:
+        lease._until = float("-inf")
+        self._forget(lease)
+        _metrics.LEASES_LOST.inc()
+        _log.warning("lease %s was lost: it was taken over after epoch %d", lease.name, lease.epoch)
+
     def _forget(self, lease: Lease) -> None:
         del self._held[lease.name]
         _metrics.LEASES_HELD.dec()
 
     async def _renew_for_ever(self) -> None:
         while True:
-            due = min((lease._renew_at for lease in self._held.values()), default=time.monotonic() + 0.2)
-            await asyncio.sleep(min(0.2, max(0.005, due - time.monotonic())))
+            due = min((lease._renew_at for lease in self._held.values()), default=time.monotonic() + _LOOK_SECONDS)
+            await asyncio.sleep(min(_LOOK_SECONDS, max(0.005, due - time.monotonic())))
             async with self._lock:
                 # Whatever is due soon goes along: one statement for all.
-                soon = time.monotonic()
-                held = [lease for lease in self._held.values() if lease._renew_at <= soon + lease._seconds / 10]
-                if held and any(lease._renew_at <= soon for lease in held):
+                now = time.monotonic()
+                held = [lease for lease in self._held.values() if lease._renew_at <= now + lease._seconds / 10]
+                if any(lease._renew_at <= now for lease in held):
                     await self._renew(held)
 
     async def _renew(self, held: list[Lease]) -> None:
@@ -253,10 +263,7 @@ class Keeper:
             if lease.name in renewed:
                 lease._renewed(asked_at)
             elif lease.name in lost:
-                lease._until = float("-inf")
-                self._forget(lease)
-                _metrics.LEASES_LOST.inc()
-                _log.warning("lease %s was lost: somebody else took it after epoch %d", lease.name, lease.epoch)
+                self._lose(lease)
             else:
                 lease._renew_at = time.monotonic() + lease._seconds / 20
 
@@ -272,7 +279,8 @@ class SQLiteRows:
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
         """Take the lease if it has expired or never was; its epoch, or None."""
-        sql = f"""
+        held = f"SELECT 1 FROM mainstay_database_leases WHERE name = :name AND expires_at > {_SQLITE_NOW}"  # noqa: S608  constants
+        take = f"""
             INSERT INTO mainstay_database_leases (name, holder, epoch, expires_at)
             VALUES (:name, :holder, 1, {_SQLITE_NOW} + :seconds)
             ON CONFLICT (name) DO UPDATE
@@ -280,9 +288,12 @@ class SQLiteRows:
             WHERE mainstay_database_leases.expires_at <= {_SQLITE_NOW}
             RETURNING epoch
         """  # noqa: S608  constants
+        values = {"name": name, "holder": holder, "seconds": seconds, "now": self._time()}
+        with self._transaction("BEGIN") as connection:
+            if connection.execute(held, {"name": name, "now": self._time()}).fetchone() is not None:
+                return None  # those who only wait for their turn do not ask for the writer's
         with self._transaction() as connection:
-            values = {"name": name, "holder": holder, "seconds": seconds, "now": self._time()}
-            row = connection.execute(sql, values).fetchone()
+            row = connection.execute(take, values).fetchone()
         return None if row is None else int(row[0])
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
@@ -311,12 +322,15 @@ class SQLiteRows:
             self._connection.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection, None, None]:
         try:
             if self._connection is None:
                 self._connection = sqlite_connection(self._address)
             connection = self._connection
-            begin_immediate(connection, self._seconds)
+            if begin == "BEGIN":
+                connection.execute(begin)
+            else:
+                begin_immediate(connection, self._seconds)
         except sqlite3.OperationalError as error:
             msg = f"SQLite was not free for a lease ({error})"
             raise DatabaseBusy(msg) from error
@@ -343,7 +357,10 @@ class PostgresRows:
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
         """Take the lease if it has expired or never was; its epoch, or None."""
-        sql = f"""
+        # The first statement locks nothing: the second would, also where it then changes nothing, and wait for every
+        # fenced unit of work of the holder.
+        held = f"SELECT 1 FROM mainstay_database_leases WHERE name = $2 AND expires_at > {_POSTGRES_NOW}"  # noqa: S608  constants
+        take = f"""
             INSERT INTO mainstay_database_leases (name, holder, epoch, expires_at)
             VALUES ($2, $3, 1, {_POSTGRES_NOW} + $4::float8)
             ON CONFLICT (name) DO UPDATE
@@ -352,7 +369,12 @@ class PostgresRows:
             WHERE mainstay_database_leases.expires_at <= {_POSTGRES_NOW}
             RETURNING epoch
         """  # noqa: S608  constants
-        rows = await self._fetch(sql, self._time(), name, holder, seconds)
+        if await self._fetch(held, self._time(), name):
+            return None
+        try:
+            rows = await self._fetch(take, self._time(), name, holder, seconds)
+        except asyncpg.LockNotAvailableError:
+            return None  # expired, and its holder is still committing what it began in time
         return int(rows[0][0]) if rows else None
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
@@ -403,9 +425,12 @@ class PostgresRows:
                         self._address, pooled=self._pooled, timeout_seconds=self._seconds
                     )
                     self._connection = connection
-                # In a transaction, or a pooler could send statement and parameters to different servers.
-                async with connection.transaction():
-                    return list(await connection.fetch(sql, *arguments))
+                # A transaction of its own, or a pooler could send statement and parameters to different servers; and
+                # no long wait for a lock in it, since all leases of the process wait for this connection.
+                await connection.execute(_BEGIN)
+                rows: list[Any] = await connection.fetch(sql, *arguments)
+                await connection.execute("COMMIT")
+                return rows
         except BaseException as error:
             # Whatever state it is in, a new connection is in a better one.
             if self._connection is not None:
