@@ -29,9 +29,10 @@ class Engine(StrEnum):
 @cli.command()
 def demo(
     purchases: Annotated[
-        Path | None, typer.Option(help="JSON lines, a purchase each.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="JSON lines, a purchase each.", envvar="PURCHASES", exists=True, dir_okay=False),
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="SQLite, or Kafka and PostgreSQL.")] = Engine.EMBEDDED,
+    engine: Annotated[Engine, typer.Option(help="SQLite, or Kafka and PostgreSQL.", envvar="ENGINE")] = Engine.EMBEDDED,
     kills: Annotated[int, typer.Option(help="How often the worker is killed.", min=0)] = 5,
     seed: Annotated[int, typer.Option(help="Whom the provider treats badly.")] = 1,
     keep: Annotated[bool, typer.Option(help="Keep databases and logs, and say where.")] = False,  # noqa: FBT002  typer's way

@@ -209,7 +209,10 @@ class _Office:
                 sending = tasks.create_task(self._send_and_kill(lines, kills, progress))
                 tasks.create_task(self._watch(sending, progress))
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            first: BaseException = errors
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
 
     async def _send_and_kill(self, lines: list[tuple[int, bytes]], kills: int, progress: Progress) -> None:
         """Send the file in parts, and with each but the first kill the worker, at a moment that hurts."""
@@ -218,12 +221,13 @@ class _Office:
         for number in range(1, kills + 1):
             # A fast office must not be done before the next kill, and a slow one must get somewhere between two.
             await progress.reached(0.6 * len(self._story.accepted))
-            await self._send(lines[bounds[number] : bounds[number + 1]])
-            last = number == kills  # refunds come late
-            moment = await self._bad_moment(MOMENTS[-1] if last else MOMENTS[(number - 1) % 3], progress)
-            self._worker.check()
-            self._worker.kill()
-            self._worker.start()
+            async with asyncio.TaskGroup() as part:
+                sending = part.create_task(self._send(lines[bounds[number] : bounds[number + 1]]))
+                last = number == kills  # refunds come late
+                moment = await self._bad_moment(MOMENTS[-1] if last else MOMENTS[(number - 1) % 3], sending, progress)
+                self._worker.check()
+                self._worker.kill()
+                self._worker.start()
             self._story.kills[moment] += 1
             progress.killed(moment)
 
@@ -260,15 +264,16 @@ class _Office:
         counts: dict[str, dict[str, int]] = (await self._client.get(f"{self._urls['provider']}/status")).json()
         return counts
 
-    async def _bad_moment(self, wanted: Moment, progress: Progress) -> str:
+    async def _bad_moment(self, wanted: Moment, sending: asyncio.Task[None], progress: Progress) -> str:
         """Wait for one: for some seconds the one that is wanted, then any; when no more can come, so be it."""
         started = time.monotonic()
-        while progress.done < len(self._story.accepted) and (waited := time.monotonic() - started) < 12.0:
+        while (waited := time.monotonic() - started) < 12.0:
             provider, office = await asyncio.gather(self.provider_status(), self.summary())
-            now = provider["now"]
             for name, strikes in (wanted,) if waited < 4.0 else MOMENTS:
-                if strikes(now, office):
+                if strikes(provider["now"], office):
                     return name
+            if sending.done() and progress.done >= len(self._story.accepted):
+                break
             await asyncio.sleep(0.01)
         return NOTHING_GOING_ON
 

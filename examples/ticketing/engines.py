@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Literal
-
-from sqlalchemy import text
-from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from mainstay.database.schema import installed, upgrade
 from mainstay.observability.audit import SigningKey, VerifierKey
@@ -54,7 +51,7 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
     """A fresh engine: nothing in it is from an earlier run.
 
     Raises:
-        EngineMissing: a server is not there.
+        EngineMissing: a server is not there, and cannot be started.
     """
     topic = f"ticketing-{token_hex(4)}"  # a cluster may have seen other runs
     signing = SigningKey.generate("ticketing")
@@ -65,14 +62,31 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
         url = f"sqlite+aiosqlite:///{directory / 'office.db'}"
         yield Engine(url, None, topic, signing.verifier, _environment(url, topic, key_file, transport="sql"))
         return
-    kafka, server = (os.environ.get(f"MAINSTAY_TEST_{what}") for what in ("KAFKA", "POSTGRES"))
-    if not kafka or not server:
-        msg = "the full engine needs Kafka and PostgreSQL: run `make demo ENGINE=full`, which starts them"
-        raise EngineMissing(msg)
-    async with _fresh_database(server) as url:
+    async with _servers() as (kafka, url):
         await upgrade(url, [*installed(), SCHEMA])  # what `mainstay-database upgrade` does
-        environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka, kafka_replicas="1")
+        environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka)
         yield Engine(url, kafka, topic, signing.verifier, environment)
+
+
+@asynccontextmanager
+async def _servers() -> AsyncGenerator[tuple[str, str], None]:
+    """Kafka's address and the URL of an empty PostgreSQL database; what the environment does not name is started."""
+    # This repository's own launcher, which no service needs, nor the embedded engine.
+    from mainstay_servers import Kafka, MissingServer, Postgres, ServerError, fresh_database  # noqa: PLC0415
+
+    with ExitStack() as stack:
+
+        def kafka() -> str:
+            return os.environ.get("MAINSTAY_TEST_KAFKA") or stack.enter_context(Kafka()).address
+
+        def postgres() -> str:
+            return os.environ.get("MAINSTAY_TEST_POSTGRES") or stack.enter_context(Postgres()).url
+
+        try:
+            address, server = await asyncio.gather(asyncio.to_thread(kafka), asyncio.to_thread(postgres))
+        except (MissingServer, ServerError) as error:
+            raise EngineMissing(str(error)) from error
+        yield address, stack.enter_context(fresh_database(server))
 
 
 def _environment(url: str, topic: str, key_file: Path, **events: str) -> dict[str, str]:
@@ -85,19 +99,3 @@ def _environment(url: str, topic: str, key_file: Path, **events: str) -> dict[st
         "MAINSTAY_AUDIT_LEASE_SECONDS": "1",
         "MAINSTAY_AUDIT_SIGNING_KEY_FILE": str(key_file),
     } | {f"MAINSTAY_EVENTS_{name}".upper(): value for name, value in events.items()}
-
-
-@asynccontextmanager
-async def _fresh_database(server: str) -> AsyncGenerator[str, None]:
-    name = f"ticketing_{token_hex(4)}"
-    admin = create_async_engine(server, isolation_level="AUTOCOMMIT")
-    try:
-        async with admin.connect() as connection:
-            await connection.execute(text(f"CREATE DATABASE {name}"))
-        try:
-            yield make_url(server).set(database=name).render_as_string(hide_password=False)
-        finally:
-            async with admin.connect() as connection:
-                await connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    finally:
-        await admin.dispose()

@@ -149,7 +149,7 @@ def _rows(facts: Facts, story: Story) -> list[tuple[str, str, str] | None]:
         ("circuit breaker transitions", str(story.breaker.total()), _counts(story.breaker)),
         None,
         ("events published", str(facts.published), ""),
-        ("effects of events", str(len(facts.handled)), _counts(Counter(row["consumer"] for row in facts.handled))),
+        ("events handled", str(len(facts.handled)), _counts(Counter(row["consumer"] for row in facts.handled))),
         ("events dead-lettered", str(facts.dead_letters), ""),
         ("audit entries verified", str(facts.audit_entries), ""),
         ("kills survived", str(story.kills.total()), _counts(story.kills)),

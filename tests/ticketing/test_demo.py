@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import mainstay_servers
 from ticketing import demo
 from ticketing.demo import MOMENTS, NOTHING_GOING_ON, Outcome, Script, perform, play
 from ticketing.facts import Sources, read_facts
@@ -215,8 +216,9 @@ def test_bad_input_stops_nothing(tmp_path):
         good.format(1, 9),
     ]
     path.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "ticketing", "demo", f"--purchases={path}", "--kills=0"]
-    environment = os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1]), "COLUMNS": "100"}
+    command = [sys.executable, "-m", "ticketing", "demo", "--kills=0"]
+    asked = {"PURCHASES": str(path), "ENGINE": "embedded", "COLUMNS": "100"}
+    environment = os.environ | asked | {"PYTHONPATH": str(Path(demo.__file__).parents[1])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Every invariant holds." in run.stdout
@@ -244,13 +246,21 @@ async def test_a_broken_invariant_is_an_exit_status(embedded, monkeypatch):
     assert "1 of 8 invariants do not hold." in console.file.getvalue()
 
 
-async def test_missing_servers_are_named(monkeypatch):
-    """Without Kafka and PostgreSQL the full demo ends with 1 and the command that brings them."""
+async def test_a_server_that_cannot_be_started_ends_the_demo(monkeypatch):
+    """Where Kafka is not to be had, the full demo ends with 1 and the remedy, before it starts anything else."""
+
+    class Absent(mainstay_servers.Kafka):
+        def prepare(self) -> None:
+            msg = "no java: install it with …"
+            raise mainstay_servers.MissingServer(msg)
+
+    monkeypatch.setattr(mainstay_servers, "Kafka", Absent)
     monkeypatch.delenv("MAINSTAY_TEST_KAFKA", raising=False)
+    monkeypatch.setenv("MAINSTAY_TEST_POSTGRES", "postgresql://nobody@127.0.0.1:1/none")
     console = quiet()
     assert await play(Script(engine="full"), console=console) == 1
     assert isinstance(console.file, io.StringIO)
-    assert "make demo ENGINE=full" in console.file.getvalue()
+    assert "no java: install it with" in console.file.getvalue()
 
 
 async def test_nothing_runs_on_when_a_process_fails(monkeypatch):
