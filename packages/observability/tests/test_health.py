@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 from typing import Literal, Never
 
@@ -239,9 +241,16 @@ def test_label_values_are_capped():
         CappedLabels(counter, 0)
 
 
-def test_several_processes_are_put_together(monkeypatch, tmp_path):
-    """With the folder of prometheus-client's multiprocess mode set, what all processes wrote there is shown."""
+def test_trap_several_processes_are_put_together(monkeypatch, tmp_path):
+    """With the folder of multiprocess mode set, any process serves the sum of all, also of those that have ended."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    code = (
+        "from mainstay.observability.asgi import _count\n"
+        "_count('GET', '/orders/{id}', '200').inc()\n"
+        "_count('GET', '/orders/{id}', '200').inc()\n"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True)
     content_type, body = exposition("")
     assert content_type.startswith("text/plain")
-    assert body == b""
+    assert b'mainstay_http_requests_total{method="GET",route="/orders/{id}",status="200"} 4.0' in body

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from mainstay.core import App, ConfigurationError, MainstayError, NotBoundError, bind, bind_journal, derived_id
 from mainstay.core.testing import VirtualClock
-from mainstay.database import Database, DatabaseModule, DatabaseUnavailable
+from mainstay.database import Database, DatabaseBusy, DatabaseModule, DatabaseSettings, DatabaseUnavailable
 from mainstay.observability.audit import AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
 from mainstay.observability.audit.testing import settings, written
 from mainstay.observability.testing import metric
@@ -143,6 +143,36 @@ async def test_a_failure_inside_an_outer_unit_survives_its_rollback_too(db, trai
             await fail()
     (entry,) = await settled(db, 1)
     assert (entry.action, entry.outcome) == ("inner", "failed")
+
+
+async def test_a_failure_is_recorded_however_long_the_unit_around_it_takes(tmp_path, trail):
+    """On SQLite the unit holds the writer for longer than anybody waits for it: the entry is tried again."""
+    app = App(
+        DatabaseModule.for_root(
+            DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'slow.db'}", busy_timeout_seconds=0.05)
+        ),
+        AuditModule.for_root(settings()),
+        AuditModule.for_feature(trail),
+    )
+    attempts = []
+    async with app:
+        db, real = app.get(Database), Database.write
+
+        async def write(self, *args, **options):
+            try:
+                await real(self, *args, **options)
+            except DatabaseBusy:
+                attempts.append("busy")
+                raise
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Database, "write", write)
+            async with asyncio.timeout(20), db.transaction():
+                await trail.write("denied", outcome="denied")
+                while not attempts:  # noqa: ASYNC110  another task's attempt
+                    await asyncio.sleep(0.01)
+            (entry,) = await settled(db, 1)
+    assert entry.outcome == "denied"
 
 
 async def test_a_denial_is_durable_when_write_returns(db, trail):

@@ -30,7 +30,9 @@ from mainstay.observability.settings import ObservabilitySettings
 _log = logging.getLogger("mainstay.observability")
 
 _WORTH = {"ok": 1.0, "degraded": 0.5, "down": 0.0}
-HEALTH = Gauge("mainstay_health", "1 ok, 0.5 degraded, 0 down; by part, as last asked.", ["part"])
+HEALTH = Gauge(
+    "mainstay_health", "1 ok, 0.5 degraded, 0 down; by part, as last asked.", ["part"], multiprocess_mode="livemin"
+)
 
 JSON = "application/json"
 

@@ -9,8 +9,12 @@ from mainstay.observability.audit.entry import OUTCOMES
 ENTRIES = Counter("mainstay_audit_entries", "Entries that were committed by this process.", ["outcome"])
 LOST = Counter("mainstay_audit_lost", "Entries of failures that could not be written.")
 SEALED = Counter("mainstay_audit_sealed", "Entries that this process sealed.")
-SIZE = Gauge("mainstay_audit_log_entries", "Entries in the log, as this process last sealed it.")
-LAG = Gauge("mainstay_audit_lag_seconds", "Age of the oldest entry that waits for its seal.")
+SIZE = Gauge(
+    "mainstay_audit_log_entries", "Entries in the log, as this process last sealed it.", multiprocess_mode="livemax"
+)
+LAG = Gauge(
+    "mainstay_audit_lag_seconds", "Age of the oldest entry that waits for its seal.", multiprocess_mode="livemax"
+)
 
 _children = {outcome: ENTRIES.labels(outcome) for outcome in OUTCOMES}
 entries = _children.__getitem__

@@ -38,7 +38,7 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
         intake = Intake(database, app.clock, keys.producer, self.settings.statement_seconds)
         async with AsyncExitStack() as stack:
             for trail in self.parts:
-                stack.enter_context(trail.bound.to(intake))
+                stack.enter_context(trail._bound.to(intake))
             saying = spawn(intake.say_for_ever(), name="mainstay.audit.statements")
             try:
                 yield (sealer, keys)

@@ -7,6 +7,7 @@ An entry of something that failed or was denied must survive exactly that rollba
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -31,13 +32,14 @@ _log = logging.getLogger("mainstay.observability.audit")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOTHING: Mapping[str, Any] = {}
+_PAUSES = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)  # seconds between attempts for which nobody waits
 
 
 class AuditTrail:
     """Writes audit entries, once an App with `AuditModule.for_feature(trail)` runs."""
 
     def __init__(self) -> None:
-        self.bound: Binding[Intake] = Binding(
+        self._bound: Binding[Intake] = Binding(
             "AuditTrail()",
             remedy="add AuditModule.for_root() and AuditModule.for_feature(trail) to the App and start it",
         )
@@ -70,7 +72,7 @@ class AuditTrail:
             InvalidEntry: something in it cannot be stored exactly.
             DatabaseError: it could not be written; what it belongs to must not be done either.
         """
-        intake = self.bound.get()
+        intake = self._bound.get()
         if action == STATEMENT:
             msg = f"the action {STATEMENT} is the audit trail's own"
             raise InvalidEntry(msg)
@@ -112,7 +114,7 @@ class AuditTrail:
 
             @functools.wraps(function)
             async def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
-                intake = self.bound.get()
+                intake = self._bound.get()
                 found = find(*args, **kwargs)
                 try:
                     async with intake.database.transaction():
@@ -183,6 +185,7 @@ class Intake:
         self._producer = Producer()
         self._news = asyncio.Event()
         self._alone: set[asyncio.Task[Exception | None]] = set()
+        self._stopping = asyncio.Event()
 
     def row(
         self, entry_id: UUID, action: str, resource: str | None, outcome: Outcome, detail: Mapping[str, Any]
@@ -219,11 +222,10 @@ class Intake:
 
     async def apart(self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool) -> None:
         """Write in a transaction of its own, whatever is open; `repeated` if an earlier attempt may have done so."""
-        task = spawn(self._write_alone(row, number, outcome, repeated=repeated), name="mainstay.audit.apart")
-        self._alone.add(task)
-        task.add_done_callback(self._alone.discard)
-        if self.database.dialect == "sqlite" and self._in_unit():
-            # The one writer's turn is ours until our unit ends: waiting for another transaction would wait for ever.
+        # On SQLite the one writer's turn is ours until our unit ends: waiting for another transaction would never end.
+        waits = self.database.dialect != "sqlite" or not self._in_unit()
+        task = self._start(self._write_alone(row, number, outcome, repeated=repeated, patient=not waits))
+        if not waits:
             return
         error = await asyncio.shield(task)
         if error is not None:
@@ -232,9 +234,13 @@ class Intake:
     def later(self, action: str, resource: str | None, outcome: Outcome, detail: Mapping[str, Any]) -> None:
         """Write in a transaction of its own, and let nobody wait for it."""
         row, number = self.row(uuid7(), action, resource, outcome, detail)
-        task = spawn(self._write_alone(row, number, outcome, repeated=False), name="mainstay.audit.later")
+        _ = self._start(self._write_alone(row, number, outcome, repeated=False, patient=True))
+
+    def _start(self, work: Coroutine[Any, Any, Exception | None]) -> asyncio.Task[Exception | None]:
+        task = spawn(work, name="mainstay.audit.apart")
         self._alone.add(task)
         task.add_done_callback(self._alone.discard)
+        return task
 
     def _in_unit(self) -> bool:
         try:
@@ -243,18 +249,25 @@ class Intake:
             return True
 
     async def _write_alone(
-        self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool
+        self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool, patient: bool
     ) -> Exception | None:
-        try:
-            await self.database.write(INSERT_PENDING, row)
-        except Conflict as error:
-            if not repeated:
-                return self._lost(error)
-        except Exception as error:  # noqa: BLE001  told to whoever waits
-            return self._lost(error)
-        else:
-            self._committed(number, outcome)
-        return None
+        pauses = iter(_PAUSES if patient else ())
+        while True:
+            try:
+                await self.database.write(INSERT_PENDING, row)
+            except Conflict as error:
+                return None if repeated else self._lost(error)
+            except Exception as error:  # noqa: BLE001  told to whoever waits
+                pause = next(pauses, None)
+                if pause is None or self._stopping.is_set() or not getattr(error, "retryable", False):
+                    return self._lost(error)
+                # The unit of work around it may hold the writer for longer than anybody is willing to wait in a queue.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._stopping.wait()
+            else:
+                self._committed(number, outcome)
+                return None
 
     def _lost(self, error: Exception) -> Exception:
         metrics.LOST.inc()
@@ -296,7 +309,8 @@ class Intake:
         self._producer.said()
 
     async def settle(self) -> None:
-        """Finish what is being written apart, and say the last word."""
+        """Finish what is being written apart, without trying again, and say the last word."""
+        self._stopping.set()
         while self._alone:
             await asyncio.wait(self._alone)
         await self.say()

@@ -1,0 +1,70 @@
+"""A real server in a process of its own: whose lines they are, and what the last of them says."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import httpx
+
+SERVICE = """
+    import logging
+    import uvicorn
+    from fastapi import FastAPI
+    from mainstay.core import App
+    from mainstay.observability import ObservabilityModule, ObservabilitySettings
+    from mainstay.observability.fastapi import instrument
+
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders", http_port=0)))
+    api = FastAPI(lifespan=app.lifespan)
+
+    @api.get("/bug")
+    async def bug():
+        raise RuntimeError("token=hunter2")
+
+    instrument(api, app)
+    uvicorn.run(api, host="127.0.0.1", port=0)
+"""
+
+
+async def test_every_line_of_a_real_server_is_ours():
+    """Access lines have the correlation id, an unhandled error is logged once, with it, and a stop is orderly."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(SERVICE), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stderr is not None
+    assert child.stdout is not None
+    ports: dict[str, str] = {}
+    try:
+        async with asyncio.timeout(60):
+            while len(ports) < 2:
+                line = (await child.stderr.readline()).decode()
+                assert line, "the service ended by itself"
+                for what, pattern in (("probes", r"probes and metrics on (\S+?)\""), ("api", r"running on (\S+)")):
+                    if found := re.search(pattern, line):
+                        ports[what] = found[1]
+            async with httpx.AsyncClient() as http:
+                answer = await http.get(f"{ports['api']}/bug", headers={"x-correlation-id": "c-9"})
+                assert answer.status_code == 500
+                assert answer.json()["error"]["correlation_id"] == "c-9"
+                assert (await http.get(f"{ports['probes']}/health/ready")).status_code == 200
+                assert 'route="/bug"' in (await http.get(f"{ports['probes']}/metrics")).text
+            child.send_signal(signal.SIGTERM)
+            out, err = await child.communicate()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    assert out == b""
+    assert b"hunter2" not in err
+    # What uvicorn says before and after the App runs is its own; everything between is one JSON object a line.
+    lines = [json.loads(line) for line in err.decode().splitlines() if line.startswith("{")]
+    (access,) = [line for line in lines if line["logger"] == "uvicorn.access" and "/bug" in line["event"]]
+    assert access["correlation_id"] == "c-9"
+    assert access["service"] == "orders"
+    failures = [line for line in lines if "exception" in line]
+    assert [(line["event"], line["correlation_id"]) for line in failures] == [("GET /bug failed", "c-9")]
+    assert err.decode().count("Traceback (most recent call last)") == 1
