@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from mainstay_servers import Kafka, MissingServer, Postgres, Redis, flush, fresh_database, install
+from mainstay_servers import Databases, Kafka, MissingServer, Postgres, Redis, flush, fresh_database, install
 
 
 def _until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -78,6 +78,25 @@ async def test_each_test_has_an_empty_database_of_its_own(postgres: str):
     with pytest.raises(asyncpg.InvalidCatalogNameError):
         await _query(other, "SELECT 1")
     left_open.terminate()
+
+
+async def test_a_database_is_handed_on_empty(own_postgres: Postgres):
+    """What a test left (tables, schemas, an open transaction with locks) is gone for the next, in the same database."""
+    databases = Databases(own_postgres.url)
+    with databases.fresh() as first:
+        await _query(first, "CREATE SCHEMA extra CREATE TABLE one (id int)")
+        await _query(first, "CREATE TABLE two (id int)")
+        holder = await asyncpg.connect(first.replace("+asyncpg", ""))
+        await holder.execute("BEGIN; LOCK TABLE two")
+    with databases.fresh() as second:
+        assert second == first
+        schemas = "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'"
+        assert [row["nspname"] for row in await _query(second, schemas)] == ["public"]
+        assert await _query(second, "SELECT 1 FROM pg_tables WHERE schemaname = 'public'") == []
+        await _query(second, "CREATE TABLE two (id int)")
+        with databases.fresh() as third:
+            assert third != second
+    holder.terminate()
 
 
 async def test_pgbouncer_leads_to_the_same_database(postgres: str, pgbouncer: str):

@@ -2,11 +2,12 @@
 
 from mainstay_servers.install import MissingServer
 from mainstay_servers.kafka import Kafka
-from mainstay_servers.postgres import PgBouncer, Postgres, fresh_database
+from mainstay_servers.postgres import Databases, PgBouncer, Postgres, fresh_database
 from mainstay_servers.process import Server, ServerError
 from mainstay_servers.redis import Redis, flush
 
 __all__ = [
+    "Databases",
     "Kafka",
     "MissingServer",
     "PgBouncer",

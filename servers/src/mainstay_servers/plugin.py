@@ -3,8 +3,8 @@
 Shared for the whole run, and replaceable by an address in the environment:
 
 - `kafka`: the bootstrap address (`MAINSTAY_TEST_KAFKA`); topics and groups stay, so name yours uniquely
-- `postgres`: the URL of a fresh, empty database, dropped after the test (`MAINSTAY_TEST_POSTGRES`: a URL whose user
-  may create databases)
+- `postgres`: the URL of an empty database that no other test has at the same time (`MAINSTAY_TEST_POSTGRES`: a URL
+  whose user may create databases)
 - `pgbouncer`: the URL of the same fresh database by way of PgBouncer in transaction pooling
 - `redis_url`: the URL of a database that was emptied before the test (`MAINSTAY_TEST_REDIS`: give a number of its own)
 
@@ -21,7 +21,7 @@ import pytest
 
 from mainstay_servers.install import MissingServer
 from mainstay_servers.kafka import Kafka
-from mainstay_servers.postgres import PgBouncer, Postgres, fresh_database
+from mainstay_servers.postgres import Databases, PgBouncer, Postgres
 from mainstay_servers.process import Server
 from mainstay_servers.redis import Redis, flush
 
@@ -69,10 +69,17 @@ def _postgres_server() -> Iterator[str]:
             yield server.url
 
 
+@pytest.fixture(scope="session")
+def _databases(_postgres_server: str) -> Iterator[Databases]:
+    databases = Databases(_postgres_server)
+    yield databases
+    databases.drop()
+
+
 @pytest.fixture
-def postgres(_postgres_server: str) -> Iterator[str]:
+def postgres(_databases: Databases) -> Iterator[str]:
     """The URL of a fresh, empty database."""
-    with fresh_database(_postgres_server) as url:
+    with _databases.fresh() as url:
         yield url
 
 

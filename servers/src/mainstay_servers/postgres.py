@@ -122,14 +122,65 @@ async def _execute(dsn: str, statement: str) -> None:
         await connection.close()
 
 
+# What makes a used database an empty one again, which is much quicker than creating another: `CREATE DATABASE` copies
+# every file of the template. Whoever is still connected is sent away, and waited for, since a backend that is told to
+# end still holds its locks for a moment.
+_EMPTY = """
+DO $$
+DECLARE found text;
+BEGIN
+    PERFORM pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid();
+    FOR found IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', found);
+    END LOOP;
+    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+    GRANT USAGE ON SCHEMA public TO PUBLIC;
+END $$
+"""
+
+
+class Databases:
+    """Empty databases on the server at `url`, made when none is idle, emptied and kept when they are given back."""
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        self._idle: list[str] = []
+
+    def _dsn(self, name: str | None = None) -> str:
+        path = self._parts.path if name is None else f"/{name}"
+        return urlunsplit(self._parts._replace(scheme="postgresql", path=path))
+
+    @contextlib.contextmanager
+    def fresh(self) -> Generator[str]:
+        """Yield the URL of an empty database that nobody else has."""
+        if self._idle:
+            name = self._idle.pop()
+        else:
+            name = f"test_{uuid.uuid4().hex}"
+            _elsewhere(_execute(self._dsn(), f"CREATE DATABASE {name}"))
+        try:
+            yield urlunsplit(self._parts._replace(scheme="postgresql+asyncpg", path=f"/{name}"))
+        finally:
+            try:
+                _elsewhere(_execute(self._dsn(name), _EMPTY))
+                self._idle.append(name)
+            except (OSError, asyncpg.PostgresError):  # whatever the test did to it, the next one gets another
+                self._drop(name)
+
+    def drop(self) -> None:
+        """Drop the idle databases."""
+        while self._idle:
+            self._drop(self._idle.pop())
+
+    def _drop(self, name: str) -> None:
+        _elsewhere(_execute(self._dsn(), f"DROP DATABASE {name} WITH (FORCE)"))
+
+
 @contextlib.contextmanager
 def fresh_database(url: str) -> Generator[str]:
     """Create an empty database on the server at `url`, yield its URL, drop it with whoever is still connected."""
-    parts = urlsplit(url)
-    dsn = urlunsplit(parts._replace(scheme="postgresql"))
-    name = f"test_{uuid.uuid4().hex}"
-    _elsewhere(_execute(dsn, f"CREATE DATABASE {name}"))
-    try:
-        yield urlunsplit(parts._replace(scheme="postgresql+asyncpg", path=f"/{name}"))
-    finally:
-        _elsewhere(_execute(dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+    databases = Databases(url)
+    with databases.fresh() as fresh:
+        yield fresh
+    databases.drop()
