@@ -217,6 +217,27 @@ async def test_a_database_that_stays_away(own_postgres, open_database, tables):
             assert (await db.health()).status == "ok"
 
 
+async def test_a_database_that_hangs(own_postgres, open_database, tables, count):
+    """A server that stopped answering is given up after a while: writes fail, later ones work, and a stop ends."""
+    with fresh_database(own_postgres.url) as url:
+        async with open_database(url, busy_timeout_seconds=0.4) as db:
+            await db.write(tables.add, {"id": 1, "text": "x"})
+            own_postgres.pause()
+            begun = time.monotonic()
+            results = await asyncio.gather(
+                *(db.write(tables.add, {"id": i, "text": "x"}) for i in range(2, 12)), return_exceptions=True
+            )
+            assert {type(result) for result in results} <= {CommitUnknown, DatabaseUnavailable}
+            assert time.monotonic() - begun < 8
+            own_postgres.resume()
+            await db.write(tables.add, {"id": 100, "text": "x"})
+            assert await count(db, tables.notes.c.id == 100) == 1
+            own_postgres.pause()
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 15
+        own_postgres.resume()
+
+
 async def _unit(db, tables):
     async with db.transaction():
         await db.write(tables.add, {"id": 3, "text": "x"})

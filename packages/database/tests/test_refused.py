@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.database import Conflict, UnitOfWorkError
 
@@ -37,6 +38,21 @@ async def test_a_caught_refusal_is_not_taken_for_a_commit(db, tables, count):
             await session.execute(tables.add, {"id": 2, "text": "x"})
             with pytest.raises(sa.exc.DBAPIError):
                 await session.execute(sa.text("SELECT nothing FROM nowhere"))
+    assert (await count(db), told) == (1, [])
+
+
+async def test_a_caught_refusal_in_a_session_of_ones_own(db, tables, count):
+    """Where the owner would commit, the block raises and rolls back, and no callback runs."""
+    told: list[str] = []
+    await db.write(tables.add, {"id": 1, "text": "x"})
+    async with AsyncSession(db.engine) as session:
+        await session.execute(tables.add, {"id": 2, "text": "x"})
+        with pytest.raises(UnitOfWorkError, match="begin_nested"):
+            async with db.transaction(session):
+                db.after_commit(lambda: told.append("committed"))
+                with pytest.raises(Conflict):
+                    await db.write(tables.add, {"id": 1, "text": "x"})
+        await session.commit()
     assert (await count(db), told) == (1, [])
 
 

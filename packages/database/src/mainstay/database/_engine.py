@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sqlite3
 import tempfile
@@ -123,12 +124,13 @@ async def behind_pooler(address: Address, timeout_seconds: float) -> bool:
         ConfigurationError: the database cannot be reached.
     """
     try:
-        connection = await postgres_connection(address, pooled=True, timeout_seconds=timeout_seconds)
-        try:
-            (row,) = await connection.fetch("SELECT pg_backend_pid()")
-            return bool(row[0] != connection.get_server_pid())
-        finally:
-            await connection.close(timeout=timeout_seconds)
+        async with asyncio.timeout(timeout_seconds):
+            connection = await postgres_connection(address, pooled=True, timeout_seconds=timeout_seconds)
+            try:
+                (row,) = await connection.fetch("SELECT pg_backend_pid()")
+                return bool(row[0] != connection.get_server_pid())
+            finally:
+                connection.terminate()
     except (OSError, TimeoutError, TypeError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         # TypeError and ValueError: parameters of the URL that asyncpg does not know.
         raise unreachable(address, error) from error

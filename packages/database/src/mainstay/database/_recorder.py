@@ -58,6 +58,7 @@ _log = logging.getLogger("mainstay.database")
 _BATCH_ROWS = 2_000  # more would hold locks, and other callers' answers, for longer than a commit costs
 _PATIENCE_SECONDS = 0.2  # how long a whole batch waits for a lock that somebody else holds
 _SHORT_PATIENCE_SECONDS = 0.01  # and how long an entry that is tried by itself
+_HUNG = 3.0  # times the busy timeout: a server that has not answered by then is taken for gone
 _AGAIN_SECONDS = 0.02  # how soon what was put aside is tried again when there is nothing else to do
 
 
@@ -102,8 +103,9 @@ class Writer(Protocol):
 class Lane:
     """The queue before one writer, and the task that empties it."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, close_seconds: float) -> None:
         self._writer = writer
+        self._close_seconds = close_seconds
         self._pending: deque[Entry] = deque()
         self._taken: list[Entry] = []
         self._closed = False
@@ -124,12 +126,14 @@ class Lane:
         return len(self._pending)
 
     async def close(self) -> None:
-        """Commit what is waiting, refuse what comes later."""
+        """Commit what is waiting, refuse what comes later; a database that does not answer is not waited for."""
         self._closed = True
         self._wake.set()
         try:
-            await self._task
+            await asyncio.wait([self._task], timeout=self._close_seconds)
         finally:
+            self._task.cancel()
+            await asyncio.wait([self._task])
             await self._writer.close()
 
     async def _run(self) -> None:
@@ -443,7 +447,9 @@ def sqlite_error(error: Exception) -> DatabaseError:
     elif isinstance(error, sqlite3.OperationalError) and _is_busy(error):
         mine = DatabaseBusy(f"SQLite stayed locked by another process ({error})")
     else:
-        mine = DatabaseError(f"SQLite refused the write: {error}")
+        # After a disk has failed to sync, what was written may or may not come back with the next start.
+        in_doubt = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
+        mine = DatabaseError(f"SQLite refused the write: {error}", no_effect=not in_doubt)
     mine.__cause__ = error
     return mine
 
@@ -479,11 +485,12 @@ class PostgresWriter:
             else:
                 entries = entries or self._behind_those_aside(take())
                 try:
-                    if entries:
-                        await self._commit(connection, entries)
-                        entries = []
-                    if self._aside:
-                        await self._commit_aside(connection)
+                    async with asyncio.timeout(_HUNG * self._seconds):
+                        if entries:
+                            await self._commit(connection, entries)
+                            entries = []
+                        if self._aside:
+                            await self._commit_aside(connection)
                     return
                 except BaseException as error:
                     lost = connection.is_closed() or is_disconnect(error)

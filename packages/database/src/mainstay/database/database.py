@@ -174,11 +174,7 @@ class Database:
             connection.info.pop(REFUSED, None)  # of somebody before
             with unit:
                 yield
-            if unit.broken is not None:
-                raise _broken(unit.broken) from unit.broken
-            if not connection.closed and (refused := connection.info.pop(REFUSED, None)):
-                # PostgreSQL has given up the transaction, and answers its COMMIT with a rollback that nobody sees.
-                raise _refused(refused)
+            _raise_if_doomed(unit, connection)
         except BaseException:
             _, cancelled = await uninterrupted(end())
             if cancelled is not None:
@@ -204,11 +200,12 @@ class Database:
         # Its owner commits it. It may hold SQLite's lock already: to queue for the turn with it could be for ever.
         unit = Unit(self, session)
         savepoint = session.sync_session.get_nested_transaction()
+        connection = await session.connection()
+        connection.info.pop(REFUSED, None)  # of somebody before
         try:
             with unit:
                 yield session
-            if unit.broken is not None:
-                raise _broken(unit.broken) from unit.broken
+            _raise_if_doomed(unit, connection)
         except BaseException:
             if savepoint is None:  # or its owner goes back to the savepoint
                 _ = await uninterrupted(session.rollback())
@@ -472,12 +469,16 @@ def _broken(error: BaseException) -> UnitOfWorkError:
     return UnitOfWorkError(msg)
 
 
-def _refused(error: str) -> UnitOfWorkError:
-    msg = (
-        f"the database refused a statement of this unit of work with {error}, which was caught: the rest is not "
-        "committed. Let the exception pass, or put `async with session.begin_nested():` around the statement"
-    )
-    return UnitOfWorkError(msg)
+def _raise_if_doomed(unit: Unit, connection: AsyncConnection) -> None:
+    if unit.broken is not None:
+        raise _broken(unit.broken) from unit.broken
+    if not connection.closed and (refused := connection.info.pop(REFUSED, None)):
+        # PostgreSQL has given up the transaction, and answers its COMMIT with a rollback that nobody sees.
+        msg = (
+            f"the database refused a statement of this unit of work with {refused}, which was caught: the rest is not "
+            "committed. Let the exception pass, or put `async with session.begin_nested():` around the statement"
+        )
+        raise UnitOfWorkError(msg)
 
 
 def _run(callbacks: Sequence[Callable[[], None]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,8 @@ from mainstay.database.database import Database, uninterrupted
 from mainstay.database.lease import Keeper
 from mainstay.database.schema import SCHEMA as SCHEMA  # noqa: PLC0414  others take it from here
 from mainstay.database.settings import DatabaseSettings, parse_url
+
+_GOODBYE_SECONDS = 5.0
 
 
 class DatabaseModule(Module[DatabaseSettings, Never]):
@@ -58,7 +61,7 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         if turn is not None
         else [PostgresWriter(address, statements, busy, pooled=pooled) for _ in range(settings.recorder_connections)]
     )
-    recorder = Recorder([Lane(writer) for writer in writers])
+    recorder = Recorder([Lane(writer, busy) for writer in writers])
     keeper = Keeper(address, app.clock, busy, pooled=pooled)
     try:
         database = Database(engine, recorder, keeper, statements, turn=turn, pooled=pooled)
@@ -77,7 +80,10 @@ async def _close(keeper: Keeper, recorder: Recorder, engine: AsyncEngine) -> Non
         try:
             await recorder.close()
         finally:
-            await engine.dispose()
+            # asyncpg waits for the server's goodbye, which a server that hangs does not say.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GOODBYE_SECONDS):
+                    await engine.dispose()
 
 
 def _checked_out(_connection: object, record: Any, _proxy: object) -> None:
