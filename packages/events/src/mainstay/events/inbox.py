@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from mainstay.database import Database
+from mainstay.database import CommitUnknown, Database
 from mainstay.events import tables
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event
@@ -30,14 +30,18 @@ def exactly_once(
         if event_id is None:
             msg = f"an event without the header {ID} cannot be told from its duplicates: the inbox refuses it"
             raise DecodeError(msg)
-        async with database.transaction() as session:
-            result: Any = await session.execute(
-                insert, {"group_name": group, "event_id": event_id.decode(errors="replace")}
-            )
-            if result.rowcount == 0:
-                duplicates.inc()
-                return
-            await call(event, meta)
+        note = {"group_name": group, "event_id": event_id.decode("latin-1")}
+        try:
+            async with database.transaction() as session:
+                result: Any = await session.execute(insert, note)
+                if result.rowcount == 0:
+                    duplicates.inc()
+                    return
+                await call(event, meta)
+        except CommitUnknown as error:
+            # Elsewhere nobody could tell whether to try again. Here the next attempt finds the note, or writes it.
+            error.retryable = True
+            raise
 
     return handle
 

@@ -1,0 +1,321 @@
+"""Publishing, consuming, relaying; and what a dispatched event costs beyond reading it and calling its handler."""
+
+import asyncio
+import itertools
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from aiokafka.structs import ConsumerRecord
+from pydantic import SecretStr
+
+from benchmarks.events.load import Fields, Line, orders, per_second
+from benchmarks.rows import Peers, Row, compare
+from mainstay.core import SYSTEM_CLOCK, App, Context, Retry
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
+from mainstay.database.module import SCHEMA
+from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
+from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events.metadata import encode
+from mainstay.events.tables import OUTBOX
+from mainstay.events.tables import SCHEMA as EVENTS
+from mainstay_servers import Kafka, Postgres, fresh_database
+
+logging.disable(logging.WARNING)
+
+PARTITIONS = 4
+
+
+class Paid(Event, type="bench.paid", key="order"):
+    order: uuid.UUID
+    customer: str
+    amount: Decimal
+    currency: str
+    lines: list[Line]
+
+
+def events(count: int) -> list[Paid]:
+    return [Paid.model_construct(**dict(order)) for order in orders(count)]
+
+
+def service(url: str | None, topic: str, *routers: EventRouter, **settings: Any) -> App:
+    root = EventsSettings(partitions=PARTITIONS, topics={"bench.paid": topic}, **settings)
+    modules: list[Any] = [EventsModule.for_root(root), EventsModule.for_feature(*routers)]
+    if url is not None:
+        modules.insert(0, DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))))
+    return App(*modules)
+
+
+class Handled:
+    """A feature whose handler does nothing, and the moment it has done so often enough."""
+
+    def __init__(self, count: int) -> None:
+        self.router = EventRouter()
+        self.enough = asyncio.Event()
+        self.first = 0.0
+        self.seen = 0
+
+        @self.router.on(Paid, group=uuid.uuid4().hex)
+        async def handle(_event: Paid) -> None:
+            self.seen += 1
+            if self.seen == 1:
+                self.first = time.perf_counter()
+            if self.seen >= count:
+                self.enough.set()
+
+
+async def _nothing(_event: Paid) -> None:
+    pass
+
+
+async def _bury(_delivery: Delivery, error: Exception) -> None:
+    raise error
+
+
+def records(count: int) -> list[ConsumerRecord]:
+    """What aiokafka hands out."""
+    made = []
+    for number, event in enumerate(events(count)):
+        out = encode(
+            event,
+            id=uuid.uuid4(),
+            time=datetime.now(UTC),
+            source="bench",
+            context=Context(correlation_id=str(uuid.uuid4())),
+            topic="bench",
+        )
+        place = number % PARTITIONS
+        sizes = (len(out.key or b""), len(out.value))
+        made.append(
+            ConsumerRecord("bench", place, number // PARTITIONS, 0, 0, out.key, out.value, None, *sizes, out.headers)
+        )
+    return made
+
+
+async def dispatch_rows(*, quick: bool) -> AsyncIterator[Row]:
+    count = 5_000 if quick else 50_000
+    load = records(count)
+    batches = [load[start : start + 500] for start in range(0, count, 500)]
+    by_partition = [
+        [[record for record in batch if record.partition == number] for number in range(PARTITIONS)]
+        for batch in batches
+    ]
+
+    async def dispatched() -> float:
+        route = Route("bench.paid", "bench")
+        route.reads(Paid, _nothing, wants_metadata=False, retry=Retry())
+        dispatcher = Dispatcher("bench", {"bench.paid": route}, concurrency=64, bury=_bury, clock=SYSTEM_CLOCK)
+        assignments = [Assignment("bench", number) for number in range(PARTITIONS)]
+        started = time.perf_counter()
+        for parts in by_partition:
+            for assignment, part in zip(assignments, parts, strict=True):
+                dispatcher.feed(assignment, part)
+            await asyncio.sleep(0)
+        await dispatcher.settle(assignments, None)
+        cost = (time.perf_counter() - started) / count * 1e6
+        assert sum(route.seconds.buckets) >= count
+        assert [assignment.finished.offset for assignment in assignments if assignment.finished] == [
+            count // PARTITIONS - 1
+        ] * PARTITIONS
+        await dispatcher.stop()
+        return cost
+
+    async def floor() -> float:
+        validate = Paid.__pydantic_validator__.validate_json
+        started = time.perf_counter()
+        for record in load:
+            await _nothing(validate(record.value))
+        return (time.perf_counter() - started) / count * 1e6
+
+    yield await compare(
+        "dispatch: order by key, safe commits, context, metrics",
+        "µs/event",
+        dispatched,
+        peer=("validate and call", floor),
+        goal=1.5,
+        better="lower",
+        rounds=3 if quick else 9,
+    )
+
+
+async def kafka_rows(servers: str, peers: Peers, *, quick: bool) -> AsyncIterator[Row]:
+    many = 5_000 if quick else 50_000
+    single = 2_000 if quick else 20_000
+    rounds = 1 if quick else 5
+    topic = f"bench-{uuid.uuid4().hex[:8]}"
+    load = events(many)
+    options = {"transport": "kafka", "outbox": False, "kafka_servers": servers}
+    async with service(None, topic, **options) as app:
+        publisher = app.get(EventPublisher)
+        await publisher.publish(load[0])
+
+        async def publish_many() -> float:
+            async def work() -> None:
+                await asyncio.gather(
+                    *(publisher.publish_batch(load[start : start + 1000]) for start in range(0, many, 1000))
+                )
+
+            return await per_second(many, work)
+
+        async def publish_each() -> float:
+            left = iter(load[:single])
+
+            async def one() -> None:
+                for event in left:
+                    await publisher.publish(event)
+
+            async def work() -> None:
+                await asyncio.gather(*(one() for _ in range(200)))
+
+            return await per_second(single, work)
+
+        for peer, name, goal in (
+            ("aiokafka by hand", "publish_many", 0.8),
+            ("confluent-kafka", "confluent_publish_many", None),
+        ):
+            yield await compare(
+                f"publish many on Kafka, beside {peer}",
+                "events/s",
+                publish_many,
+                peer=(peer, peers(name, servers, f"{topic}-peer", many)),
+                goal=goal,
+                better="higher",
+                rounds=rounds,
+            )
+        for peer, name, goal in (
+            ("aiokafka by hand", "publish_each", 0.5),
+            ("FastStream", "faststream_publish_each", 1.0),
+        ):
+            yield await compare(
+                f"publish and wait on Kafka, 200 at once, beside {peer}",
+                "events/s",
+                publish_each,
+                peer=(peer, peers(name, servers, f"{topic}-peer", single)),
+                goal=goal,
+                better="higher",
+                rounds=rounds,
+            )
+
+    full = f"{topic}-full"
+    async with service(None, full, **options) as app:
+        for start in range(0, many, 1000):
+            await app.get(EventPublisher).publish_batch(load[start : start + 1000])
+
+    async def consume() -> float:
+        handled = Handled(many)
+        async with service(None, full, handled.router, **options).running(serve=True):
+            await asyncio.wait_for(handled.enough.wait(), 120)
+            return many / (time.perf_counter() - handled.first)
+
+    for peer, name, goal in (
+        ("aiokafka by hand", "consume", 0.4),
+        ("FastStream", "faststream_consume", 1.0),
+        ("confluent-kafka", "confluent_consume", None),
+    ):
+        yield await compare(
+            f"consume from Kafka with validation and a call, beside {peer}",
+            "events/s",
+            consume,
+            peer=(peer, peers(name, servers, full, many)),
+            goal=goal,
+            better="higher",
+            rounds=rounds,
+        )
+
+
+@asynccontextmanager
+async def _database(kind: str, server: Postgres, folder: Path, number: int) -> AsyncIterator[str]:
+    if kind == "SQLite":
+        yield f"sqlite+aiosqlite:///{folder / f'{number}.db'}"
+    else:
+        with fresh_database(server.url) as url:
+            await upgrade(url, [SCHEMA, EVENTS])
+            yield url
+
+
+async def database_rows(servers: str, server: Postgres, folder: Path, *, quick: bool) -> AsyncIterator[Row]:
+    count = 2_000 if quick else 20_000
+    rounds = 1 if quick else 5
+    load = events(count)
+    numbers = itertools.count()
+
+    for kind in ("SQLite", "PostgreSQL"):
+
+        async def relay(kind: str = kind) -> float:
+            async with _database(kind, server, folder, next(numbers)) as url:
+                options = {"transport": "kafka", "kafka_servers": servers}
+                topic = f"bench-{uuid.uuid4().hex[:8]}"
+                async with service(url, topic, **options) as app:
+                    for start in range(0, count, 1000):
+                        await app.get(EventPublisher).publish_batch(load[start : start + 1000])
+                app = service(url, topic, **options)
+                async with app.running(serve=True):
+                    left, started, first = count, 0.0, count
+                    while left:
+                        left = (await app.get(Database).read(sa.select(sa.func.count()).select_from(OUTBOX)))[0][0]
+                        if not started and left < count:
+                            started, first = time.perf_counter(), left
+                        await asyncio.sleep(0.01)
+                    return first / (time.perf_counter() - started)
+
+        async def publish_each(kind: str = kind) -> float:
+            async with (
+                _database(kind, server, folder, next(numbers)) as url,
+                service(url, "bench", transport="sql") as app,
+            ):
+                publisher = app.get(EventPublisher)
+                left = iter(load)
+
+                async def one() -> None:
+                    for event in left:
+                        await publisher.publish(event)
+
+                async def work() -> None:
+                    await asyncio.gather(*(one() for _ in range(200)))
+
+                return await per_second(count, work)
+
+        async def consume(kind: str = kind) -> float:
+            async with _database(kind, server, folder, next(numbers)) as url:
+                async with service(url, "bench", transport="sql") as app:
+                    for start in range(0, count, 1000):
+                        await app.get(EventPublisher).publish_batch(load[start : start + 1000])
+                handled = Handled(count)
+                async with service(url, "bench", handled.router, transport="sql").running(serve=True):
+                    await asyncio.wait_for(handled.enough.wait(), 120)
+                    return count / (time.perf_counter() - handled.first)
+
+        yield await compare(f"outbox relayed from {kind} to Kafka", "events/s", relay, better="higher", rounds=rounds)
+        yield await compare(
+            f"publish and wait on the log in {kind}, 200 at once",
+            "events/s",
+            publish_each,
+            better="higher",
+            rounds=rounds,
+        )
+        yield await compare(f"consume the log in {kind}", "events/s", consume, better="higher", rounds=rounds)
+
+
+async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
+    async for row in dispatch_rows(quick=quick):
+        yield row
+    with ExitStack() as stack:
+        kafka = stack.enter_context(Kafka())
+        server = stack.enter_context(Postgres())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        peers = stack.enter_context(Peers("events"))
+        async for row in kafka_rows(kafka.address, peers, quick=quick):
+            yield row
+        async for row in database_rows(kafka.address, server, folder, quick=quick):
+            yield row
+
+
+__all__ = ["Fields", "rows"]
