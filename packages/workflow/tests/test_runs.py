@@ -740,6 +740,66 @@ async def test_a_result_may_be_waited_for_with_a_limit(url):
         assert await run.result(WAIT) == 3
 
 
+async def test_a_timeout_of_the_function_itself_leaves_an_unknown_step(url):
+    """A step that the workflow function stopped waiting for may have happened: it is undone, after a crash as well."""
+    shop = Shop()
+
+    async def hang(n):
+        await asyncio.sleep(60)
+
+    @shop.flows.workflow(name="impatient")
+    async def impatient(n: int) -> int:
+        async with timeout(0.05):
+            await shop.flows.gather(shop.hold(n), shop.charge(n))
+        return n
+
+    shop.behave |= {"hold": hang, "charge": hang}
+    async with workflows(shop.flows, url=url) as app:
+        run = await impatient.start(1, id="r")
+        with pytest.raises(WorkflowFailed, match="DeadlineExceeded"):
+            await run.result(WAIT)
+        history = await app.get(WorkflowEngine).history("r")
+        assert {record.state for record in history.records.values()} == {"unknown", "done"}
+    assert sorted(shop.log[:2], key=str) == ["charge", "hold"]
+    undone = sorted((entry for entry in shop.log[2:] if isinstance(entry, tuple)), key=str)
+    assert undone == [("refund", Unknown("CancelledError: ")), ("release", Unknown("CancelledError: "))]
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(url):
+    """A step, or a function, into which a stray CancelledError leaks does not take the worker with it."""
+    shop = Shop()
+    shop.behave["hold"] = [asyncio.CancelledError()]
+
+    @shop.flows.workflow(name="stray")
+    async def stray(n: int) -> int:
+        raise asyncio.CancelledError
+
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WorkflowFailed, match="StepFailed: step hold ended with CancelledError"):
+            await (await shop.buy.start(1)).result(WAIT)
+        with pytest.raises(WorkflowFailed, match="CancelledError"):
+            await (await stray.start(1)).result(WAIT)
+        assert await (await shop.buy.start(1)).result(WAIT) == 4
+
+
+async def test_any_text_can_be_the_reason(url):
+    """An error with characters that a database refuses parks the run like any other."""
+    shop = Shop()
+
+    @shop.flows.step(compensation=None, on_unknown="park")
+    async def odd(n: int) -> int:
+        text = "nul \0 and a lone surrogate \ud800"
+        raise OSError(text)
+
+    @shop.flows.workflow(name="odd")
+    async def being_odd(n: int) -> int:
+        return await odd(n)
+
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(RunParked, match=r"nul \? and a lone surrogate \?"):
+            await (await being_odd.start(1)).result(WAIT)
+
+
 async def test_the_starters_context_goes_along(url):
     """Correlation, actor and tenant are the starter's, the cause is the run, and there is no deadline."""
     flows = WorkflowRouter()

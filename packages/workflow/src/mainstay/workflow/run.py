@@ -267,7 +267,7 @@ class Run:
 
     async def _park(self, status: RunStatus, note: str) -> None:
         _log.error("run %s of %r is %s: %s", self.id, self.workflow, status, note)
-        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": note[:4_000]}
+        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": _plain(note)}
         await self._last_word(PARK, values)
         self.status = status
 
@@ -498,12 +498,20 @@ class Run:
                 msg = f"{work.key} failed after the pivot, so there is no way back: {_text(end.error)}"
                 raise Parked(msg) from end.cause
             state: Literal["failed", "unknown"] = "unknown" if end.maybe else "failed"
-            info = {"error": end.error, **({"input": work.input} if record.seq == 0 and work.input else {})}
-            row = self._recording.row(state, work.key, position=record.position, info=json.dumps(info))
-            record.state, record.seq, record.error = state, row["seq"], end.error
-            self._recording.settle(row, slot=False)
-            count_step(work.name, state)
+            self._give_up(work, record, state, end.error)
             raise _step_failed(work.name, state, end.error) from end.cause
+        except asyncio.CancelledError as error:
+            # Not this worker's stop, so the function itself gave up waiting, by a timeout of its own for example.
+            if self._stop is None and record.dangling and not self._history.pivoted:
+                self._give_up(work, record, "unknown", describe(error))
+            raise
+
+    def _give_up(self, work: Work, record: Record, state: Literal["failed", "unknown"], error: dict[str, Any]) -> None:
+        info = {"error": error, **({"input": work.input} if record.seq == 0 and work.input else {})}
+        row = self._recording.row(state, work.key, position=record.position, info=json.dumps(info))
+        record.state, record.seq, record.error, record.dangling = state, row["seq"], error, False
+        self._recording.settle(row, slot=False)
+        count_step(work.name, state)
 
     async def _attempts(self, work: Work, record: Record) -> Any:
         """Attempt the work until it is done, or until its policy says that it is enough.
@@ -829,6 +837,11 @@ def _or_parked(keep: Callable[..., T], *args: Any) -> T:
 
 def _nothing(_result: object) -> tuple[str, Any]:
     return "null", None
+
+
+def _plain(text: str) -> str:
+    """What every database takes as text: exceptions may carry anything."""
+    return text[:4_000].encode(errors="replace").decode().replace("\0", "?")
 
 
 def _text(error: Mapping[str, Any]) -> str:
