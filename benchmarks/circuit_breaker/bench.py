@@ -106,6 +106,11 @@ def bytes_each(make: Callable[[], list[object]]) -> float:
     return size / len(made)
 
 
+def circuits(number: int) -> list[object]:
+    breaker = KeyedBreaker("memory", key=work, max_keys=number)
+    return [breaker[key] for key in range(number)]
+
+
 def keyed(keys: int) -> tuple[float, int]:
     """MiB of a breaker that met twice as many keys as it may keep, and the number it kept."""
     gc.collect()
@@ -211,8 +216,7 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             yield await beside(f"four policies, beside {stack}", awaited(four, calls // 4), stack, theirs, 1.0)
 
     number = 1_000 if quick else 10_000
-    circuits = KeyedBreaker("memory", key=work, max_keys=number)
-    yield row("memory of a circuit", "bytes", bytes_each(lambda: [circuits._make(n) for n in range(number)]), goal=1024)
+    yield row("memory of a circuit", "bytes", bytes_each(lambda: circuits(number)), goal=1024)
     keys = 10_000 if quick else 100_000
     size, kept = await asyncio.to_thread(keyed, keys)
     assert kept == keys

@@ -11,7 +11,10 @@ policies write the lines that they need into **one function**, outermost first, 
     async def call(*args, **kwargs):
         window_0 = circuit_0.window            # admission: the one thing that a closed circuit needs to say
         if window_0 is None:
-            window_0 = admit_0()               # not closed: the state machine decides
+            asked_0 = now_0()
+            if asked_0 < circuit_0.shut_until: # open, and not for a moment only
+                raise shut_0(asked_0)
+            window_0 = admit_0()               # half open, ramping, …: the state machine decides
             if window_0 is None:
                 raise rejection_0()
         try:
@@ -424,6 +427,9 @@ def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str
     seconds = f", now_{i}() - started_{i}" if slow else ""
     text.add(f"window_{i} = circuit_{i}.window")
     with text.block(f"if window_{i} is None:"):
+        text.add(f"asked_{i} = now_{i}()")
+        with text.block(f"if asked_{i} < circuit_{i}.shut_until:"):
+            text.add(f"raise {method('shut')}(asked_{i})")
         text.add(f"window_{i} = {method('admit')}()")
         with text.block(f"if window_{i} is None:"):
             text.add(f"raise {method('rejection')}()")

@@ -141,12 +141,15 @@ class _Ruled(Policy):
 
     def totals(self) -> dict[str, int]:
         """Calls by outcome since the breaker exists: success, failure, neutral, late, rejected."""
-        sums = [0, 0, 0, 0, 0]
-        for circuit in self.circuits():
+        success = failure = neutral = late = rejected = 0
+        for circuit in self.circuits():  # plain additions: there may be a hundred thousand
             successes, failures = circuit.sums()
-            for index, value in enumerate((successes, failures, circuit.neutral, circuit.late, circuit.rejected)):
-                sums[index] += value
-        return dict(zip(OUTCOMES, sums, strict=True))
+            success += successes
+            failure += failures
+            neutral += circuit.neutral
+            late += circuit.late
+            rejected += circuit.rejected
+        return dict(zip(OUTCOMES, (success, failure, neutral, late, rejected), strict=True))
 
     @contextmanager
     def bound(self, owner: object, config: BreakerConfig, clock: Clock) -> Generator[None]:
@@ -229,6 +232,7 @@ class CircuitBreaker(Circuit, _Ruled):
             "circuit": self,
             "admit": self.admit,
             "rejection": self.rejection,
+            "shut": self.shut,
             "raised": self.raised,
             "succeeded": self.succeeded,
             "failed": self.failed,

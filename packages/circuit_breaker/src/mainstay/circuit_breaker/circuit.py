@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import threading
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from mainstay.circuit_breaker.errors import CircuitOpen
@@ -126,7 +127,6 @@ class Circuit:
         "_ramped_at",
         "_retired",
         "_share",
-        "_until",
         "counted",
         "epoch",
         "key",
@@ -136,6 +136,7 @@ class Circuit:
         "reason",
         "rejected",
         "rules",
+        "shut_until",
         "state",
         "window",
     )
@@ -155,7 +156,9 @@ class Circuit:
         self._probes: tuple[Probe, ...] = ()
         self._probed = 0  # probes that succeeded, in a row
         self._breaks = 0  # breaks since it was last closed
-        self._until = 0.0  # the break's end
+        # The break's end while it is open, else long past: a call that asks earlier is rejected without a lock. One
+        # that sees the end a moment late loses nothing.
+        self.shut_until = -inf
         self._asked = 0.0  # when the last rejected call asked
         self._share = 1.0
         self._credit = 0.0
@@ -207,7 +210,7 @@ class Circuit:
                 self.late,
                 self.rejected,
                 share,
-                max(0.0, self._until - now) if self.state is State.OPEN else None,
+                max(0.0, self.shut_until - now) if self.state is State.OPEN else None,
                 self.reason,
             )
 
@@ -225,18 +228,18 @@ class Circuit:
 
     # Admission and settling
 
-    def admit(self) -> Ticket | None:
-        """Decide about a call when `window` is None: its ticket, or None. Then the caller raises `rejection()`.
+    def shut(self, asked: float) -> CircuitOpen:
+        """The rejection of a call that asked before `shut_until`.
 
-        It is not raised here because while a dependency is down this is a hot path, and a frame less to unwind is a
-        fifth of it; nor returned from here, because an exception in a variable of the frame that raises it is a cycle.
+        It is made here and raised by the caller, because while a dependency is down this is a hot path, and a frame
+        less to unwind is a fifth of it.
         """
+        self.rejected += 1
+        return CircuitOpen(self.rules.name, "open", self.shut_until - asked)
+
+    def admit(self) -> Ticket | None:
+        """Decide about a call when `window` is None: its ticket, or None. Then the caller raises `rejection()`."""
         now = self.rules.now()
-        # No lock: a call that sees the end of the break a moment late loses nothing.
-        if self.state is State.OPEN and now < self._until:
-            self._asked = now
-            self.rejected += 1
-            return None
         with self.lock:
             change, ticket = self._decide(now)
             self._asked = now
@@ -247,10 +250,10 @@ class Circuit:
     def rejection(self) -> CircuitOpen:
         """Why the call that asked last was not admitted."""
         state, config = self.state, self.rules.config
-        if state is State.OPEN:
-            return CircuitOpen(self.rules.name, "open", self._until - self._asked)
         after: float | None = 0.0  # it has just closed
-        if state is State.FORCED_OPEN:
+        if state is State.OPEN:
+            after = self.shut_until - self._asked
+        elif state is State.FORCED_OPEN:
             after = None
         elif state is State.HALF_OPEN:
             # Nobody knows when the probe ends. Its lease is the latest, a break is what failure would cost.
@@ -264,7 +267,7 @@ class Circuit:
         change: StateChange | None = None
         config = self.rules.config
         if self.state is State.OPEN:
-            if now < self._until:
+            if now < self.shut_until:
                 return None, None
             change = self._enter(State.HALF_OPEN, "the break is over")
         if self.state is State.HALF_OPEN:
@@ -390,8 +393,9 @@ class Circuit:
         rules = self.rules
         seconds = rules.break_seconds(self._breaks)
         self._breaks += 1
-        self._until = rules.now() + seconds
-        return self._enter(State.OPEN, reason, seconds)
+        change = self._enter(State.OPEN, reason, seconds)
+        self.shut_until = rules.now() + seconds
+        return change
 
     def _recover(self, reason: str) -> StateChange:
         config = self.rules.config
@@ -405,6 +409,7 @@ class Circuit:
     def _enter(self, to: State, reason: str, break_seconds: float | None = None) -> StateChange:
         before, self.state, self.reason = self.state, to, reason
         self.window = None  # first: from here on nobody is let through by the fast path
+        self.shut_until = -inf
         if before is State.RAMPING and to is State.CLOSED:
             pass  # the calls of the ramp are evidence about the same, recovered dependency
         else:
@@ -445,7 +450,9 @@ class Circuit:
             if self.window is not None:
                 self.window = self.counted
             self._probes = ()
-            self._until = self._ramped_at = self.rules.now()
+            self._ramped_at = self.rules.now()
+            if self.state is State.OPEN:
+                self.shut_until = self._ramped_at
 
     def _announce(self, change: StateChange | None) -> None:
         """Outside the lock."""

@@ -12,6 +12,7 @@ Calls pay nothing for it: a sampler reads the counters every few seconds while t
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ _MARKS = {
     State.FORCED_OPEN: "X",
     State.DISABLED: "-",
 }
+_MANY = 2_000
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 
 
 def worst_state(breaker: Breaker) -> State:
     """The state of a breaker; of one with keys, the worst of its circuits'."""
-    return min((circuit.state for circuit in breaker.circuits()), key=BADNESS.index, default=State.CLOSED)
+    return min({circuit.state for circuit in breaker.circuits()}, key=BADNESS.index, default=State.CLOSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,10 @@ class History:
         """Sample until cancelled."""
         while True:
             await self._clock.sleep(self.sample_seconds)
-            self.sample()
+            if sum(len(breaker.circuits()) for breaker in self._of.values()) > _MANY:
+                await asyncio.to_thread(self.sample)  # tens of milliseconds, which are not the event loop's to give
+            else:
+                self.sample()
 
     def sample(self) -> None:
         """Take one sample of each breaker."""

@@ -18,6 +18,8 @@ import httpx
 from mainstay.circuit_breaker._admission import Policy
 from mainstay.core import MainstayError
 
+__all__ = ["AsyncPolicyTransport", "BadStatus", "PolicyTransport", "retry_after", "says_unwell"]
+
 
 class BadStatus(MainstayError):
     """The server answered that it could not do its work. Policies see this; the caller gets the response."""

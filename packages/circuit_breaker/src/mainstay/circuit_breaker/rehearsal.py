@@ -25,6 +25,8 @@ from mainstay.circuit_breaker.breaker import Rules
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Ticket
 from mainstay.circuit_breaker.settings import BreakerConfig
 
+__all__ = ["Move", "Record", "Rehearsal", "Suggestion", "read_trace", "rehearse", "suggest"]
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Record:

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from mainstay.circuit_breaker.circuit import Circuit, State
 
+__all__ = ["HANG", "Call", "Dependency", "forced"]
+
 HANG: Final = object()
 """An outcome that never comes; the call ends when it is cancelled."""
 
