@@ -223,8 +223,9 @@ class _Office:
             await progress.reached(0.6 * len(self._story.accepted))
             async with asyncio.TaskGroup() as part:
                 sending = part.create_task(self._send(lines[bounds[number] : bounds[number + 1]]))
-                last = number == kills  # refunds come late
-                moment = await self._bad_moment(MOMENTS[-1] if last else MOMENTS[(number - 1) % 3], sending, progress)
+                # Refunds come late: when all else has been tried.
+                wanted, seconds = (MOMENTS[-1], 12.0) if number == kills else (MOMENTS[(number - 1) % 3], 4.0)
+                moment = await self._bad_moment(wanted, seconds, sending, progress)
                 self._worker.check()
                 self._worker.kill()
                 self._worker.start()
@@ -264,12 +265,12 @@ class _Office:
         counts: dict[str, dict[str, int]] = (await self._client.get(f"{self._urls['provider']}/status")).json()
         return counts
 
-    async def _bad_moment(self, wanted: Moment, sending: asyncio.Task[None], progress: Progress) -> str:
-        """Wait for one: for some seconds the one that is wanted, then any; when no more can come, so be it."""
+    async def _bad_moment(self, wanted: Moment, seconds: float, sending: asyncio.Task[None], progress: Progress) -> str:
+        """Wait for one: so long for the one that is wanted, then for any; when no more can come, so be it."""
         started = time.monotonic()
-        while (waited := time.monotonic() - started) < 12.0:
+        while (waited := time.monotonic() - started) < seconds + 8.0:
             provider, office = await asyncio.gather(self.provider_status(), self.summary())
-            for name, strikes in (wanted,) if waited < 4.0 else MOMENTS:
+            for name, strikes in (wanted,) if waited < seconds else MOMENTS:
                 if strikes(provider["now"], office):
                     return name
             if sending.done() and progress.done >= len(self._story.accepted):
@@ -313,7 +314,7 @@ class _Office:
             if not any(effects_exactly_once(facts)) and not facts.unsealed:
                 return
             self._worker.check()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
 
 
 def _kind_of(problem: dict[str, Any]) -> str:
