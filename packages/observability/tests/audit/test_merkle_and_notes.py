@@ -6,7 +6,7 @@ from hashlib import sha256
 
 import pytest
 import rfc8785
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mainstay.observability.audit import Checkpoint, InvalidNote, SigningKey, VerifierKey, consistent, included
@@ -69,6 +69,7 @@ def test_the_frontier_has_the_root_of_the_definition_at_every_size():
     assert nodes[1].hash == perfect([leaf_hash(b"%d" % n) for n in range(256, 512)])
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, 5000), st.integers(0, 5000))
 def test_subtrees_cover_a_range_once(one, two):
     """Left to right, aligned, without overlap, and as few as can be."""
@@ -145,6 +146,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.dictionaries(st.text(st.characters(max_codepoint=127)), values))
 def test_trap_canonical_json_is_rfc_8785(value):
     """Within the restricted schema our bytes are those of the reference implementation, whatever the strings hold."""
