@@ -316,15 +316,19 @@ class Dispatcher:
                     route, error = self._wanted(route, headers)
                 if route is not None and error is None:
                     try:
-                        version = headers.get(VERSION, b"1.0")
+                        version = headers.get(VERSION) or b"1.0"
                         handling = route.versions.get(version) or route.handling(version)
                         event = handling.validate(record.value or b"")
+                        context = context_of(headers)
                     except ValidationError as invalid:
                         error = DecodeError(_explain(route.type, invalid))
                     except DecodeError as unreadable:
                         error = unreadable
+                    except Exception as defect:  # noqa: BLE001  an event's own validator may raise anything
+                        error = DecodeError(f"{route.type} cannot be read: its class raised {type(defect).__name__}")
+                        error.__cause__ = defect
                     else:
-                        bind(context_of(headers)).__enter__()  # never left: the next event's replaces it
+                        bind(context).__enter__()  # never left: the next event's replaces it
                         before = copy_context()
                         started = perf_counter()
                         try:

@@ -13,6 +13,8 @@ from mainstay.core import derived_id
 from mainstay.events.errors import RedriveError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, Headers, Outgoing, Record
 
+_LONGEST_ERROR = 20_000
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
@@ -57,8 +59,8 @@ class DeadLetter:
             offset=record.offset,
             key=record.key,
             value=record.value,
-            headers=tuple(record.headers),
-            error="".join(traceback.format_exception(error)).strip(),
+            headers=tuple((name, value or b"") for name, value in record.headers),  # Kafka's may be null
+            error=_text(error),
             attempts=attempts,
             time=time,
         )
@@ -67,6 +69,13 @@ class DeadLetter:
         """The event as it is sent again: for its group only, so that those who handled it do not do so twice."""
         headers = [(name, value) for name, value in self.headers if name != ONLY_GROUP]
         return Outgoing(self.topic, self.key, self.value or b"", [*headers, (ONLY_GROUP, self.group.encode())])
+
+
+def _text(error: Exception) -> str:
+    """The trace as every store takes it: one that was refused for its size or characters would block the partition."""
+    text = "".join(traceback.format_exception(error)).strip().encode(errors="backslashreplace").decode()
+    half = _LONGEST_ERROR // 2
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:half]}\n…\n{text[-half:]}"
 
 
 class DeadLetterStore(Protocol):

@@ -205,7 +205,7 @@ def context_of(headers: Mapping[str, bytes]) -> Context:
         correlation = None
     if not _RARE.isdisjoint(headers):
         values: dict[str, object] = {
-            field: headers[name].decode(errors="replace") for field, name in _CONTEXT.items() if name in headers
+            field: value.decode(errors="replace") for field, name in _CONTEXT.items() if (value := headers.get(name))
         }
         values["correlation_id"] = correlation and correlation.decode()
         values["causation_id"] = cause and cause.decode()
