@@ -171,6 +171,42 @@ async def test_the_database_restarts_under_load(own_postgres):
     assert set(executed.values()) == {1}
 
 
+async def test_behind_a_transaction_pooler(pgbouncer):
+    """Through PgBouncer, where no connection outlives a transaction, runs, transactional steps and the way back work."""
+    flows = WorkflowRouter()
+    ledger = sa.Table(
+        "ledger", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("n", sa.Integer)
+    )
+
+    @flows.step(transactional=True)
+    async def book(n: int) -> int:
+        await app.get(Database).write(sa.insert(ledger), {"id": n, "n": n})
+        return n
+
+    @book.compensation
+    async def unbook(outcome: Done[int] | Unknown, n: int) -> None:
+        await app.get(Database).write(sa.delete(ledger).where(ledger.c.id == n))
+
+    @flows.step(compensation=None)
+    async def ship(n: int) -> int:
+        if n % 2:
+            raise LookupError(n)
+        return n
+
+    @flows.workflow(name="buy")
+    async def buy(n: int) -> int:
+        return await ship(await book(n))
+
+    async with workflows(flows, url=pgbouncer) as app:
+        async with app.get(Database).engine.begin() as connection:
+            await connection.run_sync(ledger.metadata.create_all)
+        started = await asyncio.gather(*(buy.start(n, id=f"r{n}") for n in range(30)))
+        outcomes = await asyncio.gather(*(run.result(WAIT) for run in started), return_exceptions=True)
+        assert [outcome for outcome in outcomes if isinstance(outcome, int)] == list(range(0, 30, 2))
+        rows = await app.get(Database).read(sa.select(ledger.c.n).order_by(ledger.c.n))
+        assert [row.n for row in rows] == list(range(0, 30, 2))
+
+
 async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
     """A step that blocks the loop for three leases is not taken over by a worker that is looking for the dead."""
     address = f"sqlite+aiosqlite:///{tmp_path / 'shared.db'}" if ":memory:" in url else url

@@ -8,8 +8,18 @@ import sqlalchemy as sa
 
 from mainstay.core import FullJitter, Retry, once
 from mainstay.database import Database
-from mainstay.workflow import Done, Failed, RunStatus, StepFailed, Unknown, WorkflowRouter, current_step
+from mainstay.workflow import (
+    Done,
+    Failed,
+    RunStatus,
+    StepFailed,
+    Unknown,
+    WorkflowRouter,
+    WorkflowSettings,
+    current_step,
+)
 from mainstay.workflow.testing import DyingDatabase, Killed, explore, workflows
+from mainstay.workflow.worker import Worker
 
 QUICK = FullJitter(0.001, 0.002)
 
@@ -241,6 +251,37 @@ async def test_another_way_at_every_moment():
         assert provider.effects == {"r:second:1": 5}
 
     assert await explore(flows, start=start, check=check) >= 10
+
+
+async def test_trap_20_a_run_of_three_steps_costs_five_commits():
+    """The claim, an intent for each step with the result of the one before, and the end: nothing else is written."""
+    flows = WorkflowRouter()
+
+    @flows.step(compensation=None)
+    async def work(n: int) -> int:
+        return n + 1
+
+    @flows.workflow(name="three")
+    async def three(n: int) -> int:
+        return await work(await work(await work(n)))
+
+    async with workflows(flows, serve=False) as app:
+        run = await three.start(1)
+        counting = DyingDatabase(app.get(Database), None, after=False)
+        draining = asyncio.Event()
+        worker = Worker(
+            database=counting,  # type: ignore[arg-type]  # it stands in for a Database
+            clock=app.clock,
+            settings=WorkflowSettings(),
+            workflows=flows.workflows,
+            steps=flows.steps,
+            ended=lambda *_: None,
+        )
+        task = asyncio.create_task(worker.work(draining))
+        assert await run.result(10) == 4
+        draining.set()
+        await task
+    assert counting.moments == 5
 
 
 async def test_the_dead_do_nothing_more():

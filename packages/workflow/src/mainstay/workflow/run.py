@@ -99,7 +99,7 @@ class Exhausted(Exception):
         self.maybe = maybe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """One thing to get done durably: a step, a compensation, or another package's effect."""
 

@@ -1,0 +1,82 @@
+"""What application code writes type-checks, and what it gets wrong does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_HEADER = """
+from typing import assert_type
+from mainstay.workflow import Done, Failed, Handle, Unknown, WorkflowRouter
+
+flows = WorkflowRouter()
+
+
+@flows.step()
+async def charge(order: str, amount: int = 1) -> float:
+    return 1.0
+
+
+@charge.compensation
+async def refund(outcome: Done[float] | Unknown, order: str, amount: int = 1) -> None:
+    if isinstance(outcome, Done):
+        assert_type(outcome.result, float)
+
+
+@flows.workflow(name="buy")
+async def buy(order: str, amount: int) -> float:
+    return await charge(order, amount)
+
+
+"""
+_GOOD = """
+async def main() -> None:
+    run = await buy.start("a", 1, id="x")
+    assert_type(run, Handle[float])
+    assert_type(await run.result(), float)
+    assert_type(await charge("a"), float)
+    assert_type(await flows.gather(charge("a"), buy("a", 2)), tuple[float, float])
+"""
+_BAD = {
+    "a missing argument of start": 'async def main() -> None:\n    await buy.start("a")\n',
+    "a wrong argument of start": "async def main() -> None:\n    await buy.start(1, 1)\n",
+    "a wrong argument of a step": "async def main() -> None:\n    await charge(1)\n",
+    "a result of another type": 'async def main() -> None:\n    text: str = await (await buy.start("a", 1)).result()\n',
+    "a compensation without the outcome": (
+        "@charge.compensation\nasync def undo(order: str, amount: int = 1) -> None: ...\n"
+    ),
+    "a compensation for another result": (
+        "@charge.compensation\nasync def undo(outcome: Done[str] | Unknown, order: str, amount: int = 1) -> None: ...\n"
+    ),
+    "a step that is not async": "@flows.step()\ndef plain(order: str) -> float:\n    return 1.0\n",
+    "a probe that answers otherwise": (
+        "@charge.probe\nasync def ask(order: str, amount: int = 1) -> bool:\n    return True\n"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory):
+    """The lines with errors, by case, of one run of the type checker over all of them."""
+    directory = tmp_path_factory.mktemp("typing")
+    cases = {"good": _GOOD, **_BAD}
+    paths = {case: directory / f"case_{number}.py" for number, case in enumerate(cases)}
+    for case, path in paths.items():
+        path.write_text(_HEADER + cases[case])
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", *paths.values()]
+    output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+    lines = [line for line in output.splitlines() if ": error:" in line]
+    return {case: [line for line in lines if path.name in line] for case, path in paths.items()}
+
+
+def test_right_code_type_checks(findings):
+    """Arguments, results, outcomes and branches have the types that the functions state."""
+    assert findings["good"] == []
+
+
+@pytest.mark.parametrize("case", sorted(_BAD))
+def test_wrong_code_does_not(findings, case):
+    """The mistake is an error of the type checker."""
+    assert findings[case]
