@@ -7,6 +7,7 @@ So SQL and conversions (UUID, JSON, Decimal, datetime, Enum, …) are taken from
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -143,20 +144,20 @@ class Statements:
         # The statement is kept beside its form: an id may be used again once the object is gone.
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[object, Prepared]] = {}
         self._literals: dict[str, Literal] = {}
+        self._compiling = threading.Lock()  # the loop's thread and SQLite's writer both ask
 
     def prepared(self, statement: sa.Executable, keys: tuple[str, ...]) -> Prepared:
         """The compiled form for rows with these keys."""
         found = self._prepared.get((id(statement), keys))
         if found is not None:
             return found[1]
-        compiled = cast("sa.ClauseElement", statement).compile(
-            dialect=self._dialect,
-            column_keys=sorted(keys),
-            for_executemany=True,
-        )
-        form = Prepared(cast("SQLCompiler", compiled), keys)
-        _bound(self._prepared)
-        self._prepared[id(statement), keys] = (statement, form)
+        with self._compiling:
+            compiled = cast("sa.ClauseElement", statement).compile(
+                dialect=self._dialect, column_keys=sorted(keys), for_executemany=True
+            )
+            form = Prepared(cast("SQLCompiler", compiled), keys)
+            _bound(self._prepared)
+            self._prepared[id(statement), keys] = (statement, form)
         return form
 
     def operations(self, form: Prepared, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
