@@ -238,6 +238,27 @@ async def test_a_database_that_hangs(own_postgres, open_database, tables, count)
         own_postgres.resume()
 
 
+async def test_many_behind_a_pooler(pgbouncer, open_database, tables, count):
+    """Fifty tasks of two Databases share fewer server connections than there are of them; nothing gets mixed up."""
+    async with open_database(pgbouncer) as one, database(pgbouncer) as two:
+
+        async def work(db, first: int) -> None:
+            for i in range(first, first + 6):
+                async with db.transaction() as session:
+                    await db.write(tables.add, {"id": 2 * i, "text": str(i)})
+                    found = sa.select(tables.notes.c.text).where(tables.notes.c.id == 2 * i)
+                    assert (await session.execute(found)).scalar_one() == str(i)
+                await db.write(tables.add, {"id": 2 * i + 1, "text": str(i)})
+                rows = await db.read(sa.select(tables.notes.c.text).where(tables.notes.c.id == 2 * i + 1))
+                assert [row.text for row in rows] == [str(i)]
+
+        lease = await one.lease("pooled", seconds=1.0)
+        await asyncio.gather(*(work(db, n * 1_000 + k * 10) for n, db in enumerate((one, two)) for k in range(25)))
+        assert await count(one) == 2 * 25 * 12
+        assert lease is not None
+        assert lease.held
+
+
 async def _unit(db, tables):
     async with db.transaction():
         await db.write(tables.add, {"id": 3, "text": "x"})

@@ -144,13 +144,17 @@ async def test_a_process_that_was_late_may_take_its_own_lease_again(url, open_da
 
 
 async def test_misuse_is_refused(db):
-    """Inside a unit of work, or for no time at all, no lease is taken."""
+    """Inside a unit of work, for no time at all, or by a name that does not fit, no lease is taken."""
     async with db.transaction():
         with pytest.raises(UnitOfWorkError, match="take it before"):
             await db.lease("x")
     for seconds in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="positive"):
             await db.lease("x", seconds=seconds)
+    for name in ("", "x" * 256):
+        with pytest.raises(ValueError, match="1 to 255"):
+            await db.lease(name)
+    assert await db.lease("x" * 255) is not None
 
 
 async def test_closing_releases_every_lease(tmp_path, open_database):

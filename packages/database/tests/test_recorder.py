@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client import REGISTRY
 
-from mainstay.database import DatabaseError, DatabaseUnavailable
+from mainstay.database import DatabaseBusy, DatabaseError, DatabaseUnavailable
 from mainstay.database._recorder import Entry, merge
 from mainstay.database._statements import _CACHED, Literal
 
@@ -29,6 +29,20 @@ async def test_closing_commits_what_is_waiting(tmp_path, postgres, open_database
         assert not caught.value.retryable
         async with open_database(url) as db:
             assert await count(db) == 3_000
+
+
+async def test_closing_does_not_wait_for_somebody_elses_lock(postgres, open_database, tables, count):
+    """A write that waits for a lock when the Database closes fails within the busy timeout, having done nothing."""
+    async with open_database(postgres) as other, other.engine.connect() as user:
+        await user.execute(tables.add, {"id": 1, "text": "the user's"})
+        async with open_database(postgres, busy_timeout_seconds=0.5) as db:
+            waiting = asyncio.create_task(db.write(tables.add, {"id": 1, "text": "mine"}))
+            await db.write(tables.add, {"id": 2, "text": "x"})
+        with pytest.raises(DatabaseBusy) as caught:
+            await waiting
+        assert caught.value.no_effect
+        await user.rollback()
+        assert await count(other) == 1
 
 
 async def test_what_nobody_foresaw_is_told_to_those_it_concerns(db, tables, count, monkeypatch):

@@ -516,7 +516,10 @@ class PostgresWriter:
         return bool(self._aside)
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; what was not committed by now is not."""
+        self._settle_doubt(ConnectionAbortedError("the database was closed"))
+        for entry in self._aside:
+            entry.settle(DatabaseBusy("the database was closed while somebody else held a lock that the write needs"))
         connection, self._connection = self._connection, None
         if connection is not None:
             try:

@@ -30,7 +30,7 @@ from mainstay.database.errors import (
     UnitOfWorkError,
 )
 from mainstay.database.fence import Fence
-from mainstay.database.lease import Keeper, Lease
+from mainstay.database.lease import NAME_LENGTH, Keeper, Lease
 from mainstay.database.schema import Schema, require, upgrade_with
 
 T = TypeVar("T")
@@ -356,11 +356,12 @@ class Database:
             holder: shown in the table; by default host, process and a random part.
 
         Raises:
+            ValueError: the name is empty or too long, or the time is.
             DatabaseBusy: SQLite's writer was not free in time.
             DatabaseUnavailable: the database is away.
         """
-        if not seconds > 0:
-            msg = f"lease({name!r}, seconds={seconds!r}): seconds must be positive"
+        if not seconds > 0 or not 0 < len(name) <= NAME_LENGTH:
+            msg = f"lease({name!r}, seconds={seconds!r}): a name has 1 to {NAME_LENGTH} characters, and seconds are positive"
             raise ValueError(msg)
         if self.in_unit_of_work():
             msg = f"lease({name!r}) inside a unit of work: on SQLite it would wait for that; take it before"

@@ -38,12 +38,14 @@ T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.database")
 
+NAME_LENGTH = 255
+
 metadata = sa.MetaData()
 leases = sa.Table(
     "mainstay_database_leases",
     metadata,
-    sa.Column("name", sa.String(255), primary_key=True),
-    sa.Column("holder", sa.String(255), nullable=False),
+    sa.Column("name", sa.String(NAME_LENGTH), primary_key=True),
+    sa.Column("holder", sa.String(NAME_LENGTH), nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.Double, nullable=False),
 )
