@@ -151,22 +151,23 @@ def test_nothing_outlives_a_killed_run():
     _until(lambda: not _listening(int(port)) and not Path(directory).exists())
 
 
-def test_run_gives_the_command_the_addresses_and_its_status(redis_url: str):
+def test_run_gives_the_command_the_addresses_and_its_status():
     """`run` leaves an address of the environment alone, exports it, and ends as the command ended."""
     addresses = {
         "MAINSTAY_TEST_KAFKA": "127.0.0.1:1",
         "MAINSTAY_TEST_POSTGRES": "postgresql://nobody@127.0.0.1:1/x",
+        "MAINSTAY_TEST_REDIS": "redis://127.0.0.1:1/15",
     }
     script = "import os, sys; print(os.environ['MAINSTAY_TEST_REDIS'], os.environ['MAINSTAY_TEST_KAFKA']); sys.exit(3)"
     done = subprocess.run(
         [sys.executable, "-m", "mainstay_servers", "run", "--", sys.executable, "-c", script],
-        env=os.environ | addresses | {"MAINSTAY_TEST_REDIS": redis_url},
+        env=os.environ | addresses,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 3
-    assert done.stdout.split() == [redis_url, "127.0.0.1:1"]
+    assert done.stdout.split() == ["redis://127.0.0.1:1/15", "127.0.0.1:1"]
 
 
 def test_a_missing_program_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
