@@ -361,7 +361,7 @@ class Database:
             DatabaseUnavailable: the database is away.
         """
         if not seconds > 0 or not 0 < len(name) <= NAME_LENGTH:
-            msg = f"lease({name!r}, seconds={seconds!r}): a name has 1 to {NAME_LENGTH} characters, and seconds are positive"
+            msg = f"lease({name!r}, seconds={seconds!r}): 1 to {NAME_LENGTH} characters, and more than 0 seconds"
             raise ValueError(msg)
         if self.in_unit_of_work():
             msg = f"lease({name!r}) inside a unit of work: on SQLite it would wait for that; take it before"
