@@ -24,7 +24,7 @@ from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrad
 from mainstay.database.module import SCHEMA
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
-from mainstay.events.metadata import encode
+from mainstay.events.metadata import encode, envelope
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, Postgres, fresh_database
@@ -84,14 +84,8 @@ def records(count: int) -> list[ConsumerRecord]:
     """What aiokafka hands out."""
     made = []
     for number, event in enumerate(events(count)):
-        out = encode(
-            event,
-            id=uuid.uuid4(),
-            time=datetime.now(UTC),
-            source="bench",
-            context=Context(correlation_id=str(uuid.uuid4())),
-            topic="bench",
-        )
+        shared = envelope(time=datetime.now(UTC), source="bench", context=Context(correlation_id=str(uuid.uuid4())))
+        out = encode(event, id=uuid.uuid4(), topic="bench", shared=shared)
         place = number % PARTITIONS
         sizes = (len(out.key or b""), len(out.value))
         made.append(

@@ -10,7 +10,7 @@ from mainstay.core import Context, FullJitter, MainstayError, Retry, current
 from mainstay.core.testing import VirtualClock
 from mainstay.events import DecodeError, Event, Metadata
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
-from mainstay.events.metadata import encode
+from mainstay.events.metadata import encode, envelope
 from mainstay.events.testing import eventually
 from mainstay.events.transport import LogRecord
 
@@ -29,14 +29,8 @@ def record(
     from datetime import UTC, datetime
     from uuid import UUID
 
-    out = encode(
-        Made(name=name, number=number),
-        id=UUID(int=number),
-        time=datetime.now(UTC),
-        source="test",
-        context=Context(correlation_id=f"c{number}"),
-        topic="dispatch",
-    )
+    shared = envelope(time=datetime.now(UTC), source="test", context=Context(correlation_id=f"c{number}"))
+    out = encode(Made(name=name, number=number), id=UUID(int=number), topic="dispatch", shared=shared)
     named = [(header, headers.pop(header, value)) for header, value in out.headers]
     return LogRecord(
         "dispatch", 0, number if offset is None else offset, out.key if key == b"" else key, out.value,

@@ -14,7 +14,7 @@ from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment
-from mainstay.events.metadata import Record, encode
+from mainstay.events.metadata import Record, encode, envelope
 from mainstay.events.sql import SqlSource, SqlTransport
 from mainstay.events.tables import INSERT_LOG, LOG, OFFSETS, pack_headers, unpack_headers
 from mainstay.events.testing import eventually
@@ -59,14 +59,8 @@ async def insert(connection: AsyncConnection, number: int, name: str = "same") -
 
     from mainstay.core import Context, uuid7
 
-    out = encode(
-        Line(name=name, number=number),
-        id=uuid7(),
-        time=datetime.now(UTC),
-        source="t",
-        context=Context(),
-        topic="sql",
-    )
+    shared = envelope(time=datetime.now(UTC), source="t", context=Context())
+    out = encode(Line(name=name, number=number), id=uuid7(), topic="sql", shared=shared)
     row = {"topic": "sql", "partition": 0, "key": out.key, "value": out.value, "headers": pack_headers(out.headers)}
     await connection.execute(INSERT_LOG, row)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -213,30 +214,31 @@ def context_of(headers: Mapping[str, bytes]) -> Context:
     return Context(correlation.decode() if correlation else None, cause.decode() if cause else None)
 
 
-def encode(
-    event: Event,
-    *,
-    id: UUID,
-    time: datetime,
-    source: str,
-    context: Context,
-    topic: str,
-) -> Outgoing:
-    """An event in its wire form."""
-    definition = definition_of(type(event))
-    headers = [
-        (TYPE, definition.type.encode()),
-        (ID, str(id).encode()),
-        ("ce_specversion", b"1.0"),
-        (VERSION, definition.version.encode()),
-        (SOURCE, source.encode()),
-        (TIME, time.isoformat().encode()),
-        ("content-type", b"application/json"),
-    ]
+def envelope(*, time: datetime, source: str, context: Context) -> Headers:
+    """What the events of one publication have in common."""
+    shared = [(SOURCE, source.encode()), (TIME, time.isoformat().encode())]
     for field, name in _CONTEXT.items():
         value: str | None = getattr(context, field)
         if value is not None:
-            headers.append((name, value.encode()))
+            shared.append((name, value.encode()))
+    return shared
+
+
+@cache
+def _label(definition: EventDefinition) -> Headers:
+    """What all events of a class have in common; the type first, since readers look for it."""
+    return [
+        (TYPE, definition.type.encode()),
+        (VERSION, definition.version.encode()),
+        ("ce_specversion", b"1.0"),
+        ("content-type", b"application/json"),
+    ]
+
+
+def encode(event: Event, *, id: UUID, topic: str, shared: Headers) -> Outgoing:
+    """An event in its wire form; `shared` is from `envelope`."""
+    definition = definition_of(type(event))
+    headers = [*_label(definition), (ID, str(id).encode()), *shared]
     return Outgoing(topic, key_of(event, definition), type(event).__pydantic_serializer__.to_json(event), headers)
 
 

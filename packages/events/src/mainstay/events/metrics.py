@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import cache
 
 from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily, Metric
@@ -19,6 +20,13 @@ REVOKED = Counter("mainstay_events_revoked_total", "Partitions given up to other
 LAG = Gauge("mainstay_events_lag", "Events that wait in the partitions this process holds, about.", ["group"])
 OLDEST = Gauge("mainstay_events_oldest_in_flight_seconds", "Age of the oldest unfinished event.", ["group"])
 OUTBOX_DEPTH = Gauge("mainstay_events_outbox_depth", "Rows that wait in the outbox, at most 10,000 are counted.")
+
+
+@cache
+def published(type: str) -> Counter:
+    """The counter of one type; types are what the code declares, so they are few."""
+    return PUBLISHED.labels(type)
+
 
 _BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from mainstay.core import Clock, current, derived_id, once, uuid7
 from mainstay.events.event import Event, definition_of
-from mainstay.events.metadata import Outgoing, encode
-from mainstay.events.metrics import PUBLISHED
+from mainstay.events.metadata import Outgoing, encode, envelope
+from mainstay.events.metrics import published
 from mainstay.events.settings import EventsSettings
 
 Send = Callable[[Sequence[Outgoing]], Awaitable[None]]
@@ -53,26 +53,20 @@ class EventPublisher:
         types = [definition_of(type(event)).type for event in events]
 
         async def effect(key: str | None) -> None:
-            time, context, source, topic_of = (
-                self._clock.now(),
-                current(),
-                self._settings.source,
-                self._settings.topic_of,
-            )
+            settings = self._settings
+            shared = envelope(time=self._clock.now(), source=settings.source, context=current())
             await self._send(
                 [
                     encode(
                         event,
                         id=uuid7() if key is None else derived_id(f"{key}:{index}"),
-                        time=time,
-                        source=source,
-                        context=context,
-                        topic=topic_of(types[index]),
+                        topic=settings.topic_of(types[index]),
+                        shared=shared,
                     )
                     for index, event in enumerate(events)
                 ]
             )
             for type_ in types:
-                PUBLISHED.labels(type_).inc()
+                published(type_).inc()
 
         await once(f"publish:{','.join(dict.fromkeys(types))}", effect, transactional=self._transactional)

@@ -22,7 +22,7 @@ from mainstay.core import SYSTEM_CLOCK, App, Clock, Context, Feature, FullJitter
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.event import Event, definition_of
 from mainstay.events.memory import MemoryTransport
-from mainstay.events.metadata import TYPE, Metadata, Outgoing, encode
+from mainstay.events.metadata import TYPE, Metadata, Outgoing, encode, envelope
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.router import EventRouter
@@ -39,10 +39,8 @@ def metadata_of(event: Event, *, group: str = "test", attempt: int = 1, context:
     outgoing = encode(
         event,
         id=uuid7(),
-        time=datetime.now(UTC),
-        source="test",
-        context=current() if context is None else context,
         topic=EventsSettings(transport="memory").topic_of(definition_of(type(event)).type),
+        shared=envelope(time=datetime.now(UTC), source="test", context=current() if context is None else context),
     )
     record = LogRecord(outgoing.topic, 0, 0, outgoing.key, outgoing.value, outgoing.headers)
     return Metadata(record, group=group, attempt=attempt)
@@ -308,10 +306,8 @@ class TransportContract:
 
         async with self.serving(events) as app:
             await events.publish(Placed(order="a", number=1))
-            good = encode(
-                Placed(order="a"), id=uuid4(), time=datetime.now(UTC), source="x", context=Context(),
-                topic=f"{self.prefix}-contract",
-            )  # fmt: skip
+            shared = envelope(time=datetime.now(UTC), source="x", context=Context())
+            good = encode(Placed(order="a"), id=uuid4(), topic=f"{self.prefix}-contract", shared=shared)
             newer = [(name, b"2.0" if name == "ce_eventversion" else value) for name, value in good.headers]
             poison = [
                 good._replace(value=b"\xff\xfe not json", headers=[*good.headers, ("x-raw", b"\x80\xff")]),
