@@ -38,7 +38,7 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             "µs/line",
             lambda: _lines(calls, structlog_line),
             peer=("structlog with orjson", peers("native", calls)),
-            goal=2.5,
+            goal=2.0,
             rounds=rounds,
         )
         yield await compare(

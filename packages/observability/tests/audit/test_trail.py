@@ -14,7 +14,7 @@ from mainstay.core import App, ConfigurationError, MainstayError, NotBoundError,
 from mainstay.core.testing import VirtualClock
 from mainstay.database import Database, DatabaseBusy, DatabaseModule, DatabaseSettings, DatabaseUnavailable
 from mainstay.observability.audit import AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
-from mainstay.observability.audit.testing import settings, written
+from mainstay.observability.audit.testing import recorded, settings, written
 from mainstay.observability.testing import metric
 
 
@@ -415,3 +415,24 @@ async def test_a_child_task_of_an_open_unit_can_report_a_failure(db, trail):
             await asyncio.get_running_loop().create_task(trail.write("x", outcome="failed"))
     (entry,) = await settled(db, 1)
     assert entry.outcome == "failed"
+
+
+async def test_recorded_is_the_real_thing_in_memory():
+    """Code under test needs no App of its own; two trails are bound, and a rollback leaves only the failure."""
+    one, other = AuditTrail(), AuditTrail()
+
+    @one.record("order.cancelled")
+    async def cancel():
+        await other.write("inner")
+        raise ValueError
+
+    async with recorded(one, other) as database:
+        await other.write("a")
+        with pytest.raises(ValueError):  # noqa: PT011  it is the one above
+            await cancel()
+        assert [(entry.action, entry.outcome) for entry in await written(database)] == [
+            ("a", "succeeded"), ("order.cancelled", "failed"),
+        ]  # fmt: skip
+        assert [entry.action for entry in await written(database, "a")] == ["a"]
+    with pytest.raises(NotBoundError):
+        await one.write("b")

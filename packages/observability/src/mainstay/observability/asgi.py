@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import replace
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any, cast
@@ -49,6 +50,8 @@ _seconds = CappedLabels(SECONDS, 500)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _UNMATCHED = "unmatched"
+_PROBES = ("/health/", "/metrics")
+_CORRELATION = b"x-correlation-id"
 _NOTHING = Context()
 _WANTED = {
     name.encode(): name
@@ -78,12 +81,14 @@ class ObservabilityMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._asgi(scope, receive, send)
             return
-        if self._app is not None and scope["type"] == "http" and await self._probed(self._app, scope, send):
+        if self._app is not None and scope["path"].startswith(_PROBES) and await self._probed(self._app, scope, send):
             return
         headers = _headers(scope)
         context = Context.from_headers(headers, trusted=self._trusted) if headers else _NOTHING
         correlation_id = context.correlation_id or str(uuid7())
-        with bind(context, correlation_id=correlation_id):
+        if context.correlation_id is None:
+            context = replace(context, correlation_id=correlation_id) if headers else Context(correlation_id)
+        with bind(context):
             if scope["type"] == "websocket":
                 await self._asgi(scope, receive, send)
             elif tracing.installed():
@@ -92,7 +97,7 @@ class ObservabilityMiddleware:
                 await self._request(scope, receive, send, correlation_id)
 
     async def _probed(self, app: App, scope: Scope, send: Send) -> bool:
-        if scope["method"] not in ("GET", "HEAD") or not scope["path"].startswith(("/health/", "/metrics")):
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             return False
         try:
             watch = app.get(HealthWatch)
@@ -142,8 +147,9 @@ class ObservabilityMiddleware:
             nonlocal status, started
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-                headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-correlation-id"]
-                message["headers"] = [*headers, (b"x-correlation-id", correlation_id.encode())]
+                headers = [pair for pair in message.get("headers", ()) if not _names_the_correlation(pair[0])]
+                headers.append((_CORRELATION, correlation_id.encode()))
+                message["headers"] = headers
             await send(message)
 
         begin = perf_counter()
@@ -187,6 +193,10 @@ def _headers(scope: Scope) -> dict[str, str]:
         if known is not None:
             found[known] = value.decode("latin-1")
     return found
+
+
+def _names_the_correlation(header: bytes) -> bool:
+    return len(header) == len(_CORRELATION) and header.lower() == _CORRELATION
 
 
 def _method(scope: Scope) -> str:

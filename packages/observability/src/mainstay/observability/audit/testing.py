@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.database import Database
+from mainstay.core import App
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.observability.audit import tables
 from mainstay.observability.audit.entry import Entry
+from mainstay.observability.audit.module import AuditModule
 from mainstay.observability.audit.note import SigningKey
 from mainstay.observability.audit.producer import STATEMENT
 from mainstay.observability.audit.settings import AuditSettings
+from mainstay.observability.audit.trail import AuditTrail
 
 KEY = SigningKey("mainstay-audit-tests", b"known to everybody who reads it!")
 
@@ -37,3 +41,18 @@ async def written(database: Database, action: str | None = None) -> Sequence[Ent
     ]
     entries = [Entry.from_bytes(bytes(row.data)) for row in rows]
     return [entry for entry in entries if entry.action != STATEMENT and action in (None, entry.action)]
+
+
+@asynccontextmanager
+async def recorded(*trails: AuditTrail) -> AsyncGenerator[Database, None]:
+    """Let trails record into a database in memory that the block yields: `await written(database)` tells what.
+
+    For tests of code that has no App of its own running; it is the real thing, so what rolls back leaves no entry.
+    """
+    app = App(
+        DatabaseModule.for_root(DatabaseSettings(url=SecretStr("sqlite+aiosqlite:///:memory:"))),
+        AuditModule.for_root(settings()),
+        AuditModule.for_feature(*trails),
+    )
+    async with app:
+        yield app.get(Database)
