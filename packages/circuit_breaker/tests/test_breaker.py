@@ -1,10 +1,13 @@
 """The state machine of one circuit, on a virtual clock."""
 
 import asyncio
+import pickle
 
 import pytest
 
 from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, State, StateChange
+from mainstay.circuit_breaker.testing import forced
+from mainstay.circuit_breaker.windows import CountWindow, TimeWindow
 from mainstay.core import MainstayError
 from mainstay.core.testing import VirtualClock
 
@@ -173,3 +176,114 @@ async def test_a_cancelled_caller_is_neutral(clock: VirtualClock) -> None:
             await task
     assert breaker.snapshot().state is State.CLOSED
     assert breaker.totals() == {"success": 0, "failure": 0, "neutral": 20, "late": 0, "rejected": 0}
+
+
+async def test_the_ramp_lets_a_growing_share_through(clock: VirtualClock) -> None:
+    """A hundred calls a second over a ramp of ten: a tenth at first, all in the end, about 55 in 100 altogether."""
+    breaker = CircuitBreaker("p", BreakerConfig(ramp_seconds=10, ramp_start=0.1), clock=clock)
+    passed: list[int] = []
+    with forced(breaker, State.RAMPING):
+        for _ in range(9):
+            before = breaker.totals()["success"]
+            for _ in range(100):
+                clock.tick(0.01)
+                await asyncio.gather(breaker.call(fine), return_exceptions=True)
+            passed.append(breaker.totals()["success"] - before)
+        clock.tick(1)
+        await breaker.call(fine)
+        assert breaker.snapshot().state is State.CLOSED
+        assert breaker.snapshot().calls > 400  # the ramp's calls are evidence in the closed circuit's window
+    assert passed == sorted(passed)
+    assert passed[0] == pytest.approx(15, abs=2)
+    assert passed[-1] == pytest.approx(95, abs=2)
+
+
+async def test_a_failure_on_the_ramp_halves_the_share_and_many_open(clock: VirtualClock) -> None:
+    """One failure among successes costs half of the share; failures that outrun its growth open the circuit again."""
+    config = BreakerConfig(ramp_seconds=10, ramp_start=0.4, minimum_calls=1000, break_jitter=0)
+    breaker = CircuitBreaker("p", config, clock=clock)
+    with forced(breaker, State.RAMPING):
+        await breaker.call(fine)
+        await clock.advance(4)
+        with pytest.raises(CircuitOpen, match="ramping; try again in 1 s"):
+            await breaker.call(fine)  # eight in ten pass, the first of them does not
+        assert breaker.snapshot().share == pytest.approx(0.8)
+        while breaker.snapshot().share > 0.45:
+            await asyncio.gather(breaker.call(broken), return_exceptions=True)
+        assert breaker.snapshot().share == pytest.approx(0.4)
+        while breaker.snapshot().state is State.RAMPING:
+            await asyncio.gather(breaker.call(broken), return_exceptions=True)
+        assert breaker.snapshot().state is State.OPEN
+        assert breaker.reason == "failures outran the ramp"
+
+
+async def test_a_slow_probe_is_no_recovery(clock: VirtualClock) -> None:
+    """Where slow calls count, an answer that comes too late opens the circuit again."""
+    breaker = CircuitBreaker("p", BreakerConfig(slow_seconds=1), clock=clock)
+
+    async def slow() -> None:
+        await clock.sleep(2)
+
+    with forced(breaker, State.HALF_OPEN):
+        task = asyncio.create_task(breaker.call(slow))
+        await clock.advance(2)
+        await task
+        assert breaker.snapshot().state is State.OPEN
+        assert breaker.reason == "a probe took longer than 1 s"
+
+
+async def test_breaks_grow_with_jitter_to_their_bound(clock: VirtualClock) -> None:
+    """Each recovery that fails makes the next break longer, within the jitter, up to the bound, however often."""
+    config = BreakerConfig(break_seconds=1, break_growth=3, max_break_seconds=20, break_jitter=0.2)
+    breaker = CircuitBreaker("p", config, clock=clock)
+    breaker.trip("test")
+    lengths: list[float] = []
+    for _ in range(2000):
+        retry_after = breaker.snapshot().retry_after_seconds
+        assert retry_after is not None
+        lengths.append(retry_after)
+        clock.tick(retry_after)
+        await asyncio.gather(breaker.call(broken), return_exceptions=True)
+    for length, nominal in zip(lengths, (1, 3, 9, 20, 20), strict=False):
+        assert 0.8 * nominal <= length <= 1.2 * nominal
+    assert len(set(lengths[10:])) > 1000
+
+
+def test_windows_keep_what_they_hold_when_resized() -> None:
+    """Longer, shorter, and from calls to seconds and back: what is young enough stays, nothing comes back."""
+    window = TimeWindow(10.0, 0, 0.0)
+    for second in range(10):
+        window.turn(float(second))
+        window.successes += 10
+        window.fail(float(second))
+    assert window.totals(9.0) == (110, 10, 0)
+    window.resize(5.0, 9.0)
+    calls, failures, _ = window.totals(9.0)
+    assert 44 <= calls <= 66
+    assert 4 <= failures <= 6
+    window.resize(100.0, 9.0)
+    assert window.totals(9.0) == (calls, failures, 0)
+    assert window.totals(200.0) == (0, 0, 0)
+
+    counting = CountWindow(10, 0)
+    counting.successes += 8
+    counting.fail(0.0)
+    counting.fail(0.0)
+    counting.resize(5)
+    assert counting.totals(0.0) == (5, 2, 0)
+    counting.resize(100)
+    assert counting.totals(0.0) == (5, 2, 0)
+    counting.successes += 30
+    assert counting.totals(0.0) == (35, 2, 0)
+
+    for seeded in (CountWindow(50, 0), TimeWindow(60.0, 0, 0.0)):
+        seeded.seed((20, 5, 3))
+        assert seeded.totals(0.0) == (20, 5, 3)
+        seeded.fail(0.0)
+        assert (seeded.totals(0.0), seeded.streak) == ((21, 6, 3), 1)
+
+
+async def test_rejections_survive_pickling() -> None:
+    """A rejection that crosses a process boundary keeps what it says."""
+    error = pickle.loads(pickle.dumps(CircuitOpen("p", "open", 2.5)))  # noqa: S301  our own bytes
+    assert (type(error), str(error), error.retry_after_seconds) == (CircuitOpen, "p is open; try again in 2.5 s", 2.5)

@@ -77,7 +77,7 @@ class Reference:
             if self.share >= 1:
                 self.enter(State.CLOSED, now)
                 return True
-            self.credit = min(1.0, self.credit + self.share)
+            self.credit += self.share
             if self.credit >= 1 - 1e-9:
                 self.credit -= 1
                 return True
@@ -97,7 +97,8 @@ class Reference:
             self.probed += 1
             if self.probed >= self.config.probe_successes:
                 if self.config.ramp_seconds > 0:
-                    self.share, self.credit, self.ramped_at = self.config.ramp_start, 1.0, now
+                    self.share, self.ramped_at = self.config.ramp_start, now
+                    self.credit = 1 - self.share
                     self.enter(State.RAMPING, now)
                 else:
                     self.enter(State.CLOSED, now)
@@ -193,9 +194,9 @@ class BreakerMachine(RuleBasedStateMachine):
         # As the generated code does it.
         ticket: Ticket | None = self.breaker.window
         if ticket is None and now < self.breaker.shut_until:
-            assert self.breaker.shut(now).retry_after_seconds == self.breaker.shut_until - now
+            assert self.breaker._shut(now).retry_after_seconds == self.breaker.shut_until - now
         elif ticket is None:
-            ticket = self.breaker.admit()
+            ticket = self.breaker._admit()
         assert (ticket is not None) == expected
         if ticket is None:
             self.reference.rejected += 1
@@ -235,24 +236,24 @@ class BreakerMachine(RuleBasedStateMachine):
         self.reference.settle(now, number, epoch, failed=failed, slow=slow)
         seconds = 2.0 if slow else 0.5
         if failed:
-            self.breaker.failed(ticket, seconds if measured else None)
+            self.breaker._failed(ticket, seconds if measured else None)
             return
         # What the generated code does after a success, in the same order.
         if now >= ticket.edge:
-            self.breaker.turn()
+            self.breaker._turn()
         if ticket is self.breaker.window:
             self.breaker.window.successes += 1
             if slow:
-                self.breaker.was_slow(ticket)
+                self.breaker._was_slow(ticket)
         else:
-            self.breaker.succeeded(ticket, seconds if measured else None)
+            self.breaker._succeeded(ticket, seconds if measured else None)
 
     @precondition(lambda self: self.under_way)
     @rule(data=st.data())
     def go_away(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.under_way)))
         ticket, epoch = self.under_way.pop(number)
-        self.breaker.raised(ticket, GeneratorExit())
+        self.breaker._raised(ticket, GeneratorExit())
         if epoch == self.reference.epoch:
             self.reference.probes.pop(number, None)
 

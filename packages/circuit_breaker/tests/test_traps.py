@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -17,10 +18,13 @@ from mainstay.circuit_breaker import (
     BulkheadFull,
     CircuitBreaker,
     CircuitOpen,
+    Fallback,
     HarmfulOrderWarning,
     Hedge,
     KeyedBreaker,
     Pipeline,
+    Policy,
+    Retries,
     State,
     Throttled,
     Timeout,
@@ -455,20 +459,63 @@ async def test_memory(clock: VirtualClock) -> None:
     assert each < 1024
 
 
-async def test_cost_of_rejections_leaves_no_garbage() -> None:
-    """A rejection is freed with its last reference: an outage must not feed the cycle collector."""
-    import weakref
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CircuitBreaker("p"),
+        Retries(Retry(attempts=2, wait=lambda _: 0.0)),
+        Retries(Retry(attempts=2, wait=lambda _: 0.0, retry=lambda state: state.outcome.failed)),
+        Timeout(5),
+        Bulkhead(5),
+        Fallback(last_good_seconds=5, key=lambda: None),
+        Hedge(1),
+        Budget(),
+    ],
+    ids=repr,
+)
+async def test_cost_of_errors_leaves_no_garbage(policy: Policy) -> None:
+    """An error is freed with its last reference: an outage must not feed the cycle collector."""
 
-    breaker = CircuitBreaker("p")
-    call = breaker(Dependency())
+    class Own(Exception):
+        pass
+
+    async def fail() -> None:
+        raise Own
+
+    async def once() -> weakref.ref[Own]:
+        try:
+            await policy.call(fail)
+        except Own as error:
+            return weakref.ref(error)
+        pytest.fail("it did not raise")
+
     gc.disable()
     try:
-        with forced(breaker, State.OPEN):
-            try:
-                await call()
-            except CircuitOpen as rejection:
-                alive = weakref.ref(rejection)
-            assert alive() is None
+        alive = await once()
+        await asyncio.sleep(0)  # a hedge's task is done, and the loop lets go of it
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+async def test_cost_of_rejections_leaves_no_garbage() -> None:
+    """A rejection is freed with its last reference too, in every state that rejects."""
+    breaker = CircuitBreaker("p", PLAIN)
+
+    async def once() -> weakref.ref[CircuitOpen]:
+        try:
+            await breaker.call(Dependency())
+        except CircuitOpen as error:
+            return weakref.ref(error)
+        pytest.fail("it did not raise")
+
+    gc.disable()
+    try:
+        for state in (State.OPEN, State.FORCED_OPEN, State.HALF_OPEN):
+            with forced(breaker, state):
+                if state is State.HALF_OPEN:
+                    breaker._admit()
+                assert (await once())() is None
     finally:
         gc.enable()
 

@@ -421,7 +421,7 @@ def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str
     """`of` is empty where the circuit's methods are names of their own, bound once."""
 
     def method(name: str) -> str:
-        return f"{of}{name}" if of else f"{name}_{i}"
+        return f"{of}_{name}" if of else f"{name}_{i}"
 
     timed, slow, judged = shape
     seconds = f", now_{i}() - started_{i}" if slow else ""
@@ -495,15 +495,16 @@ def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
             text.add(f"trial_{i} = again_{i}(trial_{i}, error_{i}{started})")
             with text.block(f"if trial_{i}.delay is None:"):
                 with text.block(f"if trial_{i}.error is error_{i}:"):
-                    text.add("raise")
-                text.add(f"raise trial_{i}.error")
+                    text.add(f"trial_{i} = None", "raise")
+                text.add(f"raise trial_{i}.take_error()")
+        # A trial holds an error, whose traceback holds this frame: let go of it, or it is garbage in a cycle.
         with text.block("else:"):
             if judged:
                 text.add(f"trial_{i} = again_with_{i}(trial_{i}, result{started})")
                 with text.block(f"if trial_{i}.delay is None:"):
-                    text.add("break")
+                    text.add(f"trial_{i} = None", "break")
             else:
-                text.add("break")
+                text.add(f"trial_{i} = None", "break")
         text.add(f"{text.waited('pause', i)}(trial_{i}.delay)")
 
 
@@ -568,6 +569,8 @@ def _fallback(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> Non
         body()
     with text.block(f"except on_{i} as error_{i}:"):
         text.add(f"result = {'await ' if asynchronous else ''}instead_{i}(error_{i}, args, kwargs)")
+        with text.block(f"if result is nothing_{i}:"):
+            text.add("raise")
     if remembers:
         with text.block("else:"):
             text.add(f"remember_{i}(args, kwargs, result)")

@@ -64,7 +64,7 @@ class AdaptiveBulkhead(Bulkhead):
         self._short = 0.0
         self._long = 0.0
 
-    def learn(self, seconds: float, error: BaseException | None) -> None:
+    def _learn(self, seconds: float, error: BaseException | None) -> None:
         """Move the limit by one outcome: an answer after `seconds`, or what was raised."""
         verdict = Verdict.ANSWER if error is None else judge(error)
         if verdict is Verdict.NEUTRAL:
@@ -105,5 +105,5 @@ class AdaptiveBulkhead(Bulkhead):
 
     def _layers(self) -> tuple[Layer, ...]:
         (layer,) = super()._layers()
-        names = layer.names | {"learn": self.learn, "now": self.clock.monotonic}
+        names = layer.names | {"learn": self._learn, "now": self.clock.monotonic}
         return (Layer(self, "bulkhead", (True,), names),)

@@ -132,7 +132,7 @@ class _Ruled(Policy):
         """Use another configuration from now on; windows, states and calls under way are kept."""
         self.rules.config = config
         for circuit in self.circuits():
-            circuit.reconfigured()
+            circuit._reconfigured()
         self._recompile()
 
     def circuits(self) -> Sequence[Circuit]:
@@ -143,7 +143,7 @@ class _Ruled(Policy):
         """Calls by outcome since the breaker exists: success, failure, neutral, late, rejected."""
         success = failure = neutral = late = rejected = 0
         for circuit in self.circuits():  # plain additions: there may be a hundred thousand
-            successes, failures = circuit.sums()
+            successes, failures = circuit._sums()
             success += successes
             failure += failures
             neutral += circuit.neutral
@@ -152,7 +152,7 @@ class _Ruled(Policy):
         return dict(zip(OUTCOMES, (success, failure, neutral, late, rejected), strict=True))
 
     @contextmanager
-    def bound(self, owner: object, config: BreakerConfig, clock: Clock) -> Generator[None]:
+    def _bound(self, owner: object, config: BreakerConfig, clock: Clock) -> Generator[None]:
         """Belong to a running App: its configuration and its clock, for the length of the block.
 
         Raises:
@@ -173,7 +173,7 @@ class _Ruled(Policy):
             self.clock = clock
             self.rules.now = _monotonic(clock)
             for circuit in self.circuits():
-                circuit.reclocked()
+                circuit._reclocked()
 
     def _shape(self) -> tuple[object, ...]:
         config = self.rules.config
@@ -230,14 +230,14 @@ class CircuitBreaker(Circuit, _Ruled):
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {
             "circuit": self,
-            "admit": self.admit,
-            "rejection": self.rejection,
-            "shut": self.shut,
-            "raised": self.raised,
-            "succeeded": self.succeeded,
-            "failed": self.failed,
-            "turn": self.turn,
-            "was_slow": self.was_slow,
+            "admit": self._admit,
+            "rejection": self._rejection,
+            "shut": self._shut,
+            "raised": self._raised,
+            "succeeded": self._succeeded,
+            "failed": self._failed,
+            "turn": self._turn,
+            "was_slow": self._was_slow,
             "now": self.rules.now,
             "limit": self.rules.config.slow_seconds,
             "bad": self.rules.failed_result,
@@ -336,10 +336,10 @@ class KeyedBreaker(_Ruled):
         victim: tuple[object, Circuit] | None = None
         harmless: tuple[object, Circuit] | None = None
         for _, (key, circuit) in zip(range(_SEARCH), candidates, strict=False):
-            if circuit.is_forgettable(strict=True):
+            if circuit._is_forgettable(strict=True):
                 victim = key, circuit
                 break
-            if harmless is None and circuit.is_forgettable(strict=False):
+            if harmless is None and circuit._is_forgettable(strict=False):
                 harmless = key, circuit
             kept.append((key, circuit))
         victim = victim or harmless
@@ -350,7 +350,7 @@ class KeyedBreaker(_Ruled):
             return False
         key, circuit = victim
         del self._circuits[key]
-        successes, failures = circuit.sums()
+        successes, failures = circuit._sums()
         for outcome, value in zip(
             OUTCOMES, (successes, failures, circuit.neutral, circuit.late, circuit.rejected), strict=True
         ):

@@ -119,14 +119,14 @@ class Chaos(Policy):
             self.injected += fault is not None
         return fault
 
-    async def disturb(self) -> Fault | None:
+    async def _disturb(self) -> Fault | None:
         """What is to happen to this call; a fault with a result stands for the call itself."""
         fault = self._choose()
         if fault is not None and fault.seconds:
             await self.clock.sleep(fault.seconds)
         return _applied(fault)
 
-    def disturb_sync(self) -> Fault | None:
+    def _disturb_sync(self) -> Fault | None:
         """`disturb`, blocking the thread."""
         fault = self._choose()
         if fault is not None and fault.seconds:
@@ -134,7 +134,7 @@ class Chaos(Policy):
         return _applied(fault)
 
     def _layers(self) -> tuple[Layer, ...]:
-        names: dict[str, object] = {"chaos": self, "disturb": self.disturb, "disturb_sync": self.disturb_sync}
+        names: dict[str, object] = {"chaos": self, "disturb": self._disturb, "disturb_sync": self._disturb_sync}
         return (Layer(self, "chaos", (), names),)
 
 

@@ -195,7 +195,7 @@ class Circuit:
         with self.lock:
             now = self.rules.now()
             calls, failures, slow = self.counted.totals(now)
-            successes, failed = self.sums()
+            successes, failed = self._sums()
             share = self._share if self.state is State.RAMPING else float(self.state in _OPEN_TO_ALL)
             return CircuitSnapshot(
                 self.rules.name,
@@ -214,11 +214,11 @@ class Circuit:
                 self.reason,
             )
 
-    def sums(self) -> tuple[int, int]:
+    def _sums(self) -> tuple[int, int]:
         """Successes and failures since the circuit exists."""
         return self._retired[0] + self.counted.successes, self._retired[1] + self.counted.failures
 
-    def is_forgettable(self, *, strict: bool) -> bool:
+    def _is_forgettable(self, *, strict: bool) -> bool:
         """Whether nothing is lost with it: closed, and its window is empty (strict) or holds nothing bad."""
         with self.lock:
             if self.state is not State.CLOSED:
@@ -228,7 +228,7 @@ class Circuit:
 
     # Admission and settling
 
-    def shut(self, asked: float) -> CircuitOpen:
+    def _shut(self, asked: float) -> CircuitOpen:
         """The rejection of a call that asked before `shut_until`.
 
         It is made here and raised by the caller, because while a dependency is down this is a hot path, and a frame
@@ -237,8 +237,8 @@ class Circuit:
         self.rejected += 1
         return CircuitOpen(self.rules.name, "open", self.shut_until - asked)
 
-    def admit(self) -> Ticket | None:
-        """Decide about a call when `window` is None: its ticket, or None. Then the caller raises `rejection()`."""
+    def _admit(self) -> Ticket | None:
+        """Decide about a call when `window` is None: its ticket, or None. Then the caller raises `_rejection()`."""
         now = self.rules.now()
         with self.lock:
             change, ticket = self._decide(now)
@@ -247,7 +247,7 @@ class Circuit:
         self._announce(change)
         return ticket
 
-    def rejection(self) -> CircuitOpen:
+    def _rejection(self) -> CircuitOpen:
         """Why the call that asked last was not admitted."""
         state, config = self.state, self.rules.config
         after: float | None = 0.0  # it has just closed
@@ -283,7 +283,7 @@ class Circuit:
             self._ramped_at = now
             if self._share >= 1:
                 return self._enter(State.CLOSED, f"ramped up over {config.ramp_seconds:g} s"), self.counted
-            self._credit = min(1.0, self._credit + self._share)
+            self._credit += self._share
             if self._credit >= 1 - 1e-9:
                 self._credit -= 1
                 return None, self.counted
@@ -292,7 +292,7 @@ class Circuit:
             return None, None
         return None, self.counted  # closed or disabled by somebody else a moment ago
 
-    def succeeded(self, ticket: Ticket, seconds: float | None = None) -> None:
+    def _succeeded(self, ticket: Ticket, seconds: float | None = None) -> None:
         """Settle a call that the fast path did not: its window is no longer, or was never, the closed circuit's."""
         change = None
         with self.lock:
@@ -314,7 +314,7 @@ class Circuit:
                 change = self._judge_window()
         self._announce(change)
 
-    def was_slow(self, ticket: Ticket) -> None:
+    def _was_slow(self, ticket: Ticket) -> None:
         """Count the call that was just counted as slow; the fast path calls this after a slow success."""
         with self.lock:
             if ticket.epoch != self.epoch:
@@ -323,25 +323,25 @@ class Circuit:
             change = self._judge_window()
         self._announce(change)
 
-    def turn(self) -> None:
+    def _turn(self) -> None:
         """A bucket of the window is over."""
         with self.lock:
             self.counted.turn(self.rules.now())
 
-    def raised(self, ticket: Ticket, error: BaseException, seconds: float | None = None) -> None:
+    def _raised(self, ticket: Ticket, error: BaseException, seconds: float | None = None) -> None:
         """Settle a call that ended with `error`."""
         verdict = self.rules.judge(error)
         if verdict is Verdict.FAILURE:
-            self.failed(ticket, seconds, type(error).__name__)
+            self._failed(ticket, seconds, type(error).__name__)
         elif verdict is Verdict.ANSWER:
-            self.succeeded(ticket, seconds)
+            self._succeeded(ticket, seconds)
         else:
             with self.lock:
                 self.neutral += 1
                 if isinstance(ticket, Probe):
                     self._probes = tuple(probe for probe in self._probes if probe is not ticket)
 
-    def failed(self, ticket: Ticket, seconds: float | None = None, what: str = "a bad result") -> None:
+    def _failed(self, ticket: Ticket, seconds: float | None = None, what: str = "a bad result") -> None:
         """Settle a call that failed."""
         with self.lock:
             if ticket.epoch != self.epoch:
@@ -401,7 +401,7 @@ class Circuit:
         config = self.rules.config
         if config.ramp_seconds > 0 and config.ramp_start < 1:
             self._share = config.ramp_start
-            self._credit = 1.0  # the first one goes through
+            self._credit = 1 - config.ramp_start  # the first one goes through
             self._ramped_at = self.rules.now()
             return self._enter(State.RAMPING, reason)
         return self._enter(State.CLOSED, reason)
@@ -414,7 +414,7 @@ class Circuit:
             pass  # the calls of the ramp are evidence about the same, recovered dependency
         else:
             self.epoch += 1
-            self._retired = self.sums()
+            self._retired = self._sums()
             self.counted = self._new_window()
         self._probes = ()
         self._probed = 0
@@ -424,7 +424,7 @@ class Circuit:
             self.window = self.counted
         return StateChange(self.rules.name, self.key, before, to, reason, break_seconds)
 
-    def reconfigured(self) -> None:
+    def _reconfigured(self) -> None:
         """The rules have a new configuration: keep what the window holds."""
         with self.lock:
             config, window, now = self.rules.config, self.counted, self.rules.now()
@@ -434,17 +434,17 @@ class Circuit:
                 window.resize(config.window_seconds, now)
             else:
                 totals = window.totals(now)
-                successes, failures = self.sums()
+                successes, failures = self._sums()
                 self.counted = self._new_window()
                 self.counted.seed(totals)
                 self._retired = (successes - self.counted.successes, failures - self.counted.failures)
                 if self.window is not None:
                     self.window = self.counted
 
-    def reclocked(self) -> None:
+    def _reclocked(self) -> None:
         """The rules have another clock: readings of two clocks do not compare, so the window begins anew."""
         with self.lock:
-            self._retired = self.sums()
+            self._retired = self._sums()
             self.epoch += 1
             self.counted = self._new_window()
             if self.window is not None:

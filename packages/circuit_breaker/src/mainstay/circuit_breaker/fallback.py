@@ -72,7 +72,7 @@ class Fallback(Policy):
     def __repr__(self) -> str:
         return f"<Fallback used {self.used} times>"
 
-    def remember(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> None:
+    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> None:
         """Keep a good result."""
         assert self._key is not None  # noqa: S101  the layer has this line only with a key
         key = self._key(*args, **kwargs)
@@ -82,8 +82,8 @@ class Fallback(Policy):
             if len(self._good) > self._max_keys:
                 self._good.popitem(last=False)
 
-    def instead(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The answer instead of `error`, or `error` itself, raised."""
+    def _instead(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The answer instead of `error`; `_NOTHING` if it has none, and the error stands."""
         self.used += 1
         if self._key is not None and self._last_good_seconds is not None:
             at, result = self._good.get(self._key(*args, **kwargs), (-inf, None))
@@ -91,21 +91,21 @@ class Fallback(Policy):
                 return result
         if self._function is not None:
             return self._function(error, *args, **kwargs)
-        if self._value is not _NOTHING:
-            return self._value
-        self.used -= 1
-        raise error
+        if self._value is _NOTHING:
+            self.used -= 1
+        return self._value
 
-    async def instead_awaited(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def _instead_awaited(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`instead`, where `function` is async."""
-        answer = self.instead(error, args, kwargs)
+        answer = self._instead(error, args, kwargs)
         return await answer if inspect.iscoroutine(answer) else answer
 
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {
             "on": self.on,
-            "instead": self.instead_awaited if self._awaits else self.instead,
-            "remember": self.remember,
+            "nothing": _NOTHING,
+            "instead": self._instead_awaited if self._awaits else self._instead,
+            "remember": self._remember,
         }
         kind = "async_fallback" if self._awaits else "fallback"
         return (Layer(self, kind, (self._awaits, self._key is not None), names),)

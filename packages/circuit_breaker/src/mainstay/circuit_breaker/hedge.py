@@ -73,7 +73,7 @@ class Hedge(Policy):
         """When a second attempt would be sent; None while nobody knows."""
         return self._late if self.after_seconds is None else self.after_seconds
 
-    async def race(
+    async def _race(
         self,
         inside: Sequence[Circuit],
         fn: Callable[..., Awaitable[Any]],
@@ -88,27 +88,31 @@ class Hedge(Policy):
             result = await fn(*args, **kwargs)
             self._learn(self.clock.monotonic() - started)
             return result
-        first = asyncio.ensure_future(fn(*args, **kwargs))
-        attempts = [first]
+        attempts = [asyncio.ensure_future(fn(*args, **kwargs))]
         late = asyncio.get_running_loop().create_future()
         timer = self.clock.call_later(delay, lambda: None if late.done() else late.set_result(None))
         try:
-            await asyncio.wait((first, late), return_when=asyncio.FIRST_COMPLETED)
-            if not first.done() and all(circuit.window is not None for circuit in inside) and self.budget.grant():
+            await asyncio.wait((attempts[0], late), return_when=asyncio.FIRST_COMPLETED)
+            if not attempts[0].done() and all(circuit.window is not None for circuit in inside) and self.budget.grant():
                 self.sent += 1
                 attempts.append(asyncio.ensure_future(fn(*args, **kwargs)))
             winner = await _first_success(attempts)
-            self.won += winner is not first
+            self.won += winner > 0
             # Where the second won, the first would have taken longer than this: the least that is known of it.
             self._learn(self.clock.monotonic() - started)
-            return winner.result()
+            return attempts[winner].result()
         finally:
             timer.cancel()
-            for attempt in attempts:
-                if not attempt.done():
-                    attempt.cancel()
-                    self._losers.add(attempt)
-                    attempt.add_done_callback(self._bury)
+            self._abandon(attempts)
+            # An error's traceback holds this frame: if it held the tasks, they and the error would be a cycle.
+            attempts.clear()
+
+    def _abandon(self, attempts: list[asyncio.Task[Any]]) -> None:
+        for attempt in attempts:
+            if not attempt.done():
+                attempt.cancel()
+                self._losers.add(attempt)
+                attempt.add_done_callback(self._bury)
 
     def _bury(self, loser: asyncio.Task[Any]) -> None:
         self._losers.discard(loser)
@@ -127,16 +131,16 @@ class Hedge(Policy):
                 self._late = ordered[min(len(ordered) - 1, int(self.percentile * len(ordered)))]
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (self.layer(()),)
+        return (self._layer(()),)
 
-    def layer(self, inside: Sequence[Circuit], *, deposits: bool = True) -> Layer:
+    def _layer(self, inside: Sequence[Circuit], *, deposits: bool = True) -> Layer:
         """The layer, with the circuits that stand inside it; a retry around it may already count the calls."""
         circuits = tuple(inside)
 
         def race(fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Awaitable[Any]:
             if deposits:
                 self.budget.deposit()
-            return self.race(circuits, fn, args, kwargs)
+            return self._race(circuits, fn, args, kwargs)
 
         return Layer(self, "hedge", (), {"race": race})
 
@@ -147,15 +151,17 @@ _RENEW = 10
 """Answers after which the percentile is worked out again."""
 
 
-async def _first_success(attempts: list[asyncio.Task[Any]]) -> asyncio.Task[Any]:
-    """The attempt that succeeds first; if none does, the one whose error is to be raised."""
+async def _first_success(attempts: list[asyncio.Task[Any]]) -> int:
+    """Which attempt succeeds first; if none does, the one whose error is to be raised."""
     running = set(attempts)
     while running:
         done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for attempt in done:
-            if not attempt.cancelled() and attempt.exception() is None:
-                return attempt
+        for number, attempt in enumerate(attempts):
+            if attempt in done and not attempt.cancelled() and attempt.exception() is None:
+                return number
     # An error that denies any effect must not hide one that does not.
-    return min(
-        attempts, key=lambda attempt: attempt.cancelled() or getattr(attempt.exception(), "no_effect", False) is True
-    )
+    return min(range(len(attempts)), key=lambda number: _denies(attempts[number]))
+
+
+def _denies(attempt: asyncio.Task[Any]) -> bool:
+    return attempt.cancelled() or getattr(attempt.exception(), "no_effect", False) is True

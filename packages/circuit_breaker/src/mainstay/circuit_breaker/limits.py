@@ -142,7 +142,7 @@ class Budget(Policy):
             self._extras.failures += 1
             return True
 
-    def request(self) -> None:
+    def _request(self) -> None:
         """Count an attempt, before it is made: those that hang must count too.
 
         Raises:
@@ -160,19 +160,19 @@ class Budget(Policy):
             self.rejected += 1
         raise Throttled(self.name, "throttled", self.window_seconds / 10)
 
-    def accepted(self) -> None:
+    def _accepted(self) -> None:
         """An attempt was answered."""
         with self._lock:
             self._answers.turn(self.clock.monotonic())
             self._answers.failures += 1
 
-    def raised(self, error: BaseException) -> None:
+    def _raised(self, error: BaseException) -> None:
         """An attempt ended with `error`; only a failure of the dependency is no answer."""
         if judge(error) is not Verdict.FAILURE:
-            self.accepted()
+            self._accepted()
 
     def _layers(self) -> tuple[Layer, ...]:
-        names: dict[str, object] = {"request": self.request, "accepted": self.accepted, "raised": self.raised}
+        names: dict[str, object] = {"request": self._request, "accepted": self._accepted, "raised": self._raised}
         return (Layer(self, "budget", (), names),)
 
 

@@ -66,7 +66,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
                 tasks.append(spawn(evidence.run(), name="circuit breaker evidence"))
             with ExitStack() as bound:
                 for breaker in breakers.values():
-                    bound.enter_context(breaker.bound(self, self.config_of(breaker), app.clock))
+                    bound.enter_context(breaker._bound(self, self.config_of(breaker), app.clock))
                 yield services
         finally:
             for task in tasks:

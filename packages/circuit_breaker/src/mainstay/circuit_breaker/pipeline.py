@@ -80,10 +80,10 @@ class Pipeline(Policy):
             if isinstance(policy, Retries | Hedge):
                 inside: list[Circuit] = [other for other in self._order[index:] if isinstance(other, CircuitBreaker)]
                 if isinstance(policy, Retries):
-                    layers.append(policy.layer(inside))
+                    layers.append(policy._layer(inside))
                 else:
                     outer = [other.budget for other in self._order[:index] if isinstance(other, Retries)]
-                    layers.append(policy.layer(inside, deposits=policy.budget not in outer))
+                    layers.append(policy._layer(inside, deposits=policy.budget not in outer))
             else:
                 layers.extend(policy._layers())
         return tuple(layers)

@@ -122,9 +122,9 @@ def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
             at, _, ticket, record = heapq.heappop(ends)
             rules.at = max(rules.at, at)
             if record.failed:
-                circuit.failed(ticket, record.seconds, "a recorded failure")
+                circuit._failed(ticket, record.seconds, "a recorded failure")
             else:
-                circuit.succeeded(ticket, record.seconds)
+                circuit._succeeded(ticket, record.seconds)
 
     for number, record in enumerate(records):
         settle(record.at)
@@ -133,7 +133,7 @@ def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
         report.failures += record.failed
         if record.failed:
             first_failure = min(first_failure, record.at)
-        ticket = circuit.window or circuit.admit()
+        ticket = circuit.window or circuit._admit()
         if ticket is None:
             report.rejected += 1
             report.failures_saved += record.failed

@@ -43,6 +43,12 @@ class Trial:
         self.delay: float | None = None
         self.error: BaseException | None = None
 
+    def take_error(self) -> BaseException:
+        """The error to raise, which this then no longer holds."""
+        error, self.error = self.error, None
+        assert error is not None  # noqa: S101  asked only after an attempt that raised
+        return error
+
 
 class Retries(Policy):
     """Try again, as `policy` says.
@@ -62,9 +68,9 @@ class Retries(Policy):
         return f"<Retries {self.policy.attempts} attempts>"
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (self.layer(()),)
+        return (self._layer(()),)
 
-    def layer(self, inside: Sequence[Circuit]) -> Layer:
+    def _layer(self, inside: Sequence[Circuit]) -> Layer:
         """The layer, with the circuits that stand inside it."""
         loop = Attempts(self.policy, self.budget, tuple(inside))
         clock = self.policy.clock

@@ -94,7 +94,7 @@ class Timeout(Policy):
     def __repr__(self) -> str:
         return f"<Timeout {self.name!r} {self.seconds:g} s>"
 
-    def begin(self) -> _Limit:
+    def _begin(self) -> _Limit:
         """Start the time of the running task's call.
 
         Raises:
@@ -119,7 +119,7 @@ class Timeout(Policy):
         limit.token = _current.set(limit)
         return limit
 
-    def end(self, limit: _Limit, error: BaseException | None = None) -> None:
+    def _end(self, limit: _Limit, error: BaseException | None = None) -> None:
         """Stop the time.
 
         Raises:
@@ -143,4 +143,4 @@ class Timeout(Policy):
         return lane
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (Layer(self, "timeout", (), {"begin": self.begin, "end": self.end}),)
+        return (Layer(self, "timeout", (), {"begin": self._begin, "end": self._end}),)
