@@ -43,6 +43,8 @@ _log = logging.getLogger("mainstay.events")
 
 _TURNS = 64
 """Events that a worker may handle without giving the loop to others."""
+_CANCELLATIONS = 3
+"""How often a handler that swallows its cancellation is cancelled, a second apart, before it is left behind."""
 _BURY_SECONDS = (1.0, 30.0)
 """The first and the longest wait before a dead letter that could not be stored is tried again."""
 
@@ -255,12 +257,14 @@ class Dispatcher:
             if worker.task is not None:
                 worker.task.cancel()
                 tasks.append(worker.task)
-        while tasks:
-            _, late = await asyncio.wait(tasks, timeout=5.0)
-            for task in late:  # a handler that swallows its cancellation: ask again, and say who holds everything up
-                _log.warning("group %s: a handler goes on although it was cancelled: %r", self._group, task.get_coro())
+        for _ in range(_CANCELLATIONS):
+            if tasks:
+                _, late = await asyncio.wait(tasks, timeout=1.0)
+                tasks = list(late)
+            for task in tasks:
                 task.cancel()
-            tasks = list(late)
+        if tasks:  # what it still does is its own affair: nothing of it is committed, and an inbox refuses its effects
+            _log.error("group %s: %d handlers go on although they were cancelled", self._group, len(tasks))
 
     def _wake(self) -> None:
         waiting = len(self._ready)

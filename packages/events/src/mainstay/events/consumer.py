@@ -105,6 +105,9 @@ class Consumer:
                         await self._turn(source)
                     # What runs is finished before the partitions are given back; the App's own drain time ends this.
                     await dispatcher.drain(list(self._assignments), math.inf)
+                except Exception:
+                    await dispatcher.drain(list(self._assignments), self._drain_seconds)
+                    raise
                 finally:
                     committer.cancel()
                     await asyncio.wait((committer,))

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import blake2b
 from typing import Protocol
 from uuid import UUID
 
@@ -50,7 +51,9 @@ class DeadLetter:
     @classmethod
     def of(cls, group: str, record: Record, error: Exception, attempts: int, time: datetime) -> DeadLetter:
         """The dead letter for a record."""
-        where = f"{group}:{record.topic}/{record.partition}@{record.offset}"
+        # The bytes belong to its name: a topic that was deleted and made anew counts its offsets from 0 again.
+        digest = blake2b(record.value or b"", digest_size=16).hexdigest()
+        where = f"{group}:{record.topic}/{record.partition}@{record.offset}:{digest}"
         return cls(
             id=derived_id(f"dead-letter:{where}"),
             group=group,

@@ -46,6 +46,10 @@ def exactly_once(
     return handle
 
 
-async def sweep(database: Database, draining: asyncio.Event, days: float) -> None:
+async def sweep(database: Database, days: float, draining: asyncio.Event) -> None:
     """Worker: forgets events that are older than the window within which duplicates are recognised."""
-    await swept(database, draining, [(tables.DELETE_OLD_INBOX[database.dialect], days)])
+
+    async def delete() -> None:
+        await database.write(tables.DELETE_OLD_INBOX[database.dialect], {"seconds": days * 86_400.0})
+
+    await swept(delete, draining)

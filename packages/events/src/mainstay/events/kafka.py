@@ -31,12 +31,13 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from aiokafka.partitioner import DefaultPartitioner
 
-from mainstay.core import Clock, ConfigurationError, Health
+from mainstay.core import Clock, ConfigurationError, Health, spawn
 from mainstay.database import Database
 from mainstay.events._dispatch import Assignment
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import ID, Outgoing, Record
+from mainstay.events.outbox import Wave
 from mainstay.events.settings import EventsSettings
 from mainstay.events.transport import Reader
 
@@ -179,28 +180,37 @@ class KafkaTransport:
             raise PublishError(msg, no_effect=not sent) from error
         self._trouble = None
 
-    async def send_wave(self, events: Sequence[Outgoing]) -> set[int]:
+    async def send_wave(self, events: Sequence[Outgoing]) -> Wave:
         """See `outbox.Broker`."""
         producer = await self._producing()
         try:
             async with asyncio.timeout(self._settings.send_seconds):
-                for topic in {event.topic for event in events}:
-                    await self.ensure_topic(topic)
-                return await self._send_wave(producer, events)
+                wave = await self._send_wave(producer, events)
         except (KafkaError, OSError, TimeoutError) as error:
             await self._replace_producer(producer, error)
             raise
+        if wave.failed:
+            await self._replace_producer(producer, next(iter(wave.failed.values())))
+        else:
+            self._trouble = None
+        return wave
 
-    async def _send_wave(self, producer: AIOKafkaProducer, events: Sequence[Outgoing]) -> set[int]:
-        partitions = {
-            topic: sorted(await producer.partitions_for(topic)) for topic in {event.topic for event in events}
-        }
+    async def _send_wave(self, producer: AIOKafkaProducer, events: Sequence[Outgoing]) -> Wave:
+        failed: dict[str, BaseException] = {}
+        numbers: dict[str, list[int]] = {}
+        for topic in {event.topic for event in events}:
+            try:
+                await self.ensure_topic(topic)
+                numbers[topic] = sorted(await producer.partitions_for(topic))
+            except KafkaError as error:  # this topic is refused; the others are not its hostages
+                failed[topic] = error
         batches: dict[tuple[str, int], tuple[Any, list[int]]] = {}
         full: set[tuple[str, int]] = set()
         place_by_key = DefaultPartitioner()
         for index, event in enumerate(events):
-            numbers = partitions[event.topic]
-            place = (event.topic, place_by_key(_placing_key(event), numbers, numbers))
+            if event.topic in failed:
+                continue
+            place = (event.topic, place_by_key(_placing_key(event), numbers[event.topic], numbers[event.topic]))
             if place in full:  # the rest of this partition waits for the next wave, or it would overtake
                 continue
             if place not in batches:
@@ -216,18 +226,12 @@ class KafkaTransport:
         ]
         outcomes = await asyncio.gather(*confirmations, return_exceptions=True)
         confirmed: set[int] = set()
-        failure: BaseException | None = None
-        for outcome, (_, indexes) in zip(outcomes, batches.values(), strict=True):
+        for outcome, ((topic, _), (_, indexes)) in zip(outcomes, batches.items(), strict=True):
             if isinstance(outcome, BaseException):
-                failure = outcome
+                failed[topic] = outcome
             else:
                 confirmed.update(indexes)
-        if failure is None:
-            self._trouble = None
-        else:
-            _log.warning("Kafka refused a batch: %s", failure)
-            await self._replace_producer(producer, failure)
-        return confirmed
+        return Wave(confirmed, failed)
 
     # Topics
 
@@ -286,9 +290,26 @@ class KafkaTransport:
             consumer.subscribe(list(topics), listener=_Listener(source))
             async with asyncio.timeout(_REQUEST_SECONDS):
                 await consumer.start()
-            yield source
+            watch = spawn(self._watch(consumer), name=f"events:{group}:watch")
+            try:
+                yield source
+            finally:
+                watch.cancel()
+                await asyncio.wait((watch,))
         finally:
             await _ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
+
+    async def _watch(self, consumer: AIOKafkaConsumer) -> None:
+        """A broker that is away is waited for without a word by aiokafka; asking for something shows it."""
+        while True:
+            await asyncio.sleep(_CLOSE_SECONDS)
+            try:
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await consumer.topics()
+            except (KafkaError, OSError, TimeoutError) as error:
+                self._trouble = type(error).__name__
+            else:
+                self._trouble = None
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
@@ -336,9 +357,15 @@ class KafkaSource:
         places = [self._by_assignment[assignment] for assignment in ready if assignment in self._by_assignment]
         if not places and self._held:
             return {}  # all are full, and asking for no partition asks for every one
-        fetched: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
-            *places, timeout_ms=_FETCH_MS, max_records=_BATCH
-        )
+        try:
+            async with asyncio.timeout(
+                _CLOSE_SECONDS
+            ):  # while partitions are dealt out it waits for as long as that takes
+                fetched: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
+                    *places, timeout_ms=_FETCH_MS, max_records=_BATCH
+                )
+        except TimeoutError:
+            return {}
         # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped and not committed.
         mine = {place: records for place, records in fetched.items() if place in self._held}
         for place, records in mine.items():

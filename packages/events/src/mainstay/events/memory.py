@@ -13,7 +13,7 @@ from mainstay.database import Database
 from mainstay.events._dispatch import Assignment
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Outgoing, Record
-from mainstay.events.transport import Arrivals, LogRecord, Reader, partition_of
+from mainstay.events.transport import Arrivals, LogRecord, Reader, arrived, partition_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -112,6 +112,7 @@ class MemorySource:
 
     async def fetch(self, ready: Collection[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """See `Source`."""
+        arrival = self._transport.arrivals.next()
         fetched: dict[Assignment, Sequence[Record]] = {}
         for assignment in ready:
             start = self._next[assignment]
@@ -120,7 +121,7 @@ class MemorySource:
                 fetched[assignment] = records
                 self._next[assignment] = start + len(records)
         if not fetched:
-            await self._transport.arrivals.wait(_IDLE_SECONDS)
+            await arrived(arrival, _IDLE_SECONDS)
         return fetched
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -86,15 +85,11 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for consumer in consumers:
                 app.serve(f"events:{consumer.group}", consumer.serve)
             if database is not None and any(subscription.inbox for subscription in subscriptions):
-                app.serve("events:inbox", partial(_sweep_inbox, database, settings.inbox_days))
+                app.serve("events:inbox", partial(inbox.sweep, database, settings.inbox_days))
             publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             yield [publisher, DeadLetters(letters), EventConsumers(consumers), *services]
-
-
-async def _sweep_inbox(database: Database, days: float, draining: asyncio.Event) -> None:
-    await inbox.sweep(database, draining, days)
 
 
 async def _transport(

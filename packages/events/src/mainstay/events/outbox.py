@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -24,7 +25,7 @@ from mainstay.events import tables
 from mainstay.events.metadata import ID, Outgoing
 from mainstay.events.metrics import OUTBOX_DEPTH, RELAYED
 from mainstay.events.tables import pack_headers, unpack_headers
-from mainstay.events.transport import Arrivals
+from mainstay.events.transport import Arrivals, arrived
 
 _log = logging.getLogger("mainstay.events")
 
@@ -36,11 +37,24 @@ _BACKOFF_SECONDS = (0.2, 10.0)
 _MEASURE_SECONDS = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """What became of the events of one wave.
+
+    Attributes:
+        confirmed: the indexes of those that the broker has.
+        failed: the topics that it refused, and why; what is in neither goes with the next wave.
+    """
+
+    confirmed: set[int]
+    failed: dict[str, BaseException]
+
+
 class Broker(Protocol):
     """What the relay needs of a transport."""
 
-    async def send_wave(self, events: Sequence[Outgoing]) -> set[int]:
-        """Send at most one batch to each partition; the indexes of the events that were confirmed."""
+    async def send_wave(self, events: Sequence[Outgoing]) -> Wave:
+        """Send at most one batch to each partition."""
         ...
 
 
@@ -101,6 +115,7 @@ class OutboxRelay:
         self._clock = clock
         self._leases: dict[int, Lease] = {}
         self._lanes_at = 0.0
+        self._paused: dict[str, tuple[float, float]] = {}  # a topic that was refused: until when, and for how long
         self._failing_since: float | None = None
         self._trouble = ""
         self._depth = 0
@@ -112,6 +127,7 @@ class OutboxRelay:
         delay = first = _BACKOFF_SECONDS[0]
         try:
             while not draining.is_set():
+                arrival = self._outbox.arrivals.next()
                 try:
                     await self._take_lanes()
                     full = await self._wave()
@@ -121,9 +137,10 @@ class OutboxRelay:
                     delay = min(delay * 2, _BACKOFF_SECONDS[1])
                 else:
                     delay = first
-                    self._failing_since = None
+                    if not self._paused:
+                        self._failing_since = None
                     if not full:
-                        await self._outbox.arrivals.wait(_POLL_SECONDS)
+                        await arrived(arrival, _POLL_SECONDS)
         finally:
             for task in (stop, measure):
                 task.cancel()
@@ -132,10 +149,10 @@ class OutboxRelay:
                 await lease.release()
             self._leases.clear()
 
-    def _failed(self, error: Exception, delay: float) -> None:
+    def _failed(self, error: BaseException, delay: float, topic: str = "") -> None:
         if self._failing_since is None:
             self._failing_since = self._clock.monotonic()
-        self._trouble = f"{type(error).__name__}: {error}"
+        self._trouble = f"{topic and f'topic {topic}: '}{type(error).__name__}: {error}"
         _log.warning("the outbox could not be relayed, again in %.1f s: %s", delay, self._trouble)
 
     async def _take_lanes(self) -> None:
@@ -155,17 +172,26 @@ class OutboxRelay:
         leases = {lane: lease for lane, lease in self._leases.items() if lease.held}
         if not leases:
             return False
+        now = self._clock.monotonic()
+        paused = [topic for topic, (until, _) in self._paused.items() if now < until]
         # The read is over before anything is sent: no transaction is open meanwhile.
-        rows = await self._database.read(tables.READ_OUTBOX, {"lanes": sorted(leases), "limit": _WAVE})
+        rows = await self._database.read(
+            tables.READ_OUTBOX, {"lanes": sorted(leases), "paused": paused, "limit": _WAVE}
+        )
         if not rows:
             return False
-        events = [Outgoing(row.topic, row.key, row.value, unpack_headers(row.headers)) for row in rows]
-        confirmed = await self._broker.send_wave(events)
-        await self._delete(leases, [rows[index] for index in sorted(confirmed)])
-        RELAYED.inc(len(confirmed))
-        if not confirmed:
-            msg = "the broker confirmed nothing"
-            raise ConnectionError(msg)
+        wave = await self._broker.send_wave(
+            [Outgoing(row.topic, row.key, row.value, unpack_headers(row.headers)) for row in rows]
+        )
+        await self._delete(leases, [rows[index] for index in sorted(wave.confirmed)])
+        RELAYED.inc(len(wave.confirmed))
+        # A topic that is refused waits by itself: its rows are the oldest, and would fill every wave.
+        sent = {rows[index].topic for index in wave.confirmed} - wave.failed.keys()
+        self._paused = {topic: pause for topic, pause in self._paused.items() if topic not in sent}
+        for topic, error in wave.failed.items():
+            seconds = min(self._paused.get(topic, (0.0, _BACKOFF_SECONDS[0] / 2))[1] * 2, _BACKOFF_SECONDS[1])
+            self._paused[topic] = (now + seconds, seconds)
+            self._failed(error, seconds, topic)
         return True
 
     async def _delete(self, leases: Mapping[int, Lease], rows: Sequence[Any]) -> None:

@@ -13,6 +13,8 @@ from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
 
+_LONGEST_GROUP = 200
+
 E = TypeVar("E", bound=Event)
 F = TypeVar("F", bound=Event)
 E_contra = TypeVar("E_contra", bound=Event, contravariant=True)
@@ -128,8 +130,8 @@ class EventRouter:
             raise TypeError(msg)
         for event in events:
             definition_of(event)
-        if not group:
-            msg = "on(group=…) needs a name: it is where the group's place in the log is kept"
+        if not 1 <= len(group) <= _LONGEST_GROUP:
+            msg = f"on(group=…) needs a name of 1 to {_LONGEST_GROUP} characters: the place is kept under it"
             raise ValueError(msg)
         if timeout_seconds is not None and not timeout_seconds > 0:
             msg = f"on(timeout_seconds={timeout_seconds!r}): a call may take more than 0 seconds"

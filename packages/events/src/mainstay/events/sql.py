@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC
 from typing import Any
@@ -35,7 +35,7 @@ from mainstay.events._dispatch import Assignment
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Headers, Outgoing, Record
 from mainstay.events.tables import LOG, pack_headers, unpack_headers
-from mainstay.events.transport import Arrivals, Reader, partition_of
+from mainstay.events.transport import Arrivals, Reader, arrived, partition_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -45,6 +45,7 @@ _REBALANCE_SECONDS = 1.0
 _REMEMBER_SECONDS = 30.0
 """How often the place of an idle partition is stored, so that a restart does not look again at what was not for it."""
 _SWEEP_SECONDS = 60.0
+_DAY = 86_400.0
 
 
 class SqlTransport:
@@ -90,14 +91,15 @@ class SqlTransport:
 
     async def sweep(self, draining: asyncio.Event) -> None:
         """Worker: deletes what is older than the log keeps, a little at a time."""
-        await swept(
-            self.database,
-            draining,
-            [
-                (tables.DELETE_OLD_LOG[self.database.dialect], self._log_days),
-                (tables.FORGET_MEMBERS[self.database.dialect], 1.0),
-            ],
-        )
+        dialect = self.database.dialect
+        age = {"seconds": self._log_days * _DAY}
+
+        async def delete() -> None:
+            await self.database.write(tables.FORGET_MEMBERS[dialect], {"seconds": _DAY})
+            while not draining.is_set() and await self.database.read(tables.OLDEST_LOG[dialect], age):
+                await self.database.write(tables.DELETE_OLD_LOG[dialect], age)
+
+        await swept(delete, draining)
 
     @asynccontextmanager
     async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[SqlSource, None]:
@@ -191,6 +193,7 @@ class SqlSource:
     async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """See `Source`."""
         await self._keep_partitions()
+        arrival = self._arrivals.next()
         slots = [self._slots[assignment] for assignment in ready if assignment in self._slots]
         exhausted = [slot for slot in slots if slot.low == slot.high]
         if exhausted:
@@ -200,7 +203,7 @@ class SqlSource:
         for high in sorted({slot.high for slot in reading}):
             await self._read_page([slot for slot in reading if slot.high == high], high, fetched)
         if not reading:
-            await self._arrivals.wait(_POLL_SECONDS)
+            await arrived(arrival, _POLL_SECONDS)
         return fetched
 
     async def _open_window(self, slots: Sequence[_Slot]) -> None:
@@ -406,12 +409,11 @@ _STATEMENTS = {
 }
 
 
-async def swept(database: Database, draining: asyncio.Event, deletions: Sequence[tuple[sa.Delete, float]]) -> None:
-    """Delete what is older than so many days, again and again until `draining`; one process at a time is enough."""
+async def swept(delete: Callable[[], Awaitable[None]], draining: asyncio.Event) -> None:
+    """Delete what is old, again and again until `draining`; several processes may do so side by side."""
     while not draining.is_set():
         try:
-            for statement, days in deletions:
-                await database.write(statement, {"seconds": days * 86_400.0})
+            await delete()
         except Exception as error:  # noqa: BLE001  the next sweep does it
             _log.warning("deleting old rows failed, the next attempt is in a minute", exc_info=error)
         try:

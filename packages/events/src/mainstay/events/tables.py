@@ -121,21 +121,22 @@ def _each(make: Callable[[Insert, sa.ColumnElement[float]], T]) -> dict[str, T]:
 _SECONDS = sa.bindparam("seconds", type_=sa.Double)
 
 INSERT_LOG = sa.insert(LOG).values(_binds(LOG, "topic", "partition", "key", "value", "headers"))
+_OLDEST = sa.select(LOG.c.position, LOG.c.created_at).order_by(LOG.c.position).limit(5000).subquery()
+# The oldest positions first: nothing else needs an index by time.
 DELETE_OLD_LOG = _each(
     lambda _, now: sa.delete(LOG).where(
-        LOG.c.position.in_(
-            # The oldest positions first: nothing else needs an index by time.
-            sa.select(sa.literal_column("position"))
-            .select_from(sa.select(LOG.c.position, LOG.c.created_at).order_by(LOG.c.position).limit(5000).subquery())
-            .where(sa.literal_column("created_at") < now - _SECONDS)
-        )
+        LOG.c.position.in_(sa.select(_OLDEST.c.position).where(_OLDEST.c.created_at < now - _SECONDS))
     )
 )
+OLDEST_LOG = _each(lambda _, now: sa.select(_OLDEST.c.position).where(_OLDEST.c.created_at < now - _SECONDS).limit(1))
 
 INSERT_OUTBOX = sa.insert(OUTBOX).values(_binds(OUTBOX, "lane", "topic", "key", "value", "headers"))
 READ_OUTBOX = (
     sa.select(OUTBOX)
-    .where(OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)))
+    .where(
+        OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)),
+        OUTBOX.c.topic.not_in(sa.bindparam("paused", expanding=True)),
+    )
     .order_by(OUTBOX.c.position)
     .limit(sa.bindparam("limit", type_=sa.Integer))
 )

@@ -31,23 +31,30 @@ def partition_of(event: Outgoing, partitions: int) -> int:
 
 
 class Arrivals:
-    """Tells those who wait in this process that something was committed; others find it by polling."""
+    """Tells those who wait in this process that something was committed; others find it by polling.
+
+    Whoever waits takes `next()` before looking, so that what is announced between looking and waiting is not missed.
+    """
 
     def __init__(self) -> None:
-        self._waiting: list[asyncio.Future[None]] = []
+        self._next: asyncio.Future[None] | None = None
 
     def announce(self) -> None:
         """Wake everybody who waits."""
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        arrival, self._next = self._next, None
+        if arrival is not None:
+            arrival.set_result(None)
 
-    async def wait(self, seconds: float) -> None:
-        """Return at the next announcement, at the latest after `seconds`."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
-        await asyncio.wait((future,), timeout=seconds)
+    def next(self) -> asyncio.Future[None]:
+        """The next announcement; one for all who wait, and nobody may cancel it."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        return self._next
+
+
+async def arrived(arrival: asyncio.Future[None], seconds: float) -> None:
+    """Return at the announcement, at the latest after `seconds`."""
+    await asyncio.wait((arrival,), timeout=seconds)
 
 
 class Reader(Protocol):
