@@ -159,8 +159,9 @@ async def test_errors_of_the_command(capsys, tmp_path, monkeypatch):
     assert (status, "--key" in err) == (2, True)
     status, out, _ = await run(capsys, "export", "--url", url)
     assert (status, out) == (0, "")
-    status, out, _ = await run(capsys, "verify", "--url", url, "--key", KEY.verifier.text)
-    assert (status, "0 entries sealed" in out, (tmp_path / "mainstay-audit.checkpoint").exists()) == (0, True, False)
+    status, out, err = await run(capsys, "verify", "--url", url, "--key", KEY.verifier.text)
+    assert "intact" not in out
+    assert (status, "right database?" in err, (tmp_path / "mainstay-audit.checkpoint").exists()) == (2, True, False)
     status, _, err = await run(capsys, "key", "a b")
     assert (status, err.startswith("mainstay-audit: ")) == (2, True)
     status, _, _ = await run(capsys, "prove", str(uuid4()), "--url", url)
@@ -193,6 +194,12 @@ async def test_a_key_for_development(tmp_path, caplog, capsys):
     assert "MAINSTAY_AUDIT_SIGNING_KEY" in caplog.text
     file = tmp_path / "dev.db.audit-key"
     assert file.stat().st_mode & 0o777 == 0o600
+    trail = AuditTrail()
+    sealing = App(
+        DatabaseModule.for_root(DatabaseSettings(url=url)), AuditModule.for_root(), AuditModule.for_feature(trail)
+    )
+    async with sealing.running(serve=True):
+        await trail.write("a")
     status, out, _ = await run(capsys, "verify", "--url", url, "--remember", str(tmp_path / "m"))
     assert (status, "intact" in out) == (0, True)
     assert [path.name for path in tmp_path.glob("*audit-key*")] == ["dev.db.audit-key"]

@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+import os
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,7 @@ class HealthWatch:
             if self._round is not None:
                 self._round.cancel()
                 await asyncio.gather(self._round, return_exceptions=True)
-            for part in self.latest:
-                HEALTH.remove(part)
+            _forget(self.latest)
 
     async def _beat(self) -> None:
         while True:
@@ -106,8 +106,7 @@ class HealthWatch:
                 level = logging.INFO if health.status == "ok" else logging.WARNING
                 _log.log(level, "%s is %s: %s", part, health.status, health.detail or "no detail")
             HEALTH.labels(part).set(_WORTH[health.status])
-        for part in self.latest.keys() - latest.keys():
-            HEALTH.remove(part)
+        _forget(self.latest.keys() - latest.keys())
         self.latest = latest
 
     def ready(self) -> bool:
@@ -137,6 +136,13 @@ class HealthWatch:
             parts = {name: {"status": each.status, "detail": each.detail} for name, each in self.latest.items()}
             return _json(200, {"status": worst, "ready": self.ready(), "parts": parts})
         return None
+
+
+def _forget(parts: Iterable[str]) -> None:
+    # In multiprocess mode prometheus-client cannot remove a child, and warns.
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        for part in parts:
+            HEALTH.remove(part)
 
 
 def _json(status: int, value: dict[str, Any]) -> Answer:

@@ -83,10 +83,14 @@ async def _with_database(options: argparse.Namespace) -> int:
             producers=options.producer,
             remembered=remembered,
         )
+        if report.ok and report.checkpoint is None:
+            msg = "the log is empty, so nothing was proved: is this the right database?"
+            raise ConfigurationError(msg)
         _tell(report, remembered)
-        if report.ok and report.checkpoint is not None:
-            _remember(options.remember, report.checkpoint)
-        return 0 if report.ok else 1
+        if not report.ok or report.checkpoint is None:
+            return 1
+        _remember(options.remember, report.checkpoint)
+        return 0
 
 
 async def _export(database: Database, first: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from datetime import UTC
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -118,7 +119,7 @@ class Sealer:
                 await self._pause(self._settings.poll_seconds, draining)
 
     def _now(self) -> str:
-        return self._clock.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+        return self._clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def _pause(self, seconds: float, draining: asyncio.Event) -> None:
         """Let time pass on the App's clock, but no longer than until the drain begins."""

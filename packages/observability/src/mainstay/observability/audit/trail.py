@@ -193,7 +193,7 @@ class Intake:
         """The row of an entry with its exact bytes, and its number."""
         number = 0 if action == STATEMENT else self._producer.issue()
         context = current()
-        now = self._clock.now()
+        now = self._clock.now().astimezone(UTC)
         data = encode(
             {
                 "id": str(entry_id),
