@@ -28,7 +28,7 @@ from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, Database, Fence, FenceLost
 from mainstay.workflow.errors import Lost, Parked
 from mainstay.workflow.journal import Row
-from mainstay.workflow.tables import APPEND, APPEND_ONCE, HAS_ENTRY
+from mainstay.workflow.tables import APPEND, APPEND_ONCE, ENTRY
 
 _log = logging.getLogger("mainstay.workflow")
 _BACKOFF = FullJitter(initial_seconds=0.05, max_seconds=2.0)
@@ -153,9 +153,13 @@ class Recording:
                 raise Lost from None
             except Exception:
                 # It may have arrived all the same; only the journal knows.
-                if not await self.has(row["seq"]):
+                if await self.find(row["seq"]) is None:
                     raise
-            self._written(rows, held)
+                # What was kept after that commit was sent is not in it. All of it is written once more, which changes
+                # nothing for the others.
+                asyncio.get_running_loop().call_soon(self._flush_soon)
+            else:
+                self._written(rows, held)
 
     async def within_transaction(self, row: Row) -> None:
         """Write an entry on the unit of work that is open, holding the run's fence until its commit."""
@@ -164,13 +168,14 @@ class Recording:
         except FenceLost:
             raise Lost from None
 
-    async def has(self, seq: int) -> bool:
-        """Whether the entry is in the journal, asked until the database answers."""
+    async def find(self, seq: int) -> Any | None:
+        """The entry, if it is in the journal; asked until the database answers."""
         attempt = 0
         while True:
             attempt += 1
             try:
-                return bool(await self._database.read(HAS_ENTRY, {"run": self.run_id, "seq": seq}))
+                found = await self._database.read(ENTRY, {"run": self.run_id, "seq": seq})
+                return found[0] if found else None
             except Exception as error:  # noqa: BLE001  judged by _back_off
                 await self._back_off(error, attempt)
 

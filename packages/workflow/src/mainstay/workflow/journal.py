@@ -44,6 +44,8 @@ class Record:
         maybe: an attempt may have taken effect.
         rest_seconds: how much is left of the wait before the next attempt.
         error: of the last attempt.
+        in_doubt: the entry of an attempt whose commit may have happened, or may yet. Whoever attempts again writes the
+            same entry, so that one of the two is refused. In memory only: another worker's fence settles it too.
     """
 
     key: str
@@ -58,6 +60,7 @@ class Record:
     maybe: bool = False
     rest_seconds: float = 0.0
     error: dict[str, Any] = field(default_factory=dict)
+    in_doubt: Row | None = None
 
     @property
     def maybe_twice(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from mainstay.core import (
     Clock,
+    DeadlineExceeded,
     Effect,
     FullJitter,
     MainstayError,
@@ -23,7 +24,7 @@ from mainstay.core import (
     retry_if_retryable,
     timeout,
 )
-from mainstay.database import Database, FenceLost
+from mainstay.database import CommitUnknown, Database, FenceLost
 from mainstay.workflow._recording import Recording, worth_repeating
 from mainstay.workflow.errors import (
     CancelRequested,
@@ -108,6 +109,7 @@ class Work:
     policy: Policy
     call: Callable[[], Awaitable[Any]]
     keep: Callable[[Any], tuple[str, Any]]
+    load: Callable[[str], Any] | None = None
     input: str | None = None
     undoes: str | None = None
     ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
@@ -340,6 +342,7 @@ class Run:
                 policy=step.policy,
                 call=lambda: step.signature.call(arguments),
                 keep=step.signature.keep_result,
+                load=step.signature.load_result,
                 input=record.input,
                 ask=None if ask is None else lambda: ask(**arguments),
             )
@@ -669,8 +672,8 @@ class Run:
         """One attempt at a transactional step: its writes and its record share one commit."""
         await self._recording.flush()
         await self._boundary()
-        written, kept = False, None
-        row = self._recording.row(DONE, work.key, position=record.position)
+        written, kept = record.in_doubt is not None, None
+        row = record.in_doubt or self._recording.row(DONE, work.key, position=record.position)
         try:
             async with self._database.transaction():
                 result = await self._attempt(work, record.attempts + 1, work.call)
@@ -680,10 +683,15 @@ class Run:
                 await self._recording.within_transaction(row)
         except FenceLost:
             raise Lost from None
-        except Exception:
+        except Exception as error:
             # A commit whose end nobody saw: only the journal knows.
-            if not written or not await self._recording.has(row["seq"]):
+            found = await self._recording.find(row["seq"]) if written else None
+            if found is None:
+                if isinstance(error, CommitUnknown):
+                    record.in_doubt = row
                 raise
+            row["body"] = found.body
+            kept = None if work.load is None else work.load(found.body)
         record.state, record.seq, record.output = "done", row["seq"], row["body"]
         count_step(work.name, DONE)
         return kept
@@ -696,13 +704,15 @@ class Run:
         """
         while True:
             await self._boundary()
-            row = self._recording.row(DONE, work.key, position=record.position)
+            row = record.in_doubt or self._recording.row(DONE, work.key, position=record.position)
             try:
                 await self._recording.with_effect(row, lambda: self._attempt(work, record.attempts + 1, work.call))
                 break
             except Exception as error:
                 if not worth_repeating(error):
                     raise Exhausted(error, describe(error), maybe=False) from error
+                if isinstance(error, CommitUnknown):
+                    record.in_doubt = row
                 record.attempts += 1
                 _log.warning("run %s: %s could not be written and will be again: %s", self.id, work.key, error)
                 state = RetryState(record.attempts, Outcome.of_error(error), 0.0)
@@ -816,11 +826,13 @@ def _rejection_seconds(policy: Policy, error: BaseException) -> float | None:
 
 
 def _nothing_happened(policy: Policy, error: BaseException) -> bool:
-    return (
-        policy.transactional
-        or isinstance(error, policy.failed_on)
-        or (isinstance(error, MainstayError) and error.no_effect)
-    )
+    if isinstance(error, policy.failed_on):
+        return True
+    if policy.transactional:
+        return not isinstance(error, CommitUnknown)
+    # A deadline that had passed before something began says what the step's code did not do last; but that code spent
+    # the time before on something.
+    return isinstance(error, MainstayError) and error.no_effect and not isinstance(error, DeadlineExceeded)
 
 
 def _may_have_happened(record: Record) -> bool:

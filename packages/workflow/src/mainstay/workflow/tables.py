@@ -224,9 +224,7 @@ ENTRIES = (
     .where(journal.c.run_id.in_(sa.bindparam("ids", expanding=True)))
     .order_by(journal.c.run_id, journal.c.seq)
 )
-HAS_ENTRY = sa.select(journal.c.seq).where(
-    journal.c.run_id == sa.bindparam("run"), journal.c.seq == sa.bindparam("seq")
-)
+ENTRY = sa.select(journal.c.body).where(journal.c.run_id == sa.bindparam("run"), journal.c.seq == sa.bindparam("seq"))
 
 
 class Claims:
