@@ -1,7 +1,9 @@
 """Run every suite alone and say how many tests passed: `python tools/run_tests.py [PACKAGE …]`.
 
 A package is measured by its own tests and must reach the bound by them; what other suites happen to execute of it does
-not count. The top-level suites come last and have no bound of their own.
+not count. The suites that are about all packages have no bound of their own.
+
+Two run at a time, since most of them wait most of the time: for servers to come back, leases to end, processes to die.
 """
 
 import json
@@ -10,12 +12,14 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "tests"
 COVERAGE = 90  # percent of lines and branches of a package
+AT_A_TIME = 2
 
 
 @dataclass
@@ -31,27 +35,33 @@ class Outcome:
     status: int
 
 
-def suites() -> dict[str, Path]:
-    """Return every suite: the packages by name, then `servers`, then `tests`, which are about all of them."""
-    found = {path.parent.name: path for path in sorted((ROOT / "packages").glob("*/tests"))}
-    return found | {"servers": ROOT / "servers" / "tests", "tests": ROOT / "tests"}
+def suites() -> dict[str, list[Path]]:
+    """Return what each suite consists of: the packages by name, and those that are about all of them."""
+    found = {path.parent.name: [path] for path in sorted((ROOT / "packages").glob("*/tests"))}
+    found["servers"] = [ROOT / "servers" / "tests"]
+    found["ticketing"] = [ROOT / "tests" / "ticketing"]
+    found["tests"] = sorted((ROOT / "tests").glob("test_*.py"))
+    return found
 
 
-def run(suite: str, path: Path) -> Outcome:
-    """Run one suite in a process of its own."""
-    source = path.parent / "src"
-    # The plugin in `servers` is imported before anything could measure it.
-    measured = source.is_dir() and suite != "servers"
+def run(suite: str, paths: list[Path]) -> Outcome:
+    """Run one suite in a process of its own, and print what it printed when it has ended."""
+    source = ROOT / "packages" / suite / "src"
     report, junit = BUILD / f"{suite}.json", BUILD / f"{suite}.xml"
     for old in (report, junit):
         old.unlink(missing_ok=True)
-    arguments = [sys.executable, "-m", "pytest", "-q", str(path), f"--junitxml={junit}", "--durations=3"]
-    if measured:
+    arguments = [sys.executable, "-m", "pytest", "-q", *map(str, paths), f"--junitxml={junit}", "--durations=3"]
+    # Two runs at once must not share the notes that pytest keeps of the last one.
+    arguments += ["-o", f"cache_dir={BUILD / f'cache-{suite}'}"]
+    if source.is_dir():
         arguments += [f"--cov={source}", "--cov-report=term", f"--cov-report=json:{report}"]
     begun = time.monotonic()
-    print(f"\n== {suite}", flush=True)
     environment = os.environ | {"COVERAGE_FILE": str(BUILD / f".coverage-{suite}")}
-    status = subprocess.run(arguments, cwd=ROOT, env=environment, check=False).returncode
+    log = BUILD / f"{suite}.log"  # to look at while it runs
+    with log.open("w") as output:
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
     seconds = time.monotonic() - begun
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     if junit.exists():
@@ -61,7 +71,10 @@ def run(suite: str, path: Path) -> Outcome:
     failed = counts["failures"] + counts["errors"]
     coverage = json.loads(report.read_text())["totals"]["percent_covered"] if report.exists() else None
     passed = max(0, counts["tests"] - failed - counts["skipped"])
-    return Outcome(suite, passed, failed, counts["skipped"], seconds, coverage, status)
+    # One string and one write: the other suite prints too.
+    sys.stdout.write(f"\n== {suite}\n{log.read_text()}")
+    sys.stdout.flush()
+    return Outcome(suite, passed, failed, counts["skipped"], seconds, coverage, done.returncode)
 
 
 def verdict(outcome: Outcome) -> str | None:
@@ -73,6 +86,11 @@ def verdict(outcome: Outcome) -> str | None:
     return None
 
 
+def _size(paths: list[Path]) -> int:
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    return sum(file.stat().st_size for file in files)
+
+
 def main(names: list[str]) -> int:
     """Run the named suites, or all; return the exit status."""
     known = suites()
@@ -81,7 +99,14 @@ def main(names: list[str]) -> int:
         print(f"no suite named {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     BUILD.mkdir(parents=True, exist_ok=True)
-    outcomes = [run(name, path) for name, path in known.items() if path.is_dir() and (not names or name in names)]
+    chosen = [name for name in known if not names or name in names]
+    # The long ones begin first, so that none is left alone at the end: those that play the whole, then by their size.
+    chosen.sort(key=lambda name: (name not in {"ticketing", "tests"}, -_size(known[name])))
+    begun = time.monotonic()
+    print(f"running {', '.join(chosen)}; {AT_A_TIME} at a time", flush=True)
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        outcomes = list(pool.map(lambda name: run(name, known[name]), chosen))
+    outcomes.sort(key=lambda each: list(known).index(each.suite))
     print()
     for each in outcomes:
         coverage = "" if each.coverage is None else f"coverage {each.coverage:5.1f} %"
@@ -90,9 +115,10 @@ def main(names: list[str]) -> int:
         line = f"{each.suite:16} {counts} {each.seconds:6.1f} s  {coverage:17} {reason or 'ok'}"
         print(line)
     bad = [each.suite for each in outcomes if verdict(each)]
-    passed, failed, skipped, seconds = (
-        sum(getattr(each, name) for each in outcomes) for name in ("passed", "failed", "skipped", "seconds")
+    passed, failed, skipped = (
+        sum(getattr(each, name) for each in outcomes) for name in ("passed", "failed", "skipped")
     )
+    seconds = time.monotonic() - begun
     print(f"TOTAL: {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s", end="")
     print(f"; not good: {', '.join(bad)}" if bad else "; all good")
     return 1 if bad else 0
