@@ -29,6 +29,17 @@ from mainstay.events.router import EventRouter
 from mainstay.events.settings import EventsSettings
 from mainstay.events.transport import LogRecord
 
+__all__ = [
+    "Noted",
+    "Paid",
+    "Placed",
+    "Rehearsal",
+    "TransportContract",
+    "eventually",
+    "in_memory",
+    "metadata_of",
+]
+
 E = TypeVar("E", bound=Event)
 
 _LEAK: ContextVar[str] = ContextVar("leak")
