@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.core import App, bind, spawn, uuid7
-from mainstay.database import Database, DatabaseModule, DatabaseUnavailable
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, DatabaseUnavailable, upgrade
+from mainstay.database.module import SCHEMA as DATABASE
 from mainstay.observability.audit import AuditModule, AuditTrail, Checkpoint, Sealer, SigningKey, tables, verify
 from mainstay.observability.audit.merkle import Frontier, leaf_hash
 from mainstay.observability.audit.testing import KEY, settings, written
@@ -135,10 +136,13 @@ async def test_trap_sixteen_writers_make_no_fork_and_no_gap(database_settings):
     assert (found.pending, found.unstated) == (0, 0)
 
 
-async def test_trap_a_row_that_commits_late_is_sealed(database_settings, url):
-    """An entry whose transaction was open while later ones were sealed is not passed over."""
-    if url.startswith("sqlite"):
-        return  # one writer at a time: nothing can commit late
+async def test_trap_a_row_that_commits_late_is_sealed(postgres):
+    """An entry whose transaction was open while later ones were sealed is not passed over.
+
+    On SQLite, which has one writer at a time, nothing can commit late.
+    """
+    await upgrade(postgres, [DATABASE, tables.SCHEMA])
+    database_settings = DatabaseSettings(url=postgres)
     async with service(database_settings, serve=True) as (app, trail):
         db = app.get(Database)
         async with db.transaction():
@@ -147,6 +151,7 @@ async def test_trap_a_row_that_commits_late_is_sealed(database_settings, url):
                 await spawn(trail.write("n", detail={"n": n}), name="apart from this unit of work")
             await sealed(db, 5)
         await sealed(db, 6)
+        assert [entry.action for entry in await written(db)][-1] == "late"
     assert (await report(database_settings)).ok
 
 
