@@ -102,9 +102,8 @@ class ObservabilityMiddleware:
         try:
             watch = app.get(HealthWatch)
         except NotBoundError:
-            return (
-                False  # no ObservabilityModule in the App, or the App is not running: the path may be the application's
-            )
+            # No ObservabilityModule in the App, or the App is not running: the path may be the application's.
+            return False
         accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), "")
         answer = await watch.answer(scope["path"], accept)
         if answer is None:
@@ -158,8 +157,7 @@ class ObservabilityMiddleware:
             await self._asgi(scope, receive, observed)
         except Exception as error:
             # Logged here, inside the context. Answered here and not raised again, or the server would log it a second
-            # time,
-            # without its context; but once an answer has begun, only the server can break it off.
+            # time, without its context; but once an answer has begun, only the server can break it off.
             _log.exception("%s %s failed", _method(scope), route_template(scope))
             if started:
                 raise

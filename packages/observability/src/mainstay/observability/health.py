@@ -5,8 +5,7 @@ database must not make the probes slow. So one task asks `App.health()` on its o
 probe reads the last answer.
 
 - **live** means that the event loop turns: that the answer was given at all. Nothing that is shared is looked at,
-  because
-  killing the process repairs nothing that is shared.
+  because killing the process repairs nothing that is shared.
 - **ready** means that the App has started and is not stopping. Parts count only where the settings name them.
 - **health** tells everything, with details, to people: it is served on the port of its own only.
 """

@@ -289,8 +289,7 @@ def _stdlib_routed(handler: logging.Handler, level: int) -> Generator[None, None
             undo.append((logger, plain, logger.propagate))
             for known in plain:
                 logger.removeHandler(known)
-            # With its own handlers gone, nothing printed twice by propagating; without it, nothing would be printed at
-            # all.
+            # Its own handlers are gone: propagating prints nothing twice, and not propagating would print nothing.
             logger.propagate = True
     root_level = root.level
     root.setLevel(level)

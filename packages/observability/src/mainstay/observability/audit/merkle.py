@@ -13,8 +13,7 @@ from hashlib import sha256
 
 EMPTY_ROOT = sha256(b"").digest()
 
-# Of the inner nodes only every eighth level is stored: one row for 256 leaves, and at most 255 hashes to find any
-# other.
+# Only every eighth level of inner nodes is stored: one row for 256 leaves, and at most 255 hashes to find any other.
 STORED_LEVELS = 8
 
 Range = tuple[int, int]

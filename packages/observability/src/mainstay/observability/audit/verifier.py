@@ -4,8 +4,7 @@ What it finds, and by what:
 
 - changed, deleted or reordered entries: the tree over the stored bytes has not the signed root;
 - a truncated tail: the log is shorter than a checkpoint says; if checkpoints were removed with it, shorter than the
-  checkpoint
-  that the verifier remembers from last time;
+  checkpoint that the verifier remembers from last time;
 - a whole tree rewritten by somebody who has the key: the remembered checkpoint is not on the way to the new one;
 - a forged checkpoint: no known key signed it;
 - an entry deleted before it was sealed: its producer's signed statement names a number that is nowhere.
