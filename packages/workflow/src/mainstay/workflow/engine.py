@@ -127,8 +127,17 @@ class WorkflowEngine:
             await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)
             if await self._is_new(row):
                 self._database.after_commit(begin)
-        elif await self._insert(row):
-            begin()
+        elif identity is None:
+            if await self._insert(row):
+                begin()
+        else:
+            identity.reserved += 1  # or all who start at once would find the same place free
+            try:
+                new = await self._insert(row)
+            finally:
+                identity.reserved -= 1
+            if new:
+                begin()
         return run_id
 
     async def _insert(self, row: Mapping[str, Any]) -> bool:
