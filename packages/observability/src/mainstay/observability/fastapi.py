@@ -18,6 +18,8 @@ from mainstay.core import App, MainstayError, current
 from mainstay.observability.asgi import ObservabilityMiddleware
 from mainstay.observability.errors import error_body, retry_after, status_of
 
+__all__ = ["instrument"]
+
 _CODES = {
     400: "VAL_REQUEST",
     401: "AUTH_REQUIRED",

@@ -13,6 +13,9 @@ from prometheus_client import REGISTRY
 from mainstay.observability.logging import _Formatter, add_context, redact
 
 
+__all__ = ["captured_logs", "metric"]
+
+
 class _Catcher(logging.Handler):
     def __init__(self, lines: list[dict[str, Any]]) -> None:
         super().__init__()

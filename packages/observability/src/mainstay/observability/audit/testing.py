@@ -19,6 +19,8 @@ from mainstay.observability.audit.producer import STATEMENT
 from mainstay.observability.audit.settings import AuditSettings
 from mainstay.observability.audit.trail import AuditTrail
 
+__all__ = ["KEY", "recorded", "settings", "written"]
+
 KEY = SigningKey("mainstay-audit-tests", b"known to everybody who reads it!")
 
 
