@@ -12,7 +12,6 @@ from prometheus_client import REGISTRY
 
 from mainstay.observability.logging import _Formatter, add_context, redact
 
-
 __all__ = ["captured_logs", "metric"]
 
 
