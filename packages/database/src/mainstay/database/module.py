@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +22,8 @@ from mainstay.database.database import Database, uninterrupted
 from mainstay.database.lease import Keeper
 from mainstay.database.schema import SCHEMA as SCHEMA  # noqa: PLC0414  others take it from here
 from mainstay.database.settings import DatabaseSettings, parse_url
+
+_log = logging.getLogger("mainstay.database")
 
 _GOODBYE_SECONDS = 5.0
 
@@ -68,7 +71,9 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         await database.ensure_schema(SCHEMA)
         yield database
     finally:
-        _, cancelled = await uninterrupted(_close(keeper, recorder, engine))
+        failure, cancelled = await uninterrupted(_close(keeper, recorder, engine))
+        if failure is not None:
+            _log.error("the database was not closed in order", exc_info=failure)
         if cancelled is not None:
             raise cancelled
 
