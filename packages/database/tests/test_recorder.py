@@ -17,10 +17,14 @@ def sample(name: str) -> float:
 
 
 async def test_closing_commits_what_is_waiting(tmp_path, postgres, open_database, tables, count):
-    """Writes that were handed in when the App stops are durable; later ones are refused."""
+    """Writes that were handed in when the App stops are durable, under their fences too; later ones are refused."""
     for url in (f"sqlite:///{tmp_path / 'x.db'}", postgres):
         async with open_database(url, recorder_connections=2) as db:
-            writes = [asyncio.create_task(db.write(tables.add, {"id": i, "text": "x"})) for i in range(3_000)]
+            lease = await db.lease("until the end")
+            writes = [
+                asyncio.create_task(db.write(tables.add, {"id": i, "text": "x"}, fence=lease.fence))
+                for i in range(3_000)
+            ]
             await asyncio.wait(writes, return_when=asyncio.FIRST_COMPLETED)
         assert await asyncio.gather(*writes) == [None] * 3_000
         with pytest.raises(DatabaseUnavailable) as caught:

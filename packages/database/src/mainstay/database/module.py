@@ -71,19 +71,20 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         await database.ensure_schema(SCHEMA)
         yield database
     finally:
-        failure, cancelled = await uninterrupted(_close(keeper, recorder, engine))
+        failure, cancelled = await uninterrupted(_close(recorder, keeper, engine))
         if failure is not None:
             _log.error("the database was not closed in order", exc_info=failure)
         if cancelled is not None:
             raise cancelled
 
 
-async def _close(keeper: Keeper, recorder: Recorder, engine: AsyncEngine) -> None:
+async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine) -> None:
+    # Leases last for as long as something that is fenced with them may still be waiting to be written.
     try:
-        await keeper.close()
+        await recorder.close()
     finally:
         try:
-            await recorder.close()
+            await keeper.close()
         finally:
             # asyncpg waits for the server's goodbye, which a server that hangs does not say.
             with contextlib.suppress(TimeoutError):
