@@ -15,6 +15,7 @@ export UV_NO_PROGRESS := 1
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
 setup: .venv/.members
+	@:
 
 .venv/.locked: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Mainstay needs Python 3.11 or newer: make PYTHON=python3.11")'
