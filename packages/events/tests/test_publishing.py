@@ -294,6 +294,25 @@ async def test_two_relays_share_the_lanes_without_overlap(database_url: str) -> 
         assert numbers(one, "a") == [1, 2]
 
 
+async def test_a_lane_whose_renewal_was_late_is_taken_again(sqlite_url: str) -> None:
+    """A relay that stopped believing in its lease gives it back, or nobody could use the lane again."""
+    async with service(sqlite_url) as app:
+        broker, clock = Broker(), VirtualClock()
+        outbox, relay = relay_of(app, broker, clock)
+        await relay._take_lanes()
+        assert len(relay._leases) == LANES
+        for lease in relay._leases.values():
+            lease._until = float("-inf")  # as if the process had slept
+        clock.tick(10.0)
+        await relay._take_lanes()
+        assert len(relay._leases) == LANES
+        await write(outbox, "a", 1)
+        assert await relay._wave()
+        assert numbers(broker, "a") == [1]
+        for lane in list(relay._leases):
+            await relay._drop(lane)
+
+
 def test_lanes_are_stable() -> None:
     """Equal keys share a lane, whatever their topics and ids; the number of lanes is for ever."""
     assert LANES == 8

@@ -156,7 +156,9 @@ class OutboxRelay:
         _log.warning("the outbox could not be relayed, again in %.1f s: %s", delay, self._trouble)
 
     async def _take_lanes(self) -> None:
-        self._leases = {lane: lease for lane, lease in self._leases.items() if lease.held}
+        for lane, lease in list(self._leases.items()):
+            if not lease.held:
+                await self._drop(lane)
         now = self._clock.monotonic()
         if len(self._leases) == LANES or now < self._lanes_at:
             return
@@ -205,7 +207,13 @@ class OutboxRelay:
                 )
             except FenceLost:  # its new owner sends these again
                 _log.warning("lane %d of the outbox belongs to another process now", lane)
-                self._leases.pop(lane, None)
+                await self._drop(lane)
+
+    async def _drop(self, lane: int) -> None:
+        """Let a lane go. Without the release it would be renewed for ever, for a relay that no longer thinks of it."""
+        lease = self._leases.pop(lane, None)
+        if lease is not None:
+            await lease.release()
 
     async def _measure_often(self) -> None:
         while True:
