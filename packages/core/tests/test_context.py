@@ -54,6 +54,33 @@ def test_headers_round_trip_between_our_services():
     assert Context.from_headers(context.to_headers(), trusted=True) == context
 
 
+@pytest.mark.parametrize("name", ["auth0|5f7c", "Jürgen Groß", "ann@example.org", "a%20b", "会社"])
+def test_an_actor_and_a_tenant_keep_the_names_they_have(name):
+    """Whoever authenticated them chose the name; it reaches records and other services as it is."""
+    with bind(actor=name, tenant=name) as context:
+        assert Context.from_dict(context.to_dict()) == context
+        headers = context.to_headers()
+        assert all(value.isascii() for value in headers.values())
+        assert Context.from_headers(headers, trusted=True) == context
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("actor", "ann\nInjected: 1"),
+        ("tenant", ""),
+        ("tenant", "x" * 257),
+        ("correlation_id", "a b"),
+        ("traceparent", "junk"),
+        ("actor", 7),
+    ],
+)
+def test_a_malformed_field_is_refused_where_it_is_bound(field, value):
+    """It would be dropped on its way to the next record or service, and nobody would know who acted."""
+    with pytest.raises(ValueError, match=rf"bind\({field}=.*\): {field} is"):
+        bind(**{field: value})
+
+
 def test_a_stranger_names_a_conversation_and_a_trace_only():
     """Actor, tenant and cause from an untrusted caller are dropped."""
     headers = Context("c", "e", "admin", "acme", TRACE, "vendor=1").to_headers()

@@ -15,13 +15,16 @@ from contextvars import Context as ContextVars
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 T = TypeVar("T")
 
-# What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped.
+# What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped. An
+# actor and a tenant come from whoever authenticated them, and have the names that they have there.
+_LONGEST_NAME = 256
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}", re.ASCII)
@@ -34,6 +37,7 @@ _HEADERS = {
     "traceparent": "traceparent",
     "tracestate": "tracestate",
 }
+_NAMES = frozenset({"actor", "tenant"})
 _FROM_STRANGERS = frozenset({"correlation_id", "traceparent", "tracestate"})
 
 
@@ -68,8 +72,14 @@ class Context:
         return cls(**cast("dict[str, Any]", good))
 
     def to_headers(self) -> dict[str, str]:
-        """HTTP headers (lower case) that carry this context to another service of ours."""
-        return {_HEADERS[name]: value for name, value in self.to_dict().items()}
+        """HTTP headers (lower case) that carry this context to another service of ours.
+
+        Actor and tenant are percent-encoded (RFC 3986), since a header holds ASCII only.
+        """
+        return {
+            _HEADERS[name]: quote(value, safe="@:/+=") if name in _NAMES else value
+            for name, value in self.to_dict().items()
+        }
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str], *, trusted: bool = False) -> Self:
@@ -81,12 +91,25 @@ class Context:
                 actor, a tenant or a cause.
         """
         names = _HEADERS if trusted else _FROM_STRANGERS
-        return cls.from_dict({name: headers[_HEADERS[name]] for name in names if _HEADERS[name] in headers})
+        values = {name: headers[_HEADERS[name]] for name in names if _HEADERS[name] in headers}
+        return cls.from_dict({name: unquote(value) if name in _NAMES else value for name, value in values.items()})
 
 
 def _well_formed(name: str, value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    if name in _NAMES:
+        return 0 < len(value) <= _LONGEST_NAME and value.isprintable()
     pattern = {"traceparent": _TRACEPARENT, "tracestate": _TRACESTATE}.get(name, _SAFE_ID)
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
+    return pattern.fullmatch(value) is not None
+
+
+def _explain(name: str) -> str:
+    if name in _NAMES:
+        return f"1 to {_LONGEST_NAME} printable characters"
+    if name in {"traceparent", "tracestate"}:
+        return "as W3C Trace Context says"
+    return "1 to 128 ASCII letters, digits and . _ : @ / + = -"
 
 
 _EMPTY = Context()
@@ -103,12 +126,20 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
 
     `with bind(tenant="acme"):` changes single fields; `with bind(context):` replaces the context whole, and
     `with bind(context, causation_id=…)` does both. Yields the new context.
+
+    Raises:
+        ValueError: a changed field is malformed. Here it is a mistake to be seen; on the wire it would vanish.
+        TypeError: there is no such field.
     """
 
     __slots__ = ("_context", "_token")
 
     def __init__(self, context: Context | None = None, **changes: Any) -> None:
         base = _current.get() if context is None else context
+        for name, value in changes.items():
+            if value is not None and name in _HEADERS and not _well_formed(name, value):
+                msg = f"bind({name}={value!r:.80}): {name} is {_explain(name)}, or None"
+                raise ValueError(msg)
         # Three times as fast as dataclasses.replace, and this runs for every request and event.
         self._context = Context(**{**{name: getattr(base, name) for name in _HEADERS}, **changes}) if changes else base
 
