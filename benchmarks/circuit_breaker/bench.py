@@ -125,7 +125,7 @@ def keyed(keys: int) -> tuple[float, int]:
 
 
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
-    rounds, calls = (3, 5_000) if quick else (11, 40_000)
+    rounds, calls = (3, 5_000) if quick else (11, 100_000)
     peer_calls = calls // 4
     counted = CircuitBreaker("counted", BreakerConfig(window_calls=100))(work_async)
     timed = CircuitBreaker("timed")(work_async)
@@ -138,54 +138,24 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
     async def beside(name: str, subject: Round, peer: str, theirs: Round, goal: float) -> Row:
         return await compare(name, "ns/call", subject, peer=(peer, theirs), goal=goal, rounds=rounds)
 
-    hand = awaited(by_hand.bare(work_async), calls)
+    hand = "by hand, same features"
+    count_by_hand = awaited(by_hand.counting(work_async), calls)
+    time_by_hand = awaited(by_hand.timing(work_async), calls)
+    time_by_hand_sync = plain(by_hand.timing_sync(work), calls)
+    bare, bare_sync = awaited(by_hand.bare(work_async), calls), plain(by_hand.bare_sync(work), calls)
+    four_by_hand = awaited(by_hand.four(work_async), calls // 4)
     for name, subject, peer, theirs, goal in (
-        *(
-            (
-                "breaker closed, async, window of calls",
-                awaited(counted, calls),
-                "by hand, same features",
-                awaited(by_hand.counting(work_async), calls),
-                1.4,
-            ),
-        ),
-        *(
-            (
-                "breaker closed, async, window of seconds",
-                awaited(timed, calls),
-                "by hand, same features",
-                awaited(by_hand.timing(work_async), calls),
-                1.4,
-            ),
-        ),
-        ("breaker closed, async, everything on", awaited(everything, calls), "by hand, bare", hand, 2.5),
-        (
-            "breaker closed, sync, window of seconds",
-            plain(timed_sync, calls),
-            "by hand, same features",
-            plain(by_hand.timing_sync(work), calls),
-            1.4,
-        ),
-        (
-            "breaker closed, sync, window of seconds, beside bare",
-            plain(timed_sync, calls),
-            "by hand, bare",
-            plain(by_hand.bare_sync(work), calls),
-            2.5,
-        ),
+        ("breaker closed, async, window of calls", awaited(counted, calls), hand, count_by_hand, 1.4),
+        ("breaker closed, async, window of seconds", awaited(timed, calls), hand, time_by_hand, 1.4),
+        ("breaker closed, async, everything on", awaited(everything, calls), "by hand, bare", bare, 2.5),
+        ("breaker closed, sync, window of seconds", plain(timed_sync, calls), hand, time_by_hand_sync, 1.4),
+        ("breaker closed, sync, beside bare", plain(timed_sync, calls), "by hand, bare", bare_sync, 2.5),
         ("window of 1,000,000 calls", awaited(million, calls), "window of 100", awaited(counted, calls), 1.1),
-        (
-            "four policies, nothing going wrong",
-            awaited(four, calls // 4),
-            "fused by hand",
-            awaited(by_hand.four(work_async), calls // 4),
-            1.3,
-        ),
+        ("four policies, nothing going wrong", awaited(four, calls // 4), "fused by hand", four_by_hand, 1.3),
     ):
         yield await beside(name, subject, peer, theirs, goal)
-    yield await compare(
-        "four policies, nothing going wrong, absolute", "ns/call", awaited(four, calls // 4), goal=4000, rounds=rounds
-    )
+    name = "four policies, nothing going wrong, absolute"
+    yield await compare(name, "ns/call", awaited(four, calls // 4), goal=4000, rounds=rounds)
     yield await compare("rejection, beyond raising it", "ns/call", beyond_raising(calls // 4), goal=300, rounds=rounds)
 
     with Peers("circuit_breaker") as peers:

@@ -13,7 +13,8 @@ policies write the lines that they need into **one function**, outermost first, 
         if window_0 is None:
             asked_0 = now_0()
             if asked_0 < circuit_0.shut_until: # open, and not for a moment only
-                raise shut_0(asked_0)
+                circuit_0.rejected += 1
+                raise CircuitOpen(name_0, 'open', circuit_0.shut_until - asked_0)
             window_0 = admit_0()               # half open, ramping, …: the state machine decides
             if window_0 is None:
                 raise rejection_0()
@@ -63,6 +64,8 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, cont
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
+
+from mainstay.circuit_breaker.errors import CircuitOpen
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -278,6 +281,7 @@ def refuse_awaitable(result: object) -> None:
 
 _SHARED: Final = {
     "Awaitables": (types.CoroutineType, asyncio.Future),
+    "CircuitOpen": CircuitOpen,
     "refuse_awaitable": refuse_awaitable,
 }
 
@@ -429,7 +433,9 @@ def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str
     with text.block(f"if window_{i} is None:"):
         text.add(f"asked_{i} = now_{i}()")
         with text.block(f"if asked_{i} < circuit_{i}.shut_until:"):
-            text.add(f"raise {method('shut')}(asked_{i})")
+            text.add(
+                f"circuit_{i}.rejected += 1", f"raise CircuitOpen(name_{i}, 'open', circuit_{i}.shut_until - asked_{i})"
+            )
         text.add(f"window_{i} = {method('admit')}()")
         with text.block(f"if window_{i} is None:"):
             text.add(f"raise {method('rejection')}()")

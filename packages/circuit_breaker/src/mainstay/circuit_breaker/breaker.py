@@ -232,7 +232,7 @@ class CircuitBreaker(Circuit, _Ruled):
             "circuit": self,
             "admit": self._admit,
             "rejection": self._rejection,
-            "shut": self._shut,
+            "name": self.rules.name,
             "raised": self._raised,
             "succeeded": self._succeeded,
             "failed": self._failed,
@@ -360,6 +360,7 @@ class KeyedBreaker(_Ruled):
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {
             "key": self.key,
+            "name": self.rules.name,
             "get": self._circuits.get,
             "make": self._make,
             "now": self.rules.now,

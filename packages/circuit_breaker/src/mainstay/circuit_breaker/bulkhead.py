@@ -148,7 +148,7 @@ class Bulkhead(Policy):
             self._step_out(place, keep=False)
             if isinstance(error, asyncio.CancelledError) and deadline_fired():
                 # The time ran out in our own queue. To the breaker around it this says nothing of the dependency.
-                error.no_effect = True  # type: ignore[attr-defined]  # carried by the instance, read by Rules.judge
+                error.no_effect = True  # type: ignore[attr-defined]  # carried by the instance, read by `judge`
             raise
         self._step_out(place, keep=True)
 
@@ -184,7 +184,7 @@ class Bulkhead(Policy):
 
     def _stand(self, kind: type[P]) -> P | None:
         with self._lock:
-            if self.free > 0 and not self.waiting:
+            if not self.waiting and self.free > 0:
                 self.free -= 1
                 return None
             if len(self.waiting) >= self.queue or self.max_wait_seconds == 0:
@@ -198,14 +198,19 @@ class Bulkhead(Policy):
 
     def _serve(self) -> None:
         """Under the lock."""
-        while self.free > 0 and self.waiting:
+        while self.waiting:
+            # Whoever finds a place free takes it without the lock: nothing may come between looking and taking.
+            if self.free > 0:
+                self.free -= 1
+            else:
+                return
             place = self.waiting.popleft()
             try:
                 place.wake()
             except RuntimeError:  # its loop is closed, and with it the task is gone
-                continue
-            place.granted = True
-            self.free -= 1
+                self.free += 1
+            else:
+                place.granted = True
 
     def _step_out(self, place: _Place, *, keep: bool) -> None:
         with self._lock:
