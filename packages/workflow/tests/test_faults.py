@@ -172,7 +172,7 @@ async def test_the_database_restarts_under_load(own_postgres):
 
 
 async def test_behind_a_transaction_pooler(pgbouncer):
-    """Through PgBouncer, where no connection outlives a transaction, runs, transactional steps and the way back work."""
+    """Through PgBouncer, where no connection outlives a transaction, transactional steps and the way back work."""
     flows = WorkflowRouter()
     ledger = sa.Table(
         "ledger", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("n", sa.Integer)

@@ -749,7 +749,7 @@ async def test_a_timeout_of_the_function_itself_leaves_an_unknown_step(url):
 
     @shop.flows.workflow(name="impatient")
     async def impatient(n: int) -> int:
-        async with timeout(0.05):
+        async with timeout(1.0):
             await shop.flows.gather(shop.hold(n), shop.charge(n))
         return n
 

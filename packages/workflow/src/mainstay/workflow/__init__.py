@@ -15,6 +15,7 @@ from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import Step, StepInfo, current_step
 from mainstay.workflow.workflow import Handle, RunStatus, Workflow
 
@@ -29,6 +30,7 @@ __all__ = [
     "RunStateError",
     "RunStatus",
     "RunView",
+    "Signal",
     "Step",
     "StepFailed",
     "StepInfo",

@@ -24,6 +24,8 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import sqlalchemy as sa
+
 from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, Database, Fence, FenceLost
 from mainstay.workflow.errors import Lost, Parked
@@ -122,15 +124,15 @@ class Recording:
         while self._buffer and self._buffer[0]["seq"] <= last:
             await self._insist(self._write_buffer)
 
-    async def end(self, statement: Any, values: Mapping[str, Any]) -> None:
-        """Write what is waiting and the run's new state in one commit."""
+    async def end(self, statement: Any, values: Mapping[str, Any], row: Row | None = None) -> None:
+        """Write what is waiting, `row` and another table's new state in one commit."""
 
         async def write() -> None:
             async with self._turn:
                 rows, held = list(self._buffer), self._held
                 async with self._database.batch(fence=self._fence, route=self.run_id):
-                    if rows:
-                        await self._database.write(self._append, rows)
+                    if rows or row is not None:
+                        await self._database.write(self._append, rows if row is None else [*rows, row])
                     await self._database.write(statement, [values])
                 self._written(rows, held)
 
@@ -169,13 +171,17 @@ class Recording:
             raise Lost from None
 
     async def find(self, seq: int) -> Any | None:
-        """The entry, if it is in the journal; asked until the database answers."""
+        """The entry, if it is in the journal."""
+        found = await self.read(ENTRY, {"run": self.run_id, "seq": seq})
+        return found[0] if found else None
+
+    async def read(self, statement: sa.Executable, parameters: Mapping[str, Any]) -> Sequence[sa.Row[Any]]:
+        """The rows of a query, asked until the database answers."""
         attempt = 0
         while True:
             attempt += 1
             try:
-                found = await self._database.read(ENTRY, {"run": self.run_id, "seq": seq})
-                return found[0] if found else None
+                return await self._database.read(statement, parameters)
             except Exception as error:  # noqa: BLE001  judged by _back_off
                 await self._back_off(error, attempt)
 

@@ -28,6 +28,8 @@ from mainstay.workflow.tables import (
     ID_LENGTH,
     NEXT_SEQ,
     RESUME,
+    ROUSE,
+    SEND,
     START,
     START_QUIETLY,
     STATES,
@@ -173,6 +175,14 @@ class WorkflowEngine:
     async def execute(self, workflow: Workflow[*Ts, T], *args: *Ts, id: str | None = None) -> T:
         """Start a run and wait for its result: `Workflow.start` and `Handle.result`."""
         return await (await workflow.start(*args, id=id)).result()
+
+    async def send(self, run_id: str, name: str, body: str, id: str | None) -> None:
+        """Store a message for a run, and wake the run if it sleeps. See `Signal.send`."""
+        message = {"run_id": run_id, "id": str(uuid7()) if id is None else id, "name": name, "body": body}
+        async with self._database.batch(route=run_id):
+            await self._database.write(SEND[self._database.dialect], message)
+            await self._database.write(ROUSE, {"run": run_id})
+            self._database.after_commit(lambda: self.worker.signal(run_id))
 
     # Results
 

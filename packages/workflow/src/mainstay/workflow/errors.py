@@ -11,7 +11,7 @@ MainstayError
     └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
 
 BaseException
-└── Signal                  never seen by `except Exception`: it is about who runs a workflow, not about what it does
+└── ControlFlow             never seen by `except Exception`: it is about who runs a workflow, not about what it does
     ├── Lost                another worker owns the run now: give up silently, record nothing
     ├── Released            this worker stops: the run goes back to the queue
     ├── Suspended           the run waits for long: back into the queue until then
@@ -118,19 +118,19 @@ class StepFailed(WorkflowError):
         self.detail = detail
 
 
-class Signal(BaseException):
+class ControlFlow(BaseException):
     """Base of what ends an execution without being an error of the workflow."""
 
 
-class Lost(Signal):
+class Lost(ControlFlow):
     """Another worker owns the run, or may soon: nothing may be recorded or begun any more."""
 
 
-class Released(Signal):
+class Released(ControlFlow):
     """This worker stops and gives the run back."""
 
 
-class Suspended(Signal):
+class Suspended(ControlFlow):
     """The run waits for so long that it need not be in memory.
 
     Attributes:
@@ -142,13 +142,13 @@ class Suspended(Signal):
         self.until = until
 
 
-class CancelRequested(Signal):
+class CancelRequested(ControlFlow):
     """The run is to be cancelled at this boundary between steps."""
 
 
-class Parked(Signal):
+class Parked(ControlFlow):
     """The run cannot go on without a person; the argument says why."""
 
 
-class CompensationExhausted(Signal):
+class CompensationExhausted(ControlFlow):
     """A compensation used up its attempts; the argument says which and why."""

@@ -21,6 +21,7 @@ RESUMED = "resumed"
 
 COMPENSATION = ":compensation"
 SLEEP = "@sleep"
+SIGNAL = "@signal "
 
 
 def step_of(key: str) -> str:
@@ -99,7 +100,7 @@ def recall(entries: Iterable[Mapping[str, Any]]) -> History:
 
 def _resume(history: History) -> None:
     for record in history.records.values():
-        if record.state == "open" and step_of(record.key) != SLEEP:
+        if record.state == "open" and not step_of(record.key).startswith((SLEEP, SIGNAL)):
             record.maybe = record.maybe or record.dangling
             record.dangling = False
             record.attempts = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, TypeVarTuple
 
 from mainstay.core import Binding, Retry
 from mainstay.workflow.errors import NotInRun
+from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import COMPENSATION_RETRY, OnUnknown, Policy, Step, _scope
 from mainstay.workflow.workflow import Workflow
 
@@ -34,6 +35,7 @@ class WorkflowRouter:
     def __init__(self) -> None:
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
+        self.signals: set[str] = set()
         self.binding: Binding[WorkflowEngine] = Binding(
             "WorkflowRouter",
             remedy="add WorkflowModule.for_feature(…) with it to the App, and use it while the App runs",
@@ -173,6 +175,18 @@ class WorkflowRouter:
             msg = "gather was called outside a run: it is for workflow functions; elsewhere use asyncio.gather"
             raise NotInRun(msg)
         return await scope.run.gather(scope, branches)
+
+    def signal(self, name: str, kind: type[T]) -> Signal[T]:
+        """Declare a kind of message: `await approved.wait()` in a workflow function, `await approved.send(run_id, …)`.
+
+        Raises:
+            ValueError: the name is taken, or too long.
+        """
+        if name in self.signals or not 0 < len(name) <= _NAME_LIMIT:
+            msg = f"signal {name!r}: a name has 1 to {_NAME_LIMIT} characters, and no other signal of the router has it"
+            raise ValueError(msg)
+        self.signals.add(name)
+        return Signal(name, kind, self.binding)
 
     def check(self) -> None:
         """What can be said only when everything is defined.

@@ -29,10 +29,10 @@ from mainstay.workflow._recording import Recording, worth_repeating
 from mainstay.workflow.errors import (
     CancelRequested,
     CompensationExhausted,
+    ControlFlow,
     Lost,
     Parked,
     Released,
-    Signal,
     StepFailed,
     Suspended,
 )
@@ -42,6 +42,7 @@ from mainstay.workflow.journal import (
     DONE,
     FAILED,
     INTENT,
+    SIGNAL,
     SLEEP,
     UNKNOWN,
     History,
@@ -52,7 +53,7 @@ from mainstay.workflow.journal import (
 from mainstay.workflow.metrics import STEP_SECONDS, count_step
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
-from mainstay.workflow.tables import END, FAIL, PARK, RELEASE
+from mainstay.workflow.tables import END, FAIL, NEXT_SIGNAL, PARK, RECEIVE, RELEASE
 from mainstay.workflow.workflow import RunStatus, Workflow
 
 _log = logging.getLogger("mainstay.workflow")
@@ -73,6 +74,9 @@ _EFFECT = Policy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_
 _PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
 _SHORTEST_WAIT = 0.01
 _LEASE_LOOK_SECONDS = 0.05
+_SIGNAL_LOOK_SECONDS = 0.5
+_DAY_SECONDS = 86_400.0
+_NEVER = 2**31 - 1  # more signals than a run can have
 _CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
 
 
@@ -157,12 +161,15 @@ class Run:
         self._steps = steps
         self._cancel = cancel_requested
         self._going_back = failure is not None
-        self._stop: Signal | None = None
+        self._stop: ControlFlow | None = None
         self._pauses: set[asyncio.Future[None]] = set()
+        self._lookouts: set[asyncio.Future[None]] = set()
+        self._receiving = asyncio.Lock()
+        self._seen: dict[str, int] = {}
 
     # What the engine does to it
 
-    def stop(self, signal: Signal) -> None:
+    def stop(self, signal: ControlFlow) -> None:
         """End the execution at the next boundary between attempts; waits end at once."""
         if self._stop is None or isinstance(signal, Lost):
             self._stop = signal
@@ -171,7 +178,13 @@ class Run:
     def cancel(self) -> None:
         """Cancel the run at the next boundary between steps, unless it is already on its way back or past a pivot."""
         self._cancel = True
-        self._wake()
+        if self._may_cancel():
+            self._wake()
+
+    def look(self) -> None:
+        """A signal for the run is there; no other wait is cut short by it."""
+        for lookout in self._lookouts:
+            _finish(lookout)
 
     def _wake(self) -> None:
         for pause in self._pauses:
@@ -274,7 +287,8 @@ class Run:
         self.status = status
 
     async def _release(self, delay: float = 0.0) -> None:
-        await self._last_word(RELEASE, {"run": self.id, "at_epoch": self.epoch, "delay": delay})
+        seen = min(self._seen.values(), default=_NEVER)
+        await self._last_word(RELEASE, {"run": self.id, "at_epoch": self.epoch, "delay": delay, "seen": seen})
 
     async def _last_word(self, statement: Any, values: Mapping[str, Any]) -> None:
         try:
@@ -308,16 +322,19 @@ class Run:
         await self._nap(seconds)
         await self._boundary()
 
-    async def _nap(self, seconds: float) -> None:
+    async def _nap(self, seconds: float, *more: set[asyncio.Future[None]]) -> None:
         """Let time pass, or less where somebody stops or cancels the run."""
         pause: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(seconds, lambda: _finish(pause))
-        self._pauses.add(pause)
+        sets = (self._pauses, *more)
+        for pauses in sets:
+            pauses.add(pause)
         try:
             await pause
         finally:
             timer.cancel()
-            self._pauses.discard(pause)
+            for pauses in sets:
+                pauses.discard(pause)
 
     # What workflow functions call, by way of the scope they run in
 
@@ -392,6 +409,54 @@ class Run:
         finally:
             scope.busy = False
 
+    async def receive(self, scope: Scope, name: str, load: Callable[[str], Any], timeout_seconds: float | None) -> Any:
+        """Wait for a message and take it: that it is taken, and by whom, is one commit."""
+        key, record = self._enter(scope, SIGNAL + name.replace("/", "_"))
+        try:
+            if record.state != DONE:
+                if record.seq == 0:
+                    rest = _DAY_SECONDS if timeout_seconds is None else timeout_seconds
+                    info = json.dumps({"rest_seconds": rest})
+                    row = self._recording.row(INTENT, key, position=record.position, info=info)
+                    record.seq, record.rest_seconds = row["seq"], rest
+                    await self._recording.append(row)
+                began = self._clock.monotonic()
+                while not await self._take(key, record, name):
+                    waited = self._clock.monotonic() - began
+                    if timeout_seconds is not None and waited >= record.rest_seconds:
+                        self._nothing_came(key, record, name, timeout_seconds)
+                    await self._wait_for_signal(record, waited, limited=timeout_seconds is not None)
+            return self._load(load, record)
+        finally:
+            scope.busy = False
+
+    async def _take(self, key: str, record: Record, name: str) -> bool:
+        await self._boundary()
+        async with self._receiving:  # or two branches could take the same one
+            (found,) = await self._recording.read(NEXT_SIGNAL, {"run": self.id, "name": name})
+            if found.id is None:
+                self._seen[key] = found.signalled
+                return False
+            row = self._recording.row(DONE, key, position=record.position, body=found.body)
+            await self._recording.end(RECEIVE, {"run": self.id, "signal": found.id, "by": key}, row)
+            self._seen.pop(key, None)
+            record.state, record.seq, record.output = "done", row["seq"], found.body
+            return True
+
+    def _nothing_came(self, key: str, record: Record, name: str, seconds: float) -> None:
+        error = {"type": "DeadlineExceeded", "detail": f"no signal {name} within {seconds:g} s", "code": "EXT_DEADLINE"}
+        row = self._recording.row(FAILED, key, position=record.position, info=json.dumps({"error": error}))
+        record.state, record.seq, record.error = "failed", row["seq"], error
+        self._recording.settle(row, slot=False)
+        self._seen.pop(key, None)
+        raise _step_failed(SIGNAL + name, "failed", error)
+
+    async def _wait_for_signal(self, record: Record, waited: float, *, limited: bool) -> None:
+        left = record.rest_seconds - waited if limited else _DAY_SECONDS
+        if waited >= self._suspend_after_seconds and left > self._suspend_after_seconds:
+            raise Suspended(self._clock.monotonic() + left)
+        await self._nap(max(0.0, min(left, _SIGNAL_LOOK_SECONDS)), self._lookouts)
+
     async def gather(self, scope: Scope, branches: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
         """Execute branches side by side, each with numbers of its own; all of them end before this does."""
         self._claim_scope(scope, "gather")
@@ -415,7 +480,7 @@ class Run:
         errors = [found for task in tasks if (found := _error_of(task)) is not None]
         if cancelled is not None:
             raise cancelled
-        signals = [error for error in errors if isinstance(error, Signal)]
+        signals = [error for error in errors if isinstance(error, ControlFlow)]
         if signals:
             raise min(signals, key=_urgency)
         if errors:
@@ -796,7 +861,7 @@ def _being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _urgency(signal: Signal) -> tuple[bool, float]:
+def _urgency(signal: ControlFlow) -> tuple[bool, float]:
     """A branch that sleeps gives way to one that was stopped or parked, and to one that sleeps less."""
     return (True, signal.until) if isinstance(signal, Suspended) else (False, 0.0)
 

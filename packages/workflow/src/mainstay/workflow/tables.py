@@ -1,4 +1,4 @@
-"""The two tables: runs, and the journal of what each run did.
+"""The tables: runs, the journal of what each run did, and the signals sent to runs.
 
 The journal is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
 worker numbers them, and the fence on the run's row keeps everybody else from writing any. So a write that was repeated,
@@ -58,6 +58,8 @@ runs = sa.Table(
     # claimed not before this moment of the database's clock, and in this order
     sa.Column("wake_at", sa.Double, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    # messages sent to it; raised with each, so that going to sleep and being woken cannot miss each other
+    sa.Column("signalled", sa.Integer, nullable=False, server_default="0"),
     sa.Column("input", sa.Text, nullable=False),
     sa.Column("output", sa.Text),
     sa.Column("failure", sa.Text),
@@ -100,6 +102,17 @@ journal = sa.Table(
     # an intent's input, a done step's result
     sa.Column("body", sa.Text),
     sa.Column("info", sa.Text),
+    sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
+)
+
+signals = sa.Table(
+    "mainstay_workflow_signals",
+    metadata,
+    sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("received_by", sa.String(STEP_LENGTH)),
     sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
 )
 
@@ -167,7 +180,10 @@ RELEASE = (
         status="queued",
         worker=None,
         attempts=sa.case((runs.c.attempts > 0, runs.c.attempts - 1), else_=0),
-        wake_at=database_now() + sa.bindparam("delay", type_=sa.Double),
+        wake_at=sa.case(
+            (runs.c.signalled > sa.bindparam("seen", type_=sa.Integer), database_now()),
+            else_=database_now() + sa.bindparam("delay", type_=sa.Double),
+        ),
     )
 )
 # Its last worker is dead; should it only be asleep, it wakes up at an epoch that is over.
@@ -210,6 +226,39 @@ RESUME = (
     .values(status="queued", epoch=runs.c.epoch + 1, attempts=0, note=None, wake_at=database_now())
 )
 NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0) + 1).where(journal.c.run_id == sa.bindparam("run"))
+
+_signal_values: dict[str, Any] = {name: sa.bindparam(name) for name in ("run_id", "id", "name", "body")}
+SEND = {
+    "sqlite": sqlite.insert(signals).values(_signal_values).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(signals).values(_signal_values).on_conflict_do_nothing(),
+}
+# The row of the run is written whatever its state: who puts the run to sleep at this moment writes it, too, and waits.
+ROUSE = (
+    sa.update(runs)
+    .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["queued", "running"]))
+    .values(signalled=runs.c.signalled + 1, wake_at=database_now())
+)
+RECEIVE = (
+    sa.update(signals)
+    .where(signals.c.run_id == sa.bindparam("run"), signals.c.id == sa.bindparam("signal"))
+    .values(received_by=sa.bindparam("by"))
+)
+NEXT_SIGNAL = (
+    sa.select(runs.c.signalled, signals.c.id, signals.c.body)
+    .select_from(
+        runs.outerjoin(
+            signals,
+            sa.and_(
+                signals.c.run_id == runs.c.id,
+                signals.c.name == sa.bindparam("name"),
+                signals.c.received_by.is_(None),
+            ),
+        )
+    )
+    .where(runs.c.id == sa.bindparam("run"))
+    .order_by(signals.c.at, signals.c.id)
+    .limit(1)
+)
 
 FIND = sa.select(runs).where(runs.c.id == sa.bindparam("run"))
 STATES = sa.select(runs.c.id, runs.c.status, runs.c.output, runs.c.failure, runs.c.note).where(

@@ -113,6 +113,13 @@ class Worker:
         if self._identity is not None and id in self._identity.runs:
             self._identity.runs[id][0].cancel()
 
+    def signal(self, id: str) -> None:
+        """A message for the run has arrived."""
+        if self._identity is not None and id in self._identity.runs:
+            self._identity.runs[id][0].look()
+        else:
+            self._woken.set()
+
     def takes(self) -> Identity | None:
         """The identity under which a run may be executed here from its start, without going through the queue."""
         identity = self._identity

@@ -1,4 +1,4 @@
-"""Runs and their journal."""
+"""Runs, their journal, and signals."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,7 +13,7 @@ _NOW = {
 
 
 def upgrade() -> None:
-    """Create both tables."""
+    """Create the tables."""
     now = sa.text(_NOW[op.get_context().dialect.name])
     op.create_table(
         "mainstay_workflow_runs",
@@ -27,6 +27,7 @@ def upgrade() -> None:
         sa.Column("progress", sa.Integer, nullable=False),
         sa.Column("wake_at", sa.Double, nullable=False),
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
+        sa.Column("signalled", sa.Integer, nullable=False, server_default="0"),
         sa.Column("input", sa.Text, nullable=False),
         sa.Column("output", sa.Text),
         sa.Column("failure", sa.Text),
@@ -56,5 +57,14 @@ def upgrade() -> None:
         sa.Column("position", sa.Integer),
         sa.Column("body", sa.Text),
         sa.Column("info", sa.Text),
+        sa.Column("at", sa.Double, nullable=False, server_default=now),
+    )
+    op.create_table(
+        "mainstay_workflow_signals",
+        sa.Column("run_id", sa.String(200), primary_key=True),
+        sa.Column("id", sa.String(200), primary_key=True),
+        sa.Column("name", sa.String(100), nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
+        sa.Column("received_by", sa.String(300)),
         sa.Column("at", sa.Double, nullable=False, server_default=now),
     )

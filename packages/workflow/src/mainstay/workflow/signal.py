@@ -1,0 +1,73 @@
+"""Signals: what somebody outside tells a run that waits for it, or will."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError
+
+from mainstay.core import Binding
+from mainstay.workflow.errors import NotInRun
+from mainstay.workflow.step import _scope
+
+if TYPE_CHECKING:
+    from mainstay.workflow.engine import WorkflowEngine
+
+T = TypeVar("T")
+
+
+class Signal(Generic[T]):
+    """A named kind of message with a type; made by `flows.signal(name, type)`.
+
+    Attributes:
+        name: part of every record, for ever.
+    """
+
+    def __init__(self, name: str, kind: type[T], binding: Binding[WorkflowEngine]) -> None:
+        self.name = name
+        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        self._binding = binding
+
+    def __repr__(self) -> str:
+        return f"<signal {self.name}>"
+
+    async def send(self, run_id: str, value: T, *, id: str | None = None) -> None:
+        """Tell the run, whether it waits already, will later, or has not been started yet.
+
+        Durable when this returns, or, inside `db.transaction()`, with its commit. Each one is received once.
+
+        Args:
+            run_id: the run's id.
+            value: of the signal's type.
+            id: names the message within the run: sent again with the same id, it is the same message.
+
+        Raises:
+            TypeError: the value is not of the signal's type.
+            NotBoundError: the router is not part of a running App.
+        """
+        try:
+            text = self._adapter.serializer.to_json(value, warnings="error")
+            self._adapter.validate_json(text)
+        except (PydanticSerializationError, ValueError) as error:
+            msg = f"signal {self.name}: the value cannot be kept as the signal's type says: {error}"
+            raise TypeError(msg) from None
+        await self._binding.get().send(run_id, self.name, text.decode(), id)
+
+    async def wait(self, timeout_seconds: float | None = None) -> T:
+        """In a workflow function: wait for the next message that nobody has received, durably and without memory.
+
+        Raises:
+            NotInRun: this is no workflow function.
+            StepFailed: nothing came within `timeout_seconds`; its `error_type` is `DeadlineExceeded`.
+            ValueError: `timeout_seconds` is negative.
+        """
+        if timeout_seconds is not None and not timeout_seconds >= 0:
+            msg = f"wait({timeout_seconds!r}): seconds must not be negative"
+            raise ValueError(msg)
+        scope = _scope.get()
+        if scope is None:
+            msg = f"signal {self.name} was waited for outside a run: only workflow functions wait for signals"
+            raise NotInRun(msg)
+        result: T = await scope.run.receive(scope, self.name, self._adapter.validate_json, timeout_seconds)
+        return result
