@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -15,7 +16,7 @@ from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment
 from mainstay.events.metadata import Record, encode, envelope
-from mainstay.events.sql import SqlSource, SqlTransport
+from mainstay.events.sql import Snapshot, SqlSource, SqlTransport
 from mainstay.events.tables import INSERT_LOG, LOG, OFFSETS, pack_headers, unpack_headers
 from mainstay.events.testing import eventually
 
@@ -79,11 +80,11 @@ async def test_an_event_that_commits_late_is_not_missed(postgres_url: str) -> No
         await late.commit()
         async with engine.begin() as third:
             await insert(third, 3)
-        await asyncio.sleep(0.6)  # several polls: a reader by position would have moved past 1 by now
-        assert seen == [], "nothing above the oldest open transaction is handed out"
+        await eventually(lambda: seen == [2, 3], what="what is committed: an open transaction holds up only itself")
+        await asyncio.sleep(0.6)  # several polls and a commit of the place, all of them past the position of 1
         await early.commit()
         await eventually(lambda: len(seen) == 3)
-        assert seen == [1, 2, 3]
+        assert seen == [2, 3, 1]
 
 
 async def test_what_was_committed_before_another_was_published_comes_first(postgres_url: str) -> None:
@@ -101,6 +102,38 @@ async def test_what_was_committed_before_another_was_published_comes_first(postg
         await older.commit()
         await eventually(lambda: len(seen) == 2)
         assert seen == [1, 2]
+
+
+async def test_the_order_of_committing_and_publishing_holds_with_a_third_transaction_between(postgres_url: str) -> None:
+    """A transaction that runs on between the numbers of the other two must not tear them apart."""
+    seen: list[int] = []
+    async with (
+        transactions(postgres_url) as engine,
+        engine.connect() as older,
+        engine.connect() as between,
+    ):
+        for connection in (older, between):
+            await connection.execute(sa.text("SELECT pg_current_xact_id()"))
+        async with engine.begin() as younger:
+            await insert(younger, 1)
+        await insert(older, 2)
+        await older.commit()
+        async with service(postgres_url, collecting(seen), partitions=1).running(serve=True):
+            await eventually(lambda: len(seen) == 2)
+            await insert(between, 3)
+            await between.commit()
+            await eventually(lambda: len(seen) == 3)
+        assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["0:1:", "7:9:7,8", "100:100:"])
+def test_a_snapshot_is_written_as_it_was_read(text: str) -> None:
+    """The form is PostgreSQL's own, and says which transactions had ended."""
+    snapshot = Snapshot.parse(text)
+    assert Snapshot.parse(str(snapshot)) == snapshot
+    assert not snapshot.shows(snapshot.end)
+    assert not any(map(snapshot.shows, snapshot.running))
+    assert snapshot.shows(-1)
 
 
 async def test_many_overlapping_transactions_lose_and_double_nothing(postgres_url: str) -> None:
@@ -187,7 +220,9 @@ async def test_the_place_of_an_idle_group_is_remembered(database_url: str) -> No
             source._remember_at = source._rebalance_at = 0.0
             await source.fetch(reading.held)
             rows = await app.get(Database).read(sa.select(OFFSETS))
-            assert [(row.topic, row.low > 0, row.low == row.high) for row in rows] == [("other", True, True)]
+            assert [(row.topic, Snapshot.parse(row.low).end > 1, row.low == row.high) for row in rows] == [
+                ("other", True, True)
+            ]
 
 
 async def test_a_commit_after_the_lease_was_lost_changes_nothing(database_url: str) -> None:

@@ -170,7 +170,7 @@ class Metadata:
 
     @property
     def offset(self) -> int:
-        """Its place in the partition: rises, but not by one."""
+        """Its place in the partition. On Kafka it rises, but not by one; on `sql` it is unique."""
         return self._record.offset
 
     @property

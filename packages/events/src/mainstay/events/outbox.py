@@ -211,9 +211,8 @@ class OutboxRelay:
 
     async def _drop(self, lane: int) -> None:
         """Let a lane go. Without the release it would be renewed for ever, for a relay that no longer thinks of it."""
-        lease = self._leases.pop(lane, None)
-        if lease is not None:
-            await lease.release()
+        if lane in self._leases:
+            await self._leases.pop(lane).release()
 
     async def _measure_often(self) -> None:
         while True:

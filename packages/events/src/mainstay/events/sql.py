@@ -1,17 +1,15 @@
 """The `sql` transport: a durable partitioned log in the service's own database, shared by its processes.
 
 A row's position is drawn when it is inserted, but the row is seen when its transaction commits, perhaps long after rows
-with higher positions. Whoever reads `position > last` loses it. On PostgreSQL the log is therefore read in *windows* of
-transactions: a window ends below the oldest transaction that still runs, so everything in it has been decided and no
-    row can
-appear in it any more; inside, rows go by position. Of two events of which one was published after the other had been
-committed, the first is in an earlier window or in the same one at a lower position: what order there was is kept, which
-reading by transaction number alone would not do. On SQLite writers take turns, positions are in the order of commits,
-and a window is what is there.
+with higher positions. Whoever reads `position > last` loses it. On PostgreSQL the log is therefore read by *snapshots*:
+what the newer of two snapshots shows and the older one does not is a window, a fixed set of rows, read by position.
+Every row is in exactly one window, whenever it commits, and a transaction that stays open holds up nobody but itself.
+If one event was published after another had been committed, every snapshot that shows the first shows the other too: so
+the other is in an earlier window, or in the same one at a lower position, and what order there was is kept. On SQLite
+writers take turns, so positions are in the order of commits and a snapshot is the highest of them.
 
-A group's place in a partition is a window and a position in it: `low`, `high`, `position`. A long write transaction
-anywhere in the database holds the end of all windows back until it is over, and a dump that is restored into another
-cluster counts transactions anew: then the places of all groups must be set back.
+A group's place in a partition is a window and a position in it: `low`, `high`, `position`. A dump that is restored into
+another cluster counts transactions anew: then the places of all groups must be set back.
 
 Partitions are divided by rank among the live members of a group and held by leases; a commit is fenced by the lease.
 """
@@ -23,10 +21,11 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from mainstay.core import Clock, Health, uuid7
 from mainstay.database import Database, FenceLost, Lease
@@ -123,12 +122,47 @@ class SqlTransport:
             await source.close()
 
 
+class Snapshot(NamedTuple):
+    """Which transactions had ended at some moment; on SQLite, which positions were taken.
+
+    Attributes:
+        end: every transaction from this number on had not begun.
+        running: those below it that had not ended.
+    """
+
+    end: int
+    running: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Snapshot:
+        """The snapshot in PostgreSQL's own form, `xmin:xmax:running,running`."""
+        _, end, running = text.split(":")
+        return cls(int(end), tuple(map(int, running.split(","))) if running else ())
+
+    def __str__(self) -> str:
+        """As `parse` takes it."""
+        return f"{min(self.running, default=self.end)}:{self.end}:{','.join(map(str, self.running))}"
+
+    def shows(self, transaction: int) -> bool:
+        """Whether the transaction had ended."""
+        return transaction < self.end and transaction not in self.running
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Orders snapshots of one database by time: what has ended stays so."""
+        return self.end, -len(self.running)
+
+
+Place = tuple[Snapshot, Snapshot, int]
+_START: Place = (Snapshot(0), Snapshot(0), 0)
+
+
 class _Slot:
     """One partition of one topic, and how far it was read."""
 
     __slots__ = ("assignment", "high", "lease", "low", "position", "remembered")
 
-    def __init__(self, assignment: Assignment, lease: Lease, place: tuple[int, int, int]) -> None:
+    def __init__(self, assignment: Assignment, lease: Lease, place: Place) -> None:
         self.assignment = assignment
         self.lease = lease
         self.low, self.high, self.position = place
@@ -140,7 +174,7 @@ class SqlRecord:
 
     __slots__ = ("_headers", "high", "key", "low", "offset", "partition", "topic", "value")
 
-    def __init__(self, row: Any, low: int, high: int) -> None:
+    def __init__(self, row: Any, low: Snapshot, high: Snapshot) -> None:
         self.topic: str = row.topic
         self.partition: int = row.partition
         self.offset: int = row.position
@@ -199,30 +233,31 @@ class SqlSource:
         if exhausted:
             await self._open_window(exhausted)
         fetched: dict[Assignment, Sequence[Record]] = {}
-        reading = [slot for slot in slots if slot.low < slot.high]
-        for high in sorted({slot.high for slot in reading}):
+        reading = [slot for slot in slots if slot.low != slot.high]
+        for high in sorted({slot.high for slot in reading}, key=_age):
             await self._read_page([slot for slot in reading if slot.high == high], high, fetched)
         if not reading:
             await arrived(arrival, _POLL_SECONDS)
         return fetched
 
     async def _open_window(self, slots: Sequence[_Slot]) -> None:
-        low = min(slot.low for slot in slots)
-        row = (await self._database.read(self._window_statement, {"low": low}))[0]
+        low = min((slot.low for slot in slots), key=_age)
+        row = (await self._database.read(self._window_statement, _seen("low", low)))[0]
+        high = Snapshot.parse(row.high)
         for slot in slots:
-            if row.high <= slot.low:
-                continue
             if row.start is None:  # nothing for anybody up to there
-                slot.low = slot.high = row.high
+                slot.low = slot.high = high
             else:
-                slot.high, slot.position = row.high, row.start - 1
+                slot.high, slot.position = high, row.start - 1
 
-    async def _read_page(self, slots: Sequence[_Slot], high: int, fetched: dict[Assignment, Sequence[Record]]) -> None:
+    async def _read_page(
+        self, slots: Sequence[_Slot], high: Snapshot, fetched: dict[Assignment, Sequence[Record]]
+    ) -> None:
         rows = await self._database.read(
             self._page_statement,
             {
-                "low": min(slot.low for slot in slots),
-                "high": high,
+                **_seen("low", min((slot.low for slot in slots), key=_age)),
+                **_seen("high", high),
                 "position": min(slot.position for slot in slots),
                 "topics": sorted({slot.assignment.topic for slot in slots}),
                 "partitions": sorted({slot.assignment.number for slot in slots}),
@@ -232,7 +267,7 @@ class SqlSource:
         pages: dict[_Slot, list[Record]] = {}
         for row in rows:
             slot = by_place.get((row.topic, row.partition))
-            if slot is not None and row.position > slot.position and row.xid >= slot.low:
+            if slot is not None and row.position > slot.position and not slot.low.shows(row.xid):
                 pages.setdefault(slot, []).append(SqlRecord(row, slot.low, slot.high))
         full = len(rows) == _BATCH
         for slot in slots:
@@ -250,14 +285,14 @@ class SqlSource:
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:
         """See `Source`."""
-        by_lease: dict[Lease, list[tuple[_Slot, tuple[int, int, int]]]] = {}
+        by_lease: dict[Lease, list[tuple[_Slot, Place]]] = {}
         for assignment, record in finished.items():
             slot = self._slots.get(assignment)
             if slot is not None and isinstance(record, SqlRecord):
                 by_lease.setdefault(slot.lease, []).append((slot, (record.low, record.high, record.offset)))
         await self._store(by_lease)
 
-    async def _store(self, by_lease: Mapping[Lease, Sequence[tuple[_Slot, tuple[int, int, int]]]]) -> None:
+    async def _store(self, by_lease: Mapping[Lease, Sequence[tuple[_Slot, Place]]]) -> None:
         statement = tables.COMMIT_OFFSET[self._database.dialect]
         for lease, places in by_lease.items():
             rows = [
@@ -265,8 +300,8 @@ class SqlSource:
                     "group_name": self._group,
                     "topic": slot.assignment.topic,
                     "partition": slot.assignment.number,
-                    "low": low,
-                    "high": high,
+                    "low": str(low),
+                    "high": str(high),
                     "position": position,
                 }
                 for slot, (low, high, position) in places
@@ -320,11 +355,11 @@ class SqlSource:
         except BaseException:
             await lease.release()
             raise
-        places = {row.topic: (row.low, row.high, row.position) for row in rows}
+        places = {row.topic: (Snapshot.parse(row.low), Snapshot.parse(row.high), row.position) for row in rows}
         self._leases[number] = lease
         for topic in self._topics:
             assignment = self._reader.assigned(topic, number)
-            self._slots[assignment] = _Slot(assignment, lease, places.get(topic, (0, 0, 0)))
+            self._slots[assignment] = _Slot(assignment, lease, places.get(topic, _START))
 
     async def _give_up(self, leases: Sequence[Lease]) -> None:
         assignments = self._of(leases)
@@ -351,7 +386,7 @@ class SqlSource:
         self._slots = {assignment: slot for assignment, slot in self._slots.items() if slot.lease is not lease}
 
     async def _remember_idle(self) -> None:
-        idle: dict[Lease, list[tuple[_Slot, tuple[int, int, int]]]] = {}
+        idle: dict[Lease, list[tuple[_Slot, Place]]] = {}
         for assignment, slot in self._slots.items():
             place = (slot.low, slot.high, slot.position)
             if (
@@ -371,10 +406,24 @@ class SqlSource:
         await self._database.write(tables.LEAVE_GROUP, {"of_group": self._group, "leaver": self._member})
 
 
-def _statements(order: sa.ColumnElement[int], end: sa.ColumnElement[int]) -> tuple[sa.Executable, sa.Executable]:
-    low = sa.bindparam("low", type_=sa.BigInteger)
-    started = sa.select(sa.func.min(LOG.c.position)).where(order >= low, order < end).scalar_subquery()
-    window = sa.select(end.label("high"), started.label("start"))
+def _age(snapshot: Snapshot) -> tuple[int, int]:
+    return snapshot.age
+
+
+def _seen(name: str, snapshot: Snapshot) -> dict[str, object]:
+    return {name: snapshot.end, f"{name}_running": list(snapshot.running)}
+
+
+def _statements(
+    order: sa.ColumnElement[int],
+    now: sa.ColumnElement[str],
+    fresh: sa.ColumnElement[bool],
+    shown: sa.ColumnElement[bool],
+) -> tuple[sa.Executable, sa.Executable]:
+    """The statements that open a window after the snapshot `low`, and that read a page of it up to `high`."""
+    window = sa.select(
+        now.label("high"), sa.select(sa.func.min(LOG.c.position)).where(fresh).scalar_subquery().label("start")
+    )
     page = (
         sa.select(
             LOG.c.position,
@@ -387,8 +436,8 @@ def _statements(order: sa.ColumnElement[int], end: sa.ColumnElement[int]) -> tup
         )
         .where(
             LOG.c.position > sa.bindparam("position", type_=sa.BigInteger),
-            order >= low,
-            order < sa.bindparam("high", type_=sa.BigInteger),
+            fresh,
+            shown,
             LOG.c.topic.in_(sa.bindparam("topics", expanding=True)),
             LOG.c.partition.in_(sa.bindparam("partitions", expanding=True)),
         )
@@ -398,13 +447,23 @@ def _statements(order: sa.ColumnElement[int], end: sa.ColumnElement[int]) -> tup
     return window, page
 
 
+_LOW = sa.bindparam("low", type_=sa.BigInteger)
+_HIGH = sa.bindparam("high", type_=sa.BigInteger)
 _STATEMENTS = {
+    # The window's start is taken from what its own snapshot shows: a statement sees nothing else.
     "postgresql": _statements(
-        LOG.c.xid, sa.literal_column("pg_snapshot_xmin(pg_current_snapshot())::text::bigint", sa.BigInteger)
+        LOG.c.xid,
+        sa.literal_column("pg_current_snapshot()::text", sa.Text),
+        sa.or_(LOG.c.xid >= _LOW, LOG.c.xid == sa.any_(sa.bindparam("low_running", type_=ARRAY(sa.BigInteger)))),
+        sa.and_(LOG.c.xid < _HIGH, LOG.c.xid != sa.all_(sa.bindparam("high_running", type_=ARRAY(sa.BigInteger)))),
     ),
     "sqlite": _statements(
         LOG.c.position,
-        sa.select(sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1).correlate(None).scalar_subquery(),
+        sa.select(sa.func.printf("0:%d:", sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1))
+        .correlate(None)
+        .scalar_subquery(),
+        LOG.c.position >= _LOW,
+        LOG.c.position < _HIGH,
     ),
 }
 

@@ -45,8 +45,8 @@ OFFSETS = sa.Table(
     sa.Column("group_name", sa.Text, primary_key=True),
     sa.Column("topic", sa.Text, primary_key=True),
     sa.Column("partition", sa.Integer, primary_key=True),
-    sa.Column("low", sa.BigInteger, nullable=False),
-    sa.Column("high", sa.BigInteger, nullable=False),
+    sa.Column("low", sa.Text, nullable=False),
+    sa.Column("high", sa.Text, nullable=False),
     sa.Column("position", sa.BigInteger, nullable=False),
 )
 MEMBERS = sa.Table(
