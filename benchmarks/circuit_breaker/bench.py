@@ -125,7 +125,7 @@ def keyed(keys: int) -> tuple[float, int]:
 
 
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
-    rounds, calls = (3, 5_000) if quick else (11, 100_000)
+    rounds, calls = (3, 5_000) if quick else (11, 50_000)
     peer_calls = calls // 4
     counted = CircuitBreaker("counted", BreakerConfig(window_calls=100))(work_async)
     timed = CircuitBreaker("timed")(work_async)
@@ -186,7 +186,10 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             yield await beside(f"four policies, beside {stack}", awaited(four, calls // 4), stack, theirs, 1.0)
 
     number = 1_000 if quick else 10_000
-    yield row("memory of a circuit", "bytes", bytes_each(lambda: circuits(number)), goal=1024)
+    config = BreakerConfig()
+    breakers = bytes_each(lambda: [CircuitBreaker("memory", config) for _ in range(number)])
+    yield row("memory of a breaker", "bytes", breakers, goal=1024)
+    yield row("memory of a circuit of a keyed breaker", "bytes", bytes_each(lambda: circuits(number)), goal=1024)
     keys = 10_000 if quick else 100_000
     size, kept = await asyncio.to_thread(keyed, keys)
     assert kept == keys

@@ -65,11 +65,11 @@ async def test_the_environment_configures_what_code_left_open(
         assert named.config == BreakerConfig(failure_ratio=0.3, slow_seconds=2)
         assert coded.config.minimum_calls == 4
         assert plain.config.minimum_calls == 7
-        assert named.clock is clock
+        assert named.rules.clock is clock
         await guarded.call(Dependency())
         assert app.get(CircuitBreakerService).get_metrics("plain")["success"] == 1
     assert (named.config.minimum_calls, plain.config) == (3, BreakerConfig())
-    assert named.clock is not clock
+    assert named.rules.clock is not clock
 
 
 async def test_mistakes_are_named_at_start() -> None:

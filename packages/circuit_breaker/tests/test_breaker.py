@@ -265,6 +265,13 @@ def test_windows_keep_what_they_hold_when_resized() -> None:
     assert window.totals(9.0) == (calls, failures, 0)
     assert window.totals(200.0) == (0, 0, 0)
 
+    long_lived = TimeWindow(10.0, 0, 0.0)
+    long_lived.successes = 2**33 + 2**32 - 5
+    long_lived.turn(1.0)
+    long_lived.successes += 10  # past a multiple of 2**32, which is as much of a counter as the window keeps
+    long_lived.turn(10.5)
+    assert long_lived.totals(10.5) == (10, 0, 0)
+
     counting = CountWindow(10, 0)
     counting.successes += 8
     counting.fail(0.0)

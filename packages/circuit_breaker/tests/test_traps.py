@@ -10,6 +10,7 @@ import weakref
 from collections.abc import AsyncIterator
 
 import pytest
+import tenacity
 
 from mainstay.circuit_breaker import (
     BreakerConfig,
@@ -404,7 +405,6 @@ async def test_semaphores(clock: VirtualClock) -> None:
 
 async def test_retry_engines(clock: VirtualClock) -> None:
     """Tenacity's own objects decide, and even one that would retry a cancellation cannot make the loop do it."""
-    tenacity = pytest.importorskip("tenacity")
     clocked = Retry(
         attempts=10,
         wait=tenacity.wait_fixed(2) + tenacity.wait_fixed(1),

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import REGISTRY, Collector
 
 from mainstay.circuit_breaker.breaker import OUTCOMES, CircuitBreaker, KeyedBreaker, all_breakers
+from mainstay.circuit_breaker.circuit import State
 
 MAX_NAMES = 200
 
@@ -38,7 +39,7 @@ class _Collector(Collector):
             name = self._label(breaker)
             for outcome, value in breaker.totals().items():
                 calls[name, outcome] = calls.get((name, outcome), 0) + value
-            for state, value in breaker.rules.moves.items():
+            for state, value in zip(State, breaker.rules.moves, strict=True):
                 moves[name, state] = moves.get((name, state), 0) + value
                 states.setdefault((name, state), 0)
             for circuit in breaker.circuits():

@@ -25,27 +25,43 @@ _log = logging.getLogger("mainstay.circuit_breaker")
 class Rules:
     """What the circuits of one breaker share."""
 
-    __slots__ = ("answers", "config", "failed_result", "failures", "listeners", "moves", "moves_lock", "name", "now")
+    __slots__ = (
+        "answers",
+        "clock",
+        "config",
+        "failed_result",
+        "failures",
+        "listeners",
+        "moves",
+        "name",
+        "now",
+        "own_config",
+    )
 
     def __init__(
         self,
         name: str,
-        config: BreakerConfig,
+        config: BreakerConfig | None,
         *,
         failures: Errors,
         answers: Errors,
         failed_result: Callable[[Any], bool] | None,
-        now: Callable[[], float],
+        clock: Clock,
     ) -> None:
         self.name = name
-        self.config = config
+        self.own_config = config  # what the breaker was written with, if anything
+        self.config = config or BreakerConfig()
         self.failures = failures
         self.answers = answers
         self.failed_result = failed_result
-        self.now = now
+        self.use(clock)
         self.listeners: tuple[Callable[[StateChange], object], ...] = ()
-        self.moves = dict.fromkeys(State, 0)  # how often a circuit entered each state
-        self.moves_lock = threading.Lock()
+        self.moves: Sequence[int] = _NO_MOVES  # how often a circuit entered each state, in their order
+
+    def use(self, clock: Clock) -> None:
+        """Measure with `clock`, without a layer of Python around the system's."""
+        self.clock = clock
+        self.now: Callable[[], float] = time.monotonic if type(clock) is Clock else clock.monotonic
 
     def judge(self, error: BaseException) -> Verdict:
         """What `error` says about the dependency."""
@@ -62,8 +78,9 @@ class Rules:
 
     def announce(self, change: StateChange) -> None:
         """Log, count and tell the listeners; what a listener raises reaches nobody's call."""
-        with self.moves_lock:
-            self.moves[change.after] += 1
+        if not isinstance(self.moves, list):
+            self.moves = list(self.moves)
+        self.moves[_PLACES[change.after]] += 1
         level = logging.WARNING if change.after in {State.OPEN, State.FORCED_OPEN} else logging.INFO
         of = change.name if change.key is None else f"{change.name}[{change.key}]"
         facts = {"breaker": change.name, "before": change.before.value, "after": change.after.value}
@@ -79,7 +96,7 @@ class _Ruled(Policy):
     """What both kinds of breaker have: rules, listeners, reload, and at most one App."""
 
     rules: Rules
-    clock: Clock
+    _binding: Binding[object] | None = None  # made when an App first wants it: most breakers of a test never meet one
 
     def _rule(
         self,
@@ -98,17 +115,7 @@ class _Ruled(Policy):
             if not are_exceptions(kinds):
                 msg = f"CircuitBreaker({name!r}): {field} is a tuple of Exception classes, not {kinds!r}"
                 raise TypeError(msg)
-        self.own_config = config
-        self.clock = clock
-        self._binding: Binding[object] = Binding(f"CircuitBreaker({name!r})", remedy="a breaker also works unbound")
-        return Rules(
-            name,
-            config or BreakerConfig(),
-            failures=failures,
-            answers=answers,
-            failed_result=failed_result,
-            now=_monotonic(clock),
-        )
+        return Rules(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
 
     @property
     def name(self) -> str:
@@ -158,8 +165,10 @@ class _Ruled(Policy):
         Raises:
             ConfigurationError: it belongs to another running App.
         """
+        if self._binding is None:
+            self._binding = Binding(repr(self), remedy="a breaker also works unbound")
         with self._binding.to(owner):
-            before, clock_before = self.rules.config, self.clock
+            before, clock_before = self.rules.config, self.rules.clock
             self._use(clock)
             self.reload(config)
             try:
@@ -169,9 +178,8 @@ class _Ruled(Policy):
                 self.reload(before)
 
     def _use(self, clock: Clock) -> None:
-        if clock is not self.clock:
-            self.clock = clock
-            self.rules.now = _monotonic(clock)
+        if clock is not self.rules.clock:
+            self.rules.use(clock)
             for circuit in self.circuits():
                 circuit._reclocked()
 
@@ -388,6 +396,5 @@ def _register(breaker: CircuitBreaker | KeyedBreaker) -> None:
         _all.add(breaker)
 
 
-def _monotonic(clock: Clock) -> Callable[[], float]:
-    """The clock's reading, without a layer of Python around the system's."""
-    return time.monotonic if type(clock) is Clock else clock.monotonic
+_NO_MOVES = (0,) * len(State)
+_PLACES = {state: place for place, state in enumerate(State)}

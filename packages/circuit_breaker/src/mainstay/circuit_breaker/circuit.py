@@ -110,6 +110,7 @@ class Probe:
 
 Ticket = CountWindow | TimeWindow | Probe
 
+_NEVER = -inf
 _COUNTING = frozenset({State.CLOSED, State.RAMPING})
 _OPEN_TO_ALL = frozenset({State.CLOSED, State.DISABLED})
 _SPOKEN = {state: state.value.replace("_", " ") for state in State}
@@ -158,7 +159,7 @@ class Circuit:
         self._breaks = 0  # breaks since it was last closed
         # The break's end while it is open, else long past: a call that asks earlier is rejected without a lock. One
         # that sees the end a moment late loses nothing.
-        self.shut_until = -inf
+        self.shut_until = _NEVER
         self._asked = 0.0  # when the last rejected call asked
         self._share = 1.0
         self._credit = 0.0
@@ -400,7 +401,7 @@ class Circuit:
     def _enter(self, to: State, reason: str, break_seconds: float | None = None) -> StateChange:
         before, self.state, self.reason = self.state, to, reason
         self.window = None  # first: from here on nobody is let through by the fast path
-        self.shut_until = -inf
+        self.shut_until = _NEVER
         if before is State.RAMPING and to is State.CLOSED:
             pass  # the calls of the ramp are evidence about the same, recovered dependency
         else:

@@ -44,7 +44,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
 
     def config_of(self, breaker: CircuitBreaker | KeyedBreaker) -> BreakerConfig:
         """The settings by its name, else the configuration it was written with, else the settings' defaults."""
-        return self.settings.breakers.get(breaker.name) or breaker.own_config or self.settings.defaults
+        return self.settings.breakers.get(breaker.name) or breaker.rules.own_config or self.settings.defaults
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object]]:

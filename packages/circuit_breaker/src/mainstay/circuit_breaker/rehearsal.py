@@ -24,6 +24,7 @@ from typing import TextIO
 from mainstay.circuit_breaker.breaker import Rules
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Ticket
 from mainstay.circuit_breaker.settings import BreakerConfig
+from mainstay.core import Clock
 
 __all__ = ["Move", "Record", "Rehearsal", "Suggestion", "read_trace", "rehearse", "suggest"]
 
@@ -93,25 +94,38 @@ class Rehearsal:
         return "\n".join(lines)
 
 
+class _TraceClock(Clock):
+    """The trace's time."""
+
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def monotonic(self) -> float:
+        return self.at
+
+
 class _Notes(Rules):
     """Rules whose circuit tells nobody: no log, no listener, no metric."""
 
-    __slots__ = ("at", "changes")
+    __slots__ = ("changes", "time")
 
     def __init__(self, config: BreakerConfig) -> None:
-        super().__init__("rehearsal", config, failures=(), answers=(), failed_result=None, now=lambda: self.at)
-        self.at = 0.0
+        self.time = _TraceClock()
+        super().__init__("rehearsal", config, failures=(), answers=(), failed_result=None, clock=self.time)
         self.changes: list[Move] = []
 
     def announce(self, change: StateChange) -> None:
-        self.changes.append(Move(self.at, change.after, change.reason))
+        self.changes.append(Move(self.time.at, change.after, change.reason))
 
 
 def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
     """Feed a trace to a circuit with `config`; breaks are without jitter, so that the answer is always the same."""
     rules = _Notes(BreakerConfig.model_validate(config.model_dump() | {"break_jitter": 0.0}))
+    time = rules.time
     records = sorted(trace)
-    rules.at = records[0].at if records else 0.0
+    time.at = records[0].at if records else 0.0
     circuit = Circuit(rules)
     report = Rehearsal(config)
     first_failure = math.inf
@@ -120,7 +134,7 @@ def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
     def settle(until: float) -> None:
         while ends and ends[0][0] <= until:
             at, _, ticket, record = heapq.heappop(ends)
-            rules.at = max(rules.at, at)
+            time.at = max(time.at, at)
             if record.failed:
                 circuit._failed(ticket, record.seconds, "a recorded failure")
             else:
@@ -128,7 +142,7 @@ def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
 
     for number, record in enumerate(records):
         settle(record.at)
-        rules.at = record.at
+        time.at = record.at
         report.calls += 1
         report.failures += record.failed
         if record.failed:

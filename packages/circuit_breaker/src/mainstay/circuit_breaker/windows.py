@@ -14,6 +14,8 @@ from array import array
 BUCKETS = 10
 """Turns of a time window per length: it covers between 0.9 and 1.0 of its seconds."""
 
+_32_BITS = 0xFFFF_FFFF  # marks keep that much of a counter: half the memory, and differences come out right
+
 Totals = tuple[int, int, int]
 """Calls, failures and slow calls in the window."""
 
@@ -133,7 +135,7 @@ class TimeWindow:
         self._streak_at = 0
         self._slow = 0
         self._index = 0
-        self._marks = array("q", bytes(8 * 3 * BUCKETS))
+        self._marks = array("I", bytes(4 * 3 * BUCKETS))
 
     def turn(self, now: float) -> None:
         """Begin the bucket that `now` falls into."""
@@ -141,7 +143,7 @@ class TimeWindow:
             return
         width = self.seconds / BUCKETS
         turns = int((now - self.edge) / width) + 1
-        mark = array("q", (self.successes, self.failures, self._slow))
+        mark = array("I", (self.successes & _32_BITS, self.failures & _32_BITS, self._slow & _32_BITS))
         for _ in range(min(turns, BUCKETS)):
             self._index = (self._index + 1) % BUCKETS
             self._marks[3 * self._index : 3 * self._index + 3] = mark
@@ -164,8 +166,8 @@ class TimeWindow:
         self.turn(now)
         oldest = 3 * ((self._index + 1) % BUCKETS)
         successes, failures, slow = self._marks[oldest : oldest + 3]
-        failed = self.failures - failures
-        return self.successes - successes + failed, failed, self._slow - slow
+        failed = (self.failures - failures) & _32_BITS
+        return ((self.successes - successes) & _32_BITS) + failed, failed, (self._slow - slow) & _32_BITS
 
     def resize(self, seconds: float, now: float) -> None:
         """Keep what is younger than `seconds`; each bucket moves whole, to where its youngest call belongs."""
@@ -174,7 +176,7 @@ class TimeWindow:
         counted = (self.successes, self.failures, self._slow)
         began = self.edge - width
         # For each new bucket, oldest first: what the counters said when it began.
-        marks = array("q", bytes(8 * 3 * BUCKETS))
+        marks = array("I", bytes(4 * 3 * BUCKETS))
         for position in range(BUCKETS):
             start = now - (BUCKETS - 1 - position) * new_width if position < BUCKETS - 1 else now
             # The newest old bucket that began no later than `start` holds the reading; before the oldest, the oldest's.
