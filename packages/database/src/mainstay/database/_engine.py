@@ -22,6 +22,8 @@ from sqlalchemy.pool import PoolResetState
 from mainstay.core import ConfigurationError
 from mainstay.database.settings import DatabaseSettings, variable_of_url
 
+CONNECT_SECONDS = 10.0  # how long making a connection may take; it is no write that somebody waits for
+
 
 class Address:
     """Where the database is, once the App has started.
@@ -115,7 +117,7 @@ async def postgres_connection(address: Address, *, pooled: bool, timeout_seconds
     return connection
 
 
-async def behind_pooler(address: Address, timeout_seconds: float) -> bool:
+async def behind_pooler(address: Address) -> bool:
     """Whether a pooler such as PgBouncer stands before the server: then prepared statements do not last.
 
     A pooler invents the process id by which its client could cancel a query; the server knows its own.
@@ -124,8 +126,8 @@ async def behind_pooler(address: Address, timeout_seconds: float) -> bool:
         ConfigurationError: the database cannot be reached.
     """
     try:
-        async with asyncio.timeout(timeout_seconds):
-            connection = await postgres_connection(address, pooled=True, timeout_seconds=timeout_seconds)
+        async with asyncio.timeout(CONNECT_SECONDS):
+            connection = await postgres_connection(address, pooled=True, timeout_seconds=CONNECT_SECONDS)
             try:
                 (row,) = await connection.fetch("SELECT pg_backend_pid()")
                 return bool(row[0] != connection.get_server_pid())
@@ -156,14 +158,16 @@ def pooler_arguments() -> dict[str, Any]:
 
 def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -> AsyncEngine:
     """The engine; with `pooled` it relies on nothing that a transaction pooler forgets."""
-    arguments: dict[str, Any] = {"timeout": settings.busy_timeout_seconds}
+    # SQLite waits for locks so long, asyncpg for the connection.
+    sqlite = address.dialect == "sqlite"
+    arguments: dict[str, Any] = {"timeout": settings.busy_timeout_seconds if sqlite else CONNECT_SECONDS}
     if pooled:
         arguments |= pooler_arguments()
     engine = create_async_engine(
         address.url,
         # Whoever closes a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
         # always would ask SQLite's thread once more each time.
-        pool_reset_on_return=None if address.dialect == "sqlite" else "rollback",
+        pool_reset_on_return=None if sqlite else "rollback",
         pool_size=settings.pool_size,
         max_overflow=0,
         pool_timeout=settings.pool_timeout_seconds,
@@ -172,7 +176,7 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
     )
     event.listen(engine.sync_engine, "handle_error", _note_refusal)
     event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)
-    if address.dialect == "sqlite":
+    if sqlite:
         _prepare_sqlite(engine, address.synchronous)
     else:
         event.listen(engine.sync_engine, "checkout", _refuse_closed)

@@ -111,6 +111,7 @@ class Database:
         self._statements = statements
         self._turn = turn
         self._writing = self._reading = engine
+        self._to_write = None if turn is None else _WRITE
         if turn is not None:
             self._writing = engine.execution_options(**_WRITE)
             self._reading = engine.execution_options(mainstay_begin="")
@@ -168,7 +169,7 @@ class Database:
         try:
             try:
                 # Now, not with the first statement: who must wait or cannot begin learns it before doing anything.
-                connection = await session.connection(execution_options=_WRITE)
+                connection = await session.connection(execution_options=self._to_write)
             except _REFUSED as error:
                 raise _translated(error) from error
             connection.info.pop(REFUSED, None)  # of somebody before

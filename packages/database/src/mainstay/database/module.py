@@ -53,7 +53,7 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         except sqlite3.Error as error:
             raise unreachable(address, error) from error
     else:
-        pooled = await behind_pooler(address, busy)
+        pooled = await behind_pooler(address)
     engine = make_engine(address, settings, pooled=pooled)
     event.listen(engine.sync_engine, "checkout", _checked_out)
     event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin

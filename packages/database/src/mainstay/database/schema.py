@@ -161,7 +161,7 @@ async def _engine(url: str) -> AsyncEngine:
         engine = create_async_engine(parsed, poolclass=NullPool, connect_args={"timeout": 30})
         begin_events(engine)
         return engine
-    pooled = await behind_pooler(Address(parsed), 10.0)
+    pooled = await behind_pooler(Address(parsed))
     return create_async_engine(
         parsed, poolclass=NullPool, hide_parameters=True, connect_args=pooler_arguments() if pooled else {}
     )
