@@ -156,9 +156,8 @@ class OutboxRelay:
         _log.warning("the outbox could not be relayed, again in %.1f s: %s", delay, self._trouble)
 
     async def _take_lanes(self) -> None:
-        for lane, lease in list(self._leases.items()):
-            if not lease.held:
-                await self._drop(lane)
+        for lane in [lane for lane, lease in self._leases.items() if not lease.held]:
+            await self._drop(lane)
         now = self._clock.monotonic()
         if len(self._leases) == LANES or now < self._lanes_at:
             return
