@@ -39,6 +39,8 @@ from mainstay.events.transport import Arrivals, Reader, arrived, partition_of
 _log = logging.getLogger("mainstay.events")
 
 _BATCH = 500
+_BACKLOG = 1000
+"""From so many new rows on, the beginning of a window is looked for in another way."""
 _POLL_SECONDS = 0.2
 _REBALANCE_SECONDS = 1.0
 _REMEMBER_SECONDS = 30.0
@@ -243,12 +245,15 @@ class SqlSource:
     async def _open_window(self, slots: Sequence[_Slot]) -> None:
         low = min((slot.low for slot in slots), key=_age)
         row = (await self._database.read(self._window_statement, _seen("low", low)))[0]
-        high = Snapshot.parse(row.high)
+        high, start = Snapshot.parse(row.high), row.start
+        if row.found >= _BACKLOG:
+            backlog = (await self._database.read(_START_OF_BACKLOG, {"low": low.end}))[0].start
+            start = start if backlog is None else min(start, backlog)
         for slot in slots:
-            if row.start is None:  # nothing for anybody up to there
+            if start is None:  # nothing for anybody up to there
                 slot.low = slot.high = high
             else:
-                slot.high, slot.position = high, row.start - 1
+                slot.high, slot.position = high, start - 1
 
     async def _read_page(
         self, slots: Sequence[_Slot], high: Snapshot, fetched: dict[Assignment, Sequence[Record]]
@@ -414,58 +419,54 @@ def _seen(name: str, snapshot: Snapshot) -> dict[str, object]:
     return {name: snapshot.end, f"{name}_running": list(snapshot.running)}
 
 
-def _statements(
-    order: sa.ColumnElement[int],
-    now: sa.ColumnElement[str],
-    fresh: sa.ColumnElement[bool],
-    shown: sa.ColumnElement[bool],
-) -> tuple[sa.Executable, sa.Executable]:
-    """The statements that open a window after the snapshot `low`, and that read a page of it up to `high`."""
-    window = sa.select(
-        now.label("high"), sa.select(sa.func.min(LOG.c.position)).where(fresh).scalar_subquery().label("start")
-    )
-    page = (
-        sa.select(
-            LOG.c.position,
-            order.label("xid"),
-            LOG.c.topic,
-            LOG.c.partition,
-            LOG.c.key,
-            LOG.c.value,
-            LOG.c.headers,
-        )
+def _page(order: sa.ColumnElement[int], *window: sa.ColumnElement[bool]) -> sa.Executable:
+    """The statement that reads a page of a window."""
+    columns = (LOG.c.position, LOG.c.topic, LOG.c.partition, LOG.c.key, LOG.c.value, LOG.c.headers)
+    return (
+        sa.select(order.label("xid"), *columns)
         .where(
             LOG.c.position > sa.bindparam("position", type_=sa.BigInteger),
-            fresh,
-            shown,
+            *window,
             LOG.c.topic.in_(sa.bindparam("topics", expanding=True)),
             LOG.c.partition.in_(sa.bindparam("partitions", expanding=True)),
         )
         .order_by(LOG.c.position)
         .limit(_BATCH)
     )
-    return window, page
 
 
 _LOW = sa.bindparam("low", type_=sa.BigInteger)
 _HIGH = sa.bindparam("high", type_=sa.BigInteger)
-_STATEMENTS = {
-    # The window's start is taken from what its own snapshot shows: a statement sees nothing else.
-    "postgresql": _statements(
-        LOG.c.xid,
-        sa.literal_column("pg_current_snapshot()::text", sa.Text),
-        sa.or_(LOG.c.xid >= _LOW, LOG.c.xid == sa.any_(sa.bindparam("low_running", type_=ARRAY(sa.BigInteger)))),
-        sa.and_(LOG.c.xid < _HIGH, LOG.c.xid != sa.all_(sa.bindparam("high_running", type_=ARRAY(sa.BigInteger)))),
-    ),
-    "sqlite": _statements(
-        LOG.c.position,
-        sa.select(sa.func.printf("0:%d:", sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1))
-        .correlate(None)
-        .scalar_subquery(),
-        LOG.c.position >= _LOW,
-        LOG.c.position < _HIGH,
-    ),
-}
+
+
+def _on_sqlite() -> tuple[sa.Executable, sa.Executable]:
+    """The statements that open a window after the snapshot `low`, and that read a page of it up to `high`."""
+    end = sa.select(sa.func.coalesce(sa.func.max(LOG.c.position), 0) + 1).scalar_subquery()
+    start = sa.select(sa.func.min(LOG.c.position)).where(LOG.c.position >= _LOW).scalar_subquery()
+    window = sa.select(sa.func.printf("0:%d:", end).label("high"), start.label("start"), sa.literal(0).label("found"))
+    return window, _page(LOG.c.position, LOG.c.position >= _LOW, LOG.c.position < _HIGH)
+
+
+def _on_postgresql() -> tuple[sa.Executable, sa.Executable]:
+    """The same. What a window holds is what the opening statement itself sees.
+
+    Its start is looked for through the index by transaction only: a plain `min(position)` may be planned as a
+    walk along the positions, which for an idle group is the whole log at every poll.
+    """
+    begun = LOG.c.xid == sa.any_(sa.bindparam("low_running", type_=ARRAY(sa.BigInteger)))
+    ended = LOG.c.xid != sa.all_(sa.bindparam("high_running", type_=ARRAY(sa.BigInteger)))
+    later = sa.select(LOG.c.position).where(LOG.c.xid >= _LOW).order_by(LOG.c.xid).limit(_BACKLOG).subquery()
+    fresh = sa.union_all(sa.select(later.c.position), sa.select(LOG.c.position).where(begun)).subquery()
+    now = sa.literal_column("pg_current_snapshot()::text", sa.Text)
+    window = sa.select(
+        now.label("high"), sa.func.min(fresh.c.position).label("start"), sa.func.count().label("found")
+    ).select_from(fresh)
+    return window, _page(LOG.c.xid, sa.or_(LOG.c.xid >= _LOW, begun), LOG.c.xid < _HIGH, ended)
+
+
+_STATEMENTS = {"postgresql": _on_postgresql(), "sqlite": _on_sqlite()}
+# Where there is a backlog every plan finds its beginning quickly; what was committed since can only make it lower.
+_START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)
 
 
 async def swept(delete: Callable[[], Awaitable[None]], draining: asyncio.Event) -> None:
