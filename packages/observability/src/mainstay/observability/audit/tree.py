@@ -1,9 +1,8 @@
-"""The stored tree: hashes of any range of the log, read from as few rows as possible."""
+"""The stored tree: hashes of any range of the log, in as few reads as possible."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import sqlalchemy as sa
 
@@ -48,7 +47,9 @@ async def leaves(database: Database, low: int, high: int) -> list[bytes]:
         TamperedLog: one of them is missing.
     """
     rows = await database.read(_LEAVES, {"low": low, "high": high})
-    _complete(rows, low, high, "entry")
+    if len(rows) != high - low:
+        msg = f"the audit log lacks {high - low - len(rows)} of the entries {low} to {high - 1}"
+        raise TamperedLog(msg)
     return [bytes(row.data) for row in rows]
 
 
@@ -58,38 +59,53 @@ async def latest_checkpoint(database: Database) -> tuple[int, str] | None:
     return (rows[0].number, rows[0].note) if rows else None
 
 
-async def range_hash(database: Database, low: int, high: int) -> bytes:
-    """The hash of the tree over the entries [low, high), as it is within any tree that contains them so.
+async def proof(database: Database, ranges: Sequence[Range]) -> list[bytes]:
+    """The hashes of the trees over these ranges of entries: what a proof consists of.
 
     Raises:
         TamperedLog: a row that must be there is missing.
     """
-    return fold([await _subtree(database, level, position) for level, position in subtrees(low, high)])
-
-
-async def proof(database: Database, ranges: Sequence[Range]) -> list[bytes]:
-    """The hashes of a proof."""
-    return [await range_hash(database, low, high) for low, high in ranges]
+    blocks = _Blocks(database)
+    return [fold([await blocks.subtree(*each) for each in subtrees(low, high)]) for low, high in ranges]
 
 
 async def frontier(database: Database, size: int) -> Frontier:
-    """The growing edge of the tree with `size` leaves."""
-    return Frontier(size, [await _subtree(database, level, position) for level, position in subtrees(0, size)])
+    """The growing edge of the tree with `size` leaves.
+
+    Raises:
+        TamperedLog: a row that must be there is missing.
+    """
+    blocks = _Blocks(database)
+    return Frontier(size, [await blocks.subtree(*each) for each in subtrees(0, size)])
 
 
-async def _subtree(database: Database, level: int, position: int) -> bytes:
-    base = level // STORED_LEVELS * STORED_LEVELS
-    low, high = position << (level - base), (position + 1) << (level - base)
-    if base == 0:
-        return perfect([leaf_hash(data) for data in await leaves(database, low, high)])
-    rows = await database.read(_NODES, {"level": base, "low": low, "high": high})
-    _complete(rows, low, high, f"node of level {base}")
-    return perfect([bytes(row.hash) for row in rows])
+class _Blocks:
+    """Hashes of leaves and stored nodes, read 256 at a time and kept: the ranges of a proof are neighbours."""
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known: dict[tuple[int, int], dict[int, bytes]] = {}
 
-def _complete(rows: Sequence[Any], low: int, high: int, what: str) -> None:
-    places = [cast("int", row[0]) for row in rows]
-    if places != list(range(low, high)):
-        missing = next(place for place in range(low, high) if place not in places)
-        msg = f"the audit log lacks {what} {missing}"
-        raise TamperedLog(msg)
+    async def subtree(self, level: int, position: int) -> bytes:
+        """The hash of a complete subtree, from the stored level below it; all it needs lies in one block."""
+        base = level // STORED_LEVELS * STORED_LEVELS
+        low, high = position << (level - base), (position + 1) << (level - base)
+        hashes = await self._block(base, low >> STORED_LEVELS)
+        missing = next((place for place in range(low, high) if place not in hashes), None)
+        if missing is not None:
+            msg = f"the audit log lacks {f'node of level {base}' if base else 'entry'} {missing}"
+            raise TamperedLog(msg)
+        return perfect([hashes[place] for place in range(low, high)])
+
+    async def _block(self, base: int, number: int) -> dict[int, bytes]:
+        found = self._known.get((base, number))
+        if found is None:
+            ends = {"low": number << STORED_LEVELS, "high": (number + 1) << STORED_LEVELS}
+            if base == 0:
+                rows = await self._database.read(_LEAVES, ends)
+                found = {row.leaf: leaf_hash(bytes(row.data)) for row in rows}
+            else:
+                rows = await self._database.read(_NODES, {"level": base, **ends})
+                found = {row.position: bytes(row.hash) for row in rows}
+            self._known[base, number] = found
+        return found
