@@ -167,10 +167,13 @@ async def test_reload_changes_the_shape_of_what_is_decorated(clock: VirtualClock
     assert "took longer than 1 s" in breaker.reason
     assert breaker.totals()["success"] == 9
     breaker.reset()
-    breaker.reload(BreakerConfig())
+    under_way = asyncio.create_task(call(50))
+    await asyncio.sleep(0)
+    breaker.reload(BreakerConfig())  # what is under way was compiled to compare with a limit that is no more
     task = asyncio.create_task(call(50))
     await clock.advance(50)
     await task
+    await under_way
     assert breaker.snapshot().slow == 0
 
 

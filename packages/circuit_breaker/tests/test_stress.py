@@ -218,3 +218,42 @@ async def test_a_thousand_tasks_through_a_full_pipeline() -> None:
     assert (len(counted), len(rejected), max(counted)) == (100, 900, 10)
     assert breaker.totals() == {"success": 100, "failure": 0, "neutral": 900, "late": 0, "rejected": 0}
     assert not [result for result in results if isinstance(result, Rejected) and not result.no_effect]
+
+
+def test_reloads_under_load_lose_no_count() -> None:
+    """While six threads call, the window changes its kind, its length and its features a few hundred times."""
+    breaker = CircuitBreaker("stress", NEVER)
+    each = 3000
+    finished: list[int] = []
+    done = threading.Event()
+
+    @breaker
+    def call(number: int) -> None:
+        if number % 4 == 0:
+            raise Boom
+
+    def work(index: int) -> None:
+        if index == 0:
+            changes: list[dict[str, object]] = [
+                {"window_calls": 50},
+                {"slow_seconds": 60.0},
+                {"window_seconds": 0.01},
+                {},
+            ]
+            number = 0
+            while not done.is_set():
+                number += 1
+                breaker.reload(NEVER.model_copy(update=changes[number % len(changes)]))
+            return
+        for number in range(each):
+            try:
+                call(number)
+            except Boom:
+                assert number % 4 == 0
+        finished.append(index)
+        if len(finished) == 6:
+            done.set()
+
+    in_threads(7, work)
+    totals = breaker.totals()
+    assert (totals["success"], totals["failure"]) == (6 * each * 3 // 4, 6 * each // 4)

@@ -183,11 +183,12 @@ class Policy:
             namespace["fn"] = fn
         built = types.FunctionType(_code(mode, layers), namespace, name)
         self._bind(built, layers)
-        for layer in layers:
-            known = layer.policy._compiled
-            if known is None:
-                known = layer.policy._compiled = weakref.WeakKeyDictionary()
-            known[built] = (self, mode, start)
+        with _compiling:
+            for layer in layers:
+                known = layer.policy._compiled
+                if known is None:
+                    known = layer.policy._compiled = weakref.WeakKeyDictionary()
+                known[built] = (self, mode, start)
         return built
 
     def _cut(self, start: int) -> tuple[tuple[Layer, ...], int | None]:
@@ -206,7 +207,9 @@ class Policy:
 
     def _recompile(self) -> None:
         """Give the functions that this policy takes part in the code of its present shape."""
-        for built, (owner, mode, start) in list((self._compiled or {}).items()):
+        with _compiling:
+            compiled = list((self._compiled or {}).items())
+        for built, (owner, mode, start) in compiled:
             layers, _ = owner._cut(start)
             self._bind(built, layers)
             built.__code__ = _code(mode, layers)
@@ -352,14 +355,14 @@ class _Text:
 
 Body = Callable[[], None]
 _codes: dict[tuple[object, ...], types.CodeType] = {}
-_codes_lock = threading.Lock()
+_compiling = threading.Lock()
 
 
 def _code(mode: Mode, layers: tuple[Layer, ...]) -> types.CodeType:
     shape = (mode, *((layer.kind, layer.shape) for layer in layers))
     code = _codes.get(shape)
     if code is None:
-        with _codes_lock:
+        with _compiling:
             code = _codes.get(shape) or _codes.setdefault(shape, _compile(mode, layers, len(_codes)))
     return code
 

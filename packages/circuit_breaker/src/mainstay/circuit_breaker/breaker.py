@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any, TypeVar, cast
 
 from mainstay.circuit_breaker._admission import Layer, Policy
@@ -150,12 +151,12 @@ class _Ruled(Policy):
         """Calls by outcome since the breaker exists: success, failure, neutral, late, rejected."""
         success = failure = neutral = late = rejected = 0
         for circuit in self.circuits():  # plain additions: there may be a hundred thousand
-            successes, failures = circuit._sums()
-            success += successes
-            failure += failures
-            neutral += circuit.neutral
-            late += circuit.late
-            rejected += circuit.rejected
+            each = circuit._outcomes()
+            success += each[0]
+            failure += each[1]
+            neutral += each[2]
+            late += each[3]
+            rejected += each[4]
         return dict(zip(OUTCOMES, (success, failure, neutral, late, rejected), strict=True))
 
     @contextmanager
@@ -247,7 +248,7 @@ class CircuitBreaker(Circuit, _Ruled):
             "turn": self._turn,
             "was_slow": self._was_slow,
             "now": self.rules.now,
-            "limit": self.rules.config.slow_seconds,
+            "limit": self.rules.config.slow_seconds or inf,  # calls under way with older code compare with it
             "bad": self.rules.failed_result,
         }
         return (Layer(self, "breaker", self._shape(), names),)
@@ -358,10 +359,7 @@ class KeyedBreaker(_Ruled):
             return False
         key, circuit = victim
         del self._circuits[key]
-        successes, failures = circuit._sums()
-        for outcome, value in zip(
-            OUTCOMES, (successes, failures, circuit.neutral, circuit.late, circuit.rejected), strict=True
-        ):
+        for outcome, value in zip(OUTCOMES, circuit._outcomes(), strict=True):
             self._gone[outcome] += value
         return True
 
@@ -372,7 +370,7 @@ class KeyedBreaker(_Ruled):
             "get": self._circuits.get,
             "make": self._make,
             "now": self.rules.now,
-            "limit": self.rules.config.slow_seconds,
+            "limit": self.rules.config.slow_seconds or inf,  # calls under way with older code compare with it
             "bad": self.rules.failed_result,
         }
         return (Layer(self, "keyed_breaker", self._shape(), names),)

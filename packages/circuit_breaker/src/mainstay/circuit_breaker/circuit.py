@@ -219,6 +219,11 @@ class Circuit:
         """Successes and failures since the circuit exists."""
         return self._retired[0] + self.counted.successes, self._retired[1] + self.counted.failures
 
+    def _outcomes(self) -> tuple[int, int, int, int, int]:
+        """Successes, failures, neutral, late and rejected calls since the circuit exists; none ever goes back."""
+        with self.lock:  # or the moment in which one window follows another could be seen
+            return (*self._sums(), self.neutral, self.late, self.rejected)
+
     def _is_forgettable(self, *, strict: bool) -> bool:
         """Whether nothing is lost with it: closed, and its window is empty (strict) or holds nothing bad."""
         with self.lock:
@@ -425,22 +430,22 @@ class Circuit:
             elif config.window_calls is None and isinstance(window, TimeWindow):
                 window.resize(config.window_seconds, now)
             else:
+                passable, self.window = self.window is not None, None  # while nobody counts, nothing is lost
                 totals = window.totals(now)
                 successes, failures = self._sums()
                 self.counted = self._new_window()
                 self.counted.seed(totals)
                 self._retired = (successes - self.counted.successes, failures - self.counted.failures)
-                if self.window is not None:
-                    self.window = self.counted
+                self.window = self.counted if passable else None
 
     def _reclocked(self) -> None:
         """The rules have another clock: readings of two clocks do not compare, so the window begins anew."""
         with self.lock:
+            passable, self.window = self.window is not None, None
             self._retired = self._sums()
             self.epoch += 1
             self.counted = self._new_window()
-            if self.window is not None:
-                self.window = self.counted
+            self.window = self.counted if passable else None
             self._probes = ()
             self._ramped_at = self.rules.now()
             if self.state is State.OPEN:

@@ -12,6 +12,7 @@ way, and one timer watches the oldest.
 from __future__ import annotations
 
 import asyncio
+import threading
 from asyncio import current_task, get_running_loop
 from contextvars import Token
 from math import inf
@@ -89,6 +90,7 @@ class Timeout(Policy):
         self.name = name
         self.clock = clock
         self._lane: _Lane | None = None
+        self._lock = threading.Lock()
         self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
 
     def __repr__(self) -> str:
@@ -134,13 +136,14 @@ class Timeout(Policy):
             raise DeadlineExceeded(msg) from error
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> _Lane:
-        for other in [known for known in self._lanes if known.is_closed()]:
-            self._lanes.pop(other, None)
-        lane = self._lanes.get(loop)
-        if lane is None:
-            lane = self._lanes[loop] = _Lane(loop, self.clock)
-        self._lane = lane
-        return lane
+        with self._lock:
+            for other in [known for known in self._lanes if known.is_closed()]:
+                del self._lanes[other]
+            lane = self._lanes.get(loop)
+            if lane is None:
+                lane = self._lanes[loop] = _Lane(loop, self.clock)
+            self._lane = lane
+            return lane
 
     def _layers(self) -> tuple[Layer, ...]:
         return (Layer(self, "timeout", (), {"begin": self._begin, "end": self._end}),)
