@@ -64,7 +64,7 @@ class WorkflowRouter:
                 `@step.probe` before any other attempt. `park`: never attempt it again without a person.
             compensation: None says that the step leaves nothing that would have to be undone.
             compensation_retry: attempts and waits of the compensation, before the run is parked as
-                `compensation_failed`; by default 30 attempts over about a quarter of an hour.
+                `compensation_failed`; by default 30 attempts over ten minutes or so.
             transactional: the step writes to the App's database and does nothing else. It runs inside
                 `db.transaction()` and shares the commit with its record: exactly once. Its compensation does, too.
             pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing

@@ -28,7 +28,7 @@ def any_error(retry_state: RetryState, /) -> bool:
 
 
 COMPENSATION_RETRY = Retry(attempts=30, wait=FullJitter(initial_seconds=0.2, max_seconds=60.0), retry=any_error)
-"""A compensation tries for about a quarter of an hour, whatever the error, before it asks for a person."""
+"""A compensation tries for ten minutes or so, whatever the error, before it asks for a person."""
 
 
 @dataclass(frozen=True, slots=True)
