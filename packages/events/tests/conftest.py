@@ -1,5 +1,6 @@
 """What the tests of events share: databases of each kind, and names that no other test uses."""
 
+import gc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,3 +52,14 @@ def broker(_broker: Kafka) -> Kafka:
     """A Kafka to be killed and paused, shared by the tests of one file: starting one takes seconds."""
     _broker.start()
     return _broker
+
+
+@pytest.fixture
+def aiokafka_garbage() -> Iterator[None]:
+    """Collect what aiokafka left behind while the test that made it may still say that it does not mind.
+
+    A client that stops while it connects leaves the socket to the garbage collector, which would otherwise blame a later
+    test.
+    """
+    yield
+    gc.collect()

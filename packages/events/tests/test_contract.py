@@ -14,6 +14,12 @@ def _database(url: str) -> DatabaseModule:
     return DatabaseModule.for_root(DatabaseSettings(url=url))
 
 
+pytestmark = [
+    pytest.mark.usefixtures("aiokafka_garbage"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
+]
+
+
 class TestMemory(TransportContract):
     @pytest.fixture(autouse=True)
     def _names(self, prefix: str) -> None:

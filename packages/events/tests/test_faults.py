@@ -30,6 +30,11 @@ from packages.events.tests.worker import EFFECTS, Step, service
 
 ROOT = Path(__file__).parents[3]
 
+pytestmark = [
+    pytest.mark.usefixtures("aiokafka_garbage"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
+]
+
 
 class Process:
     """A worker of its own process."""

@@ -25,6 +25,11 @@ from mainstay.events.kafka import KafkaTransport
 from mainstay.events.testing import eventually
 from mainstay_servers import Kafka
 
+pytestmark = [
+    pytest.mark.usefixtures("aiokafka_garbage"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
+]
+
 
 class Shipped(Event, type="parcel.shipped", version="1.1", key="parcel"):
     parcel: str

@@ -449,8 +449,9 @@ async def _ended(what: str, stop: Coroutine[Any, Any, None], client: Any) -> Non
         if not task.done():
             task.cancel()
             await asyncio.wait((task,), timeout=_CLOSE_SECONDS)
-            with suppress(Exception):
-                await asyncio.wait_for(client.close(), _CLOSE_SECONDS)
+        # Also after a stop that went well: a connection that was being made meanwhile is open by now.
+        with suppress(Exception):
+            await asyncio.wait_for(client.close(), _CLOSE_SECONDS)
         if task.done() and not task.cancelled() and task.exception() is not None:
             _log.info("%s ended with %r", what, task.exception())
 
