@@ -39,6 +39,11 @@ class Flaky:
         return ("done", *args)
 
 
+def _count(calls):
+    calls.append(None)
+    return len(calls) - 1
+
+
 def fixed(seconds):
     return lambda _state: seconds
 
@@ -65,6 +70,30 @@ async def test_it_raises_the_last_error_itself_with_a_note():
         await run(clock, Retry(attempts=4, wait=fixed(1), clock=clock).call(flaky))
     assert flaky.calls == 4
     assert caught.value.__notes__ == ["gave up after 4 attempts"]
+
+
+async def test_a_rejection_does_not_hide_an_attempt_that_may_have_had_an_effect():
+    """Of all attempts together it is not true that nothing happened, so the earlier error is what a caller sees."""
+    answers = [OSError("reset"), MainstayError("open", no_effect=True, retryable=True)]
+    clock = VirtualClock()
+
+    async def call():
+        raise answers[min(_count(calls), 1)]
+
+    calls: list[None] = []
+    retry = Retry(attempts=3, wait=fixed(1), clock=clock)
+    with pytest.raises(OSError, match="reset") as caught:
+        await run(clock, retry.call(call))
+    assert caught.value.__cause__ is answers[1]
+
+    def call_sync():
+        raise answers[min(_count(calls), 1)]
+
+    calls.clear()
+    with pytest.raises(OSError, match="reset"):
+        retry.call_sync(call_sync)
+    with pytest.raises(MainstayError, match="open"):  # nothing but rejections: nothing happened
+        retry.call_sync(call_sync)
 
 
 async def test_one_attempt_never_retries():

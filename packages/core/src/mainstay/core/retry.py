@@ -152,8 +152,9 @@ class Retry:
     Raises:
         ValueError: `attempts` is below 1.
 
-    The last error is raised as it is, with a note that says how many attempts there were. A wait that would not end
-    before the current deadline is not begun.
+    The last error is raised as it is, with a note that says how many attempts there were; except that one with
+    `no_effect` gives way to an earlier one without, since of all the attempts together it would not be true. A wait
+    that would not end before the current deadline is not begun.
     """
 
     attempts: int = 3
@@ -187,6 +188,7 @@ class Retry:
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Await `fn(*args, **kwargs)`, again and again until an outcome stands."""
         attempt, waited, started = 0, 0.0, self.clock.monotonic()
+        real: Exception | None = None
         while True:
             attempt += 1
             try:
@@ -195,7 +197,11 @@ class Retry:
                 delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
                 if delay is None:
                     _count_attempts(error, attempt)
+                    if real is not None and _says_nothing_happened(error):
+                        raise real from error
                     raise
+                if not _says_nothing_happened(error):
+                    real = error
             else:
                 if self.retry is retry_if_retryable:  # a result is never worth another attempt: build no state
                     return result
@@ -208,6 +214,7 @@ class Retry:
     def call_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """`call` for a plain function, on a thread that may block while it waits."""
         attempt, waited, started = 0, 0.0, self.clock.monotonic()
+        real: Exception | None = None
         while True:
             attempt += 1
             try:
@@ -216,7 +223,11 @@ class Retry:
                 delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
                 if delay is None:
                     _count_attempts(error, attempt)
+                    if real is not None and _says_nothing_happened(error):
+                        raise real from error
                     raise
+                if not _says_nothing_happened(error):
+                    real = error
             else:
                 if self.retry is retry_if_retryable:
                     return result
@@ -228,6 +239,10 @@ class Retry:
 
     def _delay_after(self, outcome: Outcome, attempt: int, waited: float, started: float) -> float | None:
         return self.delay_seconds(RetryState(attempt, outcome, self.clock.monotonic() - started, waited))
+
+
+def _says_nothing_happened(error: Exception) -> bool:
+    return isinstance(error, MainstayError) and error.no_effect
 
 
 def _count_attempts(error: Exception, attempts: int) -> None:
