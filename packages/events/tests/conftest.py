@@ -58,7 +58,7 @@ def broker(_broker: Kafka) -> Kafka:
 def aiokafka_garbage() -> Iterator[None]:
     """Collect what aiokafka left behind while the test that made it may still say that it does not mind.
 
-    A client that stops while it connects leaves the socket to the garbage collector, which would then blame a later test.
+    A client that stops while it connects leaves the socket to the collector of garbage, which then blames a later test.
     """
     yield
     gc.collect()
