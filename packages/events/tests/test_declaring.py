@@ -233,3 +233,11 @@ async def test_a_router_belongs_to_one_running_app(sqlite_url: str) -> None:
                 pass
     async with app():
         await events.publish_batch([OrderPaid(order_id=uuid4(), amount=1)])
+
+
+def test_a_secret_in_an_event_is_refused_at_the_class() -> None:
+    """It would be published as asterisks, and nobody would notice until it is used."""
+    with pytest.raises(TypeError, match="CardStored has a field that hides a secret"):
+
+        class CardStored(Event, type="card.stored"):
+            number: SecretStr

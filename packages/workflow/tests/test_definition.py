@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from mainstay.core import App, ConfigurationError, NotBoundError
 from mainstay.database import DatabaseModule, DatabaseSettings
@@ -325,3 +326,14 @@ def test_decorated_functions_keep_their_types():
         signature.bind((), {})
     with pytest.raises(TypeError, match="step charge: its arguments cannot be kept"):
         signature.dump_arguments({"order": "no order"})
+
+
+def test_a_secret_is_refused_where_the_app_is_built():
+    """It would be kept as asterisks, and the step would run with those."""
+    flows = WorkflowRouter()
+
+    @flows.step(compensation=None)
+    async def sign_in(password: SecretStr) -> None: ...
+
+    with pytest.raises((ConfigurationError, TypeError), match=r"sign_in: its parameters hold a secret"):
+        app_with(flows)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.errors import PydanticUserError
 
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)", re.ASCII)
@@ -83,6 +85,10 @@ class Event(BaseModel):
             fields = ", ".join(cls.model_fields) or "none"
             msg = f"{cls.__name__}: key={key!r} names no field; the fields are {fields}"
             raise TypeError(msg)
+        with contextlib.suppress(PydanticUserError):  # not complete yet, or nothing that JSON Schema can describe
+            if _hides(cls.model_json_schema(mode="serialization")):
+                msg = f"{cls.__name__} has a field that hides a secret, to be published as asterisks: leave it out"
+                raise TypeError(msg)
         cls.__event__ = EventDefinition(type, version, key)
 
 
@@ -98,3 +104,11 @@ def definition_of(event: type[Event]) -> EventDefinition:
         msg = f'{name} is not an event: write class {name}(Event, type="…", version="1.0", key="…")'
         raise TypeError(msg)
     return definition
+
+
+def _hides(schema: object) -> bool:
+    """Whether a JSON schema has a part that is never written out, as pydantic's `SecretStr` is not."""
+    if isinstance(schema, dict):
+        parts = cast("dict[str, object]", schema)
+        return parts.get("writeOnly") is True or any(map(_hides, parts.values()))
+    return isinstance(schema, list) and any(map(_hides, cast("list[object]", schema)))

@@ -7,10 +7,11 @@ time: code that sees a result live sees what it will see on replay.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
-from typing import Any, Literal, NotRequired, get_type_hints
+from typing import Any, Literal, NotRequired, cast, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
@@ -76,10 +77,18 @@ class Signature:
 
     def _adapter(self, kind: Any, what: str) -> TypeAdapter[Any]:
         try:
-            return TypeAdapter(kind)
+            adapter: TypeAdapter[Any] = TypeAdapter(kind)
         except PydanticUserError as error:
             msg = f"{self.kind} {self.name}: its {what} cannot be kept as JSON: {error.message}"
             raise TypeError(msg) from error
+        with contextlib.suppress(PydanticUserError):  # a type that JSON Schema cannot describe
+            if _hides(adapter.json_schema(mode="serialization")):
+                msg = (
+                    f"{self.kind} {self.name}: its {what} hold a secret, which would be kept as asterisks: pass a "
+                    "reference to it, and look it up in the step"
+                )
+                raise TypeError(msg)
+        return adapter
 
     def hint(self, of: int | Literal["return"]) -> Any:
         """The type of a parameter, by its place, or of the result."""
@@ -153,3 +162,11 @@ class Signature:
             positional.append(arguments.pop(name))
         called: Awaitable[Any] = (function or self.function)(*leading, *positional, **arguments)
         return called
+
+
+def _hides(schema: object) -> bool:
+    """Whether a JSON schema has a part that is never written out, as pydantic's `SecretStr` is not."""
+    if isinstance(schema, dict):
+        parts = cast("dict[str, object]", schema)
+        return parts.get("writeOnly") is True or any(map(_hides, parts.values()))
+    return isinstance(schema, list) and any(map(_hides, cast("list[object]", schema)))
