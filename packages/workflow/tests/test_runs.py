@@ -16,16 +16,12 @@ from mainstay.core import (
     FullJitter,
     MainstayError,
     Retry,
-    bind,
-    current,
     once,
-    remaining_seconds,
     timeout,
 )
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
-    Failed,
     RunConflict,
     RunNotFound,
     RunParked,
@@ -38,7 +34,7 @@ from mainstay.workflow import (
     WorkflowRouter,
     current_step,
 )
-from mainstay.workflow.tables import journal, runs
+from mainstay.workflow.tables import runs
 from mainstay.workflow.testing import workflows
 
 QUICK = FullJitter(0.001, 0.002)
@@ -276,33 +272,6 @@ async def test_a_rejection_is_waited_out_and_is_no_attempt(url):
     assert attempts == [1] * 13
 
 
-async def test_a_step_has_a_time_limit(url):
-    """A hanging step is cut off, is unknown, and is attempted again with the same key."""
-    flows = WorkflowRouter()
-    keys: list[tuple[str, int]] = []
-    undone: list[object] = []
-
-    @flows.step(retry=Retry(attempts=2, wait=QUICK), timeout_seconds=0.05)
-    async def charge(n: int) -> int:
-        keys.append((current_step().key, current_step().attempt))
-        await asyncio.sleep(60)
-        return n
-
-    @charge.compensation
-    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
-        undone.append((outcome, current_step().undoes, current_step().key))
-
-    @flows.workflow(name="buy")
-    async def buy(n: int) -> int:
-        return await charge(n)
-
-    async with workflows(flows, url=url):
-        with pytest.raises(WorkflowFailed, match="DeadlineExceeded"):
-            await (await buy.start(1, id="r")).result(WAIT)
-    assert keys == [("r:charge:1", 1), ("r:charge:1", 2)]
-    assert undone == [(Unknown("DeadlineExceeded: no result within 0.05 s"), "r:charge:1", "r:charge:1:compensation")]
-
-
 async def test_a_function_may_go_another_way(url):
     """A StepFailed that the function catches is not the run's failure; its fields say what happened."""
     shop = Shop()
@@ -340,24 +309,6 @@ async def test_an_unknown_step_is_undone_even_where_the_run_completes(url):
         assert await run.result(WAIT) == 2
         assert await run.status() is RunStatus.COMPLETED
     assert shop.log == ["charge", "charge", "charge", "hold", ("refund", Unknown("OSError: lost"))]
-
-
-async def test_a_retry_may_look_at_results(url):
-    """`Retry(retry=…)` over results asks again until the result is good enough."""
-    flows = WorkflowRouter()
-    answers = [0, 0, 7]
-
-    @flows.step(compensation=None, retry=Retry(5, QUICK, retry=lambda state: state.outcome.result() == 0))
-    async def ask(n: int) -> int:
-        return answers.pop(0)
-
-    @flows.workflow(name="buy")
-    async def buy(n: int) -> int:
-        return await ask(n)
-
-    async with workflows(flows, url=url):
-        assert await (await buy.start(1)).result(WAIT) == 7
-    assert answers == []
 
 
 async def test_trap_11_a_stuck_compensation_parks_the_run_and_is_resumed_there(url):
@@ -407,149 +358,6 @@ async def test_a_pivot_allows_no_way_back(url):
         await app.get(WorkflowEngine).resume("one")
         assert await run.result(WAIT) == 4
     assert shop.log == ["hold", "commit", "ship", "ship", "ship"]
-
-
-async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
-    """A bug behind the pivot does not undo anything either; the repaired function goes on."""
-    flows = WorkflowRouter()
-    broken = [True]
-
-    @flows.step(compensation=None, on_unknown="park", pivot=True)
-    async def commit(n: int) -> int:
-        return n
-
-    @flows.workflow(name="pivot")
-    async def pivoting(n: int) -> int:
-        await commit(n)
-        if broken:
-            msg = "a bug"
-            raise LookupError(msg)
-        return n
-
-    async with workflows(flows, url=url) as app:
-        run = await pivoting.start(1, id="one")
-        with pytest.raises(RunParked, match=r"failed after its pivot.*a bug"):
-            await run.result(WAIT)
-        broken.clear()
-        await app.get(WorkflowEngine).resume("one")
-        assert await run.result(WAIT) == 1
-
-
-async def test_on_unknown_park_waits_for_a_person(url):
-    """Nobody attempts the step again on his own; resume does, with the same key; cancel compensates."""
-    flows = WorkflowRouter()
-    keys: list[str] = []
-    undone: list[object] = []
-    fine: list[bool] = []
-
-    @flows.step(on_unknown="park", retry=Retry(attempts=5, wait=QUICK))
-    async def charge(n: int) -> int:
-        keys.append(current_step().key)
-        if not fine:
-            msg = "lost"
-            raise OSError(msg)
-        return n
-
-    @charge.compensation
-    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
-        undone.append(outcome)
-
-    @flows.workflow(name="buy")
-    async def buy(n: int) -> int:
-        return await charge(n)
-
-    async with workflows(flows, url=url) as app:
-        one, two = await buy.start(1, id="one"), await buy.start(1, id="two")
-        for run in (one, two):
-            with pytest.raises(RunParked, match=r"nobody knows whether charge:1 took effect \(OSError: lost\)"):
-                await run.result(WAIT)
-        assert sorted(keys) == ["one:charge:1", "two:charge:1"]
-        fine.append(True)
-        await app.get(WorkflowEngine).resume("one")
-        assert await one.result(WAIT) == 1
-        await two.cancel()
-        with pytest.raises(WorkflowFailed, match="two cancelled"):
-            await two.result(WAIT)
-        assert await two.status() is RunStatus.CANCELLED
-    assert sorted(keys) == ["one:charge:1", "one:charge:1", "two:charge:1"]
-    assert len(undone) == 1
-    assert isinstance(undone[0], Unknown)
-
-
-@pytest.mark.parametrize("answer", ["done", "failed", "unknown"])
-async def test_on_unknown_probe_asks_first(url, answer):
-    """Done is taken as the result, failed allows another attempt, and an unknown answer parks the run."""
-    flows = WorkflowRouter()
-    log: list[str] = []
-
-    @flows.step(compensation=None, on_unknown="probe", retry=Retry(attempts=3, wait=QUICK))
-    async def charge(n: int) -> int:
-        log.append("charge")
-        if log.count("charge") == 1:
-            msg = "lost"
-            raise OSError(msg)
-        return n
-
-    @charge.probe
-    async def ask(n: int) -> Done[int] | Failed | Unknown:
-        log.append("ask")
-        if log.count("ask") == 1:
-            msg = "lost, too"
-            raise OSError(msg)
-        outcomes: dict[str, Done[int] | Failed | Unknown] = {
-            "done": Done(77),
-            "failed": Failed(),
-            "unknown": Unknown("no idea"),
-        }
-        return outcomes[answer]
-
-    @flows.workflow(name="buy")
-    async def buy(n: int) -> int:
-        return await charge(n)
-
-    async with workflows(flows, url=url):
-        run = await buy.start(1)
-        if answer == "unknown":
-            with pytest.raises(RunParked, match="its probe does not either: no idea"):
-                await run.result(WAIT)
-            assert log == ["charge", *["ask"] * 5]
-        else:
-            assert await run.result(WAIT) == (77 if answer == "done" else 1)
-            assert log == ["charge", "ask", "ask", *(["charge"] if answer == "failed" else [])]
-
-
-async def test_branches_run_side_by_side_with_numbers_of_their_own(url):
-    """Steps of two branches overlap, and each branch's keys say where it is."""
-    flows = WorkflowRouter()
-    keys: set[str] = set()
-    together = asyncio.Barrier(3)
-
-    @flows.step(compensation=None)
-    async def part(n: int) -> int:
-        keys.add(current_step().key)
-        if n < 10:
-            await together.wait()
-        return n + 10
-
-    async def two(n: int) -> int:
-        return await part(await part(n))
-
-    @flows.workflow(name="split")
-    async def split(n: int) -> tuple[int, int, int]:
-        result = await flows.gather(two(1), part(2), part(3))
-        await flows.gather(part(10), part(11))
-        return result
-
-    async with workflows(flows, url=url):
-        assert await (await split.start(1, id="r")).result(WAIT) == (21, 12, 13)
-    assert keys == {
-        "r:0.0/part:1",
-        "r:0.0/part:2",
-        "r:0.1/part:1",
-        "r:0.2/part:1",
-        "r:1.0/part:1",
-        "r:1.1/part:1",
-    }
 
 
 async def test_all_branches_end_before_a_failure_goes_on(url):
@@ -667,35 +475,6 @@ async def test_trap_18_signals_pass_by_except_exception(url):
     assert shop.log.count("hold") == shop.log.count(("release", Done(1)))
 
 
-async def test_a_cancellation_ends_a_wait_between_attempts(url):
-    """A run that waits for its next attempt in an hour is cancelled now."""
-    flows = WorkflowRouter()
-    tried = asyncio.Event()
-    undone: list[object] = []
-
-    @flows.step(retry=Retry(attempts=5, wait=lambda _state: 3600.0))
-    async def charge(n: int) -> int:
-        tried.set()
-        msg = "lost"
-        raise OSError(msg)
-
-    @charge.compensation
-    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
-        undone.append(outcome)
-
-    @flows.workflow(name="buy")
-    async def buy(n: int) -> int:
-        return await charge(n)
-
-    async with workflows(flows, url=url):
-        run = await buy.start(1)
-        await tried.wait()
-        await run.cancel()
-        with pytest.raises(WorkflowFailed, match="cancelled"):
-            await run.result(WAIT)
-    assert undone == [Unknown("OSError: lost")]
-
-
 async def test_a_queued_run_is_cancelled_without_ever_running(url):
     """A run that nobody has begun is cancelled, and nothing of it happens."""
     shop = Shop()
@@ -800,72 +579,6 @@ async def test_any_text_can_be_the_reason(url):
             await (await being_odd.start(1)).result(WAIT)
 
 
-async def test_the_starters_context_goes_along(url):
-    """Correlation, actor and tenant are the starter's, the cause is the run, and there is no deadline."""
-    flows = WorkflowRouter()
-    seen: list[object] = []
-
-    @flows.step(compensation=None)
-    async def look(n: int) -> int:
-        context = current()
-        seen.append((context.correlation_id, context.actor, context.tenant, context.causation_id, remaining_seconds()))
-        return n
-
-    @flows.workflow(name="look")
-    async def looking(n: int) -> int:
-        return await look(n)
-
-    async with workflows(flows, url=url):
-        with bind(correlation_id="c-1", actor="ann", tenant="acme", causation_id="request"):
-            async with timeout(5):
-                run = await looking.start(1, id="r")
-        await run.result(WAIT)
-    assert seen == [("c-1", "ann", "acme", "r", None)]
-
-
-async def test_effects_of_other_packages_are_recorded(url):
-    """`core.once` inside a run happens once with a key of the run; inside a step's code it simply runs."""
-    flows = WorkflowRouter()
-    seen: list[object] = []
-    other = sa.Table("other", sa.MetaData(), sa.Column("id", sa.String(100), primary_key=True))
-    insert = sa.insert(other).values(id=sa.bindparam("id"))
-
-    async def plain(key):
-        seen.append(key)
-
-    @flows.step(compensation=None)
-    async def inner(n: int) -> int:
-        await once("publish", plain, transactional=False)
-        return n
-
-    @flows.workflow(name="publish")
-    async def publishing(n: int) -> int:
-        async def written(key):
-            await app.get(Database).write(insert, {"id": key})
-
-        await once("publish:a/b", plain, transactional=False)
-        await once("publish:a/b", written, transactional=True)
-        await once("publish:a/b", written, transactional=True)
-        return await inner(n)
-
-    async with workflows(flows, url=url) as app:
-        async with app.get(Database).engine.begin() as connection:
-            await connection.run_sync(other.metadata.create_all)
-        assert await (await publishing.start(1, id="r")).result(WAIT) == 1
-        rows = await app.get(Database).read(sa.select(other.c.id).order_by(other.c.id))
-        assert [row.id for row in rows] == ["r:@publish:a_b:2", "r:@publish:a_b:3"]
-        entries = await app.get(Database).read(sa.select(journal.c.step, journal.c.kind).order_by(journal.c.seq))
-        assert [tuple(entry) for entry in entries] == [
-            ("@publish:a_b:1", "intent"),
-            ("@publish:a_b:1", "done"),
-            ("@publish:a_b:2", "done"),
-            ("@publish:a_b:3", "done"),
-            ("inner:1", "intent"),
-            ("inner:1", "done"),
-        ]
-    assert seen == ["r:@publish:a_b:1", None]
-
-
 async def test_an_effect_that_cannot_be_carried_out_fails_like_a_step(url):
     """A bug in an effect is not tried for ever: nothing of it is written, and the run is compensated."""
     shop = Shop()
@@ -887,48 +600,6 @@ async def test_an_effect_that_cannot_be_carried_out_fails_like_a_step(url):
     assert shop.log == ["hold", ("release", Done(2)), "hold", ("release", Done(3))]
 
 
-async def test_trap_4_a_transactional_step_shares_its_commit(url):
-    """What the step writes and its record are there together, or neither; failed attempts leave nothing."""
-    flows = WorkflowRouter()
-    stock = sa.Table("stock", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("n", sa.Integer))
-    failures = [LookupError("first"), LookupError("second")]
-
-    @flows.step(transactional=True, retry=Retry(attempts=3, wait=QUICK))
-    async def take(n: int) -> int:
-        async with app.get(Database).transaction() as session:
-            await session.execute(sa.update(stock).values(n=stock.c.n - n))
-        if failures:
-            raise failures.pop()
-        return n
-
-    @take.compensation
-    async def put_back(outcome: Done[int] | Unknown, n: int) -> None:
-        assert outcome == Done(n)
-        async with app.get(Database).transaction() as session:
-            await session.execute(sa.update(stock).values(n=stock.c.n + n))
-
-    @flows.workflow(name="take")
-    async def taking(n: int) -> int:
-        await take(n)
-        if n == 3:
-            msg = "sold out"
-            raise LookupError(msg)
-        return n
-
-    async with workflows(flows, url=url) as app:
-        db = app.get(Database)
-        async with db.engine.begin() as connection:
-            await connection.run_sync(stock.metadata.create_all)
-            await connection.execute(sa.insert(stock).values(id=1, n=10))
-        assert await (await taking.start(2, id="r")).result(WAIT) == 2
-        assert (await db.read(sa.select(stock.c.n)))[0].n == 8
-        with pytest.raises(WorkflowFailed, match="sold out"):
-            await (await taking.start(3)).result(WAIT)
-        assert (await db.read(sa.select(stock.c.n)))[0].n == 8
-        kinds = await db.read(sa.select(journal.c.kind).where(journal.c.run_id == "r").order_by(journal.c.seq))
-        assert [row.kind for row in kinds] == ["attempt", "attempt", "done"]
-
-
 async def test_a_step_inside_an_open_transaction_parks_the_run(url):
     """A workflow function that holds a transaction open across steps is told where its writes belong."""
     shop = Shop()
@@ -941,34 +612,6 @@ async def test_a_step_inside_an_open_transaction_parks_the_run(url):
     async with workflows(shop.flows, url=url) as app:
         with pytest.raises(RunParked, match="belongs into a transactional step"):
             await (await holding.start(1)).result(WAIT)
-
-
-async def test_what_cannot_be_kept_parks_the_run(url):
-    """A result or an input that is not of its type is a bug, not a reason to undo anything."""
-    flows = WorkflowRouter()
-
-    @flows.step(compensation=None)
-    async def wrong_result(n: int) -> int:
-        return "text"  # type: ignore[return-value]  # what the test is about
-
-    @flows.step(compensation=None)
-    async def fine(n: int) -> int:
-        return n
-
-    @flows.workflow(name="bug")
-    async def bug(n: int) -> int:
-        if n == 1:
-            return await wrong_result(n)
-        if n == 2:
-            return await fine("text")  # type: ignore[arg-type]  # what the test is about
-        return "text"  # type: ignore[return-value]  # what the test is about
-
-    async with workflows(flows, url=url):
-        for n, what in enumerate(
-            ["step wrong_result: its result", "step fine: its arguments", "workflow bug: its result"], 1
-        ):
-            with pytest.raises(RunParked, match=what):
-                await (await bug.start(n)).result(WAIT)
 
 
 async def test_a_workflow_may_be_part_of_another(url):
@@ -1053,55 +696,6 @@ async def test_a_thousand_runs_at_once(url):
         results = await asyncio.gather(*(run.result(60) for run in started))
     assert results == [n + 3 for n in range(300)]
     assert len(shop.log) == 900
-
-
-async def test_more_runs_than_a_worker_takes_wait_in_the_queue(url):
-    """With room for three runs at once, thirty go through all the same, never more than three together."""
-    flows = WorkflowRouter()
-    now, most = 0, 0
-
-    @flows.step(compensation=None)
-    async def busy(n: int) -> int:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0.002)
-        now -= 1
-        return n
-
-    @flows.workflow(name="busy")
-    async def being_busy(n: int) -> int:
-        return await busy(n)
-
-    async with workflows(flows, url=url, max_runs=3):
-        started = [await being_busy.start(n) for n in range(30)]
-        assert [await run.result(WAIT) for run in started] == list(range(30))
-    assert most <= 3
-
-
-async def test_prototype_9_unrecorded_steps_are_bounded(url):
-    """With two slots no more than two steps are executed and unrecorded, whatever the number of runs."""
-    flows = WorkflowRouter()
-    now, most = 0, 0
-
-    @flows.step(compensation=None)
-    async def busy(n: int) -> int:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0.001)
-        now -= 1
-        return n
-
-    @flows.workflow(name="busy")
-    async def being_busy(n: int) -> int:
-        await flows.gather(busy(n), busy(n))
-        return await busy(n)
-
-    async with workflows(flows, url=url, max_unrecorded=2):
-        started = await asyncio.gather(*(being_busy.start(n) for n in range(20)))
-        assert [await run.result(WAIT) for run in started] == list(range(20))
-    assert most == 2
 
 
 async def test_an_app_that_only_starts_lets_others_execute(url, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any, Literal, TypeVar
 
 from mainstay.core import (
     Clock,
-    DeadlineExceeded,
     Effect,
     FullJitter,
     MainstayError,
@@ -33,7 +31,6 @@ from mainstay.workflow.errors import (
     Lost,
     Parked,
     Released,
-    StepFailed,
     Suspended,
 )
 from mainstay.workflow.journal import (
@@ -54,6 +51,15 @@ from mainstay.workflow.metrics import STEP_SECONDS, count_step
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
 from mainstay.workflow.tables import END, FAIL, NEXT_SIGNAL, PARK, RECEIVE, RELEASE
+from mainstay.workflow.verdict import (
+    SHORTEST_WAIT,
+    error_text,
+    may_have_happened,
+    nothing_happened,
+    plain_text,
+    rejection_seconds,
+    step_failed,
+)
 from mainstay.workflow.workflow import RunStatus, Workflow
 
 _log = logging.getLogger("mainstay.workflow")
@@ -72,7 +78,6 @@ def _if_retryable_ours(retry_state: RetryState, /) -> bool:
 # An effect of another package, such as a publish: its errors are typed, so a bug is not tried ten times.
 _EFFECT = Policy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours))
 _PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
-_SHORTEST_WAIT = 0.01
 _LEASE_LOOK_SECONDS = 0.05
 _SIGNAL_LOOK_SECONDS = 0.5
 _DAY_SECONDS = 86_400.0
@@ -269,7 +274,7 @@ class Run:
 
     async def _fail(self, failure: dict[str, Any]) -> None:
         """From here on the run only goes back, in whichever process."""
-        _log.info("run %s fails with %s and is compensated", self.id, _text(failure))
+        _log.info("run %s fails with %s and is compensated", self.id, error_text(failure))
         self._failure = failure
         await self._recording.end(FAIL, {"run": self.id, "at_epoch": self.epoch, "failure": json.dumps(failure)})
 
@@ -282,7 +287,7 @@ class Run:
 
     async def _park(self, status: RunStatus, note: str) -> None:
         _log.error("run %s of %r is %s: %s", self.id, self.workflow, status, note)
-        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": _plain(note)}
+        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": plain_text(note)}
         await self._last_word(PARK, values)
         self.status = status
 
@@ -449,7 +454,7 @@ class Run:
         record.state, record.seq, record.error = "failed", row["seq"], error
         self._recording.settle(row, slot=False)
         self._seen.pop(key, None)
-        raise _step_failed(SIGNAL + name, "failed", error)
+        raise step_failed(SIGNAL + name, "failed", error)
 
     async def _wait_for_signal(self, record: Record, waited: float, *, limited: bool) -> None:
         left = record.rest_seconds - waited if limited else _DAY_SECONDS
@@ -532,7 +537,7 @@ class Run:
             self._history.places[scope.prefix, position] = key
         elif record.state in {FAILED, UNKNOWN}:
             scope.busy = False
-            raise _step_failed(name, record.state, record.error)  # type: ignore[arg-type]  # narrowed by the set
+            raise step_failed(name, record.state, record.error)  # type: ignore[arg-type]  # narrowed by the set
         return key, record
 
     def _all_recalled(self, scope: Scope) -> None:
@@ -563,11 +568,11 @@ class Run:
             return await (self._as_entry(work, record) if work.entry else self._attempts(work, record))
         except Exhausted as end:
             if self._history.pivoted:
-                msg = f"{work.key} failed after the pivot, so there is no way back: {_text(end.error)}"
+                msg = f"{work.key} failed after the pivot, so there is no way back: {error_text(end.error)}"
                 raise Parked(msg) from end.cause
             state: Literal["failed", "unknown"] = "unknown" if end.maybe else "failed"
             self._give_up(work, record, state, end.error)
-            raise _step_failed(work.name, state, end.error) from end.cause
+            raise step_failed(work.name, state, end.error) from end.cause
         except asyncio.CancelledError as error:
             # Not this worker's stop, so the function itself gave up waiting, by a timeout of its own for example.
             if self._stop is None and record.dangling and not self._history.pivoted:
@@ -605,11 +610,11 @@ class Run:
                 if isinstance(error, asyncio.CancelledError) and _being_cancelled():
                     raise
                 kept = describe(error)
-                delay = _rejection_seconds(work.policy, error)
+                delay = rejection_seconds(work.policy, error)
                 if delay is None:
                     record.attempts += 1
-                    if not _nothing_happened(work.policy, error):
-                        found = await self._resolve(work, record, _text(kept))
+                    if not nothing_happened(work.policy, error):
+                        found = await self._resolve(work, record, error_text(kept))
                         if found is not None:
                             return await self._done(work, record, found.result, slot=False)
                     delay = self._delay(work, record, Outcome.of_error(error), began, waited)
@@ -649,7 +654,7 @@ class Run:
         }
         if record.seq == 0 and work.input:
             info["input"] = work.input
-        _log.info("run %s: %s ended with %s; again in %.3g s", self.id, work.key, _text(error), delay)
+        _log.info("run %s: %s ended with %s; again in %.3g s", self.id, work.key, error_text(error), delay)
         record.error, record.dangling, record.rest_seconds = error, False, delay
         row = self._recording.row(ATTEMPT, work.key, position=record.position, info=json.dumps(info))
         await self._recording.append(row)
@@ -692,7 +697,7 @@ class Run:
                 detail = answer.detail if isinstance(answer, Unknown) else ""
             except Exception as error:  # noqa: BLE001  a probe that raises does not know
                 outcome = Outcome.of_error(error)
-                detail = _text(describe(error))
+                detail = error_text(describe(error))
                 answer = Unknown(detail)
             if not isinstance(answer, Unknown):
                 return answer
@@ -781,7 +786,7 @@ class Run:
                 record.attempts += 1
                 _log.warning("run %s: %s could not be written and will be again: %s", self.id, work.key, error)
                 state = RetryState(record.attempts, Outcome.of_error(error), 0.0)
-                await self._pause(max(_SHORTEST_WAIT, _EFFECT.retry.wait(state)))
+                await self._pause(max(SHORTEST_WAIT, _EFFECT.retry.wait(state)))
         record.state, record.seq = "done", row["seq"]
         count_step(work.name, DONE)
 
@@ -813,7 +818,7 @@ class Run:
             record
             for record in self._history.records.values()
             if not record.key.endswith(COMPENSATION)
-            and (record.state == UNKNOWN if only_unknown else _may_have_happened(record))
+            and (record.state == UNKNOWN if only_unknown else may_have_happened(record))
         ]
         for record in sorted(taken, key=lambda record: record.seq, reverse=True):
             await self._undo(record)
@@ -837,7 +842,7 @@ class Run:
         if record.state == DONE:
             outcome = Done(self._load(step.signature.load_result, record))
         else:
-            outcome = Unknown(_text(record.error) if record.error else "its end was never recorded")
+            outcome = Unknown(error_text(record.error) if record.error else "its end was never recorded")
         arguments = self._arguments(step, record)
         work = Work(
             name=f"{name}{COMPENSATION}",
@@ -851,7 +856,7 @@ class Run:
             await self._attempts(work, mine)
         except Exhausted as end:
             count_step(work.name, FAILED)
-            msg = f"{key} used up its {mine.attempts} attempts: {_text(end.error)}"
+            msg = f"{key} used up its {mine.attempts} attempts: {error_text(end.error)}"
             raise CompensationExhausted(msg) from end.cause
 
 
@@ -880,30 +885,6 @@ def _default_decision(work: Work) -> bool:
     return work.policy.retry.retry in (retry_if_retryable, any_error, _if_retryable_ours)
 
 
-def _rejection_seconds(policy: Policy, error: BaseException) -> float | None:
-    """How long to wait where nobody was asked, so that it was no attempt: a breaker or a bulkhead said no."""
-    if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, policy.failed_on):
-        return None
-    if error.retry_after_seconds is None:
-        return None
-    # The spread keeps those who were rejected together apart.
-    return max(_SHORTEST_WAIT, error.retry_after_seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
-
-
-def _nothing_happened(policy: Policy, error: BaseException) -> bool:
-    if isinstance(error, policy.failed_on):
-        return True
-    if policy.transactional:
-        return not isinstance(error, CommitUnknown)
-    # A deadline that had passed before something began says what the step's code did not do last; but that code spent
-    # the time before on something.
-    return isinstance(error, MainstayError) and error.no_effect and not isinstance(error, DeadlineExceeded)
-
-
-def _may_have_happened(record: Record) -> bool:
-    return record.state in {DONE, UNKNOWN} or (record.state == "open" and (record.dangling or record.maybe))
-
-
 def _or_parked(keep: Callable[..., T], *args: Any) -> T:
     """What cannot be kept as its annotation says is a bug: repaired, the run goes on."""
     try:
@@ -914,22 +895,3 @@ def _or_parked(keep: Callable[..., T], *args: Any) -> T:
 
 def _nothing(_result: object) -> tuple[str, Any]:
     return "null", None
-
-
-def _plain(text: str) -> str:
-    """What every database takes as text: exceptions may carry anything."""
-    return text[:4_000].encode(errors="replace").decode().replace("\0", "?")
-
-
-def _text(error: Mapping[str, Any]) -> str:
-    return f"{error['type']}: {error['detail']}"
-
-
-def _step_failed(name: str, state: Literal["failed", "unknown"], error: Mapping[str, Any]) -> StepFailed:
-    return StepFailed(
-        step=name.removeprefix("@"),
-        outcome=state,
-        error_type=error["type"],
-        error_code=error.get("code"),
-        detail=error["detail"],
-    )

@@ -1,0 +1,62 @@
+"""What the end of an attempt says: whether anything happened, whether to wait, and how it is told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mainstay.core import DeadlineExceeded, MainstayError
+from mainstay.database import CommitUnknown
+from mainstay.workflow.errors import StepFailed
+from mainstay.workflow.journal import DONE, UNKNOWN, Record
+from mainstay.workflow.step import Policy
+
+SHORTEST_WAIT = 0.01
+
+
+def rejection_seconds(policy: Policy, error: BaseException) -> float | None:
+    """How long to wait where nobody was asked, so that it was no attempt: a breaker or a bulkhead said no."""
+    if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, policy.failed_on):
+        return None
+    if error.retry_after_seconds is None:
+        return None
+    # The spread keeps those who were rejected together apart.
+    return max(SHORTEST_WAIT, error.retry_after_seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
+
+
+def nothing_happened(policy: Policy, error: BaseException) -> bool:
+    """Whether it is certain that the attempt had no effect."""
+    if isinstance(error, policy.failed_on):
+        return True
+    if policy.transactional:
+        return not isinstance(error, CommitUnknown)
+    # A deadline that had passed before something began says what the step's code did not do last; but that code spent
+    # the time before on something.
+    return isinstance(error, MainstayError) and error.no_effect and not isinstance(error, DeadlineExceeded)
+
+
+def may_have_happened(record: Record) -> bool:
+    """Whether the step has to be undone."""
+    return record.state in {DONE, UNKNOWN} or (record.state == "open" and (record.dangling or record.maybe))
+
+
+def error_text(error: Mapping[str, Any]) -> str:
+    """A kept exception in one line."""
+    return f"{error['type']}: {error['detail']}"
+
+
+def step_failed(name: str, state: Literal["failed", "unknown"], error: Mapping[str, Any]) -> StepFailed:
+    """The exception that the workflow function sees."""
+    return StepFailed(
+        step=name.removeprefix("@"),
+        outcome=state,
+        error_type=error["type"],
+        error_code=error.get("code"),
+        detail=error["detail"],
+    )
+
+
+def plain_text(text: str) -> str:
+    """What every database takes as text: exceptions may carry anything."""
+    return text[:4_000].encode(errors="replace").decode().replace("\0", "?")
