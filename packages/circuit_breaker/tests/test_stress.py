@@ -220,8 +220,17 @@ async def test_a_thousand_tasks_through_a_full_pipeline() -> None:
     assert not [result for result in results if isinstance(result, Rejected) and not result.no_effect]
 
 
-def test_reloads_under_load_lose_no_count() -> None:
-    """While six threads call, the window changes its kind, its length and its features a few hundred times."""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{"window_calls": 50}, {"slow_seconds": 60.0}, {"window_seconds": 0.01}, {}],
+        [{"window_seconds": 0.01}, {"window_seconds": 30.0}],
+        [{"window_calls": 50}, {"window_calls": 5000}],
+    ],
+    ids=["kind, length and features", "length of a time window", "length of a count window"],
+)
+def test_reloads_under_load_lose_no_count(changes: list[dict[str, object]]) -> None:
+    """While six threads call, the window changes a few hundred times."""
     breaker = CircuitBreaker("stress", NEVER)
     each = 3000
     finished: list[int] = []
@@ -234,12 +243,6 @@ def test_reloads_under_load_lose_no_count() -> None:
 
     def work(index: int) -> None:
         if index == 0:
-            changes: list[dict[str, object]] = [
-                {"window_calls": 50},
-                {"slow_seconds": 60.0},
-                {"window_seconds": 0.01},
-                {},
-            ]
             number = 0
             while not done.is_set():
                 number += 1

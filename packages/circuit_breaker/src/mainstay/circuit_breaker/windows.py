@@ -173,7 +173,6 @@ class TimeWindow:
         """Keep what is younger than `seconds`; each bucket moves whole, to where its youngest call belongs."""
         self.turn(now)
         width, new_width = self.seconds / BUCKETS, seconds / BUCKETS
-        counted = (self.successes, self.failures, self._slow)
         began = self.edge - width
         # For each new bucket, oldest first: what the counters said when it began.
         marks = array("I", bytes(4 * 3 * BUCKETS))
@@ -188,7 +187,6 @@ class TimeWindow:
         self._marks = marks
         self.seconds = seconds
         self.edge = now + new_width
-        self.successes, self.failures, self._slow = counted
 
     def seed(self, totals: Totals) -> None:
         """Begin with what another kind of window held, as if it had just happened."""
