@@ -4,6 +4,8 @@ import asyncio
 import random
 import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -260,3 +262,35 @@ def test_reloads_under_load_lose_no_count(changes: list[dict[str, object]]) -> N
     in_threads(7, work)
     totals = breaker.totals()
     assert (totals["success"], totals["failure"]) == (6 * each * 3 // 4, 6 * each // 4)
+
+
+@pytest.mark.parametrize(
+    ("length", "other"),
+    [({"window_seconds": 60.0}, {"window_seconds": 5.0}), ({"window_calls": 50}, {"window_calls": 20})],
+    ids=["time", "count"],
+)
+def test_a_success_between_any_two_lines_of_a_resize_is_kept(
+    length: dict[str, object], other: dict[str, object]
+) -> None:
+    """The fast path takes no lock: while a window is changed, every line of it may see one success more."""
+    breaker = CircuitBreaker("stress", NEVER.model_copy(update=length))
+    calls = 0
+
+    @breaker
+    def call() -> None: ...
+
+    def another_success(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal calls
+        if event == "line" and frame.f_code.co_name == "resize":
+            calls += 1
+            call()
+        return another_success
+
+    before = sys.gettrace()
+    sys.settrace(another_success)
+    try:
+        breaker.reload(NEVER.model_copy(update=other))
+    finally:
+        sys.settrace(before)
+    assert calls > 3
+    assert breaker.totals()["success"] == calls
