@@ -131,6 +131,7 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
     timed = CircuitBreaker("timed")(work_async)
     everything = CircuitBreaker("everything", BreakerConfig(slow_seconds=1.0))(work_async)
     timed_sync = CircuitBreaker("timed")(work)
+    everything_sync = CircuitBreaker("everything", BreakerConfig(slow_seconds=1.0))(work)
     million = CircuitBreaker("million", BreakerConfig(window_calls=1_000_000))(work_async)
     retried = Retries(Retry(attempts=3))(work_async)
     four = Pipeline("four", Retry(attempts=3), CircuitBreaker("four"), Bulkhead(100), Timeout(30))(work_async)
@@ -149,7 +150,7 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
         ("breaker closed, async, window of seconds", awaited(timed, calls), hand, time_by_hand, 1.4),
         ("breaker closed, async, everything on", awaited(everything, calls), "by hand, bare", bare, 2.5),
         ("breaker closed, sync, window of seconds", plain(timed_sync, calls), hand, time_by_hand_sync, 1.4),
-        ("breaker closed, sync, beside bare", plain(timed_sync, calls), "by hand, bare", bare_sync, 2.5),
+        ("breaker closed, sync, everything on", plain(everything_sync, calls), "by hand, bare", bare_sync, 2.5),
         ("window of 1,000,000 calls", awaited(million, calls), "window of 100", awaited(counted, calls), 1.1),
         ("four policies, nothing going wrong", awaited(four, calls // 4), "fused by hand", four_by_hand, 1.3),
     ):

@@ -261,9 +261,8 @@ class KeyedBreaker(_Ruled):
         name, config, failures, answers, failed_result, clock: as for `CircuitBreaker`, shared by all circuits.
         key: gets the arguments of the call and returns its key, something hashable: `key=lambda url, **_: url.host`.
         max_keys: how many circuits there are at most. At the bound, one that has nothing to remember makes room. Where
-            every
-            one remembers failures, new keys share a single spare circuit: memory stays bounded, and no open circuit is
-            forgotten.
+            every one remembers failures, new keys share a single spare circuit: memory stays bounded, and no open
+            circuit is forgotten. >= 1
 
     Raises:
         ValueError: `max_keys` is below 1.

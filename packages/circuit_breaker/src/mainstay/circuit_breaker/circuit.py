@@ -7,8 +7,7 @@ way.
 
 A **ticket** is what a call gets at admission and brings back when it ends: the window it is to be counted in, or a
 `Probe`. A ticket carries an epoch. Every change of state begins a new epoch, and what comes back with an old one is
-counted as *late* and
-has no other effect: a success that began before an outage says nothing about its end.
+counted as *late* and has no other effect: a success that began before an outage says nothing about its end.
 
 The lock guards state for a few microseconds and is never held across a call, an await, a listener or a log line.
 """

@@ -87,9 +87,12 @@ def vote_of(circuit: CircuitBreaker) -> Vote | None:
 def fleet_opens(votes: Mapping[str, Vote], me: str, config: BreakerConfig, *, quorum: float) -> str | None:
     """Why this process should open its circuit, or None.
 
-    Args: votes: by process. me: this process. config: its `failure_ratio` (0.5 where there is none) and `minimum_calls`
-        are what the votes are measured by; one circuit that has opened by itself stands for enough calls. quorum: share
-        of the processes with evidence that must find it failing. (0, 1]
+    Args:
+        votes: by process.
+        me: this process.
+        config: its `failure_ratio` (0.5 where there is none) and `minimum_calls` are what the votes are measured by;
+            one circuit that has opened by itself stands for enough calls.
+        quorum: share of the processes with evidence that must find it failing. (0, 1]
     """
     ratio = config.failure_ratio or 0.5
     against = [vote for vote in votes.values() if vote.finds_it_failing(ratio)]

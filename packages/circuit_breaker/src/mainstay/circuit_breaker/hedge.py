@@ -22,18 +22,19 @@ class Hedge(Policy):
     The first success wins. A failure waits for the other attempt, if there is one. The loser is cancelled, which is
     neutral to the policies around it.
 
-    Args: after_seconds: when the second attempt is sent; None: at the `percentile` of recent answers, and none before
-        there are twenty of them. > 0 percentile: of recent answers' seconds. (0, 1) budget: what hedges may add to the
-        load. By default one of its own, of a tenth of the calls: when everything gets slow, everything is late, and a
-        hedge for each call would double the load at the worst moment. clock: measures and waits; tests pass a
-        `VirtualClock`.
+    Args:
+        after_seconds: when the second attempt is sent. None: at the `percentile` of recent answers, and none before
+            there are twenty of them. > 0
+        percentile: of recent answers' seconds. (0, 1)
+        budget: what hedges may add to the load. By default one of its own, of a tenth of the calls: when everything
+            gets slow, everything is late, and a hedge for each call would double the load at the worst moment.
+        clock: measures and waits; tests pass a `VirtualClock`.
 
     Raises:
         ValueError: a number out of its range.
 
     No hedge is sent while a circuit inside it is not closed, or when the caller's deadline would come first. Each
-    attempt runs
-    in a task of its own with a copy of the context: context variables that it sets do not come back.
+    attempt runs in a task of its own with a copy of the context: context variables that it sets do not come back.
     """
 
     def __init__(

@@ -54,11 +54,14 @@ def retry_after(headers: httpx.Headers) -> float | None:
 class AsyncPolicyTransport(httpx.AsyncBaseTransport):
     """Makes the requests of an `httpx.AsyncClient` under `policy`.
 
-    Args: policy: any policy; one with keys gets the `httpx.Request`: `KeyedBreaker("api", key=lambda request:
-        request.url.host)`. Without `stream`, retries and time limits cover the body as well. inner: makes the requests;
-        by default `httpx.AsyncHTTPTransport()`. failed: whether a response is a failure; by default `says_unwell`.
+    Args:
+        policy: any policy; one with keys gets the `httpx.Request`, as in
+            `KeyedBreaker("api", key=lambda request: request.url.host)`. Without `stream`, retries and time limits cover
+            the body as well.
+        inner: makes the requests; by default `httpx.AsyncHTTPTransport()`.
+        failed: whether a response is a failure; by default `says_unwell`.
         stream: pass the body on while it comes. The policies settle when it ends: one that breaks off is a failure, one
-        that the caller leaves early is neutral. A retry ends with the head.
+            that the caller leaves early is neutral. A retry ends with the head.
 
     Raises:
         TypeError: `stream` with a policy that cannot stand around a stream, such as `Timeout`.

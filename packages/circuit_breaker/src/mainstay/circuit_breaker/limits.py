@@ -16,9 +16,13 @@ from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
 class RateLimit(Policy):
     """At most `calls` in `seconds`, evenly: the generic cell rate algorithm, which needs one number of memory.
 
-    Args: calls: >= 1 seconds: > 0 burst: calls that may follow each other at once after a pause; by default `calls`. >=
-        1 max_wait_seconds: a call over the rate waits for its turn if that comes within this time (and within the
-        caller's deadline), else it is rejected. A turn whose caller goes away is used up. >= 0 name: in rejections.
+    Args:
+        calls: how many are let through in `seconds`. >= 1
+        seconds: > 0
+        burst: calls that may follow each other at once after a pause; by default `calls`. >= 1
+        max_wait_seconds: a call over the rate waits for its turn if that comes within this time (and within the
+            caller's deadline), else it is rejected. A turn whose caller goes away is used up. >= 0
+        name: in rejections.
         clock: measures and waits; tests pass a `VirtualClock`.
 
     Raises:
@@ -80,15 +84,18 @@ class Budget(Policy):
     """What may be added to the load of one dependency, by everything in this process that calls it.
 
     Retries and hedges ask it before each attempt beyond the first (`Retries(…, budget=budget)`,
-    `Hedge(budget=budget)`). In
-    a pipeline, inside the retry, it also throttles: when the dependency answers fewer than one in `throttle` calls, the
-    client itself rejects just so many that about `throttle` times the answered ones are sent (B. Beyer and others,
-    "Site Reliability Engineering", 2016, chapter 21).
+    `Hedge(budget=budget)`). In a pipeline, inside the retry, it also throttles: when the dependency answers fewer than
+    one in `throttle` calls, the client itself rejects just so many that about `throttle` times the answered ones are
+    sent (B. Beyer and others, "Site Reliability Engineering", 2016, chapter 21).
 
-    Args: ratio: attempts beyond the first, for each call. >= 0 per_second: attempts beyond the first that are always
-        allowed, so that a quiet client can retry. >= 0 throttle: how many calls are sent for each answered one at
-        worst; None never throttles. > 1 window_seconds: how far back it looks; several times the slowest call, or
-        throttling sees only calls under way. > 0 name: in rejections. clock: measures; tests pass a `VirtualClock`.
+    Args:
+        ratio: attempts beyond the first, for each call. >= 0
+        per_second: attempts beyond the first that are always allowed, so that a quiet client can retry. >= 0
+        throttle: how many calls are sent for each answered one at worst; None never throttles. > 1
+        window_seconds: how far back it looks; several times the slowest call, or throttling sees only calls under way.
+            > 0
+        name: in rejections.
+        clock: measures; tests pass a `VirtualClock`.
 
     Raises:
         ValueError: a number out of its range.

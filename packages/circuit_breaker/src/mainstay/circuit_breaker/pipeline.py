@@ -32,7 +32,7 @@ _AS = {"keyed_breaker": "breaker", "async_fallback": "fallback"}
 class Pipeline(Policy):
     """Policies around one call, outermost first.
 
-    The order that works: `Fallback`, total `Timeout`, `Retry`, `RetryBudget`, `Hedge`, `CircuitBreaker`, `RateLimit`,
+    The order that works: `Fallback`, total `Timeout`, `Retry`, `Budget`, `Hedge`, `CircuitBreaker`, `RateLimit`,
     `Bulkhead`, `Timeout` for each attempt, `Chaos`. Any part may be missing; an order that defeats one of the policies
     gives a `HarmfulOrderWarning`.
 

@@ -2,7 +2,7 @@
 
 - A rejection by a policy inside (an open circuit, a full bulkhead) is not retried: it is an answer to all attempts.
 - Nothing is retried while a circuit inside is not closed: during an outage and a recovery, load is what it needs least.
-- A `RetryBudget` bounds what retries add to the load of all calls together.
+- A `Budget` bounds what retries add to the load of all calls together.
 - What comes out is the truth about all attempts. If the first one timed out and the second was rejected, the
   rejection's `no_effect` would be a lie; the first one's error is raised.
 """
@@ -20,7 +20,7 @@ from mainstay.core import Clock, FullJitter, MainstayError, Outcome, Retry, Retr
 
 
 class Grants(Protocol):
-    """What retries and hedges ask for leave: a `RetryBudget`."""
+    """What retries and hedges ask for leave: a `Budget`."""
 
     def deposit(self) -> None:
         """A call begins."""

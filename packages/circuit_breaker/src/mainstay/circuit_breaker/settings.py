@@ -18,9 +18,8 @@ class BreakerConfig(BaseModel):
     """When a circuit opens, and how it recovers.
 
     While *closed*, the outcome of each call goes into a sliding window. A failure (or a slow call) opens the circuit as
-    soon
-    as any criterion that is set holds: `failure_ratio` or `slow_ratio` with at least `minimum_calls` in the window,
-    `failure_count` in the window, or `consecutive_failures` in a row. A success never opens it.
+    soon as any criterion that is set holds: `failure_ratio` or `slow_ratio` with at least `minimum_calls` in the
+    window, `failure_count` in the window, or `consecutive_failures` in a row. A success never opens it.
 
     *Open*, it rejects everything for `break_seconds`, longer after each recovery that failed. Then it is *half open*:
     at most `probes` calls at a time go through; `probe_successes` of them in a row end it, one failure opens it again.
@@ -90,14 +89,17 @@ class BreakerConfig(BaseModel):
 class CircuitBreakerSettings(Settings):
     """Settings of the package, from `MAINSTAY_CIRCUIT_BREAKER_…`.
 
-    Attributes: defaults: for every breaker that was written without a configuration of its own. breakers: by name;
-        stronger than what the code says, so that an operator can change a breaker without a release:
-        `MAINSTAY_CIRCUIT_BREAKER_BREAKERS='{"payments": {"failure_ratio": 0.3}}'`. history_seconds: how far back the
-        service can draw a breaker, in seconds. sample_seconds: the resolution of that drawing, in seconds.
+    Attributes:
+        defaults: for every breaker that was written without a configuration of its own.
+        breakers: by name; stronger than what the code says, so that an operator can change a breaker without a release:
+            `MAINSTAY_CIRCUIT_BREAKER_BREAKERS='{"payments": {"failure_ratio": 0.3}}'`.
+        history_seconds: how far back the service can draw a breaker, in seconds.
+        sample_seconds: the resolution of that drawing, in seconds.
         evidence_url: `redis://…` of the Redis through which the processes of this service share evidence; None keeps
-        each to itself. It may carry a password and is never printed. evidence_seconds: how often evidence is exchanged,
-        in seconds. A vote counts for three times as long. evidence_quorum: share of the processes with evidence that
-        must find a dependency failing to open it for all. (0, 1]
+            each to itself. It may carry a password and is never printed.
+        evidence_seconds: how often evidence is exchanged, in seconds. A vote counts for three times as long.
+        evidence_quorum: share of the processes with evidence that must find a dependency failing to open it for all.
+            (0, 1]
     """
 
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_CIRCUIT_BREAKER_")

@@ -3,10 +3,8 @@
 It is `mainstay.core.timeout` with the same meaning: the deadline is ambient, what it cancels is a failure to every
 policy inside, and `DeadlineExceeded` comes out. What differs is the timer. One timer of the loop's own for each call
 costs more than all the other policies together, and nearly all are cancelled unfired. But the calls under one `Timeout`
-all get the same
-number of seconds, so they expire in the order in which they begin: a dictionary, which keeps that order, holds those
-    under
-way, and one timer watches the oldest.
+all get the same number of seconds, so they expire in the order in which they begin: a dictionary, which keeps that
+order, holds those under way, and one timer watches the oldest.
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ class Timeout(Policy):
         ValueError: `seconds` is not positive.
 
     A call raises `DeadlineExceeded` when its time runs out, with `no_effect=True` when it had run out before. Plain
-    functions
-    are refused, since a thread cannot be cancelled: see `in_thread`.
+    functions are refused, since a thread cannot be cancelled: see `in_thread`.
     """
 
     def __init__(self, seconds: float, *, name: str = "timeout", clock: Clock = SYSTEM_CLOCK) -> None:

@@ -2,14 +2,15 @@
 
 What both share, and what the generated code relies on, is one plain counter, `successes`. A success only adds one to
 it: the fast path takes no lock, walks no buckets and costs the same for every length of window. Everything else
-    (failures, slow
-calls, the turn of a bucket, reading) happens under the circuit's lock and works from the difference between two
-readings of that counter.
+(failures, slow calls, the turn of a bucket, reading) happens under the circuit's lock and works from the difference
+between two readings of that counter. A counter in use is only ever added to: whoever set it, even to what it was a
+moment ago, would lose what the fast path adds meanwhile.
 """
 
 from __future__ import annotations
 
 from array import array
+from math import inf
 
 BUCKETS = 10
 """Turns of a time window per length: it covers between 0.9 and 1.0 of its seconds."""
@@ -24,8 +25,7 @@ class CountWindow:
     """The last `size` calls.
 
     Failures are the ones in a bit string of the last `size` calls, newest lowest. It is brought up to date only when a
-    failure
-    comes or somebody looks: shifted left by as many places as there were calls meanwhile, which are successes.
+    failure comes or somebody looks: shifted left by as many places as there were calls meanwhile, which are successes.
     """
 
     __slots__ = (
@@ -45,9 +45,8 @@ class CountWindow:
     def __init__(self, size: int, epoch: int) -> None:
         self.size = size
         self.epoch = epoch
-        self.edge = float(
-            "inf"
-        )  # it never turns; the generated code for time windows may ask while a reload is under way
+        # It never turns; the generated code for time windows may ask while a reload is under way.
+        self.edge = inf
         self.successes = 0
         self.failures = 0
         self._failed = 0

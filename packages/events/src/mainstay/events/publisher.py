@@ -34,8 +34,7 @@ class EventPublisher:
         """Publish one event; returns when it is durable, or joins the unit of work that is open and commits with it.
 
         Inside a workflow function it is a recorded step: a replay does not publish again, and a repetition after a
-            crash
-        has the same event id.
+        crash has the same event id.
 
         Raises:
             PublishError: the broker did not confirm it in time (only without an outbox).

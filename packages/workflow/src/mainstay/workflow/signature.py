@@ -1,8 +1,7 @@
 """What a function takes and returns, as JSON text: the form in which inputs and results are kept.
 
 Every value is written through the type that the function states for it and read back through the same type, also the
-first
-time: code that sees a result live sees what it will see on replay.
+first time: code that sees a result live sees what it will see on replay.
 """
 
 from __future__ import annotations
