@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from mainstay.circuit_breaker import (
     BreakerConfig,
     Chaos,
+    Circuit,
     CircuitBreaker,
     CircuitBreakerModule,
     CircuitBreakerService,
@@ -321,3 +322,43 @@ async def test_when_every_key_remembers_failures_new_ones_share_a_circuit(clock:
     assert hosts.totals()["success"] == 3
     with pytest.raises(ValueError, match="max_keys is 0"):
         KeyedBreaker("hosts", key=str, max_keys=0)
+
+
+async def test_the_shared_circuit_cannot_be_forced_for_one_key(clock: VirtualClock) -> None:
+    """Beyond the bound an order for one key would meet all others: it is refused, and names the remedy."""
+    hosts = KeyedBreaker("hosts", BreakerConfig(consecutive_failures=1), key=lambda host: host, max_keys=1, clock=clock)
+
+    @hosts
+    async def fetch(host: str) -> None:
+        if host == "bad":
+            raise Boom
+
+    with pytest.raises(Boom):
+        await fetch("bad")
+    for order in (hosts["tenant 9"].force_open, hosts["tenant 9"].disable):
+        with pytest.raises(RuntimeError, match="raise max_keys"):
+            order()
+    await fetch("tenant 10")
+    hosts["tenant 9"].reset()
+    hosts["bad"].reset()
+    hosts["tenant 9"].force_open()  # there is room again
+    with pytest.raises(CircuitOpen):
+        await fetch("tenant 9")
+
+
+async def test_totals_of_keys_never_go_back(clock: VirtualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A circuit that is forgotten while the totals are read is counted once, neither twice nor not at all."""
+    hosts = KeyedBreaker("hosts", key=lambda host: host, max_keys=2, clock=clock)
+    fetch = hosts(lambda host: host)
+    for host in ("a", "b", "a", "b"):
+        fetch(host)
+    read = Circuit._outcomes
+
+    def read_while_another_makes_room(circuit: Circuit) -> tuple[int, ...]:
+        monkeypatch.setattr(Circuit, "_outcomes", read)
+        fetch("c")
+        return read(circuit)
+
+    monkeypatch.setattr(Circuit, "_outcomes", read_while_another_makes_room)
+    assert hosts.totals()["success"] == 4
+    assert hosts.totals()["success"] == 5

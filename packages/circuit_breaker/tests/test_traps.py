@@ -459,6 +459,44 @@ async def test_memory(clock: VirtualClock) -> None:
     assert each < 1024
 
 
+async def test_memory_a_circuit_with_calls_under_way_is_never_evicted(clock: VirtualClock) -> None:
+    """A provider that hangs is what eviction must not forget: its calls are counted when they fail at last."""
+    hosts = KeyedBreaker("hosts", PLAIN, key=lambda host: host, max_keys=2, clock=clock)
+    hanging = Dependency(then=Boom)
+    hanging.hold()
+
+    @hosts
+    async def call(host: str) -> None:
+        if host == "hangs":
+            await hanging()
+
+    calls = [asyncio.create_task(call("hangs")) for _ in range(4)]
+    await asyncio.sleep(0)
+    for number in range(100):
+        await call(f"healthy {number}")
+    hanging.let_go()
+    assert {type(error) for error in await asyncio.gather(*calls, return_exceptions=True)} == {Boom}
+    assert (hosts["hangs"].state, hosts["hangs"].under_way) == (State.OPEN, 0)
+    assert hosts.totals() == {"success": 100, "failure": 4, "neutral": 0, "late": 0, "rejected": 0}
+
+
+async def test_memory_a_closed_circuit_with_failures_is_never_evicted(clock: VirtualClock) -> None:
+    """Failures below the threshold are kept while other keys come and go, so that the next one opens the circuit."""
+    hosts = KeyedBreaker("hosts", PLAIN, key=lambda host: host, max_keys=2, clock=clock)
+
+    @hosts
+    async def call(host: str) -> None:
+        if host == "bad":
+            raise Boom
+
+    for round_ in range(4):
+        with pytest.raises(Boom):
+            await call("bad")
+        for number in range(10):
+            await call(f"healthy {round_} {number}")
+    assert hosts["bad"].state is State.OPEN
+
+
 @pytest.mark.parametrize(
     "policy",
     [

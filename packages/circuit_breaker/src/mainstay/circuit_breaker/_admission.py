@@ -417,10 +417,24 @@ def _breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None
 
 
 def _keyed_breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
-    text.add(f"key_is_{i} = key_{i}(*args, **kwargs)", f"circuit_{i} = get_{i}(key_is_{i})")
-    with text.block(f"if circuit_{i} is None:"):
-        text.add(f"circuit_{i} = make_{i}(key_is_{i})")
-    _circuit(text, i, shape, body, f"circuit_{i}.")
+    text.add(f"key_is_{i} = key_{i}(*args, **kwargs)")
+    if _LOCKED:
+        text.add(f"circuit_{i} = hold_{i}(key_is_{i})")
+    else:
+        # Like the counting of a success, an addition without a call inside. A circuit that was forgotten between the
+        # look and the addition says so by a number far below zero.
+        text.add(f"circuit_{i} = get_{i}(key_is_{i})")
+        with text.block(f"if circuit_{i} is not None:"):
+            text.add(f"circuit_{i}.under_way += 1")
+        with text.block(f"if circuit_{i} is None or circuit_{i}.under_way < 1:"):
+            text.add(f"circuit_{i} = hold_{i}(key_is_{i})")
+    with text.block("try:"):
+        _circuit(text, i, shape, body, f"circuit_{i}.")
+    with text.block("finally:"):
+        if _LOCKED:
+            text.add(f"circuit_{i}._let_go()")
+        else:
+            text.add(f"circuit_{i}.under_way -= 1")
 
 
 def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str) -> None:

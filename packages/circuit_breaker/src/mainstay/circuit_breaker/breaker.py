@@ -149,15 +149,7 @@ class _Ruled(Policy):
 
     def totals(self) -> dict[str, int]:
         """Calls by outcome since the breaker exists: success, failure, neutral, late, rejected."""
-        success = failure = neutral = late = rejected = 0
-        for circuit in self.circuits():  # plain additions: there may be a hundred thousand
-            each = circuit._outcomes()
-            success += each[0]
-            failure += each[1]
-            neutral += each[2]
-            late += each[3]
-            rejected += each[4]
-        return dict(zip(OUTCOMES, (success, failure, neutral, late, rejected), strict=True))
+        return _added_up(self.circuits())
 
     @contextmanager
     def _bound(self, owner: object, config: BreakerConfig, clock: Clock) -> Generator[None]:
@@ -194,6 +186,18 @@ class _Ruled(Policy):
 
 
 OUTCOMES = ("success", "failure", "neutral", "late", "rejected")
+
+
+def _added_up(circuits: Sequence[Circuit]) -> dict[str, int]:
+    success = failure = neutral = late = rejected = 0
+    for circuit in circuits:  # plain additions: there may be a hundred thousand
+        each = circuit._outcomes()
+        success += each[0]
+        failure += each[1]
+        neutral += each[2]
+        late += each[3]
+        rejected += each[4]
+    return dict(zip(OUTCOMES, (success, failure, neutral, late, rejected), strict=True))
 
 
 class CircuitBreaker(Circuit, _Ruled):
@@ -260,9 +264,9 @@ class KeyedBreaker(_Ruled):
     Args:
         name, config, failures, answers, failed_result, clock: as for `CircuitBreaker`, shared by all circuits.
         key: gets the arguments of the call and returns its key, something hashable: `key=lambda url, **_: url.host`.
-        max_keys: how many circuits there are at most. At the bound, one that has nothing to remember makes room. Where
-            every one remembers failures, new keys share a single spare circuit: memory stays bounded, and no open
-            circuit is forgotten. >= 1
+        max_keys: how many circuits there are at most. At the bound, one without calls under way and with nothing to
+            remember makes room. Where there is none, new keys share a single spare circuit: memory stays bounded, and
+            no open circuit is forgotten. >= 1
 
     Raises:
         ValueError: `max_keys` is below 1.
@@ -314,12 +318,23 @@ class KeyedBreaker(_Ruled):
     def circuits(self) -> Sequence[Circuit]:
         """The circuits there are now, the spare one last."""
         with self._lock:
-            return (*self._circuits.values(), *(() if self._spare is None else (self._spare,)))
+            return self._present()
 
     def totals(self) -> dict[str, int]:
         """Calls by outcome since the breaker exists, forgotten circuits included."""
-        present = super().totals()
-        return {outcome: present[outcome] + self._gone[outcome] for outcome in OUTCOMES}
+        with self._lock:  # a circuit forgotten after this is counted here still, as it was
+            circuits, gone = self._present(), dict(self._gone)
+        present = _added_up(circuits)
+        return {outcome: present[outcome] + gone[outcome] for outcome in OUTCOMES}
+
+    def _present(self) -> Sequence[Circuit]:
+        return (*self._circuits.values(), *(() if self._spare is None else (self._spare,)))
+
+    def _hold(self, key: object) -> Circuit:
+        """The circuit of `key`, with one more call under way."""
+        while not (circuit := self[key])._hold():
+            pass  # forgotten a moment ago: the key gets another
+        return circuit
 
     def _make(self, key: object) -> Circuit:
         with self._lock:
@@ -327,9 +342,10 @@ class KeyedBreaker(_Ruled):
             if circuit is None:
                 if len(self._circuits) >= self.max_keys and not self._make_room():
                     if self._spare is None:
-                        self._spare = Circuit(self.rules, "(others)")
+                        self._spare = _Shared(self.rules, "(others)")
                         _log.warning(
-                            "breaker %s: all %d keys remember failures; new ones share a circuit",
+                            "breaker %s: all %d keys remember failures or have calls under way; new ones share a "
+                            "circuit",
                             self.name,
                             self.max_keys,
                         )
@@ -344,16 +360,17 @@ class KeyedBreaker(_Ruled):
         victim: tuple[object, Circuit] | None = None
         harmless: tuple[object, Circuit] | None = None
         for _, (key, circuit) in zip(range(_SEARCH), candidates, strict=False):
-            if circuit._is_forgettable(strict=True):
+            if circuit._forget(strict=True):
                 victim = key, circuit
                 break
-            if harmless is None and circuit._is_forgettable(strict=False):
+            if harmless is None and circuit._is_forgettable():
                 harmless = key, circuit
             kept.append((key, circuit))
-        victim = victim or harmless
         for key, circuit in kept:  # the next search begins after them
             del self._circuits[key]
             self._circuits[key] = circuit
+        if victim is None and harmless is not None and harmless[1]._forget(strict=False):
+            victim = harmless
         if victim is None:
             return False
         key, circuit = victim
@@ -367,12 +384,27 @@ class KeyedBreaker(_Ruled):
             "key": self.key,
             "name": self.rules.name,
             "get": self._circuits.get,
-            "make": self._make,
+            "hold": self._hold,
             "now": self.rules.now,
             "limit": self.rules.config.slow_seconds or inf,  # calls under way with older code compare with it
             "bad": self.rules.failed_result,
         }
         return (Layer(self, "keyed_breaker", self._shape(), names),)
+
+
+class _Shared(Circuit):
+    """The circuit of all keys beyond the bound."""
+
+    __slots__ = ()
+
+    def _move(self, to: State, reason: str) -> None:
+        if to is not State.CLOSED:
+            msg = (
+                f"this circuit of breaker {self.rules.name!r} is shared by all keys beyond max_keys, so that none of "
+                f"them can be forced by itself: reset a key that remembers failures, or raise max_keys"
+            )
+            raise RuntimeError(msg)
+        super()._move(to, reason)
 
 
 _SEARCH = 32

@@ -110,6 +110,7 @@ class Probe:
 Ticket = CountWindow | TimeWindow | Probe
 
 _NEVER = -inf
+_FORGOTTEN = -(2**40)
 _COUNTING = frozenset({State.CLOSED, State.RAMPING})
 _OPEN_TO_ALL = frozenset({State.CLOSED, State.DISABLED})
 _SPOKEN = {state: state.value.replace("_", " ") for state in State}
@@ -138,6 +139,7 @@ class Circuit:
         "rules",
         "shut_until",
         "state",
+        "under_way",
         "window",
     )
 
@@ -152,6 +154,7 @@ class Circuit:
         # The window while the circuit is closed or disabled, else None: the one thing that the fast path looks at.
         self.window: Window | None = self.counted
         self.late = self.neutral = self.rejected = 0
+        self.under_way = 0  # counted for circuits with keys only; far below zero once it is forgotten
         self._retired = (0, 0)  # successes and failures in windows of earlier epochs
         self._probes: tuple[Probe, ...] = ()
         self._probed = 0  # probes that succeeded, in a row
@@ -223,13 +226,36 @@ class Circuit:
         with self.lock:  # or the moment in which one window follows another could be seen
             return (*self._sums(), self.neutral, self.late, self.rejected)
 
-    def _is_forgettable(self, *, strict: bool) -> bool:
-        """Whether nothing is lost with it: closed, and its window is empty (strict) or holds nothing bad."""
+    def _hold(self) -> bool:
+        """Count a call under way; False if the circuit has been forgotten and counts no more."""
         with self.lock:
-            if self.state is not State.CLOSED:
+            self.under_way += 1
+            return self.under_way > 0
+
+    def _let_go(self) -> None:
+        """The call has ended."""
+        with self.lock:
+            self.under_way -= 1
+
+    def _is_forgettable(self) -> bool:
+        """Whether nothing bad is lost with it."""
+        with self.lock:
+            return self._holds_nothing(strict=False)
+
+    def _forget(self, *, strict: bool) -> bool:
+        """Count no further call, if nothing is lost with it."""
+        with self.lock:  # a failure is counted under it, so that none comes between the two looks
+            if not self._holds_nothing(strict=strict) or self.under_way:
                 return False
-            calls, failures, slow = self.counted.totals(self.rules.now())
-            return calls == 0 if strict else failures == slow == 0
+            self.under_way = _FORGOTTEN  # between this and the look at it there is no call, as on the fast path
+            return True
+
+    def _holds_nothing(self, *, strict: bool) -> bool:
+        """Closed, no call under way, and an empty window (strict) or one without anything bad."""
+        if self.state is not State.CLOSED or self.under_way:
+            return False
+        calls, failures, slow = self.counted.totals(self.rules.now())
+        return calls == 0 if strict else failures == slow == 0
 
     # Admission and settling
 
