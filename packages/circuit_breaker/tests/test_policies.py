@@ -614,3 +614,68 @@ def test_chaos_cannot_be_left_on(seconds: float, reason: str) -> None:
         Chaos("c", Fault(1)).on(seconds=seconds, reason=reason),
     ):
         pass
+
+
+# All together
+
+
+async def test_recovery_in_one_budget_with_throttling_retries_and_hedges(clock: VirtualClock) -> None:
+    """After an outage a dependency gets its probes, then the ramp's share, then all; retries and hedges add nothing."""
+    config = BreakerConfig(
+        window_seconds=5, break_seconds=2, max_break_seconds=2, break_jitter=0, ramp_seconds=10, ramp_start=0.1
+    )
+    breaker = CircuitBreaker("p", config, clock=clock)
+    budget = Budget(0.2, per_second=0, throttle=2.0, window_seconds=10, clock=clock)
+    guarded = Pipeline(
+        "p",
+        Retries(Retry(attempts=3, wait=lambda _: 0.0, clock=clock), budget=budget),
+        budget,
+        Hedge(0.05, budget=budget, clock=clock),
+        breaker,
+    )
+    reached: list[float] = []
+    down = False
+
+    async def dependency() -> None:
+        reached.append(clock.monotonic())
+        if down:
+            raise Boom
+        await clock.sleep(0.1)  # slow enough for a hedge each
+
+    calls: list[asyncio.Task[None]] = []
+
+    async def second() -> tuple[int, int]:
+        """A hundred calls in a second: how many of them reached the dependency, and how many more might have."""
+        before, extras = len(reached), budget._extras.failures
+        for _ in range(100):
+            calls.append(asyncio.create_task(guarded.call(dependency)))
+            await clock.advance(0.01)
+        return len(reached) - before, budget._extras.failures - extras
+
+    well = [await second() for _ in range(10)]
+    assert sum(sent for sent, _ in well) <= 1200  # hedges, a fifth at most
+    assert sum(extra for _, extra in well) >= 100
+    down = True
+    while breaker.state is State.CLOSED:
+        sent, _ = await second()
+        assert sent <= 120
+    for _ in range(6):
+        sent, extra = await second()
+        assert (sent <= 1, extra) == (True, 0)  # a probe
+    down = False
+    seconds = []
+    while breaker.snapshot().state is not State.CLOSED:
+        seconds.append(await second())
+    *recovering, closing = seconds
+    recovering = [sent for sent, _ in recovering if sent > 2]
+    assert len(recovering) == 9
+    for number, sent in enumerate(recovering):
+        assert sent <= 10 * (number + 2)  # the ramp's share, and nothing beside it
+    # Extra attempts are a share of what the ramp let through, not of what it refused.
+    closed = [closing, *[await second() for _ in range(3)]]
+    assert sum(extra for _, extra in closed) <= 0.2 * (sum(recovering) + 400)
+    assert closed[-1][0] >= 100
+    assert budget.rejected < 10
+    assert breaker.snapshot().state is State.CLOSED
+    await clock.advance(1)
+    await asyncio.gather(*calls, return_exceptions=True)

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextvars
+import datetime as dt
 import gc
+import sys
 import threading
 import time
 import tracemalloc
@@ -32,7 +34,7 @@ from mainstay.circuit_breaker import (
     in_thread,
 )
 from mainstay.circuit_breaker.testing import HANG, Dependency, forced
-from mainstay.core import DeadlineExceeded, Retry, bind, current
+from mainstay.core import SYSTEM_CLOCK, DeadlineExceeded, Retry, bind, current
 from mainstay.core.testing import VirtualClock
 
 PLAIN = BreakerConfig(minimum_calls=4, break_jitter=0, ramp_seconds=0, probe_successes=1)
@@ -233,17 +235,34 @@ def test_sync_function_in_async_pipeline_and_generators_are_refused() -> None:
 
 
 async def test_wall_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wall clock that jumps by a year either way ends no break and empties no window."""
+    """A wall clock that jumps by a year either way, by any of its names, ends no break and empties no window."""
     breaker = CircuitBreaker("p", BreakerConfig(minimum_calls=4, slow_seconds=1))
     guarded = Pipeline("p", Timeout(5), Retry(attempts=1), breaker, Bulkhead(2))
     now = time.time()
-    for jump in (0, 31e6, -31e6, 31e6):
-        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+    jumped = 0.0
+
+    class Jumping(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
+            return dt.datetime.fromtimestamp(now + jumped, tz)
+
+        @classmethod
+        def utcnow(cls) -> dt.datetime:
+            return cls.now(dt.UTC).replace(tzinfo=None)
+
+    monkeypatch.setattr(time, "time", lambda: now + jumped)
+    monkeypatch.setattr(time, "time_ns", lambda: int((now + jumped) * 1e9))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mainstay.") and hasattr(module, "datetime"):
+            monkeypatch.setattr(module, "datetime", Jumping)
+    assert (SYSTEM_CLOCK.now() - dt.datetime.fromtimestamp(now, dt.UTC)).total_seconds() == 0
+    for seconds in (0.0, 31e6, -31e6, 31e6):
+        jumped = seconds
         with pytest.raises(Boom):
             await guarded.call(Dependency(Boom))
     assert breaker.snapshot().state is State.OPEN
-    for jump in (31e6, -31e6):
-        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+    for seconds in (31e6, -31e6):
+        jumped = seconds
         with pytest.raises(CircuitOpen):
             await guarded.call(Dependency("fine"))
 
@@ -381,6 +400,41 @@ async def test_client_throttling(clock: VirtualClock) -> None:
     await asyncio.gather(*calls, return_exceptions=True)
     await clock.advance(31)
     assert await budget.call(Dependency("fine")) == "fine"
+
+
+async def test_client_throttling_is_not_blinded_by_what_says_nothing(clock: VirtualClock) -> None:
+    """Callers that leave and rejections by a breaker inside are no answers: after them failures throttle as ever."""
+    budget = Budget(throttle=2.0, clock=clock)
+    breaker = CircuitBreaker("p", PLAIN, clock=clock)
+    guarded = Pipeline("p", budget, breaker)
+    leaving = [asyncio.create_task(guarded.call(Dependency(then=HANG))) for _ in range(9)]
+    await asyncio.sleep(0)
+    for call in leaving:
+        call.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    with forced(breaker, State.OPEN):
+        await asyncio.gather(*(guarded.call(Dependency()) for _ in range(500)), return_exceptions=True)
+    assert budget.rejected == 0
+    breaker.disable()
+    failing = Dependency(then=Boom)
+    await asyncio.gather(*(guarded.call(failing) for _ in range(500)), return_exceptions=True)
+    assert len(failing.calls) < 100
+    assert len(failing.calls) + budget.rejected == 500
+
+
+async def test_client_throttling_window_holds_the_slow_answers(clock: VirtualClock) -> None:
+    """Where the window is several times the slowest answer, calls under way are not taken for unanswered ones."""
+    budget = Budget(throttle=2.0, window_seconds=30, clock=clock)
+
+    async def slow() -> None:
+        await clock.sleep(5)
+
+    calls = []
+    for _ in range(60):
+        calls += [asyncio.create_task(budget.call(slow)) for _ in range(9)]
+        await clock.advance(5)
+    await asyncio.gather(*calls)
+    assert budget.rejected == 0
 
 
 async def test_semaphores(clock: VirtualClock) -> None:

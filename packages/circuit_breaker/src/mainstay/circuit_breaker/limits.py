@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
+from functools import partial
 from math import inf
 
 from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker.circuit import Circuit
 from mainstay.circuit_breaker.errors import RateLimited, Throttled
 from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.circuit_breaker.windows import TimeWindow
@@ -86,7 +89,9 @@ class Budget(Policy):
     Retries and hedges ask it before each attempt beyond the first (`Retries(…, budget=budget)`,
     `Hedge(budget=budget)`). In a pipeline, inside the retry, it also throttles: when the dependency answers fewer than
     one in `throttle` calls, the client itself rejects just so many that about `throttle` times the answered ones are
-    sent (B. Beyer and others, "Site Reliability Engineering", 2016, chapter 21).
+    sent (B. Beyer and others, "Site Reliability Engineering", 2016, chapter 21). While it does, no attempt beyond the
+    first is granted. While a circuit inside it recovers, that circuit's ramp decides alone. A caller that leaves and a
+    rejection by a policy inside say nothing: such a call counts as not sent.
 
     Args:
         ratio: attempts beyond the first, for each call. >= 0
@@ -125,7 +130,8 @@ class Budget(Policy):
         self.refused = 0
         self._lock = threading.Lock()
         now = clock.monotonic()
-        # Of the windows' two counters the first holds calls and attempts, the second what was granted and answered.
+        # Of the windows' counters the first holds calls and attempts, the second what was granted and answered, the
+        # third the attempts that say nothing.
         self._extras = TimeWindow(window_seconds, 0, now)
         self._answers = TimeWindow(window_seconds, 0, now)
 
@@ -141,31 +147,42 @@ class Budget(Policy):
     def grant(self) -> bool:
         """Whether one more attempt may be made; counts it if so."""
         with self._lock:
-            everything, granted, _ = self._extras.totals(self.clock.monotonic())
-            allowed = self.ratio * (everything - granted) + self.per_second * self.window_seconds
-            if granted + 1 > allowed:
+            now = self.clock.monotonic()
+            everything, granted, _ = self._extras.totals(now)
+            # A call that an open or recovering circuit refused is none that extra attempts could be a share of.
+            calls = max(0, everything - granted - self._answers.totals(now)[2])
+            allowed = self.ratio * calls + self.per_second * self.window_seconds
+            # Where first attempts are throttled, there is nothing to spare for others.
+            if granted + 1 > allowed or self._excess() > 0:
                 self.refused += 1
                 return False
             self._extras.failures += 1
             return True
 
-    def _request(self) -> None:
+    def _request(self, inside: Sequence[Circuit] = ()) -> None:
         """Count an attempt, before it is made: those that hang must count too.
 
         Raises:
             Throttled: too few of the recent ones were answered.
         """
+        # While a circuit recovers, its probes and its ramp say how much is sent: what was not answered before says
+        # nothing about the dependency that has come back.
+        recovering = any(circuit.window is None for circuit in inside)
         with self._lock:
-            everything, answered, _ = self._answers.totals(self.clock.monotonic())
-            sent = everything - answered
+            reject = self._excess()
             self._answers.successes += 1
-            if self.throttle is None:
-                return
-            reject = (sent - self.throttle * answered) / (sent + 1)
-            if reject <= 0 or sent < _FEW or random.random() >= reject:  # noqa: S311  spreads load, guards nothing
+            if recovering or reject <= 0 or random.random() >= reject:  # noqa: S311  spreads load, guards nothing
                 return
             self.rejected += 1
         raise Throttled(self.name, "throttled", self.window_seconds / 10)
+
+    def _excess(self) -> float:
+        """Share of the attempts that is more than the answers justify. Under the lock."""
+        everything, answered, unsaid = self._answers.totals(self.clock.monotonic())
+        sent = everything - answered - unsaid
+        if self.throttle is None or sent < _FEW:
+            return 0.0
+        return (sent - self.throttle * answered) / (sent + 1)
 
     def _accepted(self) -> None:
         """An attempt was answered."""
@@ -174,13 +191,25 @@ class Budget(Policy):
             self._answers.failures += 1
 
     def _raised(self, error: BaseException) -> None:
-        """An attempt ended with `error`; only a failure of the dependency is no answer."""
-        if judge(error) is not Verdict.FAILURE:
+        """An attempt ended with `error`."""
+        verdict = judge(error)
+        if verdict is Verdict.ANSWER:
             self._accepted()
+        elif verdict is Verdict.NEUTRAL:  # the caller left, or a policy inside refused: as if it had not been sent
+            with self._lock:
+                self._answers.mark_slow(self.clock.monotonic())
 
     def _layers(self) -> tuple[Layer, ...]:
-        names: dict[str, object] = {"request": self._request, "accepted": self._accepted, "raised": self._raised}
-        return (Layer(self, "budget", (), names),)
+        return (self._layer(()),)
+
+    def _layer(self, inside: Sequence[Circuit]) -> Layer:
+        """The layer, with the circuits that stand inside it."""
+        names: dict[str, object] = {
+            "request": partial(self._request, tuple(inside)),
+            "accepted": self._accepted,
+            "raised": self._raised,
+        }
+        return Layer(self, "budget", (), names)
 
 
 _FEW = 10

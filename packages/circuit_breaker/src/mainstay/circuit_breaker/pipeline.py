@@ -11,6 +11,7 @@ from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.circuit import Circuit
 from mainstay.circuit_breaker.errors import HarmfulOrderWarning
 from mainstay.circuit_breaker.hedge import Hedge
+from mainstay.circuit_breaker.limits import Budget
 from mainstay.circuit_breaker.retries import Retries
 from mainstay.core import Retry
 
@@ -77,9 +78,9 @@ class Pipeline(Policy):
     def _layers(self) -> tuple[Layer, ...]:
         layers: list[Layer] = []
         for index, policy in enumerate(self._order):
-            if isinstance(policy, Retries | Hedge):
+            if isinstance(policy, Retries | Budget | Hedge):
                 inside: list[Circuit] = [other for other in self._order[index:] if isinstance(other, CircuitBreaker)]
-                if isinstance(policy, Retries):
+                if isinstance(policy, Retries | Budget):
                     layers.append(policy._layer(inside))
                 else:
                     outer = [other.budget for other in self._order[:index] if isinstance(other, Retries)]
