@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import io
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,8 @@ from mainstay.circuit_breaker import (
     Bulkhead,
     CircuitBreaker,
     CircuitOpen,
+    Fallback,
+    Hedge,
     KeyedBreaker,
     Pipeline,
     Policy,
@@ -30,6 +33,7 @@ from mainstay.circuit_breaker import (
 from mainstay.circuit_breaker.http import AsyncPolicyTransport, PolicyTransport, retry_after
 from mainstay.circuit_breaker.testing import Dependency, forced
 from mainstay.core import DeadlineExceeded, FullJitter, Retry
+from mainstay.core.testing import VirtualClock
 
 
 class SickServer:
@@ -160,7 +164,7 @@ async def test_streams_settle_at_their_end(server: SickServer) -> None:
     """A streamed body counts when it has ended, a broken one as a failure, one left early not at all."""
     breaker, bulkhead = CircuitBreaker("api", QUICK), Bulkhead(5)
     policy = Pipeline("api", breaker, bulkhead)
-    with pytest.raises(TypeError, match="cannot stand around an async generator"):
+    with pytest.raises(TypeError, match="cannot stand around a stream"):
         AsyncPolicyTransport(Timeout(1), stream=True)
     async with client(server, policy, stream=True) as http:
         async with http.stream("GET", "/") as response:
@@ -210,7 +214,15 @@ async def test_the_sync_transport(server: SickServer) -> None:
 
 @pytest.mark.parametrize(
     ("value", "low", "high"),
-    [("3", 3, 3), ("0", 0, 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 1e9, 1e11)],
+    [
+        ("3", 3, 3),
+        ("0", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 1e9, 1e9),
+        ("9" * 400, 1e9, 1e9),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", 1e9, 1e9),
+        ("Mon, 01 Jan 0001 00:00:00 +2359", 0, 0),
+    ],
 )
 def test_retry_after_in_both_forms(value: str, low: float, high: float) -> None:
     """Seconds, or a date; one that has passed means now."""
@@ -219,7 +231,7 @@ def test_retry_after_in_both_forms(value: str, low: float, high: float) -> None:
     assert low <= seconds <= high
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-5", "1.5e3", "٣"])
+@pytest.mark.parametrize("value", ["", "soon", "-5", "1.5e3", "٣", "Wed, 21 Oct 2015 07:28:00 +99999999999999"])
 def test_a_malformed_retry_after_is_none(value: str) -> None:
     """What cannot be understood asks for nothing."""
     assert retry_after(httpx.Headers([(b"retry-after", value.encode())])) is None
@@ -317,3 +329,149 @@ async def test_a_sick_server_is_spared_and_found_well_again(server: SickServer) 
         asked = sum(good[0] <= at < good[0] + 0.25 for at, _ in outcomes)
         assert server.reached(good[0], good[0] + 0.25) <= 0.7 * asked
         assert count("fine", ended - 0.5, ended) >= 0.9 * sum(ended - 0.5 <= at < ended for at, _ in outcomes)
+
+
+@pytest.mark.parametrize("seconds", ["99999999999999", "3601"])
+async def test_a_server_that_asks_for_hours_is_not_waited_for(seconds: str) -> None:
+    """Beyond an hour of `Retry-After` the answer stands, for async and plain clients."""
+    calls: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        calls.append(request)
+        return httpx.Response(503, headers={"Retry-After": seconds})
+
+    inner = httpx.MockTransport(answer)
+    policy = Retries(Retry(attempts=3, clock=VirtualClock()))
+    async with httpx.AsyncClient(transport=AsyncPolicyTransport(policy, inner)) as http:
+        assert (await http.get("http://api/")).status_code == 503
+    with httpx.Client(transport=PolicyTransport(policy, inner)) as plain:
+        assert plain.get("http://api/").status_code == 503
+    assert len(calls) == 2
+
+
+async def unrepeatable() -> AsyncIterator[bytes]:
+    """A body that can be sent once."""
+    yield b"body"
+
+
+class Reading(httpx.AsyncBaseTransport):
+    """Reads the request and answers from a script."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self.answers = deque(answers)
+        self.bodies: list[bytes] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self.answers.popleft()
+        if isinstance(answer, httpx.ConnectError):
+            raise answer
+        self.bodies.append(b"".join([part async for part in request.stream]))  # type: ignore[union-attr]  # it is async
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "retry",
+    [Retry(wait=lambda _: 0.0), Retry(wait=lambda _: 0.0, retry=lambda state: state.outcome.failed)],
+    ids=["as a rule", "whatever it is"],
+)
+async def test_a_streamed_body_is_not_sent_twice(stream: bool, retry: Retry) -> None:
+    """Where the body cannot be had again the first answer, or the first error, comes out, and counts once."""
+    breaker = CircuitBreaker("api", QUICK)
+    inner = Reading(httpx.Response(503, text="sorry"), httpx.ReadError("gone"))
+    policy = Pipeline("api", retry, breaker)
+    async with httpx.AsyncClient(transport=AsyncPolicyTransport(policy, inner, stream=stream)) as http:
+        response = await http.post("http://api/", content=unrepeatable())
+        assert (response.status_code, response.text) == (503, "sorry")
+        with pytest.raises(httpx.ReadError, match="gone"):
+            await http.post("http://api/", content=unrepeatable())
+    assert inner.bodies == [b"body", b"body"]
+    assert breaker.totals()["failure"] == 2
+
+
+async def test_a_streamed_body_that_was_not_begun_is_sent_again() -> None:
+    """A connection that could not be made has taken nothing of the body; an answer that is asked for again stands."""
+    inner = Reading(httpx.ConnectError("no route"), httpx.Response(200, text="fine"), httpx.Response(202, text="soon"))
+    retry = Retry(
+        wait=lambda _: 0.0, retry=lambda state: state.outcome.failed or state.outcome.result().status_code == 202
+    )
+    async with httpx.AsyncClient(transport=AsyncPolicyTransport(Retries(retry), inner)) as http:
+        assert (await http.post("http://api/", content=unrepeatable())).text == "fine"
+        assert (await http.post("http://api/", content=unrepeatable())).status_code == 202
+    assert inner.bodies == [b"body", b"body"]
+
+
+def test_a_file_is_not_sent_twice_by_a_plain_client() -> None:
+    """A second attempt would send the end of the file, which is nothing, as if it were the file."""
+    bodies: list[bytes] = []
+
+    class Inner(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            bodies.append(b"".join(request.stream))  # type: ignore[arg-type]  # it is plain
+            return httpx.Response(503)
+
+    policy = Retries(Retry(wait=lambda _: 0.0))
+    for stream in (False, True):
+        with httpx.Client(transport=PolicyTransport(policy, Inner(), stream=stream)) as http:
+            assert http.post("http://api/", content=io.BytesIO(b"file")).status_code == 503
+    assert bodies == [b"file", b"file"]
+
+
+async def test_responses_are_as_httpx_makes_them(server: SickServer) -> None:
+    """With and without policies: the time it took, the bytes as they came and the text, for both kinds of client."""
+    server.mood = "gzip"
+    packed = gzip.compress(b"fine")
+
+    def check(response: httpx.Response) -> None:
+        assert response.text == "fine"
+        assert response.elapsed.total_seconds() > 0
+        assert (response.http_version, response.is_closed, response.num_bytes_downloaded) == (
+            "HTTP/1.1",
+            True,
+            len(packed),
+        )
+
+    policy = CircuitBreaker("api", QUICK)
+    for transport in (None, AsyncPolicyTransport(policy), AsyncPolicyTransport(policy, stream=True)):
+        async with httpx.AsyncClient(transport=transport, base_url=server.url) as http:
+            check(await http.get("/"))
+            async with http.stream("GET", "/") as response:
+                assert gzip.decompress(b"".join([part async for part in response.aiter_raw()])) == b"fine"
+
+    def plain() -> None:
+        for transport in (None, PolicyTransport(policy), PolicyTransport(policy, stream=True)):
+            with httpx.Client(transport=transport, base_url=server.url) as http:
+                check(http.get("/"))
+                with http.stream("GET", "/") as response:
+                    assert gzip.decompress(b"".join(response.iter_raw())) == b"fine"
+
+    await asyncio.to_thread(plain)
+    assert policy.totals()["success"] == 8
+
+
+async def test_streams_of_a_plain_client_settle_at_their_end(server: SickServer) -> None:
+    """As for the async client: at the end, as a failure when it breaks off, not at all when it is left early."""
+    breaker, bulkhead = CircuitBreaker("api", QUICK), Bulkhead(5)
+    policy = Pipeline("api", Retries(Retry(wait=lambda _: 0.0)), breaker, bulkhead)
+    for refused in (Timeout(1), Hedge(1), Fallback(value=1)):
+        with pytest.raises(TypeError, match="cannot"):
+            PolicyTransport(refused, stream=True)
+
+    def work() -> None:
+        with httpx.Client(transport=PolicyTransport(policy, stream=True), base_url=server.url) as http:
+            with http.stream("GET", "/") as response:
+                assert (breaker.totals()["success"], bulkhead.under_way) == (0, 1)
+                assert b"".join(response.iter_bytes()) == b"fine"
+            assert (breaker.totals()["success"], bulkhead.under_way) == (1, 0)
+            with http.stream("GET", "/"):
+                pass
+            assert (breaker.totals()["neutral"], bulkhead.under_way) == (1, 0)
+            server.script.extend(["cut", "sick", "fine"])
+            with pytest.raises(httpx.RemoteProtocolError):
+                http.get("/")
+            assert http.get("/").text == "fine"  # the head said 503, and was asked for again
+
+    await asyncio.to_thread(work)
+    assert (breaker.totals()["success"], breaker.totals()["failure"], bulkhead.free) == (2, 2, 5)

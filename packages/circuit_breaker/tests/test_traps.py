@@ -246,10 +246,6 @@ async def test_wall_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
             return dt.datetime.fromtimestamp(now + jumped, tz)
 
-        @classmethod
-        def utcnow(cls) -> dt.datetime:
-            return cls.now(dt.UTC).replace(tzinfo=None)
-
     monkeypatch.setattr(time, "time", lambda: now + jumped)
     monkeypatch.setattr(time, "time_ns", lambda: int((now + jumped) * 1e9))
     for name, module in list(sys.modules.items()):

@@ -71,7 +71,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Mode = Literal["async", "sync", "async_run", "sync_run", "stream", "async_block", "sync_block"]
+Mode = Literal["async", "sync", "async_run", "sync_run", "stream", "sync_stream", "async_block", "sync_block"]
 
 _LOCKED: Final = not getattr(sys, "_is_gil_enabled", lambda: True)()
 
@@ -288,7 +288,7 @@ _SHARED: Final = {
     "refuse_awaitable": refuse_awaitable,
 }
 
-_NO_STREAM = "cannot stand around an async generator, whose consumer takes its time: put it around each call inside"
+_NO_STREAM = "cannot stand around a stream, whose consumer takes its time: put it around each call inside"
 _NO_REPEAT = "cannot repeat the body of a `with` block: decorate a function, or use `call`"
 _NO_THREAD = "cannot cancel a thread: make the function async, or wrap it with in_thread and let it run on unheard"
 _NO_AWAIT = "has an async function, which a plain caller cannot await: give it a plain one"
@@ -300,22 +300,27 @@ _REFUSALS: Final[dict[tuple[str, str], str]] = {
     ("timeout", "sync_run"): _NO_THREAD,
     ("timeout", "sync_block"): _NO_THREAD,
     ("timeout", "stream"): _NO_STREAM,
+    ("timeout", "sync_stream"): _NO_THREAD,
     ("hedge", "sync"): _NO_THREAD,
     ("hedge", "sync_run"): _NO_THREAD,
     ("hedge", "sync_block"): _NO_REPEAT,
     ("hedge", "async_block"): _NO_REPEAT,
     ("hedge", "stream"): _NO_STREAM,
+    ("hedge", "sync_stream"): _NO_THREAD,
     ("async_fallback", "sync"): _NO_AWAIT,
     ("async_fallback", "sync_run"): _NO_AWAIT,
     ("async_fallback", "sync_block"): _NO_REPEAT,
     ("async_fallback", "async_block"): _NO_REPEAT,
     ("async_fallback", "stream"): _NO_STREAM,
+    ("async_fallback", "sync_stream"): _NO_STREAM,
     ("chaos", "sync_block"): _NO_SKIP,
     ("chaos", "async_block"): _NO_SKIP,
     ("chaos", "stream"): _NO_STREAM,
+    ("chaos", "sync_stream"): _NO_STREAM,
     ("fallback", "sync_block"): _NO_REPEAT,
     ("fallback", "async_block"): _NO_REPEAT,
     ("fallback", "stream"): _NO_STREAM,
+    ("fallback", "sync_stream"): _NO_STREAM,
     ("retry", "sync_block"): _NO_REPEAT,
     ("retry", "async_block"): _NO_REPEAT,
     ("keyed_breaker", "sync_block"): _NO_KEY,
@@ -331,7 +336,8 @@ class _Text:
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
-        self.asynchronous = mode not in {"sync", "sync_run", "sync_block"}
+        self.asynchronous = mode not in {"sync", "sync_run", "sync_stream", "sync_block"}
+        self.streams = mode in {"stream", "sync_stream"}
         self.lines: list[str] = []
         self._depth = 0
 
@@ -398,12 +404,12 @@ def _nest(text: _Text, layers: tuple[Layer, ...], index: int) -> None:
         text.add(f"result = await race_{index - 1}(fn, {arguments}, kwargs)")
     elif text.mode in {"async_block", "sync_block"}:
         text.add("result = None", "yield")
-    elif text.mode == "stream":
+    elif text.streams:
         text.add("result = None", "stream = fn(*args, **kwargs)")
-        with text.block("try:"), text.block("async for item in stream:"):
+        with text.block("try:"), text.block(f"{'async ' if text.asynchronous else ''}for item in stream:"):
             text.add("begun = True", "yield item")
         with text.block("finally:"):
-            text.add("await stream.aclose()")
+            text.add("await stream.aclose()" if text.asynchronous else "stream.close()")
     else:
         text.add(f"result = {'await ' if text.asynchronous else ''}fn(*args, **kwargs)")
         if not text.asynchronous:
@@ -505,13 +511,13 @@ def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
     if budgeted:
         text.add(f"deposit_{i}()")
     text.add(f"trial_{i} = None")
-    if text.mode == "stream":
+    if text.streams:
         text.add("begun = False")
     with text.block("while True:"):
         with text.block("try:"):
             body()
         with text.block(f"except Exception as error_{i}:"):
-            if text.mode == "stream":  # what the consumer has seen cannot be taken back
+            if text.streams:  # what the consumer has seen cannot be taken back
                 with text.block("if begun:"):
                     text.add("raise")
             text.add(f"trial_{i} = again_{i}(trial_{i}, error_{i}{started})")
