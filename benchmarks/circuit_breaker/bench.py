@@ -55,6 +55,33 @@ def awaited(one: Async, calls: int) -> Round:
     return measure
 
 
+def failing(window_calls: int, calls: int) -> Round:
+    """Calls that fail, where the window is full."""
+    config = BreakerConfig(window_calls=window_calls, failure_ratio=None, consecutive_failures=1_000_000)
+    breaker = CircuitBreaker("failing", config)
+
+    @breaker
+    def fail() -> None:
+        raise by_hand.Boom
+
+    succeed = breaker(work)
+    for number in range(window_calls):
+        succeed(number)
+
+    def measure() -> float:
+        failures = breaker.totals()["failure"]
+        started = time.perf_counter()
+        for _ in range(calls):
+            with contextlib.suppress(by_hand.Boom):
+                fail()
+        took = (time.perf_counter() - started) / calls * 1e9
+        assert breaker.totals()["failure"] == failures + calls
+        succeed(1)
+        return took
+
+    return measure
+
+
 async def rejecting(one: Async, calls: int) -> float:
     rejections = 0
     started = time.perf_counter()
@@ -155,6 +182,9 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
         ("four policies, nothing going wrong", awaited(four, calls // 4), "fused by hand", four_by_hand, 1.3),
     ):
         yield await beside(name, subject, peer, theirs, goal)
+    name = "a failure, window of 1,000,000 calls"
+    short, long = failing(100, calls // 4), failing(1_000_000, calls // 4)
+    yield await beside(name, long, "window of 100", short, 1.1)
     name = "four policies, nothing going wrong, absolute"
     yield await compare(name, "ns/call", awaited(four, calls // 4), goal=4000, rounds=rounds)
     yield await compare("rejection, beyond raising it", "ns/call", beyond_raising(calls // 4), goal=300, rounds=rounds)

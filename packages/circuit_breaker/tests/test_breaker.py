@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import random
 
 import pytest
 
@@ -284,13 +285,85 @@ def test_windows_keep_what_they_hold_when_resized() -> None:
     assert counting.totals(0.0) == (35, 2, 0)
 
     for seeded in (CountWindow(50, 0), TimeWindow(60.0, 0, 0.0)):
-        seeded.seed((20, 5, 3))
+        seeded.seed((20, 5, 3), 2)
         assert seeded.totals(0.0) == (20, 5, 3)
         seeded.fail(0.0)
-        assert (seeded.totals(0.0), seeded.streak) == ((21, 6, 3), 1)
+        assert (seeded.totals(0.0), seeded.streak) == ((21, 6, 3), 3)
+        seeded.successes += 1
+        seeded.fail(0.0)
+        assert seeded.streak == 1
 
 
 async def test_rejections_survive_pickling() -> None:
     """A rejection that crosses a process boundary keeps what it says."""
     error = pickle.loads(pickle.dumps(CircuitOpen("p", "open", 2.5)))  # noqa: S301  our own bytes
     assert (type(error), str(error), error.retry_after_seconds) == (CircuitOpen, "p is open; try again in 2.5 s", 2.5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 1001, 2000, 4990, 5000])
+def test_a_count_window_holds_the_newest_calls(size: int) -> None:
+    """Beside a list of all calls: exact up to a thousand, and beyond that for as many calls as the window says."""
+    window, calls = CountWindow(size, 0), list[tuple[bool, bool]]()
+    choice = random.Random(size)  # noqa: S311  makes the mixture repeatable
+    for _ in range(400):
+        for _ in range(choice.choice((0, 1, 2, 30, size // 3))):
+            window.successes += 1
+            calls.append((False, False))
+        if choice.random() < 0.7:
+            slow = choice.random() < 0.5
+            window.fail(0.0)
+            if slow:
+                window.mark_slow(0.0)
+            calls.append((True, slow))
+        held, failures, slow_ones = window.totals(0.0)
+        assert min(len(calls), size) <= held <= (size if size <= 1000 else size * 1.05 + 21)
+        newest = calls[len(calls) - held :]
+        assert failures == sum(failed for failed, _ in newest)
+        assert slow_ones == sum(slow for _, slow in newest)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"window_seconds": 60}, {"window_calls": 100}),
+        ({"window_calls": 100}, {"window_seconds": 60}),
+        ({"window_calls": 100}, {"window_calls": 10_000}),
+        ({"window_calls": 10_000}, {"window_calls": 100}),
+    ],
+)
+async def test_a_reload_keeps_the_streak_and_the_share(
+    clock: VirtualClock, before: dict[str, int], after: dict[str, int]
+) -> None:
+    """Four failures in a row are four in another window too; a window too short for all calls keeps their share."""
+    streak = BreakerConfig(failure_ratio=None, consecutive_failures=5)
+    breaker = CircuitBreaker("p", streak.model_copy(update=before), clock=clock)
+    await fail(breaker, 4)
+    breaker.reload(streak.model_copy(update=after))
+    await fail(breaker, 1)
+    assert breaker.reason == "5 failures in a row"
+    breaker = CircuitBreaker("p", QUICK.model_copy(update=before), clock=clock)
+    for number in range(400):
+        await asyncio.gather(breaker.call(broken if number % 4 == 0 else fine), return_exceptions=True)
+    breaker.reload(QUICK.model_copy(update=after))
+    snapshot = breaker.snapshot()
+    assert snapshot.calls == min(400, *(n for n in (before.get("window_calls"), after.get("window_calls")) if n))
+    assert snapshot.failures == snapshot.calls // 4
+    assert (snapshot.successes_total, snapshot.failures_total) == (300, 100)
+
+
+async def test_a_reload_while_open_aims_the_end_of_the_break_anew(clock: VirtualClock) -> None:
+    """A break of a thousand seconds becomes one of two, counted from its beginning, and a ramp may be taken away."""
+    long = QUICK.model_copy(update={"break_seconds": 1000.0, "max_break_seconds": 5000.0})
+    breaker = CircuitBreaker("p", long, clock=clock)
+    await fail(breaker, 4)
+    await clock.advance(1)
+    breaker.reload(BreakerConfig(break_seconds=2, break_jitter=0, probe_successes=1, ramp_seconds=100))
+    assert breaker.snapshot().retry_after_seconds == 1.0
+    with pytest.raises(CircuitOpen):
+        await breaker.call(fine)
+    await clock.advance(1)
+    await breaker.call(fine)
+    assert breaker.snapshot().state is State.RAMPING
+    breaker.reload(QUICK)
+    await breaker.call(fine)
+    assert breaker.snapshot().state is State.CLOSED

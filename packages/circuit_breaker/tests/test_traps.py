@@ -10,6 +10,8 @@ import time
 import tracemalloc
 import weakref
 from collections.abc import AsyncIterator
+from types import FrameType
+from typing import Any, Self
 
 import pytest
 import tenacity
@@ -34,6 +36,7 @@ from mainstay.circuit_breaker import (
     in_thread,
 )
 from mainstay.circuit_breaker.testing import HANG, Dependency, forced
+from mainstay.circuit_breaker.windows import CountWindow
 from mainstay.core import SYSTEM_CLOCK, DeadlineExceeded, Retry, bind, current
 from mainstay.core.testing import VirtualClock
 
@@ -243,8 +246,8 @@ async def test_wall_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Jumping(dt.datetime):
         @classmethod
-        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
-            return dt.datetime.fromtimestamp(now + jumped, tz)
+        def now(cls, tz: dt.tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(now + jumped, tz)
 
     monkeypatch.setattr(time, "time", lambda: now + jumped)
     monkeypatch.setattr(time, "time_ns", lambda: int((now + jumped) * 1e9))
@@ -619,3 +622,44 @@ async def test_cost() -> None:
     assert "lock" not in text
     assert text.count("now_0()") == 1  # on the way of a call that is rejected
     assert text.count("await") == 1
+
+
+def test_cost_of_failures_does_not_grow_with_the_window() -> None:
+    """A failure runs the same few lines, and the window holds as little, for a hundred calls and for a million."""
+
+    def lines_and_bytes(size: int) -> tuple[int, int]:
+        breaker = CircuitBreaker("p", BreakerConfig(window_calls=size, failure_ratio=None, consecutive_failures=10**6))
+        window = breaker.window
+        assert isinstance(window, CountWindow)
+
+        @breaker
+        def fail() -> None:
+            raise Boom
+
+        def once() -> None:
+            with pytest.raises(Boom):
+                fail()
+
+        for _ in range(50):
+            window.successes += size // 40  # as the fast path does it
+            once()
+        once()
+        lines = 0
+
+        def count(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal lines
+            lines += event == "line" and "mainstay" in frame.f_code.co_filename
+            return count
+
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            once()
+        finally:
+            sys.settrace(before)
+        return lines, sys.getsizeof(window._failed) + sys.getsizeof(window._slow)
+
+    lines, _ = lines_and_bytes(100)
+    long_lines, long_bytes = lines_and_bytes(1_000_000)
+    assert 10 < long_lines <= lines
+    assert long_bytes < 200

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from mainstay.circuit_breaker.errors import CircuitOpen
 from mainstay.circuit_breaker.verdicts import Verdict
-from mainstay.circuit_breaker.windows import CountWindow, TimeWindow, Window
+from mainstay.circuit_breaker.windows import CountWindow, TimeWindow, Window, streak_of
 
 if TYPE_CHECKING:
     from mainstay.circuit_breaker.breaker import Rules
@@ -125,9 +125,9 @@ class Circuit:
         "_credit",
         "_probed",
         "_probes",
-        "_ramped_at",
         "_retired",
         "_share",
+        "_since",
         "counted",
         "epoch",
         "key",
@@ -165,7 +165,7 @@ class Circuit:
         self._asked = 0.0  # when the last rejected call asked
         self._share = 1.0
         self._credit = 0.0
-        self._ramped_at = 0.0
+        self._since = 0.0  # when the share was last raised; while it is open, when the break began
 
     # What people do with it
 
@@ -301,8 +301,10 @@ class Circuit:
             self._probes = (*self._probes, probe)
             return change, probe
         if self.state is State.RAMPING:
-            self._share = min(1.0, self._share + (now - self._ramped_at) / config.ramp_seconds)
-            self._ramped_at = now
+            # A reload may have taken the ramp away.
+            gained = (now - self._since) / config.ramp_seconds if config.ramp_seconds else 1.0
+            self._share = min(1.0, self._share + gained)
+            self._since = now
             if self._share >= 1:
                 return self._enter(State.CLOSED, f"ramped up over {config.ramp_seconds:g} s"), self.counted
             self._credit += self._share
@@ -416,7 +418,8 @@ class Circuit:
         seconds = rules.break_seconds(self._breaks)
         self._breaks += 1
         change = self._enter(State.OPEN, reason, seconds)
-        self.shut_until = rules.now() + seconds
+        self._since = rules.now()
+        self.shut_until = self._since + seconds
         return change
 
     def _recover(self, reason: str) -> StateChange:
@@ -424,7 +427,7 @@ class Circuit:
         if config.ramp_seconds > 0 and config.ramp_start < 1:
             self._share = config.ramp_start
             self._credit = 1 - config.ramp_start  # the first one goes through
-            self._ramped_at = self.rules.now()
+            self._since = self.rules.now()
             return self._enter(State.RAMPING, reason)
         return self._enter(State.CLOSED, reason)
 
@@ -451,17 +454,22 @@ class Circuit:
         with self.lock:
             config, window, now = self.rules.config, self.counted, self.rules.now()
             if config.window_calls is not None and isinstance(window, CountWindow):
-                window.resize(config.window_calls)
+                kept = window.resize(config.window_calls)
             elif config.window_calls is None and isinstance(window, TimeWindow):
+                kept = True
                 window.resize(config.window_seconds, now)
             else:
+                kept = False
+            if not kept:
                 passable, self.window = self.window is not None, None  # while nobody counts, nothing is lost
                 totals = window.totals(now)
                 successes, failures = self._sums()
                 self.counted = self._new_window()
-                self.counted.seed(totals)
+                self.counted.seed(totals, streak_of(window))
                 self._retired = (successes - self.counted.successes, failures - self.counted.failures)
                 self.window = self.counted if passable else None
+            if self.state is State.OPEN:
+                self.shut_until = self._since + self.rules.break_seconds(self._breaks - 1)
 
     def _reclocked(self) -> None:
         """The rules have another clock: readings of two clocks do not compare, so the window begins anew."""
@@ -472,9 +480,9 @@ class Circuit:
             self.counted = self._new_window()
             self.window = self.counted if passable else None
             self._probes = ()
-            self._ramped_at = self.rules.now()
+            self._since = self.rules.now()
             if self.state is State.OPEN:
-                self.shut_until = self._ramped_at
+                self._since = self.shut_until = _NEVER  # the break is over
 
     def _announce(self, change: StateChange | None) -> None:
         """Outside the lock."""

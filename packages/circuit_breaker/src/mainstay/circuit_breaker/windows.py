@@ -15,6 +15,11 @@ from math import inf
 BUCKETS = 10
 """Turns of a time window per length: it covers between 0.9 and 1.0 of its seconds."""
 
+EXACT = 1000
+"""Calls up to which a count window knows each one. A longer one is kept in twentieths and holds up to one more."""
+_PARTS = 20
+_DIGIT = 21  # bits of a part's count: all the parts together hold less than 2**21 - 1 calls
+
 _32_BITS = 0xFFFF_FFFF  # marks keep that much of a counter: half the memory, and differences come out right
 
 Totals = tuple[int, int, int]
@@ -26,14 +31,19 @@ class CountWindow:
 
     Failures are the ones in a bit string of the last `size` calls, newest lowest. It is brought up to date only when a
     failure comes or somebody looks: shifted left by as many places as there were calls meanwhile, which are successes.
+
+    So a failure would cost the more the longer the window is. Beyond `EXACT` calls the string has 21 digits instead,
+    each the count of failures in a twentieth of the window's calls, and is shifted when a twentieth is full.
     """
 
     __slots__ = (
         "_at",
         "_failed",
+        "_full",
         "_since",
         "_slow",
         "_streak_at",
+        "_width",
         "edge",
         "epoch",
         "failures",
@@ -44,6 +54,7 @@ class CountWindow:
 
     def __init__(self, size: int, epoch: int) -> None:
         self.size = size
+        self._width = _width(size)
         self.epoch = epoch
         # It never turns; the generated code for time windows may ask while a reload is under way.
         self.edge = inf
@@ -51,30 +62,41 @@ class CountWindow:
         self.failures = 0
         self._failed = 0
         self._slow = 0
-        self._at = 0
+        self._at = 0  # calls when it was last brought up to date
+        self._full = 0  # calls at which the newest place or part is full
         self.streak = 0
         self._streak_at = 0
         self._since = 0  # calls up to this position have left the window for good
 
     def _align(self) -> None:
-        at = self.successes + self.failures
-        shift = at - self._at
-        if shift:
-            mask = (1 << self.size) - 1
-            self._failed = (self._failed << shift) & mask if shift < self.size else 0
-            self._slow = (self._slow << shift) & mask if shift < self.size else 0
-            self._at = at
+        at = self._at = self.successes + self.failures
+        over = at - self._full
+        if over <= 0:
+            return
+        if self._width == 1:
+            shift, length = over, self.size
+            self._full = at
+        else:
+            turns = -(-over // self._width)
+            shift, length = _DIGIT * turns, _DIGIT * (_PARTS + 1)
+            self._full += turns * self._width
+        mask = (1 << length) - 1
+        self._failed = (self._failed << shift) & mask if shift < length else 0
+        self._slow = (self._slow << shift) & mask if shift < length else 0
 
     def fail(self, now: float) -> None:  # noqa: ARG002  the time window needs it
         """Count a failure."""
         _count_failure(self)
         self._align()
-        self._failed |= 1
+        self._failed += 1  # its bit, or one more in the newest part
 
     def mark_slow(self, now: float) -> None:  # noqa: ARG002  the time window needs it
         """Count the call that was counted last as a slow one."""
         self._align()
-        self._slow |= 1
+        if self._width == 1:
+            self._slow |= 1
+        else:
+            self._slow += 1
 
     def turn(self, now: float) -> None:
         """There is nothing to turn."""
@@ -82,10 +104,17 @@ class CountWindow:
     def totals(self, now: float) -> Totals:  # noqa: ARG002  the time window needs it
         """What is in the window."""
         self._align()
-        return min(self._at - self._since, self.size), self._failed.bit_count(), self._slow.bit_count()
+        calls = self._at - self._since
+        if self._width == 1:
+            return min(calls, self.size), self._failed.bit_count(), self._slow.bit_count()
+        held = (_PARTS + 1) * self._width - (self._full - self._at)
+        # Casting out nines: the digits of a number add up to its remainder by the base less one.
+        return min(calls, held), self._failed % (2**_DIGIT - 1), self._slow % (2**_DIGIT - 1)
 
-    def resize(self, size: int) -> None:
-        """Keep the newest `size` calls."""
+    def resize(self, size: int) -> bool:
+        """Keep the newest `size` calls; False where the parts of another length cannot be made of those there are."""
+        if not self._width == _width(size) == 1:
+            return size == self.size
         self._align()
         # Calls that had left a shorter window do not come back when it gets longer.
         self._since = max(self._since, self._at - self.size)
@@ -93,15 +122,22 @@ class CountWindow:
         self._failed &= mask
         self._slow &= mask
         self.size = size
+        return True
 
-    def seed(self, totals: Totals) -> None:
-        """Begin with what another kind of window held, failures as the newest calls."""
-        calls, self.failures, slow = totals
-        self.successes = self._streak_at = calls - self.failures
-        self._at = calls
-        mask = (1 << self.size) - 1
-        self._failed = ((1 << self.failures) - 1) & mask
-        self._slow = ((1 << slow) - 1) & mask
+    def seed(self, totals: Totals, streak: int) -> None:
+        """Begin with what another window held, failures as the newest calls; of too many calls, their share."""
+        calls, failures, slow = totals
+        if calls > self.size:
+            calls, failures, slow = self.size, round(failures * self.size / calls), round(slow * self.size / calls)
+        self.failures, self.streak = failures, streak
+        self.successes = self._streak_at = calls - failures
+        self._at = self._full = calls
+        self._failed, self._slow = ((1 << failures) - 1, (1 << slow) - 1) if self._width == 1 else (failures, slow)
+
+
+def _width(size: int) -> int:
+    """Calls that a count window of `size` does not tell apart."""
+    return 1 if size <= EXACT else -(-size // _PARTS)
 
 
 class TimeWindow:
@@ -187,19 +223,23 @@ class TimeWindow:
         self.seconds = seconds
         self.edge = now + new_width
 
-    def seed(self, totals: Totals) -> None:
-        """Begin with what another kind of window held, as if it had just happened."""
+    def seed(self, totals: Totals, streak: int) -> None:
+        """Begin with what another window held, as if it had just happened."""
         calls, self.failures, self._slow = totals
+        self.streak = streak
         self.successes = self._streak_at = calls - self.failures
 
 
 Window = CountWindow | TimeWindow
 
 
+def streak_of(window: Window) -> int:
+    """Failures since the last success."""
+    return window.streak if window.successes == window._streak_at else 0
+
+
 def _count_failure(window: Window) -> None:
     # Successes leave no trace but their number: if it moved since the last failure, the streak begins anew.
-    if window.successes != window._streak_at:
-        window._streak_at = window.successes
-        window.streak = 0
-    window.streak += 1
+    window.streak = streak_of(window) + 1
+    window._streak_at = window.successes
     window.failures += 1
