@@ -3,10 +3,11 @@
 import asyncio
 import pickle
 import random
+from typing import Any
 
 import pytest
 
-from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, State, StateChange
+from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, KeyedBreaker, State, StateChange
 from mainstay.circuit_breaker.testing import forced
 from mainstay.circuit_breaker.windows import CountWindow, TimeWindow
 from mainstay.core import MainstayError
@@ -367,3 +368,47 @@ async def test_a_reload_while_open_aims_the_end_of_the_break_anew(clock: Virtual
     breaker.reload(QUICK)
     await breaker.call(fine)
     assert breaker.snapshot().state is State.CLOSED
+
+
+async def later(*_: object) -> bool:
+    return False
+
+
+def unchecked(value: object) -> Any:
+    """What a caller without a type checker may pass."""
+    return value
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: CircuitBreaker("p", unchecked({"failure_ratio": 0.5})),
+            "breaker 'p' is configured by a BreakerConfig, not {",
+        ),
+        (lambda: CircuitBreaker("p").reload(unchecked({})), "is configured by a BreakerConfig"),
+        (lambda: CircuitBreaker("p").reload(unchecked(None)), "is configured by a BreakerConfig"),
+        (
+            lambda: CircuitBreaker("p", failed_result=unchecked(500)),
+            "failed_result is a plain function of the result, not 500",
+        ),
+        (lambda: CircuitBreaker("p", failed_result=unchecked(later)), "failed_result is a plain function"),
+        (lambda: CircuitBreaker("p").on_change(later), "a listener is a plain function"),
+        (
+            lambda: KeyedBreaker("p", key=unchecked("host")),
+            "key is a plain function of the call's arguments, not 'host'",
+        ),
+        (lambda: KeyedBreaker("p", key=unchecked(later)), "key is a plain function"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(make, message: str) -> None:
+    """Each is refused where it is written, and the message says what to write instead."""
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("max_keys", [0, 2.5, float("nan")])
+def test_an_impossible_number_of_keys_is_refused(max_keys: int) -> None:
+    """With field, value and range."""
+    with pytest.raises(ValueError, match=rf"KeyedBreaker\('p'\): max_keys is {max_keys}; it is 1 or more"):
+        KeyedBreaker("p", key=str, max_keys=max_keys)

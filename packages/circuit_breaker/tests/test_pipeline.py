@@ -246,7 +246,7 @@ async def test_without_the_global_lock_the_same_lines_stand_under_the_circuits_l
         (Retry(), "decorate a function"),
         (Hedge(1), "decorate a function"),
         (Fallback(value=1), "decorate a function"),
-        (Chaos("c", Fault(1)), "decorate a function"),
+        (Chaos("c", Fault(1, seconds=1)), "decorate a function"),
         (KeyedBreaker("k", key=str), "no key for a `with` block"),
     ],
 )
@@ -266,7 +266,7 @@ def test_streams_refuse_what_cannot_stand_around_them() -> None:
     async def stream():
         yield 1
 
-    for policy in (Timeout(1), Hedge(1), Fallback(value=1), Chaos("c", Fault(1))):
+    for policy in (Timeout(1), Hedge(1), Fallback(value=1), Chaos("c", Fault(1, seconds=1))):
         with pytest.raises(TypeError, match="put it around each call inside"):
             policy(stream)
 

@@ -259,6 +259,8 @@ async def test_adaptive_bulkhead_gradient_shrinks_when_answers_get_slow(clock: V
         (lambda: Fault(0), "Fault: rate is 0"),
         (lambda: Fault(1, seconds=-1), "seconds is -1"),
         (lambda: Fault(1, error=Boom, result=1), "cannot both"),
+        (lambda: Fault(1, error=TimeoutError()), r"Fault: error is TimeoutError\(\); it is a class or function"),  # type: ignore[arg-type]  # that is the test
+        (lambda: Fault(0.1), r"Fault\(0.1\) does nothing"),
         (lambda: Chaos("c"), "has no faults"),
     ],
 )
@@ -611,9 +613,26 @@ def test_chaos_cannot_be_left_on(seconds: float, reason: str) -> None:
     """There is no way to switch it on without an end and a reason."""
     with (
         pytest.raises(ValueError, match=r"Chaos.on: (seconds|reason) is"),
-        Chaos("c", Fault(1)).on(seconds=seconds, reason=reason),
+        Chaos("c", Fault(1, seconds=1)).on(seconds=seconds, reason=reason),
     ):
         pass
+
+
+async def test_chaos_is_off_when_its_time_is_over_whether_or_not_anybody_calls(clock: VirtualClock) -> None:
+    """It says so itself, may be switched on again, and the end of the first block leaves the second alone."""
+    chaos = Chaos("drill", Fault(1, error=Boom), clock=clock)
+    with pytest.raises(TypeError, match="takes faults, such as Fault"):
+        Chaos("drill", 0.1)  # type: ignore[arg-type]  # that is the test
+    first = chaos.on(seconds=5, reason="first")
+    first.__enter__()
+    await clock.advance(5)
+    assert (chaos.is_on, repr(chaos)) == (False, "<Chaos 'drill' off>")
+    with chaos.on(seconds=5, reason="second"):
+        assert first.__exit__(None, None, None) is False
+        assert chaos.is_on
+        with pytest.raises(Boom):
+            await chaos.call(Dependency())
+    assert not chaos.is_on
 
 
 # All together

@@ -110,3 +110,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "failure_ratio" in capsys.readouterr().err
     assert main(["suggest", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_an_opening_for_slow_calls_is_measured_from_no_failure() -> None:
+    """Where no call had failed before it opened, there is no time between the two."""
+    slow = [Record(number / 10, 5.0, failed=False) for number in range(300)]
+    for trace in (slow, [*slow, Record(40.0, 0.1, failed=True)]):
+        report = rehearse(trace, BreakerConfig(slow_seconds=1, window_seconds=10))
+        assert report.openings
+        assert report.first_failure_to_open_seconds is None
+
+
+def test_traces_from_spreadsheets_are_read_and_empty_ones_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte order mark and blanks after commas are no part of a heading; a file without a record is an error."""
+    file = tmp_path / "trace.csv"
+    file.write_text("\ufeffat, seconds, failed\n0.5, 0.1, false\n", encoding="utf-8")
+    assert read_trace(file) == [Record(0.5, 0.1, failed=False)]
+    for name, text in (("a.csv", ""), ("b.csv", "at,seconds,failed\n"), ("c.jsonl", "\n")):
+        (tmp_path / name).write_text(text)
+        assert main(["rehearse", str(tmp_path / name)]) == 2
+        assert f"{name} has no records" in capsys.readouterr().err

@@ -610,7 +610,7 @@ def _hedge(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None: 
 
 def _chaos(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
     text.add(f"fault_{i} = None")
-    with text.block(f"if chaos_{i}.is_on:"):
+    with text.block(f"if chaos_{i}.armed:"):
         text.add(f"fault_{i} = {text.waited('disturb', i)}()")
     with text.block(f"if fault_{i} is None:"):
         body()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import random
 import threading
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 from math import inf
 from typing import Any, TypeVar, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.circuit_breaker._admission import Layer, Policy, require
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.verdicts import Errors, Verdict, are_exceptions, judge
@@ -84,7 +86,14 @@ class Rules:
         self.moves[_PLACES[change.after]] += 1
         level = logging.WARNING if change.after in {State.OPEN, State.FORCED_OPEN} else logging.INFO
         of = change.name if change.key is None else f"{change.name}[{change.key}]"
-        facts = {"breaker": change.name, "before": change.before.value, "after": change.after.value}
+        facts = {
+            "breaker": change.name,
+            "key": None if change.key is None else str(change.key),
+            "before": change.before.value,
+            "after": change.after.value,
+            "reason": change.reason,
+            "break_seconds": change.break_seconds,
+        }
         _log.log(level, "circuit %s: %s, was %s: %s", of, change.after, change.before, change.reason, extra=facts)
         for listener in self.listeners:
             try:
@@ -116,6 +125,14 @@ class _Ruled(Policy):
             if not are_exceptions(kinds):
                 msg = f"CircuitBreaker({name!r}): {field} is a tuple of Exception classes, not {kinds!r}"
                 raise TypeError(msg)
+        if config is not None:
+            _check_config(f"breaker {name!r}", config)
+        if failed_result is not None and not _is_plain(failed_result):
+            msg = (
+                f"CircuitBreaker({name!r}): failed_result is a plain function of the result, not {failed_result!r}: "
+                f"write failed_result=lambda response: response.status >= 500"
+            )
+            raise TypeError(msg)
         return Rules(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
 
     @property
@@ -131,13 +148,32 @@ class _Ruled(Policy):
     def on_change(self, listener: L) -> L:
         """Call `listener` with every `StateChange`, on the thread whose call caused it and outside every lock.
 
-        Usable as a decorator. What it raises is logged and reaches no caller. It must not block.
+        Usable as a decorator. What it raises is logged and reaches no caller. It must not block. `unsubscribe` ends it.
+
+        Raises:
+            TypeError: an async function, which nobody would await.
         """
-        self.rules.listeners += (listener,)
+        check_listener(listener)
+        with _all_lock:
+            self.rules.listeners += (listener,)
         return listener
 
+    def unsubscribe(self, listener: Callable[[StateChange], object]) -> None:
+        """Call `listener` no more; nothing happens if it was not called."""
+        with _all_lock, contextlib.suppress(ValueError):
+            listeners = list(self.rules.listeners)
+            listeners.remove(listener)
+            self.rules.listeners = tuple(listeners)
+
     def reload(self, config: BreakerConfig) -> None:
-        """Use another configuration from now on; windows, states and calls under way are kept."""
+        """Use another configuration from now on; windows, states and calls under way are kept.
+
+        While it is open, the break's end is that of the new configuration.
+
+        Raises:
+            TypeError: `config` is no `BreakerConfig`.
+        """
+        _check_config(repr(self), config)
         self.rules.config = config
         for circuit in self.circuits():
             circuit._reconfigured()
@@ -185,6 +221,28 @@ class _Ruled(Policy):
         )
 
 
+def _check_config(owner: str, config: object) -> None:
+    if not isinstance(config, BreakerConfig):
+        msg = f"{owner} is configured by a BreakerConfig, not {config!r}: write BreakerConfig(failure_ratio=0.3)"
+        raise TypeError(msg)
+
+
+def check_listener(listener: object) -> None:
+    """Refuse what cannot be called with a `StateChange` to do something.
+
+    Raises:
+        TypeError: it is no function, or an async one.
+    """
+    if not _is_plain(listener):
+        msg = f"a listener is a plain function of a StateChange, not {listener!r}: let it start a task, or fill a queue"
+        raise TypeError(msg)
+
+
+def _is_plain(fn: object) -> bool:
+    """Whether it can be called and what it returns is there at once."""
+    return callable(fn) and not inspect.iscoroutinefunction(fn) and not inspect.iscoroutinefunction(type(fn).__call__)
+
+
 OUTCOMES = ("success", "failure", "neutral", "late", "rejected")
 
 
@@ -213,7 +271,7 @@ class CircuitBreaker(Circuit, _Ruled):
         clock: measures time; tests pass a `VirtualClock`. A running App's clock replaces it.
 
     Raises:
-        TypeError: a name that is no string, exceptions that are none.
+        TypeError: a name that is no string, exceptions that are none, a `config` or `failed_result` of another kind.
 
     A cancellation counts as a failure if a deadline of ours caused it, and not at all if the caller went away. It is
     safe to use from any number of threads and event loops at the same time.
@@ -269,7 +327,8 @@ class KeyedBreaker(_Ruled):
             no open circuit is forgotten. >= 1
 
     Raises:
-        ValueError: `max_keys` is below 1.
+        TypeError: `key` is no plain function; and as for `CircuitBreaker`.
+        ValueError: `max_keys` is no number, or below 1.
     """
 
     def __init__(
@@ -284,9 +343,14 @@ class KeyedBreaker(_Ruled):
         failed_result: Callable[[Any], bool] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        if max_keys < 1:
-            msg = f"KeyedBreaker({name!r}): max_keys is {max_keys!r}; it is 1 or more"
-            raise ValueError(msg)
+        whole = isinstance(cast("object", max_keys), int)
+        require(f"KeyedBreaker({name!r})", "max_keys", max_keys, "1 or more", holds=whole and max_keys >= 1)
+        if not _is_plain(key):
+            msg = (
+                f"KeyedBreaker({name!r}): key is a plain function of the call's arguments, not {key!r}: write "
+                f"key=lambda url, **_: url.host"
+            )
+            raise TypeError(msg)
         self.rules = self._rule(
             name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock
         )

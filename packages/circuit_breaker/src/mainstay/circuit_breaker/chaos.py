@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Final
+from typing import Final, cast
 
 from mainstay.circuit_breaker._admission import Layer, Policy, require
 from mainstay.core import SYSTEM_CLOCK, Clock
@@ -31,6 +31,9 @@ class Fault:
         seconds: how long the call is held up first. >= 0
         error: makes the exception that is raised, for example `TimeoutError`; None raises nothing.
         result: what is returned without making the call; only where there is no `error`.
+
+    Raises:
+        ValueError: a number out of its range, an `error` that makes nothing, or a fault that would do nothing.
     """
 
     rate: float
@@ -41,6 +44,11 @@ class Fault:
     def __post_init__(self) -> None:
         require("Fault", "rate", self.rate, "more than 0, at most 1", holds=0 < self.rate <= 1)
         require("Fault", "seconds", self.seconds, "0 or more, and finite", holds=0 <= self.seconds < inf)
+        makes = "a class or function that makes an exception, such as TimeoutError"
+        require("Fault", "error", self.error, makes, holds=self.error is None or callable(cast("object", self.error)))
+        if self.seconds == 0 and self.error is None and self.result is _PASS:
+            msg = f"Fault({self.rate!r}) does nothing: give it seconds, an error or a result"
+            raise ValueError(msg)
         if self.error is not None and self.result is not _PASS:
             msg = "Fault: an error and a result cannot both come out of one call"
             raise ValueError(msg)
@@ -61,16 +69,21 @@ class Chaos(Policy):
 
     Raises:
         ValueError: no faults.
+        TypeError: something else in their place.
     """
 
     def __init__(self, name: str, *faults: Fault, seed: int | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         if not faults:
             msg = f"Chaos({name!r}) has no faults: write Chaos({name!r}, Fault(0.1, error=TimeoutError))"
             raise ValueError(msg)
+        for fault in faults:
+            if not isinstance(cast("object", fault), Fault):
+                msg = f"Chaos({name!r}) takes faults, such as Fault(0.1, error=TimeoutError), not {fault!r}"
+                raise TypeError(msg)
         self.name = name
         self.faults = faults
         self.clock = clock
-        self.is_on = False
+        self.armed = False  # what the generated code looks at; may be True for a while after the time is over
         self.injected = 0
         self._until = 0.0
         self._random = random.Random(seed)  # noqa: S311  chooses calls, guards nothing
@@ -79,6 +92,11 @@ class Chaos(Policy):
 
     def __repr__(self) -> str:
         return f"<Chaos {self.name!r} {'on' if self.is_on else 'off'}>"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it injects faults now."""
+        return self.armed and self.clock.monotonic() < self._until
 
     @contextmanager
     def on(self, *, seconds: float, reason: str) -> Generator[None]:
@@ -92,21 +110,24 @@ class Chaos(Policy):
             "Chaos.on", "seconds", seconds, f"more than 0, at most {MAX_SECONDS:g}", holds=0 < seconds <= MAX_SECONDS
         )
         require("Chaos.on", "reason", reason, "a sentence for whoever reads the log", holds=bool(reason.strip()))
+        if not self.is_on:
+            self._off("its time is over")  # unless a call has noticed
         with self._lock:
-            if self.is_on:
+            if self.armed:
                 msg = f"chaos {self.name!r} is on already"
                 raise RuntimeError(msg)
-            self._until = self.clock.monotonic() + seconds
-            self.is_on = True
+            until = self._until = self.clock.monotonic() + seconds
+            self.armed = True
         _log.warning("chaos %s is ON for at most %g s: %s", self.name, seconds, reason)
         try:
             yield
         finally:
-            self._off("its block ended")
+            if self._until == until:  # else another block has switched it on since its time was over
+                self._off("its block ended")
 
     def _off(self, why: str) -> None:
         with self._lock:
-            was_on, self.is_on = self.is_on, False
+            was_on, self.armed = self.armed, False
         if was_on:
             _log.warning("chaos %s is off after %d faults: %s", self.name, self.injected, why)
 
@@ -151,4 +172,4 @@ _all: weakref.WeakSet[Chaos] = weakref.WeakSet()
 
 def faults_now() -> list[str]:
     """The names of everything that injects faults at this moment."""
-    return sorted(chaos.name for chaos in list(_all) if chaos.is_on and chaos.clock.monotonic() < chaos._until)
+    return sorted(chaos.name for chaos in list(_all) if chaos.is_on)

@@ -66,7 +66,8 @@ class Rehearsal:
         failures_saved: of them, those that failed when they were made.
         successes_lost: of them, those that succeeded when they were made.
         seconds_saved: what callers waited for the failures that would have been saved.
-        first_failure_to_open_seconds: from the first failure to the first opening; None if it never opened.
+        first_failure_to_open_seconds: from the first failure to the first opening; None if it never opened, or opened
+            for slow calls before any failed.
     """
 
     config: BreakerConfig
@@ -157,7 +158,7 @@ def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
             heapq.heappush(ends, (record.at + record.seconds, number, ticket, record))
     settle(math.inf)
     report.moves = rules.changes
-    if report.openings:
+    if report.openings and report.openings[0].at >= first_failure:
         report.first_failure_to_open_seconds = report.openings[0].at - first_failure
     return report
 
@@ -233,15 +234,19 @@ def read_trace(path: Path) -> list[Record]:
     """Read a trace: CSV with a heading (`.csv`), or else JSON lines. Fields: at, seconds, failed.
 
     Raises:
-        ValueError: a line that cannot be read; the message names line and field.
+        ValueError: a line that cannot be read (the message names line and field), or no line at all.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin a file with a mark
         lines = _csv(file) if path.suffix.lower() == ".csv" else _json(file)
-        return [_record(path, number, fields) for number, fields in lines]
+        records = [_record(path, number, fields) for number, fields in lines]
+    if not records:
+        msg = f"{path.name} has no records: one call a line, with the fields at, seconds, failed"
+        raise ValueError(msg)
+    return records
 
 
 def _csv(file: TextIO) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(file, skipinitialspace=True)
     for fields in reader:
         yield reader.line_num, fields
 
