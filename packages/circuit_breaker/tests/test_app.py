@@ -210,7 +210,7 @@ async def test_execute_and_its_neighbours(clock: VirtualClock) -> None:
 async def test_health_says_what_is_not_closed_and_what_is_rehearsed(clock: VirtualClock) -> None:
     """Open circuits and chaos degrade the service's health, and name themselves."""
     payments, hosts = CircuitBreaker("payments"), KeyedBreaker("hosts", key=str)
-    chaos = Chaos("drill", Fault(1), clock=clock)
+    chaos = Chaos("drill", Fault(1, seconds=1), clock=clock)
     async with App(*module(payments, hosts), clock=clock) as app:
         assert (await app.health())["circuitbreaker.CircuitBreakerService"].status == "ok"
         hosts["a"].disable()
@@ -258,7 +258,10 @@ async def test_logs_say_what_changed_and_why(clock: VirtualClock, caplog: pytest
         breaker.reset()
     opened, closed = caplog.records
     assert (opened.levelname, opened.message) == ("WARNING", "circuit payments: open, was closed: 2 failures in a row")
-    assert (opened.breaker, opened.before, opened.after) == ("payments", "closed", "open")  # type: ignore[attr-defined]  # from extra=
+    facts = ("breaker", "key", "before", "after", "reason")
+    assert [getattr(opened, fact) for fact in facts] == ["payments", None, "closed", "open", "2 failures in a row"]
+    assert opened.break_seconds == pytest.approx(5, rel=0.1)  # type: ignore[attr-defined]  # from extra=
+    assert closed.break_seconds is None  # type: ignore[attr-defined]  # from extra=
     assert closed.levelname == "INFO"
 
 
@@ -362,3 +365,73 @@ async def test_totals_of_keys_never_go_back(clock: VirtualClock, monkeypatch: py
     monkeypatch.setattr(Circuit, "_outcomes", read_while_another_makes_room)
     assert hosts.totals()["success"] == 4
     assert hosts.totals()["success"] == 5
+
+
+# Changeable while running
+
+
+async def test_settings_are_reloaded_while_running(clock: VirtualClock) -> None:
+    """As at the start: by name beats the code, the code beats the defaults; windows stay, operations take part."""
+    named, coded, plain = (
+        CircuitBreaker("named", BreakerConfig(minimum_calls=3)),
+        CircuitBreaker("coded", BreakerConfig(minimum_calls=4)),
+        CircuitBreaker("plain"),
+    )
+    async with App(
+        *module(named, coded, plain, breakers={"named": BreakerConfig(minimum_calls=5)}), clock=clock
+    ) as app:
+        service = app.get(CircuitBreakerService)
+        operation = OperationConfig(name="charge")
+        await service.execute(Dependency(), operation)
+        for breaker in (named, coded, plain):
+            await breaker.call(Dependency())
+        other = CircuitBreakerSettings(
+            defaults=BreakerConfig(minimum_calls=7, window_seconds=30),
+            breakers={"charge": BreakerConfig(minimum_calls=8)},
+        )
+        service.reload(other)
+        charge = service.breaker("charge")
+        assert [each.config.minimum_calls for each in (named, coded, plain, charge)] == [3, 4, 7, 8]
+        assert [each.calls for each in service.snapshot()] == [1, 1, 1, 1]
+        await service.execute(Dependency(), operation.model_copy(update={"failure_threshold": 2}))
+        assert charge.config.minimum_calls == 8  # what an operator sets beats what the code says
+        with pytest.raises(ConfigurationError, match="configures 'nobody'"):
+            service.reload(CircuitBreakerSettings(breakers={"nobody": BreakerConfig()}))
+        with pytest.raises(ConfigurationError, match="does not change history_seconds, sample_seconds: restart"):
+            service.reload(other.model_copy(update={"history_seconds": 5.0, "sample_seconds": 1.0}))
+        assert plain.config.minimum_calls == 7
+        service.reload(CircuitBreakerSettings())
+        assert charge.config == operation.model_copy(update={"failure_threshold": 2}).breaker_config()
+    assert plain.config == BreakerConfig()
+
+
+async def test_listeners_of_the_service_hear_every_breaker(clock: VirtualClock) -> None:
+    """Those of features, and those that `execute` makes later, until they are unsubscribed or the App stops."""
+    brought = CircuitBreaker("brought")
+    heard: list[str] = []
+    async with App(*module(brought), clock=clock) as app:
+        service = app.get(CircuitBreakerService)
+
+        @service.on_change
+        def note(change: StateChange) -> None:
+            heard.append(f"{change.name} {change.after}")
+
+        await service.execute(Dependency(), OperationConfig(name="charge"))
+        charge = service.breaker("charge")
+        assert isinstance(charge, CircuitBreaker)
+        brought.force_open()
+        charge.force_open()
+        service.unsubscribe(note)
+        service.unsubscribe(note)
+        brought.reset()
+        charge.reset()
+        assert heard == ["brought forced_open", "charge forced_open"]
+        service.on_change(note)
+        brought.force_open()
+    brought.reset()
+    assert heard[2:] == ["brought forced_open"]
+    brought.on_change(note)
+    brought.disable()
+    brought.unsubscribe(note)
+    brought.reset()
+    assert heard[3:] == ["brought disabled"]

@@ -14,8 +14,10 @@ from mainstay.circuit_breaker import (
     BreakerConfig,
     CircuitBreaker,
     CircuitBreakerModule,
+    CircuitBreakerService,
     CircuitBreakerSettings,
     CircuitOpen,
+    OperationConfig,
     State,
 )
 from mainstay.circuit_breaker.evidence import FLEET, SharedEvidence, Vote, fleet_opens
@@ -55,7 +57,8 @@ class Fleet:
     def __init__(self, url: str, size: int) -> None:
         self.breakers = [CircuitBreaker("payments", CONFIG) for _ in range(size)]
         self.members = [
-            SharedEvidence(url, [breaker], every_seconds=1, quorum=0.5, clock=SYSTEM_CLOCK) for breaker in self.breakers
+            SharedEvidence(url, {"payments": breaker}, every_seconds=1, quorum=0.5, clock=SYSTEM_CLOCK)
+            for breaker in self.breakers
         ]
 
     async def exchange(self) -> None:
@@ -162,7 +165,7 @@ async def test_evidence_without_the_redis_package_names_the_extra(monkeypatch: p
     """What is missing is named as it is installed."""
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     with pytest.raises(Exception, match=r"install mainstay-circuit-breaker\[redis\]"):
-        SharedEvidence("redis://x", [], every_seconds=1, quorum=1, clock=SYSTEM_CLOCK)
+        SharedEvidence("redis://x", {}, every_seconds=1, quorum=1, clock=SYSTEM_CLOCK)
 
 
 PROCESS = """
@@ -203,3 +206,23 @@ async def test_shared_state_between_real_processes(redis_url: str) -> None:
     ]
     outputs = [await process.communicate() for process in processes]
     assert [out.decode().split(":")[0] for out, _ in outputs] == [FLEET] * 3, outputs
+
+
+async def test_shared_state_includes_breakers_made_by_execute(redis_url: str) -> None:
+    """An operation that an App meets only while it runs opens because of the fleet like any other."""
+    fleet = Fleet(redis_url, 2)
+    for breaker in fleet.breakers:
+        await fail(breaker, 6)
+    await fleet.exchange()
+    settings = CircuitBreakerSettings(evidence_url=SecretStr(redis_url), evidence_seconds=0.05)
+    async with App(CircuitBreakerModule.for_root(settings)) as app:
+        service = app.get(CircuitBreakerService)
+        assert await service.execute(Dependency("fine"), OperationConfig(name="payments")) == "fine"
+        payments = service.breaker("payments")
+        async with asyncio.timeout(20):
+            while service.get_state("payments") is State.CLOSED:
+                await fleet.exchange()
+                await asyncio.sleep(0.01)
+        assert isinstance(payments, CircuitBreaker)
+        assert payments.reason.startswith(FLEET)
+    await fleet.aclose()

@@ -321,6 +321,26 @@ def test_rate_limit_for_plain_functions(clock: VirtualClock) -> None:
     assert clock.monotonic() == 1.0
 
 
+async def test_rate_limit_changes_while_running(clock: VirtualClock) -> None:
+    """Turns that were given are kept, the next ones come at the new rate; impossible numbers change nothing."""
+    limit = RateLimit(1, burst=1, max_wait_seconds=5, clock=clock)
+    times: list[float] = []
+
+    async def note() -> None:
+        times.append(clock.monotonic())
+
+    calls = [asyncio.create_task(limit.call(note)) for _ in range(3)]
+    await asyncio.sleep(0)
+    limit.reload(10, burst=1, max_wait_seconds=5)
+    calls += [asyncio.create_task(limit.call(note)) for _ in range(3)]
+    await clock.advance(4)
+    await asyncio.gather(*calls)
+    assert times == pytest.approx([0.0, 1.0, 2.0, 3.0, 3.1, 3.2])
+    with pytest.raises(ValueError, match="RateLimit: calls is 0"):
+        limit.reload(0)
+    assert repr(limit) == "<RateLimit 'rate limit' 10 a second>"
+
+
 # Retries and their budget
 
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from mainstay.circuit_breaker.breaker import CircuitBreaker
+from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.circuit import State
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.core import Clock, ConfigurationError, Health, uuid7
@@ -114,7 +114,8 @@ class SharedEvidence:
 
     Args:
         url: `redis://…`
-        breakers: whose evidence is shared. Breakers with keys keep theirs to themselves.
+        breakers: whose evidence is shared, by name; looked at anew for each exchange. Breakers with keys keep theirs to
+            themselves.
         every_seconds: how often votes are exchanged.
         quorum: share of the processes with evidence that opens for all.
         clock: waits between exchanges.
@@ -124,7 +125,13 @@ class SharedEvidence:
     """
 
     def __init__(
-        self, url: str, breakers: Sequence[CircuitBreaker], *, every_seconds: float, quorum: float, clock: Clock
+        self,
+        url: str,
+        breakers: Mapping[str, CircuitBreaker | KeyedBreaker],
+        *,
+        every_seconds: float,
+        quorum: float,
+        clock: Clock,
     ) -> None:
         try:
             import redis.asyncio  # noqa: PLC0415  an extra: only who shares evidence needs it
@@ -135,7 +142,7 @@ class SharedEvidence:
         self.every_seconds = every_seconds
         self.quorum = quorum
         self.alone: str | None = "no exchange yet"
-        self._breakers = list(breakers)
+        self._breakers = breakers
         self._clock = clock
         self._version = 0
         # The time limits bound the task, not a call: no call waits for it.
@@ -160,8 +167,9 @@ class SharedEvidence:
     async def exchange(self) -> None:
         """Publish this process's votes, read the others', and open what a quorum finds failing."""
         try:
-            for breaker in self._breakers:
-                self._weigh(breaker, await self._publish(breaker))
+            for breaker in list(self._breakers.values()):  # `execute` may bring another meanwhile
+                if isinstance(breaker, CircuitBreaker):
+                    self._weigh(breaker, await self._publish(breaker))
         except Exception as error:  # noqa: BLE001  whatever Redis does, this process goes on by itself
             if self.alone is None or self.alone == "no exchange yet":
                 _log.warning("evidence is not shared, each process goes on alone: %s", type(error).__name__)

@@ -42,23 +42,37 @@ class RateLimit(Policy):
         name: str = "rate limit",
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        self.name = name
+        self.clock = clock
+        self.rejected = 0
+        self._due = -inf  # when the next call would come if all came evenly
+        self._lock = threading.Lock()
+        self.reload(calls, seconds, burst=burst, max_wait_seconds=max_wait_seconds)
+
+    def __repr__(self) -> str:
+        return f"<RateLimit {self.name!r} {1 / self._interval:g} a second>"
+
+    def reload(
+        self, calls: int, seconds: float = 1.0, *, burst: int | None = None, max_wait_seconds: float = 0.0
+    ) -> None:
+        """Use other numbers from now on; turns that were given are kept.
+
+        Args:
+            calls, seconds, burst, max_wait_seconds: as for `RateLimit`.
+
+        Raises:
+            ValueError: a number out of its range.
+        """
         burst = calls if burst is None else burst
         require("RateLimit", "calls", calls, "1 or more", holds=calls >= 1)
         require("RateLimit", "seconds", seconds, "more than 0, and finite", holds=0 < seconds < inf)
         require("RateLimit", "burst", burst, "1 or more", holds=burst >= 1)
         wait = max_wait_seconds
         require("RateLimit", "max_wait_seconds", wait, "0 or more, and finite", holds=0 <= wait < inf)
-        self.name = name
-        self.max_wait_seconds = max_wait_seconds
-        self.clock = clock
-        self.rejected = 0
-        self._interval = seconds / calls
-        self._ahead = (burst - 1) * self._interval
-        self._due = -inf  # when the next call would come if all came evenly
-        self._lock = threading.Lock()
-
-    def __repr__(self) -> str:
-        return f"<RateLimit {self.name!r} {1 / self._interval:g} a second>"
+        with self._lock:
+            self.max_wait_seconds = max_wait_seconds
+            self._interval = seconds / calls
+            self._ahead = (burst - 1) * self._interval
 
     def take(self) -> float:
         """Take a turn and return the seconds until it comes.

@@ -9,8 +9,8 @@ from contextlib import ExitStack, asynccontextmanager
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.evidence import SharedEvidence
 from mainstay.circuit_breaker.pipeline import Pipeline
-from mainstay.circuit_breaker.service import CircuitBreakerService
-from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings
+from mainstay.circuit_breaker.service import CircuitBreakerService, check_names, config_of
+from mainstay.circuit_breaker.settings import CircuitBreakerSettings
 from mainstay.core import App, ConfigurationError, Module, spawn
 
 
@@ -32,19 +32,8 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
                 if found.setdefault(breaker.name, breaker) is not breaker:
                     msg = f"two breakers are called {breaker.name!r}: give one another name, or use one object for both"
                     raise ConfigurationError(msg)
-        unknown = sorted(set(self.settings.breakers) - set(found))
-        if unknown:
-            msg = (
-                f"CircuitBreakerSettings.breakers configures {', '.join(map(repr, unknown))}, but the features bring "
-                f"{', '.join(map(repr, sorted(found))) or 'none'}: correct the name, or add "
-                f"CircuitBreakerModule.for_feature(…) with that breaker"
-            )
-            raise ConfigurationError(msg)
+        check_names(self.settings, found)
         return found
-
-    def config_of(self, breaker: CircuitBreaker | KeyedBreaker) -> BreakerConfig:
-        """The settings by its name, else the configuration it was written with, else the settings' defaults."""
-        return self.settings.breakers.get(breaker.name) or breaker.rules.own_config or self.settings.defaults
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object]]:
@@ -57,7 +46,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
             if settings.evidence_url is not None:
                 evidence = SharedEvidence(
                     settings.evidence_url.get_secret_value(),
-                    [breaker for breaker in breakers.values() if isinstance(breaker, CircuitBreaker)],
+                    service.by_name,
                     every_seconds=settings.evidence_seconds,
                     quorum=settings.evidence_quorum,
                     clock=app.clock,
@@ -66,7 +55,8 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
                 tasks.append(spawn(evidence.run(), name="circuit breaker evidence"))
             with ExitStack() as bound:
                 for breaker in breakers.values():
-                    bound.enter_context(breaker._bound(self, self.config_of(breaker), app.clock))
+                    bound.enter_context(breaker._bound(self, config_of(settings, breaker), app.clock))
+                bound.callback(service.unsubscribe_all)
                 yield services
         finally:
             for task in tasks:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
+from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker, check_listener
 from mainstay.circuit_breaker.chaos import faults_now
-from mainstay.circuit_breaker.circuit import CircuitSnapshot, State
+from mainstay.circuit_breaker.circuit import CircuitSnapshot, State, StateChange
 from mainstay.circuit_breaker.console import History, worst_state
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings, Count, Seconds
-from mainstay.core import SYSTEM_CLOCK, Clock, Health, Retry
+from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError, Health, Retry
 
 T = TypeVar("T")
+L = TypeVar("L", bound=Callable[[StateChange], object])
 
 
 class OperationConfig(BaseModel):
@@ -48,6 +50,27 @@ class OperationConfig(BaseModel):
         )
 
 
+def config_of(settings: CircuitBreakerSettings, breaker: CircuitBreaker | KeyedBreaker) -> BreakerConfig:
+    """The settings by its name, else the configuration it was written with, else the settings' defaults."""
+    return settings.breakers.get(breaker.name) or breaker.rules.own_config or settings.defaults
+
+
+def check_names(settings: CircuitBreakerSettings, breakers: Mapping[str, object]) -> None:
+    """Refuse settings for breakers that do not exist.
+
+    Raises:
+        ConfigurationError: they do.
+    """
+    unknown = sorted(set(settings.breakers) - set(breakers))
+    if unknown:
+        msg = (
+            f"CircuitBreakerSettings.breakers configures {', '.join(map(repr, unknown))}, but the features bring "
+            f"{', '.join(map(repr, sorted(breakers))) or 'none'}: correct the name, or add "
+            f"CircuitBreakerModule.for_feature(…) with that breaker"
+        )
+        raise ConfigurationError(msg)
+
+
 class CircuitBreakerService:
     """The breakers of a running App, by name; `app.get(CircuitBreakerService)`."""
 
@@ -60,10 +83,68 @@ class CircuitBreakerService:
         settings = CircuitBreakerSettings() if settings is None else settings
         self._breakers = dict(breakers or {})
         self._operations: dict[str, tuple[OperationConfig, Pipeline]] = {}
+        self._listeners: tuple[Callable[[StateChange], object], ...] = ()
+        self._settings = settings
         self._clock = clock
         self.history = History(
             seconds=settings.history_seconds, sample_seconds=settings.sample_seconds, clock=clock, of=self._breakers
         )
+
+    @property
+    def by_name(self) -> Mapping[str, CircuitBreaker | KeyedBreaker]:
+        """The breakers there are, those that `execute` has made included; it changes as they do."""
+        return MappingProxyType(self._breakers)
+
+    def on_change(self, listener: L) -> L:
+        """Call `listener` with every `StateChange` of every breaker, those that `execute` makes later included.
+
+        As `CircuitBreaker.on_change`, until `unsubscribe` or until the App stops.
+        """
+        check_listener(listener)
+        self._listeners += (listener,)
+        for breaker in self._breakers.values():
+            breaker.on_change(listener)
+        return listener
+
+    def unsubscribe(self, listener: Callable[[StateChange], object]) -> None:
+        """Call `listener` no more; nothing happens if it was not called."""
+        if listener in self._listeners:
+            listeners = list(self._listeners)
+            listeners.remove(listener)
+            self._listeners = tuple(listeners)
+            for breaker in self._breakers.values():
+                breaker.unsubscribe(listener)
+
+    def unsubscribe_all(self) -> None:
+        """The App stops."""
+        for listener in self._listeners:
+            self.unsubscribe(listener)
+
+    def reload(self, settings: CircuitBreakerSettings) -> None:
+        """Apply other settings to the running breakers; their windows and states are kept.
+
+        Raises:
+            ConfigurationError: they configure a breaker that does not exist, or change what only a start reads (the
+                history, the evidence); nothing has been applied.
+        """
+        check_names(settings, self._breakers)
+        fixed = sorted(
+            name
+            for name in CircuitBreakerSettings.model_fields
+            if name not in {"defaults", "breakers"} and getattr(settings, name) != getattr(self._settings, name)
+        )
+        if fixed:
+            msg = f"CircuitBreakerSettings: a running App does not change {', '.join(fixed)}: restart it"
+            raise ConfigurationError(msg)
+        self._settings = settings
+        for name, breaker in self._breakers.items():
+            known = self._operations.get(name)
+            config = config_of(settings, breaker) if known is None else self._config_of(known[0])
+            if config != breaker.config:
+                breaker.reload(config)
+
+    def _config_of(self, operation: OperationConfig) -> BreakerConfig:
+        return self._settings.breakers.get(operation.name) or operation.breaker_config()
 
     async def execute(self, operation: Callable[[], Awaitable[T]], config: OperationConfig) -> T:
         """Await `operation()` under the breaker (and the retries) of `config.name`; another config changes it in place.
@@ -79,11 +160,12 @@ class CircuitBreakerService:
     def _arrange(self, config: OperationConfig) -> Pipeline:
         breaker = self._breakers.get(config.name)
         if breaker is None:
-            breaker = self._breakers[config.name] = CircuitBreaker(
-                config.name, config.breaker_config(), clock=self._clock
-            )
+            breaker = CircuitBreaker(config.name, self._config_of(config), clock=self._clock)
+            for listener in self._listeners:
+                breaker.on_change(listener)
+            self._breakers[config.name] = breaker
         elif config.name in self._operations:
-            breaker.reload(config.breaker_config())
+            breaker.reload(self._config_of(config))
         else:
             msg = f"operation {config.name!r} has the name of a breaker that a feature brings: use that one"
             raise ValueError(msg)
