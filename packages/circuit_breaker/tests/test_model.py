@@ -1,9 +1,13 @@
 """The breaker against a reference that is slow, plain and obviously right: it keeps every call in a list."""
 
 import math
+import random
+import types
+from collections.abc import Coroutine, Generator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,8 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, State
-from mainstay.circuit_breaker.circuit import Ticket
+from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, KeyedBreaker, State
 from mainstay.core.testing import VirtualClock
 
 
@@ -28,6 +31,7 @@ class Reference:
     state: State = State.CLOSED
     epoch: int = 0
     calls: list[tuple[float, bool, bool]] = field(default_factory=list)  # when, failed, slow
+    opened: float = 0.0
     until: float = 0.0
     breaks: int = 0
     probes: dict[int, float] = field(default_factory=dict)
@@ -50,12 +54,24 @@ class Reference:
         if state is State.CLOSED:
             self.breaks = 0
 
-    def open(self, now: float) -> None:
+    def break_ends(self) -> float:
         config = self.config
-        seconds = min(config.break_seconds * config.break_growth**self.breaks, config.max_break_seconds)
+        return self.opened + min(
+            config.break_seconds * config.break_growth ** (self.breaks - 1), config.max_break_seconds
+        )
+
+    def open(self, now: float) -> None:
         self.breaks += 1
-        self.until = now + seconds
+        self.opened = now
+        self.until = self.break_ends()
         self.enter(State.OPEN, now)
+
+    def reload(self, config: BreakerConfig) -> None:
+        if self.config.window_calls is not None:
+            self.calls = self.calls[-self.config.window_calls :]  # what has left does not come back
+        self.config = config
+        if self.state is State.OPEN:
+            self.until = self.break_ends()
 
     def admit(self, now: float, number: int) -> bool:
         config = self.config
@@ -72,7 +88,8 @@ class Reference:
             self.probes[number] = now + config.probe_seconds
             return True
         if self.state is State.RAMPING:
-            self.share = min(1.0, self.share + (now - self.ramped_at) / config.ramp_seconds)
+            gained = (now - self.ramped_at) / config.ramp_seconds if config.ramp_seconds else 1.0
+            self.share = min(1.0, self.share + gained)
             self.ramped_at = now
             if self.share >= 1:
                 self.enter(State.CLOSED, now)
@@ -147,6 +164,43 @@ class Reference:
         )
 
 
+def changed(config: BreakerConfig, seed: int) -> BreakerConfig:
+    """Other thresholds, in a window of the same kind; its length in seconds stays, since that moves whole buckets."""
+    choose = random.Random(seed).choice  # noqa: S311  makes the mixture repeatable
+    changes = {
+        "window_calls": None if config.window_calls is None else choose((5, 8, 13)),
+        "minimum_calls": choose((1, 3, 5)),
+        "failure_ratio": choose((None, 0.25, 1.0)),
+        "consecutive_failures": choose((2, 4)),
+        "slow_seconds": choose((None, 1.0, 3.0)),
+        "break_seconds": choose((1.0, 4.0)),
+        "probes": choose((1, 3)),
+        "probe_successes": choose((1, 3)),
+        "ramp_seconds": choose((0.0, 2.0, 4.0)),
+    }
+    return BreakerConfig.model_validate(config.model_dump() | changes)
+
+
+class Boom(Exception):
+    pass
+
+
+@types.coroutine
+def outcome_of_call() -> Generator[None, bool, bool]:
+    """Wait until the machine says whether the call fails."""
+    return (yield)
+
+
+@dataclass
+class UnderWay:
+    """A call through the decorated function, held in the middle."""
+
+    coroutine: Coroutine[None, bool, None]
+    epoch: int
+    began: float
+    measured: bool
+
+
 configs = st.builds(
     BreakerConfig,
     window_seconds=st.just(5.0),  # buckets of half a second, exact in binary: no call falls on a rounded edge
@@ -170,17 +224,30 @@ configs = st.builds(
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Calls begin, end in every way and order, time passes, people intervene: breaker and reference never differ."""
+    """Calls of the decorated function end in every way and order, and all else happens: the two never differ."""
 
     seen: ClassVar[set[State]] = set()
 
-    @initialize(config=configs)
-    def begin(self, config: BreakerConfig) -> None:
+    @initialize(config=configs, keyed=st.booleans())
+    def begin(self, config: BreakerConfig, keyed: bool) -> None:
         self.clock = VirtualClock()
-        self.breaker = CircuitBreaker("model", config, clock=self.clock)
         self.reference = Reference(config, edges=[0.0])
-        self.under_way: dict[int, tuple[Ticket, int]] = {}
+        self.under_way: dict[int, UnderWay] = {}
         self.number = 0
+        breaker: CircuitBreaker | KeyedBreaker
+        if keyed:
+            breaker = KeyedBreaker("model", config, key=lambda: "key", clock=self.clock)
+            self.circuit = breaker["key"]
+        else:
+            self.circuit = breaker = CircuitBreaker("model", config, clock=self.clock)
+        self.breaker = breaker
+
+        @breaker
+        async def dependency() -> None:
+            if await outcome_of_call():
+                raise Boom
+
+        self.dependency = dependency
 
     @rule(seconds=st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 9.0]))
     def wait(self, seconds: float) -> None:
@@ -191,24 +258,30 @@ class BreakerMachine(RuleBasedStateMachine):
         now = self.clock.monotonic()
         self.number += 1
         expected = self.reference.admit(now, self.number)
-        # As the generated code does it.
-        ticket: Ticket | None = self.breaker.window
-        if ticket is None and now < self.breaker.shut_until:
-            self.breaker.rejected += 1
-        elif ticket is None:
-            ticket = self.breaker._admit()
-        assert (ticket is not None) == expected
-        if ticket is None:
+        coroutine = self.dependency()
+        try:
+            coroutine.send(None)
+        except CircuitOpen:
+            assert not expected
             self.reference.rejected += 1
-        else:
-            self.under_way[self.number] = ticket, self.reference.epoch
+            return
+        assert expected
+        measured = self.reference.config.slow_seconds is not None
+        self.under_way[self.number] = UnderWay(coroutine, self.reference.epoch, now, measured)
 
     @rule(failures=st.integers(0, 4), successes=st.integers(0, 4))
     def call_and_settle(self, failures: int, successes: int) -> None:
         for failed in [True] * failures + [False] * successes:
             self.call()
             if self.number in self.under_way:
-                self._settle(self.number, failed=failed, slow=False)
+                self._settle(self.number, failed=failed)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 1.25, 4.0]), failed=st.booleans())
+    def call_for(self, seconds: float, failed: bool) -> None:
+        self.call()
+        self.clock.tick(seconds)
+        if self.number in self.under_way:
+            self._settle(self.number, failed=failed)
 
     @precondition(lambda self: self.reference.state in {State.OPEN, State.HALF_OPEN, State.RAMPING})
     @rule(seconds=st.sampled_from([0.5, 2.0, 8.0]))
@@ -217,66 +290,66 @@ class BreakerMachine(RuleBasedStateMachine):
         self.call_and_settle(failures=0, successes=1)
 
     @precondition(lambda self: self.under_way)
-    @rule(data=st.data(), failed=st.booleans(), slow=st.booleans())
-    def settle(self, data: st.DataObject, failed: bool, slow: bool) -> None:
-        number = data.draw(st.sampled_from(sorted(self.under_way)))
-        self._settle(number, failed=failed, slow=slow)
+    @rule(data=st.data(), failed=st.booleans())
+    def settle(self, data: st.DataObject, failed: bool) -> None:
+        self._settle(data.draw(st.sampled_from(sorted(self.under_way))), failed=failed)
 
     @precondition(lambda self: len(self.under_way) > 1)
     @rule(failed=st.booleans())
     def settle_all(self, failed: bool) -> None:
         for number in sorted(self.under_way):
-            self._settle(number, failed=failed, slow=False)
+            self._settle(number, failed=failed)
 
-    def _settle(self, number: int, *, failed: bool, slow: bool) -> None:
-        ticket, epoch = self.under_way.pop(number)
-        now = self.clock.monotonic()
-        measured = self.breaker.config.slow_seconds is not None
-        slow = slow and measured
-        self.reference.settle(now, number, epoch, failed=failed, slow=slow)
-        seconds = 2.0 if slow else 0.5
-        if failed:
-            self.breaker._failed(ticket, seconds if measured else None)
-            return
-        # What the generated code does after a success, in the same order.
-        if now >= ticket.edge:
-            self.breaker._turn()
-        if ticket is self.breaker.window:
-            self.breaker.window.successes += 1
-            if slow:
-                self.breaker._was_slow(ticket)
-        else:
-            self.breaker._succeeded(ticket, seconds if measured else None)
+    def _settle(self, number: int, *, failed: bool) -> None:
+        call = self.under_way.pop(number)
+        now, limit = self.clock.monotonic(), self.reference.config.slow_seconds
+        # A call that began while nobody measured was not measured.
+        slow = call.measured and limit is not None and now - call.began > limit
+        self.reference.settle(now, number, call.epoch, failed=failed, slow=slow)
+        with pytest.raises(Boom if failed else StopIteration):
+            call.coroutine.send(failed)
 
     @precondition(lambda self: self.under_way)
     @rule(data=st.data())
     def go_away(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.under_way)))
-        ticket, epoch = self.under_way.pop(number)
-        self.breaker._raised(ticket, GeneratorExit())
-        if epoch == self.reference.epoch:
+        call = self.under_way.pop(number)
+        call.coroutine.close()
+        if call.epoch == self.reference.epoch:
             self.reference.probes.pop(number, None)
 
     @rule(how=st.sampled_from([State.FORCED_OPEN, State.DISABLED, State.CLOSED]))
     def intervene(self, how: State) -> None:
         {
-            State.FORCED_OPEN: self.breaker.force_open,
-            State.DISABLED: self.breaker.disable,
-            State.CLOSED: self.breaker.reset,
+            State.FORCED_OPEN: self.circuit.force_open,
+            State.DISABLED: self.circuit.disable,
+            State.CLOSED: self.circuit.reset,
         }[how]()
         self.reference.breaks = 0
         self.reference.enter(how, self.clock.monotonic())
+
+    @rule(seed=st.integers(0, 10_000))
+    def reload(self, seed: int) -> None:
+        config = changed(self.reference.config, seed)
+        self.breaker.reload(config)
+        self.reference.reload(config)
+
+    def teardown(self) -> None:
+        for call in getattr(self, "under_way", {}).values():
+            call.coroutine.close()
 
     @invariant()
     def agree(self) -> None:
         if not hasattr(self, "breaker"):
             return
-        BreakerMachine.seen.add(self.breaker.state)
-        snapshot = self.breaker.snapshot()
+        BreakerMachine.seen.add(self.circuit.state)
+        snapshot = self.circuit.snapshot()
         window = self.reference.window(self.clock.monotonic())
         assert snapshot.state is self.reference.state
         assert snapshot.late_total == self.reference.late
         assert snapshot.rejected_total == self.reference.rejected
+        if isinstance(self.breaker, KeyedBreaker):
+            assert self.circuit.under_way == len(self.under_way)
         assert (snapshot.calls, snapshot.failures, snapshot.slow) == (
             len(window),
             sum(failed for _, failed, _ in window),
