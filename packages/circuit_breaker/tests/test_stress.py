@@ -1,20 +1,25 @@
 """Threads and tasks at once, with exact counts."""
 
 import asyncio
+import contextlib
 import random
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from mainstay.circuit_breaker import (
+    AdaptiveBulkhead,
     BreakerConfig,
+    Budget,
     Bulkhead,
     BulkheadFull,
     CircuitBreaker,
     CircuitOpen,
+    Hedge,
+    KeyedBreaker,
     Pipeline,
     Rejected,
     State,
@@ -294,3 +299,145 @@ def test_a_success_between_any_two_lines_of_a_resize_is_kept(
         sys.settrace(before)
     assert calls > 3
     assert breaker.totals()["success"] == calls
+
+
+def test_keys_that_come_and_go_lose_no_count() -> None:
+    """Threads and tasks call forty keys where there is room for eight: every outcome is counted once, none is held."""
+    hosts = KeyedBreaker("stress", NEVER, key=lambda host, _: host, max_keys=8)
+    each = 3000
+
+    @hosts
+    def call(host: int, number: int) -> None:
+        if number % 4 == 0 and host < 4:
+            raise Boom
+
+    @hosts
+    async def call_async(host: int, number: int) -> None:
+        await asyncio.sleep(0)
+        if number % 4 == 0 and host < 4:
+            raise Boom
+
+    failed = [0] * 8
+
+    def work(index: int) -> None:
+        choice = random.Random(index)  # noqa: S311  makes the mixture repeatable
+        arguments = [(choice.randrange(40), number) for number in range(each)]
+
+        async def tasks() -> None:
+            for start in range(0, each, 100):
+                calls = [call_async(*pair) for pair in arguments[start : start + 100]]
+                results = await asyncio.gather(*calls, return_exceptions=True)
+                failed[index] += sum(isinstance(result, Boom) for result in results)
+
+        if index % 2:
+            asyncio.run(tasks())
+            return
+        for pair in arguments:
+            try:
+                call(*pair)
+            except Boom:
+                failed[index] += 1
+
+    in_threads(8, work)
+    assert sum(failed) > 0
+    assert hosts.totals() == {
+        "success": 8 * each - sum(failed),
+        "failure": sum(failed),
+        "neutral": 0,
+        "late": 0,
+        "rejected": 0,
+    }
+    assert len(hosts) == 8
+    assert {circuit.under_way for circuit in hosts.circuits()} == {0}
+
+
+async def test_a_thousand_hedged_tasks_add_up() -> None:
+    """Of every call one attempt succeeds or both fail, losers are neutral, and nothing is left running."""
+    hedge = Hedge(0.001, budget=Budget(1.0, per_second=1000, throttle=None))
+    breaker = CircuitBreaker("stress", NEVER)
+    attempts = under_way = 0
+
+    @Pipeline("stress", hedge, breaker)
+    async def call(number: int) -> int:
+        nonlocal attempts, under_way
+        attempts += 1
+        under_way += 1
+        try:
+            await asyncio.sleep(0.05 if attempts % 3 == 0 else 0)
+            if number % 10 == 0:
+                raise Boom
+            return number
+        finally:
+            under_way -= 1
+
+    results = await asyncio.gather(*(call(number) for number in range(1000)), return_exceptions=True)
+    await hedge.drained()
+    assert [result for result in results if not isinstance(result, Boom)] == [n for n in range(1000) if n % 10]
+    totals = breaker.totals()
+    assert (attempts, under_way, hedge.sent > 100) == (1000 + hedge.sent, 0, True)
+    assert totals["success"] + totals["failure"] + totals["neutral"] == attempts
+    assert totals["success"] >= 900
+    assert (totals["late"], totals["rejected"]) == (0, 0)
+
+
+@pytest.mark.parametrize("algorithm", ["aimd", "gradient"])
+def test_an_adaptive_bulkhead_loses_no_place_while_its_limit_moves(algorithm: Literal["aimd", "gradient"]) -> None:
+    """Four threads and four loops, whose callers may leave: never more inside than the maximum, none at the end."""
+    bulkhead = AdaptiveBulkhead(
+        4, minimum=2, maximum=6, algorithm=algorithm, slow_seconds=0.0005, queue=2000, max_wait_seconds=30
+    )
+    inside = most = done = 0
+    lock = threading.Lock()
+
+    def step(by: int) -> None:
+        nonlocal inside, most, done
+        with lock:
+            inside += by
+            most = max(most, inside)
+            done += by < 0
+
+    @bulkhead
+    def call(number: int) -> None:
+        step(1)
+        step(-1)
+        if number % 5 == 0:
+            raise Boom
+
+    @bulkhead
+    async def call_async(number: int) -> None:
+        step(1)
+        try:
+            await asyncio.sleep(0.001 if number % 7 == 0 else 0)
+        finally:
+            step(-1)
+        if number % 5 == 0:
+            raise Boom
+
+    ended = [0] * 8
+
+    async def tasks(index: int) -> None:
+        choice = random.Random(index)  # noqa: S311  makes the mixture repeatable
+        calls = [asyncio.create_task(call_async(number)) for number in range(200)]
+        for task in calls:
+            if choice.random() < 0.2:
+                await asyncio.sleep(0)
+                task.cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(result is None or isinstance(result, Boom | asyncio.CancelledError) for result in results)
+        ended[index] = len(results)
+
+    def work(index: int) -> None:
+        if index % 2:
+            asyncio.run(tasks(index))
+            return
+        for number in range(200):
+            with contextlib.suppress(Boom):
+                call(number)
+            ended[index] += 1
+
+    in_threads(8, work)
+    assert ended == [200] * 8
+    assert (inside, bulkhead.under_way, bulkhead.free, len(bulkhead.waiting)) == (0, 0, bulkhead.limit, 0)
+    assert 2 <= bulkhead.limit <= 6
+    assert 1 <= most <= 6
+    assert done >= 800

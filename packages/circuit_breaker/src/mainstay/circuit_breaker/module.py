@@ -46,7 +46,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
             if settings.evidence_url is not None:
                 evidence = SharedEvidence(
                     settings.evidence_url.get_secret_value(),
-                    service.by_name,
+                    service._breakers,
                     every_seconds=settings.evidence_seconds,
                     quorum=settings.evidence_quorum,
                     clock=app.clock,
@@ -56,7 +56,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
             with ExitStack() as bound:
                 for breaker in breakers.values():
                     bound.enter_context(breaker._bound(self, config_of(settings, breaker), app.clock))
-                bound.callback(service.unsubscribe_all)
+                bound.callback(service._unsubscribe_all)
                 yield services
         finally:
             for task in tasks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
@@ -90,11 +89,6 @@ class CircuitBreakerService:
             seconds=settings.history_seconds, sample_seconds=settings.sample_seconds, clock=clock, of=self._breakers
         )
 
-    @property
-    def by_name(self) -> Mapping[str, CircuitBreaker | KeyedBreaker]:
-        """The breakers there are, those that `execute` has made included; it changes as they do."""
-        return MappingProxyType(self._breakers)
-
     def on_change(self, listener: L) -> L:
         """Call `listener` with every `StateChange` of every breaker, those that `execute` makes later included.
 
@@ -115,7 +109,7 @@ class CircuitBreakerService:
             for breaker in self._breakers.values():
                 breaker.unsubscribe(listener)
 
-    def unsubscribe_all(self) -> None:
+    def _unsubscribe_all(self) -> None:
         """The App stops."""
         for listener in self._listeners:
             self.unsubscribe(listener)
