@@ -7,6 +7,7 @@ import io
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -31,8 +32,8 @@ from mainstay.circuit_breaker import (
     http_write,
 )
 from mainstay.circuit_breaker.http import AsyncPolicyTransport, PolicyTransport, retry_after
-from mainstay.circuit_breaker.testing import Dependency, forced
-from mainstay.core import DeadlineExceeded, FullJitter, Retry
+from mainstay.circuit_breaker.testing import HANG, Dependency, forced
+from mainstay.core import DeadlineExceeded, FullJitter, Retry, timeout
 from mainstay.core.testing import VirtualClock
 
 
@@ -475,3 +476,25 @@ async def test_streams_of_a_plain_client_settle_at_their_end(server: SickServer)
 
     await asyncio.to_thread(work)
     assert (breaker.totals()["success"], breaker.totals()["failure"], bulkhead.free) == (2, 2, 5)
+
+
+@pytest.mark.parametrize("make", [http_read, http_write, database])
+async def test_the_ready_made_pipelines_take_a_clock(make: Callable[..., Pipeline]) -> None:
+    """Every policy in them measures with it, so that a test moves the time of all, also under a limit of core's."""
+    clock = VirtualClock()
+    guarded = make("api", clock=clock)
+    async with timeout(5, clock=clock):
+        assert await guarded.call(Dependency("fine")) == "fine"
+    hanging = asyncio.create_task(guarded.call(Dependency(then=HANG)))
+    await clock.advance(40)
+    with pytest.raises(DeadlineExceeded):
+        await hanging
+    (breaker,) = guarded.breakers()
+    assert breaker.totals()["failure"] >= 1
+    for policy in guarded.policies:
+        holders: list[Any] = [policy]
+        if isinstance(policy, CircuitBreaker):
+            holders = [policy.rules]
+        elif isinstance(policy, Retries):
+            holders = [policy.policy, policy.budget]
+        assert all(holder.clock is clock for holder in holders), policy

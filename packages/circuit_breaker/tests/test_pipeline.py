@@ -287,3 +287,24 @@ def test_an_async_callable_is_refused_by_call_sync() -> None:
     """What comes back to be awaited would count as a success before it began."""
     with pytest.raises(TypeError, match="decorate the async function itself"):
         CircuitBreaker("p").call_sync(Dependency(1))  # type: ignore[unused-coroutine]  # that is the test
+
+
+async def test_without_the_global_lock_calls_under_way_are_counted_under_the_circuits_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On an interpreter without it a circuit of a key is held and let go by methods that lock."""
+    monkeypatch.setattr(admission, "_LOCKED", True)
+    monkeypatch.setattr(admission, "_codes", {})
+    hosts = KeyedBreaker("hosts", key=lambda host: host, max_keys=1)
+    assert "under_way" not in admission.text_of("async", hosts._layers())
+    hanging = Dependency()
+    hanging.hold()
+    call = asyncio.create_task(hosts.call(hanging, "a"))
+    await asyncio.sleep(0)
+    assert hosts.call_sync(lambda host: host, "b") == "b"
+    assert ("a" in hosts, hosts["a"].under_way) == (True, 1)
+    hanging.let_go()
+    await call
+    assert hosts["a"].under_way == 0
+    assert hosts.totals()["success"] == 2
+    assert "b" not in hosts
