@@ -242,7 +242,8 @@ def kind_of(fn: Callable[..., Any]) -> Mode:
     if inspect.isclass(fn):
         msg = f"a policy decorates a function, not the class {fn.__name__}: decorate the method that makes the call"
         raise TypeError(msg)
-    called = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
+    own = inspect.isroutine(fn) or isinstance(cast("object", fn), functools.partial)
+    called = fn if own else type(fn).__call__
     if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(called):
         return "async"
     if inspect.isasyncgenfunction(fn) or inspect.isasyncgenfunction(called):
