@@ -125,7 +125,7 @@ def report(facts: Facts, story: Story, verdicts: list[Verdict], *, engine: str) 
         if row is None:
             table.add_section()
         else:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
     return Group(table, _verdicts(verdicts))
 
 
