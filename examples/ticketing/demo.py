@@ -149,7 +149,7 @@ async def perform(script: Script, directory: Path, console: Console) -> Outcome:
                 started = time.monotonic()
                 await office.sell(lines, script.kills, progress)
                 story.seconds = time.monotonic() - started
-                progress.say("waiting for the last events and audit entries")
+                progress.say("waiting for the last events")
                 await office.drained(sources)
         story.breaker = breaker_changes(directory / "worker.log")
         facts = await read_facts(sources, story.answers)
