@@ -352,5 +352,5 @@ def _kind_of(problem: dict[str, Any]) -> str:
         case {"field": field, "message": message} if "catalogue has no" in message:
             return "unknown item"
         case {"field": field}:
-            return f"bad {field.rpartition('.')[2]}"
+            return f"bad {field.rpartition('.')[2].partition('[')[0]}"
     return "other"

@@ -220,6 +220,7 @@ def test_bad_input_stops_nothing(tmp_path):
         good.format(6, 1).replace('"1.00"', "1e2"),
         good.format(7, 1).replace('"t"', '"\\ud800"'),
         good.format(8, 1_000_000),
+        good.format(8, 1).replace("}]", "}, 3]"),
         '{"\\ud800": 1, "\\ud800": 2}',
         '{"[/x]": 1, "[/x]": 2}',
         good.format(9, 1)[:-1] + ', "x": ' + "[" * 960 + "]" * 960 + "}",
@@ -233,10 +234,11 @@ def test_bad_input_stops_nothing(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Every invariant holds." in run.stdout
     words = " ".join(run.stdout.split())
-    assert "lines in the file 15" in words
+    assert "lines in the file 16" in words
     assert "purchases accepted 1" in words
-    assert "purchases rejected 14 broken JSON 4" in words
-    once = ("unknown customer", "unknown item", "order id taken", "bad order_id", "bad unit_price", "bad title")
+    assert "purchases rejected 15 broken JSON 4" in words
+    once = ("unknown customer", "unknown item", "order id taken", "bad order_id", "bad unit_price")
+    once += ("bad title", "bad lines")
     for reason in ("bad quantity 2", "a field twice 2", *(f"{reason} 1" for reason in once)):
         assert reason in words
     assert "\x1b" not in run.stdout
