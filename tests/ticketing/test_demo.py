@@ -237,8 +237,15 @@ def test_bad_input_stops_nothing(tmp_path):
     assert "lines in the file 16" in words
     assert "purchases accepted 1" in words
     assert "purchases rejected 15 broken JSON 4" in words
-    once = ("unknown customer", "unknown item", "order id taken", "bad order_id", "bad unit_price")
-    once += ("bad title", "bad lines")
+    once = (
+        "unknown customer",
+        "unknown item",
+        "order id taken",
+        "bad order_id",
+        "bad unit_price",
+        "bad title",
+        "bad lines",
+    )
     for reason in ("bad quantity 2", "a field twice 2", *(f"{reason} 1" for reason in once)):
         assert reason in words
     assert "\x1b" not in run.stdout
