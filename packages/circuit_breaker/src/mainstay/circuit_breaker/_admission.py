@@ -59,7 +59,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
@@ -102,7 +102,7 @@ class Policy:
 
     # Created on first use: one circuit of a hundred thousand has no functions of its own.
     _compiled: weakref.WeakKeyDictionary[types.FunctionType, tuple[Policy, Mode, int]] | None = None
-    _runners: dict[Mode, Callable[..., Any]] | None = None
+    _runners: Mapping[Mode, Callable[..., Any]] = types.MappingProxyType({})
     _blocks: dict[types.FrameType, list[tuple[Mode, object, object]]] | None = None  # blocks entered and not yet left
 
     def _layers(self) -> tuple[Layer, ...]:
@@ -125,7 +125,7 @@ class Policy:
         built = self._build(mode, fn)
         functools.update_wrapper(built, fn)
         known: tuple[Policy, ...] = getattr(fn, _POLICIES, ())
-        setattr(built, _POLICIES, (*known, *(layer.policy for layer in self._layers())))
+        setattr(built, _POLICIES, (*known, *self._members()))
         return cast("F", built)
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -134,9 +134,12 @@ class Policy:
         Raises:
             TypeError: `fn` returned nothing to await, or is decorated with this policy already.
         """
-        if getattr(fn, _POLICIES, None) is not None:
+        # A bound method that lacks an attribute takes ten times as long to say so as its function does.
+        named: Any = fn
+        if getattr(named.__func__ if named.__class__ is _Method else named, _POLICIES, None) is not None:
             self._refuse_twice(fn)
-        return cast("T", await self._runner("async_run")(fn, *args, **kwargs))
+        run = self._runners.get("async_run") or self._runner("async_run")
+        return cast("T", await run(fn, *args, **kwargs))
 
     def call_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the plain function `fn(*args, **kwargs)` under this policy.
@@ -144,10 +147,11 @@ class Policy:
         Raises:
             TypeError: `fn` is no plain function, or is decorated with this policy already.
         """
-        if getattr(fn, _POLICIES, None) is not None:
+        named: Any = fn
+        if getattr(named.__func__ if named.__class__ is _Method else named, _POLICIES, None) is not None:
             self._refuse_twice(fn)
-        result = self._runner("sync_run")(fn, *args, **kwargs)
-        return cast("T", result)
+        run = self._runners.get("sync_run") or self._runner("sync_run")
+        return cast("T", run(fn, *args, **kwargs))
 
     async def __aenter__(self) -> Self:
         block = contextlib.asynccontextmanager(self._runner("async_block"))()
@@ -199,12 +203,10 @@ class Policy:
     # Building
 
     def _runner(self, mode: Mode) -> Callable[..., Any]:
-        runners = self._runners
-        if runners is None:
-            runners = self._runners = {}
-        runner = runners.get(mode)
+        runner = self._runners.get(mode)
         if runner is None:
-            runner = runners[mode] = self._build(mode, None)
+            runner = self._build(mode, None)
+            self._runners = {**self._runners, mode: runner}
         return runner
 
     def _build(self, mode: Mode, fn: Callable[..., Any] | None, start: int = 0) -> types.FunctionType:
@@ -278,6 +280,7 @@ def require(owner: str, field: str, value: object, range_: str, *, holds: bool) 
         raise ValueError(msg)
 
 
+_Method: Final = types.MethodType
 _entering = threading.Lock()
 _POLICIES: Final = "__mainstay_policies__"
 """The policies that a function is decorated with. `functools.wraps` carries it to what stands around the function."""

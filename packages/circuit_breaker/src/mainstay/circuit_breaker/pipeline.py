@@ -70,7 +70,7 @@ class Pipeline(Policy):
         for index, policy in enumerate(self._order):
             if any(policy is other for other in self._order[:index]):
                 msg = (
-                    f"Pipeline({name!r}) has {policy!r} twice, and twice around one call it would wait for itself: "
+                    f"Pipeline({name!r}) has {policy!r} twice, and twice around one call it stands in its own way: "
                     f"leave one out, or make two"
                 )
                 raise ValueError(msg)
