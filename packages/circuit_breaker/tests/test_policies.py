@@ -1,9 +1,14 @@
 """Each policy by itself, on a virtual clock."""
 
 import asyncio
+import functools
 import logging
 import random
+import re
 import threading
+from collections.abc import AsyncIterator, Callable
+from math import inf, nan
+from typing import Any
 
 import pytest
 
@@ -18,6 +23,7 @@ from mainstay.circuit_breaker import (
     Fallback,
     Fault,
     Hedge,
+    KeyedBreaker,
     Pipeline,
     RateLimit,
     RateLimited,
@@ -615,3 +621,142 @@ def test_chaos_cannot_be_left_on(seconds: float, reason: str) -> None:
         Chaos("c", Fault(1)).on(seconds=seconds, reason=reason),
     ):
         pass
+
+
+async def test_timeout_of_an_abandoned_generator_cancels_nobody(clock: VirtualClock) -> None:
+    """A generator closed in another task takes its time limit with it, and the consumer has all its time again."""
+    limit = Timeout(2, clock=clock)
+
+    async def pages(block: Timeout | timeout) -> AsyncIterator[int]:
+        async with block:
+            yield 1
+
+    async def consume(block: Timeout | timeout) -> float | None:
+        generator = pages(block)
+        await anext(generator)
+        await asyncio.create_task(generator.aclose())  # type: ignore[attr-defined]  # as the loop does when it is gone
+        await clock.sleep(5)
+        return remaining_seconds()
+
+    for block in (limit, timeout(2, clock=clock)):
+        consumer = asyncio.create_task(consume(block))
+        await clock.advance(5)
+        assert await consumer is None
+    async with timeout(100, clock=clock):
+        consumer = asyncio.create_task(consume(limit))
+        await clock.advance(5)
+        assert await consumer == 95
+    assert limit._lane is not None
+    assert not limit._lane.under_way
+
+
+async def test_timeout_is_reloaded_while_calls_are_under_way(clock: VirtualClock) -> None:
+    """What began keeps its time, what begins has the new one and is not held up by the old."""
+    limit = Timeout(10, clock=clock)
+    call = limit(Dependency(then=HANG))
+    before = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    limit.reload(1)
+    after = asyncio.create_task(call())
+    await clock.advance(1)
+    with pytest.raises(DeadlineExceeded, match="no result within 1 s"):
+        await after
+    assert (limit.seconds, before.done()) == (1, False)
+    await clock.advance(9)
+    with pytest.raises(DeadlineExceeded, match="no result within 10 s"):
+        await before
+    with pytest.raises(ValueError, match="seconds is 0"):
+        limit.reload(0)
+    with pytest.raises(AttributeError):
+        limit.seconds = 5  # type: ignore[misc]  # that is the test
+
+
+async def test_retries_are_reloaded_while_calls_are_under_way(clock: VirtualClock) -> None:
+    """Decorated functions go by the new policy, and a call under way does when it next fails."""
+    retries = Retries(Retry(attempts=5, wait=lambda _: 1.0, clock=clock))
+    dependency = Dependency(then=Boom)
+    call = Pipeline("p", retries)(dependency)
+    under_way = asyncio.create_task(call())
+    await clock.advance(2)
+    assert len(dependency.calls) == 3
+    retries.reload(Retry(attempts=2, retry=lambda state: state.outcome.failed, wait=lambda _: 0.0, clock=clock))
+    await clock.advance(1)
+    with pytest.raises(Boom):
+        await under_way
+    assert len(dependency.calls) == 4
+    with pytest.raises(Boom):
+        await call()
+    assert (len(dependency.calls), retries.policy.attempts) == (6, 2)
+    with pytest.raises(TypeError, match=r"policy is 3; it is a Retry, such as Retry\(attempts=3\)"):
+        retries.reload(3)  # type: ignore[arg-type]  # that is the test
+
+
+async def test_retry_notes_the_attempts_once() -> None:
+    """An error that is raised again and again, as a cached one is, does not gather a note for each call."""
+    error = Boom()
+    retries = Retries(Retry(attempts=2, wait=lambda _: 0.0))
+    for _ in range(5):
+        with pytest.raises(Boom):
+            await retries.call(Dependency(then=error))
+    assert error.__notes__ == ["gave up after 2 attempts"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Bulkhead(2.5), "Bulkhead: limit is 2.5; it is an integer, 1 or more"),  # type: ignore[arg-type]
+        (lambda: Bulkhead(inf), "limit is inf"),  # type: ignore[arg-type]
+        (lambda: Bulkhead("3"), "limit is '3'"),  # type: ignore[arg-type]
+        (lambda: Bulkhead(1, queue=0.5), "queue is 0.5; it is an integer, 0 or more"),  # type: ignore[arg-type]
+        (lambda: Bulkhead(1, max_wait_seconds="1"), "max_wait_seconds is '1'; it is a number"),  # type: ignore[arg-type]
+        (lambda: Timeout("5"), "Timeout: seconds is '5'; it is a number, more than 0"),  # type: ignore[arg-type]
+        (lambda: Timeout(None), "Timeout: seconds is None"),  # type: ignore[arg-type]
+        (lambda: Hedge("1"), "after_seconds is '1'"),  # type: ignore[arg-type]
+        (lambda: Fallback(value=1, max_keys=nan), "max_keys is nan"),  # type: ignore[arg-type]
+        (lambda: Retries(3), "Retries: policy is 3; it is a Retry"),  # type: ignore[arg-type,unused-ignore]
+        (lambda: Fallback(function=5), "Fallback: function is 5"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(make: Callable[[], object], message: str) -> None:
+    """A number of the wrong type and something that cannot be called are refused like an impossible number."""
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        make()
+
+
+async def _says(*_: object) -> bool:
+    return True
+
+
+class _Says:
+    async def __call__(self, *_: object) -> str:
+        return "instead"
+
+
+says: Any = _says  # untyped, as callers may be
+says_object: Any = _Says()
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: CircuitBreaker("p", failed_result=says), "failed_result"),
+        (lambda: CircuitBreaker("p", failed_result=functools.partial(says)), "failed_result"),
+        (lambda: CircuitBreaker("p", failed_result=says_object), "failed_result"),
+        (lambda: CircuitBreaker("p").on_change(says), "listener"),
+        (lambda: KeyedBreaker("p", key=says), "key"),
+        (lambda: Fallback(last_good_seconds=1, key=says), "key"),
+        (lambda: Retry(retry=says), "Retry.retry"),
+    ],
+)
+def test_async_functions_that_nobody_would_await_are_refused(make: Callable[[], object], field: str) -> None:
+    """Where a plain answer is needed a coroutine would always be true: refused where it is given."""
+    with pytest.raises(TypeError, match=f"{field} is an async function"):
+        make()
+
+
+async def test_fallback_awaits_an_async_function_in_any_guise() -> None:
+    """An object with an async `__call__` is awaited; a plain function that returns a coroutine is refused."""
+    failing = Dependency(then=Boom)
+    assert await Fallback(function=_Says()).call(failing) == "instead"
+    with pytest.raises(TypeError, match="returned an awaitable"):
+        await Fallback(function=lambda _: _says()).call(failing)
