@@ -714,6 +714,8 @@ async def test_retry_notes_the_attempts_once() -> None:
         (lambda: Hedge("1"), "after_seconds is '1'"),  # type: ignore[arg-type]
         (lambda: Fallback(value=1, max_keys=nan), "max_keys is nan"),  # type: ignore[arg-type]
         (lambda: Retries(3), "Retries: policy is 3; it is a Retry"),  # type: ignore[arg-type,unused-ignore]
+        (lambda: CircuitBreaker("p", failed_result=500), "failed_result is 500; it is a function"),  # type: ignore[arg-type]
+        (lambda: KeyedBreaker("p", key="host"), "key is 'host'; it is a function"),  # type: ignore[arg-type]
         (lambda: Fallback(function=5), "Fallback: function is 5"),  # type: ignore[arg-type]
     ],
 )
@@ -760,3 +762,22 @@ async def test_fallback_awaits_an_async_function_in_any_guise() -> None:
     assert await Fallback(function=_Says()).call(failing) == "instead"
     with pytest.raises(TypeError, match="returned an awaitable"):
         await Fallback(function=lambda _: _says()).call(failing)
+
+
+async def test_bulkhead_is_left_at_a_deadline_that_cancels_nobody(clock: VirtualClock) -> None:
+    """A task that outlives its time limit, and a thread, wait no longer than that either, and get the same error."""
+    bulkhead = Bulkhead(1, queue=1, max_wait_seconds=60, clock=clock)
+    bulkhead.take()
+    async with timeout(1, clock=clock):
+        outliving = asyncio.create_task(bulkhead.call(Dependency()))
+    await clock.advance(1)
+    with pytest.raises(DeadlineExceeded, match="bulkhead: the deadline passed before a place became free") as exceeded:
+        await outliving
+    assert exceeded.value.no_effect
+    async with timeout(0.01, clock=clock):
+        with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+            bulkhead.call_sync(Dependency().sync)
+    with pytest.raises(BulkheadFull):
+        bulkhead.max_wait_seconds = 0.01
+        bulkhead.call_sync(Dependency().sync)
+    assert len(bulkhead.waiting) == 0
