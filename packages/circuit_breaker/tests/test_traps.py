@@ -819,3 +819,16 @@ async def test_context_variables_of_a_thread_and_of_an_only_attempt(clock: Virtu
         await hedge.call(attempt)
     assert hedge.delay_seconds() is not None
     assert variable.get() == "caller's"
+
+
+async def test_order_a_deadline_during_a_pause_does_not_hide_the_last_real_error(clock: VirtualClock) -> None:
+    """Where a pause lasts longer than foreseen, the timeout is caused by the error before it, with its attempts."""
+    late = VirtualClock()  # stands still: the pause that should have ended in time does not
+    retry = Retry(attempts=5, wait=lambda _: 1.0, clock=late)
+    task = asyncio.create_task(Pipeline("p", Timeout(5, clock=clock), retry).call(Dependency(then=Boom)))
+    await late.advance(1)
+    await clock.advance(5)
+    with pytest.raises(DeadlineExceeded) as exceeded:
+        await task
+    assert isinstance(exceeded.value.__cause__, Boom)
+    assert exceeded.value.__cause__.__notes__ == ["gave up after 2 attempts"]

@@ -694,7 +694,7 @@ def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
                 with text.block(f"if trial_{i}.error is error_{i}:"):
                     text.add(f"trial_{i} = None", "raise")
                 text.add(f"raise trial_{i}.take_error()")
-        _cut_short(text, i)
+        _cut_short(text, i, begun=1)
         # A trial holds an error, whose traceback holds this frame: let go of it, or it is garbage in a cycle.
         with text.block("else:"):
             if judged:
@@ -705,14 +705,14 @@ def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
                 text.add(f"trial_{i} = None", "break")
         with text.block("try:"):
             text.add(f"{text.waited('pause', i)}(trial_{i}.delay)")
-        _cut_short(text, i)
+        _cut_short(text, i, begun=0)
 
 
-def _cut_short(text: _Text, i: str) -> None:
+def _cut_short(text: _Text, i: str, *, begun: int) -> None:
     """If a deadline of ours ends this attempt, or the pause before it, the last real error must not be lost."""
     with text.block(f"except BaseException as error_{i}:"):
         with text.block(f"if trial_{i} is not None:"):
-            text.add(f"trial_{i}.cut_short(error_{i})", f"trial_{i} = None")
+            text.add(f"trial_{i}.cut_short(error_{i}, {begun})", f"trial_{i} = None")
         text.add("raise")
 
 

@@ -46,15 +46,15 @@ class Trial:
         self.delay: float | None = None
         self.error: BaseException | None = None
 
-    def cut_short(self, cancellation: BaseException) -> None:
-        """The next attempt was cancelled: whoever turns that into a timeout is to know how the one before failed."""
+    def cut_short(self, cancellation: BaseException, begun: int) -> None:
+        """The next attempt was cancelled, `begun` (1) or not (0): a time limit is to know how the one before failed."""
         error, self.error = self.error, None
         if not isinstance(cancellation, asyncio.CancelledError):
             return
         if error is None:  # the one before had a result: something was sent
             cancellation.no_effect = False  # type: ignore[attr-defined]  # carried by the instance
         else:
-            count_attempts(error, self.attempts + 1)
+            count_attempts(error, self.attempts + begun)
             cancellation.last_error = error  # type: ignore[attr-defined]  # the same
 
     def take_error(self) -> BaseException:
