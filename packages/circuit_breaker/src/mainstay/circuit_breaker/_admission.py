@@ -281,7 +281,7 @@ def require(owner: str, field: str, value: object, range_: str, *, holds: bool) 
 
 
 _Method: Final = types.MethodType
-_entering = threading.Lock()
+_entering = threading.RLock()  # the collector may close a generator, and so leave its block, at any allocation
 _POLICIES: Final = "__mainstay_policies__"
 """The policies that a function is decorated with. `functools.wraps` carries it to what stands around the function."""
 
