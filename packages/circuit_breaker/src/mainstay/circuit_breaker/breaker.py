@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from math import inf
 from typing import Any, TypeVar, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.circuit_breaker._admission import Layer, Policy, require_plain
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.verdicts import Errors, Verdict, are_exceptions, judge
@@ -116,6 +116,8 @@ class _Ruled(Policy):
             if not are_exceptions(kinds):
                 msg = f"CircuitBreaker({name!r}): {field} is a tuple of Exception classes, not {kinds!r}"
                 raise TypeError(msg)
+        if failed_result is not None:
+            require_plain(f"CircuitBreaker({name!r})", "failed_result", failed_result)
         return Rules(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
 
     @property
@@ -132,7 +134,11 @@ class _Ruled(Policy):
         """Call `listener` with every `StateChange`, on the thread whose call caused it and outside every lock.
 
         Usable as a decorator. What it raises is logged and reaches no caller. It must not block.
+
+        Raises:
+            TypeError: `listener` is no plain function.
         """
+        require_plain(repr(self), "a listener", listener)
         self.rules.listeners += (listener,)
         return listener
 
@@ -286,6 +292,7 @@ class KeyedBreaker(_Ruled):
         self.rules = self._rule(
             name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock
         )
+        require_plain(f"KeyedBreaker({name!r})", "key", key)
         self.key = key
         self.max_keys = max_keys
         self._circuits: dict[object, Circuit] = {}
