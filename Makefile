@@ -19,7 +19,7 @@ setup: .venv/.members
 
 .venv/.locked: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Mainstay needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@bash tools/venv.sh $(PYTHON)
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.txt
 	@echo "installing what requirements.lock names into .venv"
@@ -43,8 +43,8 @@ lock: .venv/.locked
 demo: setup
 	@PYTHONPATH=examples ENGINE=$(ENGINE) PURCHASES="$(PURCHASES)" $(BIN)/python -m ticketing demo
 
-# Every package alone with its own coverage, then the tests of all together. PACKAGE=events for one.
-# Each server is started once for all of them.
+# Every package by its own tests and with its own coverage, and the tests of all together, two suites at a time.
+# PACKAGE=events for one. Each server is started once for all of them.
 test: setup
 	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
 
@@ -81,7 +81,7 @@ bench: setup
 services: setup
 	@$(BIN)/python -m mainstay_servers
 
-# What a newcomer does: a clone of what is committed, the two commands of the README, an environment of its own.
+# What a newcomer does: a clone of what is committed, the commands of the README, an environment of its own.
 clone-check:
 	@bash tools/clone_check.sh
 

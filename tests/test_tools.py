@@ -3,6 +3,8 @@
 import asyncio
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -129,3 +131,56 @@ def test_a_suite_fails_by_its_tests_or_its_coverage(status, failed, coverage, go
     tool = _tool("run_tests")
     outcome = tool.Outcome("x", 1, failed, 0, 1.0, coverage, status)
     assert (tool.verdict(outcome) is None) is good
+
+
+def _make_environment(place: Path, python: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "venv.sh"), str(python)],
+        cwd=place,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _has_pip(place: Path) -> bool:
+    return subprocess.run([place / ".venv/bin/python", "-m", "pip", "--version"], check=False).returncode == 0
+
+
+def test_an_environment_that_was_left_without_pip_is_completed(tmp_path):
+    """What an attempt that failed has left behind does not make every later one fail."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    assert not _has_pip(tmp_path)
+    done = _make_environment(tmp_path, sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert _has_pip(tmp_path)
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_a_python_that_can_make_no_environment_is_helped_or_the_package_named(user, tmp_path):
+    """As Debian's without its venv package: root installs that once and says so, others are told the command."""
+    python, programs, missing = tmp_path / "python3", tmp_path / "bin", tmp_path / "hidden" / "ensurepip.py"
+    # The package manager is a stand-in: a test may not change the machine.
+    scripts = {
+        python: f'PYTHONPATH="{missing.parent}" exec "{sys.executable}" "$@"',
+        programs / "id": f"echo {user}",
+        programs / "apt-get": f'echo "$@" >> "{tmp_path}/apt.txt"; rm -f "{missing}"',
+    }
+    programs.mkdir()
+    missing.parent.mkdir()
+    missing.write_text("raise ImportError\n")
+    for path, line in scripts.items():
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+    done = _make_environment(tmp_path, python, PATH=f"{programs}:{os.environ['PATH']}")
+    if user == "0":
+        assert done.returncode == 0, done.stderr
+        assert f"installing Debian's {package} once" in done.stderr
+        assert (tmp_path / "apt.txt").read_text().split()[-1] == package
+        assert _has_pip(tmp_path)
+    else:
+        assert done.returncode == 1
+        assert f"sudo apt-get install -y {package}" in done.stderr
+        assert not (tmp_path / "apt.txt").exists()

@@ -1,4 +1,4 @@
-"""Run every suite alone and say how many tests passed: `python tools/run_tests.py [PACKAGE …]`.
+"""Run every suite in a process of its own and say how many tests passed: `python tools/run_tests.py [PACKAGE …]`.
 
 A package is measured by its own tests and must reach the bound by them; what other suites happen to execute of it does
 not count. The suites that are about all packages have no bound of their own.
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "tests"
 COVERAGE = 90  # percent of lines and branches of a package
 AT_A_TIME = 2
+PATIENCE_SECONDS = 600  # a whole run that takes longer is run less often
 
 
 @dataclass
@@ -120,7 +121,8 @@ def main(names: list[str]) -> int:
     )
     seconds = time.monotonic() - begun
     print(f"TOTAL: {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s", end="")
-    print(f"; not good: {', '.join(bad)}" if bad else "; all good")
+    print(f"; not good: {', '.join(bad)}" if bad else "; all good", end="")
+    print(f"; longer than the {PATIENCE_SECONDS} s that it should take" if seconds > PATIENCE_SECONDS else "")
     return 1 if bad else 0
 
 

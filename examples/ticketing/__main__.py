@@ -7,6 +7,7 @@ Each command imports what it runs: a worker that was killed is back sooner witho
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,21 @@ class Engine(StrEnum):
 
     EMBEDDED = "embedded"
     FULL = "full"
+
+
+@cli.callback()
+def main(
+    attached: Annotated[bool, typer.Option(help="Stop when the standard input ends.")] = False,  # noqa: FBT002  typer's way
+) -> None:
+    """A ticket office that survives being killed."""
+    if attached:
+        threading.Thread(target=_stop_with_input, daemon=True).start()
+
+
+def _stop_with_input() -> None:
+    """Whoever started this holds the other end of the pipe; it ends also with a process that is killed."""
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @cli.command()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -25,7 +26,8 @@ from ticketing.processes import OfficeProcess, ProcessFailed, free_port, until_u
 from ticketing.purchases import read_lines
 from ticketing.report import Progress, breaker_changes, report
 
-DEFAULT_PURCHASES = Path(__file__).with_name("purchases.jsonl")
+HOME = Path(__file__).parent
+DEFAULT_PURCHASES = HOME / "purchases.jsonl"
 CONCURRENCY = 8
 PATIENCE_SECONDS = 180.0
 
@@ -111,17 +113,23 @@ async def play(script: Script, *, keep: bool = False, console: Console | None = 
     directory = Path(tempfile.mkdtemp(prefix="ticketing-"))
     try:
         outcome = await perform(script, directory, console)
+        console.print(report(outcome.facts, outcome.story, outcome.verdicts, engine=script.engine))
+        return 0 if outcome.holds else 1
     except (EngineMissing, ProcessFailed, Stuck) as error:
-        console.print(f"[bold red]The demo could not be played:[/] {escape(str(error))}", soft_wrap=True)
-        return 1
+        reason = str(error)
+    except asyncio.CancelledError:
+        reason = "it was asked to stop"
+    except Exception as error:  # noqa: BLE001  whatever it is, whoever runs this gets a sentence
+        here = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HOME]
+        reason = f"{type(error).__name__}: {error} ({Path(here[-1].filename).name}, line {here[-1].lineno})"
     finally:
         if keep:
             console.print(f"databases and logs: {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
         loop.remove_signal_handler(signal.SIGTERM)
-    console.print(report(outcome.facts, outcome.story, outcome.verdicts, engine=script.engine))
-    return 0 if outcome.holds else 1
+    console.print(f"[bold red]The demo could not be played:[/] {escape(reason)}", soft_wrap=True)
+    return 1
 
 
 async def perform(script: Script, directory: Path, console: Console) -> Outcome:
@@ -141,7 +149,7 @@ async def perform(script: Script, directory: Path, console: Console) -> Outcome:
                 started = time.monotonic()
                 await office.sell(lines, script.kills, progress)
                 story.seconds = time.monotonic() - started
-                progress.say("waiting for the last events and audit entries")
+                progress.say("waiting for the last events")
                 await office.drained(sources)
         story.breaker = breaker_changes(directory / "worker.log")
         facts = await read_facts(sources, story.answers)
@@ -176,7 +184,7 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
         log=directory / "worker.log",
     )
     async with httpx.AsyncClient(timeout=30.0) as client:
-        office = _Office(client, urls, worker, story)
+        office = _Office(client, urls, api, worker, story)
         try:
             for process in (provider, api, worker):  # at once: each waits for what it needs
                 process.start()
@@ -184,6 +192,10 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
             await until_up(api, f"{urls['api']}/health/ready")
             yield office
             story.provider = (await office.provider_status())["deeds"]
+        except httpx.HTTPError:
+            for process in (provider, api, worker):
+                process.check()  # one that has ended is the better reason
+            raise
         finally:
             try:
                 for process in (worker, api, provider):
@@ -196,9 +208,17 @@ async def _office(sources: Sources, directory: Path, seed: int, story: Story) ->
 class _Office:
     """What the demo does to a running office."""
 
-    def __init__(self, client: httpx.AsyncClient, urls: dict[str, str], worker: OfficeProcess, story: Story) -> None:
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        urls: dict[str, str],
+        api: OfficeProcess,
+        worker: OfficeProcess,
+        story: Story,
+    ) -> None:
         self._client = client
         self._urls = urls
+        self._api = api
         self._worker = worker
         self._story = story
 
@@ -246,15 +266,15 @@ class _Office:
 
     async def _buy(self, number: int, data: bytes) -> None:
         response = await self._client.post(f"{self._urls['api']}/purchases", params={"line": number}, content=data)
-        body = response.json()
         if response.status_code == httpx.codes.ACCEPTED:
-            self._story.answers[number] = body["order_id"]
+            self._story.answers[number] = response.json()["order_id"]
         elif response.is_client_error:
             self._story.answers[number] = None
-            for problem in body["error"]["problems"][:1]:
+            for problem in response.json()["error"]["problems"][:1]:
                 self._story.reasons[_kind_of(problem)] += 1
         else:
-            msg = f"the API answered line {number} with {response.status_code}: {response.text[:200]}"
+            answer = f"{response.status_code}: {response.text[:200]}"
+            msg = f"the API answered line {number} with {answer}; {self._api.last_lines()}"
             raise Stuck(msg)
 
     async def summary(self) -> dict[str, int]:
@@ -291,7 +311,8 @@ class _Office:
                     return
             self._worker.check()
             if time.monotonic() > end:
-                msg = f"not every purchase had come to an end after {PATIENCE_SECONDS:g} s: {counts}"
+                late = f"not every purchase had come to an end after {PATIENCE_SECONDS:g} s: {counts}"
+                msg = f"{late}; the worker: {self._worker.last_lines()}"
                 raise Stuck(msg)
             await asyncio.sleep(0.05)
 
@@ -299,7 +320,7 @@ class _Office:
         for order in self._story.accepted:
             status = (await self._client.get(f"{self._urls['api']}/purchases/{order}")).json()["status"]
             if status in {"parked", "compensation_failed"}:
-                msg = f"the run of order {order} waits for a person: {status}"
+                msg = f"the run of order {order} waits for a person: {status}; the worker: {self._worker.last_lines()}"
                 raise Stuck(msg)
             if status not in {"completed", "failed"}:
                 return False
@@ -322,6 +343,8 @@ def _kind_of(problem: dict[str, Any]) -> str:
     match problem:
         case {"field": None}:
             return "broken JSON"
+        case {"message": "appears twice"}:
+            return "a field twice"  # it may have any name
         case {"field": "customer_id"}:
             return "unknown customer"
         case {"field": "order_id", "message": message} if "taken already" in message:
@@ -329,5 +352,5 @@ def _kind_of(problem: dict[str, Any]) -> str:
         case {"field": field, "message": message} if "catalogue has no" in message:
             return "unknown item"
         case {"field": field}:
-            return f"bad {field.rpartition('.')[2]}"
+            return f"bad {field.rpartition('.')[2].partition('[')[0]}"
     return "other"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Never
 
@@ -125,17 +127,27 @@ def read_ledger(path: Path) -> list[Row]:
 def read_file(path: Path) -> dict[int, Row | None]:
     """The file's lines that are not blank: an object, or None where there is none."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return {number: _object(line) for number, line in enumerate(lines, 1) if line.strip()}
+    stripped = {number: line.strip(b" \t\r\n") for number, line in enumerate(lines, 1)}
+    return {number: _object(line) for number, line in stripped.items() if line}
 
 
 def _object(line: bytes) -> Row | None:
     if len(line) > 1 << 20:
         return None
     try:
-        document: Any = json.loads(line.decode(), parse_float=str, parse_constant=_refuse, object_pairs_hook=_once)
+        # A fraction stays as it was written: as bytes, so that nobody takes it for text.
+        document: Any = json.loads(
+            line.decode(), parse_float=str.encode, parse_constant=_refuse, object_pairs_hook=_once
+        )
     except (ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) else None
+    return document if isinstance(document, dict) and _depth(line.decode()) <= 20 else None
+
+
+def _depth(text: str) -> int:
+    """The deepest nesting of a JSON text: the most brackets that are open at once outside of strings."""
+    brackets = re.findall(r'"(?:\\.|[^"\\])*"|[\[\]{}]', text)
+    return max(accumulate((mark in {"[", "{"}) - (mark in {"]", "}"}) for mark in brackets), default=0)
 
 
 def _refuse(name: str) -> Never:

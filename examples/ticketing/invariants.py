@@ -6,14 +6,13 @@ Each invariant is a function from facts to complaints; no complaint means that i
 
 from __future__ import annotations
 
-import string
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 Row = dict[str, Any]
-_ID_LETTERS = set(string.ascii_letters + string.digits + "._-")
 STATE_CHANGES = (
     "purchase.accepted",
     "tickets.held",
@@ -31,7 +30,7 @@ class Facts:
     """Everything the invariants look at.
 
     Attributes:
-        file: the file's lines by number: the JSON object, or None where there is none.
+        file: the file's lines by number: the JSON object, with fractions as they were written, in bytes; or None.
         answers: what the API said to each line: the order it accepted, or None for a line it refused.
         items, tickets, purchases, payments, sales, customers, receipts, handled: rows of the office's tables.
         ledger: rows of the provider's ledger.
@@ -66,6 +65,22 @@ class Facts:
         document = self.file.get(purchase["line"]) or {"lines": []}
         return [(entry["item"], entry["quantity"], _cents(entry["unit_price"])) for entry in document["lines"]]
 
+    def demand(self) -> tuple[Counter[str], set[str]]:
+        """How many of each item the file's good lines ask for, and the items to which one of them gives a title."""
+        demand: Counter[str] = Counter()
+        titled: set[str] = set()
+        for document in self.file.values():
+            for entry in _good_lines(document):
+                demand[entry["item"]] += entry["quantity"]
+                if entry.get("title") is not None:
+                    titled.add(entry["item"])
+        return demand, titled
+
+    def named(self) -> set[str]:
+        """The customers of the file, also of lines that were refused."""
+        customers = (document.get("customer_id") for document in self.file.values() if document is not None)
+        return {customer for customer in customers if _is_id(customer)}
+
     def in_state(self, state: str) -> list[Row]:
         return [purchase for purchase in self.purchases if purchase["state"] == state]
 
@@ -87,20 +102,19 @@ def every_line_accounted_for(facts: Facts) -> Iterator[str]:
     for line in facts.file:
         if line not in facts.answers:
             yield f"line {line} was never answered"
-    accepted = {line: order for line, order in facts.answers.items() if order is not None}
-    known = {purchase["line"]: purchase for purchase in facts.purchases}
-    for line, order in accepted.items():
-        if line not in known or known[line]["order_id"] != order:
-            yield f"line {line} was accepted as order {order}, and there is no such purchase"
-    for line, purchase in known.items():
-        if line not in accepted:
-            yield f"order {purchase['order_id']} is in the books, and line {line} was refused"
+    accepted = Counter((line, order) for line, order in facts.answers.items() if order is not None)
+    booked = Counter((purchase["line"], purchase["order_id"]) for purchase in facts.purchases)
+    for line, order in accepted - booked:
+        yield f"line {line} was accepted as order {order}, and there is no such purchase"
+    for line, order in booked - accepted:
+        yield f"order {order} is in the books, and line {line} was not accepted as it"
+    for purchase in facts.purchases:
         if purchase["state"] not in {"completed", "cancelled"}:
             yield f"order {purchase['order_id']} has stopped at {purchase['state']}"
         total = sum(quantity * cents for _, quantity, cents in facts.lines_of(purchase))
         if total != purchase["total_cents"]:
-            booked = _money(purchase["total_cents"])
-            yield f"order {purchase['order_id']} is {booked} in the books and {_money(total)} in the file"
+            ours = _money(purchase["total_cents"])
+            yield f"order {purchase['order_id']} is {ours} in the books and {_money(total)} in the file"
 
 
 def no_ticket_sold_twice(facts: Facts) -> Iterator[str]:
@@ -125,16 +139,13 @@ def no_ticket_sold_twice(facts: Facts) -> Iterator[str]:
 
 def stock_never_negative(facts: Facts) -> Iterator[str]:
     """Stock is nine tenths of the file's demand, and what is left plus what is taken is the stock, item by item."""
-    demand: Counter[str] = Counter()
-    for document in facts.file.values():
-        for entry in _good_lines(document):
-            demand[entry["item"]] += entry["quantity"]
+    demand, titled = facts.demand()
+    stock = {item: demand[item] * 9 // 10 for item in titled}
+    yield from _differences("the stock of", [(item["item"], item["stock"]) for item in facts.items], stock)
     taken = Counter(ticket["item"] for ticket in facts.tickets if ticket["state"] != "free")
     printed = Counter(ticket["item"] for ticket in facts.tickets)
     for item in facts.items:
         name = item["item"]
-        if item["stock"] != demand[name] * 9 // 10:
-            yield f"{name} has a stock of {item['stock']} for a demand of {demand[name]}"
         if item["free"] < 0 or taken[name] > item["stock"]:
             yield f"{name} is oversold: {taken[name]} of {item['stock']}, {item['free']} left"
         if printed[name] != item["stock"] or item["free"] + taken[name] != item["stock"]:
@@ -143,27 +154,30 @@ def stock_never_negative(facts: Facts) -> Iterator[str]:
 
 def ledgers_agree(facts: Facts) -> Iterator[str]:
     """Every movement of money is in both ledgers, once, with the same amount."""
-    ours = Counter((row["key"], row["kind"], row["amount_cents"]) for row in facts.payments)
-    theirs = Counter((row["key"], row["kind"], row["amount_cents"]) for row in facts.ledger)
-    for key, kind, cents in (theirs - ours).elements():
-        yield f"the provider has a {kind} of {_money(cents)} for {key} that the office does not know"
-    for key, kind, cents in (ours - theirs).elements():
-        yield f"the office has a {kind} of {_money(cents)} for {key} that the provider does not know"
+    ours = Counter((row["key"], row["order_id"], row["kind"], row["amount_cents"]) for row in facts.payments)
+    theirs = Counter((row["key"], row["order_id"], row["kind"], row["amount_cents"]) for row in facts.ledger)
+    for key, order, kind, cents in (theirs - ours).elements():
+        yield f"the provider has a {kind} of {_money(cents)} for order {order}, {key}, that the office does not know"
+    for key, order, kind, cents in (ours - theirs).elements():
+        yield f"the office has a {kind} of {_money(cents)} for order {order}, {key}, that the provider does not know"
 
 
 def no_purchase_half_done(facts: Facts) -> Iterator[str]:
-    """Completed: held, charged once, issued, one receipt. Cancelled: no tickets, no money, no receipt."""
+    """Completed: held, charged once, issued, one receipt. Cancelled, or nobody's: no tickets, no money, no receipt."""
     paid: Counter[str] = Counter()
     charges: Counter[str] = Counter()
     for row in facts.ledger:
         paid[row["order_id"]] += row["amount_cents"] if row["kind"] == "charge" else -row["amount_cents"]
         charges[row["order_id"]] += row["kind"] == "charge"
-    receipts = Counter(row["order_id"] for row in facts.receipts)
+    receipts = defaultdict[str, list[int]](list)
+    for row in facts.receipts:
+        receipts[row["order_id"]].append(row["amount_cents"])
     tickets: dict[str, Counter[str]] = defaultdict(Counter)
     for ticket in facts.tickets:
         if ticket["order_id"] is not None:
             tickets[ticket["order_id"]][ticket["state"]] += 1
-    for purchase in facts.purchases:
+    strangers = {*paid, *receipts, *tickets} - {purchase["order_id"] for purchase in facts.purchases}
+    for purchase in [*facts.purchases, *({"order_id": order, "state": "unknown"} for order in sorted(strangers))]:
         order = purchase["order_id"]
         if purchase["state"] == "completed":
             quantity = sum(quantity for _, quantity, _ in facts.lines_of(purchase))
@@ -171,8 +185,9 @@ def no_purchase_half_done(facts: Facts) -> Iterator[str]:
                 yield f"order {order} completed with {dict(tickets[order])} tickets of {quantity}"
             if paid[order] != purchase["total_cents"] or charges[order] != 1:
                 yield f"order {order} completed and paid {_money(paid[order])} of {_money(purchase['total_cents'])}"
-            if receipts[order] != 1:
-                yield f"order {order} completed with {receipts[order]} receipts"
+            if receipts[order] != [purchase["total_cents"]]:
+                amounts = ", ".join(map(_money, receipts[order]))
+                yield f"order {order} of {_money(purchase['total_cents'])} has receipts of: {amounts or 'nothing'}"
         else:
             if tickets[order]:
                 yield f"order {order} is {purchase['state']} and keeps {tickets[order].total()} tickets"
@@ -207,7 +222,7 @@ def effects_exactly_once(facts: Facts) -> Iterator[str]:
 
 
 def projections_equal_recount(facts: Facts) -> Iterator[str]:
-    """Sales per item and purchases per customer are what a count of the rows themselves gives."""
+    """Sales per item and purchases per customer, each once, are what a count of the rows themselves gives."""
     held: Counter[str] = Counter()
     sold: Counter[str] = Counter()
     revenue: Counter[str] = Counter()
@@ -217,44 +232,51 @@ def projections_equal_recount(facts: Facts) -> Iterator[str]:
             if purchase["state"] == "completed":
                 sold[item] += quantity
                 revenue[item] += quantity * cents
-    for row in facts.sales:
-        item = row["item"]
-        counted = (held[item], sold[item], revenue[item])
-        if (row["held"], row["sold"], row["revenue_cents"]) != counted:
-            yield f"sales of {item} are in the projection with other numbers than {counted}"
+    yield from _differences(
+        "held, sold and cents of",
+        [(row["item"], (row["held"], row["sold"], row["revenue_cents"])) for row in facts.sales],
+        {item: (held[item], sold[item], revenue[item]) for item in facts.demand()[1] | held.keys()},
+    )
     customer_of = {purchase["order_id"]: purchase["customer_id"] for purchase in facts.purchases}
     ended = Counter((purchase["customer_id"], purchase["state"]) for purchase in facts.purchases)
     moved: Counter[tuple[str | None, str]] = Counter()
     for row in facts.ledger:
         moved[customer_of.get(row["order_id"]), row["kind"]] += row["amount_cents"]
-    for row in facts.customers:
-        who = row["customer_id"]
-        numbers = (ended[who, "completed"], ended[who, "cancelled"], moved[who, "charge"], moved[who, "refund"])
-        if (row["completed"], row["cancelled"], row["paid_cents"], row["refunded_cents"]) != numbers:
-            yield f"customer {who} is in the projection with other numbers than {numbers}"
+    columns = ("completed", "cancelled", "paid_cents", "refunded_cents")
+    yield from _differences(
+        "completed, cancelled, paid and refunded of customer",
+        [(row["customer_id"], tuple(row[column] for column in columns)) for row in facts.customers],
+        {
+            who: (ended[who, "completed"], ended[who, "cancelled"], moved[who, "charge"], moved[who, "refund"])
+            for who in facts.named() | set(customer_of.values())
+        },
+    )
 
 
 def audit_chain_intact(facts: Facts) -> Iterator[str]:
-    """The log verifies, and every change of a purchase's state is in it exactly once."""
+    """The log verifies, and every change of a purchase's state is in it exactly once, and no other."""
     yield from facts.audit_problems
     if facts.purchases and not facts.audit_entries:
         yield "the audit log is empty"
     if facts.unsealed:
         yield f"{facts.unsealed} audit entries are not in the log yet"
+    expected: Counter[tuple[str, str]] = Counter()
     for purchase in facts.purchases:
-        resource = f"purchase/{purchase['order_id']}"
-        expected = Counter({"purchase.accepted": 1, f"purchase.{purchase['state']}": 1})
+        actions = ["purchase.accepted", f"purchase.{purchase['state']}"]
         if purchase["tickets_held"]:
-            expected["tickets.held"] += 1
-        kinds = Counter(row["kind"] for row in facts.payments if row["order_id"] == purchase["order_id"])
-        expected.update({"payment.captured": kinds["charge"], "payment.refunded": kinds["refund"]})
+            actions.append("tickets.held")
         if purchase["state"] == "completed":
-            expected["tickets.issued"] += 1
+            actions.append("tickets.issued")
         elif purchase["tickets_held"]:
-            expected["tickets.released"] += 1
-        for action in STATE_CHANGES:
-            if (times := facts.audited[action, resource]) != expected[action]:
-                yield f"{action} of {resource} was audited {times} times, not {expected[action]}"
+            actions.append("tickets.released")
+        expected.update((action, f"purchase/{purchase['order_id']}") for action in actions)
+    for row in facts.payments:
+        action = {"charge": "payment.captured", "refund": "payment.refunded"}[row["kind"]]
+        expected[action, f"purchase/{row['order_id']}"] += 1
+    changes = {key for key in facts.audited if key[0] in STATE_CHANGES}
+    for action, resource in sorted(expected.keys() | changes):
+        if (times := facts.audited[action, resource]) != (wanted := expected[action, resource]):
+            yield f"{action} of {resource} was audited {times} times, not {wanted}"
 
 
 INVARIANTS: dict[str, Callable[[Facts], Iterator[str]]] = {
@@ -274,33 +296,40 @@ def judge(facts: Facts) -> list[Verdict]:
     return [Verdict(name, tuple(check(facts))) for name, check in INVARIANTS.items()]
 
 
+def _differences(what: str, rows: list[tuple[str, Hashable]], counted: Mapping[str, Hashable]) -> Iterator[str]:
+    """A complaint about each key whose rows are not exactly one, with what was counted; also where there is no row."""
+    there, wanted = Counter(rows), Counter(counted.items())
+    for key in sorted({key for key, _ in (there - wanted) | (wanted - there)}):
+        found = " and ".join(str(value) for name, value in rows if name == key) or "nowhere"
+        yield f"{what} {key}: {found} in the books, {counted.get(key, 'nowhere')} by the recount"
+
+
 def _good_lines(document: Row | None) -> Iterator[Row]:
     """The lines of an object from the file that ask for something; a second, plainer reading than the office's own."""
     lines = document.get("lines") if document is not None else None
     for entry in lines if isinstance(lines, list) else ():
-        if isinstance(entry, dict) and _is_item(entry.get("item")) and _is_title(entry.get("title")):
+        if isinstance(entry, dict) and _is_id(entry.get("item")) and _is_title(entry.get("title")):
             quantity = entry.get("quantity")
-            if type(quantity) is int and 0 < quantity <= 1_000_000 and _is_price(entry.get("unit_price")):
+            if type(quantity) is int and 0 < quantity <= 10_000 and _cents(entry.get("unit_price")) > 0:
                 yield entry
 
 
-def _is_item(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 40 and value.isascii() and not set(value) - _ID_LETTERS
+def _is_id(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(re.fullmatch(r"[\w.-]{1,40}", value, re.ASCII)) and bool(value.strip("."))
 
 
 def _is_title(value: object) -> bool:
-    return value is None or (
-        isinstance(value, str) and 0 < len(value) <= 200 and min(value) >= " " and "\x7f" not in value
-    )
-
-
-def _is_price(value: object) -> bool:
-    whole, _, cents = str(value).partition(".")
-    return f"{whole}{cents}".isdecimal() and len(cents) <= 2 and int(f"{whole}{cents}") > 0
+    if value is None:
+        return True
+    return isinstance(value, str) and bool(re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}", value))
 
 
 def _cents(price: object) -> int:
-    whole, _, cents = str(price).partition(".")
+    """0 for what is no price."""
+    written = price.decode() if isinstance(price, bytes) else str(price)
+    if not re.fullmatch(r"\d{1,7}(\.\d{1,2})?", written, re.ASCII):
+        return 0
+    whole, _, cents = written.partition(".")
     return int(f"{whole}{cents:0<2}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pydantic import Field
@@ -103,12 +104,14 @@ async def put_on_sale(database: Database, catalogue: Catalogue) -> None:
         if await session.scalar(select(items.c.item).limit(1)) is not None:
             return
         offer = catalogue.items.values()
-        serials = [(i.item, serial) for i in offer for serial in range(1, i.stock + 1)]
         for table, rows in (
             (items, [{"item": i.item, "title": i.title, "stock": i.stock, "free": i.stock} for i in offer]),
             (sales, [{"item": i.item} for i in offer]),
             (customers, [{"customer_id": customer} for customer in sorted(catalogue.customers)]),
-            (tickets, [{"item": item, "serial": serial, "state": "free"} for item, serial in serials]),
         ):
             if rows:
                 await session.execute(insert(table), rows)
+        serials = ((i.item, serial) for i in offer for serial in range(1, i.stock + 1))
+        each = ({"item": item, "serial": serial, "state": "free"} for item, serial in serials)
+        while part := list(islice(each, 10_000)):  # there may be more than fit into memory at once
+            await session.execute(insert(tickets), part)

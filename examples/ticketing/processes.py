@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGTERM
 
 import httpx
 
@@ -31,7 +31,7 @@ class OfficeProcess:
     def __init__(self, name: str, *arguments: str, environment: dict[str, str], log: Path) -> None:
         self.name = name
         self.log = log
-        self._command = [sys.executable, "-m", "ticketing", name, *arguments]
+        self._command = [sys.executable, "-m", "ticketing", "--attached", name, *arguments]
         # Bytecode is kept whatever this machine's habit is: a worker that was killed is to be back soon.
         python = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": ""}
         self._environment = os.environ | python | environment
@@ -43,7 +43,7 @@ class OfficeProcess:
             self._process = subprocess.Popen(  # a session of its own: Ctrl-C is the demo's to handle
                 self._command,
                 env=self._environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # ends with this process, however that ends, and with it the other
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -53,15 +53,18 @@ class OfficeProcess:
         """Raises ProcessFailed if it has ended by itself."""
         if self._process is None or (status := self._process.poll()) is None:
             return
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        msg = f"the {self.name} ended with status {status}; its last lines:\n{tail}"
+        msg = f"the {self.name} ended with status {status}; {self.last_lines()}"
         raise ProcessFailed(msg)
+
+    def last_lines(self) -> str:
+        """What it wrote last, for an error: the log itself may be gone when somebody reads that."""
+        lines = self.log.read_text(errors="replace").splitlines()[-15:]
+        return "\n".join(["its last lines:", *lines]) if lines else "it wrote nothing"
 
     def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed, no connection is closed."""
         assert self._process is not None
-        self._process.send_signal(SIGKILL)
-        self._process.wait()
+        self.end()
 
     async def stop(self, seconds: float = 20.0) -> int | None:
         """SIGTERM, and the exit status; None where it had to be killed after all."""
@@ -78,9 +81,11 @@ class OfficeProcess:
     def end(self) -> None:
         """Whatever it is doing, it does not outlive this call."""
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
+        if process is not None:
             process.kill()
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 async def until_up(process: OfficeProcess, url: str, seconds: float = 30.0) -> None:
@@ -99,7 +104,7 @@ async def until_up(process: OfficeProcess, url: str, seconds: float = 30.0) -> N
             except httpx.HTTPError:
                 pass  # not yet
             await asyncio.sleep(0.03)
-    msg = f"the {process.name} did not answer at {url} within {seconds:g} s; see {process.log}"
+    msg = f"the {process.name} did not answer at {url} within {seconds:g} s; {process.last_lines()}"
     raise ProcessFailed(msg)
 
 

@@ -7,8 +7,10 @@ work, and if it did not, the sums would show it. `handled` lists every effect, f
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from sqlalchemy import bindparam, insert, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from mainstay.events import EventRouter
 from ticketing.messages import (
@@ -34,6 +36,7 @@ _SALES = (
         sold=sales.c.sold + bindparam("more_sold"),
         revenue_cents=sales.c.revenue_cents + bindparam("more_revenue"),
     )
+    .returning(sales.c.item)
 )
 _CUSTOMER = (
     update(customers)
@@ -44,6 +47,7 @@ _CUSTOMER = (
         paid_cents=customers.c.paid_cents + bindparam("more_paid"),
         refunded_cents=customers.c.refunded_cents + bindparam("more_refunded"),
     )
+    .returning(customers.c.customer_id)
 )
 
 
@@ -95,31 +99,35 @@ async def send_receipt(event: PurchaseCompleted) -> None:
 
 async def _count_sales(tickets: Iterable[Tickets], *, sold: bool) -> None:
     # In the order of items: two handlers that lock the same rows in another order would wait for each other.
-    rows = [
-        {
+    for line in sorted(tickets, key=lambda line: line.item):
+        row = {
             "of_item": line.item,
             "more_held": 0 if sold else line.quantity,
             "more_sold": line.quantity if sold else 0,
             "more_revenue": line.quantity * line.price_cents if sold else 0,
         }
-        for line in sorted(tickets, key=lambda line: line.item)
-    ]
-    await office.database.write(_SALES, rows)
+        await _add(_SALES, row)
 
 
 async def _count_customer(
     customer: str, *, completed: int = 0, cancelled: int = 0, paid: int = 0, refunded: int = 0
 ) -> None:
-    await office.database.write(
-        _CUSTOMER,
-        {
-            "of_customer": customer,
-            "more_completed": completed,
-            "more_cancelled": cancelled,
-            "more_paid": paid,
-            "more_refunded": refunded,
-        },
-    )
+    row = {
+        "of_customer": customer,
+        "more_completed": completed,
+        "more_cancelled": cancelled,
+        "more_paid": paid,
+        "more_refunded": refunded,
+    }
+    await _add(_CUSTOMER, row)
+
+
+async def _add(statement: ReturningUpdate[tuple[str]], row: dict[str, Any]) -> None:
+    """Add to a row that the office made when it opened: one that is gone would swallow every count."""
+    async with office.database.transaction() as session:
+        if await session.scalar(statement, row) is None:
+            msg = f"no row to add {row} to; it was there when the office put its items on sale"
+            raise LookupError(msg)
 
 
 async def _note(group: str, event_type: str, order_id: str) -> None:

@@ -31,6 +31,10 @@ from mainstay.core import MainstayError
 
 MAX_BYTES = 1 << 20
 """The longest line that is taken for a purchase."""
+MAX_DEPTH = 20
+"""How many objects and lists may be inside each other: Python's own limit depends on how deep its caller is."""
+JSON_SPACE = b" \t\r\n"
+"""What JSON takes for white space; `strip()` alone takes more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +96,30 @@ def _known(value: object, inner: ValidatorFunctionWrapHandler) -> object:
     return inner(value)
 
 
-# An id ends up in URLs, run ids and audit resources: no separators, no spaces.
-Id = Annotated[str, Field(pattern=re.compile(r"\A[A-Za-z0-9._-]{1,40}\Z")), WrapValidator(_known)]
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A JSON number with a fraction or an exponent, as it was written, so that it is neither rounded nor text."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _price(value: object) -> Decimal:
+    """Judged as it was written: 1e2, +5 or 5.000 are no prices, although they are numbers."""
+    text = str(value)
+    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,2})?", text) is None or not (price := Decimal(text)):
+        msg = "must be an amount of money from 0.01 to 9999999.99, such as 7.25"
+        raise ValueError(msg)
+    return price
+
+
+# An id ends up in URLs, run ids and audit resources: no separators, no spaces, and no "..", which is another page.
+Id = Annotated[str, Field(pattern=re.compile(r"\A(?!\.+\Z)[A-Za-z0-9._-]{1,40}\Z")), WrapValidator(_known)]
 # Titles are as untidy as people type them, but a receipt has no place for control characters, nor a database for NUL.
 Text = Annotated[str, Field(min_length=1, max_length=200, pattern=re.compile(r"\A[^\x00-\x1f\x7f]*\Z"))]
-Price = Annotated[Decimal, Field(gt=0, decimal_places=2, max_digits=9)]
+Price = Annotated[Decimal, BeforeValidator(_price)]
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 
 
@@ -107,7 +130,7 @@ class PurchaseLine(BaseModel):
 
     item: Id
     title: Text | None = None
-    quantity: Annotated[StrictInt, Field(ge=1, le=1_000_000)]
+    quantity: Annotated[StrictInt, Field(ge=1, le=10_000)]
     unit_price: Price
 
     @property
@@ -164,10 +187,10 @@ def parse_purchase(data: bytes, *, line: int, items: Container[str], customers: 
 
 
 def parse_json(data: bytes, *, line: int) -> dict[str, Any]:
-    """The JSON object on a line, with exact decimals.
+    """The JSON object on a line, with its fractions as they were written.
 
     Raises:
-        PurchaseRejected: it is too long, not UTF-8, not JSON, no object, or names a field twice.
+        PurchaseRejected: it is too long or too deep, not UTF-8, not JSON, no object, or names a field twice.
     """
 
     def reject(message: str, field: str = "") -> Never:
@@ -177,24 +200,35 @@ def parse_json(data: bytes, *, line: int) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) < len(pairs):
             names = [name for name, _ in pairs]
-            reject("appears twice", next(name for name in names if names.count(name) > 1))
+            twice = next(name for name in names if names.count(name) > 1)
+            reject("appears twice", twice.encode(errors="backslashreplace").decode())  # a lone surrogate cannot be told
         return seen
 
     if len(data) > MAX_BYTES:
         reject(f"a purchase has at most {MAX_BYTES:,} bytes, not {len(data):,}")
     try:
-        document = json.loads(data.decode(), parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=unique)
+        document = json.loads(data.decode(), parse_float=Number, parse_constant=_no_constant, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         reject(f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         reject(f"broken JSON at column {error.colno}: {error.msg}")
     except RecursionError:
-        reject("broken JSON: nested too deeply")
+        reject("nested too deeply")
     except ValueError as error:
         reject(f"broken JSON: {error}")
     if not isinstance(document, dict):
         reject(f"a purchase is a JSON object, not {type(document).__name__}")
+    if _too_deep(document):
+        reject("nested too deeply")
     return document
+
+
+def _too_deep(document: Any) -> bool:
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        inside = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+    return bool(level)
 
 
 def _no_constant(name: str) -> Never:
@@ -208,8 +242,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if text.strip():
-                yield number, text.strip()
+            if stripped := text.strip(JSON_SPACE):
+                yield number, stripped
 
 
 def _items(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
@@ -232,20 +266,20 @@ def _message(problem: dict[str, Any]) -> str:
             return "is missing"
         case "greater_than_equal":
             return f"must be {context['ge']} or more, not {problem['input']}"
-        case "greater_than":
-            return f"must be more than {context['gt']}, not {problem['input']}"
+        case "less_than_equal":
+            return f"must be {context['le']} or less, not {problem['input']}"
+        case "string_unicode":
+            return "must not contain half of a surrogate pair"
         case "string_pattern_mismatch" if problem["loc"][-1] in {"title", "country"}:
             return "must not contain control characters"
         case "string_pattern_mismatch":
-            return "must be 1 to 40 letters, digits, dots, dashes or underscores"
+            return "must be 1 to 40 letters, digits, dots, dashes or underscores, and not dots alone"
         case "tuple_type":
             return "must be a list of 1 to 1000 lines"
         case "model_type":
             return "must be a JSON object"
         case "int_type":
             return "must be a whole number"
-        case "decimal_type":
-            return "must be an amount of money"
         case _:
             message: str = problem["msg"]
             return message[:1].lower() + message[1:]

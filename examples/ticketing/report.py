@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Self
 
 from rich import box
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 5  # complaints of one invariant
+_JOINED = "\N{NO-BREAK SPACE}"
 
 
 class Progress:
@@ -109,7 +111,7 @@ def breaker_changes(log: Path) -> Counter[str]:
         except ValueError:
             continue  # what the interpreter itself says when it is killed, for example
         if isinstance(entry, dict) and entry.get("breaker") == "payments":
-            changes[str(entry.get("after"))] += 1
+            changes[str(entry.get("after")).replace("_", " ")] += 1
     return changes
 
 
@@ -125,7 +127,7 @@ def report(facts: Facts, story: Story, verdicts: list[Verdict], *, engine: str) 
         if row is None:
             table.add_section()
         else:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
     return Group(table, _verdicts(verdicts))
 
 
@@ -157,7 +159,9 @@ def _rows(facts: Facts, story: Story) -> list[tuple[str, str, str] | None]:
 
 
 def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    """Each with its number, and no line that ends between the two: so wide as the column is in 80 columns."""
+    kept = (f"{name} {count}".replace(" ", _JOINED) for name, count in counts.most_common())
+    return fill(", ".join(kept), width=42, break_long_words=False).replace(_JOINED, " ")
 
 
 def _verdicts(verdicts: list[Verdict]) -> RenderableType:

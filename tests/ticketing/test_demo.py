@@ -3,9 +3,11 @@
 import asyncio
 import io
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -19,7 +21,7 @@ from ticketing import demo
 from ticketing.demo import MOMENTS, NOTHING_GOING_ON, Outcome, Script, perform, play
 from ticketing.facts import Sources, read_facts
 from ticketing.invariants import INVARIANTS, judge
-from ticketing.processes import OfficeProcess
+from ticketing.processes import OfficeProcess, ProcessFailed, free_port, until_up
 
 LINES, TICKETS, STOCK, LEDGERS, HALF, ONCE, PROJECTIONS, AUDIT = INVARIANTS
 
@@ -214,19 +216,37 @@ def test_bad_input_stops_nothing(tmp_path):
         "\ufeff?",
         good.format(5, 1).replace('"t"', "null").replace('"A"', '"B"'),
         good.format(1, 9),
+        good.format("..", 1),
+        good.format(6, 1).replace('"1.00"', "1e2"),
+        good.format(7, 1).replace('"t"', '"\\ud800"'),
+        good.format(8, 1_000_000),
+        good.format(8, 1).replace("}]", "}, 3]"),
+        '{"\\ud800": 1, "\\ud800": 2}',
+        '{"[/x]": 1, "[/x]": 2}',
+        good.format(9, 1)[:-1] + ', "x": ' + "[" * 960 + "]" * 960 + "}",
     ]
     path.write_text("\n".join(lines))
     command = [sys.executable, "-m", "ticketing", "demo", "--kills=0"]
     asked = {"PURCHASES": str(path), "ENGINE": "embedded", "COLUMNS": "100"}
-    environment = os.environ | asked | {"PYTHONPATH": str(Path(demo.__file__).parents[1])}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        command, env=environment_with(**asked), capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Every invariant holds." in run.stdout
     words = " ".join(run.stdout.split())
-    assert "lines in the file 8" in words
+    assert "lines in the file 16" in words
     assert "purchases accepted 1" in words
-    assert "purchases rejected 7 broken JSON 3" in words
-    for reason in ("bad quantity 1", "unknown customer 1", "unknown item 1", "order id taken 1"):
+    assert "purchases rejected 15 broken JSON 4" in words
+    once = (
+        "unknown customer",
+        "unknown item",
+        "order id taken",
+        "bad order_id",
+        "bad unit_price",
+        "bad title",
+        "bad lines",
+    )
+    for reason in ("bad quantity 2", "a field twice 2", *(f"{reason} 1" for reason in once)):
         assert reason in words
     assert "\x1b" not in run.stdout
 
@@ -279,3 +299,106 @@ async def test_nothing_runs_on_when_a_process_fails(monkeypatch):
     assert isinstance(console.file, io.StringIO)
     assert "did you mean MAINSTAY_WORKFLOW_LEASE_SECONDS?" in console.file.getvalue()
     assert stopped == ["worker", "api", "provider"]
+
+
+async def test_whatever_goes_wrong_is_one_sentence(monkeypatch):
+    """An error that nobody thought of ends the demo with 1, and what is said has its type, its text and its place."""
+
+    async def performed(*_args):
+        msg = "status"
+        raise KeyError(msg)
+
+    monkeypatch.setattr(demo, "perform", performed)
+    console = quiet()
+    assert await play(Script(), console=console) == 1
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert said.startswith("The demo could not be played: KeyError: 'status' (demo.py, line ")
+    assert said.count("\n") == 1
+
+
+async def test_an_api_that_dies_on_the_way_is_the_reason_given(monkeypatch, tmp_path):
+    """The demo notices a connection that is refused, and says which process has ended, and what that wrote last."""
+    buy = demo._Office._buy
+
+    async def last_one(office: demo._Office, number: int, data: bytes) -> None:
+        if number == 9:
+            office._api.log.write_text("these are my last words\n")
+            assert office._api._process is not None
+            office._api._process.kill()
+            office._api._process.wait()
+        await buy(office, number, data)
+
+    monkeypatch.setattr(demo._Office, "_buy", last_one)
+    with pytest.raises(ProcessFailed, match=r"the api ended with status -9; its last lines:\nthese are my last words"):
+        await perform(Script(kills=0), tmp_path, quiet())
+
+
+async def test_a_process_that_does_not_answer_is_quoted(tmp_path):
+    """The log is gone with the demo's directory, so the error has the end of it."""
+    log = tmp_path / "provider.log"
+    log.write_text("".join(f"line {n}\n" for n in range(30)))
+    provider = OfficeProcess("provider", str(tmp_path / "l"), f"--port={free_port()}", environment={}, log=log)
+    provider.start()
+    try:
+        with pytest.raises(ProcessFailed, match=r"within 0\.2 s; its last lines:\nline 15\n(.*\n)+line 29$"):
+            await until_up(provider, f"http://127.0.0.1:{free_port()}/", seconds=0.2)
+    finally:
+        provider.end()
+
+
+def environment_with(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1])} | more
+
+
+def test_a_demo_that_is_asked_to_stop_says_so(tmp_path):
+    """SIGTERM ends it with 1 and a sentence, its processes and its files gone."""
+    command = [sys.executable, "-m", "ticketing", "demo"]
+    environment = environment_with(TMPDIR=str(tmp_path))
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert run.stdout is not None
+        run.stdout.readline()  # it has begun
+        run.terminate()
+        said, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert said.endswith("The demo could not be played: it was asked to stop\n")
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from ticketing.processes import OfficeProcess
+name, *arguments = sys.argv[1:]
+process = OfficeProcess(name, *arguments, environment={}, log=Path("log"))
+process.start()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("name", ["provider", "api", "worker"])
+def test_nothing_outlives_whoever_started_it(tmp_path, name):
+    """A demo that is killed can stop nobody, so its processes end by themselves."""
+    port = free_port()
+    arguments = {"provider": ["ledger", f"--port={port}"], "api": [f"--port={port}"], "worker": []}[name]
+    environment = environment_with(
+        MAINSTAY_DATABASE_URL="sqlite+aiosqlite:///office.db", MAINSTAY_OBSERVABILITY_HTTP_PORT=str(port)
+    )
+
+    def listens() -> bool:
+        with closing(socket.socket()) as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def wait_until(expected: bool) -> None:
+        deadline = time.monotonic() + 30
+        while listens() is not expected:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+
+    with subprocess.Popen([sys.executable, "-c", STARTER, name, *arguments], env=environment, cwd=tmp_path) as starter:
+        try:
+            wait_until(expected=True)
+        finally:
+            starter.kill()
+    wait_until(expected=False)

@@ -119,8 +119,16 @@ def test_an_empty_file_satisfies_every_invariant():
     assert all(verdict.holds for verdict in judge(nothing))
 
 
+RECEIPT: Row = {"order_id": "1", "amount_cents": 800}
+
+
 def tickets(facts: Facts, number: int, **changes: Any) -> None:
     facts.tickets[number].update(changes)
+
+
+def charge_nobody(facts: Facts) -> None:
+    for rows in (facts.ledger, facts.payments):
+        rows.append(facts.ledger[0] | {"key": "k9", "order_id": "77"})
 
 
 LINES, TICKETS, STOCK, LEDGERS, HALF, ONCE, PROJECTIONS, AUDIT = INVARIANTS
@@ -130,6 +138,7 @@ TAMPERINGS: dict[str, tuple[str, Callable[[Facts], object]]] = {
     "a purchase that was accepted and lost": (LINES, lambda f: f.purchases.pop(2)),
     "a purchase of a refused line": (LINES, lambda f: f.answers.update({3: None})),
     "a purchase that stopped on the way": (LINES, lambda f: f.purchases[0].update(state="issued")),
+    "a second purchase of a line": (LINES, lambda f: f.purchases.insert(0, f.purchases[2] | {"order_id": "77"})),
     "a purchase with another total": (LINES, lambda f: f.purchases[2].update(total_cents=91)),
     "two tickets with one number": (TICKETS, lambda f: tickets(f, 1, serial=1)),
     "a ticket given to somebody else": (TICKETS, lambda f: tickets(f, 0, order_id="2")),
@@ -143,25 +152,46 @@ TAMPERINGS: dict[str, tuple[str, Callable[[Facts], object]]] = {
     ),
     "more stock than nine tenths": (STOCK, lambda f: f.items[0].update(stock=12, free=9)),
     "a ticket that was not counted back": (STOCK, lambda f: f.items[0].update(free=7)),
+    "an item that is not on sale": (STOCK, lambda f: f.items.pop(1)),
+    "nothing on sale": (STOCK, lambda f: f.items.clear()),
+    "an item that is on sale twice": (STOCK, lambda f: f.items.append(dict(f.items[1]))),
+    "an item that nobody asked for": (STOCK, lambda f: f.items.append({"item": "C", "stock": 0, "free": 0})),
     "a cent too much in the office": (LEDGERS, lambda f: f.payments[0].update(amount_cents=801)),
     "a charge that the office does not know": (LEDGERS, lambda f: f.payments.pop(1)),
     "a refund that the provider never made": (LEDGERS, lambda f: f.ledger.pop(2)),
+    "a charge booked to somebody else": (LEDGERS, lambda f: f.payments[0].update(order_id="2")),
     "a charge made twice": (LEDGERS, lambda f: f.ledger.append(dict(f.ledger[0]))),
     "a completed purchase that paid nothing": (HALF, lambda f: f.ledger.pop(0)),
     "a completed purchase that paid twice": (HALF, lambda f: f.ledger.append(f.ledger[0] | {"key": "k9"})),
     "a completed purchase with tickets only held": (HALF, lambda f: tickets(f, 0, state="held")),
     "a completed purchase without a receipt": (HALF, lambda f: f.receipts.clear()),
     "two receipts": (HALF, lambda f: f.receipts.append(f.receipts[0])),
-    "a cancelled purchase with a receipt": (HALF, lambda f: f.receipts.append({"order_id": "2"})),
+    "a cancelled purchase with a receipt": (HALF, lambda f: f.receipts.append(RECEIPT | {"order_id": "2"})),
+    "a receipt of another amount": (HALF, lambda f: f.receipts[0].update(amount_cents=799)),
+    "a receipt of nobody's purchase": (HALF, lambda f: f.receipts.append(RECEIPT | {"order_id": "77"})),
+    "a ticket held for nobody's purchase": (HALF, lambda f: tickets(f, 5, state="held", order_id="77")),
+    "a charge of nobody's purchase": (HALF, charge_nobody),
     "a cancelled purchase that keeps a ticket": (HALF, lambda f: tickets(f, 5, state="held", order_id="2")),
     "a cancelled purchase that keeps the money": (HALF, lambda f: f.ledger.pop(2)),
     "an effect that never came": (ONCE, lambda f: f.handled.pop()),
     "an effect that came twice": (ONCE, lambda f: f.handled.append(f.handled[3])),
     "an effect of nothing": (ONCE, lambda f: f.handled.append(f.handled[3] | {"order_id": "3"})),
     "an item that was counted twice": (PROJECTIONS, lambda f: f.sales[0].update(sold=6, revenue_cents=800)),
+    "an item that is not counted": (PROJECTIONS, lambda f: f.sales.pop(1)),
+    "no item counted": (PROJECTIONS, lambda f: f.sales.clear()),
+    "an item with two counts": (PROJECTIONS, lambda f: f.sales.append(dict(f.sales[0]))),
+    "a count of an item that nobody sells": (PROJECTIONS, lambda f: f.sales.append(f.sales[0] | {"item": "C"})),
     "an item that was held once more": (PROJECTIONS, lambda f: f.sales[1].update(held=2)),
     "a customer who was counted twice": (PROJECTIONS, lambda f: f.customers[1].update(cancelled=3)),
     "a customer whose refund was lost": (PROJECTIONS, lambda f: f.customers[1].update(refunded_cents=0)),
+    "a customer who is not counted": (PROJECTIONS, lambda f: f.customers.pop(0)),
+    "no customer counted": (PROJECTIONS, lambda f: f.customers.clear()),
+    "a customer with two counts": (PROJECTIONS, lambda f: f.customers.append(dict(f.customers[0]))),
+    "a customer whom nobody named": (
+        PROJECTIONS,
+        lambda f: f.customers.append(dict.fromkeys(f.customers[0], 0) | {"customer_id": "eve"}),
+    ),
+    "an audit entry of nobody's purchase": (AUDIT, lambda f: f.audited.update([("tickets.issued", "purchase/77")])),
     "an audit entry that is gone": (AUDIT, lambda f: f.audited.subtract([("tickets.issued", "purchase/1")])),
     "an audit entry that is there twice": (AUDIT, lambda f: f.audited.update([("payment.refunded", "purchase/2")])),
     "an audit log that is empty": (AUDIT, lambda f: f.audited.clear()),

@@ -4,11 +4,14 @@ import json
 from decimal import Decimal
 from typing import Any
 
+import httpx
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ticketing.catalogue import read_catalogue
+from ticketing.facts import read_file
+from ticketing.invariants import Facts
 from ticketing.purchases import MAX_BYTES, Purchase, PurchaseRejected, parse_purchase, read_lines
 
 GOOD: dict[str, Any] = {
@@ -21,6 +24,10 @@ GOOD: dict[str, Any] = {
         {"item": "A", "title": "another title", "quantity": 1, "unit_price": "2.1"},
     ],
 }
+
+
+MONEY = "must be an amount of money from 0.01 to 9999999.99, such as 7.25"
+DOTS = "must be 1 to 40 letters, digits, dots, dashes or underscores, and not dots alone"
 
 
 def changed(**fields) -> bytes:
@@ -68,7 +75,8 @@ def test_every_price_in_cents_is_exact(price):
     ("data", "field", "message"),
     [
         (changed(customer_id=None), "customer_id", "is unknown (null)"),
-        (changed(order_id="a/b"), "order_id", "must be 1 to 40 letters, digits, dots, dashes or underscores"),
+        (changed(order_id=".."), "order_id", DOTS),
+        (changed(order_id="a/b"), "order_id", DOTS),
         (changed(placed_at="31/12/2010"), "placed_at", "must be month/day/year hour:minute, such as 12/1/2010 8:26"),
         (changed(country="a\x00b"), "country", "must not contain control characters"),
         (changed(lines=[]), "lines", "must be a list of 1 to 1000 lines"),
@@ -79,8 +87,30 @@ def test_every_price_in_cents_is_exact(price):
         (with_line(quantity=1.5), "lines[1].quantity", "must be a whole number"),
         (with_line(quantity=True), "lines[1].quantity", "must be a whole number"),
         (with_line(quantity="1"), "lines[1].quantity", "must be a whole number"),
-        (with_line(unit_price="-1"), "lines[1].unit_price", "must be more than 0, not -1"),
-        (with_line(unit_price=None), "lines[1].unit_price", "must be an amount of money"),
+        (with_line(quantity=10_001), "lines[1].quantity", "must be 10000 or less, not 10001"),
+        *(
+            (with_line(unit_price=price), "lines[1].unit_price", MONEY)
+            for price in (
+                None,
+                True,
+                [1],
+                "-1",
+                "0.00",
+                "1e2",
+                "5.000",
+                " 7.25 ",
+                "+5",
+                "1_0",
+                "12345678.00",
+                ".5",
+                "7.",
+            )
+        ),
+        *(
+            (changed().replace(b'"2.1"', number), "lines[1].unit_price", MONEY)
+            for number in (b"-1", b"0.0", b"1e2", b"5E-1", b"5.000", b"1e99999999999999999999")
+        ),
+        (with_line(title="\ud800"), "lines[1].title", "must not contain half of a surrogate pair"),
         (with_line(item=None), "lines[1].item", "is unknown (null)"),
     ],
 )
@@ -112,10 +142,11 @@ def test_all_problems_come_at_once():
         (b"[1]", "a purchase is a JSON object, not list"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 8"),
         (b'{"a": NaN}', "broken JSON: NaN is not a JSON number"),
-        (b"[" * 200_000, "broken JSON: nested too deeply"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 20 + b"]" * 20 + b"}", "nested too deeply"),
         (b" " * (MAX_BYTES + 1), f"a purchase has at most {MAX_BYTES:,} bytes, not {MAX_BYTES + 1:,}"),
     ],
-    ids=["broken", "list", "bytes", "nan", "deep", "long"],
+    ids=["broken", "list", "bytes", "nan", "very deep", "deep", "long"],
 )
 def test_what_is_no_json_object_is_refused(data, message):
     """Whatever the bytes are, the answer is a problem with the line's number and never another exception."""
@@ -196,3 +227,74 @@ def test_the_shipped_file_has_something_of_everything():
     ]
     assert len({purchase.order_id for purchase in taken}) == 25
     assert any(item.stock == 0 for item in catalogue.items.values())
+
+
+ANY_TEXT = st.text(st.characters(codec=None), max_size=8).map(json.dumps)  # with lone surrogates, escaped
+NUMBER = st.from_regex(r"-?(0|[1-9][0-9]{0,8})(\.[0-9]{1,3})?([eE][+-]?[0-9]{1,22})?", fullmatch=True)
+ANYTHING = st.one_of(NUMBER, NUMBER.map(json.dumps), ANY_TEXT, st.sampled_from(["null", "true", "[1]", "{}", '""']))
+TOO_LONG = st.integers(39, 202).map(lambda length: json.dumps("x" * length))
+
+
+DOTTED = st.from_regex(r"[a.]{1,3}", fullmatch=True).map(json.dumps)
+PRICE_LIKE = st.from_regex(r"[ +]?[0-9_]{0,8}\.?[0-9٣]{0,3} ?", fullmatch=True).map(json.dumps)
+FIELDS: dict[str, tuple[list[str], st.SearchStrategy[str]]] = {  # good values, and all others
+    "order_id": (['"1"', '"2"', '"3"', '".1"'], ANYTHING | DOTTED),
+    "customer_id": (['"ada"', '"bob"'], ANYTHING | DOTTED),
+    "item": (['"A"', '"B"', '"..C"'], ANYTHING | TOO_LONG | DOTTED),
+    "title": (['"t"', '"u"', "null"], ANYTHING | TOO_LONG),
+    "quantity": (["1", "20", "10000"], ANYTHING | st.integers(-1, 10_001).map(str)),
+    "unit_price": (["7.25", '"7.95"', "2.1", '"1"', "9999999.99"], ANYTHING | PRICE_LIKE),
+    "more": (["0"], st.sampled_from([18, 19, 940, 970]).map(lambda depth: "[" * depth + '"[\\"["' + "]" * depth)),
+}
+AROUND = ["", "", "", " ", "\t", "\r", "\x0b", "\x0c", "\xa0", "\ufeff"]
+
+
+@st.composite
+def lines_of_a_file(draw: st.DrawFn) -> bytes:
+    """A line that may be good, with at most one field that is anything at all."""
+    fields = {name: draw(st.sampled_from(good)) for name, (good, _) in FIELDS.items()}
+    wild = draw(st.sampled_from([None, *FIELDS]))
+    if wild is not None:
+        fields[wild] = draw(FIELDS[wild][1])
+    one = ", ".join(f'"{name}": {fields[name]}' for name in ("item", "title", "quantity", "unit_price"))
+    text = (
+        f'{{"order_id": {fields["order_id"]}, "customer_id": {fields["customer_id"]}, "country": "x", '
+        f'"placed_at": "1/1/2025 9:00", "lines": [{{{one}}}], "more": {fields["more"]}}}'
+    )
+    return (draw(st.sampled_from(AROUND)) + text + draw(st.sampled_from(AROUND))).encode()
+
+
+@given(st.lists(st.one_of(lines_of_a_file(), st.sampled_from([b"", b"\x0b", b"[]"])), min_size=1, max_size=3))
+@example([b'{"\\ud800": 1, "\\ud800": 2}'])
+@settings(max_examples=400)
+def test_office_and_judge_read_every_line_alike(tmp_path_factory, lines):
+    """What the office makes of any line is what the recount makes of it: customers, stock, titles, quantities, prices.
+
+    And every answer can be told: a problem as JSON, an order as one segment of a URL.
+    """
+    path = tmp_path_factory.getbasetemp() / "alike.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    catalogue = read_catalogue(path)
+    facts = Facts(read_file(path), {}, [], [], [], [], [], [], [], [], [])
+    demand, titled = facts.demand()
+    assert {item: entry.stock for item, entry in catalogue.items.items()} == {i: demand[i] * 9 // 10 for i in titled}
+    assert catalogue.customers == facts.named()
+    assert [number for number, _ in read_lines(path)] == list(facts.file)
+    for number, data in read_lines(path):
+        try:
+            purchase = parse_purchase(data, line=number, items=catalogue.items, customers=catalogue.customers)
+        except PurchaseRejected as rejected:
+            "".join(f"{problem.field}{problem}" for problem in rejected.problems).encode()
+        else:
+            bought = [(line.item, line.quantity, line.cents) for line in purchase.lines]
+            assert facts.lines_of({"line": number}) == bought
+            page = f"/purchases/{purchase.order_id}"
+            assert httpx.URL(f"http://office{page}").path == page
+
+
+def test_white_space_around_a_line_is_no_part_of_it(tmp_path):
+    """A line is as long as what it says, for office and judge alike."""
+    path = tmp_path / "purchases.jsonl"
+    path.write_bytes(b" " * MAX_BYTES + changed() + b"\r\n")
+    assert [parse(data).order_id for _, data in read_lines(path)] == ["1"]
+    assert read_file(path) == {1: GOOD}

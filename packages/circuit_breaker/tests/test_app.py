@@ -435,3 +435,16 @@ async def test_listeners_of_the_service_hear_every_breaker(clock: VirtualClock) 
     brought.unsubscribe(note)
     brought.reset()
     assert heard[3:] == ["brought disabled"]
+
+
+@pytest.mark.parametrize("url", ["hunter2", "http://me:hunter2@host", "redis://me:hunter2/x@host:6379"])
+def test_an_evidence_url_that_is_none_is_an_error_at_start(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names module, field, variable and form, before anything connects, and repeats nothing of the value."""
+    monkeypatch.setenv("MAINSTAY_CIRCUIT_BREAKER_EVIDENCE_URL", url)
+    with pytest.raises(ConfigurationError) as caught:
+        CircuitBreakerModule.for_root()
+    text = str(caught.value)
+    assert text.startswith("CircuitBreakerModule.for_root: CircuitBreakerSettings.evidence_url: ")
+    assert "redis://user:password@host:6379/0" in text
+    assert "set MAINSTAY_CIRCUIT_BREAKER_EVIDENCE_URL" in text
+    assert "hunter2" not in text + repr(caught.value)

@@ -390,15 +390,15 @@ def unchecked(value: object) -> Any:
         (lambda: CircuitBreaker("p").reload(unchecked(None)), "is configured by a BreakerConfig"),
         (
             lambda: CircuitBreaker("p", failed_result=unchecked(500)),
-            "failed_result is a plain function of the result, not 500",
+            "failed_result is 500; it is a function",
         ),
-        (lambda: CircuitBreaker("p", failed_result=unchecked(later)), "failed_result is a plain function"),
-        (lambda: CircuitBreaker("p").on_change(later), "a listener is a plain function"),
+        (lambda: CircuitBreaker("p", failed_result=unchecked(later)), "failed_result is an async function"),
+        (lambda: CircuitBreaker("p").on_change(later), "a listener is an async function"),
         (
             lambda: KeyedBreaker("p", key=unchecked("host")),
-            "key is a plain function of the call's arguments, not 'host'",
+            "key is 'host'; it is a function",
         ),
-        (lambda: KeyedBreaker("p", key=unchecked(later)), "key is a plain function"),
+        (lambda: KeyedBreaker("p", key=unchecked(later)), "key is an async function"),
     ],
 )
 def test_arguments_of_another_kind_are_refused(make, message: str) -> None:

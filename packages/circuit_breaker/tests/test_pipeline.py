@@ -1,18 +1,24 @@
 """Pipelines: blocks, callables, reuse, reload, refusals, and the generated text."""
 
 import asyncio
+import threading
 import traceback
+from collections.abc import Callable, Generator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextvars import copy_context
 
 import pytest
 
 from mainstay.circuit_breaker import (
     BreakerConfig,
+    Budget,
     Bulkhead,
     Chaos,
     CircuitBreaker,
     CircuitOpen,
     Fallback,
     Fault,
+    HarmfulOrderWarning,
     Hedge,
     KeyedBreaker,
     Pipeline,
@@ -22,6 +28,7 @@ from mainstay.circuit_breaker import (
     Timeout,
 )
 from mainstay.circuit_breaker import _admission as admission
+from mainstay.circuit_breaker.pipeline import _HARMFUL
 from mainstay.circuit_breaker.testing import Dependency, forced
 from mainstay.core import DeadlineExceeded, Retry
 from mainstay.core.testing import VirtualClock
@@ -83,7 +90,7 @@ async def test_blocks_of_many_tasks_and_nested_blocks(clock: VirtualClock) -> No
     await asyncio.gather(*(work(number) for number in range(10)), return_exceptions=True)
     for each in (breaker, other):
         assert (each.totals()["success"], each.totals()["failure"]) == (5, 5)
-    with pytest.raises(RuntimeError, match="was not entered last"):
+    with pytest.raises(RuntimeError, match="was not entered"):
         await breaker.__aexit__(None, None, None)
 
 
@@ -308,3 +315,193 @@ async def test_without_the_global_lock_calls_under_way_are_counted_under_the_cir
     assert hosts["a"].under_way == 0
     assert hosts.totals()["success"] == 2
     assert "b" not in hosts
+
+
+async def test_a_policy_stands_around_a_call_once(clock: VirtualClock) -> None:
+    """A pipeline, a second decoration and a call through what decorates already are refused, and nothing is counted."""
+    breaker = CircuitBreaker("p", clock=clock)
+    nested = Pipeline("nested", breaker)
+    other = Pipeline("other", Timeout(1, clock=clock))
+
+    class Client:
+        @breaker
+        async def fetch(self) -> str:
+            return "fetched"
+
+    @other
+    @breaker
+    async def charge() -> str:
+        return "charged"
+
+    @breaker
+    def plain() -> str:
+        return "plain"
+
+    with pytest.raises(ValueError, match=r"<CircuitBreaker 'p' closed> twice.*leave one out"):
+        Pipeline("p", Retry(), breaker, nested)
+    for around in (breaker, nested, other):
+        with pytest.raises(TypeError, match=r"charge is decorated with .* already"):
+            around(charge)
+        with pytest.raises(TypeError, match="decorate with it, or call through it, not both"):
+            await around.call(charge)
+    with pytest.raises(TypeError, match="fetch is decorated"):
+        await nested.call(Client().fetch)
+    with pytest.raises(TypeError, match="plain is decorated"):
+        nested.call_sync(plain)
+    assert sum(breaker.totals().values()) == 0
+    assert await Pipeline("third", Timeout(1, clock=clock)).call(charge) == "charged"
+    assert (await other.call(Client().fetch), plain()) == ("fetched", "plain")
+
+
+_PARTS: dict[str, Callable[[], Policy | Retry]] = {
+    "breaker": lambda: CircuitBreaker("p"),
+    "budget": Budget,
+    "bulkhead": lambda: Bulkhead(1),
+    "chaos": lambda: Chaos("c", Fault(1, seconds=1)),
+    "fallback": lambda: Fallback(value=1),
+    "hedge": lambda: Hedge(1),
+    "rate_limit": lambda: RateLimit(1),
+    "retry": Retry,
+}
+
+
+_ORDERS = [
+    ("breaker", ("retry", "fallback", "hedge")),
+    ("budget", ("retry", "fallback")),
+    ("bulkhead", ("retry", "breaker", "fallback", "hedge")),
+    ("chaos", ("breaker", "fallback")),
+    ("hedge", ("retry", "fallback")),
+    ("rate_limit", ("retry", "breaker", "fallback", "hedge")),
+    ("retry", ("retry", "fallback")),
+]
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(outer, inner) for outer, inners in _ORDERS for inner in inners])
+def test_every_harmful_order_is_warned_of(outer: str, inner: str) -> None:
+    """Each row of the table warns in its order and with its remedy, also with something between; no row is untested."""
+    with pytest.warns(HarmfulOrderWarning, match=rf"{outer} stands around {inner}: .+; (put the|leave one)"):
+        Pipeline("p", _PARTS[outer](), Timeout(1), _PARTS[inner]())
+    assert {row[:2] for row in _HARMFUL} == {(outer, inner) for outer, inners in _ORDERS for inner in inners}
+
+
+async def test_blocks_end_in_whatever_order_thread_and_context(clock: VirtualClock) -> None:
+    """A generator's block ends as its own, interleaved with others, or driven by other threads; no place is lost."""
+    bulkhead = Bulkhead(5, clock=clock)
+    breaker = CircuitBreaker("p", BreakerConfig(slow_seconds=1, window_calls=10), clock=clock)
+
+    @contextmanager
+    def dependency(policy: Policy) -> Generator[None]:
+        with policy:
+            yield
+
+    first, second = dependency(bulkhead), dependency(breaker)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert (bulkhead.under_way, breaker.totals()["success"]) == (0, 1)
+
+    slow, quick = dependency(breaker), dependency(breaker)
+    slow.__enter__()
+    clock.tick(2)
+    quick.__enter__()
+    slow.__exit__(None, None, None)  # not the one that began last
+    assert breaker.snapshot().slow == 1
+    quick.__exit__(None, None, None)
+    assert breaker.snapshot().slow == 1
+
+    held = dependency(bulkhead)
+    await asyncio.to_thread(held.__enter__)
+    assert bulkhead.under_way == 1
+    copy_context().run(held.__exit__, None, None, None)
+    assert bulkhead.under_way == 0
+
+
+async def test_blocks_in_exit_stacks_end_as_their_own_task_began_them(clock: VirtualClock) -> None:
+    """A stack enters and leaves in frames of its own; its blocks are told apart by task and thread."""
+    breaker = CircuitBreaker("p", BreakerConfig(slow_seconds=1, window_calls=10), clock=clock)
+
+    async def work(seconds: float) -> None:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(breaker)
+            await clock.sleep(seconds)
+
+    tasks = [asyncio.create_task(work(seconds)) for seconds in (0.5, 2, 0.7)]
+    await clock.advance(2)
+    await asyncio.gather(*tasks)
+    assert (breaker.snapshot().calls, breaker.snapshot().slow) == (3, 1)
+
+    bulkhead = Bulkhead(5)
+    inside = threading.Barrier(3)
+
+    def block() -> None:
+        with ExitStack() as stack:
+            stack.enter_context(bulkhead)
+            inside.wait(timeout=10)
+
+    await asyncio.gather(*(asyncio.to_thread(block) for _ in range(3)))
+    assert (bulkhead.under_way, bulkhead._blocks) == (0, {})
+    bulkhead.__enter__()  # left by another task than entered it: the place is given back all the same
+
+    async def leave() -> None:
+        bulkhead.__exit__(None, None, None)
+
+    await asyncio.create_task(leave())
+    assert bulkhead.under_way == 0
+    with pytest.raises(RuntimeError, match="was not entered"):
+        bulkhead.__exit__(None, None, None)
+
+
+async def test_a_first_use_that_meets_a_reload_has_the_new_shape(
+    clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload between looking at the policies and being known to them is not missed."""
+    breaker = CircuitBreaker("p", BreakerConfig(minimum_calls=5), clock=clock)
+    code = admission._code
+
+    def reload_meanwhile(*shape: object) -> object:
+        monkeypatch.setattr(admission, "_code", code)
+        breaker.reload(BreakerConfig(minimum_calls=5, slow_seconds=1))
+        return code(*shape)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(admission, "_code", reload_meanwhile)
+
+    @breaker
+    async def call() -> None:
+        clock.tick(2)
+
+    await call()
+    assert breaker.snapshot().slow == 1
+
+
+def test_method_descriptors_are_refused_where_they_are_decorated() -> None:
+    """A policy above `@staticmethod` or `@classmethod` would lose the binding: the message says where it goes."""
+    breaker = CircuitBreaker("p")
+
+    def fn() -> None: ...
+
+    for descriptor in (staticmethod(fn), classmethod(fn)):  # type: ignore[var-annotated,arg-type]  # that is the test
+        with pytest.raises(TypeError, match=f"goes below @{type(descriptor).__name__}"):
+            breaker(descriptor)  # type: ignore[type-var]  # that is the test
+
+
+async def test_circuits_with_keys_stop_retries_and_hedges(clock: VirtualClock) -> None:
+    """While the circuit of the call's own key is not closed, nothing is sent again for it; for another key it is."""
+    breaker = KeyedBreaker("k", key=lambda host: host, clock=clock)
+    retrying = Pipeline("p", Retry(attempts=3, wait=lambda _: 0.0, clock=clock), breaker)
+    hedged = Pipeline("p", Hedge(1, clock=clock), breaker)
+    for host, attempts in (("ramping", 1), ("closed", 3)):
+        with forced(breaker["ramping"], State.RAMPING):
+            failing = Dependency(then=Boom)
+            with pytest.raises(Boom):
+                await retrying.call(failing, host)
+            assert len(failing.calls) == attempts
+        for form in ("called", "decorated"):
+            hanging = Dependency(then="late")
+            hanging.hold()
+            with forced(breaker["ramping"], State.RAMPING):
+                call = asyncio.create_task(hedged.call(hanging, host) if form == "called" else hedged(hanging)(host))
+                await clock.advance(1)
+                assert len(hanging.calls) == min(attempts, 2)
+                call.cancel()
+                await asyncio.gather(call, return_exceptions=True)

@@ -1,9 +1,14 @@
 """Each policy by itself, on a virtual clock."""
 
 import asyncio
+import functools
 import logging
 import random
+import re
 import threading
+from collections.abc import AsyncIterator, Callable
+from math import inf, nan
+from typing import Any
 
 import pytest
 
@@ -18,6 +23,7 @@ from mainstay.circuit_breaker import (
     Fallback,
     Fault,
     Hedge,
+    KeyedBreaker,
     Pipeline,
     RateLimit,
     RateLimited,
@@ -139,8 +145,9 @@ async def test_bulkhead_waits_no_longer_than_the_deadline(clock: VirtualClock) -
     bulkhead.take()
     task = asyncio.create_task(guarded.call(Dependency()))
     await clock.advance(1)
-    with pytest.raises((BulkheadFull, DeadlineExceeded)):
+    with pytest.raises(DeadlineExceeded) as exceeded:
         await task
+    assert exceeded.value.no_effect
     assert breaker.snapshot().state is State.CLOSED
     assert breaker.totals()["neutral"] == 1
     assert len(bulkhead.waiting) == 0
@@ -161,7 +168,7 @@ async def test_bulkhead_resizes(clock: VirtualClock) -> None:
     hang.let_go()
     await asyncio.gather(*calls)
     assert bulkhead.free == 1
-    with pytest.raises(ValueError, match="limit is 0; it is 1 or more"):
+    with pytest.raises(ValueError, match="limit is 0; it is an integer, 1 or more"):
         bulkhead.resize(0)
 
 
@@ -236,12 +243,12 @@ async def test_adaptive_bulkhead_gradient_shrinks_when_answers_get_slow(clock: V
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Timeout(0), "Timeout: seconds is 0; it is more than 0"),
-        (lambda: Bulkhead(0), "Bulkhead: limit is 0; it is 1 or more"),
+        (lambda: Timeout(0), "Timeout: seconds is 0; it is a number, more than 0"),
+        (lambda: Bulkhead(0), "Bulkhead: limit is 0; it is an integer, 1 or more"),
         (lambda: Bulkhead(1, queue=-1), "queue is -1"),
         (lambda: Bulkhead(1, max_wait_seconds=-1), "max_wait_seconds is -1"),
-        (lambda: AdaptiveBulkhead(5, minimum=9), "minimum is 9; it is 1 to limit"),
-        (lambda: AdaptiveBulkhead(5, maximum=2), "maximum is 2; it is at least limit"),
+        (lambda: AdaptiveBulkhead(5, minimum=9), "minimum is 9; it is an integer, 1 to limit"),
+        (lambda: AdaptiveBulkhead(5, maximum=2), "maximum is 2; it is an integer, at least limit"),
         (lambda: AdaptiveBulkhead(5, algorithm="x"), "algorithm is 'x'"),  # type: ignore[arg-type]  # that is the test
         (lambda: RateLimit(0), "RateLimit: calls is 0"),
         (lambda: RateLimit(1, 0), "seconds is 0"),
@@ -718,3 +725,163 @@ async def test_recovery_in_one_budget_with_throttling_retries_and_hedges(clock: 
     assert breaker.snapshot().state is State.CLOSED
     await clock.advance(1)
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_timeout_of_an_abandoned_generator_cancels_nobody(clock: VirtualClock) -> None:
+    """A generator closed in another task takes its time limit with it, and the consumer has all its time again."""
+    limit = Timeout(2, clock=clock)
+
+    async def pages(block: Timeout | timeout) -> AsyncIterator[int]:
+        async with block:
+            yield 1
+
+    async def consume(block: Timeout | timeout) -> float | None:
+        generator = pages(block)
+        await anext(generator)
+        await asyncio.create_task(generator.aclose())  # type: ignore[attr-defined]  # as the loop does when it is gone
+        await clock.sleep(5)
+        return remaining_seconds()
+
+    for block in (limit, timeout(2, clock=clock)):
+        consumer = asyncio.create_task(consume(block))
+        await clock.advance(5)
+        assert await consumer is None
+    async with timeout(100, clock=clock):
+        consumer = asyncio.create_task(consume(limit))
+        await clock.advance(5)
+        assert await consumer == 95
+    assert limit._lane is not None
+    assert not limit._lane.under_way
+
+
+async def test_timeout_is_reloaded_while_calls_are_under_way(clock: VirtualClock) -> None:
+    """What began keeps its time, what begins has the new one and is not held up by the old."""
+    limit = Timeout(10, clock=clock)
+    call = limit(Dependency(then=HANG))
+    before = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    limit.reload(1)
+    after = asyncio.create_task(call())
+    await clock.advance(1)
+    with pytest.raises(DeadlineExceeded, match="no result within 1 s"):
+        await after
+    assert (limit.seconds, before.done()) == (1, False)
+    await clock.advance(9)
+    with pytest.raises(DeadlineExceeded, match="no result within 10 s"):
+        await before
+    with pytest.raises(ValueError, match="seconds is 0"):
+        limit.reload(0)
+    with pytest.raises(AttributeError):
+        limit.seconds = 5  # type: ignore[misc]  # that is the test
+
+
+async def test_retries_are_reloaded_while_calls_are_under_way(clock: VirtualClock) -> None:
+    """Decorated functions go by the new policy, and a call under way does when it next fails."""
+    retries = Retries(Retry(attempts=5, wait=lambda _: 1.0, clock=clock))
+    dependency = Dependency(then=Boom)
+    call = Pipeline("p", retries)(dependency)
+    under_way = asyncio.create_task(call())
+    await clock.advance(2)
+    assert len(dependency.calls) == 3
+    retries.reload(Retry(attempts=2, retry=lambda state: state.outcome.failed, wait=lambda _: 0.0, clock=clock))
+    await clock.advance(1)
+    with pytest.raises(Boom):
+        await under_way
+    assert len(dependency.calls) == 4
+    with pytest.raises(Boom):
+        await call()
+    assert (len(dependency.calls), retries.policy.attempts) == (6, 2)
+    with pytest.raises(TypeError, match=r"policy is 3; it is a Retry, such as Retry\(attempts=3\)"):
+        retries.reload(3)  # type: ignore[arg-type]  # that is the test
+
+
+async def test_retry_notes_the_attempts_once() -> None:
+    """An error that is raised again and again, as a cached one is, does not gather a note for each call."""
+    error = Boom()
+    retries = Retries(Retry(attempts=2, wait=lambda _: 0.0))
+    for _ in range(5):
+        with pytest.raises(Boom):
+            await retries.call(Dependency(then=error))
+    assert error.__notes__ == ["gave up after 2 attempts"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Bulkhead(2.5), "Bulkhead: limit is 2.5; it is an integer, 1 or more"),  # type: ignore[arg-type]
+        (lambda: Bulkhead(inf), "limit is inf"),  # type: ignore[arg-type]
+        (lambda: Bulkhead("3"), "limit is '3'"),  # type: ignore[arg-type]
+        (lambda: Bulkhead(1, queue=0.5), "queue is 0.5; it is an integer, 0 or more"),  # type: ignore[arg-type]
+        (lambda: Bulkhead(1, max_wait_seconds="1"), "max_wait_seconds is '1'; it is a number"),  # type: ignore[arg-type]
+        (lambda: Timeout("5"), "Timeout: seconds is '5'; it is a number, more than 0"),  # type: ignore[arg-type]
+        (lambda: Timeout(None), "Timeout: seconds is None"),  # type: ignore[arg-type]
+        (lambda: Hedge("1"), "after_seconds is '1'"),  # type: ignore[arg-type]
+        (lambda: Fallback(value=1, max_keys=nan), "max_keys is nan"),  # type: ignore[arg-type]
+        (lambda: Retries(3), "Retries: policy is 3; it is a Retry"),  # type: ignore[arg-type,unused-ignore]
+        (lambda: CircuitBreaker("p", failed_result=500), "failed_result is 500; it is a function"),  # type: ignore[arg-type]
+        (lambda: KeyedBreaker("p", key="host"), "key is 'host'; it is a function"),  # type: ignore[arg-type]
+        (lambda: Fallback(function=5), "Fallback: function is 5"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(make: Callable[[], object], message: str) -> None:
+    """A number of the wrong type and something that cannot be called are refused like an impossible number."""
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        make()
+
+
+async def _says(*_: object) -> bool:
+    return True
+
+
+class _Says:
+    async def __call__(self, *_: object) -> str:
+        return "instead"
+
+
+says: Any = _says  # untyped, as callers may be
+says_object: Any = _Says()
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: CircuitBreaker("p", failed_result=says), "failed_result"),
+        (lambda: CircuitBreaker("p", failed_result=functools.partial(says)), "failed_result"),
+        (lambda: CircuitBreaker("p", failed_result=says_object), "failed_result"),
+        (lambda: CircuitBreaker("p").on_change(says), "listener"),
+        (lambda: KeyedBreaker("p", key=says), "key"),
+        (lambda: Fallback(last_good_seconds=1, key=says), "key"),
+        (lambda: Retry(retry=says), "Retry.retry"),
+    ],
+)
+def test_async_functions_that_nobody_would_await_are_refused(make: Callable[[], object], field: str) -> None:
+    """Where a plain answer is needed a coroutine would always be true: refused where it is given."""
+    with pytest.raises(TypeError, match=f"{field} is an async function"):
+        make()
+
+
+async def test_fallback_awaits_an_async_function_in_any_guise() -> None:
+    """An object with an async `__call__` is awaited; a plain function that returns a coroutine is refused."""
+    failing = Dependency(then=Boom)
+    assert await Fallback(function=_Says()).call(failing) == "instead"
+    with pytest.raises(TypeError, match="returned an awaitable"):
+        await Fallback(function=lambda _: _says()).call(failing)
+
+
+async def test_bulkhead_is_left_at_a_deadline_that_cancels_nobody(clock: VirtualClock) -> None:
+    """A task that outlives its time limit, and a thread, wait no longer than that either, and get the same error."""
+    bulkhead = Bulkhead(1, queue=1, max_wait_seconds=60, clock=clock)
+    bulkhead.take()
+    async with timeout(1, clock=clock):
+        outliving = asyncio.create_task(bulkhead.call(Dependency()))
+    await clock.advance(1)
+    with pytest.raises(DeadlineExceeded, match="bulkhead: the deadline passed before a place became free") as exceeded:
+        await outliving
+    assert exceeded.value.no_effect
+    async with timeout(0.01, clock=clock):
+        with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+            bulkhead.call_sync(Dependency().sync)
+    with pytest.raises(BulkheadFull):
+        bulkhead.max_wait_seconds = 0.01
+        bulkhead.call_sync(Dependency().sync)
+    assert len(bulkhead.waiting) == 0

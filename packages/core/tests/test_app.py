@@ -477,3 +477,32 @@ def test_a_crashed_worker_ends_the_process_with_a_status():
     assert out == "serving\ndown\n"
     assert process.returncode == 1
     assert "OSError: boom" in err
+
+
+def test_an_environment_that_does_not_fit_names_the_module(monkeypatch):
+    """Whoever reads the log of a start that failed sees which of many modules could not be configured."""
+    monkeypatch.setenv("MAINSTAY_TESTPOST_NEEDS_STORE", "perhaps")
+    with pytest.raises(
+        ConfigurationError, match=r"^PostModule\.for_root: PostSettings\.needs_store: .*; set MAINSTAY_"
+    ):
+        PostModule.for_root()
+
+
+@pytest.mark.parametrize("word", ["TESTPOSTS", "TETSPOST", "testpots"])
+def test_a_misspelt_prefix_is_an_error(word, monkeypatch):
+    """Its variable would be ignored and the default taken; the message names what was meant."""
+    monkeypatch.setenv(f"MAINSTAY_{word}_NEEDS_STORE", "false")
+    with pytest.raises(
+        ConfigurationError, match=rf"{word}_NEEDS_STORE .* did you mean MAINSTAY_TESTPOST_NEEDS_STORE\?"
+    ):
+        App(StoreModule.for_root(), PostModule.for_root())
+
+
+def test_a_variable_of_another_process_is_named_and_stops_nothing(monkeypatch, caplog):
+    """What nothing here reads is logged, but not what another App or a test reads."""
+    for name in ("MAINSTAY_WEB_PORT", "MAINSTAY_BOATS_NEEDS_STORE", "MAINSTAY_TESTPOST_NEEDS_STORE", "MAINSTAY_TEST_X"):
+        monkeypatch.setenv(name, "s3cret")
+    App(StoreModule.for_root())
+    assert [record.getMessage() for record in caplog.records] == [
+        "no package in this process reads MAINSTAY_BOATS_NEEDS_STORE, MAINSTAY_WEB_PORT"
+    ]

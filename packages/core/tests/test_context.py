@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from mainstay.core import Context, bind, current, remaining_seconds, spawn, timeout
+from mainstay.core import Context, Later, bind, current, rebind, remaining_seconds, spawn, timeout
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -122,3 +122,27 @@ def test_an_unknown_field_is_an_error():
     """A misspelt field does not vanish."""
     with pytest.raises(TypeError, match="acter"):
         bind(acter="ann")
+
+
+async def test_a_context_can_be_made_when_it_is_asked_for():
+    """A loop binds what it has not read yet; whoever asks gets the context, read once, and binds over it as always."""
+    made: list[object] = []
+
+    def make(source: object) -> Context:
+        made.append(source)
+        return Context(correlation_id=str(source), actor="ann")
+
+    async def loop() -> list[Context]:
+        seen = []
+        for source in (1, 2):
+            rebind(Later(make, source))
+            if source == 2:
+                with bind(actor="bob") as inner:
+                    seen += [inner, current()]
+                seen += [current(), await asyncio.to_thread(current)]
+        return seen
+
+    seen = await asyncio.create_task(loop())
+    assert seen == [Context("2", actor="bob")] * 2 + [Context("2", actor="ann")] * 2
+    assert made == [2]
+    assert current() == Context()

@@ -179,3 +179,27 @@ def test_a_negative_timeout_is_refused(seconds):
     """A wrong number is an error where it is written."""
     with pytest.raises(ValueError, match="must not be negative"):
         timeout(seconds)
+
+
+async def test_a_block_that_ends_in_another_context_leaves_no_deadline_behind(clock):
+    """An abandoned async generator is closed by another task: its consumer is not cancelled, and has its time again."""
+
+    async def pages():
+        async with timeout(2, clock=clock):
+            yield 1
+
+    async def consume():
+        generator = pages()
+        await anext(generator)
+        assert remaining_seconds() == 2
+        await asyncio.create_task(generator.aclose())
+        await clock.sleep(5)
+        return remaining_seconds(), deadline_fired()
+
+    task = asyncio.create_task(consume())
+    await clock.advance(5)
+    assert await task == (None, False)
+    async with timeout(100, clock=clock):
+        task = asyncio.create_task(consume())
+        await clock.advance(5)
+        assert await task == (95, False)

@@ -263,3 +263,65 @@ def test_the_default_predicate():
     assert not retry_if_retryable(RetryState(1, Outcome.of_result(1), 0.0))
     assert Outcome.of_error(OSError()).failed
     assert not Outcome.of_result(1).failed
+
+
+async def test_a_deadline_during_a_retry_has_the_last_error_as_its_cause():
+    """An attempt that hangs until the time is up does not hide how the one before it failed."""
+    clock = VirtualClock()
+    attempts = 0
+
+    async def attempt():
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise OSError
+        await clock.sleep(60)
+
+    async def call():
+        async with timeout(5, clock=clock):
+            await Retry(wait=lambda _: 0.0, clock=clock).call(attempt)
+
+    task = asyncio.create_task(call())
+    await clock.advance(5)
+    with pytest.raises(DeadlineExceeded) as exceeded:
+        await task
+    assert isinstance(exceeded.value.__cause__, OSError)
+    assert exceeded.value.__cause__.__notes__ == ["gave up after 2 attempts"]
+
+
+async def test_an_error_that_is_raised_again_and_again_has_one_note():
+    """A cached error instance does not gather a note for each call."""
+    error = OSError("no route")
+    retry = Retry(attempts=2, wait=lambda _: 0.0)
+
+    async def fail():
+        raise error
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="no route"):
+            await retry.call(fail)
+    assert error.__notes__ == ["gave up after 2 attempts"]
+
+
+@pytest.mark.parametrize("attempts", [0, 2.5, float("nan"), "3"])
+def test_attempts_are_counted_in_whole_numbers(attempts):
+    """What cannot be counted to is refused, with the range."""
+    with pytest.raises(ValueError, match=r"Retry.attempts is .* an integer, 1 or more"):
+        Retry(attempts=attempts)
+
+
+async def _decide(_):
+    return True
+
+
+class _Decides:
+    async def __call__(self, _):
+        return True
+
+
+@pytest.mark.parametrize("decision", [_decide, _Decides(), 0.1])
+@pytest.mark.parametrize("field", ["wait", "retry", "stop"])
+def test_decisions_are_plain_callables(field, decision):
+    """A number in the place of a callable, or one that nobody would await, is refused before it hides an error."""
+    with pytest.raises(TypeError, match=f"Retry.{field} is"):
+        Retry(**{field: decision})

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import pytest
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import ConfigurationError, Settings
@@ -22,6 +22,17 @@ class PostSettings(Settings):
             msg = "transport='pigeon' carries one letter: set batch_size=1"
             raise ValueError(msg)
         return self
+
+
+class Coach(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    horses: int = 2
+
+
+class CoachSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_COACH_")
+    by_town: dict[str, Coach] = Field(default_factory=dict)
+    spare: tuple[Coach | None, ...] = ()
 
 
 def test_fields_come_from_the_environment(monkeypatch):
@@ -65,9 +76,9 @@ def test_an_unknown_variable_under_the_prefix_is_an_error(monkeypatch):
 
 def test_an_unknown_field_is_an_error():
     """A wrong keyword names the one that was meant."""
-    with pytest.raises(ConfigurationError, match="no field 'batchsize': did you mean 'batch_size'"):
+    with pytest.raises(ConfigurationError, match=r"no field batchsize: did you mean batch_size\?$"):
         PostSettings(batchsize=1)  # type: ignore[call-arg]  # the point
-    with pytest.raises(ConfigurationError, match=r"no field 'xyz'$"):
+    with pytest.raises(ConfigurationError, match=r"no field xyz: known are batch_size, password, routes, transport$"):
         PostSettings(xyz=1)  # type: ignore[call-arg]  # the point
 
 
@@ -78,11 +89,17 @@ def test_a_rule_over_several_fields_speaks_for_itself():
 
 
 def test_broken_json_in_the_environment_names_the_field(monkeypatch):
-    """A list that is not JSON is a configuration error like any other, without its value."""
+    """A list or a mapping that is not JSON is a configuration error: the line to write, and not the value."""
     monkeypatch.setenv("MAINSTAY_POST_ROUTES", "s3cret [")
-    with pytest.raises(ConfigurationError, match="routes") as caught:
+    with pytest.raises(ConfigurationError) as caught:
         PostSettings()
-    assert "s3cret" not in str(caught.value)
+    text = """PostSettings.routes: MAINSTAY_POST_ROUTES is not JSON; write MAINSTAY_POST_ROUTES='["…", …]'"""
+    assert str(caught.value) == text
+    monkeypatch.setenv("MAINSTAY_COACH_BY_TOWN", "s3cret {")
+    with pytest.raises(ConfigurationError) as caught:
+        CoachSettings()
+    text = """CoachSettings.by_town: MAINSTAY_COACH_BY_TOWN is not JSON; write MAINSTAY_COACH_BY_TOWN='{"…": …}'"""
+    assert str(caught.value) == text
 
 
 def test_secrets_stay_secret(monkeypatch):
@@ -102,3 +119,20 @@ def test_settings_without_a_prefix_are_a_programming_error():
 
     with pytest.raises(TypeError, match="has no env_prefix"):
         Bare()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("by_town", '{"York": {"horse": 4}}', "CoachSettings.by_town.York has no field horse: did you mean horses?"),
+        ("by_town", '{"York": {"zzz": 4}}', "CoachSettings.by_town.York has no field zzz: known are horses"),
+        ("spare", '[null, {"horse": 4}]', "CoachSettings.spare.1 has no field horse: did you mean horses?"),
+    ],
+)
+def test_an_unknown_field_of_a_nested_model_names_the_place(field, value, message, monkeypatch):
+    """What is misspelt inside a mapping or a list is found there, and the remedy is of that place."""
+    variable = f"MAINSTAY_COACH_{field.upper()}"
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError) as caught:
+        CoachSettings()
+    assert str(caught.value) == f"{message}; set {variable} or pass CoachSettings({field}=…)"

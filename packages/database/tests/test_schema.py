@@ -142,7 +142,13 @@ def test_the_command_prints_sql(url, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["mysql://me:hunter2@host/db", "no url: hunter2", "postgresql://me:hunter2@127.0.0.1:1/db"]
+    "url",
+    [
+        "mysql://me:hunter2@host/db",
+        "no url: hunter2",
+        "postgresql://me:hunter2@127.0.0.1:1/db",
+        "postgresql://me:what@hunter2@127.0.0.1:1/db",
+    ],
 )
 def test_the_command_with_a_wrong_url(url, capsys):
     """It says what is wrong, ends with 2, and prints no secret."""
@@ -166,6 +172,9 @@ def test_the_command_is_installed():
     [
         ({"url": "mysql://me:hunter2@host/db"}, ["mysql is not supported", "MAINSTAY_DATABASE_URL"]),
         ({"url": "hunter2"}, ["no database URL"]),
+        ({"url": "postgresql://me:what@hunter2@127.0.0.1:1/db"}, ["percent-encode the password", "%40"]),
+        ({"url": "postgresql://me:what@is/hunter2@127.0.0.1:1/db"}, ["percent-encode the password"]),
+        ({"url": "postgresql://me:what@is:hunter2@127.0.0.1:1/db"}, ["no database URL"]),
         ({"url": "postgresql+psycopg://me:hunter2@host/db"}, ["postgresql+psycopg", "postgresql+asyncpg"]),
         ({"pool_size": 0}, ["pool_size", "MAINSTAY_DATABASE_POOL_SIZE"]),
         ({"busy_timeout_seconds": 0}, ["busy_timeout_seconds"]),

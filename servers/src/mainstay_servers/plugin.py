@@ -131,9 +131,10 @@ def own_redis() -> Iterator[Redis]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Count the tests that no server was there for, and name what was missing."""
+    skipped: list[pytest.TestReport] = terminalreporter.getreports("skipped")
     reasons = [
         report.longrepr[2].partition(_MARK)[2]
-        for report in terminalreporter.getreports("skipped")
+        for report in skipped
         if isinstance(report.longrepr, tuple) and _MARK in report.longrepr[2]
     ]
     if reasons:

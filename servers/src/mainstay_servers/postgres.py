@@ -1,5 +1,7 @@
 """PostgreSQL, and PgBouncer in front of one."""
 
+# asyncpg ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 import asyncio
 import contextlib
 import os

@@ -59,13 +59,13 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
 
-from mainstay.circuit_breaker.errors import CircuitOpen
+from mainstay.circuit_breaker.circuit import Probe
+from mainstay.circuit_breaker.errors import CircuitOpen, WrongKind
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -102,67 +102,111 @@ class Policy:
 
     # Created on first use: one circuit of a hundred thousand has no functions of its own.
     _compiled: weakref.WeakKeyDictionary[types.FunctionType, tuple[Policy, Mode, int]] | None = None
-    _runners: dict[Mode, Callable[..., Any]] | None = None
+    _runners: Mapping[Mode, Callable[..., Any]] = types.MappingProxyType({})
+    _blocks: dict[types.FrameType, list[tuple[Mode, object, object]]] | None = None  # blocks entered and not yet left
 
     def _layers(self) -> tuple[Layer, ...]:
         """What it contributes, outermost first."""
         raise NotImplementedError
 
+    def _members(self) -> Sequence[Policy]:
+        """The policies that it consists of, outermost first."""
+        return (self,)
+
     def __call__(self, fn: F) -> F:
         """Decorate `fn`.
 
         Raises:
-            TypeError: `fn` is of a kind that a policy here cannot stand around; the message says what to write instead.
+            TypeError: `fn` is of a kind that a policy here cannot stand around, or one of the policies stands around it
+                already; the message says what to write instead.
         """
         mode = kind_of(fn)
+        self._refuse_twice(fn)
         built = self._build(mode, fn)
         functools.update_wrapper(built, fn)
+        known: tuple[Policy, ...] = getattr(fn, _POLICIES, ())
+        setattr(built, _POLICIES, (*known, *self._members()))
         return cast("F", built)
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await `fn(*args, **kwargs)` under this policy."""
-        return cast("T", await self._runner("async_run")(fn, *args, **kwargs))
+        """Await `fn(*args, **kwargs)` under this policy.
+
+        Raises:
+            TypeError: `fn` returned nothing to await, or is decorated with this policy already.
+        """
+        # A bound method that lacks an attribute takes ten times as long to say so as its function does.
+        named: Any = fn
+        if getattr(named.__func__ if named.__class__ is _Method else named, _POLICIES, None) is not None:
+            self._refuse_twice(fn)
+        run = self._runners.get("async_run") or self._runner("async_run")
+        return cast("T", await run(fn, *args, **kwargs))
 
     def call_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call the plain function `fn(*args, **kwargs)` under this policy."""
-        result = self._runner("sync_run")(fn, *args, **kwargs)
-        return cast("T", result)
+        """Call the plain function `fn(*args, **kwargs)` under this policy.
+
+        Raises:
+            TypeError: `fn` is no plain function, or is decorated with this policy already.
+        """
+        named: Any = fn
+        if getattr(named.__func__ if named.__class__ is _Method else named, _POLICIES, None) is not None:
+            self._refuse_twice(fn)
+        run = self._runners.get("sync_run") or self._runner("sync_run")
+        return cast("T", run(fn, *args, **kwargs))
 
     async def __aenter__(self) -> Self:
         block = contextlib.asynccontextmanager(self._runner("async_block"))()
         await block.__aenter__()
-        _entered.set((self, block, _entered.get()))
+        self._enter_block("async_block", block, sys._getframe(1))
         return self
 
     async def __aexit__(self, *details: Any) -> bool | None:  # noqa: PYI036  passed on as they come
-        return await cast("AbstractAsyncContextManager[None]", self._leave()).__aexit__(*details)
+        block = self._leave_block("async_block", sys._getframe(1))
+        return await cast("AbstractAsyncContextManager[None]", block).__aexit__(*details)
 
     def __enter__(self) -> Self:
         block = contextlib.contextmanager(self._runner("sync_block"))()
         block.__enter__()
-        _entered.set((self, block, _entered.get()))
+        self._enter_block("sync_block", block, sys._getframe(1))
         return self
 
     def __exit__(self, *details: Any) -> bool | None:  # noqa: PYI036  passed on as they come
-        return cast("AbstractContextManager[None]", self._leave()).__exit__(*details)
+        block = self._leave_block("sync_block", sys._getframe(1))
+        return cast("AbstractContextManager[None]", block).__exit__(*details)
 
-    def _leave(self) -> object:
-        entered = _entered.get()
-        if entered is None or entered[0] is not self:
-            msg = f"{self!r} was not entered last: a block begins and ends in one task, and the innermost ends first"
-            raise RuntimeError(msg)
-        _entered.set(entered[2])
-        return entered[1]
+    # Which block ends? The last one that the same frame began: a `with` statement begins and ends in one frame, also
+    # where that is a generator's, which another thread, task or context may drive (as FastAPI does). An `ExitStack` has
+    # a frame for each: then the last one of this task or thread. And one that nobody can tell must still end, or its
+    # place in a bulkhead would be lost.
+
+    def _enter_block(self, mode: Mode, block: object, frame: types.FrameType) -> None:
+        with _entering:
+            if self._blocks is None:
+                self._blocks = {}
+            self._blocks.setdefault(frame, []).append((mode, _runs_in(), block))
+
+    def _leave_block(self, mode: Mode, frame: types.FrameType) -> object:
+        with _entering:
+            opened = self._blocks or {}
+            if frame not in opened:
+                runs_in = _runs_in()
+                frames = [frame for frame, blocks in opened.items() if blocks[-1][0] == mode]
+                if not frames:
+                    msg = f"{self!r} was not entered: there is no block to end"
+                    raise RuntimeError(msg)
+                mine = [frame for frame in frames if opened[frame][-1][1] == runs_in]
+                frame = (mine or frames)[-1]
+            block = opened[frame].pop()[2]
+            if not opened[frame]:
+                del opened[frame]
+            return block
 
     # Building
 
     def _runner(self, mode: Mode) -> Callable[..., Any]:
-        runners = self._runners
-        if runners is None:
-            runners = self._runners = {}
-        runner = runners.get(mode)
+        runner = self._runners.get(mode)
         if runner is None:
-            runner = runners[mode] = self._build(mode, None)
+            runner = self._build(mode, None)
+            self._runners = {**self._runners, mode: runner}
         return runner
 
     def _build(self, mode: Mode, fn: Callable[..., Any] | None, start: int = 0) -> types.FunctionType:
@@ -182,14 +226,25 @@ class Policy:
         else:
             namespace["fn"] = fn
         built = types.FunctionType(_code(mode, layers), namespace, name)
-        self._bind(built, layers)
         with _compiling:
             for layer in layers:
                 known = layer.policy._compiled
                 if known is None:
                     known = layer.policy._compiled = weakref.WeakKeyDictionary()
                 known[built] = (self, mode, start)
+            # After it is known to the policies: a reload before that would have passed it by.
+            self._fit(built, mode, start)
         return built
+
+    def _refuse_twice(self, fn: Callable[..., Any]) -> None:
+        around: tuple[Policy, ...] = getattr(fn, _POLICIES, ())
+        for policy in self._members():
+            if any(policy is other for other in around):
+                msg = (
+                    f"{getattr(fn, '__name__', repr(fn))} is decorated with {policy!r} already, and twice around one "
+                    f"call it would wait for itself: decorate with it, or call through it, not both"
+                )
+                raise WrongKind(msg)
 
     def _cut(self, start: int) -> tuple[tuple[Layer, ...], int | None]:
         """The layers that make one function, and where those of the function inside a hedge begin."""
@@ -199,20 +254,19 @@ class Policy:
                 return layers[: index + 1], start + index + 1
         return layers, None
 
-    @staticmethod
-    def _bind(built: types.FunctionType, layers: tuple[Layer, ...]) -> None:
+    def _fit(self, built: types.FunctionType, mode: Mode, start: int) -> None:
+        """Give a function the names and the code of the present shape; under the lock, or an older one could win."""
+        layers, _ = self._cut(start)
         for index, layer in enumerate(layers):
             for name, value in layer.names.items():
                 built.__globals__[f"{name}_{index}"] = value
+        built.__code__ = _code(mode, layers)
 
     def _recompile(self) -> None:
         """Give the functions that this policy takes part in the code of its present shape."""
         with _compiling:
-            compiled = list((self._compiled or {}).items())
-        for built, (owner, mode, start) in compiled:
-            layers, _ = owner._cut(start)
-            self._bind(built, layers)
-            built.__code__ = _code(mode, layers)
+            for built, (owner, mode, start) in list((self._compiled or {}).items()):
+                owner._fit(built, mode, start)
 
 
 def require(owner: str, field: str, value: object, range_: str, *, holds: bool) -> None:
@@ -226,8 +280,51 @@ def require(owner: str, field: str, value: object, range_: str, *, holds: bool) 
         raise ValueError(msg)
 
 
-_Entered = tuple[Policy, object, "_Entered | None"]
-_entered: ContextVar[_Entered | None] = ContextVar("mainstay_circuit_breaker_entered", default=None)
+_Method: Final = types.MethodType
+_entering = threading.RLock()  # the collector may close a generator, and so leave its block, at any allocation
+_POLICIES: Final = "__mainstay_policies__"
+"""The policies that a function is decorated with. `functools.wraps` carries it to what stands around the function."""
+
+
+def _runs_in() -> object:
+    """The running task, or in plain code the thread."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident() if task is None else task
+
+
+def is_async(fn: object) -> bool:
+    """Whether calling `fn` shows nothing of its outcome yet: an async function or generator, in any guise."""
+    called = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
+    return any(
+        is_so(each) for each in (fn, called) for is_so in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    )
+
+
+def require_plain(owner: str, field: str, fn: object) -> None:
+    """Refuse what is to be called, and is no plain callable.
+
+    Raises:
+        TypeError: it is not callable, or async: nobody would await what it returns.
+    """
+    if not callable(fn):
+        msg = f"{owner}: {field} is {fn!r}; it is a function"
+        raise TypeError(msg)
+    if is_async(fn):
+        msg = f"{owner}: {field} is an async function, which nobody would await here; give it a plain one"
+        raise TypeError(msg)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer; callers may be unchecked."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it can be compared with numbers; callers may be unchecked."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def kind_of(fn: Callable[..., Any]) -> Mode:
@@ -236,23 +333,23 @@ def kind_of(fn: Callable[..., Any]) -> Mode:
     Raises:
         TypeError: it is no function, a class, or a generator function.
     """
+    if isinstance(cast("object", fn), staticmethod | classmethod):
+        msg = f"a policy goes below @{type(fn).__name__}: write it between that line and the function"
+        raise TypeError(msg)
     if not callable(cast("object", fn)):
         msg = f"a policy decorates a function, not {fn!r}"
         raise TypeError(msg)
     if inspect.isclass(fn):
         msg = f"a policy decorates a function, not the class {fn.__name__}: decorate the method that makes the call"
         raise TypeError(msg)
-    called = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
+    own = inspect.isroutine(fn) or isinstance(cast("object", fn), functools.partial)
+    called = fn if own else type(fn).__call__
     if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(called):
         return "async"
     if inspect.isasyncgenfunction(fn) or inspect.isasyncgenfunction(called):
         return "stream"
     if inspect.isgeneratorfunction(fn) or inspect.isgeneratorfunction(called):
-        name = getattr(fn, "__name__", repr(fn))
-        msg = (
-            f"{name} is a generator function: calling it does nothing yet, so there is nothing to count. Make it "
-            f"an async generator, return a list, or write `with breaker:` around the work inside it"
-        )
+        msg = f"{getattr(fn, '__name__', repr(fn))} is a generator function: {_NO_GENERATOR}"
         raise TypeError(msg)
     return "sync"
 
@@ -271,23 +368,62 @@ def in_thread(fn: Callable[P, T]) -> Callable[P, Any]:
     return threaded
 
 
-def refuse_awaitable(result: object) -> None:
-    """A plain function returned something to await: what was counted is only that it did not fail to begin."""
-    if asyncio.iscoroutine(result):
-        result.close()
-    msg = (
-        "a plain function returned an awaitable, so that its failures would not be counted: decorate the async "
-        "function itself (the policy goes below other decorators), or use `await policy.call(fn)`"
-    )
-    raise TypeError(msg)
+def refuse_unfinished(result: object) -> None:
+    """Refuse what a plain function returned, if its work is still to come: all that is known is that it began.
+
+    Raises:
+        WrongKind: it is something to await or to iterate over.
+    """
+    if isinstance(result, types.GeneratorType | types.AsyncGeneratorType):
+        msg = f"a plain function returned a generator: {_NO_GENERATOR}"
+    elif hasattr(type(result), "__await__"):
+        if asyncio.iscoroutine(result):
+            result.close()
+        msg = (
+            "a plain function returned an awaitable, so that its failures would not be counted: decorate the async "
+            "function itself (the policy goes below other decorators), or use `await policy.call(fn)`"
+        )
+    else:
+        return
+    raise WrongKind(msg)
+
+
+def refuse_finished(result: object) -> None:
+    """Refuse what the callable given to `call` returned, if it is nothing to await.
+
+    Raises:
+        WrongKind: it is not.
+    """
+    if inspect.isawaitable(result):
+        return
+    if isinstance(result, types.AsyncGeneratorType):
+        msg = (
+            "`call` awaits one result, and was given an async generator: decorate it, and iterate over what it returns"
+        )
+    elif isinstance(result, types.GeneratorType):
+        msg = f"`call` was given a generator function: {_NO_GENERATOR}"
+    else:
+        msg = (
+            f"`call` awaits what the callable returns, and that has run and returned {type(result).__name__}: give it "
+            f"an async function, or use `call_sync`"
+        )
+    raise WrongKind(msg)
 
 
 _SHARED: Final = {
-    "Awaitables": (types.CoroutineType, asyncio.Future),
     "CircuitOpen": CircuitOpen,
-    "refuse_awaitable": refuse_awaitable,
+    "Coroutine": types.CoroutineType,
+    # Nearly all results: what remains is asked whether it can be awaited.
+    "Plain": frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)}),
+    "Probe": Probe,
+    "refuse_finished": refuse_finished,
+    "refuse_unfinished": refuse_unfinished,
 }
 
+_NO_GENERATOR = (
+    "calling it does nothing yet, so there is nothing to count. Make it an async generator, return a list, or write "
+    "`with breaker:` around the work inside it"
+)
 _NO_STREAM = "cannot stand around a stream, whose consumer takes its time: put it around each call inside"
 _NO_REPEAT = "cannot repeat the body of a `with` block: decorate a function, or use `call`"
 _NO_THREAD = "cannot cancel a thread: make the function async, or wrap it with in_thread and let it run on unheard"
@@ -338,6 +474,7 @@ class _Text:
         self.mode = mode
         self.asynchronous = mode not in {"sync", "sync_run", "sync_stream", "sync_block"}
         self.streams = mode in {"stream", "sync_stream"}
+        self.returns = mode in {"async", "sync", "async_run", "sync_run"}
         self.lines: list[str] = []
         self._depth = 0
 
@@ -348,6 +485,10 @@ class _Text:
     def waited(self, name: str, index: str) -> str:
         """The name of something that waits: awaited in async code, its blocking twin in plain code."""
         return f"await {name}_{index}" if self.asynchronous else f"{name}_sync_{index}"
+
+    def driven(self, method: str) -> str:
+        """A method of the generator that a stream is."""
+        return f"await stream.a{method}" if self.asynchronous else f"stream.{method}"
 
     @contextmanager
     def block(self, head: str) -> Generator[None]:
@@ -360,7 +501,7 @@ class _Text:
 
 Body = Callable[[], None]
 _codes: dict[tuple[object, ...], types.CodeType] = {}
-_compiling = threading.Lock()
+_compiling = threading.RLock()
 
 
 def _code(mode: Mode, layers: tuple[Layer, ...]) -> types.CodeType:
@@ -390,7 +531,7 @@ def text_of(mode: Mode, layers: tuple[Layer, ...]) -> str:
         parameters = "fn_run, /, *args, **kwargs"
     with text.block(f"{'async ' if text.asynchronous else ''}def call({parameters}):"):
         _nest(text, layers, 0)
-        if mode in {"async", "sync", "async_run", "sync_run"}:
+        if text.returns:
             text.add("return result")
     return "\n".join(text.lines) + "\n"
 
@@ -400,22 +541,73 @@ def _nest(text: _Text, layers: tuple[Layer, ...], index: int) -> None:
         layer = layers[index]
         _LINES[layer.kind](text, str(index), layer.shape, lambda: _nest(text, layers, index + 1))
     elif layers and layers[-1].kind == "hedge":
-        arguments = "(fn_run, *args)" if text.mode == "async_run" else "args"
-        text.add(f"result = await race_{index - 1}(fn, {arguments}, kwargs)")
+        runs = "(fn_run,)" if text.mode == "async_run" else "()"
+        text.add(f"result = await race_{index - 1}(fn, {runs}, args, kwargs)")
     elif text.mode in {"async_block", "sync_block"}:
         text.add("result = None", "yield")
     elif text.streams:
-        text.add("result = None", "stream = fn(*args, **kwargs)")
-        with text.block("try:"), text.block(f"{'async ' if text.asynchronous else ''}for item in stream:"):
-            text.add("begun = True", "yield item")
-        with text.block("finally:"):
-            text.add("await stream.aclose()" if text.asynchronous else "stream.close()")
+        _stream(text, layers)
+    elif text.mode == "async":
+        text.add("result = await fn(*args, **kwargs)")
+    elif text.mode == "async_run":
+        text.add("result = fn(*args, **kwargs)")
+        with text.block("if result.__class__ is not Coroutine:"):
+            text.add("refuse_finished(result)")
+        text.add("result = await result")
     else:
-        text.add(f"result = {'await ' if text.asynchronous else ''}fn(*args, **kwargs)")
-        if not text.asynchronous:
-            # One call of a plain function that hands back a coroutine would count nothing for ever.
-            with text.block("if result.__class__ in Awaitables:"):
-                text.add("refuse_awaitable(result)")
+        text.add("result = fn(*args, **kwargs)")
+        # A plain function that hands back a coroutine would count nothing for ever.
+        with text.block("if result.__class__ not in Plain:"):
+            text.add("refuse_unfinished(result)")
+
+
+def _stream(text: _Text, layers: tuple[Layer, ...]) -> None:
+    """Pass on what the generator yields, and to it what the consumer sends and throws."""
+    text.add("result = None", "stream = fn(*args, **kwargs)")
+    with text.block("try:"):
+        text.add(f"item = {text.driven('send')}(None)")
+        with text.block("while True:"):
+            text.add("begun = True")
+            _consume(text, layers)
+    with text.block(f"except {'StopAsyncIteration' if text.asynchronous else 'StopIteration'}:"):
+        text.add("pass")
+    with text.block("finally:"):
+        text.add(f"{text.driven('close')}()")
+
+
+def _consume(text: _Text, layers: tuple[Layer, ...]) -> None:
+    """One item: what the consumer does with it takes the consumer's time, not the dependency's."""
+    circuits = [index for index, layer in enumerate(layers) if layer.kind in {"breaker", "keyed_breaker"}]
+    timed = [index for index, layer in enumerate(layers) if _measures(layer)]
+
+    def renew() -> None:
+        for index in circuits:
+            with text.block(f"if window_{index}.__class__ is Probe:"):
+                text.add(f"circuit_{index}._renew(window_{index})")
+
+    def come_back() -> None:
+        renew()
+        text.add(*(f"started_{index} += now_{index}() - left_{index}" for index in timed))
+
+    renew()
+    text.add(*(f"left_{index} = now_{index}()" for index in timed))
+    with text.block("try:"):
+        text.add("sent = yield item")
+    with text.block("except GeneratorExit:"):
+        text.add("raise")
+    with text.block("except BaseException as thrown:"):
+        come_back()
+        text.add(f"item = {text.driven('throw')}(thrown)")
+    with text.block("else:"):
+        come_back()
+        text.add(f"item = {text.driven('send')}(sent)")
+
+
+def _measures(layer: Layer) -> bool:
+    """Whether the layer draws conclusions from how long a stream took."""
+    if layer.kind == "bulkhead":
+        return bool(layer.shape[0])
+    return layer.kind in {"breaker", "keyed_breaker"} and bool(layer.shape[1])
 
 
 def _breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
@@ -450,6 +642,7 @@ def _circuit(text: _Text, i: str, shape: tuple[object, ...], body: Body, of: str
         return f"{of}_{name}" if of else f"{name}_{i}"
 
     timed, slow, judged = shape
+    judged = judged and text.returns  # a block and a stream have no result
     seconds = f", now_{i}() - started_{i}" if slow else ""
     text.add(f"window_{i} = circuit_{i}.window")
     with text.block(f"if window_{i} is None:"):
@@ -505,7 +698,8 @@ def _succeed(text: _Text, i: str, method: Callable[[str], str], *, timed: bool, 
 
 def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
     timed, judged, budgeted = shape
-    started = f", started_{i}" if timed else ""
+    judged = judged and text.returns  # a stream has no result
+    started = f", started_{i}" if timed else ", None"
     if timed:
         text.add(f"started_{i} = now_{i}()")
     if budgeted:
@@ -520,20 +714,31 @@ def _retry(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:
             if text.streams:  # what the consumer has seen cannot be taken back
                 with text.block("if begun:"):
                     text.add("raise")
-            text.add(f"trial_{i} = again_{i}(trial_{i}, error_{i}{started})")
+            text.add(f"trial_{i} = again_{i}(trial_{i}, error_{i}{started}, args, kwargs)")
             with text.block(f"if trial_{i}.delay is None:"):
                 with text.block(f"if trial_{i}.error is error_{i}:"):
                     text.add(f"trial_{i} = None", "raise")
                 text.add(f"raise trial_{i}.take_error()")
+        _cut_short(text, i, begun=1)
         # A trial holds an error, whose traceback holds this frame: let go of it, or it is garbage in a cycle.
         with text.block("else:"):
             if judged:
-                text.add(f"trial_{i} = again_with_{i}(trial_{i}, result{started})")
+                text.add(f"trial_{i} = again_with_{i}(trial_{i}, result{started}, args, kwargs)")
                 with text.block(f"if trial_{i}.delay is None:"):
                     text.add(f"trial_{i} = None", "break")
             else:
                 text.add(f"trial_{i} = None", "break")
-        text.add(f"{text.waited('pause', i)}(trial_{i}.delay)")
+        with text.block("try:"):
+            text.add(f"{text.waited('pause', i)}(trial_{i}.delay)")
+        _cut_short(text, i, begun=0)
+
+
+def _cut_short(text: _Text, i: str, *, begun: int) -> None:
+    """If a deadline of ours ends this attempt, or the pause before it, the last real error must not be lost."""
+    with text.block(f"except BaseException as error_{i}:"):
+        with text.block(f"if trial_{i} is not None:"):
+            text.add(f"trial_{i}.cut_short(error_{i}, {begun})", f"trial_{i} = None")
+        text.add("raise")
 
 
 def _timeout(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
@@ -583,7 +788,7 @@ def _rate_limit(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> N
 
 
 def _budget(text: _Text, i: str, shape: tuple[object, ...], body: Body) -> None:  # noqa: ARG001  all shapes are alike
-    text.add(f"request_{i}()")
+    text.add(f"request_{i}(args, kwargs)")
     with text.block("try:"):
         body()
     with text.block(f"except BaseException as error_{i}:"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf, sqrt
 from typing import Literal
 
-from mainstay.circuit_breaker._admission import Layer, require
+from mainstay.circuit_breaker._admission import Layer, is_number, is_whole, require
 from mainstay.circuit_breaker.bulkhead import Bulkhead
 from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.core import SYSTEM_CLOCK, Clock
@@ -50,10 +50,13 @@ class AdaptiveBulkhead(Bulkhead):
     ) -> None:
         super().__init__(limit, queue=queue, max_wait_seconds=max_wait_seconds, name=name, clock=clock)
         who = "AdaptiveBulkhead"
-        require(who, "minimum", minimum, f"1 to limit ({limit})", holds=1 <= minimum <= limit)
-        require(who, "maximum", maximum, f"at least limit ({limit})", holds=maximum >= limit)
+        in_range = is_whole(minimum) and 1 <= minimum <= limit
+        require(who, "minimum", minimum, f"an integer, 1 to limit ({limit})", holds=in_range)
+        in_range = is_whole(maximum) and maximum >= limit
+        require(who, "maximum", maximum, f"an integer, at least limit ({limit})", holds=in_range)
         slow = slow_seconds
-        require(who, "slow_seconds", slow, "more than 0, or None", holds=slow is None or 0 < slow < inf)
+        in_range = slow is None or (is_number(slow) and 0 < slow < inf)
+        require(who, "slow_seconds", slow, "a number, more than 0, or None", holds=in_range)
         require(who, "algorithm", algorithm, "'aimd' or 'gradient'", holds=algorithm in {"aimd", "gradient"})
         self.minimum = minimum
         self.maximum = maximum

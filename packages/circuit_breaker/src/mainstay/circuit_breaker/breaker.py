@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import random
 import threading
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from math import inf
 from typing import Any, TypeVar, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker._admission import Layer, Policy, is_whole, require, require_plain
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.verdicts import Errors, Verdict, are_exceptions, judge
@@ -127,12 +126,8 @@ class _Ruled(Policy):
                 raise TypeError(msg)
         if config is not None:
             _check_config(f"breaker {name!r}", config)
-        if failed_result is not None and not _is_plain(failed_result):
-            msg = (
-                f"CircuitBreaker({name!r}): failed_result is a plain function of the result, not {failed_result!r}: "
-                f"write failed_result=lambda response: response.status >= 500"
-            )
-            raise TypeError(msg)
+        if failed_result is not None:
+            require_plain(f"CircuitBreaker({name!r})", "failed_result", failed_result)
         return Rules(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
 
     @property
@@ -151,9 +146,9 @@ class _Ruled(Policy):
         Usable as a decorator. What it raises is logged and reaches no caller. It must not block. `unsubscribe` ends it.
 
         Raises:
-            TypeError: an async function, which nobody would await.
+            TypeError: `listener` is no plain function.
         """
-        check_listener(listener)
+        require_plain(repr(self), "a listener", listener)
         with _all_lock:
             self.rules.listeners += (listener,)
         return listener
@@ -225,22 +220,6 @@ def _check_config(owner: str, config: object) -> None:
     if not isinstance(config, BreakerConfig):
         msg = f"{owner} is configured by a BreakerConfig, not {config!r}: write BreakerConfig(failure_ratio=0.3)"
         raise TypeError(msg)
-
-
-def check_listener(listener: object) -> None:
-    """Refuse what cannot be called with a `StateChange` to do something.
-
-    Raises:
-        TypeError: it is no function, or an async one.
-    """
-    if not _is_plain(listener):
-        msg = f"a listener is a plain function of a StateChange, not {listener!r}: let it start a task, or fill a queue"
-        raise TypeError(msg)
-
-
-def _is_plain(fn: object) -> bool:
-    """Whether it can be called and what it returns is there at once."""
-    return callable(fn) and not inspect.iscoroutinefunction(fn) and not inspect.iscoroutinefunction(type(fn).__call__)
 
 
 OUTCOMES = ("success", "failure", "neutral", "late", "rejected")
@@ -343,17 +322,12 @@ class KeyedBreaker(_Ruled):
         failed_result: Callable[[Any], bool] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        whole = isinstance(cast("object", max_keys), int)
-        require(f"KeyedBreaker({name!r})", "max_keys", max_keys, "1 or more", holds=whole and max_keys >= 1)
-        if not _is_plain(key):
-            msg = (
-                f"KeyedBreaker({name!r}): key is a plain function of the call's arguments, not {key!r}: write "
-                f"key=lambda url, **_: url.host"
-            )
-            raise TypeError(msg)
+        owner = f"KeyedBreaker({name!r})"
+        require(owner, "max_keys", max_keys, "1 or more", holds=is_whole(max_keys) and max_keys >= 1)
         self.rules = self._rule(
             name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock
         )
+        require_plain(owner, "key", key)
         self.key = key
         self.max_keys = max_keys
         self._circuits: dict[object, Circuit] = {}

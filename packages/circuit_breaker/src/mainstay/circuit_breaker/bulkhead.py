@@ -8,9 +8,9 @@ from collections import deque
 from math import inf
 from typing import TypeVar
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker._admission import Layer, Policy, is_number, is_whole, require
 from mainstay.circuit_breaker.errors import BulkheadFull
-from mainstay.core import SYSTEM_CLOCK, Clock, deadline_fired, remaining_seconds
+from mainstay.core import SYSTEM_CLOCK, Clock, DeadlineExceeded, deadline_fired, remaining_seconds
 
 
 class _Place:
@@ -101,9 +101,10 @@ class Bulkhead(Policy):
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         who = type(self).__name__
-        require(who, "limit", limit, "1 or more", holds=limit >= 1)
-        require(who, "queue", queue, "0 or more", holds=queue >= 0)
-        require(who, "max_wait_seconds", max_wait_seconds, "0 or more, and finite", holds=0 <= max_wait_seconds < inf)
+        require(who, "limit", limit, "an integer, 1 or more", holds=is_whole(limit) and limit >= 1)
+        require(who, "queue", queue, "an integer, 0 or more", holds=is_whole(queue) and queue >= 0)
+        in_range = is_number(max_wait_seconds) and 0 <= max_wait_seconds < inf
+        require(who, "max_wait_seconds", max_wait_seconds, "a number, 0 or more, and finite", holds=in_range)
         self.name = name
         self.limit = limit
         self.queue = queue
@@ -136,13 +137,14 @@ class Bulkhead(Policy):
 
         Raises:
             BulkheadFull: the queue is full, or nobody left in time.
+            DeadlineExceeded: the caller's deadline came first.
         """
         place = self._stand(_TaskPlace)
         if place is None:
             return
-        seconds = self._patience()
+        left = remaining_seconds()
         try:
-            if seconds > 0:
+            if (seconds := self._patience(left)) > 0:
                 await place.reached(seconds, self.clock)
         except BaseException as error:
             self._step_out(place, keep=False)
@@ -150,27 +152,29 @@ class Bulkhead(Policy):
                 # The time ran out in our own queue. To the breaker around it this says nothing of the dependency.
                 error.no_effect = True  # type: ignore[attr-defined]  # carried by the instance, read by `judge`
             raise
-        self._step_out(place, keep=True)
+        self._step_out(place, keep=True, left=left)
 
     def wait_sync(self) -> None:
         """`wait`, blocking the thread."""
         place = self._stand(_ThreadPlace)
         if place is None:
             return
+        left = remaining_seconds()
         try:
-            place.reached(self._patience())
+            place.reached(self._patience(left))
         except BaseException:
             self._step_out(place, keep=False)
             raise
-        self._step_out(place, keep=True)
+        self._step_out(place, keep=True, left=left)
 
     def resize(self, limit: int) -> None:
         """Allow another number of calls from now on; those under way are not disturbed.
 
         Raises:
-            ValueError: `limit` is below 1.
+            ValueError: `limit` is below 1, or no integer.
         """
-        require(type(self).__name__, "limit", limit, "1 or more", holds=limit >= 1)
+        in_range = is_whole(limit) and limit >= 1
+        require(type(self).__name__, "limit", limit, "an integer, 1 or more", holds=in_range)
         with self._lock:
             self.free += limit - self.limit
             self.limit = limit
@@ -212,7 +216,8 @@ class Bulkhead(Policy):
             else:
                 place.granted = True
 
-    def _step_out(self, place: _Place, *, keep: bool) -> None:
+    def _step_out(self, place: _Place, *, keep: bool, left: float | None = None) -> None:
+        """Leave the queue, with the place if it was granted and is to be kept; `left` was the caller's time."""
         with self._lock:
             if place.granted:
                 if keep:
@@ -224,10 +229,13 @@ class Bulkhead(Policy):
             if not keep:
                 return
             self.rejected += 1
+        if left is not None and left <= self.max_wait_seconds:
+            # The same as when the deadline's own timer is the first to ring.
+            msg = f"{self.name}: the deadline passed before a place became free"
+            raise DeadlineExceeded(msg, no_effect=True)
         raise BulkheadFull(self.name, "full", self.max_wait_seconds)
 
-    def _patience(self) -> float:
-        left = remaining_seconds()
+    def _patience(self, left: float | None) -> float:
         return self.max_wait_seconds if left is None else min(self.max_wait_seconds, max(left, 0.0))
 
     def _layers(self) -> tuple[Layer, ...]:

@@ -347,6 +347,10 @@ class Circuit:
             change = self._judge_window()
         self._announce(change)
 
+    def _renew(self, probe: Probe) -> None:
+        """An item of a stream came: the probe is alive."""
+        probe.until = self.rules.now() + self.rules.config.probe_seconds
+
     def _turn(self) -> None:
         """A bucket of the window is over."""
         with self.lock:

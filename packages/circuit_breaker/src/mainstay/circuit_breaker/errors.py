@@ -8,7 +8,7 @@ MainstayError
     └── Throttled         RATE_THROTTLED      the dependency answers so few calls that this one is not worth sending
 
 A wrong argument is Python's own `TypeError` or `ValueError`, a wrong setting pydantic's `ValidationError` (a
-`ValueError`).
+`ValueError`). A callable of the wrong kind is a `WrongKind`, the `TypeError` that policies let through uncounted.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ class Throttled(Rejected):
     """So few of the recent calls were answered that sending more would only add to the load."""
 
     code = "RATE_THROTTLED"
+
+
+class WrongKind(TypeError):
+    """A callable cannot be used here; the message says what to write instead.
+
+    It says nothing of the dependency: policies do not count it, repeat the call, or answer it with a fallback.
+    """
 
 
 class HarmfulOrderWarning(UserWarning):

@@ -146,7 +146,7 @@ class SharedEvidence:
         self._clock = clock
         self._version = 0
         # The time limits bound the task, not a call: no call waits for it.
-        self._redis: Any = redis.asyncio.Redis.from_url(
+        self._redis: Any = cast("Any", redis.asyncio.Redis).from_url(
             url, socket_timeout=every_seconds, socket_connect_timeout=every_seconds, decode_responses=True
         )
         self._exchange: Any = self._redis.register_script(_EXCHANGE)

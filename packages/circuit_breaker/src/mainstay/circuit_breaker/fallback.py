@@ -7,9 +7,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker._admission import (
+    Layer,
+    Policy,
+    is_async,
+    is_number,
+    is_whole,
+    refuse_unfinished,
+    require,
+    require_plain,
+)
+from mainstay.circuit_breaker.errors import WrongKind
 from mainstay.circuit_breaker.verdicts import are_exceptions
 from mainstay.core import SYSTEM_CLOCK, Clock
 
@@ -34,7 +44,8 @@ class Fallback(Policy):
 
     Raises:
         ValueError: nothing to fall back to, or a number out of its range.
-        TypeError: `on` holds something that is no Exception class.
+        TypeError: `on` holds something that is no Exception class, `function` is not callable, or `key` is no plain
+            function.
     """
 
     def __init__(
@@ -54,9 +65,16 @@ class Fallback(Policy):
         if (last_good_seconds is None) != (key is None):
             msg = "Fallback: last_good_seconds and key go together: the key says whose last result may stand in"
             raise ValueError(msg)
+        if key is not None:
+            require_plain("Fallback", "key", key)
+        if function is not None and not callable(cast("object", function)):
+            msg = f"Fallback: function is {function!r}; it is called as function(error, *args, **kwargs)"
+            raise TypeError(msg)
         age = last_good_seconds
-        require("Fallback", "last_good_seconds", age, "more than 0", holds=age is None or 0 < age < inf)
-        require("Fallback", "max_keys", max_keys, "1 or more", holds=max_keys >= 1)
+        in_range = age is None or (is_number(age) and 0 < age < inf)
+        require("Fallback", "last_good_seconds", age, "a number, more than 0", holds=in_range)
+        in_range = is_whole(max_keys) and max_keys >= 1
+        require("Fallback", "max_keys", max_keys, "an integer, 1 or more", holds=in_range)
         if not are_exceptions(on):
             msg = f"Fallback: on is a tuple of Exception classes, not {on!r}"
             raise TypeError(msg)
@@ -70,7 +88,7 @@ class Fallback(Policy):
         self._max_keys = max_keys
         self._good: OrderedDict[Hashable, tuple[float, object]] = OrderedDict()
         self._lock = threading.Lock()
-        self._awaits = function is not None and inspect.iscoroutinefunction(function)
+        self._awaits = function is not None and is_async(function)
 
     def __repr__(self) -> str:
         return f"<Fallback used {self.used} times>"
@@ -87,13 +105,18 @@ class Fallback(Policy):
 
     def _instead(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer instead of `error`; `_NOTHING` if it has none, and the error stands."""
+        if isinstance(error, WrongKind):
+            return _NOTHING
         self.used += 1
         if self._key is not None and self._last_good_seconds is not None:
             at, result = self._good.get(self._key(*args, **kwargs), (-inf, None))
             if self.clock.monotonic() - at <= self._last_good_seconds:
                 return result
         if self._function is not None:
-            return self._function(error, *args, **kwargs)
+            answer = self._function(error, *args, **kwargs)
+            if not self._awaits:
+                refuse_unfinished(answer)
+            return answer
         if self._value is _NOTHING:
             self.used -= 1
         return self._value

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from math import inf
 from typing import Any
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
-from mainstay.circuit_breaker.circuit import Circuit
+from mainstay.circuit_breaker._admission import Layer, Policy, is_number, require
 from mainstay.circuit_breaker.limits import Budget
-from mainstay.circuit_breaker.retries import Grants
+from mainstay.circuit_breaker.retries import Grants, IsWell
+from mainstay.circuit_breaker.verdicts import denies
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
 
 
@@ -33,7 +33,7 @@ class Hedge(Policy):
     Raises:
         ValueError: a number out of its range.
 
-    No hedge is sent while a circuit inside it is not closed, or when the caller's deadline would come first. Each
+    No hedge is sent while a circuit inside it is not closed, or when the caller's deadline would come first. Every
     attempt runs in a task of its own with a copy of the context: context variables that it sets do not come back.
     """
 
@@ -46,8 +46,10 @@ class Hedge(Policy):
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         after = after_seconds
-        require("Hedge", "after_seconds", after, "more than 0, or None", holds=after is None or 0 < after < inf)
-        require("Hedge", "percentile", percentile, "more than 0 and below 1", holds=0 < percentile < 1)
+        in_range = after is None or (is_number(after) and 0 < after < inf)
+        require("Hedge", "after_seconds", after, "a number, more than 0, or None", holds=in_range)
+        in_range = is_number(percentile) and 0 < percentile < 1
+        require("Hedge", "percentile", percentile, "a number, more than 0 and below 1", holds=in_range)
         self.after_seconds = after_seconds
         self.percentile = percentile
         self.budget = Budget(0.1, per_second=0.1, throttle=None, clock=clock) if budget is None else budget
@@ -76,37 +78,38 @@ class Hedge(Policy):
 
     async def _race(
         self,
-        inside: Sequence[Circuit],
-        fn: Callable[..., Awaitable[Any]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        is_well: Callable[[], bool],
+        attempt: Callable[[], Awaitable[Any]],
     ) -> Any:
-        """Run `fn`, twice if the first is late."""
+        """Run `attempt`, twice if the first is late."""
         started = self.clock.monotonic()
         delay = self.delay_seconds()
         left = remaining_seconds()
-        if delay is None or (left is not None and delay >= left):
-            result = await fn(*args, **kwargs)
-            self._learn(self.clock.monotonic() - started)
-            return result
-        attempts = [asyncio.ensure_future(fn(*args, **kwargs))]
-        late = asyncio.get_running_loop().create_future()
-        timer = self.clock.call_later(delay, lambda: None if late.done() else late.set_result(None))
+        attempts = [asyncio.ensure_future(attempt())]
         try:
-            await asyncio.wait((attempts[0], late), return_when=asyncio.FIRST_COMPLETED)
-            if not attempts[0].done() and all(circuit.window is not None for circuit in inside) and self.budget.grant():
-                self.sent += 1
-                attempts.append(asyncio.ensure_future(fn(*args, **kwargs)))
+            if delay is not None and (left is None or delay < left):
+                await self._until_late(attempts[0], delay)
+                if not attempts[0].done() and is_well() and self.budget.grant():
+                    self.sent += 1
+                    attempts.append(asyncio.ensure_future(attempt()))
             winner = await _first_success(attempts)
             self.won += winner > 0
             # Where the second won, the first would have taken longer than this: the least that is known of it.
             self._learn(self.clock.monotonic() - started)
             return attempts[winner].result()
         finally:
-            timer.cancel()
             self._abandon(attempts)
             # An error's traceback holds this frame: if it held the tasks, they and the error would be a cycle.
             attempts.clear()
+
+    async def _until_late(self, attempt: asyncio.Task[Any], seconds: float) -> None:
+        """Until `attempt` has ended or `seconds` have passed."""
+        late = asyncio.get_running_loop().create_future()
+        timer = self.clock.call_later(seconds, lambda: None if late.done() else late.set_result(None))
+        try:
+            await asyncio.wait((attempt, late), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
 
     def _abandon(self, attempts: list[asyncio.Task[Any]]) -> None:
         for attempt in attempts:
@@ -132,16 +135,25 @@ class Hedge(Policy):
                 self._late = ordered[min(len(ordered) - 1, int(self.percentile * len(ordered)))]
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (self._layer(()),)
+        return (self._layer(None),)
 
-    def _layer(self, inside: Sequence[Circuit], *, deposits: bool = True) -> Layer:
-        """The layer, with the circuits that stand inside it; a retry around it may already count the calls."""
-        circuits = tuple(inside)
+    def _layer(self, is_well: IsWell | None, *, deposits: bool = True) -> Layer:
+        """The layer.
 
-        def race(fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Awaitable[Any]:
+        Args:
+            is_well: says of a call's arguments whether every circuit inside is closed.
+            deposits: False where a retry around it already counts the calls.
+        """
+
+        def race(
+            fn: Callable[..., Awaitable[Any]],
+            runs: tuple[Any, ...],  # the callable that `fn` is to run, if it is not the function itself
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+        ) -> Awaitable[Any]:
             if deposits:
                 self.budget.deposit()
-            return self._race(circuits, fn, args, kwargs)
+            return self._race(lambda: is_well is None or is_well(args, kwargs), lambda: fn(*runs, *args, **kwargs))
 
         return Layer(self, "hedge", (), {"race": race})
 
@@ -165,4 +177,5 @@ async def _first_success(attempts: list[asyncio.Task[Any]]) -> int:
 
 
 def _denies(attempt: asyncio.Task[Any]) -> bool:
-    return attempt.cancelled() or getattr(attempt.exception(), "no_effect", False) is True
+    error = None if attempt.cancelled() else attempt.exception()
+    return error is None or denies(error)

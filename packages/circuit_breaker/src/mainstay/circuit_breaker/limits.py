@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
 from functools import partial
 from math import inf
+from typing import Any
 
 from mainstay.circuit_breaker._admission import Layer, Policy, require
-from mainstay.circuit_breaker.circuit import Circuit
 from mainstay.circuit_breaker.errors import RateLimited, Throttled
+from mainstay.circuit_breaker.retries import IsWell
 from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.circuit_breaker.windows import TimeWindow
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
@@ -173,7 +173,7 @@ class Budget(Policy):
             self._extras.failures += 1
             return True
 
-    def _request(self, inside: Sequence[Circuit] = ()) -> None:
+    def _request(self, is_well: IsWell | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count an attempt, before it is made: those that hang must count too.
 
         Raises:
@@ -181,7 +181,7 @@ class Budget(Policy):
         """
         # While a circuit recovers, its probes and its ramp say how much is sent: what was not answered before says
         # nothing about the dependency that has come back.
-        recovering = any(circuit.window is None for circuit in inside)
+        recovering = is_well is not None and not is_well(args, kwargs)
         with self._lock:
             reject = self._excess()
             self._answers.successes += 1
@@ -214,12 +214,12 @@ class Budget(Policy):
                 self._answers.mark_slow(self.clock.monotonic())
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (self._layer(()),)
+        return (self._layer(None),)
 
-    def _layer(self, inside: Sequence[Circuit]) -> Layer:
-        """The layer, with the circuits that stand inside it."""
+    def _layer(self, is_well: IsWell | None) -> Layer:
+        """The layer; `is_well` says of a call's arguments whether every circuit inside is closed."""
         names: dict[str, object] = {
-            "request": partial(self._request, tuple(inside)),
+            "request": partial(self._request, is_well),
             "accepted": self._accepted,
             "raised": self._raised,
         }

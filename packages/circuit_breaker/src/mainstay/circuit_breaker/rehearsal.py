@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from mainstay.circuit_breaker.breaker import Rules
 from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Ticket
@@ -265,18 +265,19 @@ def _record(path: Path, number: int, fields: object) -> Record:
     if not isinstance(fields, dict):
         msg = f"{where}: no object with the fields at, seconds, failed"
         raise ValueError(msg)  # noqa: TRY004  it is the file that is wrong, not an argument's type
+    found = cast("dict[str, Any]", fields)
     numbers: list[float] = []
     for name in ("at", "seconds"):
         try:
-            value = float(fields[name])
+            value = float(found[name])
         except (KeyError, TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value) or (name == "seconds" and value < 0):
-            msg = f"{where}: {name} is {fields.get(name)!r}; it is a number of seconds"
+            msg = f"{where}: {name} is {found.get(name)!r}; it is a number of seconds"
             raise ValueError(msg)
         numbers.append(value)
-    failed = {"true": True, "1": True, "false": False, "0": False}.get(str(fields.get("failed")).lower())
+    failed = {"true": True, "1": True, "false": False, "0": False}.get(str(found.get("failed")).lower())
     if failed is None:
-        msg = f"{where}: failed is {fields.get('failed')!r}; it is true or false"
+        msg = f"{where}: failed is {found.get('failed')!r}; it is true or false"
         raise ValueError(msg)
     return Record(numbers[0], numbers[1], failed)

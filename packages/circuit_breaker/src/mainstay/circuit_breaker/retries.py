@@ -9,14 +9,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 from mainstay.circuit_breaker._admission import Layer, Policy
-from mainstay.circuit_breaker.circuit import Circuit
-from mainstay.circuit_breaker.errors import Rejected
-from mainstay.core import Clock, FullJitter, MainstayError, Outcome, Retry, RetryState, retry_if_retryable
+from mainstay.circuit_breaker.verdicts import denies, is_final
+from mainstay.core import Clock, FullJitter, Outcome, Retry, RetryState, retry_if_retryable
+from mainstay.core.retry import count_attempts
+
+IsWell = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 
 class Grants(Protocol):
@@ -43,6 +46,17 @@ class Trial:
         self.delay: float | None = None
         self.error: BaseException | None = None
 
+    def cut_short(self, cancellation: BaseException, begun: int) -> None:
+        """The next attempt was cancelled, `begun` (1) or not (0): a time limit is to know how the one before failed."""
+        error, self.error = self.error, None
+        if not isinstance(cancellation, asyncio.CancelledError):
+            return
+        if error is None:  # the one before had a result: something was sent
+            cancellation.no_effect = False  # type: ignore[attr-defined]  # carried by the instance
+        else:
+            count_attempts(error, self.attempts + begun)
+            cancellation.last_error = error  # type: ignore[attr-defined]  # the same
+
     def take_error(self) -> BaseException:
         """The error to raise, which this then no longer holds."""
         error, self.error = self.error, None
@@ -57,23 +71,40 @@ class Retries(Policy):
         policy: how often and when; `mainstay.core.Retry`, which takes tenacity's `wait`, `stop` and `retry` objects.
         budget: shared by everything that calls the same dependency.
 
+    Raises:
+        TypeError: `policy` is no `Retry`.
+
     In a pipeline a bare `Retry(…)` stands for `Retries(Retry(…))`.
     """
 
     def __init__(self, policy: Retry | None = None, *, budget: Grants | None = None) -> None:
-        self.policy = Retry() if policy is None else policy
+        self._policy = Retry() if policy is None else _checked(policy)
         self.budget = budget
 
     def __repr__(self) -> str:
-        return f"<Retries {self.policy.attempts} attempts>"
+        return f"<Retries {self._policy.attempts} attempts>"
+
+    @property
+    def policy(self) -> Retry:
+        """How often and when; changed by `reload`."""
+        return self._policy
+
+    def reload(self, policy: Retry) -> None:
+        """Try again as `policy` says from now on; calls under way go by it too, the next time they fail.
+
+        Raises:
+            TypeError: `policy` is no `Retry`.
+        """
+        self._policy = _checked(policy)
+        self._recompile()
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (self._layer(()),)
+        return (self._layer(None),)
 
-    def _layer(self, inside: Sequence[Circuit]) -> Layer:
-        """The layer, with the circuits that stand inside it."""
-        loop = Attempts(self.policy, self.budget, tuple(inside))
-        clock = self.policy.clock
+    def _layer(self, is_well: IsWell | None) -> Layer:
+        """The layer; `is_well` says of a call's arguments whether every circuit inside is closed."""
+        loop = Attempts(self._policy, self.budget, is_well)
+        clock = self._policy.clock
         names: dict[str, object] = {
             "again": loop.again,
             "again_with": loop.again_with,
@@ -85,9 +116,16 @@ class Retries(Policy):
         return Layer(
             self,
             "retry",
-            (_measures(self.policy), self.policy.retry is not retry_if_retryable, bool(self.budget)),
+            (_measures(self._policy), self._policy.retry is not retry_if_retryable, self.budget is not None),
             names,
         )
+
+
+def _checked(policy: Retry) -> Retry:
+    if not isinstance(cast("object", policy), Retry):
+        msg = f"Retries: policy is {policy!r}; it is a Retry, such as Retry(attempts=3)"
+        raise TypeError(msg)
+    return policy
 
 
 def _measures(policy: Retry) -> bool:
@@ -98,29 +136,43 @@ def _measures(policy: Retry) -> bool:
 class Attempts:
     """The decisions of one retry layer."""
 
-    __slots__ = ("_budget", "_inside", "_policy", "now")
+    __slots__ = ("_budget", "_is_well", "_policy", "now")
 
-    def __init__(self, policy: Retry, budget: Grants | None, inside: tuple[Circuit, ...]) -> None:
+    def __init__(self, policy: Retry, budget: Grants | None, is_well: IsWell | None) -> None:
         self._policy = policy
         self._budget = budget
-        self._inside = inside
+        self._is_well = is_well
         self.now: Callable[[], float] = time.monotonic if type(policy.clock) is Clock else policy.clock.monotonic
 
-    def again(self, trial: Trial | None, error: Exception, started: float | None = None) -> Trial:
+    def again(
+        self,
+        trial: Trial | None,
+        error: Exception,
+        started: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Trial:
         """After an attempt that raised: `delay` is the wait before the next, or None; then `error` is to be raised."""
         trial = self._next(trial, started)
         # An earlier attempt may have had an effect. An error that denies one must not hide it.
-        if trial.error is None or getattr(error, "no_effect", False) is not True or _denies(trial.error):
+        if trial.error is None or not denies(error) or denies(trial.error):
             trial.error = error
-        trial.delay = None if isinstance(error, Rejected) else self._delay(trial, Outcome.of_error(error))
-        if trial.delay is None and trial.attempts > 1:
-            trial.error.add_note(f"gave up after {trial.attempts} attempts")
+        trial.delay = None if is_final(error) else self._delay(trial, Outcome.of_error(error), args, kwargs)
+        if trial.delay is None:
+            count_attempts(trial.error, trial.attempts)
         return trial
 
-    def again_with(self, trial: Trial | None, result: object, started: float | None = None) -> Trial:
+    def again_with(
+        self,
+        trial: Trial | None,
+        result: object,
+        started: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Trial:
         """After an attempt that returned."""
         trial = self._next(trial, started)
-        trial.delay = self._delay(trial, Outcome.of_result(result))
+        trial.delay = self._delay(trial, Outcome.of_result(result), args, kwargs)
         return trial
 
     def _next(self, trial: Trial | None, started: float | None) -> Trial:
@@ -129,18 +181,14 @@ class Attempts:
         trial.attempts += 1
         return trial
 
-    def _delay(self, trial: Trial, outcome: Outcome) -> float | None:
+    def _delay(self, trial: Trial, outcome: Outcome, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         state = RetryState(trial.attempts, outcome, self.now() - trial.started, trial.waited)
         delay = self._policy.delay_seconds(state)
         if delay is None:
             return None
-        if any(circuit.window is None for circuit in self._inside):
+        if self._is_well is not None and not self._is_well(args, kwargs):
             return None
         if self._budget is not None and not self._budget.grant():
             return None
         trial.waited += delay
         return delay
-
-
-def _denies(error: BaseException) -> bool:
-    return isinstance(error, MainstayError) and error.no_effect

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker, check_listener
+from mainstay.circuit_breaker._admission import require_plain
+from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.chaos import faults_now
 from mainstay.circuit_breaker.circuit import CircuitSnapshot, State, StateChange
 from mainstay.circuit_breaker.console import History, worst_state
@@ -94,7 +95,7 @@ class CircuitBreakerService:
 
         As `CircuitBreaker.on_change`, until `unsubscribe` or until the App stops.
         """
-        check_listener(listener)
+        require_plain("CircuitBreakerService", "a listener", listener)
         self._listeners += (listener,)
         for breaker in self._breakers.values():
             breaker.on_change(listener)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
@@ -111,3 +112,19 @@ class CircuitBreakerSettings(Settings):
     evidence_url: SecretStr | None = None
     evidence_seconds: Seconds = 1.0
     evidence_quorum: Ratio = 0.5
+
+    @field_validator("evidence_url")
+    @classmethod
+    def _of_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        try:
+            # urlsplit reads what follows an unescaped / in a password as a port, and would print it.
+            parts = urlsplit(value.get_secret_value())
+            usable = parts.scheme in {"redis", "rediss", "unix"} and (parts.port is None or parts.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:
+            msg = "is no URL of a Redis: write redis://user:password@host:6379/0, the password percent-encoded"
+            raise ValueError(msg)
+        return value

@@ -6,6 +6,7 @@ Time is moved by `mainstay.core.testing.VirtualClock`: pass it to the breaker, o
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,8 +78,8 @@ class Dependency:
         return self._outcomes.pop(0) if self._outcomes else self.then
 
 
-def _end(outcome: object) -> Any:
-    if isinstance(outcome, BaseException) or (isinstance(outcome, type) and issubclass(outcome, BaseException)):
+def _end(outcome: Any) -> Any:
+    if isinstance(outcome, BaseException) or (inspect.isclass(outcome) and issubclass(outcome, BaseException)):
         raise outcome
     return outcome
 

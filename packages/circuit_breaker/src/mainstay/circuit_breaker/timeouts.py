@@ -16,9 +16,15 @@ from contextvars import Token
 from math import inf
 from typing import cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker._admission import Layer, Policy, is_number, require
 from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer
-from mainstay.core.deadline import _current
+from mainstay.core.deadline import _current, forsake, what_failed
+
+
+def _checked(seconds: float) -> float:
+    in_range = is_number(seconds) and 0 < seconds < inf
+    require("Timeout", "seconds", seconds, "a number, more than 0, and finite", holds=in_range)
+    return seconds
 
 
 class _Limit(Deadline):
@@ -43,11 +49,12 @@ class _Limit(Deadline):
 class _Lane:
     """The calls under way in one event loop, oldest first, and the timer that watches the oldest."""
 
-    __slots__ = ("clock", "loop", "timer", "under_way")
+    __slots__ = ("clock", "loop", "seconds", "timer", "under_way")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock, seconds: float) -> None:
         self.loop = loop
         self.clock = clock
+        self.seconds = seconds
         self.timer: Timer | None = None
         self.under_way: dict[_Limit, None] = {}
 
@@ -82,8 +89,7 @@ class Timeout(Policy):
     """
 
     def __init__(self, seconds: float, *, name: str = "timeout", clock: Clock = SYSTEM_CLOCK) -> None:
-        require("Timeout", "seconds", seconds, "more than 0, and finite", holds=0 < seconds < inf)
-        self.seconds = seconds
+        self._seconds = _checked(seconds)
         self.name = name
         self.clock = clock
         self._lane: _Lane | None = None
@@ -91,7 +97,25 @@ class Timeout(Policy):
         self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
 
     def __repr__(self) -> str:
-        return f"<Timeout {self.name!r} {self.seconds:g} s>"
+        return f"<Timeout {self.name!r} {self._seconds:g} s>"
+
+    @property
+    def seconds(self) -> float:
+        """How long a call may take; changed by `reload`."""
+        return self._seconds
+
+    def reload(self, seconds: float) -> None:
+        """Give calls that begin from now on `seconds`; those under way keep what they were given.
+
+        Raises:
+            ValueError: `seconds` is not positive.
+        """
+        _checked(seconds)
+        with self._lock:
+            self._seconds = seconds
+            # New lanes, since the calls of one all get the same time. Those under way hold on to theirs.
+            self._lanes = {}
+            self._lane = None
 
     def _begin(self) -> _Limit:
         """Start the time of the running task's call.
@@ -105,7 +129,7 @@ class Timeout(Policy):
             lane = self._enter(loop)
         task = cast("asyncio.Task[object]", current_task(loop))
         outer = _current.get()
-        at = due = self.clock.monotonic() + self.seconds
+        at = due = self.clock.monotonic() + lane.seconds
         if outer is not None:
             if outer.remaining_seconds() <= 0:
                 msg = f"{self.name}: the deadline had passed before this work began"
@@ -114,7 +138,7 @@ class Timeout(Policy):
         limit = _Limit(at, self.clock, outer, due, task, lane)
         lane.under_way[limit] = None
         if lane.timer is None:
-            lane.timer = self.clock.call_later(self.seconds, lane.fire)
+            lane.timer = self.clock.call_later(lane.seconds, lane.fire)
         limit.token = _current.set(limit)
         return limit
 
@@ -124,13 +148,20 @@ class Timeout(Policy):
         Raises:
             DeadlineExceeded: `error` is the cancellation by this very limit.
         """
-        _current.reset(limit.token)
+        expired = False
         if not limit.fired:
             del limit.lane.under_way[limit]
-        # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
-        elif limit.task.uncancel() <= limit.cancelling and isinstance(error, asyncio.CancelledError):
-            msg = f"{self.name}: no result within {self.seconds:g} s"
-            raise DeadlineExceeded(msg) from error
+        else:
+            # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
+            expired = limit.task.uncancel() <= limit.cancelling
+        try:
+            _current.reset(limit.token)
+        except ValueError:
+            forsake(limit)
+        if expired and isinstance(error, asyncio.CancelledError):
+            msg = f"{self.name}: no result within {limit.lane.seconds:g} s"
+            # A queue of ours in which the time ran out has said so.
+            raise what_failed(DeadlineExceeded(msg, no_effect=getattr(error, "no_effect", False)), error)
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         with self._lock:
@@ -138,7 +169,7 @@ class Timeout(Policy):
                 del self._lanes[other]
             lane = self._lanes.get(loop)
             if lane is None:
-                lane = self._lanes[loop] = _Lane(loop, self.clock)
+                lane = self._lanes[loop] = _Lane(loop, self.clock, self._seconds)
             self._lane = lane
             return lane
 

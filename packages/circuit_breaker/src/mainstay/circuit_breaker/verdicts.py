@@ -6,7 +6,7 @@ import asyncio
 import enum
 from typing import cast
 
-from mainstay.circuit_breaker.errors import Rejected
+from mainstay.circuit_breaker.errors import Rejected, WrongKind
 from mainstay.core import DeadlineExceeded, MainstayError, deadline_fired
 
 Errors = tuple[type[BaseException], ...]
@@ -34,8 +34,11 @@ def judge(error: BaseException, failures: Errors = (Exception,), answers: Errors
         failures: exceptions that count against the dependency.
         answers: exceptions that do not, although they are among `failures`.
     """
-    if isinstance(error, Rejected) or (isinstance(error, _OURS) and getattr(error, "no_effect", False) is True):
+    if isinstance(error, _UNSENT) or (isinstance(error, _OURS) and getattr(error, "no_effect", False) is True):
         return Verdict.NEUTRAL  # a policy inside refused, or a deadline was over before anything was sent
+    if isinstance(error, BaseExceptionGroup) and not isinstance(error, answers):
+        verdicts = {judge(each, failures, answers) for each in _each(error)}
+        return next(verdict for verdict in Verdict if verdict in verdicts)
     if not isinstance(error, Exception):
         # A cancellation by a deadline of ours is the dependency's slowness; any other is the caller's business.
         timed_out = isinstance(error, asyncio.CancelledError) and deadline_fired()
@@ -48,6 +51,25 @@ def judge(error: BaseException, failures: Errors = (Exception,), answers: Errors
 
 
 _OURS = (DeadlineExceeded, asyncio.CancelledError)
+_UNSENT = (Rejected, WrongKind)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether another attempt would end the same way: a policy inside refused the call, or it is written wrongly."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_final(each) for each in _each(error))
+    return isinstance(error, _UNSENT)
+
+
+def denies(error: BaseException) -> bool:
+    """Whether `error` says that nothing happened on the other side."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(denies(each) for each in _each(error))
+    return getattr(error, "no_effect", False) is True
+
+
+def _each(group: BaseExceptionGroup[BaseException]) -> tuple[BaseException, ...]:
+    return group.exceptions
 
 
 def are_exceptions(kinds: object) -> bool:

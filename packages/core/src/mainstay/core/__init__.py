@@ -2,7 +2,7 @@
 
 from mainstay.core.app import App, Worker
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
-from mainstay.core.context import Context, bind, current, spawn
+from mainstay.core.context import Context, Later, bind, current, rebind, spawn
 from mainstay.core.deadline import Deadline, deadline_fired, remaining_seconds, timeout
 from mainstay.core.errors import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError
 from mainstay.core.health import HasHealth, Health
@@ -36,6 +36,7 @@ __all__ = [
     "HasHealth",
     "Health",
     "Journal",
+    "Later",
     "MainstayError",
     "Module",
     "NotBoundError",
@@ -52,6 +53,7 @@ __all__ = [
     "deadline_fired",
     "derived_id",
     "once",
+    "rebind",
     "remaining_seconds",
     "retry_if_retryable",
     "spawn",

@@ -15,6 +15,7 @@ from mainstay.core.context import spawn
 from mainstay.core.errors import ConfigurationError, NotBoundError
 from mainstay.core.health import HasHealth, Health
 from mainstay.core.module import Feature, Module
+from mainstay.core.settings import stray_variables
 
 T = TypeVar("T")
 AnyModule = Module[Any, Any]
@@ -35,8 +36,8 @@ class App:
         clock: what every module measures time with.
 
     Raises:
-        ConfigurationError: a missing requirement, a second root, a feature without its root, or a circle of
-            requirements; the message names the line to write.
+        ConfigurationError: a missing requirement, a second root, a feature without its root, a circle of requirements,
+            or an environment variable with a misspelt prefix; the message names the line to write.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class App:
         self._drain_seconds = drain_seconds
         self._health_seconds = health_seconds
         self._modules = _in_order_of_need(_attach(modules))
+        stray = stray_variables([module.settings_type for module in self._modules])
+        if stray:
+            _log.warning("no package in this process reads %s", ", ".join(stray))
         self._services: dict[type, object] = {}
         self._owners: dict[type, str] = {}
         self._workers: list[tuple[str, Worker]] = []

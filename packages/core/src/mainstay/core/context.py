@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context as ContextVars
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -112,13 +112,41 @@ def _explain(name: str) -> str:
     return "1 to 128 ASCII letters, digits and . _ : @ / + = -"
 
 
+class Later:
+    """A context that is made when somebody asks for it: `make(source)`, once.
+
+    For a loop that handles what strangers send: reading a context out of headers, with all its checks, costs as much as
+    the rest of the dispatch of an event, and most handlers never look.
+    """
+
+    __slots__ = ("_context", "_make", "_source")
+
+    def __init__(self, make: Callable[[Any], Context], source: object) -> None:
+        self._make = make
+        self._source = source
+        self._context: Context | None = None
+
+    def get(self) -> Context:
+        """The context."""
+        context = self._context
+        if context is None:
+            context = self._context = self._make(self._source)
+        return context
+
+
 _EMPTY = Context()
-_current: ContextVar[Context] = ContextVar("mainstay_context", default=_EMPTY)
+_current: ContextVar[Context | Later] = ContextVar("mainstay_context", default=_EMPTY)
 
 
 def current() -> Context:
     """The context of the running task or thread; an empty one where nobody bound any."""
-    return _current.get()
+    context = _current.get()
+    return context if isinstance(context, Context) else context.get()
+
+
+def rebind(context: Context | Later) -> None:
+    """Use another context from here on, until the task ends or somebody binds again; for loops that own their task."""
+    _current.set(context)
 
 
 class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
@@ -135,16 +163,16 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
     __slots__ = ("_context", "_token")
 
     def __init__(self, context: Context | None = None, **changes: Any) -> None:
-        base = _current.get() if context is None else context
+        base = current() if context is None else context
         for name, value in changes.items():
             if value is not None and name in _HEADERS and not _well_formed(name, value):
                 msg = f"bind({name}={value!r:.80}): {name} is {_explain(name)}, or None"
                 raise ValueError(msg)
-        # Three times as fast as dataclasses.replace, and this runs for every request and event.
+        # Not dataclasses.replace, which is slower: this runs for every request and event.
         self._context = Context(**{**{name: getattr(base, name) for name in _HEADERS}, **changes}) if changes else base
 
     def __enter__(self) -> Context:
-        self._token: Token[Context] = _current.set(self._context)
+        self._token: Token[Context | Later] = _current.set(self._context)
         return self._context
 
     def __exit__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import ContextVar, Token
+from math import inf
 from typing import TYPE_CHECKING, cast
 
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
@@ -45,7 +46,7 @@ _current: ContextVar[Deadline | None] = ContextVar("mainstay_deadline", default=
 def remaining_seconds() -> float | None:
     """Seconds left before the current deadline, negative once it has passed, None without one."""
     deadline = _current.get()
-    return None if deadline is None else deadline.remaining_seconds()
+    return None if deadline is None or deadline.at == inf else deadline.remaining_seconds()
 
 
 def deadline_fired() -> bool:
@@ -56,6 +57,29 @@ def deadline_fired() -> bool:
             return True
         deadline = deadline._parent
     return False
+
+
+def what_failed(exceeded: DeadlineExceeded, cancellation: BaseException) -> Exception:
+    """What a time limit raises for the cancellation by which it ended an attempt.
+
+    A retry inside leaves the error of the attempt before in `last_error`, and whoever only waited its turn says so with
+    `no_effect`. If the last attempt was never sent, the one before is what failed; else that is the cause.
+    """
+    last: Exception | None = cancellation.__dict__.pop("last_error", None)
+    if last is not None and cancellation.__dict__.get("no_effect"):
+        return last
+    exceeded.__cause__ = cancellation if last is None else last
+    return exceeded
+
+
+def forsake(deadline: Deadline) -> None:
+    """The block ended in another context than it began, as that of an abandoned async generator does.
+
+    The consumer's context cannot be mended from there: this deadline stays the current one in it, and from now on says
+    what the one around it does.
+    """
+    deadline.at = inf if deadline._parent is None else deadline._parent.at
+    deadline.fired = False
 
 
 class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
@@ -102,8 +126,12 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         traceback: TracebackType | None,
     ) -> None:
         self._timer.cancel()
-        _current.reset(self._token)
         # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
-        if self._deadline.fired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+        expired = self._deadline.fired and self._task.uncancel() <= self._cancelling
+        try:
+            _current.reset(self._token)
+        except ValueError:
+            forsake(self._deadline)
+        if expired and error is not None and kind is asyncio.CancelledError:
             msg = f"no result within {self._seconds:g} s"
-            raise DeadlineExceeded(msg) from error
+            raise what_failed(DeadlineExceeded(msg), error)

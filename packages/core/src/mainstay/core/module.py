@@ -71,7 +71,11 @@ class Module(ABC, Generic[S, P]):
             ConfigurationError: the settings are of another package, or the environment does not make valid ones.
         """
         if settings is None:
-            settings = cast("S", cls.settings_type())
+            try:
+                settings = cast("S", cls.settings_type())
+            except ConfigurationError as error:
+                msg = f"{cls.__name__}.for_root: {error}"
+                raise ConfigurationError(msg) from None
         elif not isinstance(settings, cls.settings_type):
             msg = (
                 f"{cls.__name__}.for_root takes {cls.settings_type.__name__}, not {type(settings).__name__}: "

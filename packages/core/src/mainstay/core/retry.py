@@ -8,11 +8,13 @@ iterator and no clock.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import random
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from mainstay.core.clock import SYSTEM_CLOCK, Clock
 from mainstay.core.deadline import remaining_seconds
@@ -150,7 +152,8 @@ class Retry:
         clock: measures and waits; tests pass a virtual one.
 
     Raises:
-        ValueError: `attempts` is below 1.
+        ValueError: `attempts` is below 1, or no integer.
+        TypeError: `wait`, `retry` or `stop` is no plain callable.
 
     The last error is raised as it is, with a note that says how many attempts there were; except that one with
     `no_effect` gives way to an earlier one without, since of all the attempts together it would not be true. A wait
@@ -164,9 +167,20 @@ class Retry:
     clock: Clock = field(default=SYSTEM_CLOCK, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            msg = f"Retry.attempts is {self.attempts!r}; the first call counts, so it is 1 or more"
+        attempts = cast("object", self.attempts)  # callers may be unchecked
+        if not isinstance(attempts, int) or attempts < 1:
+            msg = f"Retry.attempts is {attempts!r}; the first call counts, so it is an integer, 1 or more"
             raise ValueError(msg)
+        for name, decision in (("wait", self.wait), ("retry", self.retry), ("stop", self.stop)):
+            if decision is None and name == "stop":
+                continue
+            example = {"wait": "FullJitter()", "retry": "retry_if_retryable", "stop": "tenacity.stop_after_delay(30)"}
+            if not callable(cast("object", decision)):
+                msg = f"Retry.{name} is {decision!r}; it is called with a RetryState, such as {example[name]}"
+                raise TypeError(msg)
+            if inspect.iscoroutinefunction(decision) or inspect.iscoroutinefunction(type(decision).__call__):
+                msg = f"Retry.{name} is an async function, which nobody would await here; give it a plain one"
+                raise TypeError(msg)
 
     def delay_seconds(self, state: RetryState) -> float | None:
         """Seconds until the next attempt, or None: the outcome stands."""
@@ -189,27 +203,35 @@ class Retry:
         """Await `fn(*args, **kwargs)`, again and again until an outcome stands."""
         attempt, waited, started = 0, 0.0, self.clock.monotonic()
         real: Exception | None = None
-        while True:
-            attempt += 1
-            try:
-                result = await fn(*args, **kwargs)
-            except Exception as error:
-                delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
-                if delay is None:
-                    _count_attempts(error, attempt)
-                    if real is not None and _says_nothing_happened(error):
-                        raise real from error
-                    raise
-                if not _says_nothing_happened(error):
-                    real = error
-            else:
-                if self.retry is retry_if_retryable:  # a result is never worth another attempt: build no state
-                    return result
-                delay = self._delay_after(Outcome.of_result(result), attempt, waited, started)
-                if delay is None:
-                    return result
-            waited += delay
-            await self.clock.sleep(delay)
+        try:
+            while True:
+                attempt += 1
+                try:
+                    result = await fn(*args, **kwargs)
+                except Exception as error:
+                    delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
+                    if delay is None:
+                        count_attempts(error, attempt)
+                        if real is not None and _says_nothing_happened(error):
+                            raise real from error
+                        raise
+                    if not _says_nothing_happened(error):
+                        real = error
+                else:
+                    if self.retry is retry_if_retryable:  # a result is never worth another attempt: build no state
+                        return result
+                    delay = self._delay_after(Outcome.of_result(result), attempt, waited, started)
+                    if delay is None:
+                        return result
+                waited += delay
+                await self.clock.sleep(delay)
+        except asyncio.CancelledError as cancellation:
+            if real is not None:
+                count_attempts(real, attempt)
+                cancellation.last_error = real  # type: ignore[attr-defined]  # for the time limit that it may be due to
+            raise
+        finally:
+            real = None  # its traceback holds this frame
 
     def call_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """`call` for a plain function, on a thread that may block while it waits."""
@@ -222,7 +244,7 @@ class Retry:
             except Exception as error:
                 delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
                 if delay is None:
-                    _count_attempts(error, attempt)
+                    count_attempts(error, attempt)
                     if real is not None and _says_nothing_happened(error):
                         raise real from error
                     raise
@@ -245,6 +267,8 @@ def _says_nothing_happened(error: Exception) -> bool:
     return isinstance(error, MainstayError) and error.no_effect
 
 
-def _count_attempts(error: Exception, attempts: int) -> None:
-    if attempts > 1:
-        error.add_note(f"gave up after {attempts} attempts")
+def count_attempts(error: BaseException, attempts: int) -> None:
+    """Note at `error` how many attempts there were; once, also where the same instance is raised again and again."""
+    note = f"gave up after {attempts} attempts"
+    if attempts > 1 and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)

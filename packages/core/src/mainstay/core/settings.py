@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from mainstay.core.errors import ConfigurationError
 
@@ -33,8 +34,8 @@ class Settings(BaseSettings):
                 super().__init__(**values)
             except ValidationError as error:
                 problems = [_explain(type(self), dict(problem)) for problem in error.errors(include_input=False)]
-            except ValueError as error:  # pydantic-settings: a variable that should hold JSON does not
-                problems = [f"{type(self).__name__}: {error}"]
+            except SettingsError as error:
+                problems = [_explain_json(type(self), str(error))]
         if problems:
             raise ConfigurationError("; ".join(problems))
 
@@ -44,19 +45,54 @@ def variable_name(settings: type[Settings], field: str) -> str:
     return f"{settings.model_config.get('env_prefix', '')}{field}".upper()
 
 
+def stray_variables(settings: Collection[type[Settings]]) -> list[str]:
+    """The variables that begin with `MAINSTAY_` and that no settings class of this process reads.
+
+    Another process may mean them, so most are no mistake. One that has a field of `settings` behind a prefix much like
+    theirs is: it would be ignored, and the field's default taken. `MAINSTAY_TEST_…` belongs to tests.
+
+    Raises:
+        ConfigurationError: the prefix of a variable is misspelt; the message names the variable that was meant.
+    """
+    read = tuple(variable_name(each, "") for each in _loaded(Settings) if each is not Settings)
+    stray = [
+        name
+        for name in sorted(os.environ)
+        if name.upper().startswith("MAINSTAY_") and not name.upper().startswith(("MAINSTAY_TEST_", *read))
+    ]
+    for name in stray:
+        for each in settings:
+            prefix = variable_name(each, "")
+            for field in each.model_fields:
+                written = name.upper().removesuffix(field.upper())
+                # Without what all begin with, since that makes any two alike. Different packages stay below 0.8.
+                words = (written.removeprefix("MAINSTAY_"), [prefix.removeprefix("MAINSTAY_")])
+                if written != name.upper() and difflib.get_close_matches(*words, cutoff=0.8):
+                    msg = f"environment variable {name} is read by nothing: did you mean {prefix}{field.upper()}?"
+                    raise ConfigurationError(msg)
+    return stray
+
+
+def _loaded(settings: type[Settings]) -> list[type[Settings]]:
+    return [settings, *(below for each in settings.__subclasses__() for below in _loaded(each))]
+
+
 def _unknown_variables(settings: type[Settings]) -> list[str]:
     prefix = (settings.model_config.get("env_prefix") or "").upper()
     if not prefix:
         msg = f"{settings.__name__} has no env_prefix; set model_config = SettingsConfigDict(env_prefix='MAINSTAY_…_')"
         raise TypeError(msg)
     known = {variable_name(settings, field) for field in settings.model_fields}
-    problems: list[str] = []
-    for name in sorted(os.environ):
-        if name.upper().startswith(prefix) and name.upper() not in known:
-            close = difflib.get_close_matches(name.upper(), known, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known)) or 'none'}"
-            problems.append(f"environment variable {name} is not a setting of {settings.__name__}: {remedy}")
-    return problems
+    return [
+        f"environment variable {name} is not a setting of {settings.__name__}: {_meant(name.upper(), known)}"
+        for name in sorted(os.environ)
+        if name.upper().startswith(prefix) and name.upper() not in known
+    ]
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known)) or 'none'}"
 
 
 def _explain(settings: type[Settings], problem: dict[str, Any]) -> str:
@@ -64,8 +100,38 @@ def _explain(settings: type[Settings], problem: dict[str, Any]) -> str:
     if not path:  # a validator of the whole model: its message names the fields
         return f"{settings.__name__}: {problem['msg']}"
     field = path[0]
-    text = f"{settings.__name__}.{'.'.join(path)}: {problem['msg']}"
+    text = f"{'.'.join([settings.__name__, *path])}: {problem['msg']}"
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(field, settings.model_fields, n=1)
-        return f"{settings.__name__} has no field {field!r}" + (f": did you mean {close[0]!r}?" if close else "")
+        *above, name = path
+        text = (
+            f"{'.'.join([settings.__name__, *above])} has no field {name}: {_meant(name, _fields_at(settings, above))}"
+        )
+        if not above:
+            return text  # nothing could be set under that name
     return f"{text}; set {variable_name(settings, field)} or pass {settings.__name__}({field}=…)"
+
+
+def _explain_json(settings: type[Settings], text: str) -> str:
+    """Say of a variable that should hold JSON what to write; `text` is what pydantic-settings says, without remedy."""
+    for field, info in settings.model_fields.items():
+        if f'"{field}"' in text:
+            kind = get_origin(info.annotation) or info.annotation
+            shape = '{"…": …}' if isinstance(kind, type) and issubclass(kind, Mapping | BaseModel) else '["…", …]'
+            variable = variable_name(settings, field)
+            return f"{settings.__name__}.{field}: {variable} is not JSON; write {variable}='{shape}'"
+    return f"{settings.__name__}: {text}"
+
+
+def _fields_at(settings: type[Settings], path: list[str]) -> set[str]:
+    """The fields that there are at `path`, whose parts are fields of models, keys of mappings and indices of lists."""
+    models: list[type[BaseModel]] = [settings]
+    for part in path:
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [model for field in fields for model in _models_in(field.annotation)] or models
+    return {field for model in models for field in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,5 +1,7 @@
 """The SQLAlchemy engine, set up so that transactions mean the same on both databases."""
 
+# asyncpg ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import asyncio

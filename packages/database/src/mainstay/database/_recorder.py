@@ -21,6 +21,8 @@ The rows that keep this honest: "durable rows by 1,000 at once" (and by 1, 32, 2
 `benchmarks/database`.
 """
 
+# asyncpg ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import asyncio

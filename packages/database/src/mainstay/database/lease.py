@@ -9,6 +9,8 @@ Renewal runs in a thread with a connection of its own: user code that blocks the
 its leases. What a lease must never protect alone is a write; that is what its fence is for.
 """
 
+# asyncpg ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import asyncio
@@ -260,7 +262,7 @@ class Keeper:
             renewed, lost = await self._rows.renew(held)
         except Exception as error:  # noqa: BLE001  the database may be back before the leases end
             _log.warning("%d leases could not be renewed yet: %s", len(held), error)
-            renewed, lost = set(), set()
+            renewed, lost = set[str](), set[str]()
         for lease in held:
             if lease.name in renewed:
                 lease._renewed(asked_at)

@@ -56,6 +56,10 @@ def parse_url(url: str) -> URL:
     if name not in _DRIVERS.values():
         msg = f"{parsed.drivername} is not supported: use sqlite+aiosqlite or postgresql+asyncpg"
         raise ValueError(msg)
+    # What follows the first @ of a password reads as host or name, and those are printed.
+    if name != _DRIVERS["sqlite"] and "@" in f"{parsed.host}{parsed.database}":
+        msg = "has more than one @: percent-encode the password, in which @ is %40"
+        raise ValueError(msg)
     return parsed.set(drivername=name)
 
 

@@ -9,9 +9,10 @@ taught:
   workers.
 - **A chain is a linked list through the deliveries**, and its tail is in a dict by key. A deque for each key costs as
   much as the call.
-- **A fresh context for each event, without creating one.** A worker binds the event's context over the last one's. If a
-  handler sets a context variable of its own and leaves it set, the worker would carry it to the next event; comparing
-  two `copy_context()` is nearly free, and a worker that was changed is replaced.
+- **A fresh context for each event, without creating one.** A worker binds the event's context over the last one's, and
+  reads it out of the headers only for a handler that asks: most do not. If a handler sets a context variable of its own
+  and leaves it set, the worker would carry it to the next event; comparing two `copy_context()` is nearly free, and a
+  worker that was changed is replaced.
 - **A retry waits in a timer, not in a worker.** The chain stays closed meanwhile, since the delivery is still its head:
   order is kept and no worker is lost to a slow key.
 
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from mainstay.core import Clock, MainstayError, Outcome, Retry, RetryState, bind, spawn
+from mainstay.core import Clock, Later, MainstayError, Outcome, Retry, RetryState, rebind, spawn
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
@@ -323,7 +324,6 @@ class Dispatcher:
                         version = headers.get(VERSION) or b"1.0"
                         handling = route.versions.get(version) or route.handling(version)
                         event = handling.validate(record.value or b"")
-                        context = context_of(headers)
                     except ValidationError as invalid:
                         error = DecodeError(_explain(route.type, invalid))
                     except DecodeError as unreadable:
@@ -332,7 +332,7 @@ class Dispatcher:
                         error = DecodeError(f"{route.type} cannot be read: its class raised {type(defect).__name__}")
                         error.__cause__ = defect
                     else:
-                        bind(context).__enter__()  # never left: the next event's replaces it
+                        rebind(Later(context_of, headers))
                         before = copy_context()
                         started = perf_counter()
                         try:

@@ -14,6 +14,8 @@ What is done differently from aiokafka's defaults, and why:
   replaced.
 """
 
+# aiokafka ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import asyncio

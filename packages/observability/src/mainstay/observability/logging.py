@@ -76,10 +76,10 @@ def _redacted(value: Any, depth: int) -> Any:
     if depth == 0:
         return "[too deep]" if isinstance(value, (Mapping, list, tuple)) else value
     if isinstance(value, Mapping):
-        mapping: Mapping[Any, Any] = value
+        mapping = cast("Mapping[object, object]", value)
         return {key: _REDACTED if _is_secret(key) else _redacted(inner, depth - 1) for key, inner in mapping.items()}
     if isinstance(value, (list, tuple)):
-        sequence: Sequence[Any] = value
+        sequence = cast("Sequence[object]", value)
         return [_redacted(inner, depth - 1) for inner in sequence]
     return value
 

@@ -28,7 +28,7 @@ metadata = sa.MetaData()
 class database_now(FunctionElement[float]):  # noqa: N801  an SQL function, written like one
     """The database's clock, in seconds since 1970."""
 
-    type = sa.Double()
+    type: sa.types.TypeEngine[float] = sa.Double()
     inherit_cache = True
 
 

@@ -178,7 +178,7 @@ def _plain(value: object, path: str, depth: int) -> Any:
     if depth == 0:
         msg = f"{_at(path)} is nested more than {_DEPTH} levels deep"
         raise InvalidEntry(msg)
-    if type(value) is dict or isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # dict first, which is quicker than asking the abstract class
         plain: dict[str, Any] = {}
         for key, inner in cast("Mapping[object, object]", value).items():
             if not isinstance(key, str) or not key.isascii():
