@@ -297,10 +297,10 @@ def _runs_in() -> object:
 
 def is_async(fn: object) -> bool:
     """Whether calling `fn` shows nothing of its outcome yet: an async function or generator, in any guise."""
-    called = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
-    return any(
-        is_so(each) for each in (fn, called) for is_so in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    )
+    looked_at = fn  # by another name, or a type checker takes `fn` for the kinds that it is asked for
+    bare = inspect.isroutine(looked_at) or isinstance(looked_at, functools.partial)
+    asked: tuple[object, ...] = (fn,) if bare else (fn, type(fn).__call__)
+    return any(is_so(each) for each in asked for is_so in (inspect.iscoroutinefunction, inspect.isasyncgenfunction))
 
 
 def require_plain(owner: str, field: str, fn: object) -> None:

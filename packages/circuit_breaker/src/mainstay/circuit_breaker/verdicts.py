@@ -36,8 +36,9 @@ def judge(error: BaseException, failures: Errors = (Exception,), answers: Errors
     """
     if isinstance(error, _UNSENT) or (isinstance(error, _OURS) and getattr(error, "no_effect", False) is True):
         return Verdict.NEUTRAL  # a policy inside refused, or a deadline was over before anything was sent
-    if isinstance(error, BaseExceptionGroup) and not isinstance(error, answers):
-        verdicts = {judge(each, failures, answers) for each in _each(error)}
+    group = _each(error)
+    if group and not isinstance(error, answers):
+        verdicts = {judge(each, failures, answers) for each in group}
         return next(verdict for verdict in Verdict if verdict in verdicts)
     if not isinstance(error, Exception):
         # A cancellation by a deadline of ours is the dependency's slowness; any other is the caller's business.
@@ -56,20 +57,23 @@ _UNSENT = (Rejected, WrongKind)
 
 def is_final(error: BaseException) -> bool:
     """Whether another attempt would end the same way: a policy inside refused the call, or it is written wrongly."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(is_final(each) for each in _each(error))
+    if group := _each(error):
+        return all(is_final(each) for each in group)
     return isinstance(error, _UNSENT)
 
 
 def denies(error: BaseException) -> bool:
     """Whether `error` says that nothing happened on the other side."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(denies(each) for each in _each(error))
+    if group := _each(error):
+        return all(denies(each) for each in group)
     return getattr(error, "no_effect", False) is True
 
 
-def _each(group: BaseExceptionGroup[BaseException]) -> tuple[BaseException, ...]:
-    return group.exceptions
+def _each(error: BaseException) -> tuple[BaseException, ...]:
+    """The errors in a group; none in any other."""
+    if isinstance(error, BaseExceptionGroup):
+        return cast("BaseExceptionGroup[BaseException]", error).exceptions
+    return ()
 
 
 def are_exceptions(kinds: object) -> bool:
