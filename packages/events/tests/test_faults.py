@@ -141,7 +141,7 @@ async def test_a_consumer_killed_in_its_handler_loses_nothing_and_doubles_no_eff
         exactly_once_and_in_order(done, keys=8, each=20)
 
 
-async def test_a_stopped_consumer_that_wakes_up_doubles_no_effect(options: dict[str, Any]) -> None:
+async def test_trap_08_a_stopped_consumer_that_wakes_up_doubles_no_effect(options: dict[str, Any]) -> None:
     """A worker that was frozen past its lease wakes up among others: what it still does is refused or a duplicate."""
     lease_seconds = 7.0 if options["events"]["transport"] == "kafka" else 2.5  # a broker's sessions are longer
     publisher = service(options)
@@ -188,7 +188,7 @@ async def test_two_processes_share_the_partitions(options: dict[str, Any]) -> No
         exactly_once_and_in_order(await effects(publisher), keys=12, each=number)
 
 
-async def test_a_relay_killed_between_sending_and_deleting_repeats_in_order(
+async def test_trap_10_a_relay_killed_between_sending_and_deleting_repeats_in_order(
     postgres_url: str, kafka: str, prefix: str
 ) -> None:
     """What the broker has and the outbox still holds is sent again: duplicates, in order, and each effect once."""
@@ -341,7 +341,7 @@ async def test_a_database_restart_under_load_loses_nothing(own_postgres: Postgre
             exactly_once_and_in_order(done, keys=6, each=30)
 
 
-async def test_a_hung_handler_holds_back_its_key_only_and_is_seen(options: dict[str, Any]) -> None:
+async def test_trap_05_a_hung_handler_holds_back_its_key_only_and_is_seen(options: dict[str, Any]) -> None:
     """Others go on, health names the age, and a restart delivers the hung event and what was behind it again."""
     events = EventRouter()
     seen: list[tuple[str, int]] = []
@@ -374,7 +374,7 @@ async def test_a_hung_handler_holds_back_its_key_only_and_is_seen(options: dict[
         await eventually(lambda: [n for key, n in seen if key == "k0"] == list(range(10)), what="the hung key")
 
 
-async def test_handlers_finish_before_their_partitions_move(options: dict[str, Any]) -> None:
+async def test_trap_04_handlers_finish_before_their_partitions_move(options: dict[str, Any]) -> None:
     """When a second consumer joins, what runs is finished and committed first: nothing is handled twice."""
     seen: list[tuple[str, int]] = []
 

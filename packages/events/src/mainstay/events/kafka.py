@@ -121,7 +121,8 @@ class KafkaTransport:
     async def _producing(self) -> AIOKafkaProducer:
         async with self._starting:
             if self._producer is None:
-                self._producer = await self._new_producer()
+                # In a context of its own: its tasks outlive the publisher who happens to need it first.
+                self._producer = await spawn(self._new_producer(), name="events:producer")
             return self._producer
 
     async def _new_producer(self) -> AIOKafkaProducer:
