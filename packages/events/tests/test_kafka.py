@@ -269,6 +269,24 @@ async def test_trap_03_a_commit_of_an_older_assignment_is_none(kafka: str, prefi
             assert await committed(kafka, prefix) == 6
 
 
+async def test_trap_03_whoever_the_broker_has_given_up_commits_nothing(kafka: str, prefix: str) -> None:
+    """To a group that all others have left, too, a broker lets anybody commit: it would rewind what they committed."""
+    async with service(kafka, prefix, partitions=1) as app:
+        await app.get(EventPublisher).publish_batch([Shipped(parcel="a", number=number) for number in range(10)])
+        reading = Reading()
+        async with app.get(KafkaTransport).source(prefix, [prefix], reading) as source:
+            await eventually(lambda: bool(reading.held), what="the partition")
+            records: list[Any] = []
+            while len(records) < 10:
+                for fetched in (await source.fetch(reading.held)).values():
+                    records += fetched
+            (held,) = reading.held
+            await source.commit({held: records[9]})
+            await source._consumer._coordinator._maybe_leave_group()  # as a broker has it after the session's end
+            await source.commit({held: records[4]})
+            assert await committed(kafka, prefix) == 10
+
+
 async def test_trap_04_and_05_the_broker_waits_for_a_drain_and_takes_no_slow_handler_for_dead(
     kafka: str, prefix: str
 ) -> None:

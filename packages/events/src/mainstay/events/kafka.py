@@ -336,9 +336,11 @@ class KafkaSource:
         self._held: dict[TopicPartition, Assignment] = {}
         self._by_assignment: dict[Assignment, TopicPartition] = {}
         self._delivered: dict[TopicPartition, int] = {}
+        self._generation = -1
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """New partitions, in a generation of their own: what is left of older ones no longer counts."""
+        self._generation = self._consumer._coordinator.generation
         for place in partitions:
             assignment = self._reader.assigned(place.topic, place.partition)
             self._held[place] = assignment
@@ -381,6 +383,11 @@ class KafkaSource:
             if assignment in self._by_assignment
         }
         if not offsets:
+            return
+        if self._consumer._coordinator.generation != self._generation:
+            # The broker has given us up. Aiokafka would commit as nobody, which a group that all have left accepts: it
+            # would move the group back behind what the others have committed.
+            _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
             return
         await self._consumer.commit(offsets)
 
