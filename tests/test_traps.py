@@ -65,9 +65,7 @@ async def test_prototype_05_nothing_that_lives_on_carries_the_context_of_who_sta
     )
     began_with: dict[asyncio.Task[Any], str] = {}
 
-    def factory(
-        loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], *, context: Context | None = None
-    ) -> asyncio.Task[Any]:
+    def factory(loop: asyncio.AbstractEventLoop, work: Any, *, context: Context | None = None) -> asyncio.Task[Any]:
         task = asyncio.Task(work, loop=loop, context=context)
         began_with[task] = (copy_context() if context is None else context).get(FIRST, "nobody's")
         return task
