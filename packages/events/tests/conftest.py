@@ -44,14 +44,14 @@ async def postgres_url(postgres: str) -> str:
     return postgres
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _broker() -> Iterator[Kafka]:
     yield from plugin._own(Kafka())
 
 
 @pytest.fixture
 def broker(_broker: Kafka) -> Kafka:
-    """A Kafka to be killed and paused, shared by the tests of one file: starting one takes seconds."""
+    """A Kafka to be killed and paused, shared by those tests: starting one takes seconds."""
     _broker.start()
     return _broker
 

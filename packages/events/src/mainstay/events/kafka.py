@@ -340,7 +340,7 @@ class KafkaSource:
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """New partitions, in a generation of their own: what is left of older ones no longer counts."""
-        self._generation = self._consumer._coordinator.generation
+        self._generation = self._current_generation()
         for place in partitions:
             assignment = self._reader.assigned(place.topic, place.partition)
             self._held[place] = assignment
@@ -384,12 +384,17 @@ class KafkaSource:
         }
         if not offsets:
             return
-        if self._consumer._coordinator.generation != self._generation:
+        if self._current_generation() != self._generation:
             # The broker has given us up. Aiokafka would commit as nobody, which a group that all have left accepts: it
             # would move the group back behind what the others have committed.
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
             return
         await self._consumer.commit(offsets)
+
+    def _current_generation(self) -> int:
+        coordinator: Any = self._consumer._coordinator
+        generation: int = coordinator.generation
+        return generation
 
     def lag(self) -> int:
         """See `Source`; of the partitions that anything was read from so far."""
