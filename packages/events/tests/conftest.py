@@ -9,6 +9,8 @@ import pytest
 
 from mainstay.database import upgrade
 from mainstay.database.module import SCHEMA
+from mainstay.events import consumer
+from mainstay.events import kafka as kafka_module
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
 
@@ -42,23 +44,31 @@ async def postgres_url(postgres: str) -> str:
     return postgres
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _broker() -> Iterator[Kafka]:
     yield from plugin._own(Kafka())
 
 
 @pytest.fixture
 def broker(_broker: Kafka) -> Kafka:
-    """A Kafka to be killed and paused, shared by the tests of one file: starting one takes seconds."""
+    """A Kafka to be killed and paused, shared by those tests: starting one takes seconds."""
     _broker.start()
     return _broker
 
 
 @pytest.fixture
-def aiokafka_garbage() -> Iterator[None]:
+def soon_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that does not answer is given up after one second instead of five: several such waits make a stop."""
+    monkeypatch.setattr(kafka_module, "_CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(consumer, "_CLOSING_SECONDS", 1.0)
+
+
+@pytest.fixture
+def aiokafka_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
     """Collect what aiokafka left behind while the test that made it may still say that it does not mind.
 
     A client that stops while it connects leaves the socket to the collector of garbage, which then blames a later test.
     """
     yield
-    gc.collect()
+    if {"kafka", "broker"} & set(request.fixturenames):
+        gc.collect()

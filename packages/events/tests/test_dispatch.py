@@ -1,4 +1,8 @@
-"""The dispatcher and what may be committed, without a transport."""
+"""The dispatcher and what may be committed, without a transport.
+
+Trap 14, what dispatching costs beyond validating and calling, is a benchmark and no test: the row "dispatch: order by
+key, safe commits, context, metrics" of `benchmarks/events`.
+"""
 
 import asyncio
 import contextvars
@@ -68,7 +72,7 @@ def assignment() -> Assignment:
     return Assignment("dispatch", 0)
 
 
-async def test_the_lowest_unfinished_bounds_the_commit_also_over_holes(assignment: Assignment) -> None:
+async def test_trap_02_the_lowest_unfinished_bounds_the_commit_also_over_holes(assignment: Assignment) -> None:
     """Offsets have holes, and the second finishes first: only what lies before the unfinished is committed."""
     gates = {10: asyncio.Event(), 20: asyncio.Event(), 37: asyncio.Event()}
 
@@ -90,21 +94,36 @@ async def test_the_lowest_unfinished_bounds_the_commit_also_over_holes(assignmen
     await bench.dispatcher.stop()
 
 
-async def test_work_from_before_a_partition_was_lost_does_not_move_the_new_assignment(assignment: Assignment) -> None:
-    """A completion of an older assignment reaches a window that nobody commits."""
-    gate = asyncio.Event()
+async def test_trap_03_work_from_before_a_partition_was_lost_does_not_move_the_new_assignment(
+    assignment: Assignment,
+) -> None:
+    """While old work still runs the partition comes back: neither its end moves the new window, nor its keys wait."""
+    gates = {number: asyncio.Event() for number in (5, 6, 7, 9)}
+
+    seen: list[int] = []
 
     async def handle(event: Made) -> None:
-        await gate.wait()
+        await gates[event.number].wait()
+        seen.append(event.number)
 
     bench = Bench(handle)
-    bench.dispatcher.feed(assignment, [record("a", 5)])
+    bench.dispatcher.feed(assignment, [record("a", 5), record("b", 6)])
     await asyncio.sleep(0)
     assignment.open = False
     again = Assignment("dispatch", 0)
-    gate.set()
-    await bench.dispatcher.settle([assignment], 5)
-    assert again.finished is None
+    bench.dispatcher.feed(again, [record("a", 7), record("b", 9)])
+    gates[9].set()
+    await eventually(lambda: 9 in seen)
+    gates[6].set()
+    await eventually(lambda: 6 in seen)
+    assert again.finished is None, "7 is in flight"
+    gates[7].set()
+    await eventually(lambda: not again.window)
+    assert again.finished is not None
+    assert again.finished.offset == 9
+    gates[5].set()
+    await eventually(lambda: not assignment.window)
+    assert again.finished.offset == 9, "the old 5 must not rewind it"
     await bench.dispatcher.stop()
 
 
@@ -129,7 +148,7 @@ async def test_a_retry_waits_in_a_timer_and_holds_back_its_key_only(assignment: 
     await bench.dispatcher.stop()
 
 
-async def test_a_dead_letter_is_durable_before_its_event_counts_as_finished(assignment: Assignment) -> None:
+async def test_trap_06_a_dead_letter_is_durable_before_its_event_counts_as_finished(assignment: Assignment) -> None:
     """While the dead letter cannot be stored nothing behind it of its key runs, and nothing may be committed."""
     seen: list[int] = []
 
@@ -349,7 +368,7 @@ async def test_what_outlasts_the_drain_is_cancelled_and_not_finished(assignment:
     await bench.dispatcher.stop()
 
 
-async def test_the_oldest_in_flight_shows_a_handler_that_hangs(assignment: Assignment) -> None:
+async def test_trap_05_the_oldest_in_flight_shows_a_handler_that_hangs(assignment: Assignment) -> None:
     """Its age grows with the clock although everything else is handled."""
 
     async def handle(event: Made) -> None:

@@ -34,7 +34,7 @@ def _app(url: str, router: EventRouter) -> App:
     )
 
 
-async def test_a_validator_that_raises_anything_makes_a_dead_letter(sqlite_url: str) -> None:
+async def test_trap_06_a_validator_that_raises_anything_makes_a_dead_letter(sqlite_url: str) -> None:
     """An exception that is no validation error must not stop the consumer, at every start again."""
     router = EventRouter()
     seen: list[str] = []

@@ -103,7 +103,7 @@ async def test_inside_a_workflow_publishing_is_a_step_with_ids_of_its_key(databa
         assert journal.asked == [("publish:note.made,contract.placed", True)] * 2
 
 
-async def test_an_inbox_makes_a_repeated_event_one_effect(database_url: str) -> None:
+async def test_trap_11_an_inbox_makes_a_repeated_event_one_effect(database_url: str) -> None:
     """The same id twice in the log, one call; a handler that fails leaves no note that it succeeded."""
     events = EventRouter()
     calls: list[int] = []
@@ -148,7 +148,7 @@ async def test_a_commit_of_unknown_outcome_is_tried_again_where_the_inbox_can_te
         assert await app.get(DeadLetters).list() == []
 
 
-async def test_what_is_old_is_swept(database_url: str) -> None:
+async def test_trap_11_what_is_old_is_swept(database_url: str) -> None:
     """The log keeps events, and the inbox its notes, for as long as the settings say and no longer."""
     events = EventRouter()
     seen: list[int] = []
@@ -212,7 +212,7 @@ async def write(outbox: Outbox, name: str, *numbers: int) -> None:
     )
 
 
-async def test_the_relay_keeps_each_keys_order_through_failures(database_url: str) -> None:
+async def test_trap_10_the_relay_keeps_each_keys_order_through_failures(database_url: str) -> None:
     """While the broker refuses one topic, the others go on; later it follows in order, and nothing is left behind."""
     async with service(database_url) as app:
         broker = Broker()
@@ -244,7 +244,7 @@ async def test_the_relay_keeps_each_keys_order_through_failures(database_url: st
         await task
 
 
-async def test_the_outbox_deletes_exactly_what_was_confirmed(postgres_url: str) -> None:
+async def test_trap_10_the_outbox_deletes_exactly_what_was_confirmed(postgres_url: str) -> None:
     """A row of a transaction that began earlier and commits later is not deleted with those around it."""
     async with service(postgres_url) as app:
         broker = Broker()
@@ -272,7 +272,7 @@ async def _apart(work: Any) -> None:
     await asyncio.get_running_loop().create_task(work, context=_empty())
 
 
-async def test_two_relays_share_the_lanes_without_overlap(database_url: str) -> None:
+async def test_trap_10_two_relays_share_the_lanes_without_overlap(database_url: str) -> None:
     """A lane has one relay at a time: what one holds the other leaves alone, and takes over when it is given back."""
     async with service(database_url) as app:
         one, two = Broker(), Broker()
@@ -368,3 +368,83 @@ async def test_virtual_time_drives_retries_in_rehearsals() -> None:
         letters = await rehearsal.dead_letters()
         assert [letter.attempts for letter in letters] == [3]
         assert len(rehearsal.published(Note)) == 2
+
+
+class Halting(Broker):
+    """One that takes its time, and of each key no more than the first event of a wave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sending = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def send_wave(self, events: Sequence[Outgoing]) -> Wave:
+        self.sending.set()
+        await self.go_on.wait()
+        first: dict[bytes | None, int] = {}
+        for index, event in enumerate(events):
+            first.setdefault(event.key, index)
+        self.sent += [events[index] for index in first.values()]
+        return Wave(set(first.values()), {})
+
+
+async def test_trap_10_nothing_is_sent_inside_an_open_transaction(database_url: str) -> None:
+    """While the broker takes its time, the relay holds no transaction, no row and no writer's turn."""
+    async with service(database_url) as app:
+        broker, database = Halting(), app.get(Database)
+        outbox, relay = relay_of(app, broker)
+        await write(outbox, "a", 1)
+        await relay._take_lanes()
+        wave = asyncio.create_task(relay._wave())
+        await broker.sending.wait()
+        if database.dialect == "postgresql":
+            states = sa.text("SELECT state FROM pg_stat_activity WHERE datname = current_database()")
+            assert "idle in transaction" not in [row.state for row in await database.read(states)]
+        async with asyncio.timeout(2), database.transaction() as session:
+            await session.execute(sa.update(OUTBOX).values(topic="moved"))
+        broker.go_on.set()
+        assert await wave
+        assert await database.read(sa.select(OUTBOX)) == []
+        for lane in list(relay._leases):
+            await relay._drop(lane)
+
+
+async def test_trap_10_of_each_key_a_prefix_is_deleted_and_the_rest_follows_in_order(database_url: str) -> None:
+    """A broker that confirms a wave in part gets the rest again, each event once, and nothing overtakes."""
+    async with service(database_url) as app:
+        broker = Halting()
+        broker.go_on.set()
+        outbox, relay = relay_of(app, broker)
+        await write(outbox, "a", 1, 2, 3, 4)
+        await write(outbox, "b", 1, 2)
+        await relay._take_lanes()
+        waves = 0
+        while await relay._wave():
+            waves += 1
+        assert waves == 4
+        assert (numbers(broker, "a"), numbers(broker, "b")) == ([1, 2, 3, 4], [1, 2])
+        assert await app.get(Database).read(sa.select(OUTBOX)) == []
+        for lane in list(relay._leases):
+            await relay._drop(lane)
+
+
+async def test_trap_10_a_relay_that_lost_its_lane_deletes_nothing(database_url: str) -> None:
+    """Its lane is somebody else's by the time the broker confirms: the rows are the new owner's, who sends them."""
+    async with service(database_url) as app:
+        broker, database = Halting(), app.get(Database)
+        outbox, relay = relay_of(app, broker)
+        await write(outbox, "a", 1)
+        await relay._take_lanes()
+        wave = asyncio.create_task(relay._wave())
+        await broker.sending.wait()
+        lane = lane_of(Outgoing("", b"a", b"", []))
+        await database._keeper.release(relay._leases[lane])  # as if it had expired at the database
+        taken = await database.lease(f"events/outbox/{lane}")
+        assert taken is not None
+        broker.go_on.set()
+        assert await wave
+        assert len(await database.read(sa.select(OUTBOX))) == 1
+        assert lane not in relay._leases
+        await taken.release()
+        for other in list(relay._leases):
+            await relay._drop(other)

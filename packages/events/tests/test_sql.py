@@ -66,7 +66,7 @@ async def insert(connection: AsyncConnection, number: int, name: str = "same") -
     await connection.execute(INSERT_LOG, row)
 
 
-async def test_an_event_that_commits_late_is_not_missed(postgres_url: str) -> None:
+async def test_trap_09_an_event_that_commits_late_is_not_missed(postgres_url: str) -> None:
     """Positions are drawn at insert and seen at commit: reading past the higher one must not lose the lower."""
     seen: list[int] = []
     async with (
@@ -136,7 +136,7 @@ def test_a_snapshot_is_written_as_it_was_read(text: str) -> None:
     assert snapshot.shows(-1)
 
 
-async def test_many_overlapping_transactions_lose_and_double_nothing(postgres_url: str) -> None:
+async def test_trap_09_many_overlapping_transactions_lose_and_double_nothing(postgres_url: str) -> None:
     """Sixteen writers hold their transactions open at random; every event arrives once, each writer's in order."""
     seen: list[int] = []
     writers, each = 16, 12
@@ -219,13 +219,13 @@ async def test_the_place_of_an_idle_group_is_remembered(database_url: str) -> No
             assert await pages(source, reading) == []
             source._remember_at = source._rebalance_at = 0.0
             await source.fetch(reading.held)
-            rows = await app.get(Database).read(sa.select(OFFSETS))
+            rows = await app.get(Database).read(sa.select(OFFSETS).where(OFFSETS.c.group_name == "g"))
             assert [(row.topic, Snapshot.parse(row.low).end > 1, row.low == row.high) for row in rows] == [
                 ("other", True, True)
             ]
 
 
-async def test_a_commit_after_the_lease_was_lost_changes_nothing(database_url: str) -> None:
+async def test_trap_12_a_commit_after_the_lease_was_lost_changes_nothing(database_url: str) -> None:
     """Whoever slept through the end of a lease cannot move the group back, and learns that the partition is gone."""
     async with service(database_url, partitions=1) as app:
         transport, reading = app.get(SqlTransport), Reading()
@@ -238,7 +238,7 @@ async def test_a_commit_after_the_lease_was_lost_changes_nothing(database_url: s
             assert taken is not None
             await source.commit({reading.held[0]: found[4][1]})
             assert reading.held == []
-            assert await app.get(Database).read(sa.select(OFFSETS)) == []
+            assert await app.get(Database).read(sa.select(OFFSETS).where(OFFSETS.c.group_name == "g")) == []
             await taken.release()
 
 
@@ -275,7 +275,7 @@ async def test_more_partitions_once_are_read_to_the_end(database_url: str) -> No
     assert sorted(seen) == list(range(100))
 
 
-async def test_a_full_window_of_unfinished_events_holds_the_reading_back() -> None:
+async def test_trap_02_a_full_window_of_unfinished_events_holds_the_reading_back() -> None:
     """Back-pressure: while handlers hang, a thousand events of a partition are in memory and no more."""
     events = EventRouter()
     gate = asyncio.Event()
@@ -331,3 +331,14 @@ async def test_the_transport_names_its_place(sqlite_url: str) -> None:
     async with service(sqlite_url) as app:
         assert (await app.health())["events.SqlTransport"].detail == "events are kept in the Database"
         assert (await app.get(EventConsumers).health()).detail == "0 groups"
+
+
+async def test_fewer_partitions_than_before_leave_nothing_unread(database_url: str) -> None:
+    """Also where nobody had read anything of the higher partitions before the setting was lowered."""
+    seen: list[int] = []
+    async with service(database_url, partitions=8) as app:
+        await app.get(EventPublisher).publish_batch([Line(name=f"k{number}", number=number) for number in range(50)])
+    async with service(database_url, collecting(seen), partitions=2).running(serve=True) as app:
+        await app.get(EventPublisher).publish(Line(name="k0", number=50))
+        await eventually(lambda: len(seen) == 51)
+    assert sorted(seen) == list(range(51))

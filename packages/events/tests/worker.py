@@ -1,9 +1,8 @@
-"""A service of its own process, to be killed: `python worker.py '{"transport": …}'`. Not a test."""
+"""A service of its own process, to be killed. Not a test."""
 
 import asyncio
-import json
 import os
-import sys
+from multiprocessing.connection import Connection
 from typing import Any
 
 import sqlalchemy as sa
@@ -50,11 +49,11 @@ def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
     return events
 
 
-async def main(options: dict[str, Any]) -> None:
+async def main(options: dict[str, Any], told: Connection) -> None:
     if options.get("hang") == "after sending":
 
         async def never(*_arguments: object) -> None:
-            print("sent", flush=True)
+            told.send("sent")
             await asyncio.sleep(3600)
 
         OutboxRelay._delete = never  # type: ignore[method-assign, assignment]  # the moment between sending and deleting
@@ -63,9 +62,9 @@ async def main(options: dict[str, Any]) -> None:
     app = service(options, *routers)
     holder.append(app)
     async with app.running(serve=True):
-        print("serving", flush=True)
+        told.send("serving")
         await asyncio.sleep(3600)
 
 
-if __name__ == "__main__":
-    asyncio.run(main(json.loads(sys.argv[1])))
+def run(options: dict[str, Any], told: Connection) -> None:
+    asyncio.run(main(options, told))

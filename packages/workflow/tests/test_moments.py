@@ -80,7 +80,7 @@ def saga(provider: Provider, *, fails: bool):
     return flows, buy
 
 
-async def test_forward_at_every_moment():
+async def test_trap_1_forward_at_every_moment():
     """Whenever the worker dies, the run completes, each effect is there once, and one death repeats a step once."""
     provider = Provider()
     flows, buy = saga(provider, fails=False)

@@ -176,7 +176,7 @@ async def test_trap_5_a_zombie_writes_nothing(url, workers, tmp_path, there):
     assert not [line for line in lines(tmp_path) if line[1] == "g-2" and line[2] == str(first.pid)]
 
 
-async def test_a_graceful_stop_burns_no_attempt(url, workers, tmp_path, there):
+async def test_trap_9_a_graceful_stop_burns_no_attempt(url, workers, tmp_path, there):
     """SIGTERM lets the step that is being executed finish and be recorded; the run goes back unharmed."""
     async with there.app_for(url) as app:
         first = workers()

@@ -14,6 +14,7 @@ from mainstay.core import (
     remaining_seconds,
     timeout,
 )
+from mainstay.core.testing import VirtualClock
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
@@ -433,3 +434,51 @@ async def test_prototype_9_unrecorded_steps_are_bounded(url):
         started = await asyncio.gather(*(being_busy.start(n) for n in range(20)))
         assert [await run.result(WAIT) for run in started] == list(range(20))
     assert most == 2
+
+
+async def test_prototype_6_a_step_with_a_limit_stays_in_the_task_of_its_run(url):
+    """What it writes joins its own unit of work, what it gathers ends with it: no task of the limit comes between."""
+    flows = WorkflowRouter()
+    clock = VirtualClock()
+    stock = sa.Table("stock", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("n", sa.Integer))
+    tasks: list[object] = []
+    began: list[int] = []
+    ended: list[str] = []
+
+    async def half(n: int) -> int:
+        began.append(n)
+        try:
+            if current_step().attempt == 1:
+                await asyncio.Event().wait()
+        finally:
+            ended.append(f"{n} of attempt {current_step().attempt}")
+        return n
+
+    @flows.step(
+        transactional=True, timeout_seconds=10, retry=Retry(attempts=2, wait=lambda _state: 0.0), compensation=None
+    )
+    async def take(n: int) -> int:
+        tasks.append(asyncio.current_task())
+        await app.get(Database).write(sa.update(stock).values(n=stock.c.n - n))
+        return sum(await asyncio.gather(half(1), half(2)))
+
+    @flows.workflow(name="take")
+    async def taking(n: int) -> int:
+        tasks.append(asyncio.current_task())
+        return await take(n)
+
+    async with workflows(flows, url=url, clock=clock) as app:
+        db = app.get(Database)
+        async with db.engine.begin() as connection:
+            await connection.run_sync(stock.metadata.create_all)
+            await connection.execute(sa.insert(stock).values(id=1, n=10))
+        run = await taking.start(2)
+        async with asyncio.timeout(WAIT):
+            while len(began) < 2:  # noqa: ASYNC110  the worker calls it
+                await asyncio.sleep(0.002)
+            clock.tick(10)
+            assert await run.result() == 3
+        assert (await db.read(sa.select(stock.c.n)))[0].n == 8
+    assert len(tasks) == 3
+    assert len(set(tasks)) == 1
+    assert ended == ["1 of attempt 1", "2 of attempt 1", "1 of attempt 2", "2 of attempt 2"]

@@ -123,7 +123,8 @@ class KafkaTransport:
     async def _producing(self) -> AIOKafkaProducer:
         async with self._starting:
             if self._producer is None:
-                self._producer = await self._new_producer()
+                # In a context of its own: its tasks outlive the publisher who happens to need it first.
+                self._producer = await spawn(self._new_producer(), name="events:producer")
             return self._producer
 
     async def _new_producer(self) -> AIOKafkaProducer:
@@ -337,9 +338,11 @@ class KafkaSource:
         self._held: dict[TopicPartition, Assignment] = {}
         self._by_assignment: dict[Assignment, TopicPartition] = {}
         self._delivered: dict[TopicPartition, int] = {}
+        self._generation = -1
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """New partitions, in a generation of their own: what is left of older ones no longer counts."""
+        self._generation = self._current_generation()
         for place in partitions:
             assignment = self._reader.assigned(place.topic, place.partition)
             self._held[place] = assignment
@@ -383,7 +386,17 @@ class KafkaSource:
         }
         if not offsets:
             return
+        if self._current_generation() != self._generation:
+            # The broker has given us up. Aiokafka would commit as nobody, which a group that all have left accepts: it
+            # would move the group back behind what the others have committed.
+            _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
+            return
         await self._consumer.commit(offsets)
+
+    def _current_generation(self) -> int:
+        coordinator: Any = self._consumer._coordinator
+        generation: int = coordinator.generation
+        return generation
 
     def lag(self) -> int:
         """See `Source`; of the partitions that anything was read from so far."""

@@ -109,6 +109,7 @@ async def _transport(
             log_days=settings.log_days,
             clock=app.clock,
         )
+        await log.note_partitions()
         app.serve("events:log", log.sweep)
         services.append(log)
         return log.send, log, SqlDeadLetters(database, log, app.clock)

@@ -87,6 +87,14 @@ class EventsSettings(Settings):
             if self.transport == "memory" and field == "lease_seconds":
                 msg = f"transport 'memory' cannot honour {field}: no other process takes part"
                 raise ValueError(msg)
+            if not self.kafka_create_topics and field in {"partitions", "kafka_replicas"}:
+                msg = (
+                    f"kafka_create_topics=False cannot honour {field}: whoever creates the topics decides; leave it out"
+                )
+                raise ValueError(msg)
+            if field in self._unused_by_protocol():
+                msg = f"kafka_protocol {self.kafka_protocol!r} cannot honour {field}: leave it out, or use 'SASL_SSL'"
+                raise ValueError(msg)
         if self.transport == "kafka":
             if not self.kafka_servers:
                 msg = "transport 'kafka' needs kafka_servers: set MAINSTAY_EVENTS_KAFKA_SERVERS=host:port"
@@ -95,6 +103,14 @@ class EventsSettings(Settings):
                 msg = f"kafka_protocol {self.kafka_protocol!r} needs kafka_username and kafka_password"
                 raise ValueError(msg)
         return self
+
+    def _unused_by_protocol(self) -> set[str]:
+        unused: set[str] = set()
+        if not self.kafka_protocol.startswith("SASL"):  # an account that is never shown to the broker
+            unused |= {"kafka_mechanism", "kafka_username", "kafka_password"}
+        if not self.kafka_protocol.endswith("SSL"):
+            unused |= {"kafka_ca_file"}
+        return unused
 
     @property
     def writes_database(self) -> bool:

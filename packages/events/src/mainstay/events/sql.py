@@ -70,6 +70,18 @@ class SqlTransport:
         self._log_days = log_days
         self._clock = clock
 
+    async def note_partitions(self) -> None:
+        """Leave word of how many partitions are written to from here: whoever reads with fewer must know of the rest.
+
+        Looking through the log for the highest one would take longer the more there is in it.
+        """
+        if await self._known_partitions() < self._partitions:
+            await self.database.write(tables.NOTE_PARTITION[self.database.dialect], {"partition": self._partitions - 1})
+
+    async def _known_partitions(self) -> int:
+        widest = (await self.database.read(tables.WIDEST_PARTITION))[0][0]
+        return 0 if widest is None else widest + 1
+
     async def send(self, batch: Sequence[Outgoing]) -> None:
         """See `Transport`. Joins the unit of work that is open."""
         numbers = [partition_of(event, self._partitions) for event in batch]
@@ -105,9 +117,8 @@ class SqlTransport:
     @asynccontextmanager
     async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[SqlSource, None]:
         """See `Transport`."""
-        widest = (await self.database.read(tables.WIDEST_PARTITION))[0][0]
         # Where there were more partitions once, events may still wait in them.
-        partitions = max(self._partitions, 0 if widest is None else widest + 1)
+        partitions = max(self._partitions, await self._known_partitions())
         source = SqlSource(
             self.database,
             self.arrivals,

@@ -166,6 +166,14 @@ READ_OFFSETS = sa.select(OFFSETS).where(
     OFFSETS.c.group_name == sa.bindparam("group"), OFFSETS.c.partition == sa.bindparam("number")
 )
 WIDEST_PARTITION = sa.select(sa.func.max(OFFSETS.c.partition))
+# Nobody's place: it only says that events are written to partitions up to this one, for those who read with fewer.
+NOTE_PARTITION = _each(
+    lambda insert, _: (
+        insert(OFFSETS)
+        .values(group_name="", topic="", **_binds(OFFSETS, "partition"), low="", high="", position=0)
+        .on_conflict_do_nothing()
+    )
+)
 _PLACE = _binds(OFFSETS, "low", "high", "position")
 COMMIT_OFFSET = _each(
     lambda insert, _: (
