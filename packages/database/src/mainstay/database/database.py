@@ -75,7 +75,8 @@ class Unit:
             self.callbacks.append((callback, None))
             return
         session = self.session.sync_session
-        event.listen(session, "after_soft_rollback", self.rolled_back)  # again is the same as once
+        if not self.callbacks:  # to listen again is the same as once
+            event.listen(session, "after_soft_rollback", self.rolled_back)
         self.callbacks.append((callback, session.get_nested_transaction() or session.get_transaction()))
 
     def rolled_back(self, _session: object, ended: SessionTransaction) -> None:
