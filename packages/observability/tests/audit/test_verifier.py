@@ -9,13 +9,14 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.core import App, uuid7
-from mainstay.database import Database, DatabaseModule
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.observability.audit import (
     AuditModule,
     AuditTrail,
     Checkpoint,
     Entry,
     InvalidNote,
+    Sealer,
     SigningKey,
     tables,
     verify,
@@ -407,3 +408,83 @@ def test_a_statement_that_would_not_fit_is_cut():
     assert sorted(named) == [number for number in range(1, 20_001) if number not in range(5_001, 10_000, 2)]
     assert [number for said in statements for number in said.missing] == list(range(1, 10_000, 2))
     assert [said.sequence for said in statements if said.final] == [len(statements)]
+
+
+async def test_checkpoints_removed_with_nothing_else(db):
+    """Whoever remembers a checkpoint sees that it, and all others, are gone, although every entry is there."""
+    remembered = (await check(db)).checkpoint
+    await db.write(sa.delete(tables.checkpoints))
+    assert kinds(await check(db, remembered=remembered)) == ["truncated"]
+
+
+async def test_checkpoints_out_of_sequence(db):
+    """One that is missing, one that was copied far ahead, where the sealer could never follow, and one before all."""
+    last = (await db.read(sa.select(tables.checkpoints).order_by(tables.checkpoints.c.number.desc())))[0]
+    await db.write(sa.insert(tables.checkpoints), {"number": 2**63 - 1, "size": last.size, "note": last.note})
+    assert kinds(await check(db)) == ["deleted"]
+    await db.write(sa.update(tables.checkpoints).where(tables.checkpoints.c.number == 2**63 - 1).values(number=-1))
+    assert kinds(await check(db)) == ["forged"]
+    await db.write(sa.delete(tables.checkpoints).where(tables.checkpoints.c.number.in_([-1, 1])))
+    assert kinds(await check(db)) == ["deleted"]
+
+
+@pytest.mark.parametrize(("level", "position"), [(8, 1), (8, -1), (9, 0), (0, 0), (16, 0), (-1, 0), (64, 0)])
+async def test_nodes_beyond_the_tree(db, level, position):
+    """One that lies in wait for the next batch, or that no log has, is found."""
+    await db.write(sa.insert(tables.nodes), {"level": level, "position": position, "hash": b"0" * 32})
+    report = await check(db)
+    assert not report.ok
+    assert set(kinds(report)) == {"forged"}
+
+
+async def test_trap_07_an_idle_checkpoint_that_is_missed_is_noticed(db):
+    """With a limit, silence is a problem: the newest checkpoint has its moment in it, signed, and it must be young."""
+    report = await check(db, max_age_seconds=3600)
+    assert report.ok
+    assert report.age_seconds is not None
+    assert report.age_seconds < 3600
+    number = (await db.read(sa.select(sa.func.max(tables.checkpoints.c.number))))[0][0]
+    newest = Checkpoint.open(report.checkpoint, [KEY.verifier])
+    note = KEY.sign(replace(newest, time="2020-01-01T00:00:00Z").to_text())
+    await db.write(sa.update(tables.checkpoints).where(tables.checkpoints.c.number == number).values(note=note))
+    assert (await check(db)).ok
+    stale = await check(db, max_age_seconds=3600)
+    assert kinds(stale) == ["stale"]
+    note = KEY.sign(replace(newest, time="long ago").to_text())
+    await db.write(sa.update(tables.checkpoints).where(tables.checkpoints.c.number == number).values(note=note))
+    assert (await check(db)).age_seconds is None
+    assert kinds(await check(db, max_age_seconds=3600)) == ["stale"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        ("UPDATE mainstay_audit_log SET data = 'text' WHERE leaf = 3", "changed"),
+        ("UPDATE mainstay_audit_log SET entry_id = 'no id' WHERE leaf = 3", "changed"),
+        ("INSERT INTO mainstay_audit_log VALUES ('text', 'no id', x'00')", "unsigned"),
+        ("INSERT INTO mainstay_audit_log VALUES (x'00', 'no id', x'00')", "unsigned"),
+        ("INSERT INTO mainstay_audit_log VALUES (1.5, 'no id', x'00')", "deleted"),
+        ("UPDATE mainstay_audit_checkpoints SET note = CAST(note AS BLOB) WHERE number = 1", "forged"),
+        ("INSERT INTO mainstay_audit_checkpoints VALUES ('text', 5, 'note')", "deleted"),
+        ("UPDATE mainstay_audit_nodes SET hash = 'text'", "changed"),
+        ("INSERT INTO mainstay_audit_nodes VALUES ('text', x'00', 5)", "forged"),
+    ],
+)
+async def test_values_of_other_types_are_changes(tmp_path, damage, kind):
+    """SQLite keeps anything in any column; the verifier says what is wrong instead of failing, the sealer goes on."""
+    database_settings = DatabaseSettings(url=f"sqlite+aiosqlite:///{tmp_path / 'audit.db'}")
+    await fill(database_settings)
+    async with App(DatabaseModule.for_root(database_settings)) as app:
+        db = app.get(Database)
+        await db.write(
+            sa.insert(tables.pending), {"entry_id": uuid7(), "recorded_at": 0, "data": b"turned into a text below"}
+        )
+        async with db.transaction() as session:
+            await session.execute(sa.text(damage))
+            await session.execute(sa.text("UPDATE mainstay_audit_pending SET data = 'text', recorded_at = 'text'"))
+        report = await check(db)
+    assert kind in kinds(report)
+    app = App(DatabaseModule.for_root(database_settings), AuditModule.for_root(settings()))
+    async with app.running(serve=True), asyncio.timeout(10):
+        while (await app.get(Sealer).health()).status == "ok":  # noqa: ASYNC110  another task's doing
+            await asyncio.sleep(0.01)

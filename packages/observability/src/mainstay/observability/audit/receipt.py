@@ -107,6 +107,7 @@ async def prove(database: Database, entry_id: UUID) -> Receipt:
     Raises:
         NotSealed: there is no such entry in the log.
         TamperedLog: a row that the proof needs is missing, or is not what it must be.
+        InvalidNote: the newest checkpoint is none.
     """
     rows = await database.read(_FIND, {"entry_id": entry_id})
     latest = await tree.latest_checkpoint(database)

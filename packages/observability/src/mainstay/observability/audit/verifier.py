@@ -394,7 +394,7 @@ class _Check:
         """The stored nodes are what proofs are made of, and one beyond them would be in the way of the next batch."""
         missing = dict(self._roots)
         beyond: list[tuple[object, object]] = []
-        after = (0, -1)
+        after = (-(2**31), -(2**63))
         while rows := await self._database.read(_NODES, {"level": after[0], "after": after[1]}):
             for row in rows:
                 after = (row.level, row.position)
