@@ -6,9 +6,10 @@ import time
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase
 
 from mainstay.core import spawn
-from mainstay.database import Conflict, DatabaseBusy, UnitOfWorkError
+from mainstay.database import Conflict, DatabaseBusy, FenceLost, UnitOfWorkError
 
 
 async def test_a_unit_commits_as_a_whole_or_not_at_all(db, tables, count):
@@ -440,3 +441,93 @@ async def test_a_deferred_constraint_fails_its_own_entry(postgres, open_database
             async with db.transaction():
                 await db.write(late, {"id": 1})
         assert await count(db) == 20
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class _Note(_Base):
+    __table__ = sa.Table("notes", _Base.metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("text"))
+
+
+async def test_callbacks_share_the_fate_of_their_savepoint(db, tables, count):
+    """Rolled back with a savepoint, or one around it, they are dropped; after one that is released they run."""
+    seen: list[int] = []
+
+    async def note(number: int) -> None:
+        await db.write(tables.add, {"id": number, "text": "x"})
+        db.after_commit(lambda: seen.append(number))
+
+    async def notes(session: AsyncSession) -> None:
+        await note(1)
+        with pytest.raises(ZeroDivisionError):
+            async with session.begin_nested():
+                await note(2)
+                async with session.begin_nested():
+                    await note(3)
+                _ = 1 / 0
+        async with session.begin_nested():
+            await note(4)
+            inner = await session.begin_nested()
+            await note(5)
+            await inner.rollback()
+        with pytest.raises(sa.exc.IntegrityError):
+            async with session.begin_nested():
+                await note(6)
+                session.add(_Note(id=1, text="there is one already"))
+                await session.flush()
+        await note(7)
+
+    async with db.transaction() as session:
+        await notes(session)
+        assert seen == []
+    assert (seen, await count(db)) == ([1, 4, 7], 3)
+    await db.write(sa.delete(tables.notes))
+    seen.clear()
+    async with AsyncSession(db.engine) as session:
+        async with session.begin(), db.transaction(session):
+            await notes(session)
+        assert (seen, await count(db)) == ([1, 4, 7], 3)
+
+
+async def test_callbacks_of_a_session_that_its_owner_takes_back(db, tables, count):
+    """Also rolled back around the savepoint that the unit joined in, or closed without a commit, nothing is called."""
+    seen: list[int] = []
+
+    async def joined(session: AsyncSession, number: int) -> None:
+        async with db.transaction(session):
+            await db.write(tables.add, {"id": number, "text": "x"})
+            db.after_commit(lambda: seen.append(number))
+
+    async with AsyncSession(db.engine) as session:
+        async with session.begin():
+            around = await session.begin_nested()
+            async with session.begin_nested():
+                await joined(session, 1)
+            await around.rollback()
+        await session.execute(sa.select(sa.func.count()).select_from(tables.notes))
+        await joined(session, 2)
+        await session.close()
+        await session.execute(tables.add, {"id": 3, "text": "x"})
+        await session.commit()
+    async with db.transaction() as session:
+        await db.write(tables.add, {"id": 4, "text": "x"})
+        db.after_commit(lambda: seen.append(4))
+        await session.rollback()
+    assert (seen, await count(db)) == ([], 1)
+
+
+async def test_a_fence_is_looked_at_again_after_a_savepoint(postgres, open_database, tables, count):
+    """Going back to a savepoint gives up the lock on the owner's row: who has lost it by then must not write."""
+    async with open_database(postgres) as db:
+        await db.write(tables.own, {"id": 1, "epoch": 1})
+        fence = tables.fences.at(1, 1)
+        with pytest.raises(FenceLost):
+            async with db.transaction() as session:
+                inner = await session.begin_nested()
+                await db.write(tables.add, {"id": 1, "text": "x"}, fence=fence)
+                await inner.rollback()
+                await spawn(db.write(sa.update(tables.owners).values(epoch=2)), name="takes over")
+                await db.write(tables.add, {"id": 2, "text": "x"}, fence=fence)
+        assert await count(db) == 0

@@ -61,6 +61,10 @@ async def test_trap_append_only_is_a_matter_of_grants(roles):
             while len(await db.read(sa.select(tables.log.c.leaf))) < 2:  # noqa: ASYNC110  another process's commit
                 await asyncio.sleep(0.01)
         await trail.write("c")
+        await db.write(tables.INSERT_PENDING, {"entry_id": uuid4(), "recorded_at": 0, "data": b"no entry"})
+        async with asyncio.timeout(20):
+            while not await db.read(sa.select(tables.refused.c.id)):  # noqa: ASYNC110  another process's commit
+                await asyncio.sleep(0.01)
         for forbidden in (
             sa.delete(tables.pending),
             sa.update(tables.pending).values(data=b"x"),
@@ -68,6 +72,7 @@ async def test_trap_append_only_is_a_matter_of_grants(roles):
             sa.update(tables.log).values(data=b"x"),
             sa.insert(tables.log).values(leaf=9, entry_id=uuid4(), data=b"x"),
             sa.delete(tables.checkpoints),
+            sa.insert(tables.refused).values(entry_id="x", data=b"x"),
             sa.insert(tables.checkpoints).values(number=99, size=9, note="x"),
         ):
             with pytest.raises(DatabaseError, match="permission denied"):
@@ -78,6 +83,7 @@ async def test_trap_append_only_is_a_matter_of_grants(roles):
             sa.delete(tables.log),
             sa.delete(tables.nodes),
             sa.delete(tables.checkpoints),
+            sa.delete(tables.refused),
         ):
             with pytest.raises(DatabaseError, match="permission denied"):
                 await other.write(forbidden)

@@ -19,6 +19,7 @@ from mainstay.observability.audit import (
     AuditSettings,
     AuditTrail,
     Checkpoint,
+    InvalidNote,
     InvalidReceipt,
     Keys,
     NotSealed,
@@ -250,3 +251,77 @@ async def test_the_migration_makes_the_tables_of_the_code(database_settings):
         db = running.get(Database)
         await db.ensure_schema(tables.SCHEMA)
         assert await schema_differences(db, tables.SCHEMA) == []
+
+
+async def test_a_hostile_receipt_is_refused(db):
+    """Whatever a stranger hands in, it is an invalid receipt and never another error."""
+    entry = (await written(db, "n"))[5]
+    fields = json.loads((await prove(db, entry.id)).to_text())
+    note = fields["checkpoint"]
+    for part, value in [
+        ("index", float("inf")),
+        ("index", fields["index"] + 0.9),
+        ("index", str(fields["index"])),
+        ("index", True),
+        ("checkpoint", None),
+        ("checkpoint", note.replace("time 2", "time \ud8002")),
+        ("checkpoint", note[:-3] + "é\n"),
+        ("checkpoint", note.replace("\n700\n", "\n" + "9" * 5000 + "\n")),
+        ("entry", "\ud800"),
+    ]:
+        with pytest.raises(InvalidReceipt):
+            Receipt.from_text(json.dumps({**fields, part: value})).verify([KEY.verifier])
+    for wrong in ("[" * 100_000, '{"a":' * 100_000, "1e999", "Infinity"):
+        with pytest.raises(InvalidReceipt):
+            Receipt.from_text(wrong)
+
+
+async def test_no_receipt_from_a_newest_checkpoint_that_is_none(db):
+    """What stands where the newest checkpoint belongs is looked at before anything is made of it."""
+    entry = (await written(db, "n"))[5]
+    number = (await db.read(sa.select(sa.func.max(tables.checkpoints.c.number))))[0][0]
+    newest = sa.update(tables.checkpoints).where(tables.checkpoints.c.number == number)
+    await db.write(newest.values(note="x"))
+    with pytest.raises(InvalidNote, match="no checkpoint"):
+        await prove(db, entry.id)
+    await db.write(newest.values(note="x\n3\n"))
+    with pytest.raises(TamperedLog, match="outside"):
+        await prove(db, entry.id)
+    await db.write(newest.values(number=number + 1))
+    with pytest.raises(TamperedLog, match="number"):
+        await prove(db, entry.id)
+
+
+async def test_the_command_with_a_memory_that_is_none(db, url, capsys, tmp_path):
+    """An empty file is no checkpoint: a problem, no traceback, and it is not replaced."""
+    memory = tmp_path / "memory"
+    memory.touch()
+    check = ("verify", "--url", url, "--remember", str(memory), "--key", KEY.verifier.text)
+    status, out, _ = await run(capsys, *check)
+    assert (status, memory.read_text()) == (1, "")
+    assert "PROBLEM forged: the remembered checkpoint" in out
+    memory.unlink()
+    status, out, _ = await run(capsys, *check, "--max-age", "3600")
+    assert (status, " s old; nothing remembered" in out) == (0, True)
+    status, out, _ = await run(capsys, *check, "--max-age", "-1")
+    assert (status, "PROBLEM stale" in out) == (1, True)
+
+
+async def test_the_command_prints_nothing_that_moves_the_cursor(database_settings, capsys, tmp_path):
+    """Names in entries are others' words: line ends and escape sequences are spelled, not obeyed."""
+    trail = AuditTrail()
+    app = App(
+        DatabaseModule.for_root(database_settings), AuditModule.for_root(settings()), AuditModule.for_feature(trail)
+    )
+    async with app.running(serve=True):
+        db = app.get(Database)
+        await trail.write("order\n.read", resource="é\x1b[2Jorder/7")
+        async with asyncio.timeout(20):
+            while not await db.read(sa.select(tables.log.c.leaf)):  # noqa: ASYNC110  another task's commit
+                await asyncio.sleep(0.01)
+        receipt = await prove(db, (await written(db))[0].id)
+    file = tmp_path / "receipt.json"
+    file.write_text(receipt.to_text())
+    status, out, _ = await run(capsys, "verify", "--receipt", str(file), "--key", KEY.verifier.text)
+    assert status == 0
+    assert out.startswith("proved: order\\n.read é\\x1b[2Jorder/7 succeeded")

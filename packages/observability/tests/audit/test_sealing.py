@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, bind, spawn, uuid7
+from mainstay.core import App, Clock, bind, spawn, uuid7
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, DatabaseUnavailable, upgrade
 from mainstay.database.module import SCHEMA as DATABASE
 from mainstay.observability.audit import AuditModule, AuditTrail, Checkpoint, Sealer, SigningKey, tables, verify
@@ -349,3 +350,126 @@ async def test_a_process_without_the_signing_key_does_not_seal(database_settings
     assert (await report(database_settings, producers=[mine.verifier.text])).ok
     strict = await report(database_settings)
     assert [problem.kind for problem in strict.problems] == ["forged"]
+
+
+async def test_a_sealer_refuses_rows_where_the_next_ones_belong(database_settings, caplog):
+    """A node or a checkpoint that lies in wait is tampering, found when the log is opened or with the next batch."""
+    rows = [
+        sa.insert(tables.nodes).values(level=8, position=0, hash=b"0" * 32),
+        sa.insert(tables.checkpoints).values(number=2**63 - 1, size=0, note="x\n0\n\n— y z\n"),
+    ]
+    for row in rows:
+        async with service(database_settings) as (app, _):
+            await app.get(Database).write(row)
+        async with service(database_settings, serve=True) as (app, _):
+            await down(app)
+            await app.get(Database).write(sa.delete(row.table))
+    async with service(database_settings, serve=True) as (app, trail):
+        db = app.get(Database)
+        await trail.write("a")
+        await sealed(db, 1)
+        rows = await db.read(sa.select(tables.checkpoints.c.number, tables.checkpoints.c.note))
+        await db.write(sa.insert(tables.checkpoints).values(number=rows[-1].number + 1, size=1, note=rows[-1].note))
+        caplog.clear()
+        await trail.write("b")
+
+        async def said():
+            return "somebody else's rows" in caplog.text
+
+        await until(said)
+
+
+async def test_every_process_is_well_again_after_a_repair(database_settings):
+    """Two sealers are down because the log was changed; restored, both are up and not only the one that seals."""
+    values = {"lease_seconds": 1.0}
+    async with service(database_settings, serve=True) as (app, trail):
+        await trail.write("a")
+        await sealed(app.get(Database), 1)
+        data = (await app.get(Database).read(sa.select(tables.log.c.data)))[0].data
+    async with service(database_settings) as (app, _):
+        await app.get(Database).write(sa.update(tables.log).values(data=b"other"))
+    async with (
+        service(database_settings, serve=True, **values) as (one, _),
+        service(database_settings, serve=True, **values) as (other, _),
+    ):
+        await down(one)
+        await down(other)
+        await one.get(Database).write(sa.update(tables.log).values(data=data))
+
+        async def well():
+            return [(await app.get(Sealer).health()).status for app in (one, other)] == ["ok", "ok"]
+
+        await until(well)
+
+
+async def test_what_is_no_entry_is_put_aside(database_settings, caplog):
+    """Garbage among the pending entries is not sealed, which would spoil the log for ever; it is kept and told of."""
+    refused = metric("mainstay_audit_refused_total")
+    async with service(database_settings, serve=True) as (app, trail):
+        db = app.get(Database)
+        await trail.write("a")
+        other = (await written(db))[0].to_bytes()
+        for data in (b"not even JSON", b"{}", other):  # the last one under another id
+            await db.write(tables.INSERT_PENDING, {"entry_id": uuid7(), "recorded_at": 0, "data": data})
+        await trail.write("b")
+        await sealed(db, 2)
+
+        async def told():
+            return (await app.get(Sealer).health()).status == "degraded"
+
+        await until(told)
+        assert "mainstay_audit_refused" in (await app.get(Sealer).health()).detail
+        rows = await db.read(sa.select(tables.refused.c.data).order_by(tables.refused.c.id))
+        assert [bytes(row.data) for row in rows] == [b"not even JSON", b"{}", other]
+        await db.write(sa.delete(tables.refused))
+        assert (await app.get(Sealer).health()).status == "ok"
+    assert metric("mainstay_audit_refused_total") == refused + 3
+    assert "were moved to mainstay_audit_refused" in caplog.text
+    found = await report(database_settings)
+    assert found.problems == ()
+
+
+async def test_a_clock_that_is_ahead_does_not_mute_the_alarm(database_settings):
+    """The oldest entry counts, not the one that was inserted first with a moment of next year."""
+    async with service(database_settings, lag_seconds=0.001) as (app, trail):
+        await trail.write("first")
+        db, sealer = app.get(Database), app.get(Sealer)
+        await db.write(sa.update(tables.pending).values(recorded_at=tables.pending.c.recorded_at + 10**13))
+        assert (await sealer.health()).status == "ok"
+        await trail.write("second")
+
+        async def late():
+            return (await sealer.health()).status == "degraded"
+
+        await until(late)
+
+
+class SetBack(Clock):
+    """Each moment is an hour before the last one."""
+
+    def __init__(self):
+        self.moment = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def now(self):
+        self.moment -= timedelta(hours=1)
+        return self.moment
+
+
+async def test_trap_05_nothing_is_ordered_by_a_clock(database_settings):
+    """The clock runs backwards from entry to entry: they are sealed in the order of their writing, and verify."""
+    trail = AuditTrail()
+    app = App(
+        DatabaseModule.for_root(database_settings),
+        AuditModule.for_root(settings(batch_size=3)),
+        AuditModule.for_feature(trail),
+        clock=SetBack(),
+    )
+    async with app:
+        for n in range(10):
+            await trail.write("n", detail={"n": n})
+    async with service(database_settings, serve=True) as (app, _):
+        await sealed(app.get(Database), 11)
+        entries = await written(app.get(Database), "n")
+    assert [entry.detail["n"] for entry in entries] == list(range(10))
+    assert sorted(entries, key=lambda entry: entry.time) == entries[::-1]
+    assert (await report(database_settings)).problems == ()

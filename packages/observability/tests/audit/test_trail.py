@@ -3,17 +3,28 @@
 import asyncio
 from datetime import date
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, IntEnum
 from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from mainstay.core import App, ConfigurationError, MainstayError, NotBoundError, bind, bind_journal, derived_id
+from mainstay.core import App, ConfigurationError, Context, MainstayError, NotBoundError, bind, bind_journal, derived_id
 from mainstay.core.testing import VirtualClock
-from mainstay.database import Database, DatabaseBusy, DatabaseModule, DatabaseSettings, DatabaseUnavailable
-from mainstay.observability.audit import AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
+from mainstay.database import (
+    Database,
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseModule,
+    DatabaseSettings,
+    DatabaseUnavailable,
+)
+from mainstay.observability.audit import AuditError, AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
+from mainstay.observability.audit.entry import encode
 from mainstay.observability.audit.testing import recorded, settings, written
 from mainstay.observability.testing import metric
 
@@ -436,3 +447,199 @@ async def test_recorded_is_the_real_thing_in_memory():
         assert [entry.action for entry in await written(database, "a")] == ["a"]
     with pytest.raises(NotBoundError):
         await one.write("b")
+
+
+class Number(IntEnum):
+    ONE = 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "actor"),
+    [
+        ({"action": Number.ONE}, None),
+        ({"action": None}, None),
+        ({"resource": 7}, None),
+        ({"resource": ["a"]}, None),
+        ({"resource": Number.ONE}, None),
+        ({"detail": [1]}, None),
+        ({"detail": "text"}, None),
+        ({}, 5),
+    ],
+)
+async def test_what_could_not_be_read_again_is_refused(db, trail, wrong, actor):
+    """Types that the stored bytes of an entry cannot have are refused before anything is written."""
+    with bind(Context(actor=actor)), pytest.raises(InvalidEntry, match="has to be"):
+        await trail.write(**{"action": "x", **wrong})
+    assert await written(db) == []
+    await trail.write("next")
+    assert [entry.number for entry in await written(db)] == [1]
+
+
+anything = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(max_size=2), max_size=2)
+)
+
+
+@hypothesis_settings(deadline=None)  # a busy machine is no failure
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("action", "time", "resource", "actor", "detail"), anything)))
+def test_what_is_written_can_be_read(values):
+    """Whatever the attributes are: the bytes are refused, or they are those of an entry that has the same bytes."""
+    fields = {
+        "id": UUID(int=1),
+        "action": "a",
+        "outcome": "failed",
+        "time": "t",
+        "producer": "p",
+        "number": 1,
+        **values,
+    }
+    try:
+        data = encode({"detail": {}, **fields})
+    except InvalidEntry:
+        return
+    assert Entry.from_bytes(data).to_bytes() == data
+
+
+def test_bytes_that_no_entry_has_are_refused():
+    """What JSON readers take for the same is not: numbers that are true, ids in capitals, empty and unknown members."""
+    data = Entry(UUID(int=10), "a", "failed", "t", "p", 1, resource="r").to_bytes()
+    for one, other in (
+        (b'"number":1', b'"number":true'),
+        (b'"v":1', b'"v":true'),
+        (b"0000000a", b"0000000A"),
+        (b'"resource":"r"', b'"resource":null'),
+        (b'"resource":"r"', b'"resource":7'),
+        (b'"resource":"r"', b'"resources":"r"'),
+        (b'"producer":"p",', b""),
+        (b'"resource":"r"', b'"resource":"' + b"r" * 70_000 + b'"'),
+    ):
+        assert one in data
+        with pytest.raises(InvalidEntry):
+            Entry.from_bytes(data.replace(one, other))
+
+
+@pytest.mark.parametrize("resource", ["x" * 70_000, "a\udcff", 7])
+async def test_a_denial_is_recorded_whatever_its_resource_is(db, trail, resource):
+    """Whoever chooses the resource cannot keep his own denial out of the log: what is left of it is there, marked."""
+
+    @trail.record("file.read", resource=lambda path: path)
+    async def read(path):
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        await read(resource)
+    (entry,) = await written(db)
+    assert (entry.outcome, entry.resource) == ("denied", ascii(resource)[:256])
+    assert entry.detail == {"error": "PermissionError", "resource": "cut"}
+
+
+async def test_a_success_with_such_a_resource_is_not_done(db, trail):
+    """It fails closed, and that it failed is recorded."""
+
+    @trail.record("file.written", resource=lambda path: path)
+    async def write(path):
+        await trail.write("inner")
+
+    with pytest.raises(InvalidEntry):
+        await write("a\udcff")
+    (entry,) = await written(db)
+    assert (entry.action, entry.outcome, entry.resource) == ("file.written", "failed", "'a\\udcff'")
+
+
+async def test_a_resource_that_cannot_be_told_is_a_failure(db, trail):
+    """The function is not run, the caller gets the error, and the log has that somebody tried."""
+    ran = []
+
+    @trail.record("order.read", resource=lambda order: order["id"])
+    async def read(order):
+        ran.append(order)
+
+    with pytest.raises(KeyError):
+        await read({})
+    (entry,) = await written(db)
+    assert (entry.outcome, entry.resource, entry.detail) == ("failed", None, {"error": "KeyError"})
+    assert ran == []
+
+
+class Unspeakable:
+    """Has not even a representation."""
+
+    def __repr__(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize(("resource", "recorded_as"), [("a\udcff", "'a\\udcff'"), (Unspeakable(), None)])
+async def test_a_cancellation_goes_on_whatever_the_resource_is(db, trail, resource, recorded_as):
+    """It is the cancellation that the caller gets; an entry that cannot be written at all is counted."""
+    lost = metric("mainstay_audit_lost_total")
+    entered = asyncio.Event()
+
+    @trail.record("slow", resource=lambda path: path)
+    async def slow(path):
+        entered.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(slow(resource))
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if recorded_as is None:
+        assert metric("mainstay_audit_lost_total") == lost + 1
+    else:
+        (entry,) = await settled(db, 1)
+        assert (entry.resource, entry.detail) == (recorded_as, {"error": "cancelled", "resource": "cut"})
+
+
+@pytest.mark.parametrize(("fails", "outcomes"), [(False, ["succeeded"]), (True, ["unknown"])])
+async def test_cancelled_while_the_commit_is_under_way(database_settings, app, trail, fails, outcomes):
+    """What the database committed is no failure; where the commit's end is not known, nothing else is said."""
+
+    @trail.record("order.placed")
+    async def place():
+        task = asyncio.current_task()
+        assert task is not None
+        async with app.get(Database).transaction() as session:
+
+            def committing(_session):
+                asyncio.get_running_loop().call_soon(task.cancel)
+                if fails:
+                    raise ValueError
+
+            sa.event.listen(session.sync_session, "before_commit", committing)
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.ensure_future(place())
+    async with asyncio.timeout(10):
+        await app.__aexit__(None, None, None)  # what is written apart is there by then
+    async with App(DatabaseModule.for_root(database_settings)) as other:
+        entries = await written(other.get(Database))
+    assert [entry.outcome for entry in entries] == outcomes
+
+
+async def test_an_entry_that_is_lost_is_counted_once(db, trail, monkeypatch, caplog):
+    """One that cannot be written in a transaction of its own is one line and one count, and hides no error."""
+    lost = metric("mainstay_audit_lost_total")
+
+    @trail.record("x")
+    async def deny():
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "write", AsyncMock(side_effect=DatabaseError("away")))
+        with pytest.raises(PermissionError):
+            await deny()
+    assert metric("mainstay_audit_lost_total") == lost + 1
+    assert caplog.text.count("could not be written") == 1
+
+
+async def test_nothing_is_written_after_the_last_word(app, db, trail):
+    """A function that outlives its App cannot add to what the App has called final; what it tried is counted."""
+    lost = metric("mainstay_audit_lost_total")
+    intake = trail._bound.get()  # as a recorded function has it that began before
+    await trail.write("a")
+    await app.__aexit__(None, None, None)
+    with pytest.raises(AuditError, match="has stopped"):
+        intake.draft(uuid4(), "b", None, "succeeded", {})
+    intake.later("c", None, "failed", {})
+    assert metric("mainstay_audit_lost_total") == lost + 1

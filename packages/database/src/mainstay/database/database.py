@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, cast
@@ -58,7 +58,7 @@ class Unit:
         self.open = False
         self.broken: BaseException | None = None
         self.operations: list[Operation] = []
-        self.callbacks: list[Callable[[], None]] = []
+        self.callbacks: list[tuple[Callable[[], None], SessionTransaction | None]] = []
         self.fenced: set[Fence] = set()
 
     def __enter__(self) -> None:
@@ -68,6 +68,22 @@ class Unit:
     def __exit__(self, *details: object) -> None:
         self.open = False  # tasks that were started inside have a copy of the context, and see this
         _ambient.set(self.outer)
+
+    def call_back(self, callback: Callable[[], None]) -> None:
+        """Keep the callback for the commit, together with the savepoint, or transaction, whose fate it shares."""
+        if self.session is None:
+            self.callbacks.append((callback, None))
+            return
+        session = self.session.sync_session
+        if not self.callbacks:  # to listen again is the same as once
+            event.listen(session, "after_soft_rollback", self.rolled_back)
+        self.callbacks.append((callback, session.get_nested_transaction() or session.get_transaction()))
+
+    def rolled_back(self, _session: object, ended: SessionTransaction) -> None:
+        """Drop the callbacks of what is gone: of a savepoint and those in it, or of the whole transaction."""
+        while not ended.nested and ended.parent is not None:  # a flush that failed took what is around it along
+            ended = ended.parent
+        self.callbacks = [each for each in self.callbacks if not _inside(each[1], ended)]
 
     @contextmanager
     def inner(self) -> Generator[None, None, None]:
@@ -184,7 +200,7 @@ class Database:
         failure, cancelled = await uninterrupted(_commit(session, end))
         if failure is None:
             _metrics.COMMITS_BY_TRANSACTION.inc()
-            _run(unit.callbacks)
+            _run(callback for callback, _ in unit.callbacks)
         if cancelled is not None:
             raise cancelled
         if isinstance(failure, _REFUSED):
@@ -200,7 +216,7 @@ class Database:
             return
         # Its owner commits it. It may hold SQLite's lock already: to queue for the turn with it could be for ever.
         unit = Unit(self, session)
-        savepoint = session.sync_session.get_nested_transaction()
+        savepoint = session.in_nested_transaction()
         connection = await session.connection()
         connection.info.pop(REFUSED, None)  # of somebody before
         try:
@@ -208,11 +224,11 @@ class Database:
                 yield session
             _raise_if_doomed(unit, connection)
         except BaseException:
-            if savepoint is None:  # or its owner goes back to the savepoint
+            if not savepoint:  # or its owner goes back to the savepoint
                 _ = await uninterrupted(session.rollback())
             raise
         if unit.callbacks:
-            _when_committed(session.sync_session, unit, savepoint)
+            _when_committed(session.sync_session, unit)
 
     @asynccontextmanager
     async def _join(self, unit: Unit, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
@@ -230,13 +246,14 @@ class Database:
     def after_commit(self, callback: Callable[[], None]) -> None:
         """Call back once the current unit of work or batch is committed, never if it is not; at once without one.
 
-        What a callback raises is logged and goes no further: the commit has happened.
+        A callback inside a savepoint (`session.begin_nested()`) is dropped when that is rolled back. What a callback
+        raises is logged and goes no further: the commit has happened.
         """
         unit = self._current()
         if unit is None:
             _run([callback])
         else:
-            unit.callbacks.append(callback)
+            unit.call_back(callback)
 
     def batch(self, *, fence: Fence | None = None, route: Hashable = None) -> AbstractAsyncContextManager[None]:
         """Collect the block's writes and hand them over as one: all or nothing, and durable at the end of the block.
@@ -265,7 +282,7 @@ class Database:
             raise _broken(unit.broken) from unit.broken
         if unit.operations:
             await self._recorder.record(unit.operations, _only(unit.fenced), route)
-        _run(unit.callbacks)
+        _run(callback for callback, _ in unit.callbacks)
 
     @asynccontextmanager
     async def _join_with(self, unit: Unit, fence: Fence | None) -> AsyncGenerator[None, None]:
@@ -445,6 +462,8 @@ class Database:
                 raise _translated(error) from error
             if epoch != fence.epoch:
                 raise FenceLost(fence.lost())
+            if unit.session.in_nested_transaction():
+                return  # going back to the savepoint gives up the lock that the check took: the next write asks again
         unit.fenced.add(fence)
 
 
@@ -483,7 +502,13 @@ def _raise_if_doomed(unit: Unit, connection: AsyncConnection) -> None:
         raise UnitOfWorkError(msg)
 
 
-def _run(callbacks: Sequence[Callable[[], None]]) -> None:
+def _inside(transaction: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while transaction is not None and transaction is not outer:
+        transaction = transaction.parent
+    return transaction is outer
+
+
+def _run(callbacks: Iterable[Callable[[], None]]) -> None:
     for callback in callbacks:
         try:
             callback()
@@ -498,20 +523,19 @@ async def _commit(session: AsyncSession, end: Callable[[], Coroutine[Any, Any, N
         await end()
 
 
-def _when_committed(session: Session, unit: Unit, savepoint: SessionTransaction | None) -> None:
+def _when_committed(session: Session, unit: Unit) -> None:
     """Call back once the owner of an adopted session has committed it."""
 
     def committed(_session: object) -> None:
         if not session.in_nested_transaction():
-            callbacks, unit.callbacks = unit.callbacks, []
-            _run(callbacks)
+            _run(callback for callback, _ in unit.callbacks)
 
-    def rolled_back(_session: object, ended: SessionTransaction) -> None:
-        if not ended.nested or ended is savepoint:
+    def ended(_session: object, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:  # committed, rolled back, or closed by an owner who did neither
             unit.callbacks = []
 
     event.listen(session, "after_commit", committed)
-    event.listen(session, "after_soft_rollback", rolled_back)
+    event.listen(session, "after_transaction_end", ended)
 
 
 async def uninterrupted(

@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--key", action="append", default=[], metavar="KEY", help="verifier key of the log; default: from the settings"
     )
+    check.add_argument(
+        "--max-age",
+        type=float,
+        metavar="SECONDS",
+        help="a problem if the newest checkpoint is older; sealers sign one a minute even when nothing happens",
+    )
     export = verbs.add_parser("export", help="print the entries, one a line, exactly as they are hashed")
     export.add_argument("--first", type=int, default=0, metavar="N", help="begin with this entry (default: 0)")
     receipt = verbs.add_parser("prove", help="print the receipt of an entry")
@@ -82,6 +88,7 @@ async def _with_database(options: argparse.Namespace) -> int:
             options.key or [_own_key(database)],
             producers=options.producer,
             remembered=remembered,
+            max_age_seconds=options.max_age,
         )
         if report.ok and report.checkpoint is None:
             msg = "the log is empty, so nothing was proved: is this the right database?"
@@ -112,7 +119,8 @@ def _check_receipt(text: str, keys: Sequence[str]) -> int:
     except AuditError as error:
         _say(f"NOT PROVED: {error}")
         return 1
-    _say(f"proved: {entry.action} {entry.resource or ''} {entry.outcome} at {entry.time} by {entry.actor or 'nobody'}")
+    what = f"{entry.action} {entry.resource or ''} {entry.outcome} at {entry.time} by {entry.actor or 'nobody'}"
+    _say(f"proved: {_shown(what)}")
     return 0
 
 
@@ -135,14 +143,23 @@ def _remember(file: Path, note: str) -> None:
 
 
 def _tell(report: Report, remembered: str | None) -> None:
-    since = "nothing remembered" if remembered is None else f"{size_in(remembered)} remembered"
+    try:
+        since = "nothing remembered" if remembered is None else f"{size_in(remembered)} remembered"
+    except InvalidNote:
+        since = "what is remembered is no checkpoint"
+    age = "" if report.age_seconds is None else f", the newest {report.age_seconds:.0f} s old"
     _say(
         f"{report.entries} entries sealed ({report.statements} of them statements of {report.producers} producers), "
-        f"{report.pending} pending, {report.checkpoints} checkpoints; {since}",
-        f"{report.unstated} entries are in no statement yet",
-        *(f"PROBLEM {problem.kind}: {problem.detail}" for problem in report.problems),
+        f"{report.pending} pending, {report.checkpoints} checkpoints{age}; {since}",
+        f"{report.unstated} entries are in no statement yet; {report.unfinished} producers have no final one",
+        *(f"PROBLEM {problem.kind}: {_shown(problem.detail)}" for problem in report.problems),
         "the log is intact" if report.ok else "THE LOG IS NOT INTACT",
     )
+
+
+def _shown(text: str) -> str:
+    """What others have written, with nothing in it that moves the cursor or begins a line."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _say(*lines: str) -> None:

@@ -76,31 +76,15 @@ class Entry:
         Raises:
             InvalidEntry: these are not the canonical bytes of an entry.
         """
-        try:
-            fields: dict[str, Any] = _decoder.decode(data.decode())
-            if _encode(fields) != data or fields.pop("v") != _VERSION or fields["outcome"] not in OUTCOMES:
-                raise ValueError
-            fields["id"] = UUID(fields["id"])
-            entry = cls(**fields)
-            if not all(isinstance(getattr(entry, name), kind) for name, kind in _KINDS.items()):
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            msg = "these are not the canonical bytes of an audit entry"
-            raise InvalidEntry(msg) from error
-        return entry
+        return cls(**attributes(data))
 
 
 _FIELDS = (
     *("id", "action", "outcome", "time", "producer", "number"),
     *("resource", "actor", "tenant", "correlation_id", "causation_id", "detail"),
 )
-_OPTIONAL = ("resource", "actor", "tenant", "correlation_id", "causation_id")
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("action", "time", "producer"), str),
-    **dict.fromkeys(_OPTIONAL, str | None),
-    "number": int,
-    "detail": dict,
-}
+_KINDS: dict[str, type] = {**dict.fromkeys(_FIELDS, str), "number": int, "detail": dict, "v": int}
+_REQUIRED = {"id", "action", "outcome", "time", "producer", "number", "v"}
 
 
 def _refuse(number: str) -> Never:
@@ -116,6 +100,32 @@ def _encode(plain: Mapping[str, Any]) -> bytes:
     return _encoder.encode(plain).encode()
 
 
+def attributes(data: bytes) -> dict[str, Any]:
+    """The attributes of the entry with these bytes, without making the entry.
+
+    Raises:
+        InvalidEntry: as `Entry.from_bytes` does.
+    """
+    try:
+        fields: dict[str, Any] = _decoder.decode(data.decode())
+        good = (
+            len(data) <= MAX_BYTES
+            and _encode(fields) == data
+            and fields.keys() >= _REQUIRED
+            and all(type(value) is _KINDS[name] for name, value in fields.items())
+            and fields.pop("v") == _VERSION
+            and fields["outcome"] in OUTCOMES
+        )
+        text = fields["id"]
+        fields["id"] = UUID(text)
+        if not good or str(fields["id"]) != text:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        msg = "these are not the canonical bytes of an audit entry"
+        raise InvalidEntry(msg) from error
+    return fields
+
+
 def encode(fields: Mapping[str, Any]) -> bytes:
     """The canonical bytes of an entry with these attributes, without making the entry.
 
@@ -126,10 +136,16 @@ def encode(fields: Mapping[str, Any]) -> bytes:
     if outcome not in OUTCOMES:
         msg = f"outcome {outcome!r} of an audit entry is none of {', '.join(OUTCOMES)}"
         raise InvalidEntry(msg)
-    kept = {name: value for name, value in fields.items() if value is not None}
-    if not kept["detail"]:
+    kept = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
+    if not kept.get("detail", True):
         del kept["detail"]
-    data = canonical({**kept, "v": _VERSION})
+    plain = _plain({**kept, "v": _VERSION}, "", _DEPTH)
+    for name, value in plain.items():
+        if type(value) is not _KINDS[name]:
+            wanted = "a mapping" if name == "detail" else "a string"
+            msg = f"{name} of an audit entry has to be {wanted}, not {type(fields[name]).__name__}"
+            raise InvalidEntry(msg)
+    data = _bytes(plain)
     if len(data) > MAX_BYTES:
         msg = (
             f"the audit entry {fields['action']!r} has {len(data)} bytes, of at most {MAX_BYTES}: keep less in `detail`"
@@ -144,7 +160,10 @@ def canonical(value: Mapping[str, Any]) -> bytes:
     Raises:
         InvalidEntry: it holds a float, a large integer, a key beyond ASCII, half a surrogate pair or a strange object.
     """
-    plain = _plain(value, "", _DEPTH)
+    return _bytes(_plain(value, "", _DEPTH))
+
+
+def _bytes(plain: Mapping[str, Any]) -> bytes:
     try:
         return _encode(plain)
     except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from mainstay.core import App, Module, spawn
@@ -36,15 +36,15 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
         if keys.signing is not None:
             app.serve("mainstay.audit.sealer", sealer.serve)
         intake = Intake(database, app.clock, keys.producer, self.settings.statement_seconds)
-        async with AsyncExitStack() as stack:
-            for trail in self.parts:
-                stack.enter_context(trail._bound.to(intake))
-            saying = spawn(intake.say_for_ever(), name="mainstay.audit.statements")
-            try:
+        saying = spawn(intake.say_for_ever(), name="mainstay.audit.statements")
+        try:
+            with ExitStack() as stack:
+                for trail in self.parts:
+                    stack.enter_context(trail._bound.to(intake))
                 yield (sealer, keys)
-            finally:
-                saying.cancel()
-                (ended,) = await asyncio.gather(saying, return_exceptions=True)
-                if isinstance(ended, Exception):
-                    _log.error("stating what was written had stopped", exc_info=ended)
-                await asyncio.shield(intake.settle())
+        finally:
+            saying.cancel()
+            (ended,) = await asyncio.gather(saying, return_exceptions=True)
+            if isinstance(ended, Exception):
+                _log.error("stating what was written had stopped", exc_info=ended)
+            await asyncio.shield(intake.settle())

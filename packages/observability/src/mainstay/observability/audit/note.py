@@ -8,8 +8,8 @@ the format can check ours.
 
 from __future__ import annotations
 
-import binascii
 import os
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ _KEY_BYTES = 33
 _ID_BYTES = 4
 _PRIVATE = "PRIVATE+KEY+"
 _DASH = "— "
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which no encoding can store
 
 
 def _ed25519() -> ModuleType:
@@ -135,7 +136,7 @@ def open_note(note: str, keys: Iterable[VerifierKey]) -> tuple[str, VerifierKey]
             of it makes the note invalid whatever else it carries.
     """
     head, separator, tail = note.rpartition("\n\n")
-    if not separator or not tail.endswith("\n"):
+    if not separator or not tail.endswith("\n") or _SURROGATE.search(note):
         msg = "this is no signed note: a text, an empty line, and signatures"
         raise InvalidNote(msg)
     text = head + "\n"
@@ -145,7 +146,7 @@ def open_note(note: str, keys: Iterable[VerifierKey]) -> tuple[str, VerifierKey]
         name, _, encoded = line.removeprefix(_DASH).partition(" ")
         try:
             signature = b64decode(encoded, validate=True)
-        except binascii.Error:
+        except ValueError:
             signature = b""
         if not line.startswith(_DASH) or len(signature) <= _ID_BYTES:
             msg = "a signature line of the note is malformed"

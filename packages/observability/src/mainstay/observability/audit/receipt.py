@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from mainstay.database import Database
 from mainstay.observability.audit import tables, tree
 from mainstay.observability.audit.entry import Entry
-from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, InvalidReceipt, NotSealed
+from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, InvalidReceipt, NotSealed, TamperedLog
 from mainstay.observability.audit.merkle import (
     consistency_ranges,
     included,
@@ -25,7 +25,7 @@ from mainstay.observability.audit.note import Checkpoint, VerifierKey
 
 _FORMAT = "mainstay-audit-receipt-1"
 _FIND = (
-    sa.select(tables.log.c.leaf, tables.log.c.data)
+    sa.select(tables.log.c.leaf)
     .where(tables.log.c.entry_id == sa.bindparam("entry_id"))
     .order_by(tables.log.c.leaf)
     .limit(1)
@@ -71,15 +71,16 @@ class Receipt:
         """
         try:
             fields = cast("dict[str, Any]", json.loads(text))
-            if fields["format"] != _FORMAT:
+            index, checkpoint = fields["index"], fields["checkpoint"]
+            if fields["format"] != _FORMAT or type(index) is not int or not isinstance(checkpoint, str):
                 raise ValueError
             return cls(
                 data=fields["entry"].encode(),
-                index=int(fields["index"]),
+                index=index,
                 hashes=tuple(b64decode(value, validate=True) for value in fields["proof"]),
-                checkpoint=str(fields["checkpoint"]),
+                checkpoint=checkpoint,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             msg = "this is no receipt of an audit entry"
             raise InvalidReceipt(msg) from error
 
@@ -105,7 +106,8 @@ async def prove(database: Database, entry_id: UUID) -> Receipt:
 
     Raises:
         NotSealed: there is no such entry in the log.
-        TamperedLog: a row that the proof needs is missing.
+        TamperedLog: a row that the proof needs is missing, or is not what it must be.
+        InvalidNote: the newest checkpoint is none.
     """
     rows = await database.read(_FIND, {"entry_id": entry_id})
     latest = await tree.latest_checkpoint(database)
@@ -113,9 +115,12 @@ async def prove(database: Database, entry_id: UUID) -> Receipt:
         msg = f"no entry {entry_id} in the audit log: there is none, or it waits for the sealer"
         raise NotSealed(msg)
     _, note = latest
-    size = size_in(note)
-    hashes = await tree.proof(database, inclusion_ranges(rows[0].leaf, size))
-    return Receipt(bytes(rows[0].data), rows[0].leaf, tuple(hashes), note)
+    index, size = rows[0].leaf, size_in(note)
+    if type(index) is not int or not 0 <= index < size:
+        msg = f"entry {index!r} is outside of the {size} that the newest checkpoint signs"
+        raise TamperedLog(msg)
+    (data,) = await tree.leaves(database, index, index + 1)
+    return Receipt(data, index, tuple(await tree.proof(database, inclusion_ranges(index, size))), note)
 
 
 async def prove_consistency(database: Database, old: int, new: int) -> list[bytes]:
@@ -129,5 +134,13 @@ async def prove_consistency(database: Database, old: int, new: int) -> list[byte
 
 
 def size_in(note: str) -> int:
-    """The size that a checkpoint states, without looking at its signature."""
-    return int(note.split("\n", 2)[1])
+    """The size that a checkpoint states, without looking at its signature.
+
+    Raises:
+        InvalidNote: it states none.
+    """
+    try:
+        return int(note.split("\n", 2)[1])
+    except (ValueError, IndexError) as error:
+        msg = "this is no checkpoint"
+        raise InvalidNote(msg) from error

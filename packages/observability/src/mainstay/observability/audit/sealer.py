@@ -6,7 +6,7 @@ checkpoint, and the entries gone from the pending ones. Killed in the middle, no
 
 The sealer signs what it continues, so before it continues it makes sure that the log leads to the root of its last
 checkpoint. If not, somebody has changed the log: it signs nothing more and says so, while entries keep arriving
-unsealed.
+unsealed. A pending row that is no entry is put aside and told of: in the log it would be malformed for ever.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import logging
 import random
 from datetime import UTC
 from typing import Any, cast
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from mainstay.core import Clock, Health
-from mainstay.database import Database, DatabaseError, Lease
+from mainstay.database import Conflict, Database, DatabaseError, Lease
 from mainstay.observability.audit import metrics, tables, tree
-from mainstay.observability.audit.errors import InvalidNote, TamperedLog
+from mainstay.observability.audit.entry import attributes
+from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, TamperedLog
 from mainstay.observability.audit.keys import Keys
-from mainstay.observability.audit.merkle import Frontier, Node, leaf_hash
+from mainstay.observability.audit.merkle import Frontier, leaf_hash
 from mainstay.observability.audit.note import Checkpoint, SigningKey
 from mainstay.observability.audit.settings import AuditSettings
 
@@ -34,14 +36,21 @@ _log = logging.getLogger("mainstay.observability.audit")
 LEASE = "mainstay.audit.sealer"
 
 _PENDING = (
-    sa.select(tables.pending.c.seq, tables.pending.c.entry_id, tables.pending.c.recorded_at, tables.pending.c.data)
+    sa.select(tables.pending.c.seq, tables.raw(tables.pending.c.entry_id), tables.raw(tables.pending.c.data))
     .order_by(tables.pending.c.seq)
     .limit(sa.bindparam("count"))
 )
-_OLDEST = sa.select(tables.pending.c.recorded_at).order_by(tables.pending.c.seq).limit(1)
+# The smallest and not the first one: a clock that is ahead must not hide what others wait for.
+_OLDEST = sa.select(sa.func.min(tables.pending.c.recorded_at).label("recorded_at"))
+_REFUSED = sa.select(sa.func.count()).select_from(tables.refused)
+_HIGHEST = sa.select(sa.func.max(tables.log.c.leaf))
+_EDGES = sa.select(tables.nodes.c.level, sa.func.max(tables.nodes.c.position).label("position")).group_by(
+    tables.nodes.c.level
+)
 _TO_LOG = sa.insert(tables.log)
 _TO_NODES = sa.insert(tables.nodes)
 _TO_CHECKPOINTS = sa.insert(tables.checkpoints)
+_TO_REFUSED = sa.insert(tables.refused)
 _DONE = sa.delete(tables.pending).where(tables.pending.c.seq == sa.bindparam("done"))
 # The same for all at once; SQLite has no arrays, and no round trips that would make it worth while.
 _ALL_DONE = sa.delete(tables.pending).where(
@@ -60,18 +69,24 @@ class Sealer:
         self._tampered: str | None = None
 
     async def health(self) -> Health:
-        """`degraded` when an entry waits too long for its seal, `down` when the log was changed."""
+        """`down` when the log was changed; `degraded` when an entry waits too long, or rows were put aside."""
         if self._tampered is not None:
             return Health("down", f"the audit log was tampered with, nothing more is sealed: {self._tampered}")
         lag = await self.lag_seconds()
         if lag > self._settings.lag_seconds:
             return Health("degraded", f"the oldest unsealed audit entry waits since {lag:.0f} s: is a sealer running?")
+        if refused := (await self._database.read(_REFUSED))[0][0]:
+            msg = (
+                f"{refused} rows that were written to mainstay_audit_pending are no entries: see mainstay_audit_refused"
+            )
+            return Health("degraded", msg)
         return Health("ok")
 
     async def lag_seconds(self) -> float:
         """The age of the oldest entry that waits for its seal, in seconds; 0 where none does."""
-        rows = await self._database.read(_OLDEST)
-        lag = max(0.0, self._clock.now().timestamp() - rows[0].recorded_at / 1e6) if rows else 0.0
+        oldest = (await self._database.read(_OLDEST))[0].recorded_at
+        since = oldest / 1e6 if isinstance(oldest, int) else 0.0  # what is no moment must not mute the alarm
+        lag = 0.0 if oldest is None else max(0.0, self._clock.now().timestamp() - since)
         metrics.LAG.set(lag)
         return lag
 
@@ -89,6 +104,10 @@ class Sealer:
                         await self._seal_while_held(lease, signing, draining)
                     finally:
                         await lease.release()
+                elif self._tampered is not None:
+                    # Whoever has the lease may be sealing again, after a repair.
+                    _ = await continued(self._database, self._keys)
+                    self._tampered = None
             except TamperedLog as error:
                 if self._tampered is None:
                     _log.critical("the audit log was tampered with, nothing more is sealed: %s", error)
@@ -105,15 +124,20 @@ class Sealer:
         while lease.held:
             # Asked before the batch: what was committed before the drain began is in it.
             last = draining.is_set()
-            sealed = await log.seal(self._settings.batch_size, self._now())
-            if sealed:
+            before = log.size
+            try:
+                taken = await log.seal(self._settings.batch_size, self._now())
+            except Conflict as error:
+                msg = f"somebody else's rows are where those of the next batch belong: {error}"
+                raise TamperedLog(msg) from error
+            if log.size > before:
                 signed_at = self._clock.monotonic()
-                metrics.SEALED.inc(sealed)
+                metrics.SEALED.inc(log.size - before)
             elif self._clock.monotonic() - signed_at >= self._settings.idle_checkpoint_seconds:
                 await log.sign(self._now())
                 signed_at = self._clock.monotonic()
             metrics.SIZE.set(log.size)
-            if sealed < self._settings.batch_size:
+            if taken < self._settings.batch_size:
                 if last:
                     return
                 await self._pause(self._settings.poll_seconds, draining)
@@ -152,31 +176,9 @@ class OpenLog:
         """Continue where the last checkpoint left off.
 
         Raises:
-            TamperedLog: the log does not lead to the root of that checkpoint, or nobody we trust has signed it.
+            TamperedLog: as `continued` does.
         """
-        latest = await tree.latest_checkpoint(database)
-        if latest is None:
-            if await database.read(sa.select(tables.log.c.leaf).limit(1)):
-                msg = "there are entries in the log and no checkpoint"
-                raise TamperedLog(msg)
-            return cls(database, signing, lease, 0, Frontier())
-        number, note = latest
-        try:
-            checkpoint = Checkpoint.open(note, keys.trusted)
-        except InvalidNote as error:
-            msg = (
-                f"checkpoint {number}: {error}. If the key was replaced, name the old one in MAINSTAY_AUDIT_FORMER_KEYS"
-            )
-            raise TamperedLog(msg) from error
-        frontier = await tree.frontier(database, checkpoint.size)
-        if frontier.root() != checkpoint.root:
-            msg = f"the first {checkpoint.size} entries do not have the root that checkpoint {number} signs"
-            raise TamperedLog(msg)
-        beyond = sa.select(tables.log.c.leaf).where(tables.log.c.leaf >= checkpoint.size).limit(1)
-        if await database.read(beyond):
-            msg = f"there are entries in the log beyond the {checkpoint.size} that checkpoint {number} signs"
-            raise TamperedLog(msg)
-        return cls(database, signing, lease, number, frontier)
+        return cls(database, signing, lease, *await continued(database, keys))
 
     @property
     def size(self) -> int:
@@ -184,27 +186,38 @@ class OpenLog:
         return self._frontier.size
 
     async def seal(self, count: int, time: str) -> int:
-        """Seal at most `count` pending entries in one commit; how many there were."""
+        """Seal at most `count` pending entries in one commit, put aside what is none; how many rows there were."""
         rows = await self._database.read(_PENDING, {"count": count})
         if not rows:
             return 0
         entries: list[dict[str, Any]] = []
-        nodes: list[Node] = []
+        nodes: list[dict[str, Any]] = []
+        refused: list[dict[str, Any]] = []
         for row in rows:
-            data = bytes(row.data)
-            entries.append({"leaf": self._frontier.size, "entry_id": row.entry_id, "data": data})
-            nodes += self._frontier.append(leaf_hash(data))
+            entry_id = _entry_id(row)
+            if entry_id is None:
+                data = row.data if isinstance(row.data, bytes) else ascii(row.data).encode()
+                refused.append({"entry_id": ascii(row.entry_id), "data": data})
+                continue
+            entries.append({"leaf": self._frontier.size, "entry_id": entry_id, "data": row.data})
+            nodes += [
+                {"level": node.level, "position": node.position, "hash": node.hash}
+                for node in self._frontier.append(leaf_hash(row.data))
+            ]
         async with self._database.batch(fence=self._lease.fence, route=LEASE):
             await self._database.write(_TO_LOG, entries)
-            await self._database.write(
-                _TO_NODES, [{"level": node.level, "position": node.position, "hash": node.hash} for node in nodes]
-            )
-            await self._database.write(_TO_CHECKPOINTS, self._next_checkpoint(time))
+            await self._database.write(_TO_NODES, nodes)
+            await self._database.write(_TO_REFUSED, refused)
+            if entries:
+                await self._database.write(_TO_CHECKPOINTS, self._next_checkpoint(time))
             done = [cast("int", row.seq) for row in rows]
             if self._database.dialect == "postgresql":
                 await self._database.write(_ALL_DONE, {"done": done})
             else:
                 await self._database.write(_DONE, [{"done": seq} for seq in done])
+        if refused:
+            metrics.REFUSED.inc(len(refused))
+            _log.error("%d pending rows are no audit entries and were moved to mainstay_audit_refused", len(refused))
         return len(rows)
 
     async def sign(self, time: str) -> None:
@@ -219,3 +232,50 @@ class OpenLog:
             "size": checkpoint.size,
             "note": self._signing.sign(checkpoint.to_text()),
         }
+
+
+def _entry_id(row: sa.Row[Any]) -> UUID | None:
+    """The id of the entry in a pending row; None where it holds none, or one that is filed under another id."""
+    if not isinstance(row.data, bytes):
+        return None
+    try:
+        entry_id: UUID = attributes(row.data)["id"]
+    except InvalidEntry:
+        return None
+    return entry_id if row.entry_id in (entry_id, entry_id.hex) else None
+
+
+async def continued(database: Database, keys: Keys) -> tuple[int, Frontier]:
+    """Where the last checkpoint left off: its number, and the growing edge of the tree. A sealer may work meanwhile.
+
+    Raises:
+        TamperedLog: the log does not lead to the root of that checkpoint, nobody we trust has signed it, or there are
+            rows where the next ones belong.
+    """
+    # What there is comes before the checkpoint that covers it: who seals meanwhile only adds, and signs what it adds.
+    highest = (await database.read(_HIGHEST))[0][0]
+    edges = await database.read(_EDGES)
+    latest = await tree.latest_checkpoint(database)
+    number, size, root = 0, 0, Frontier().root()
+    if latest is not None:
+        number, note = latest
+        try:
+            checkpoint = Checkpoint.open(note, keys.trusted)
+        except InvalidNote as error:
+            msg = (
+                f"checkpoint {number}: {error}. If the key was replaced, name the old one in MAINSTAY_AUDIT_FORMER_KEYS"
+            )
+            raise TamperedLog(msg) from error
+        size, root = checkpoint.size, checkpoint.root
+    frontier = await tree.frontier(database, size)
+    if frontier.root() != root:
+        msg = f"the first {size} entries do not have the root that checkpoint {number} signs"
+        raise TamperedLog(msg)
+    if highest is not None and not (isinstance(highest, int) and highest < size):
+        msg = f"there are entries in the log beyond the {size} that the newest checkpoint signs"
+        raise TamperedLog(msg)
+    for edge in edges:
+        if not tree.within(edge.level, edge.position, size):
+            msg = f"there is a node {edge.position} of level {edge.level}, which a log of {size} entries does not have"
+            raise TamperedLog(msg)
+    return number, frontier

@@ -8,6 +8,7 @@ what is sealed, so there is no cursor that a late commit could slip behind.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -52,8 +53,22 @@ checkpoints = sa.Table(
     sa.Column("note", sa.Text, nullable=False),
 )
 
+# What was among the pending entries and is none: put aside by the sealer, for people to look at and remove.
+refused = sa.Table(
+    "mainstay_audit_refused",
+    metadata,
+    sa.Column("id", _BIG, sa.Identity(always=True), primary_key=True),
+    sa.Column("entry_id", sa.Text, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
 SCHEMA = Schema("audit", metadata, Path(__file__).parent / "migrations")
 
 INSERT_PENDING = sa.insert(pending).values(
     entry_id=sa.bindparam("entry_id"), recorded_at=sa.bindparam("recorded_at"), data=sa.bindparam("data")
 )
+
+
+def raw(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    """The column as the driver reads it, since a conversion of a value of another type raises."""
+    return sa.type_coerce(column, sa.types.NullType()).label(column.name)

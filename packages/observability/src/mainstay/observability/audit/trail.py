@@ -12,15 +12,17 @@ import functools
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from mainstay.core import Binding, Clock, MainstayError, current, derived_id, once, spawn, uuid7
+from mainstay.core import Binding, Clock, Context, MainstayError, bind, current, derived_id, once, spawn, uuid7
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
 from mainstay.observability.audit import metrics
 from mainstay.observability.audit.entry import Outcome, encode
-from mainstay.observability.audit.errors import InvalidEntry
+from mainstay.observability.audit.errors import AuditError, InvalidEntry
+from mainstay.observability.audit.merkle import leaf_hash
 from mainstay.observability.audit.note import SigningKey
 from mainstay.observability.audit.producer import STATEMENT, Producer
 from mainstay.observability.audit.tables import INSERT_PENDING
@@ -80,11 +82,11 @@ class AuditTrail:
 
         async def effect(key: str | None) -> None:
             entry_id = uuid7() if key is None else derived_id(f"{key}:audit")
-            row, number = intake.row(entry_id, action, resource, outcome, detail or _NOTHING)
+            draft = intake.draft(entry_id, action, resource, outcome, detail or _NOTHING)
             if joins:
-                await intake.join(row, number, outcome)
+                await intake.join(draft)
             else:
-                await intake.apart(row, number, outcome, repeated=key is not None)
+                await intake.apart(draft, repeated=key is not None)
 
         await once(f"audit:{action}", effect, transactional=joins)
 
@@ -95,8 +97,9 @@ class AuditTrail:
 
         The function runs inside `db.transaction()`, or joins the one that is open. When it raises, everything it wrote
         is rolled back and an entry says that it failed: `denied` for a PermissionError or a code of the family AUTH_,
-        `unknown` where the connection broke while committing, `failed` otherwise, with the error's code but not its
-        message.
+        `unknown` where the connection broke or the caller was cancelled while committing, `failed` otherwise, with the
+        error's code but not its message. Whoever chooses the resource cannot prevent that: one that no entry can hold
+        is cut and spelled in ASCII, and one that cannot be told is left out.
 
         In a workflow, decorate the step with it (`@flows.step` outermost): a workflow function itself runs again on
         replay.
@@ -115,14 +118,20 @@ class AuditTrail:
             @functools.wraps(function)
             async def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
                 intake = self._bound.get()
-                found = find(*args, **kwargs)
+                found = None
+                reached: list[str] = []
                 try:
+                    found = find(*args, **kwargs)
                     async with intake.database.transaction():
                         result = await function(*args, **kwargs)
                         await self.write(action, resource=found)
+                        intake.database.after_commit(functools.partial(reached.append, "committed"))
+                        reached.append("committing")
                 except asyncio.CancelledError:
-                    # Whoever was cancelled must not be kept waiting for the database.
-                    intake.later(action, found, "failed", {"error": "cancelled"})
+                    # A commit that is under way is not interrupted, and its entry is there if it succeeded. Whoever was
+                    # cancelled must not be kept waiting for the database.
+                    if "committed" not in reached:
+                        intake.later(action, found, "unknown" if reached else "failed", {"error": "cancelled"})
                     raise
                 except Exception as error:
                     await self._failed(action, found, error)
@@ -135,12 +144,31 @@ class AuditTrail:
 
     async def _failed(self, action: str, resource: str | None, error: Exception) -> None:
         code = error.code if isinstance(error, MainstayError) else type(error).__name__
+        detail, outcome = {"error": code}, _outcome(error)
+        # The caller gets the error that happened; that it could not be recorded is for the people on call.
         try:
-            await self.write(action, resource=resource, outcome=_outcome(error), detail={"error": code})
-        except Exception:  # noqa: BLE001  see below
-            # The caller gets the error that happened; that it could not be recorded is for the people on call.
-            metrics.LOST.inc()
-            _log.exception("the failure of %s %s could not be recorded", action, resource or "")
+            try:
+                await self.write(action, resource=resource, outcome=outcome, detail=detail)
+            except InvalidEntry:
+                await self.write(action, resource=_cut(resource), outcome=outcome, detail={**detail, **_CUT})
+        except DatabaseError:
+            pass  # counted and logged where it was tried
+        except Exception as unrecorded:  # noqa: BLE001  whatever it is
+            _lost(action, unrecorded)
+
+
+# In the detail of an entry whose resource is not what it was told.
+_CUT = {"resource": "cut"}
+
+
+def _cut(resource: object) -> str:
+    """What is left of a resource that no entry can hold."""
+    return ascii(resource)[:256]
+
+
+def _lost(action: str, error: Exception) -> None:
+    metrics.LOST.inc()
+    _log.error("an audit entry of %s could not be written", action, exc_info=error)
 
 
 def _outcome(error: Exception) -> Outcome:
@@ -174,6 +202,24 @@ def _finder(function: Callable[..., object], resource: str | Callable[..., str] 
     return find
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An entry that is about to be written.
+
+    Attributes:
+        row: of the pending ones, with its exact bytes.
+        number: of its producer's entries.
+        leaf: its hash.
+        action, outcome: what it says.
+    """
+
+    row: Mapping[str, Any]
+    number: int
+    leaf: bytes
+    action: str
+    outcome: Outcome
+
+
 class Intake:
     """Where the trails of a running App put their entries."""
 
@@ -186,12 +232,36 @@ class Intake:
         self._news = asyncio.Event()
         self._alone: set[asyncio.Task[Exception | None]] = set()
         self._stopping = asyncio.Event()
+        self._final = False
 
-    def row(
+    def draft(
         self, entry_id: UUID, action: str, resource: str | None, outcome: Outcome, detail: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], int]:
-        """The row of an entry with its exact bytes, and its number."""
-        number = 0 if action == STATEMENT else self._producer.issue()
+    ) -> Draft:
+        """The entry, with the next number of this process.
+
+        Raises:
+            InvalidEntry: something in it cannot be stored exactly; no number was used.
+            AuditError: this process has said that it writes no more.
+        """
+        if self._final:
+            msg = f"{action} cannot be audited any more: the App that the trail belonged to has stopped"
+            raise AuditError(msg)
+        number = self._producer.next
+        row = self._row(entry_id, action, resource, outcome, detail, number=number)
+        leaf = leaf_hash(row["data"])
+        self._producer.issue(leaf)
+        return Draft(row, number, leaf, action, outcome)
+
+    def _row(
+        self,
+        entry_id: UUID,
+        action: str,
+        resource: str | None,
+        outcome: Outcome,
+        detail: Mapping[str, Any],
+        *,
+        number: int,
+    ) -> dict[str, Any]:
         context = current()
         now = self._clock.now().astimezone(UTC)
         data = encode(
@@ -213,18 +283,18 @@ class Intake:
         # Integer arithmetic: a float of today's seconds has no room for microseconds.
         since = now - _EPOCH
         recorded_at = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-        return {"entry_id": entry_id, "recorded_at": recorded_at, "data": data}, number
+        return {"entry_id": entry_id, "recorded_at": recorded_at, "data": data}
 
-    async def join(self, row: dict[str, Any], number: int, outcome: Outcome) -> None:
+    async def join(self, draft: Draft) -> None:
         """Write in the unit of work that is open, or durably where there is none."""
-        await self.database.write(INSERT_PENDING, row)
-        self.database.after_commit(functools.partial(self._committed, number, outcome))
+        await self.database.write(INSERT_PENDING, draft.row)
+        self.database.after_commit(functools.partial(self._committed, draft))
 
-    async def apart(self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool) -> None:
+    async def apart(self, draft: Draft, *, repeated: bool) -> None:
         """Write in a transaction of its own, whatever is open; `repeated` if an earlier attempt may have done so."""
         # On SQLite the one writer's turn is ours until our unit ends: waiting for another transaction would never end.
         waits = self.database.dialect != "sqlite" or not self._in_unit()
-        task = self._start(self._write_alone(row, number, outcome, repeated=repeated, patient=not waits))
+        task = self._start(self._write_alone(draft, repeated=repeated, patient=not waits))
         if not waits:
             return
         error = await asyncio.shield(task)
@@ -232,9 +302,16 @@ class Intake:
             raise error
 
     def later(self, action: str, resource: str | None, outcome: Outcome, detail: Mapping[str, Any]) -> None:
-        """Write in a transaction of its own, and let nobody wait for it."""
-        row, number = self.row(uuid7(), action, resource, outcome, detail)
-        _ = self._start(self._write_alone(row, number, outcome, repeated=False, patient=True))
+        """Write in a transaction of its own, and let nobody wait for it; raises nothing."""
+        try:
+            try:
+                draft = self.draft(uuid7(), action, resource, outcome, detail)
+            except InvalidEntry:
+                draft = self.draft(uuid7(), action, _cut(resource), outcome, {**detail, **_CUT})
+        except Exception as error:  # noqa: BLE001  whoever calls this has an exception of his own to raise
+            _lost(action, error)
+        else:
+            _ = self._start(self._write_alone(draft, repeated=False, patient=True))
 
     def _start(self, work: Coroutine[Any, Any, Exception | None]) -> asyncio.Task[Exception | None]:
         task = spawn(work, name="mainstay.audit.apart")
@@ -248,37 +325,30 @@ class Intake:
         except UnitOfWorkError:
             return True
 
-    async def _write_alone(
-        self, row: dict[str, Any], number: int, outcome: Outcome, *, repeated: bool, patient: bool
-    ) -> Exception | None:
+    async def _write_alone(self, draft: Draft, *, repeated: bool, patient: bool) -> Exception | None:
         pauses = iter(_PAUSES if patient else ())
         while True:
             try:
-                await self.database.write(INSERT_PENDING, row)
-            except Conflict as error:
-                return None if repeated else self._lost(error)
+                await self.database.write(INSERT_PENDING, draft.row)
             except Exception as error:  # noqa: BLE001  told to whoever waits
+                if repeated and isinstance(error, Conflict):
+                    return None
                 pause = next(pauses, None)
                 if pause is None or self._stopping.is_set() or not getattr(error, "retryable", False):
-                    return self._lost(error)
+                    _lost(draft.action, error)
+                    return error
                 # The unit of work around it may hold the writer for longer than anybody is willing to wait in a queue.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._stopping.wait()
             else:
-                self._committed(number, outcome)
+                self._committed(draft)
                 return None
 
-    def _lost(self, error: Exception) -> Exception:
-        metrics.LOST.inc()
-        _log.error("an audit entry with a transaction of its own could not be written", exc_info=error)
-        return error
-
-    def _committed(self, number: int, outcome: Outcome) -> None:
-        metrics.entries(outcome).inc()
-        if number:
-            self._producer.committed(number)
-            self._news.set()
+    def _committed(self, draft: Draft) -> None:
+        metrics.entries(draft.outcome).inc()
+        self._producer.committed(draft.number, draft.leaf)
+        self._news.set()
 
     # Statements
 
@@ -287,30 +357,29 @@ class Intake:
         while True:
             await self._news.wait()
             await self._clock.sleep(self._statement_seconds)
-            await self.say()
+            await self._say()
 
-    async def say(self) -> None:
+    async def _say(self) -> None:
         """State what has been committed since the last time; where that fails, the next time says it."""
         self._news.clear()
-        statement = self._producer.statement()
-        if statement is None:
-            return
-        note = self._key.sign(statement.to_text())
-        entry_id = derived_id(f"{STATEMENT}:{statement.producer}:{statement.sequence}")
-        row, _ = self.row(entry_id, STATEMENT, None, "succeeded", {"note": note})
-        try:
-            await self.database.write(INSERT_PENDING, row)
-        except Conflict:
-            pass  # an attempt that was cut off had arrived
-        except DatabaseError as error:
-            self._news.set()
-            _log.warning("the statement of this process's audit entries is put off: %s", error)
-            return
-        self._producer.said()
+        while (statement := self._producer.statement(final=self._final)) is not None:
+            detail = {"note": self._key.sign(statement.to_text())}
+            with bind(Context()):  # nobody's word but this process's
+                row = self._row(statement.entry_id, STATEMENT, None, "succeeded", detail, number=0)
+            try:
+                await self.database.write(INSERT_PENDING, row)
+            except Conflict:
+                pass  # an attempt that was cut off had arrived
+            except DatabaseError as error:
+                self._news.set()
+                _log.warning("a statement of this process's audit entries is put off: %s", error)
+                return
+            self._producer.said()
 
     async def settle(self) -> None:
-        """Finish what is being written apart, without trying again, and say the last word."""
+        """Finish what is being written apart, without trying again, and say the last word: no entry comes after it."""
         self._stopping.set()
         while self._alone:
             await asyncio.wait(self._alone)
-        await self.say()
+        self._final = True
+        await self._say()

@@ -20,12 +20,12 @@ from mainstay.observability.audit.merkle import (
 )
 
 _LEAVES = (
-    sa.select(tables.log.c.leaf, tables.log.c.data)
+    sa.select(tables.log.c.leaf, tables.raw(tables.log.c.data))
     .where(tables.log.c.leaf >= sa.bindparam("low"), tables.log.c.leaf < sa.bindparam("high"))
     .order_by(tables.log.c.leaf)
 )
 _NODES = (
-    sa.select(tables.nodes.c.position, tables.nodes.c.hash)
+    sa.select(tables.nodes.c.position, tables.raw(tables.nodes.c.hash))
     .where(
         tables.nodes.c.level == sa.bindparam("level"),
         tables.nodes.c.position >= sa.bindparam("low"),
@@ -34,7 +34,11 @@ _NODES = (
     .order_by(tables.nodes.c.position)
 )
 _LATEST = (
-    sa.select(tables.checkpoints.c.number, tables.checkpoints.c.note)
+    sa.select(
+        tables.checkpoints.c.number,
+        tables.raw(tables.checkpoints.c.note),
+        sa.select(sa.func.count()).select_from(tables.checkpoints).scalar_subquery().label("total"),
+    )
     .order_by(tables.checkpoints.c.number.desc())
     .limit(1)
 )
@@ -44,19 +48,43 @@ async def leaves(database: Database, low: int, high: int) -> list[bytes]:
     """The bytes of the entries [low, high).
 
     Raises:
-        TamperedLog: one of them is missing.
+        TamperedLog: one of them is missing, or no bytes.
     """
     rows = await database.read(_LEAVES, {"low": low, "high": high})
-    if len(rows) != high - low:
-        msg = f"the audit log lacks {high - low - len(rows)} of the entries {low} to {high - 1}"
+    if [row.leaf for row in rows] != list(range(low, high)):
+        msg = f"the audit log lacks some of the entries {low} to {high - 1}"
         raise TamperedLog(msg)
-    return [bytes(row.data) for row in rows]
+    return [_bytes(row.data, f"entry {row.leaf}") for row in rows]
 
 
 async def latest_checkpoint(database: Database) -> tuple[int, str] | None:
-    """Number and note of the newest checkpoint."""
+    """Number and note of the newest checkpoint.
+
+    Raises:
+        TamperedLog: it has not the number that follows from how many there are, or its note is no text.
+    """
     rows = await database.read(_LATEST)
-    return (rows[0].number, rows[0].note) if rows else None
+    if not rows:
+        return None
+    row = rows[0]
+    if row.number != row.total or not isinstance(row.note, str):
+        msg = f"the newest of {row.total} checkpoints has the number {row.number!r}, or is no text"
+        raise TamperedLog(msg)
+    return row.total, row.note
+
+
+def within(level: object, position: object, size: int) -> bool:
+    """Whether a tree of `size` leaves has this node and keeps it."""
+    if not isinstance(level, int) or not isinstance(position, int):
+        return False
+    return level > 0 and level % STORED_LEVELS == 0 and 0 <= position < size >> level
+
+
+def _bytes(value: object, what: str) -> bytes:
+    if not isinstance(value, bytes):
+        msg = f"{what} of the audit log is no bytes but a {type(value).__name__}"
+        raise TamperedLog(msg)
+    return value
 
 
 async def proof(database: Database, ranges: Sequence[Range]) -> list[bytes]:
@@ -103,9 +131,9 @@ class _Blocks:
             ends = {"low": number << STORED_LEVELS, "high": (number + 1) << STORED_LEVELS}
             if base == 0:
                 rows = await self._database.read(_LEAVES, ends)
-                found = {row.leaf: leaf_hash(bytes(row.data)) for row in rows}
+                found = {row.leaf: leaf_hash(_bytes(row.data, f"entry {row.leaf}")) for row in rows}
             else:
                 rows = await self._database.read(_NODES, {"level": base, **ends})
-                found = {row.position: bytes(row.hash) for row in rows}
+                found = {row.position: _bytes(row.hash, f"node {row.position}") for row in rows}
             self._known[base, number] = found
         return found

@@ -7,7 +7,9 @@ What it finds, and by what:
   checkpoint that the verifier remembers from last time;
 - a whole tree rewritten by somebody who has the key: the remembered checkpoint is not on the way to the new one;
 - a forged checkpoint: no known key signed it;
-- an entry deleted before it was sealed: its producer's signed statement names a number that is nowhere.
+- an entry deleted, changed or added before it was sealed: its producer's signed statement names a number that is
+  nowhere, its hash is not that of the stored bytes, or the number is one that the producer never issued;
+- a sealer that stopped, or whose newest work was removed: the newest checkpoint is older than it may be.
 
 Without a remembered checkpoint, whoever can write the database can remove entries and checkpoints from the end
 together. So keep `Report.checkpoint`, outside of the database, and hand it to the next verification.
@@ -15,47 +17,52 @@ together. So keep `Report.checkpoint`, outside of the database, and hand it to t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from mainstay.database import Database
-from mainstay.observability.audit import tables
+from mainstay.observability.audit import tables, tree
 from mainstay.observability.audit.entry import Entry
-from mainstay.observability.audit.errors import InvalidEntry, InvalidNote
-from mainstay.observability.audit.merkle import STORED_LEVELS, Frontier, leaf_hash
+from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, TamperedLog
+from mainstay.observability.audit.merkle import Frontier, leaf_hash
 from mainstay.observability.audit.note import Checkpoint, VerifierKey, open_note
 from mainstay.observability.audit.producer import STATEMENT, Statement
 
-Kind = Literal["changed", "deleted", "truncated", "rewritten", "forged", "unsigned", "malformed", "copied", "unsealed"]
+Kind = Literal[
+    "changed", "deleted", "truncated", "rewritten", "forged", "unsigned", "malformed", "copied", "unsealed", "stale"
+]
 
 _CHUNK = 2000
 _CHECKPOINTS = (
-    sa.select(tables.checkpoints.c.number, tables.checkpoints.c.size, tables.checkpoints.c.note)
+    sa.select(tables.checkpoints.c.number, tables.raw(tables.checkpoints.c.note))
     .where(tables.checkpoints.c.number > sa.bindparam("after"))
     .order_by(tables.checkpoints.c.number)
     .limit(_CHUNK)
 )
 _LOG = (
-    sa.select(tables.log.c.leaf, tables.log.c.entry_id, tables.log.c.data)
+    sa.select(tables.log.c.leaf, tables.raw(tables.log.c.entry_id), tables.raw(tables.log.c.data))
     .where(tables.log.c.leaf > sa.bindparam("after"))
     .order_by(tables.log.c.leaf)
     .limit(_CHUNK)
 )
 _PENDING = (
-    sa.select(tables.pending.c.seq, tables.pending.c.data)
+    sa.select(tables.pending.c.seq, tables.raw(tables.pending.c.data))
     .where(tables.pending.c.seq > sa.bindparam("after"))
     .order_by(tables.pending.c.seq)
     .limit(_CHUNK)
 )
+_PLACE = sa.tuple_(tables.nodes.c.level, tables.nodes.c.position)
 _NODES = (
-    sa.select(tables.nodes.c.level, tables.nodes.c.position, tables.nodes.c.hash)
-    .where(tables.nodes.c.level == sa.bindparam("level"), tables.nodes.c.position > sa.bindparam("after"))
-    .order_by(tables.nodes.c.position)
+    sa.select(tables.nodes.c.level, tables.nodes.c.position, tables.raw(tables.nodes.c.hash))
+    .where(sa.tuple_(sa.bindparam("level", type_=sa.Integer), sa.bindparam("after", type_=sa.BigInteger)) < _PLACE)
+    .order_by(tables.nodes.c.level, tables.nodes.c.position)
     .limit(_CHUNK)
 )
+_NUMBERLESS = sa.select(tables.checkpoints.c.number).where(tables.checkpoints.c.number < 1).limit(1)
 _ENDS = sa.select(sa.func.min(tables.log.c.leaf).label("lowest"), sa.func.max(tables.log.c.leaf).label("highest"))
 _SHOWN = 20
 
@@ -67,7 +74,7 @@ class Problem:
     Attributes:
         kind: `changed` (bytes, order or a stored node), `deleted`, `truncated`, `rewritten`, `forged` (a checkpoint or
             a statement), `unsigned` (entries that no checkpoint covers), `malformed` (no entry), `copied` (a number
-            twice), `unsealed` (gone before it was sealed).
+            twice), `unsealed` (gone before it was sealed), `stale` (the newest checkpoint is too old).
         detail: where, as exactly as can be told.
     """
 
@@ -85,9 +92,12 @@ class Report:
         pending: entries that wait for their seal.
         checkpoints: signed checkpoints that were checked.
         producers: processes that wrote entries.
+        unfinished: how many of them have no final statement in the log: they run, were killed, or somebody removed it
+            before it was sealed.
         unstated: numbered entries that no statement covers yet: of running processes and of those that were killed. For
-            them, a deletion before the seal would not be noticed.
+            them, a deletion or change before the seal would not be noticed.
         checkpoint: the newest checkpoint, to be remembered; None for an empty log.
+        age_seconds: how long ago that was signed, by its own word and the clock here; None where there is none.
         problems: what is wrong; empty when all is well.
     """
 
@@ -96,8 +106,10 @@ class Report:
     pending: int
     checkpoints: int
     producers: int
+    unfinished: int
     unstated: int
     checkpoint: str | None
+    age_seconds: float | None
     problems: tuple[Problem, ...]
 
     @property
@@ -112,6 +124,7 @@ async def verify(
     *,
     producers: Iterable[VerifierKey | str] = (),
     remembered: str | None = None,
+    max_age_seconds: float | None = None,
 ) -> Report:
     """Check the whole log, every checkpoint and every statement. Reads only; sealing may go on meanwhile.
 
@@ -120,6 +133,8 @@ async def verify(
         keys: verifier keys (or their text) of the sealers; they are believed for statements too.
         producers: verifier keys of processes that only write: believed for statements, never for checkpoints.
         remembered: `Report.checkpoint` of the last verification.
+        max_age_seconds: how old the newest checkpoint may be: some times the sealers' `idle_checkpoint_seconds`, since
+            they sign so often even when nothing happens. None: of any age.
 
     Raises:
         InvalidNote: one of `keys` or `producers` is no verifier key.
@@ -127,7 +142,7 @@ async def verify(
     """
     sealers = [_key(key) for key in keys]
     check = _Check(database, sealers, [*sealers, *(_key(key) for key in producers)])
-    await check.checkpoints(remembered)
+    await check.checkpoints(remembered, max_age_seconds)
     await check.log()
     await check.nodes()
     pending = await check.pending()
@@ -143,7 +158,6 @@ class _Numbers:
 
     def __init__(self) -> None:
         self._words: dict[int, int] = {}
-        self.count = 0
 
     def add(self, number: int) -> bool:
         """Whether it is new."""
@@ -152,15 +166,33 @@ class _Numbers:
         if bits & bit:
             return False
         self._words[word] = bits | bit
-        self.count += 1
         return True
 
     def __contains__(self, number: int) -> bool:
         return bool(self._words.get(number >> 12, 0) >> (number & 4095) & 1)
 
-    def __iter__(self) -> Iterator[int]:
-        for word, bits in self._words.items():
-            yield from (word << 12 | place for place in range(bits.bit_length()) if bits >> place & 1)
+
+@dataclass(slots=True)
+class _Producer:
+    """What the log holds of one process, and what that process says.
+
+    Attributes:
+        sealed: the numbers of its entries.
+        hashes: of those that are in none of its statements, the hashes.
+        missing: what it says of the numbers that were not committed: the hashes of what they were issued for.
+        statements: by their sequence.
+        waiting: statements with numbers that were not sealed before them.
+        last: the last number that a statement is about.
+        final: one of them was the final one.
+    """
+
+    sealed: _Numbers = field(default_factory=_Numbers)
+    hashes: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    missing: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    statements: dict[int, Statement] = field(default_factory=dict[int, Statement])
+    waiting: list[Statement] = field(default_factory=list[Statement])
+    last: int = 0
+    final: bool = False
 
 
 class _Check:
@@ -172,19 +204,25 @@ class _Check:
         self._expected: list[tuple[int, bytes, str]] = []  # size, root, and whose word that is
         self._frontier = Frontier()
         self._roots: dict[tuple[int, int], bytes] = {}  # stored nodes as they must be
-        self._sealed: dict[str, _Numbers] = {}
-        self._stated: dict[str, _Numbers] = {}
-        self._sequences: dict[str, dict[int, Statement]] = {}
+        self._producers: dict[str, _Producer] = {}
         self._checkpoints = 0
         self._newest: str | None = None
-        self._size = 0
+        self._age: float | None = None
+        self._covered = self._remembered = self._size = 0
+        self._statements = self._unstated = 0
 
     def _problem(self, kind: Kind, detail: str) -> None:
         self._problems.append(Problem(kind, detail))
 
+    def _several(self, kind: Kind, details: Sequence[str]) -> None:
+        for detail in details[:_SHOWN]:
+            self._problem(kind, detail)
+        if len(details) > _SHOWN:
+            self._problem(kind, f"and {len(details) - _SHOWN} more")
+
     # What was signed
 
-    async def checkpoints(self, remembered: str | None) -> None:
+    async def checkpoints(self, remembered: str | None, max_age_seconds: float | None) -> None:
         if remembered is not None:
             try:
                 known = Checkpoint.open(remembered, self._sealers)
@@ -192,23 +230,33 @@ class _Check:
                 self._problem("forged", f"the remembered checkpoint: {error}")
             else:
                 self._expected.append((known.size, known.root, "the remembered checkpoint"))
-        after = largest = -1
+                self._remembered = known.size
+        if await self._database.read(_NUMBERLESS):
+            self._problem("forged", "there are checkpoints before the first one")
+        after, following = 0, 1
         while rows := await self._database.read(_CHECKPOINTS, {"after": after}):
             for row in rows:
                 after = row.number
+                if after != following:
+                    self._problem("deleted", f"checkpoint {after!r} is where {following} belongs")
+                following = after + 1 if isinstance(after, int) else following
                 try:
-                    checkpoint = Checkpoint.open(row.note, self._sealers)
+                    checkpoint = Checkpoint.open(row.note if isinstance(row.note, str) else "", self._sealers)
                 except InvalidNote as error:
-                    self._problem("forged", f"checkpoint {row.number}: {error}")
+                    self._problem("forged", f"checkpoint {after!r}: {error}")
                     continue
                 self._checkpoints += 1
-                if checkpoint.size < largest:
-                    self._problem("forged", f"checkpoint {row.number} is of a smaller log than the one before it")
-                largest = max(largest, checkpoint.size)
+                if checkpoint.size < self._covered:
+                    self._problem("forged", f"checkpoint {after!r} is of a smaller log than the one before it")
+                self._covered = max(self._covered, checkpoint.size)
                 self._newest = row.note
-                self._expected.append((checkpoint.size, checkpoint.root, f"checkpoint {row.number}"))
+                self._age = _age(checkpoint.time)
+                self._expected.append((checkpoint.size, checkpoint.root, f"checkpoint {after!r}"))
         self._expected.sort(key=lambda expected: expected[0])
         self._size = max((size for size, _, _ in self._expected), default=0)
+        if max_age_seconds is not None and (self._age is None or self._age > max_age_seconds):
+            told = "there is no checkpoint" if self._age is None else f"the newest checkpoint is {self._age:.0f} s old"
+            self._problem("stale", f"{told}: nobody seals, or what was sealed since has been removed")
 
     # What is there
 
@@ -226,20 +274,26 @@ class _Check:
                 if self._frontier.size >= self._size:
                     break
                 if row.leaf != after + 1:
-                    gap = f"{after + 1}" if row.leaf == after + 2 else f"{after + 1} to {row.leaf - 1}"
-                    self._problem("deleted", f"entry {gap} of the log is missing")
+                    self._problem("deleted", f"entry {after + 1} of the log is missing: the next one is {row.leaf!r}")
                     return  # the tree cannot be followed any further
+                if not isinstance(row.data, bytes):
+                    self._problem("changed", f"entry {row.leaf} is no bytes but a {type(row.data).__name__}")
+                    return
                 after = row.leaf
-                data = bytes(row.data)
-                for node in self._frontier.append(leaf_hash(data)):
+                leaf = leaf_hash(row.data)
+                for node in self._frontier.append(leaf):
                     self._roots[node.level, node.position] = node.hash
-                self._entry(row.leaf, row.entry_id, data)
+                self._entry(row, leaf)
                 while expected is not None and expected[0] == self._frontier.size:
                     expected = self._compare(expected, waiting)
         if self._frontier.size < self._size:
             short = next(whose for size, _, whose in self._expected if size > self._frontier.size)
             self._problem(
                 "truncated", f"the log has {self._frontier.size} entries, {short} says that there were {self._size}"
+            )
+        elif self._covered < self._remembered:
+            self._problem(
+                "truncated", f"the checkpoints end at {self._covered} entries, {self._remembered} are remembered"
             )
         elif await self._sealed_without_checkpoint():
             self._problem("unsigned", f"there are entries outside of the {self._size} that a checkpoint covers")
@@ -263,119 +317,185 @@ class _Check:
     async def _sealed_without_checkpoint(self) -> bool:
         """Whether there are entries that no checkpoint covers, not even one that was signed while we were reading."""
         row = (await self._database.read(_ENDS))[0]
-        lowest, highest = row.lowest, row.highest
-        if lowest is not None and lowest < 0:
-            return True
-        if highest is None or highest < self._size:
+        if row.highest is None:
             return False
-        newest = sa.select(tables.checkpoints.c.note).order_by(tables.checkpoints.c.number.desc()).limit(1)
-        rows = await self._database.read(newest)
-        try:
-            return not rows or highest >= Checkpoint.open(rows[0].note, self._sealers).size
-        except InvalidNote:
+        if not isinstance(row.highest, int) or row.lowest < 0:
             return True
+        return row.highest >= self._size and row.highest >= await self._size_now()
 
-    def _entry(self, leaf: int, entry_id: object, data: bytes) -> None:
+    async def _size_now(self) -> int:
+        """The size that the newest checkpoint signs by now; 0 where it signs none."""
         try:
-            entry = Entry.from_bytes(data)
+            latest = await tree.latest_checkpoint(self._database)
+            return 0 if latest is None else Checkpoint.open(latest[1], self._sealers).size
+        except (InvalidNote, TamperedLog):
+            return 0
+
+    def _entry(self, row: sa.Row[Any], leaf: bytes) -> None:
+        try:
+            entry = Entry.from_bytes(row.data)
         except InvalidEntry as error:
-            self._problem("malformed", f"entry {leaf}: {error}")
+            self._problem("malformed", f"entry {row.leaf}: {error}")
             return
-        if entry.id != entry_id:
-            self._problem("changed", f"entry {leaf} is filed under {entry_id} and says that it is {entry.id}")
-        if entry.number:
-            if not self._sealed.setdefault(entry.producer, _Numbers()).add(entry.number):
-                self._problem("copied", f"entry {leaf} repeats number {entry.number} of producer {entry.producer}")
-        elif entry.action == STATEMENT:
-            self._statement(leaf, entry)
+        if row.entry_id not in (entry.id, entry.id.hex):
+            self._problem("changed", f"entry {row.leaf} is filed under {row.entry_id} and says that it is {entry.id}")
+        if entry.action == STATEMENT:
+            self._statement(row.leaf, entry)
+            return
+        if entry.number < 1:
+            self._problem("forged", f"entry {row.leaf} has no number of its producer")
+            return
+        producer = self._producers.setdefault(entry.producer, _Producer())
+        if producer.sealed.add(entry.number):
+            producer.hashes[entry.number] = leaf
+        else:
+            self._problem("copied", f"entry {row.leaf} repeats number {entry.number} of producer {entry.producer}")
 
     def _statement(self, leaf: int, entry: Entry) -> None:
+        note = entry.detail.get("note")
         try:
-            text, _ = open_note(str(entry.detail.get("note")), self._believed)
+            text, _ = open_note(str(note), self._believed)
             statement = Statement.from_text(text)
         except InvalidNote as error:
             self._problem("forged", f"the statement in entry {leaf}: {error}")
             return
-        known = self._sequences.setdefault(statement.producer, {})
-        if known.setdefault(statement.sequence, statement) != statement:
-            self._problem("forged", f"producer {statement.producer} says two things in statement {statement.sequence}")
+        name = statement.producer
+        # The signature covers the statement: what is around it must say nothing else.
+        if entry != Entry(
+            statement.entry_id, STATEMENT, "succeeded", entry.time, producer=name, number=0, detail={"note": note}
+        ):
+            self._problem("forged", f"entry {leaf} says more than the statement in it, which is of producer {name}")
+            return
+        self._statements += 1
+        producer = self._producers.setdefault(name, _Producer())
+        known = producer.statements.setdefault(statement.sequence, statement)
+        if known != statement:
+            self._problem("forged", f"producer {name} says two things in statement {statement.sequence}")
+        if known is not statement:
+            return
+        producer.missing.update(statement.missing)
+        producer.last = max(producer.last, statement.last)
+        producer.final = producer.final or statement.final
+        self._agrees(producer, statement)
+
+    def _agrees(self, producer: _Producer, statement: Statement) -> None:
+        """Compare what it says with what was found; if not all was found, later."""
+        numbers = list(statement.committed())
+        if not all(number in producer.hashes for number in numbers):
+            producer.waiting.append(statement)
+        elif not statement.agrees(producer.hashes.pop(number) for number in numbers):
+            self._problem(
+                "changed",
+                f"one of the numbers {_stretch(numbers)} of producer {statement.producer} is not what its statement "
+                f"{statement.sequence} says: it was changed before it was sealed",
+            )
 
     async def nodes(self) -> None:
-        """The stored nodes are what proofs are made of."""
-        level = STORED_LEVELS
-        while any(known == level for known, _ in self._roots):
-            after = -1
-            found: dict[tuple[int, int], bytes] = {}
-            while rows := await self._database.read(_NODES, {"level": level, "after": after}):
-                found |= {(row.level, row.position): bytes(row.hash) for row in rows}
-                after = rows[-1].position
-            for (known, position), value in self._roots.items():
-                if known == level and found.get((known, position)) != value:
-                    self._problem(
-                        "changed", f"the stored node {position} of level {level} is not what its entries give"
-                    )
-            level += STORED_LEVELS
+        """The stored nodes are what proofs are made of, and one beyond them would be in the way of the next batch."""
+        missing = dict(self._roots)
+        beyond: list[tuple[object, object]] = []
+        after = (-(2**31), -(2**63))
+        while rows := await self._database.read(_NODES, {"level": after[0], "after": after[1]}):
+            for row in rows:
+                after = (row.level, row.position)
+                if after not in self._roots:
+                    beyond.append(after)
+                elif row.hash == missing[after]:
+                    del missing[after]
+        self._several(
+            "changed",
+            [f"the stored node {place} of level {level} is not what its entries give" for level, place in missing],
+        )
+        size = max(self._size, await self._size_now()) if beyond else 0
+        self._several(
+            "forged",
+            [f"the log has no node {place!r} of level {level!r}" for level, place in beyond
+             if not tree.within(level, place, size)],
+        )  # fmt: skip
 
-    # What must be there and is not
+    # What producers say
 
     async def pending(self) -> int:
-        """Find every number that a statement names: in the log, among the pending, or sealed while we were reading."""
-        missing = self._unsealed()
+        """Look for every number that a statement names: also among the pending, and what was sealed meanwhile."""
+        wanted = {
+            (name, number)
+            for name, producer in self._producers.items()
+            for statement in producer.waiting
+            for number in statement.committed()
+            if number not in producer.sealed
+        }
         count = 0
         after = -1
         while rows := await self._database.read(_PENDING, {"after": after}):
             count += len(rows)
             after = rows[-1].seq
-            for row in rows:
-                self._found(bytes(row.data), missing)
+            self._find(rows, wanted)
         after = self._frontier.size - 1
-        while missing and (rows := await self._database.read(_LOG, {"after": after})):
+        while wanted and (rows := await self._database.read(_LOG, {"after": after})):
             after = rows[-1].leaf
-            for row in rows:
-                self._found(bytes(row.data), missing)
-        for producer, number in sorted(missing)[:_SHOWN]:
-            self._problem("unsealed", f"number {number} of producer {producer} was committed and never sealed")
-        if len(missing) > _SHOWN:
-            self._problem("unsealed", f"and {len(missing) - _SHOWN} more")
+            self._find(rows, wanted)
+        for name, producer in self._producers.items():
+            self._settle(name, producer)
         return count
 
-    def _unsealed(self) -> set[tuple[str, int]]:
-        missing: set[tuple[str, int]] = set()
-        for producer, statements in self._sequences.items():
-            stated = self._stated[producer] = _Numbers()
-            for sequence in range(1, max(statements) + 1):
-                statement = statements.get(sequence)
-                if statement is None:
-                    self._problem("unsealed", f"statement {sequence} of producer {producer} was made and never sealed")
-                    continue
-                for number in range(statement.first, statement.last + 1):
-                    if number not in statement.missing:
-                        stated.add(number)
-                for number in statement.late:
-                    stated.add(number)
-            sealed = self._sealed.get(producer, _Numbers())
-            missing |= {(producer, number) for number in stated if number not in sealed}
-        return missing
+    def _find(self, rows: Sequence[sa.Row[Any]], wanted: set[tuple[str, int]]) -> None:
+        for row in rows if wanted else ():
+            try:
+                entry = Entry.from_bytes(row.data)
+            except InvalidEntry:
+                continue
+            if (entry.producer, entry.number) in wanted:
+                wanted.discard((entry.producer, entry.number))
+                self._producers[entry.producer].hashes[entry.number] = leaf_hash(row.data)
 
-    def _found(self, data: bytes, missing: set[tuple[str, int]]) -> None:
-        try:
-            entry = Entry.from_bytes(data)
-        except InvalidEntry:
-            return
-        missing.discard((entry.producer, entry.number))
+    def _settle(self, name: str, producer: _Producer) -> None:
+        waiting, producer.waiting = producer.waiting, []
+        for statement in waiting:
+            self._agrees(producer, statement)
+        for statement in producer.waiting:
+            numbers = list(statement.committed())
+            gone = [number for number in numbers if producer.hashes.pop(number, None) is None]
+            self._several(
+                "unsealed", [f"number {number} of producer {name} was committed and never sealed" for number in gone]
+            )
+        said = producer.statements
+        gone = [sequence for sequence in range(1, max(said, default=0) + 1) if sequence not in said]
+        self._several(
+            "unsealed", [f"statement {sequence} of producer {name} was made and never sealed" for sequence in gone]
+        )
+        # What is left is in no statement: it may belong to a later one, to none after a kill, or to nobody.
+        added: list[str] = []
+        for number, leaf in producer.hashes.items():
+            issued = producer.missing.get(number)
+            never = producer.final and number > producer.last if issued is None else leaf != issued
+            if never:
+                added.append(f"number {number} of producer {name} is in the log, and {name} never wrote it")
+            else:
+                self._unstated += 1
+        self._several("forged", added)
 
     def report(self, pending: int) -> Report:
-        unstated = sum(
-            sum(number not in self._stated.get(producer, _Numbers()) for number in numbers)
-            for producer, numbers in self._sealed.items()
-        )
         return Report(
             entries=self._frontier.size,
-            statements=sum(len(statements) for statements in self._sequences.values()),
+            statements=self._statements,
             pending=pending,
             checkpoints=self._checkpoints,
-            producers=len(self._sealed.keys() | self._sequences.keys()),
-            unstated=unstated,
+            producers=len(self._producers),
+            unfinished=sum(not producer.final for producer in self._producers.values()),
+            unstated=self._unstated,
             checkpoint=self._newest,
+            age_seconds=self._age,
             problems=tuple(self._problems),
         )
+
+
+def _age(time: str) -> float | None:
+    """How long ago that was, in seconds, by the clock of this machine."""
+    try:
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _stretch(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"

@@ -1,4 +1,4 @@
-"""The unsealed entries, the log, the stored nodes of its tree, and its checkpoints."""
+"""The unsealed entries, the log, the stored nodes of its tree, its checkpoints, and what was refused."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Create the four tables."""
+    """Create the five tables."""
     op.create_table(
         "mainstay_audit_pending",
         sa.Column(
@@ -35,4 +35,10 @@ def upgrade() -> None:
         sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
         sa.Column("size", sa.BigInteger, nullable=False),
         sa.Column("note", sa.Text, nullable=False),
+    )
+    op.create_table(
+        "mainstay_audit_refused",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(always=True), primary_key=True),
+        sa.Column("entry_id", sa.Text, nullable=False),
+        sa.Column("data", sa.LargeBinary, nullable=False),
     )
