@@ -344,3 +344,46 @@ async def test_trap_14_an_answer_that_nobody_renews_is_down():
         assert not watch.ready()
         assert watch.latest["part.Part"] == Health("down", "not asked for 20 s")
         assert (await http.get("/health")).json()["parts"]["part.Part"]["status"] == "down"
+
+
+def test_trap_13_the_folder_is_wiped_before_the_start_not_while_processes_run(monkeypatch, tmp_path):
+    """Files of an earlier run count until they are wiped; wiped under a living process, its counts are lost."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    code = (
+        "import sys\n"
+        "from mainstay.observability.asgi import _count\n"
+        "for _ in sys.stdin:\n"
+        "    _count('GET', '/orders', '200').inc()\n"
+        "    print('counted', flush=True)\n"
+    )
+
+    def run():
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def count(process):
+        process.stdin.write("one\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "counted\n"
+
+    def wipe():
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+    def total():
+        lines = exposition("")[1].decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("mainstay_http_requests_total{"))
+
+    with run() as earlier:
+        count(earlier)
+        count(earlier)
+    with run() as process:
+        count(process)
+        assert total() == 3.0
+    wipe()
+    assert total() == 0.0
+    with run() as process:
+        count(process)
+        assert total() == 1.0
+        wipe()
+        count(process)
+        assert total() == 0.0
