@@ -590,8 +590,8 @@ def test_trap_a_signal_handler_may_log_while_a_line_is_being_written(where):
         from mainstay.observability.logging import configured
 
         log = logging.getLogger("lib")
-        signal.signal(signal.SIGUSR1, lambda *_: log.warning("handled"))
-        written = []
+        signal.signal(signal.SIGUSR1, lambda *_: (log.warning("handled"), handled.append(1)))
+        written, handled = [], []
 
         class Text(io.StringIO):
             def write(self, text):
@@ -604,9 +604,10 @@ def test_trap_a_signal_handler_may_log_while_a_line_is_being_written(where):
                 return True
 
             def write(self, data):
-                if b"interrupted" in data:
-                    signal.raise_signal(signal.SIGUSR1)  # a BufferedWriter refuses the handler's line
-                written.append(bytes(data).decode())
+                text = bytes(data).decode()
+                if "interrupted" in text:
+                    signal.raise_signal(signal.SIGUSR1)  # the BufferedWriter refuses the handler's line
+                written.append(text)
                 return len(data)
 
         stream = Text() if sys.argv[1] == "text" else io.TextIOWrapper(io.BufferedWriter(Raw()))
@@ -615,5 +616,6 @@ def test_trap_a_signal_handler_may_log_while_a_line_is_being_written(where):
             log.warning("after")
         for event in ("interrupted", "after"):
             assert "".join(written).count(event) == 1, written
+        assert handled == [1]
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), where], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), where], check=True, timeout=30)
