@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import asynccontextmanager
-from typing import Never
+from typing import Any, Never, cast
 
 import pytest
 from pydantic_settings import SettingsConfigDict
@@ -409,7 +409,7 @@ async def test_run_passes_on_what_stopped_a_worker_and_outer_cancellations():
 WORKER = """
     import asyncio, sys
     from contextlib import asynccontextmanager
-    from typing import Never
+    from typing import Any, Never, cast
     from pydantic_settings import SettingsConfigDict
     from mainstay.core import App, Module, Settings
 
@@ -506,3 +506,52 @@ def test_a_variable_of_another_process_is_named_and_stops_nothing(monkeypatch, c
     assert [record.getMessage() for record in caplog.records] == [
         "no package in this process reads MAINSTAY_BOATS_NEEDS_STORE, MAINSTAY_WEB_PORT"
     ]
+
+
+@pytest.mark.parametrize("answer", [asyncio.CancelledError(), GeneratorExit(), "ok", Health(cast("Any", "fine"))])
+async def test_health_is_down_whatever_a_check_does(answer):
+    """A check that is cancelled, raises what is no Exception, or answers with no Health is down, and nobody else is."""
+    async with App(StoreModule.for_root(), PostModule.for_root()) as app:
+        app.get(Post).answer = answer
+        assert {name: health.status for name, health in (await app.health()).items()} == {"post.Post": "down"}
+        app.get(Post).answer = Health("ok")
+        assert await app.health() == {"post.Post": Health("ok")}
+
+
+async def test_health_does_not_wait_for_a_check_that_swallows_its_cancellation(caplog):
+    """Such a check is asked once, not once a round; a stopping App awaits it for a while and then names it."""
+    app = App(StoreModule.for_root(), PostModule.for_root(), health_seconds=0.01)
+    asked, end, ended = 0, asyncio.Event(), asyncio.Event()
+
+    async def health():
+        nonlocal asked
+        asked += 1
+        while not end.is_set():
+            try:
+                await end.wait()
+            except asyncio.CancelledError:
+                continue
+        ended.set()
+
+    async with app:
+        cast("Any", app.get(Post)).health = health
+        for _ in range(3):
+            assert await app.health() == {"post.Post": Health("down", "no answer within 0.01 s")}
+        assert asked == 1
+    assert "the health check of post.Post does not end" in caplog.text
+    end.set()
+    await ended.wait()
+
+
+async def test_who_gives_up_asking_leaves_no_check_behind():
+    """A cancelled `health()` cancels the checks that it started, and the App awaits them before it has stopped."""
+    app = App(StoreModule.for_root(), PostModule.for_root())
+    async with app:
+        app.get(Post).answer = None
+        asking = asyncio.ensure_future(app.health())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -3,18 +3,20 @@
 import asyncio
 import json
 import logging
+from contextvars import copy_context
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, HTTPException
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel, SecretStr
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.websockets import WebSocketDisconnect
 
-from mainstay.core import App, MainstayError, bind, current
+from mainstay.core import App, ConfigurationError, MainstayError, bind, current
 from mainstay.observability import ObservabilityMiddleware, ObservabilityModule, ObservabilitySettings, status_of
 from mainstay.observability.asgi import route_template
 from mainstay.observability.fastapi import instrument
@@ -461,3 +463,275 @@ async def test_without_an_sdk_no_span_is_made(monkeypatch):
     monkeypatch.setattr(trace, "get_tracer", refuse)
     async with client(application()) as http:
         assert (await http.get("/sync")).status_code == 200
+
+
+@pytest.mark.parametrize("status", [101, 204, 205, 304])
+async def test_a_status_without_a_body_is_answered_without_one(status):
+    """`HTTPException(304)` is an answer, not an error: a body would break the connection on a real server."""
+    api = application()
+
+    @api.get("/bodiless")
+    async def bodiless():
+        raise HTTPException(status, headers={"etag": "x"})
+
+    messages = await exchange(api, "/bodiless")
+    assert messages[0]["status"] == status
+    assert (b"etag", b"x") in messages[0]["headers"]
+    assert all(not message["body"] for message in messages[1:])
+    assert not any(name == b"content-length" and value != b"0" for name, value in messages[0]["headers"])
+
+
+async def exchange(api, path, *received, method="GET", kind="http", headers=()):
+    """What the application sends when it is asked by these messages, and then hears nothing more."""
+    coming = list(received) or [{"type": "http.request", "body": b"", "more_body": False}]
+    sent = []
+
+    async def receive():
+        return coming.pop(0) if coming else await nobody()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": kind, "method": method, "path": path, "headers": list(headers), "query_string": b"", "root_path": "",
+        "scheme": "http", "server": ("test", 80), "client": ("test", 1), "http_version": "1.1", "subprotocols": [],
+    }  # fmt: skip
+    await api(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("path", ["/raw", "/login"])
+async def test_an_upload_that_breaks_off_is_a_caller_that_went_away(path):
+    """It is counted as 499, whether the handler reads the body or FastAPI does, and is no error in the log."""
+    api = application()
+
+    @api.post("/raw")
+    async def raw(request: Request):
+        return len(await request.body())
+
+    labels = {"method": "POST", "route": path}
+    before = {
+        status: metric("mainstay_http_requests_total", status=status, **labels) for status in ("499", "500", "400")
+    }
+    begun = {"type": "http.request", "body": b"{", "more_body": True}
+    with captured_logs(logging.WARNING) as lines:
+        await exchange(api, path, begun, {"type": "http.disconnect"}, method="POST")
+    after = {status: metric("mainstay_http_requests_total", status=status, **labels) for status in before}
+    assert after == {**before, "499": before["499"] + 1}
+    assert lines == []
+
+
+async def test_an_error_after_the_caller_went_away_is_still_an_error():
+    """Only what says that the caller left is quiet; a bug is logged, and the request is counted as 499 all the same."""
+
+    async def app(scope, receive, send):
+        await receive()
+        msg = "a bug"
+        raise RuntimeError(msg)
+
+    labels = {"method": "GET", "route": "unmatched", "status": "499"}
+    before = metric("mainstay_http_requests_total", **labels)
+    with captured_logs() as lines:
+        await exchange(ObservabilityMiddleware(app), "/", {"type": "http.disconnect"})
+    assert [line["level"] for line in lines] == ["error"]
+    assert metric("mainstay_http_requests_total", **labels) == before + 1
+
+
+async def test_an_instrumented_application_inside_of_another_adds_nothing():
+    """The id inside is the id outside, an error is answered and logged with it, and the request is counted once."""
+    inner, outer = FastAPI(), FastAPI()
+
+    @inner.get("/who")
+    async def who():
+        return current().correlation_id
+
+    @inner.get("/sold-out")
+    async def sold_out():
+        raise SoldOut
+
+    instrument(inner)
+    outer.mount("/inner", inner)
+    instrument(outer)
+    labels = {"method": "GET", "route": "/inner/who", "status": "200"}
+    before = metric("mainstay_http_requests_total", **labels)
+    async with client(outer) as http:
+        answer = await http.get("/inner/who")
+        assert answer.json() == answer.headers["x-correlation-id"]
+        assert answer.headers.get_list("x-correlation-id") == [answer.json()]
+        answer = await http.get("/inner/sold-out")
+        assert answer.json()["error"]["correlation_id"] == answer.headers["x-correlation-id"]
+    assert metric("mainstay_http_requests_total", **labels) == before + 1
+
+
+async def test_an_error_in_a_websocket_is_logged_in_its_context():
+    """The line has the id of the socket, and the error goes on to the server; a peer that leaves is no error."""
+    api = application()
+
+    @api.websocket("/ws")
+    async def ws(socket: WebSocket):
+        await socket.accept()
+        await socket.receive_text()
+        msg = "broke"
+        raise RuntimeError(msg)
+
+    connect, text = {"type": "websocket.connect"}, {"type": "websocket.receive", "text": "x"}
+    left = {"type": "websocket.disconnect", "code": 1001}
+    with captured_logs() as lines:
+        with pytest.raises(RuntimeError, match="broke"):
+            await exchange(api, "/ws", connect, text, kind="websocket", headers=[(b"x-correlation-id", b"ws-1")])
+        with pytest.raises(WebSocketDisconnect):
+            await exchange(api, "/ws", connect, left, kind="websocket")
+    assert [(line["event"], line["correlation_id"]) for line in lines] == [("websocket /ws failed", "ws-1")]
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=x.y",
+        "application/openmetrics-text;version",
+        ";;;=,=",
+        "text/plain;version=9.x",
+    ],
+)
+async def test_a_strange_accept_gets_the_metrics_all_the_same(accept):
+    """What a scraper says about versions may be nonsense; the metrics are not withheld for it."""
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
+    async with app, client(application(app=app)) as http:
+        answer = await http.get("/metrics", headers={"accept": accept})
+    assert answer.status_code == 200
+    assert "mainstay_http_requests" in answer.text
+
+
+async def test_what_runs_after_the_answer_is_not_in_its_time():
+    """A background task ends later than the answer, and nobody waited for it."""
+    api, hour = application(), 3600.0
+    clock = [0.0]
+
+    @api.get("/background")
+    async def background(tasks: BackgroundTasks):
+        clock[0] += 1.0
+
+        async def later():
+            clock[0] += hour
+
+        tasks.add_task(later)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mainstay.observability.asgi.perf_counter", lambda: clock[0])
+        async with client(api) as http:
+            await http.get("/background")
+    assert clock[0] == hour + 1
+    assert metric("mainstay_http_request_seconds_sum", method="GET", route="/background") == 1.0
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan")])
+async def test_never_is_no_retry_after(seconds):
+    """An error whose time to come back is no number is answered without the header, not with another error."""
+    api = application()
+
+    @api.get("/never")
+    async def never():
+        raise Closed(retry_after_seconds=seconds)
+
+    async with client(api) as http:
+        answer = await http.get("/never")
+    assert (answer.status_code, "retry-after" in answer.headers) == (503, False)
+
+
+@pytest.mark.parametrize("what", [Exception, 500])
+def test_a_handler_that_would_never_be_called_is_refused(what):
+    """Unhandled errors are ours to answer; a handler of the application's own for them is a mistake to be seen."""
+    api = FastAPI()
+    api.add_exception_handler(what, lambda _request, _error: None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="would never be called"):
+        instrument(api)
+
+
+@pytest.mark.parametrize(
+    ("mount", "paths"),
+    [
+        ("/int/{tenant:int}", ["/int/7", "/int/007", "/int/0007"]),
+        (
+            "/uuid/{tenant:uuid}",
+            [f"/uuid/{'ABCDEFAB' if up else 'abcdefab'}-1234-1234-1234-abcdefabcdef" for up in (0, 1)],
+        ),
+        ("/path/{rest:path}/end", ["/path/a/b/end", "/path/a/c/end", "/path//end"]),
+        ("/both/{a}/{b:int}", ["/both/7/007", "/both/7/0007"]),
+        ("/7/{n:int}", ["/7/007", "/7/0007"]),
+    ],
+)
+async def test_trap_12_no_value_in_a_mount_becomes_a_label(mount, paths):
+    """Whatever a stranger writes where a mount has a parameter, the requests are counted under one template."""
+    api, inner = FastAPI(), FastAPI()
+
+    @inner.get("/items/{item}")
+    async def item(item: str):
+        return item
+
+    api.mount(mount, inner)
+    instrument(api)
+    labels = {"method": "GET", "route": "/items/{item}", "status": "200"}
+    before = metric("mainstay_http_requests_total", **labels)
+    async with client(api) as http:
+        for path in paths:
+            assert (await http.get(f"{path}/items/5")).status_code == 200
+    assert metric("mainstay_http_requests_total", **labels) == before + len(paths)
+
+
+async def test_trap_11_an_executor_needs_the_context_to_be_carried():
+    """`asyncio.to_thread` carries it by itself; `run_in_executor` does not, and needs `copy_context().run`."""
+    loop = asyncio.get_running_loop()
+
+    def log():
+        logging.getLogger("lib").warning("from a thread")
+        return current().correlation_id
+
+    with captured_logs() as lines, bind(correlation_id="c-1"):
+        assert await loop.run_in_executor(None, log) is None
+        assert await loop.run_in_executor(None, copy_context().run, log) == "c-1"
+        assert await asyncio.to_thread(log) == "c-1"
+    assert [line.get("correlation_id") for line in lines] == [None, "c-1", "c-1"]
+
+
+async def test_trap_11_a_bind_across_a_yield_belongs_to_whoever_iterates():
+    """Held across a yield it is seen by the caller and cannot be undone by another task; inside of a step, neither."""
+
+    async def held():
+        with bind(actor="the generator"):
+            yield 1
+            yield 2
+
+    async def inside():
+        for n in (1, 2):
+            with bind(actor="the generator"):
+                seen = current().actor
+            yield n, seen
+
+    wrong = held()
+    await anext(wrong)
+    assert current().actor == "the generator"  # in the caller, who bound nothing
+    with pytest.raises(ValueError, match="different Context"):
+        await asyncio.create_task(wrong.aclose())
+    with bind(actor=None):
+        async for _, seen in inside():
+            assert (seen, current().actor) == ("the generator", None)
+
+
+async def test_trap_11_nothing_of_a_request_is_left_when_its_answer_is_streamed():
+    """The middleware's context and span are around the whole answer, not held by the generator that makes it."""
+    seen = []
+
+    async def body():
+        for _ in range(2):
+            seen.append(current().correlation_id)
+            yield b"x"
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async for part in body():
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    await exchange(ObservabilityMiddleware(app), "/", headers=[(b"x-correlation-id", b"c-1")])
+    assert seen == ["c-1", "c-1"]
+    assert current().correlation_id is None

@@ -48,11 +48,12 @@ class PartModule(Module[PartSettings, Never]):
         yield (Part(),)
 
 
-def service(clock=None, **settings):
+def service(clock=None, health_seconds=2.0, **settings):
     return App(
         ObservabilityModule.for_root(ObservabilitySettings(service_name="s", http_port=0, **settings)),
         PartModule.for_root(),
         clock=clock or VirtualClock(),
+        health_seconds=health_seconds,
     )
 
 
@@ -254,3 +255,135 @@ def test_trap_several_processes_are_put_together(monkeypatch, tmp_path):
     content_type, body = exposition("")
     assert content_type.startswith("text/plain")
     assert b'mainstay_http_requests_total{method="GET",route="/orders/{id}",status="200"} 4.0' in body
+
+
+class Unlike(BaseException):
+    """What no `except Exception` catches."""
+
+
+@pytest.mark.parametrize("how", ["hangs", "swallows its cancellation", "is cancelled", "raises", "returns nothing"])
+async def test_trap_14_no_part_freezes_the_last_answer(how):
+    """A part that was ok and then hangs, is cancelled, raises a BaseException or forgets its answer is down at once.
+
+    The watch goes on: the round after the part has recovered says so.
+    """
+    clock, recovered, asked = VirtualClock(), asyncio.Event(), 0
+
+    async def health():
+        nonlocal asked
+        asked += 1
+        if recovered.is_set():
+            return Health("ok")
+        if how == "is cancelled":
+            raise asyncio.CancelledError
+        if how == "raises":
+            raise Unlike
+        while how != "returns nothing" and not recovered.is_set():
+            try:
+                await recovered.wait()
+            except asyncio.CancelledError:
+                if how == "hangs":
+                    raise
+        return None
+
+    async with service(clock, 0.01, readiness=frozenset({"part"})) as app:
+        part, watch = app.get(Part), app.get(HealthWatch)
+        assert (await watch.refresh())["part.Part"].status == "ok"
+        assert watch.ready()
+        part.health = health
+        for _ in range(2):
+            assert (await watch.refresh())["part.Part"].status == "down"
+            assert not watch.ready()
+        recovered.set()
+        await clock.advance(5.0)
+        assert watch.latest["part.Part"].status == "ok"
+        assert watch.ready()
+        before = asked
+        await clock.advance(5.0)
+        assert asked == before + 1
+
+
+async def test_trap_14_a_round_that_somebody_cancels_does_not_end_the_watch(monkeypatch):
+    """The beat ends with the App only, whatever breaks asking, and another task's cancellation is not its own."""
+    clock = VirtualClock()
+    async with service(clock) as app:
+        watch = app.get(HealthWatch)
+
+        for error in (asyncio.CancelledError(), Unlike()):
+
+            async def broken(error=error):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(app, "health", broken)
+                await clock.advance(5.0)
+                assert watch.latest["app"].status == "down"
+            await clock.advance(5.0)
+            assert watch.latest["part.Part"].status == "ok"
+        app.get(Part).gate.clear()
+        await clock.advance(5.0)
+        (asking,) = [task for task in asyncio.all_tasks() if task.get_name() == "mainstay.observability.health.round"]
+        asking.cancel()
+        app.get(Part).gate.set()
+        asked = app.get(Part).asked
+        await clock.advance(5.0)
+        assert app.get(Part).asked == asked + 1
+
+
+async def test_trap_14_an_answer_that_nobody_renews_is_down():
+    """Should asking stop for good, the last answer does not stand: after some intervals it counts as down."""
+    clock = VirtualClock()
+    async with service(clock, readiness=frozenset({"part"})) as app, client(app) as http:
+        watch = app.get(HealthWatch)
+        await watch.refresh()
+        (beat,) = [task for task in asyncio.all_tasks() if task.get_name() == "mainstay.observability.health"]
+        beat.cancel()
+        await clock.advance(15.0)
+        assert watch.ready()
+        await clock.advance(5.0)
+        assert not watch.ready()
+        assert watch.latest["part.Part"] == Health("down", "not asked for 20 s")
+        assert (await http.get("/health")).json()["parts"]["part.Part"]["status"] == "down"
+
+
+def test_trap_13_the_folder_is_wiped_before_the_start_not_while_processes_run(monkeypatch, tmp_path):
+    """Files of an earlier run count until they are wiped; wiped under a living process, its counts are lost."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    code = (
+        "import sys\n"
+        "from mainstay.observability.asgi import _count\n"
+        "for _ in sys.stdin:\n"
+        "    _count('GET', '/orders', '200').inc()\n"
+        "    print('counted', flush=True)\n"
+    )
+
+    def run():
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def count(process):
+        process.stdin.write("one\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "counted\n"
+
+    def wipe():
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+    def total():
+        lines = exposition("")[1].decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("mainstay_http_requests_total{"))
+
+    with run() as earlier:
+        count(earlier)
+        count(earlier)
+    with run() as process:
+        count(process)
+        assert total() == 3.0
+    wipe()
+    assert total() == 0.0
+    with run() as process:
+        count(process)
+        assert total() == 1.0
+        wipe()
+        count(process)
+        assert total() == 0.0

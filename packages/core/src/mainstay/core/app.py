@@ -49,7 +49,7 @@ class App:
     ) -> None:
         self.clock = clock
         self._drain_seconds = drain_seconds
-        self._health_seconds = health_seconds
+        self.health_seconds = health_seconds
         self._modules = _in_order_of_need(_attach(modules))
         stray = stray_variables([module.settings_type for module in self._modules])
         if stray:
@@ -58,6 +58,7 @@ class App:
         self._owners: dict[type, str] = {}
         self._workers: list[tuple[str, Worker]] = []
         self._crashed: tuple[str, BaseException] | None = None
+        self._late_checks: set[asyncio.Task[Health]] = set()
         self._running = False
         self._started = False
         self._stack: AsyncExitStack | None = None
@@ -93,22 +94,47 @@ class App:
             for kind, service in self._services.items()
             if isinstance(service, HasHealth)
         }
-        answers = await asyncio.gather(*(self._ask(service) for service in parts.values()))
-        report = dict(zip(parts, answers, strict=True))
+        # A check that outlived its round is not asked again before it has ended, or there were one more each round.
+        self._late_checks = {check for check in self._late_checks if not check.done()}
+        late = {check.get_name() for check in self._late_checks}
+        # Tasks of their own, because a check that swallows its cancellation would hold up whoever awaits it.
+        checks = {name: spawn(self._ask(part), name=name) for name, part in parts.items() if name not in late}
+        try:
+            if checks:
+                await asyncio.wait(checks.values(), timeout=self.health_seconds)
+        finally:
+            for check in checks.values():
+                if not check.done():
+                    check.cancel()
+                    self._late_checks.add(check)
+        report = dict.fromkeys(parts, Health("down", f"no answer within {self.health_seconds:g} s"))
+        report |= {name: check.result() for name, check in checks.items() if check.done() and not check.cancelled()}
         if self._crashed is not None:
             name, error = self._crashed
             report[name] = Health("down", f"stopped by {type(error).__name__}")
         return report
 
-    async def _ask(self, service: HasHealth) -> Health:
+    async def _ask(self, part: HasHealth) -> Health:
         try:
-            async with asyncio.timeout(self._health_seconds):
-                return await service.health()
-        except TimeoutError:
-            return Health("down", f"no answer within {self._health_seconds:g} s")
-        except Exception as error:  # noqa: BLE001  a check that breaks is an answer too
-            _log.exception("the health check of %s failed", type(service).__name__)
+            health = cast("object", await part.health())  # parts may be unchecked
+            if isinstance(health, Health) and health.status in ("ok", "degraded", "down"):
+                return health
+            return Health("down", f"the check returned a {type(health).__name__}, which is no Health")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  a check that breaks is an answer too, whatever breaks it
+            if not _cancelled_from_outside(error):
+                _log.exception("the health check of %s failed", type(part).__name__)
             return Health("down", f"the check failed with {type(error).__name__}")
+
+    async def _end_late_checks(self) -> None:
+        checks, self._late_checks = self._late_checks, set()
+        for check in checks:
+            check.cancel()
+        if checks:
+            _, stuck = await asyncio.wait(checks, timeout=self.health_seconds)
+            for check in stuck:
+                _log.error("the health check of %s does not end, although it was cancelled", check.get_name())
 
     # The three ways to run it
 
@@ -194,6 +220,7 @@ class App:
         self._crashed = None
         try:
             async with AsyncExitStack() as stack:
+                stack.push_async_callback(self._end_late_checks)
                 for module in self._modules:
                     await self._start(module, stack)
                 if serve:
@@ -247,6 +274,12 @@ class App:
             self._crashed = self._crashed or (name, error)
             if until is not None:
                 until.set()
+
+
+def _cancelled_from_outside(error: BaseException) -> bool:
+    """Whether `error` is the cancellation that somebody asked of this task, not one that its work made up."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 async def _drain(tasks: list[asyncio.Task[None]], seconds: float) -> None:

@@ -38,7 +38,7 @@ _log = logging.getLogger("mainstay.observability")
 REQUESTS = Counter("mainstay_http_requests", "Requests answered.", ["method", "route", "status"])
 SECONDS = Histogram(
     "mainstay_http_request_seconds",
-    "From the request's first byte to its answer's last.",
+    "From the request's first byte to its answer's last; what runs in the background afterwards is not in it.",
     ["method", "route"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
@@ -57,7 +57,10 @@ _WANTED = {
     name.encode(): name
     for name in ("x-correlation-id", "x-causation-id", "x-actor", "x-tenant", "traceparent", "tracestate")
 }
-_NO_ANSWER = 499  # nothing was sent: the client went away, or the handler was cancelled
+_NO_ANSWER = 499  # nobody was there to be answered: the client went away, or the handler was cancelled
+# How frameworks and servers say that the client went away; by name, since none of them need be installed.
+_GONE = frozenset({"ClientDisconnect", "ClientDisconnected", "WebSocketDisconnect"})
+_OBSERVED = "mainstay.observability"  # in a scope: a middleware further out has this request already
 
 
 class ObservabilityMiddleware:
@@ -83,6 +86,11 @@ class ObservabilityMiddleware:
             return
         if self._app is not None and scope["path"].startswith(_PROBES) and await self._probed(self._app, scope, send):
             return
+        if scope.get(_OBSERVED):
+            # An instrumented application inside of another: one request has one id, one line and one count.
+            await self._asgi(scope, receive, send)
+            return
+        scope[_OBSERVED] = True
         headers = _headers(scope)
         context = Context.from_headers(headers, trusted=self._trusted) if headers else _NOTHING
         correlation_id = context.correlation_id or str(uuid7())
@@ -90,7 +98,7 @@ class ObservabilityMiddleware:
             context = replace(context, correlation_id=correlation_id) if headers else Context(correlation_id)
         with bind(context):
             if scope["type"] == "websocket":
-                await self._asgi(scope, receive, send)
+                await self._socket(scope, receive, send)
             elif tracing.installed():
                 await self._traced(scope, receive, send, headers, correlation_id)
             else:
@@ -138,14 +146,37 @@ class ObservabilityMiddleware:
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 span.set_status(StatusCode.ERROR)
 
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._asgi(scope, receive, send)
+        except Exception as error:
+            if type(error).__name__ not in _GONE:
+                # Only the server can break it off, and it logs this too, but outside of the context.
+                _log.exception("websocket %s failed", route_template(scope))
+            raise
+
     async def _request(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> int:
         status = _NO_ANSWER
-        started = False
+        started = gone = False
+        end: float | None = None
+
+        async def received() -> Message:
+            nonlocal gone
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                gone = True
+            return message
 
         async def observed(message: Message) -> None:
-            nonlocal status, started
-            if message["type"] == "http.response.start":
-                started, status = True, message["status"]
+            nonlocal status, started, end
+            if message["type"] == "http.response.body":
+                if not message.get("more_body", False):
+                    await send(message)
+                    end = perf_counter()
+                    return
+            elif message["type"] == "http.response.start":
+                started = True
+                status = _NO_ANSWER if gone else message["status"]
                 headers = [pair for pair in message.get("headers", ()) if not _names_the_correlation(pair[0])]
                 headers.append((_CORRELATION, correlation_id.encode()))
                 message["headers"] = headers
@@ -154,8 +185,13 @@ class ObservabilityMiddleware:
         begin = perf_counter()
         IN_PROGRESS.inc()
         try:
-            await self._asgi(scope, receive, observed)
+            await self._asgi(scope, received, observed)
         except Exception as error:
+            if gone and type(error).__name__ in _GONE:
+                if started:
+                    raise
+                _log.info("%s %s: the client went away", _method(scope), route_template(scope))
+                return status
             # Logged here, inside the context. Answered here and not raised again, or the server would log it a second
             # time, without its context; but once an answer has begun, only the server can break it off.
             _log.exception("%s %s failed", _method(scope), route_template(scope))
@@ -166,7 +202,7 @@ class ObservabilityMiddleware:
             IN_PROGRESS.dec()
             method, route = _method(scope), route_template(scope)
             _count(method, route, str(status)).inc()
-            _seconds(method, route).observe(perf_counter() - begin)
+            _seconds(method, route).observe((perf_counter() if end is None else end) - begin)
         return status
 
 
@@ -207,7 +243,9 @@ def route_template(scope: Scope) -> str:
 
     The route's own path lacks the prefixes, and frameworks have moved them about; so they are taken from the path that
     was asked for: what remains of it before the part that the route describes, with the values of mount parameters put
-    back into their names. A request that no route answers is `unmatched`, whatever its path.
+    back into their names. Where that is not certain, as with a parameter that was converted or spans several parts, the
+    route's own path has to do: what a stranger wrote must never be a label. A request that no route answers is
+    `unmatched`, whatever its path.
     """
     route = scope.get("route")
     template: str | None = getattr(route, "path_format", None) or getattr(route, "path", None)
@@ -226,6 +264,9 @@ def route_template(scope: Scope) -> str:
     if described == path or not path.endswith(described):
         return template
     prefix = path[: len(path) - len(described)]
+    parts = prefix.split("/")
     for name, value in rest.items():
-        prefix = "/".join(f"{{{name}}}" if part == str(value) else part for part in prefix.split("/"))
-    return prefix + template
+        if not isinstance(value, str) or not value or value not in parts:
+            return template
+        parts = [f"{{{name}}}" if part == value else part for part in parts]
+    return "/".join(parts) + template

@@ -44,6 +44,6 @@ def error_body(code: str, message: str, correlation_id: str | None, **more: Any)
 
 
 def retry_after(error: MainstayError) -> dict[str, str]:
-    """The `Retry-After` header of an error that knows when to come back; in whole seconds, rounded up."""
+    """The `Retry-After` header of an error that knows when to come back, in whole seconds, rounded up."""
     seconds = error.retry_after_seconds
-    return {} if seconds is None else {"retry-after": str(max(0, math.ceil(seconds)))}
+    return {} if seconds is None or not math.isfinite(seconds) else {"retry-after": str(max(0, math.ceil(seconds)))}

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.utils import is_body_allowed_for_status_code
 from starlette.exceptions import HTTPException
 
-from mainstay.core import App, MainstayError, current
+from mainstay.core import App, ConfigurationError, MainstayError, current
 from mainstay.observability.asgi import ObservabilityMiddleware
 from mainstay.observability.errors import error_body, retry_after, status_of
 
@@ -36,7 +37,7 @@ _CODES = {
     503: "SYS_UNAVAILABLE",
     504: "EXT_DEADLINE",
 }
-_FIRST_SERVER_ERROR = 500
+_FIRST_SERVER_ERROR = _UNHANDLED = 500
 # Messages that pydantic builds from the value itself.
 _TELLING = {
     "union_tag_invalid": "The tag names none of the expected kinds",
@@ -48,13 +49,22 @@ _TELLING = {
 def instrument(api: FastAPI, app: App | None = None, *, trusted: bool = False) -> None:
     """Give `api` context, metrics, probes and error bodies.
 
-    Call it after every other `add_middleware`: the last is outermost.
+    Call it last, after every other `add_middleware` (the last is outermost) and `exception_handler`.
 
     Args:
         api: the application.
         app: the Mainstay App whose probes it serves; None serves none.
         trusted: whether callers may name actor and tenant in headers; see `ObservabilityMiddleware`.
+
+    Raises:
+        ConfigurationError: the application has a handler for every Exception, which would never be called.
     """
+    if Exception in api.exception_handlers or _UNHANDLED in api.exception_handlers:
+        msg = (
+            "instrument(api) answers unhandled errors itself, with their correlation id, so the exception handler of "
+            "this api for Exception or 500 would never be called: remove it, or register it for the errors it means"
+        )
+        raise ConfigurationError(msg)
     api.add_middleware(ObservabilityMiddleware, app=app, trusted=trusted)
     api.add_exception_handler(MainstayError, _domain_error)
     api.add_exception_handler(RequestValidationError, _invalid_request)
@@ -82,8 +92,10 @@ async def _invalid_request(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-async def _http_error(_request: Request, error: Exception) -> JSONResponse:
+async def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101  registered for this class only
+    if not is_body_allowed_for_status_code(error.status_code):
+        return Response(status_code=error.status_code, headers=dict(error.headers or {}))
     server = error.status_code >= _FIRST_SERVER_ERROR
     code = _CODES.get(error.status_code, "SYS_INTERNAL" if server else "VAL_REQUEST")
     detail = cast("object", error.detail)  # said to be text, but FastAPI's subclass takes anything

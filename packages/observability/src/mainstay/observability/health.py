@@ -34,6 +34,8 @@ HEALTH = Gauge(
     "mainstay_health", "1 ok, 0.5 degraded, 0 down; by part, as last asked.", ["part"], multiprocess_mode="livemin"
 )
 
+_ROUNDS = 3  # an answer holds for as many intervals: one late round is no alarm
+
 JSON = "application/json"
 
 
@@ -56,7 +58,8 @@ class HealthWatch:
     """Knows the last health of every part, and answers probes from it.
 
     Attributes:
-        latest: by part, as `App.health()` names them; empty until the first round is over.
+        latest: by part, as `App.health()` names them; empty until the first round is over. An answer that no round has
+            renewed in time is `down`: what was true once says nothing of now.
     """
 
     def __init__(self, app: App, settings: ObservabilitySettings) -> None:
@@ -64,7 +67,16 @@ class HealthWatch:
         self._interval = settings.health_interval_seconds
         self._readiness = settings.readiness
         self._round: asyncio.Task[None] | None = None
-        self.latest: dict[str, Health] = {}
+        self._latest: dict[str, Health] = {}
+        self._answered = 0.0
+        self._good_seconds = _ROUNDS * self._interval + app.health_seconds
+
+    @property
+    def latest(self) -> dict[str, Health]:  # noqa: D102  described in the class
+        age = self._app.clock.monotonic() - self._answered
+        if age <= self._good_seconds:
+            return self._latest
+        return dict.fromkeys(self._latest, Health("down", f"not asked for {age:.0f} s"))
 
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None, None]:
@@ -78,11 +90,17 @@ class HealthWatch:
             if self._round is not None:
                 self._round.cancel()
                 await asyncio.gather(self._round, return_exceptions=True)
-            _forget(self.latest)
+            _forget(self._latest)
 
     async def _beat(self) -> None:
         while True:
-            await self.refresh()
+            try:
+                await self.refresh()
+            except BaseException as error:
+                # Nothing may end the watch but who owns it: the last answer would stand for ever.
+                if _ends_the_task(error):
+                    raise
+                _log.exception("a round of health checks broke")
             await self._app.clock.sleep(self._interval)
 
     async def refresh(self) -> dict[str, Health]:
@@ -95,18 +113,21 @@ class HealthWatch:
     async def _ask(self) -> None:
         try:
             latest = await self._app.health()
-        except Exception:  # noqa: BLE001  see below
+        except BaseException as error:
             # App.health() contains what parts do; whatever is left must not end the watch and freeze its last answer.
+            if _ends_the_task(error):
+                raise
             _log.exception("asking for health failed")
             latest = {"app": Health("down", "its health could not be asked")}
         for part, health in latest.items():
-            before = self.latest.get(part)
+            before = self._latest.get(part)
             if (before.status if before else "ok") != health.status:
                 level = logging.INFO if health.status == "ok" else logging.WARNING
                 _log.log(level, "%s is %s: %s", part, health.status, health.detail or "no detail")
             HEALTH.labels(part).set(_WORTH[health.status])
-        _forget(self.latest.keys() - latest.keys())
-        self.latest = latest
+        _forget(self._latest.keys() - latest.keys())
+        self._latest = latest
+        self._answered = self._app.clock.monotonic()
 
     def ready(self) -> bool:
         """Whether the App has started, is not stopping, and no part that the settings name is down."""
@@ -135,6 +156,14 @@ class HealthWatch:
             parts = {name: {"status": each.status, "detail": each.detail} for name, each in self.latest.items()}
             return _json(200, {"status": worst, "ready": self.ready(), "parts": parts})
         return None
+
+
+def _ends_the_task(error: BaseException) -> bool:
+    """Whether the task has to end: it was asked to, or the process was. A stray CancelledError is a failure."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is None or task.cancelling() > 0
+    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
 def _forget(parts: Iterable[str]) -> None:

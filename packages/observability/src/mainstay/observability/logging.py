@@ -5,8 +5,11 @@ library is turned into the same event dictionary by a formatter and runs through
 one for that (`ProcessorFormatter`), which copies the record and wraps the event several times over, and is the slower
 by a factor that `benchmarks/observability` states.
 
-Secrets are taken out twice, because they come in twice: as values under telling keys (`password=`), before rendering,
-and inside prose (`postgresql://user:secret@host`, in a library's message or in a traceback), on the finished line.
+Nothing that a line holds can fail the program that writes it, and nothing secret comes out: `redaction` looks at every
+value, and at every text, before it is rendered.
+
+The loggers of a process are one, so they follow one configuration at a time: the newest of those that live. When the
+last has gone, everything is as it was before the first.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TextIO, cast
 
 import structlog
@@ -28,79 +32,20 @@ from pydantic_core import to_json
 
 from mainstay.core import MainstayError, current
 from mainstay.observability import tracing
+from mainstay.observability.redaction import last_resort, redact
 from mainstay.observability.settings import ObservabilitySettings
 
 EventDict = MutableMapping[str, Any]
 Processor = Callable[[Any, str, EventDict], Any]
 
-_REDACTED = "[redacted]"
-_SECRET_KEY = re.compile(
-    r"passw(or)?d|passphrase|secret|token|authorization|api_?key|private_?key|signing_?key|cookie|credential",
-    re.IGNORECASE,
-)
-_URL_PASSWORD = re.compile(r"(://[^\s/:@\"']*:)[^\s/@\"']+@")
-_WORDS = r"passw(?:or)?d|secret|token|api[_-]?key"
-_VALUE = r"""(?!\[redacted)[^\s&,;"'\\}\]]+"""
-_ASSIGNMENT = re.compile(
-    rf"""((?:{_WORDS})\\?["']?=\\?["']?"""  # token=…, as in a query or a repr
-    rf"""|\\?["'](?:{_WORDS})\\?["']:\s?\\?["']"""  # "token": "…", JSON inside of a message
-    rf"""|authorization\\?["']?[:=]\s?\\?["']?(?:bearer |basic )?){_VALUE}""",
-    re.IGNORECASE,
-)
-_DEPTH = 6
-
 # What a LogRecord always has; everything else on it was passed as `extra`.
 _RECORD_LENGTH = len(logging.makeLogRecord({}).__dict__)
 _RECORD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message", "taskName"}
 
-# Asking whether these are mappings costs more than everything else about them.
-_PLAIN = frozenset({str, int, float, bool, type(None)})
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
-_verdicts: dict[str, bool] = {}
-
-
-def _is_secret(key: object) -> bool:
-    """Whether what stands under `key` is a secret; remembered, because a service uses few keys and many lines."""
-    if not isinstance(key, str):
-        return False
-    verdict = _verdicts.get(key)
-    if verdict is None:
-        verdict = _SECRET_KEY.search(key) is not None
-        if len(_verdicts) < 4096:  # noqa: PLR2004  a bound, so that keys made from data cannot fill the memory
-            _verdicts[key] = verdict
-    return verdict
-
-
-def _redacted(value: Any, depth: int) -> Any:
-    """`value` without the secrets in its mappings, at whatever level; the original is never changed."""
-    if depth == 0:
-        return "[too deep]" if isinstance(value, (Mapping, list, tuple)) else value
-    if isinstance(value, Mapping):
-        mapping = cast("Mapping[object, object]", value)
-        return {key: _REDACTED if _is_secret(key) else _redacted(inner, depth - 1) for key, inner in mapping.items()}
-    if isinstance(value, (list, tuple)):
-        sequence = cast("Sequence[object]", value)
-        return [_redacted(inner, depth - 1) for inner in sequence]
-    return value
-
-
-def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Processor: replace what stands under a telling key."""
-    for key, value in event.items():
-        if _is_secret(key):
-            event[key] = _REDACTED
-        elif type(value) not in _PLAIN and isinstance(value, (Mapping, list, tuple)):
-            event[key] = _redacted(value, _DEPTH)
-    return event
-
-
-def redact_text(line: str) -> str:
-    """`line` without passwords in addresses and without `token=…` and its like. Cheap where there are none."""
-    if "://" in line:
-        line = _URL_PASSWORD.sub(rf"\1{_REDACTED}@", line)
-    if "=" in line or "': '" in line or '": ' in line or "uthorization" in line:
-        line = _ASSIGNMENT.sub(rf"\1{_REDACTED}", line)
-    return line
+_render_stack = structlog.processors.StackInfoRenderer(additional_ignores=["mainstay.observability"])
 
 
 def add_context(_logger: object, _method: str, event: EventDict) -> EventDict:
@@ -121,22 +66,35 @@ def add_context(_logger: object, _method: str, event: EventDict) -> EventDict:
     return event
 
 
-def add_exception(_logger: object, _method: str, event: EventDict) -> EventDict:
+def add_exception(_logger: object, method: str, event: EventDict) -> EventDict:
     """Processor: the traceback as text, without local variables (they hold secrets), and the code of a domain error."""
+    if "stack_info" in event:
+        event = _render_stack(None, method, event)
     info = event.pop("exc_info", None)
     if not info:
         return event
-    if isinstance(info, BaseException):
-        error: BaseException | None = info
-    elif isinstance(info, tuple):
-        error = cast("tuple[Any, BaseException | None, Any]", info)[1]
-    else:
-        error = sys.exc_info()[1]
-    if error is not None:
-        if isinstance(error, MainstayError):
-            event.setdefault("code", error.code)
-        event["exception"] = "".join(traceback.format_exception(error)).rstrip()
+    try:
+        if isinstance(info, BaseException):
+            error: BaseException | None = info
+        elif isinstance(info, tuple):
+            error = cast("tuple[Any, BaseException | None, Any]", info)[1]
+        else:
+            error = sys.exc_info()[1]
+        if error is not None:
+            if isinstance(error, MainstayError):
+                event.setdefault("code", error.code)
+            event["exception"] = "".join(traceback.format_exception(error)).rstrip()
+    except Exception:  # noqa: BLE001  an exception is a user's object too
+        event["exception"] = last_resort(info)
     return event
+
+
+def beside(own: EventDict, event: EventDict) -> EventDict:
+    """A line's own fields and `event`'s; one of `event`'s that has the name of an own one gets an underscore."""
+    line = {**own, **event}
+    if len(line) == len(own) + len(event):
+        return line
+    return {**own, **{f"{name}_" if name in own else name: value for name, value in event.items()}}
 
 
 def _timestamp() -> str:
@@ -154,24 +112,18 @@ class _Json:
         self._service = service
 
     def __call__(self, _logger: object, method: str, event: EventDict) -> str:
-        line = {
-            "timestamp": _timestamp(),
-            "level": event.pop("level", method),
-            "service": self._service,
-            **event,
-        }
+        line = beside({"timestamp": _timestamp(), "level": method, "service": self._service}, event)
         try:
-            text = to_json(line, fallback=_last_resort, inf_nan_mode="strings").decode()
-        except ValueError:  # bytes and half surrogates that are no UTF-8
-            text = json.dumps(line, default=_last_resort, skipkeys=True)
-        return redact_text(text)
+            return to_json(line, fallback=last_resort, inf_nan_mode="strings").decode()
+        except ValueError:  # half surrogates, which are no UTF-8
+            return "{" + ",".join(f"{json.dumps(name)}:{_alone(value)}" for name, value in line.items()) + "}"
 
 
-def _last_resort(value: object) -> str:
+def _alone(value: object) -> str:
     try:
-        return repr(value)
-    except Exception:  # noqa: BLE001  a line with a broken object in it is better than no line
-        return f"<{type(value).__name__}, whose repr fails>"
+        return to_json(value, fallback=last_resort, inf_nan_mode="strings").decode()
+    except ValueError:
+        return json.dumps(value if isinstance(value, str) else last_resort(value))
 
 
 class _Console:
@@ -182,9 +134,35 @@ class _Console:
         self._render = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
 
     def __call__(self, logger: object, method: str, event: EventDict) -> str:
-        event["timestamp"] = _timestamp()
-        event.setdefault("level", method)
-        return redact_text(self._render(logger, method, event))
+        line = beside({"timestamp": _timestamp(), "level": method}, event)
+        return self._render(logger, method, {_escaped(name): _shown(name, value) for name, value in line.items()})
+
+
+def _shown(name: str, value: object) -> object:
+    """Without what moves a cursor or begins a line: a terminal would show what nobody wrote."""
+    if not isinstance(value, str):
+        return value
+    return _escaped(value, _CONTROL_IN_LINES if name in ("exception", "stack") else _CONTROL)
+
+
+def _escaped(text: str, control: re.Pattern[str] = _CONTROL) -> str:
+    return control.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class _Pipeline:
+    """All processors as one, which never raises: whoever writes a line is not to be failed by it."""
+
+    def __init__(self, render: Processor) -> None:
+        self._render = render
+
+    def __call__(self, logger: object, method: str, event: EventDict) -> str:
+        try:
+            # The context comes last, because it is known to be harmless.
+            event = add_context(logger, method, redact(logger, method, add_exception(logger, method, event)))
+            return cast("str", self._render(logger, method, event))
+        except Exception as error:  # noqa: BLE001  see above
+            failed = {"event": "a log line could not be made", "error": type(error).__name__}
+            return cast("str", self._render(logger, method, failed))
 
 
 class _Sink:
@@ -192,57 +170,86 @@ class _Sink:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._lock = threading.Lock()
+        # A signal's handler, or a `__del__` that the collector calls, writes its line in the middle of another one's.
+        self._lock = threading.RLock()
 
     def msg(self, line: str) -> None:
         with self._lock:
             try:
                 self._stream.write(line + "\n")
                 self._stream.flush()
-            except (OSError, ValueError):
-                # Nobody reads any more (a closed pipe, a closed stream): no reason for the service to fail.
+            except (OSError, ValueError, RuntimeError):
+                # Nobody reads any more (a closed pipe, a closed stream), or the stream was just being written to by
+                # whom this interrupts: no reason for the service to fail.
                 pass
 
     debug = info = warning = warn = error = critical = fatal = failure = exception = log = err = msg
 
 
-class _Formatter(logging.Formatter):
-    """Turns a `LogRecord` into an event dictionary and runs the same processors over it."""
-
-    def __init__(self, processors: list[Processor]) -> None:
-        super().__init__()
-        self._processors = processors
-
-    def format(self, record: logging.LogRecord) -> str:
-        event: Any = {"event": record.getMessage(), "level": record.levelname.lower(), "logger": record.name}
-        if len(record.__dict__) > _RECORD_LENGTH:
-            for name, value in record.__dict__.items():
-                if name not in _RECORD_FIELDS:
-                    event.setdefault(name, value)
-        if record.exc_info:
-            event["exc_info"] = record.exc_info
-        if record.stack_info:
-            event["stack"] = record.stack_info
-        for process in self._processors:
-            event = process(None, record.levelname.lower(), event)
-        return cast("str", event)
+def event_of(record: logging.LogRecord) -> EventDict:
+    """The event dictionary of a `LogRecord`."""
+    try:
+        message = record.getMessage()
+    except Exception as error:  # noqa: BLE001  users' objects and users' mistakes
+        # Without the arguments, which may be secret, and which stdlib would print.
+        place = f"{record.pathname}:{record.lineno}"
+        said = record.msg if type(record.msg) is str else last_resort(record.msg)
+        message = f"{said} [{type(error).__name__}: its arguments do not fit, {place}]"
+    event: dict[str, Any] = {"event": message, "logger": record.name}
+    if len(record.__dict__) > _RECORD_LENGTH:
+        for name, value in list(record.__dict__.items()):
+            if name not in _RECORD_FIELDS:
+                event.setdefault(name, value)
+    if record.exc_info:
+        event["exc_info"] = record.exc_info
+    if record.stack_info:
+        event["stack"] = record.stack_info
+    return event
 
 
 class _Handler(logging.Handler):
-    def __init__(self, sink: _Sink, processors: list[Processor]) -> None:
+    def __init__(self, sink: _Sink, pipeline: _Pipeline) -> None:
         super().__init__()
         self._sink = sink
-        self.setFormatter(_Formatter(processors))
+        self._pipeline = pipeline
 
     def createLock(self) -> None:  # noqa: N802  stdlib's name
         """The sink has the one lock that is needed; stdlib's would be held while the line is made."""
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._sink.msg(self.format(record))
-        except Exception:  # noqa: BLE001  stdlib's own rule: logging never raises into the program
-            self.handleError(record)
+        self._sink.msg(self._pipeline(None, record.levelname.lower(), event_of(record)))
+
+
+class _Configuration:
+    def __init__(self, settings: ObservabilitySettings, stream: TextIO) -> None:
+        self.sink = _Sink(stream)
+        self.level = logging.getLevelNamesMapping()[settings.log_level]
+        self.pipeline = _Pipeline(
+            _Json(settings.service_name) if settings.log_format == "json" else _Console(_is_terminal(stream))
+        )
+        self.handler = _Handler(self.sink, self.pipeline)
+
+    def activate(self) -> None:
+        """Give everybody's loggers this pipeline."""
+        root = logging.getLogger()
+        for other in _live:
+            root.removeHandler(other.handler)
+        root.addHandler(self.handler)
+        root.setLevel(self.level)
+        # Not cached on first use: a cached logger would go on writing to this configuration after it is undone.
+        structlog.configure(
+            processors=[cast("structlog.typing.Processor", self.pipeline)],
+            wrapper_class=structlog.make_filtering_bound_logger(self.level),
+            logger_factory=lambda *_names: self.sink,
+            context_class=dict,
+            cache_logger_on_first_use=False,
+        )
+
+
+_live: list[_Configuration] = []  # the newest last: it is the active one
+_undo = ExitStack()  # puts back what was there before the first
+_changing = threading.RLock()
 
 
 @contextmanager
@@ -250,61 +257,67 @@ def configured(settings: ObservabilitySettings, stream: TextIO | None = None) ->
     """Send everybody's log lines through one pipeline, to `stream` (standard error by default), until the block ends.
 
     Replaced are plain `StreamHandler`s wherever they sit, which is how uvicorn, gunicorn and `logging.basicConfig`
-    write to the terminal. Other handlers (files, error trackers, pytest's own) stay.
+    write to the terminal. Other handlers (files, error trackers, pytest's own) stay. Blocks may overlap in any order.
     """
-    target: TextIO = sys.stderr if stream is None else stream
-    sink = _Sink(target)
-    render: Processor = (
-        _Json(settings.service_name) if settings.log_format == "json" else _Console(_is_terminal(target))
-    )
-    processors: list[Processor] = [add_context, add_exception, redact, render]
-    level = logging.getLevelNamesMapping()[settings.log_level]
-    before = structlog.get_config() if structlog.is_configured() else None
-    with _stdlib_routed(_Handler(sink, processors), level):
-        # Not cached on first use: a cached logger would go on writing to this configuration after it is undone.
-        structlog.configure(
-            processors=cast("list[structlog.typing.Processor]", processors),
-            wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=lambda *_names: sink,
-            context_class=dict,
-            cache_logger_on_first_use=False,
-        )
-        try:
-            yield
-        finally:
-            if before is None:
-                structlog.reset_defaults()
+    mine = _Configuration(settings, sys.stderr if stream is None else stream)
+    with _changing:
+        if not _live:
+            _take_over()
+        _live.append(mine)
+        _take_terminals()
+        mine.activate()
+    try:
+        yield
+    finally:
+        with _changing:
+            logging.getLogger().removeHandler(mine.handler)
+            _live.remove(mine)
+            if _live:
+                _live[-1].activate()
             else:
-                structlog.configure(**before)
+                _undo.close()
 
 
-@contextmanager
-def _stdlib_routed(handler: logging.Handler, level: int) -> Generator[None, None, None]:
+def _take_over() -> None:
+    before = structlog.get_config()
+    _undo.callback(partial(structlog.configure, **before) if structlog.is_configured() else structlog.reset_defaults)
+    # A logger that is bound already, as by `structlog.get_logger().bind(…)` in a module, keeps its list of processors:
+    # so it is the list that is changed, and for good, since such a logger outlives Apps.
+    processors: Any = before["processors"]
+    if isinstance(processors, list) and _divert not in processors:
+        processors.insert(0, _divert)
     root = logging.getLogger()
-    loggers = [root, *(known for known in root.manager.loggerDict.values() if isinstance(known, logging.Logger))]
-    undo: list[tuple[logging.Logger, list[logging.Handler], bool]] = []
-    for logger in loggers:
+    _undo.callback(root.setLevel, root.level)
+    logging.captureWarnings(True)
+    _undo.callback(logging.captureWarnings, False)
+
+
+def _divert(_logger: object, method: str, event: EventDict) -> EventDict:
+    """Processor of loggers that were bound before: to the active configuration, where there is one, and no further."""
+    if not _live:
+        return event
+    active = _live[-1]
+    if logging.getLevelNamesMapping().get(method.upper(), logging.CRITICAL) >= active.level:
+        active.sink.msg(active.pipeline(None, method, event))
+    raise structlog.DropEvent
+
+
+def _take_terminals() -> None:
+    root = logging.getLogger()
+    for logger in [root, *(known for known in root.manager.loggerDict.values() if isinstance(known, logging.Logger))]:
         plain: list[logging.Handler] = [known for known in logger.handlers if type(known) is logging.StreamHandler]
         if plain:
-            undo.append((logger, plain, logger.propagate))
+            _undo.callback(_give_back, logger, plain, logger.propagate)
             for known in plain:
                 logger.removeHandler(known)
             # Its own handlers are gone: propagating prints nothing twice, and not propagating would print nothing.
             logger.propagate = True
-    root_level = root.level
-    root.setLevel(level)
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        root.removeHandler(handler)
-        root.setLevel(root_level)
-        for logger, plain, propagate in undo:
-            for known in plain:
-                logger.addHandler(known)
-            logger.propagate = propagate
+
+
+def _give_back(logger: logging.Logger, plain: list[logging.Handler], propagate: bool) -> None:  # noqa: FBT001  private
+    for known in plain:
+        logger.addHandler(known)
+    logger.propagate = propagate
 
 
 def _is_terminal(stream: TextIO) -> bool:

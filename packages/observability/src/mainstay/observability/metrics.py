@@ -56,7 +56,10 @@ def exposition(accept: str) -> tuple[str, bytes]:
     With `PROMETHEUS_MULTIPROC_DIR` set, those of every process that writes into this folder. It takes milliseconds
     where there are thousands of series: call it on a thread.
     """
-    encode, content_type = cast("tuple[Any, str]", choose_encoder(accept))
+    try:
+        encode, content_type = cast("tuple[Any, str]", choose_encoder(accept))
+    except (TypeError, ValueError):  # a version that is no number
+        encode, content_type = cast("tuple[Any, str]", choose_encoder(""))
     registry = REGISTRY
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         registry = CollectorRegistry()

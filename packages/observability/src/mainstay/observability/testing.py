@@ -10,7 +10,8 @@ from typing import Any
 import structlog
 from prometheus_client import REGISTRY
 
-from mainstay.observability.logging import _Formatter, add_context, redact
+from mainstay.observability.logging import EventDict, add_context, beside, event_of
+from mainstay.observability.redaction import redact
 
 __all__ = ["captured_logs", "metric"]
 
@@ -18,10 +19,15 @@ __all__ = ["captured_logs", "metric"]
 class _Catcher(logging.Handler):
     def __init__(self, lines: list[dict[str, Any]]) -> None:
         super().__init__()
-        self.setFormatter(_Formatter([add_context, redact, lambda _logger, _method, event: lines.append(dict(event))]))
+        self._lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.format(record)
+        self._lines.append(_line(record.levelname.lower(), event_of(record)))
+
+
+def _line(level: str, event: EventDict) -> dict[str, Any]:
+    error = {"exc_info": event.pop("exc_info")} if "exc_info" in event else {}
+    return {**beside({"level": level}, add_context(None, level, redact(None, level, event))), **error}
 
 
 @contextmanager
@@ -35,14 +41,14 @@ def captured_logs(level: int = logging.DEBUG) -> Generator[list[dict[str, Any]],
     lines: list[dict[str, Any]] = []
 
     def keep(_logger: object, method: str, event: Any) -> Any:
-        lines.append({"level": method, **event})
+        lines.append(_line(method, event))
         raise structlog.DropEvent
 
     before = structlog.get_config() if structlog.is_configured() else None
     root = logging.getLogger()
     catcher, root_level = _Catcher(lines), root.level
     structlog.configure(
-        processors=[add_context, redact, keep],
+        processors=[keep],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )
