@@ -70,7 +70,7 @@ def add_exception(_logger: object, method: str, event: EventDict) -> EventDict:
     """Processor: the traceback as text, without local variables (they hold secrets), and the code of a domain error."""
     if "stack_info" in event:
         event = _render_stack(None, method, event)
-    info = event.pop("exc_info", None)
+    info: Any = event.pop("exc_info", None)
     if not info:
         return event
     try:
@@ -85,7 +85,7 @@ def add_exception(_logger: object, method: str, event: EventDict) -> EventDict:
                 event.setdefault("code", error.code)
             event["exception"] = "".join(traceback.format_exception(error)).rstrip()
     except Exception:  # noqa: BLE001  an exception is a user's object too
-        event["exception"] = last_resort(info)
+        event["exception"] = last_resort(cast("object", info))
     return event
 
 
@@ -285,7 +285,7 @@ def _take_over() -> None:
     # so it is the list that is changed, and for good, since such a logger outlives Apps.
     processors: Any = before["processors"]
     if isinstance(processors, list) and _divert not in processors:
-        processors.insert(0, _divert)
+        cast("list[object]", processors).insert(0, _divert)
     root = logging.getLogger()
     _undo.callback(root.setLevel, root.level)
     logging.captureWarnings(True)

@@ -96,7 +96,7 @@ def redact_text(text: str) -> str:
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Processor: leave in `event` only what JSON has, without secrets; the caller's own objects stay as they are."""
     for key, value in event.items():
-        kind = type(value)
+        kind: type[Any] = type(value)
         if is_secret(key):
             event[key] = REDACTED
         elif kind is str:
@@ -116,7 +116,7 @@ def last_resort(value: object) -> str:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    kind = type(value)
+    kind: type[Any] = type(value)
     if kind is str:
         return redact_text(value)
     if kind in _HARMLESS:
@@ -144,13 +144,13 @@ def _opened(value: Any, depth: int) -> Any:
 def _pairs(value: Any) -> list[tuple[Any, Any]] | None:
     """What has names, with its names; None of anything else."""
     if isinstance(value, Mapping):
-        return list(value.items())
+        return list(cast("Mapping[object, object]", value).items())
     if isinstance(value, BaseModel):
         return list(value.__repr_args__())
     if is_dataclass(value) and not isinstance(value, type):
         return [(field.name, getattr(value, field.name)) for field in fields(value) if field.repr]
     if isinstance(value, tuple) and hasattr(cast("object", value), "_fields"):
-        return list(zip(cast("Any", value)._fields, value, strict=True))
+        return list(zip(cast("Any", value)._fields, cast("tuple[object, ...]", value), strict=True))
     return None
 
 
