@@ -95,11 +95,12 @@ def redact_text(text: str) -> str:
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Processor: leave in `event` only what JSON has, without secrets; the caller's own objects stay as they are."""
-    for key, value in event.items():
-        kind: type[Any] = type(value)
+    items: MutableMapping[str, object] = event
+    for key, value in items.items():
+        kind = type(value)
         if is_secret(key):
             event[key] = REDACTED
-        elif kind is str:
+        elif kind is str and isinstance(value, str):
             if ":" in value or "=" in value or "," in value:
                 event[key] = redact_text(value)
         elif kind not in _HARMLESS:
@@ -115,10 +116,10 @@ def last_resort(value: object) -> str:
         return f"<{type(value).__name__}, whose repr fails>"
 
 
-def _plain(value: Any, depth: int) -> Any:
-    kind: type[Any] = type(value)
+def _plain(value: object, depth: int) -> Any:
+    kind = type(value)
     if kind is str:
-        return redact_text(value)
+        return redact_text(cast("str", value))
     if kind in _HARMLESS:
         return value
     try:
