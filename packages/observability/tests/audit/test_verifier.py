@@ -265,12 +265,16 @@ async def test_statements_that_are_missing_forged_or_contradict_each_other(datab
     """They are numbered and signed; one that is left out, made up or said twice differently is found."""
     await sign_in(db, statement(2, 4, 6))
     await sign_in(db, statement(1, 1, 3, "q"))
-    await sign_in(db, statement(1, 1, 4, "q"), id=uuid7())
+    await sign_in(db, statement(1, 1, 3, "s"))
+    await fill(database_settings, 1)
+    await sign_in(db, statement(1, 1, 4, "q"))
+    await sign_in(db, statement(1, 1, 3, "s"))  # again, as after an answer that was cut off: no contradiction
     await sign_in(db, statement(1, 1, 3, "r"), SigningKey.generate("insider"))
     await fill(database_settings, 1)
     report = await check(db)
     assert sorted(kinds(report)) == ["forged", "forged", "unsealed"]
     assert any("statement 1 of producer p" in problem.detail for problem in report.problems)
+    assert any("q says two things" in problem.detail for problem in report.problems)
 
 
 async def test_a_copied_entry(database_settings, db):
