@@ -203,3 +203,11 @@ async def test_a_block_that_ends_in_another_context_leaves_no_deadline_behind(cl
         task = asyncio.create_task(consume())
         await clock.advance(5)
         assert await task == (95, False)
+
+
+async def test_a_deadline_holds_inside_a_limit_of_another_clock(clock):
+    """Two clocks may be years apart: what is compared is the time left."""
+    async with timeout(5, clock=clock), timeout(60) as real:
+        assert real.remaining_seconds() == pytest.approx(5, abs=1)
+    async with timeout(60, clock=clock), timeout(5) as real:
+        assert real.remaining_seconds() == pytest.approx(5, abs=1)

@@ -134,7 +134,7 @@ class Timeout(Policy):
             if outer.remaining_seconds() <= 0:
                 msg = f"{self.name}: the deadline had passed before this work began"
                 raise DeadlineExceeded(msg, no_effect=True)
-            at = min(at, outer.at)
+            at = min(at, outer.on(self.clock))
         limit = _Limit(at, self.clock, outer, due, task, lane)
         lane.under_way[limit] = None
         if lane.timer is None:

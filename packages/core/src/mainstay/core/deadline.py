@@ -36,6 +36,10 @@ class Deadline:
         """Seconds left; negative once it has passed."""
         return self.at - self._clock.monotonic()
 
+    def on(self, clock: Clock) -> float:
+        """The moment on another clock's monotonic time; readings of two clocks do not compare."""
+        return self.at if clock is self._clock else clock.monotonic() + self.remaining_seconds()
+
     def __repr__(self) -> str:
         return f"<Deadline in {self.remaining_seconds():.3f} s>"
 
@@ -78,7 +82,7 @@ def forsake(deadline: Deadline) -> None:
     The consumer's context cannot be mended from there: this deadline stays the current one in it, and from now on says
     what the one around it does.
     """
-    deadline.at = inf if deadline._parent is None else deadline._parent.at
+    deadline.at = inf if deadline._parent is None else deadline._parent.on(deadline._clock)
     deadline.fired = False
 
 
@@ -107,7 +111,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
             if outer.remaining_seconds() <= 0:
                 msg = "the deadline had passed before this work began"
                 raise DeadlineExceeded(msg, no_effect=True)
-            at = min(at, outer.at)
+            at = min(at, outer.on(self._clock))
         self._task = task
         self._cancelling = task.cancelling()
         self._deadline = Deadline(at, self._clock, outer)
