@@ -33,11 +33,6 @@ class Boom(Exception):
     pass
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock()
-
-
 def module(*parts, **settings):
     """What an App is made of."""
     return (

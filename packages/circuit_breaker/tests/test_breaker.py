@@ -34,11 +34,6 @@ async def fail(breaker: CircuitBreaker, times: int) -> None:
             await breaker.call(broken)
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock()
-
-
 async def test_it_opens_at_the_ratio_and_not_below_the_minimum(clock: VirtualClock) -> None:
     """Three failures of three calls leave it closed, because a ratio of three says nothing; the fourth opens it."""
     breaker = CircuitBreaker("p", QUICK, clock=clock)

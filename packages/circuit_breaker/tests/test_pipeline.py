@@ -38,11 +38,6 @@ class Boom(Exception):
     pass
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock()
-
-
 async def test_one_object_in_every_form(clock: VirtualClock) -> None:
     """The same pipeline decorates, runs callables and guards blocks, and all of it counts in one place."""
     breaker, bulkhead = CircuitBreaker("p", clock=clock), Bulkhead(1, clock=clock)

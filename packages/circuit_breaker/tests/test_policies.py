@@ -41,11 +41,6 @@ class Boom(Exception):
     pass
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock()
-
-
 # Timeout
 
 

@@ -34,11 +34,6 @@ class Boom(Exception):
     pass
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock()
-
-
 async def trip(breaker: CircuitBreaker) -> None:
     """Fail until it opens."""
     while breaker.state is State.CLOSED:
