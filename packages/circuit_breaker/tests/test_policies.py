@@ -803,6 +803,7 @@ async def test_retry_notes_the_attempts_once() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        # The types are wrong on purpose: callers may be unchecked.
         (lambda: Bulkhead(2.5), "Bulkhead: limit is 2.5; it is an integer, 1 or more"),  # type: ignore[arg-type]
         (lambda: Bulkhead(inf), "limit is inf"),  # type: ignore[arg-type]
         (lambda: Bulkhead("3"), "limit is '3'"),  # type: ignore[arg-type]

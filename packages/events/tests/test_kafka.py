@@ -353,7 +353,7 @@ async def test_trap_13_back_pressure_keeps_what_was_prefetched(
             turns += 1
             return await fetch(ready)
 
-        source.fetch = counting  # type: ignore[method-assign]
+        source.fetch = counting  # type: ignore[method-assign]  # what the broker is asked, counted
         await eventually(lambda: turns == 5, what="turns in which nothing has room")
         assert max(windows()) <= 1500
         assert source.lag() == 2 * each - stop_at - sum(windows())

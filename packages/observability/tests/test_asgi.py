@@ -642,7 +642,7 @@ async def test_never_is_no_retry_after(seconds):
 def test_a_handler_that_would_never_be_called_is_refused(what):
     """Unhandled errors are ours to answer; a handler of the application's own for them is a mistake to be seen."""
     api = FastAPI()
-    api.add_exception_handler(what, lambda _request, _error: None)  # type: ignore[arg-type]
+    api.add_exception_handler(what, lambda _request, _error: None)  # type: ignore[arg-type]  # any class or status is tried
     with pytest.raises(ConfigurationError, match="would never be called"):
         instrument(api)
 
