@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -70,6 +71,12 @@ office = Office()
 
 class OfficeModule(Module[OfficeSettings, Office]):
     """The ticket office of an App."""
+
+    name: ClassVar[str] = "ticketing"
+
+    def yields(self) -> Sequence[type]:
+        """The payment provider's client."""
+        return (PaymentProvider,)
 
     def requires(self) -> Sequence[type[DatabaseModule]]:
         """The office keeps everything in the database."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mainstay.core import ConfigurationError, DeadlineExceeded, MainstayError, derived_id, uuid7
+from mainstay.core import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError, derived_id, uuid7
 
 
 def test_an_error_keeps_detail_and_public_message_apart():
@@ -45,9 +45,10 @@ def test_a_code_outside_the_families_is_refused(code):
         type("Odd", (MainstayError,), {"code": code})
 
 
-def test_configuration_errors_say_that_nothing_happened():
-    """A durable step that fails on configuration is failed, not unknown."""
-    assert ConfigurationError("x").no_effect
+def test_a_mistake_in_the_configuration_is_no_outcome_of_the_business():
+    """A durable step in which one turns up has not failed: an earlier call of the same step may have done its work."""
+    assert not ConfigurationError("x").no_effect
+    assert issubclass(NotBoundError, ConfigurationError)
 
 
 def test_uuid7_sorts_by_creation_also_within_a_millisecond():

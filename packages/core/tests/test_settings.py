@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from mainstay.core import ConfigurationError, Settings
+from mainstay.core import ConfigurationError, Settings, stray_variables
 
 
 class PostSettings(Settings):
@@ -136,3 +136,38 @@ def test_an_unknown_field_of_a_nested_model_names_the_place(field, value, messag
     with pytest.raises(ConfigurationError) as caught:
         CoachSettings()
     assert str(caught.value) == f"{message}; set {variable} or pass CoachSettings({field}=…)"
+
+
+KUBERNETES = {
+    "MAINSTAY_POST_SERVICE_HOST": "10.0.0.11",
+    "MAINSTAY_POST_SERVICE_PORT": "80",
+    "MAINSTAY_POST_SERVICE_PORT_HTTP": "80",
+    "MAINSTAY_POST_PORT": "tcp://10.0.0.11:80",
+    "MAINSTAY_POST_PORT_80_TCP": "tcp://10.0.0.11:80",
+    "MAINSTAY_POST_PORT_80_TCP_PROTO": "tcp",
+    "MAINSTAY_POST_PORT_80_TCP_PORT": "80",
+    "MAINSTAY_POST_PORT_80_TCP_ADDR": "10.0.0.11",
+    "MAINSTAY_POST_OFFICE_SERVICE_HOST": "10.0.0.12",
+    "MAINSTAY_POST_OFFICE_PORT": "tcp://10.0.0.12:80",
+    "MAINSTAY_SERVICE_HOST": "10.0.0.13",
+    "MAINSTAY_PORT": "tcp://10.0.0.13:80",
+}
+
+
+def test_a_service_named_like_a_package_does_not_stop_a_start(monkeypatch):
+    """Kubernetes tells every container of a namespace about every Service in it."""
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert PostSettings() == PostSettings(batch_size=PostSettings().batch_size)
+    assert [name for name in stray_variables() if name in KUBERNETES] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MAINSTAY_POST_PORT", "8080"), ("MAINSTAY_POST_HTP_PORT", "9000"), ("MAINSTAY_POST_SERVICE_NAME", "orders")],
+)
+def test_a_mistake_that_looks_like_a_service_is_still_one(name, value, monkeypatch):
+    """Only the names that Kubernetes makes, with the values that it gives them, are passed over."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"{name} is not a setting"):
+        PostSettings()

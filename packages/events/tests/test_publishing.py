@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, Clock, Effect, bind_journal, derived_id
+from mainstay.core import App, Clock, Drain, Effect, bind_journal, derived_id
 from mainstay.core.testing import VirtualClock
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, Event, EventPublisher, EventRouter, EventsModule, EventsSettings, PublishError
@@ -222,8 +222,8 @@ async def test_trap_10_the_relay_keeps_each_keys_order_through_failures(database
         for _ in range(5):  # more than fits into a wave: what is stuck must not fill it for ever
             await write(outbox, "stuck", *[2] * 500)
         await write(outbox, "free", 1, 2)
-        draining = asyncio.Event()
-        task = asyncio.create_task(relay.serve(draining))
+        drain = Drain()
+        task = asyncio.create_task(relay.serve(drain))
         await eventually(lambda: numbers(broker, "free") == [1, 2])
         await write(outbox, "stuck", 3)
         await write(outbox, "free", 3)
@@ -240,7 +240,7 @@ async def test_trap_10_the_relay_keeps_each_keys_order_through_failures(database
         while (await relay.health()).status != "ok":
             assert time.monotonic() < end
             await asyncio.sleep(0.02)
-        draining.set()
+        drain.begin()
         await task
 
 
@@ -253,11 +253,11 @@ async def test_trap_10_the_outbox_deletes_exactly_what_was_confirmed(postgres_ur
         async with database.transaction():
             await write(outbox, "a", 1)
             await asyncio.create_task(_apart(write(outbox, "a", 2)))
-            draining = asyncio.Event()
-            task = asyncio.get_running_loop().create_task(_apart(relay.serve(draining)), context=_empty())
+            drain = Drain()
+            task = asyncio.get_running_loop().create_task(_apart(relay.serve(drain)), context=_empty())
             await eventually(lambda: numbers(broker, "a") == [2])
         await eventually(lambda: sorted(numbers(broker, "a")) == [1, 2])
-        draining.set()
+        drain.begin()
         await task
 
 
@@ -278,18 +278,18 @@ async def test_trap_10_two_relays_share_the_lanes_without_overlap(database_url: 
         one, two = Broker(), Broker()
         outbox, first = relay_of(app, one)
         _, second = relay_of(app, two)
-        stop_first, stop_second = asyncio.Event(), asyncio.Event()
+        stop_first, stop_second = Drain(), Drain()
         running = asyncio.create_task(first.serve(stop_first))
         await write(outbox, "a", 1)
         await eventually(lambda: numbers(one, "a") == [1])
         other = asyncio.create_task(second.serve(stop_second))
         await write(outbox, "a", 2)
         await eventually(lambda: numbers(one, "a") == [1, 2])
-        stop_first.set()
+        stop_first.begin()
         await running
         await write(outbox, "a", 3)
         await eventually(lambda: numbers(two, "a") == [3])
-        stop_second.set()
+        stop_second.begin()
         await other
         assert numbers(one, "a") == [1, 2]
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from mainstay.core import App
+from mainstay.core import App, Drain
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment
@@ -315,13 +315,13 @@ async def test_the_log_is_deleted_a_part_at_a_time(sqlite_url: str) -> None:
         async with database.transaction() as session:
             old = sa.update(LOG).where(LOG.c.position <= 4).values(created_at=LOG.c.created_at - 100_000)
             await session.execute(old)
-        draining = asyncio.Event()
-        sweeping = asyncio.create_task(app.get(SqlTransport).sweep(draining))
+        drain = Drain()
+        sweeping = asyncio.create_task(app.get(SqlTransport).sweep(drain))
         end = time.monotonic() + 10
         while (left := await database.read(sa.select(LOG.c.position))) and len(left) > 6:
             assert time.monotonic() < end
             await asyncio.sleep(0.02)
-        draining.set()
+        drain.begin()
         await sweeping
         assert [row.position for row in left] == [5, 6, 7, 8, 9, 10]
 

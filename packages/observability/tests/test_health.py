@@ -124,8 +124,8 @@ async def test_not_ready_before_the_start_is_over_and_while_draining():
     class SlowModule(Module[PartSettings, Never]):
         @asynccontextmanager
         async def running(self, app):
-            async def worker(draining):
-                await draining.wait()
+            async def worker(drain):
+                await drain.wait()
                 seen["draining"] = app.get(HealthWatch).ready()
 
             app.serve("slow", worker)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import sqlalchemy as sa
 
-from mainstay.core import FullJitter, MainstayError, Retry
+from mainstay.core import Drain, FullJitter, MainstayError, Retry
 from mainstay.core.testing import VirtualClock
 from mainstay.database import CommitUnknown, Database, DatabaseUnavailable
 from mainstay.workflow import (
@@ -80,7 +80,7 @@ class Flaky:
 async def worker_on(app, database, flows, **settings):
     """A worker of its own over another view of the database."""
     options = {"lease_seconds": 0.5, "poll_seconds": 0.02, **settings}
-    draining = asyncio.Event()
+    drain = Drain()
     worker = Worker(
         database=database,
         clock=app.clock,
@@ -89,11 +89,11 @@ async def worker_on(app, database, flows, **settings):
         steps=flows.steps,
         ended=nobody,
     )
-    task = asyncio.create_task(worker.work(draining))
+    task = asyncio.create_task(worker.work(drain))
     try:
         yield task
     finally:
-        draining.set()
+        drain.begin()
         await asyncio.gather(task, return_exceptions=True)
 
 
@@ -268,7 +268,7 @@ async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):
     async with workflows(flows, url=address, serve=False) as app:
         engine = app.get(WorkflowEngine)
         run = await working.start(1, id="r")
-        worker = asyncio.create_task(engine.worker.work(asyncio.Event()))
+        worker = asyncio.create_task(engine.worker.work(Drain()))
         await done.wait()
         async with app.get(Database).transaction():  # nobody else writes now
             await asyncio.sleep(0.05)
@@ -279,10 +279,10 @@ async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):
         assert (await engine.history("r")).records["work:1"].state == "done"
         view = await engine.run("r")
         assert (view.status, view.attempts) == (RunStatus.QUEUED, 0)
-        draining = asyncio.Event()
-        worker = asyncio.create_task(engine.worker.work(draining))
+        drain = Drain()
+        worker = asyncio.create_task(engine.worker.work(drain))
         assert await run.result(WAIT) == 3
-        draining.set()
+        drain.begin()
         await worker
     assert executed == [1, 2]
 
@@ -309,18 +309,18 @@ async def test_a_step_cut_off_by_the_end_of_the_drain_is_repeated(url):
     async with workflows(flows, url=url, serve=False) as app:
         engine = app.get(WorkflowEngine)
         run = await working.start(1, id="r")
-        draining = asyncio.Event()
-        worker = asyncio.create_task(engine.worker.work(draining))
+        drain = Drain()
+        worker = asyncio.create_task(engine.worker.work(drain))
         await begun.wait()
-        draining.set()
+        drain.begin()
         await asyncio.sleep(0.02)
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
         assert (await engine.history("r")).records["0.0/work:1"].maybe_twice
-        again = asyncio.Event()
+        again = Drain()
         worker = asyncio.create_task(engine.worker.work(again))
         assert await run.result(WAIT) == 1
-        again.set()
+        again.begin()
         await worker
     assert keys == ["r:0.0/work:1"] * 2
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import sqlalchemy as sa
 
-from mainstay.core import FullJitter, Retry, once
+from mainstay.core import Drain, FullJitter, Retry, once
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
@@ -268,7 +268,7 @@ async def test_trap_20_a_run_of_three_steps_costs_five_commits():
     async with workflows(flows, serve=False) as app:
         run = await three.start(1)
         counting = DyingDatabase(app.get(Database), None, after=False)
-        draining = asyncio.Event()
+        drain = Drain()
         worker = Worker(
             database=counting,  # type: ignore[arg-type]  # it stands in for a Database
             clock=app.clock,
@@ -277,9 +277,9 @@ async def test_trap_20_a_run_of_three_steps_costs_five_commits():
             steps=flows.steps,
             ended=lambda *_: None,
         )
-        task = asyncio.create_task(worker.work(draining))
+        task = asyncio.create_task(worker.work(drain))
         assert await run.result(10) == 4
-        draining.set()
+        drain.begin()
         await task
     assert counting.moments == 5
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from mainstay.core import (
     App,
     DeadlineExceeded,
+    Drain,
     FullJitter,
     MainstayError,
     Retry,
@@ -418,14 +419,14 @@ async def test_trap_14_a_function_that_does_something_else_on_replay_is_parked(u
     shop.behave["ship"] = wait
     async with workflows(shop.flows, url=url, serve=False) as app:
         run = await fickle.start(1, id="one")
-        draining = asyncio.Event()
-        first = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        drain = Drain()
+        first = asyncio.create_task(app.get(WorkflowEngine).worker.work(drain))
         await gate.wait()
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         assert await run.status() is RunStatus.QUEUED
         way[0] = "charge"
-        second = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        second = asyncio.create_task(app.get(WorkflowEngine).worker.work(drain))
         with pytest.raises(RunParked, match=r"asked for charge:1 where its record has hold:1.*new version"):
             await run.result(WAIT)
         way[0] = "nothing"
@@ -436,7 +437,7 @@ async def test_trap_14_a_function_that_does_something_else_on_replay_is_parked(u
         shop.behave.clear()
         await app.get(WorkflowEngine).resume("one")
         assert await run.result(WAIT) == 2
-        draining.set()
+        drain.begin()
         await second
     assert shop.log == ["hold", "ship", "ship"]
 
@@ -481,11 +482,11 @@ async def test_a_queued_run_is_cancelled_without_ever_running(url):
     async with workflows(shop.flows, url=url, serve=False) as app:
         run = await shop.buy.start(1)
         await run.cancel()
-        draining = asyncio.Event()
-        worker = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        drain = Drain()
+        worker = asyncio.create_task(app.get(WorkflowEngine).worker.work(drain))
         with pytest.raises(WorkflowFailed, match="cancelled"):
             await run.result(WAIT)
-        draining.set()
+        drain.begin()
         await worker
     assert shop.log == []
 
@@ -654,14 +655,14 @@ async def test_trap_9_a_run_that_kills_its_worker_is_parked(url):
         async with db.transaction() as session:  # three claims, each of which ended with its worker
             await session.execute(sa.update(runs).values(attempts=3))
         healthy = await shop.buy.start(1, id="healthy")
-        draining = asyncio.Event()
-        worker = asyncio.create_task(app.get(WorkflowEngine).worker.work(draining))
+        drain = Drain()
+        worker = asyncio.create_task(app.get(WorkflowEngine).worker.work(drain))
         with pytest.raises(RunParked, match="claimed 3 times without getting any further"):
             await poison.result(WAIT)
         assert await healthy.result(WAIT) == 4
         await app.get(WorkflowEngine).resume("poison")
         assert await poison.result(WAIT) == 4
-        draining.set()
+        drain.begin()
         await worker
 
 

@@ -190,7 +190,7 @@ class _Ruled(Policy):
             ConfigurationError: it belongs to another running App.
         """
         if self._binding is None:
-            self._binding = Binding(repr(self), remedy="a breaker also works unbound")
+            self._binding = Binding(repr(self), remedy=None)
         with self._binding.to(owner):
             before, clock_before = self.rules.config, self.rules.clock
             self._use(clock)

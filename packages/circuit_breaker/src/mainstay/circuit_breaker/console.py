@@ -16,11 +16,10 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.circuit import State
-from mainstay.core import Clock
+from mainstay.core import Clock, Drain
 
 Breaker = CircuitBreaker | KeyedBreaker
 
@@ -77,10 +76,10 @@ class History:
                 self._samples[breaker] = deque(maxlen=self._length)
                 self._before[breaker] = breaker.totals()
 
-    async def run(self) -> NoReturn:
-        """Sample until cancelled."""
-        while True:
-            await self._clock.sleep(self.sample_seconds)
+    async def run(self, drain: Drain) -> None:
+        """Sample until the drain begins."""
+        while not drain.begun:
+            await drain.pause(self.sample_seconds)
             if sum(len(breaker.circuits()) for breaker in self._of.values()) > _MANY:
                 await asyncio.to_thread(self.sample)  # tens of milliseconds, which are not the event loop's to give
             else:

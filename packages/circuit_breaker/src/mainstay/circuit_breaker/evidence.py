@@ -20,12 +20,12 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.circuit import State
 from mainstay.circuit_breaker.settings import BreakerConfig
-from mainstay.core import Clock, ConfigurationError, Health, uuid7
+from mainstay.core import Clock, ConfigurationError, Drain, Health, uuid7
 
 _log = logging.getLogger("mainstay.circuit_breaker")
 
@@ -155,12 +155,12 @@ class SharedEvidence:
         """Degraded while this process is alone."""
         return Health("ok") if self.alone is None else Health("degraded", f"evidence is not shared: {self.alone}")
 
-    async def run(self) -> NoReturn:
-        """Exchange votes until cancelled."""
+    async def run(self, drain: Drain) -> None:
+        """Exchange votes until the drain begins."""
         try:
-            while True:
+            while not drain.begun:
                 await self.exchange()
-                await self._clock.sleep(self.every_seconds)
+                await drain.pause(self.every_seconds)
         finally:
             await self._redis.aclose()
 

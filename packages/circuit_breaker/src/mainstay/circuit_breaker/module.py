@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from typing import ClassVar
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.evidence import SharedEvidence
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.service import CircuitBreakerService, check_names, config_of
 from mainstay.circuit_breaker.settings import CircuitBreakerSettings
-from mainstay.core import App, ConfigurationError, Module, spawn
+from mainstay.core import App, ConfigurationError, Module
 
 
 class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | KeyedBreaker | Pipeline]):
@@ -19,6 +19,21 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
 
     A breaker works without it, with the configuration that it was written with.
     """
+
+    name: ClassVar[str] = "circuit_breaker"
+
+    def yields(self) -> Sequence[type]:
+        """The service, and the shared evidence where the settings ask for it."""
+        evidence = () if self.settings.evidence_url is None else (SharedEvidence,)
+        return (CircuitBreakerService, *evidence)
+
+    def check(self) -> None:
+        """Refuse two breakers of one name, and settings of one that does not exist.
+
+        Raises:
+            ConfigurationError: names them.
+        """
+        self.breakers()
 
     def breakers(self) -> dict[str, CircuitBreaker | KeyedBreaker]:
         """The breakers of all features, by name.
@@ -41,24 +56,19 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
         settings, breakers = self.settings, self.breakers()
         service = CircuitBreakerService(breakers, settings, app.clock)
         services: list[object] = [service]
-        tasks = [spawn(service.history.run(), name="circuit breaker history")]
-        try:
-            if settings.evidence_url is not None:
-                evidence = SharedEvidence(
-                    settings.evidence_url.get_secret_value(),
-                    service._breakers,
-                    every_seconds=settings.evidence_seconds,
-                    quorum=settings.evidence_quorum,
-                    clock=app.clock,
-                )
-                services.append(evidence)
-                tasks.append(spawn(evidence.run(), name="circuit breaker evidence"))
-            with ExitStack() as bound:
-                for breaker in breakers.values():
-                    bound.enter_context(breaker._bound(self, config_of(settings, breaker), app.clock))
-                bound.callback(service._unsubscribe_all)
-                yield services
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        app.background("history", service.history.run)
+        if settings.evidence_url is not None:
+            evidence = SharedEvidence(
+                settings.evidence_url.get_secret_value(),
+                service._breakers,
+                every_seconds=settings.evidence_seconds,
+                quorum=settings.evidence_quorum,
+                clock=app.clock,
+            )
+            services.append(evidence)
+            app.background("evidence", evidence.run)
+        with ExitStack() as bound:
+            for breaker in breakers.values():
+                bound.enter_context(breaker._bound(self, config_of(settings, breaker), app.clock))
+            bound.callback(service._unsubscribe_all)
+            yield services

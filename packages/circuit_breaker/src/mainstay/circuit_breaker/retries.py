@@ -16,8 +16,7 @@ from typing import Any, Protocol, cast
 
 from mainstay.circuit_breaker._admission import Layer, Policy
 from mainstay.circuit_breaker.verdicts import denies, is_final
-from mainstay.core import Clock, FullJitter, Outcome, Retry, RetryState, retry_if_retryable
-from mainstay.core.retry import count_attempts
+from mainstay.core import Clock, FullJitter, Outcome, Retry, RetryState, note_attempts, retry_if_retryable
 
 IsWell = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
@@ -54,7 +53,7 @@ class Trial:
         if error is None:  # the one before had a result: something was sent
             cancellation.no_effect = False  # type: ignore[attr-defined]  # carried by the instance
         else:
-            count_attempts(error, self.attempts + begun)
+            note_attempts(error, self.attempts + begun)
             cancellation.last_error = error  # type: ignore[attr-defined]  # the same
 
     def take_error(self) -> BaseException:
@@ -159,7 +158,7 @@ class Attempts:
             trial.error = error
         trial.delay = None if is_final(error) else self._delay(trial, Outcome.of_error(error), args, kwargs)
         if trial.delay is None:
-            count_attempts(trial.error, trial.attempts)
+            note_attempts(trial.error, trial.attempts)
         return trial
 
     def again_with(

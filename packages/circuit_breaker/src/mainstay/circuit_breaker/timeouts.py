@@ -17,8 +17,7 @@ from math import inf
 from typing import cast
 
 from mainstay.circuit_breaker._admission import Layer, Policy, is_number, require
-from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer
-from mainstay.core.deadline import _current, forsake, what_failed
+from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer, ambient_deadline, deadline_error
 
 
 def _checked(seconds: float) -> float:
@@ -37,8 +36,8 @@ class _Limit(Deadline):
     ) -> None:
         self.at = at
         self.fired = False
-        self._clock = clock
-        self._parent = parent
+        self.clock = clock
+        self.parent = parent
         self.due = due
         self.task = task
         self.cancelling = task.cancelling()
@@ -128,7 +127,7 @@ class Timeout(Policy):
         if lane is None or lane.loop is not loop:
             lane = self._enter(loop)
         task = cast("asyncio.Task[object]", current_task(loop))
-        outer = _current.get()
+        outer = ambient_deadline.get()
         at = due = self.clock.monotonic() + lane.seconds
         if outer is not None:
             if outer.remaining_seconds() <= 0:
@@ -139,7 +138,7 @@ class Timeout(Policy):
         lane.under_way[limit] = None
         if lane.timer is None:
             lane.timer = self.clock.call_later(lane.seconds, lane.fire)
-        limit.token = _current.set(limit)
+        limit.token = ambient_deadline.set(limit)
         return limit
 
     def _end(self, limit: _Limit, error: BaseException | None = None) -> None:
@@ -155,13 +154,13 @@ class Timeout(Policy):
             # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
             expired = limit.task.uncancel() <= limit.cancelling
         try:
-            _current.reset(limit.token)
+            ambient_deadline.reset(limit.token)
         except ValueError:
-            forsake(limit)
+            limit.release()
         if expired and isinstance(error, asyncio.CancelledError):
             msg = f"{self.name}: no result within {limit.lane.seconds:g} s"
             # A queue of ours in which the time ran out has said so.
-            raise what_failed(DeadlineExceeded(msg, no_effect=getattr(error, "no_effect", False)), error)
+            raise deadline_error(DeadlineExceeded(msg, no_effect=getattr(error, "no_effect", False)), error)
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         with self._lock:

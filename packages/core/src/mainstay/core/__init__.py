@@ -1,10 +1,19 @@
 """The convention every Mainstay package follows: modules, the App, context, deadline, errors, retry, clock, health."""
 
-from mainstay.core.app import App, Worker
+from mainstay.core.app import App, Work
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
-from mainstay.core.context import Context, Later, bind, current, rebind, spawn
-from mainstay.core.deadline import Deadline, deadline_fired, remaining_seconds, timeout
+from mainstay.core.context import Context, Later, bind, current, rebind
+from mainstay.core.deadline import (
+    Deadline,
+    ambient_deadline,
+    deadline_error,
+    deadline_fired,
+    remaining_seconds,
+    timeout,
+)
+from mainstay.core.drain import Drain
 from mainstay.core.errors import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError
+from mainstay.core.given import given, given_kinds
 from mainstay.core.health import HasHealth, Health
 from mainstay.core.ids import derived_id, uuid7
 from mainstay.core.journal import Effect, Journal, bind_journal, once
@@ -16,9 +25,11 @@ from mainstay.core.retry import (
     Retry,
     RetryState,
     Wait,
+    note_attempts,
     retry_if_retryable,
 )
-from mainstay.core.settings import Settings
+from mainstay.core.settings import Settings, stray_variables
+from mainstay.core.tasks import cancelled_from_outside, spawn
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -30,6 +41,7 @@ __all__ = [
     "Deadline",
     "DeadlineExceeded",
     "Decide",
+    "Drain",
     "Effect",
     "Feature",
     "FullJitter",
@@ -46,17 +58,24 @@ __all__ = [
     "Settings",
     "Timer",
     "Wait",
-    "Worker",
+    "Work",
+    "ambient_deadline",
     "bind",
     "bind_journal",
+    "cancelled_from_outside",
     "current",
+    "deadline_error",
     "deadline_fired",
     "derived_id",
+    "given",
+    "given_kinds",
+    "note_attempts",
     "once",
     "rebind",
     "remaining_seconds",
     "retry_if_retryable",
     "spawn",
+    "stray_variables",
     "timeout",
     "uuid7",
 ]

@@ -8,19 +8,17 @@ thereby escape the deadline around it, and a record outlives the call that made 
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Coroutine, Mapping
-from contextvars import Context as ContextVars
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-T = TypeVar("T")
+__all__ = ["Context", "Later", "bind", "current", "rebind"]
 
 # What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped. An
 # actor and a tenant come from whoever authenticated them, and have the names that they have there.
@@ -182,11 +180,3 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
         traceback: TracebackType | None,
     ) -> None:
         _current.reset(self._token)
-
-
-def spawn(work: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
-    """Start a long-lived task with an *empty* context; whoever calls this owns the task and awaits it.
-
-    A task that serves many callers must not carry the context of the one who happened to start it.
-    """
-    return asyncio.get_running_loop().create_task(work, name=name, context=ContextVars())

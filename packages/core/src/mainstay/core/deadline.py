@@ -21,69 +21,80 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
-class Deadline:
-    """A moment on a clock's monotonic time, and whether it has already cancelled what runs inside it."""
+__all__ = ["Deadline", "ambient_deadline", "deadline_error", "deadline_fired", "remaining_seconds", "timeout"]
 
-    __slots__ = ("_clock", "_parent", "at", "fired")
+
+class Deadline:
+    """A moment on a clock's monotonic time, and whether it has already cancelled what runs inside it.
+
+    Attributes:
+        at: the moment, in seconds of `clock.monotonic()`.
+        fired: whether the time ran out and the work was cancelled.
+        clock: the clock that it is measured on.
+        parent: the deadline around it.
+    """
+
+    __slots__ = ("at", "clock", "fired", "parent")
 
     def __init__(self, at: float, clock: Clock, parent: Deadline | None) -> None:
         self.at = at
         self.fired = False
-        self._clock = clock
-        self._parent = parent
+        self.clock = clock
+        self.parent = parent
 
     def remaining_seconds(self) -> float:
         """Seconds left; negative once it has passed."""
-        return self.at - self._clock.monotonic()
+        return self.at - self.clock.monotonic()
 
     def on(self, clock: Clock) -> float:
         """The moment on another clock's monotonic time; readings of two clocks do not compare."""
-        return self.at if clock is self._clock else clock.monotonic() + self.remaining_seconds()
+        return self.at if clock is self.clock else clock.monotonic() + self.remaining_seconds()
+
+    def release(self) -> None:
+        """Say from now on what the deadline around it says.
+
+        For a block that ended in another context than it began in, as that of an abandoned async generator does: this
+        deadline stays the current one of the first context, which cannot be mended from the second.
+        """
+        self.at = inf if self.parent is None else self.parent.on(self.clock)
+        self.fired = False
 
     def __repr__(self) -> str:
         return f"<Deadline in {self.remaining_seconds():.3f} s>"
 
 
-_current: ContextVar[Deadline | None] = ContextVar("mainstay_deadline", default=None)
+ambient_deadline: ContextVar[Deadline | None] = ContextVar("mainstay_deadline", default=None)
+"""The deadline of the running code; set by `timeout`, and by policies that keep timers of their own."""
 
 
 def remaining_seconds() -> float | None:
     """Seconds left before the current deadline, negative once it has passed, None without one."""
-    deadline = _current.get()
+    deadline = ambient_deadline.get()
     return None if deadline is None or deadline.at == inf else deadline.remaining_seconds()
 
 
 def deadline_fired() -> bool:
     """Whether a deadline around the running code has cancelled it."""
-    deadline = _current.get()
+    deadline = ambient_deadline.get()
     while deadline is not None:
         if deadline.fired:
             return True
-        deadline = deadline._parent
+        deadline = deadline.parent
     return False
 
 
-def what_failed(exceeded: DeadlineExceeded, cancellation: BaseException) -> Exception:
-    """What a time limit raises for the cancellation by which it ended an attempt.
+def deadline_error(exceeded: DeadlineExceeded, cancellation: BaseException) -> Exception:
+    """The error that a time limit raises instead of the cancellation by which it ended an attempt.
 
-    A retry inside leaves the error of the attempt before in `last_error`, and whoever only waited its turn says so with
-    `no_effect`. If the last attempt was never sent, the one before is what failed; else that is the cause.
+    A retry inside leaves the error of the attempt before in the cancellation's `last_error`, and work that was still
+    waiting for its turn sets `no_effect` there. When the last attempt was never sent, the error of the one before is
+    returned; otherwise `exceeded`, with that error as its cause.
     """
     last: Exception | None = cancellation.__dict__.pop("last_error", None)
     if last is not None and cancellation.__dict__.get("no_effect"):
         return last
     exceeded.__cause__ = cancellation if last is None else last
     return exceeded
-
-
-def forsake(deadline: Deadline) -> None:
-    """The block ended in another context than it began, as that of an abandoned async generator does.
-
-    The consumer's context cannot be mended from there: this deadline stays the current one in it, and from now on says
-    what the one around it does.
-    """
-    deadline.at = inf if deadline._parent is None else deadline._parent.on(deadline._clock)
-    deadline.fired = False
 
 
 class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
@@ -105,7 +116,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
 
     async def __aenter__(self) -> Deadline:
         task = cast("asyncio.Task[object]", asyncio.current_task())  # a coroutine is always run by one
-        outer = _current.get()
+        outer = ambient_deadline.get()
         at = self._clock.monotonic() + self._seconds
         if outer is not None:
             if outer.remaining_seconds() <= 0:
@@ -116,7 +127,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         self._cancelling = task.cancelling()
         self._deadline = Deadline(at, self._clock, outer)
         self._timer: Timer = self._clock.call_later(self._seconds, self._fire)
-        self._token: Token[Deadline | None] = _current.set(self._deadline)
+        self._token: Token[Deadline | None] = ambient_deadline.set(self._deadline)
         return self._deadline
 
     def _fire(self) -> None:
@@ -133,9 +144,9 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
         expired = self._deadline.fired and self._task.uncancel() <= self._cancelling
         try:
-            _current.reset(self._token)
+            ambient_deadline.reset(self._token)
         except ValueError:
-            forsake(self._deadline)
+            self._deadline.release()
         if expired and error is not None and kind is asyncio.CancelledError:
             msg = f"no result within {self._seconds:g} s"
-            raise what_failed(DeadlineExceeded(msg), error)
+            raise deadline_error(DeadlineExceeded(msg), error)

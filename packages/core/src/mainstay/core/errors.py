@@ -2,7 +2,7 @@
 
 MainstayError
 ├── ConfigurationError      SYS_CONFIGURATION  a mistake in how the App is put together; raised before anything runs
-├── NotBoundError           SYS_NOT_BOUND      something that needs a running App was used without one
+│   └── NotBoundError       SYS_NOT_BOUND      something that needs a running App was used without one
 └── DeadlineExceeded        EXT_DEADLINE       the time ran out (also a TimeoutError)
 
 Every package adds its own branch in its `errors.py`. Wrong arguments of a call are Python's own `TypeError` and
@@ -12,6 +12,8 @@ Every package adds its own branch in its `errors.py`. Wrong arguments of a call 
 from __future__ import annotations
 
 from typing import ClassVar, Literal, get_args
+
+__all__ = ["CodeFamily", "ConfigurationError", "DeadlineExceeded", "MainstayError", "NotBoundError"]
 
 CodeFamily = Literal["AUTH", "VAL", "RES", "SYS", "EXT", "RATE", "BIZ"]
 
@@ -65,18 +67,20 @@ class MainstayError(Exception):
 
 
 class ConfigurationError(MainstayError):
-    """The App cannot run as it is put together; the message names the module, the field and the line to write."""
+    """The App cannot run as it is put together; the message names the module, the field and the line to write.
+
+    Raised inside a handler or a step it is no outcome of the business: the work is kept, and done once the mistake is
+    mended. `no_effect` is therefore False: it speaks for the refused call, and never for a whole step.
+    """
 
     code = "SYS_CONFIGURATION"
-    no_effect = True
     public_message = "The service is not configured correctly."
 
 
-class NotBoundError(MainstayError):
+class NotBoundError(ConfigurationError):
     """Something that works only inside a running App was used without one; the message names the missing line."""
 
     code = "SYS_NOT_BOUND"
-    no_effect = True
     public_message = "The service is not running."
 
 

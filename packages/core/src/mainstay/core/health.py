@@ -1,9 +1,11 @@
-"""What a running part says of itself."""
+"""The health of a running part."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
+
+__all__ = ["HasHealth", "Health"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,5 +26,5 @@ class HasHealth(Protocol):
     """A service that a module yields may have this method; `App.health()` finds it."""
 
     async def health(self) -> Health:
-        """Answer quickly, from what is known; whoever asks sets the time limit."""
+        """Answer quickly, from what is known; the caller sets the time limit."""
         ...

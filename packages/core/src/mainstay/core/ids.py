@@ -7,6 +7,8 @@ import threading
 import time
 from uuid import UUID, uuid5
 
+__all__ = ["derived_id", "uuid7"]
+
 _NAMESPACE = UUID("6f3c1d52-7a04-5c0e-9d4b-2d0f6a1b8e77")
 _lock = threading.Lock()
 _last = 0

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from types import TracebackType
 
+__all__ = ["Effect", "Journal", "bind_journal", "once"]
+
 Effect = Callable[[str | None], Awaitable[None]]
 """Called with the step's key, from which every id it makes must derive (`derived_id`), or None outside a workflow."""
 

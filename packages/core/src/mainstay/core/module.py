@@ -9,8 +9,10 @@ services and stops. There is nothing else to learn: no scopes, providers, factor
 
 from __future__ import annotations
 
+import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import (
@@ -32,6 +34,8 @@ from mainstay.core.settings import Settings
 if TYPE_CHECKING:
     from mainstay.core.app import App
 
+__all__ = ["Binding", "Feature", "Module"]
+
 S = TypeVar("S", bound=Settings)
 P = TypeVar("P")
 T = TypeVar("T")
@@ -44,10 +48,15 @@ class Module(ABC, Generic[S, P]):
     features add (a union for several, `Never` for none).
 
     Attributes:
-        settings: what `for_root` was given, or read from the environment.
-        parts: what every `for_feature` of the App added, in order; set by the App before it asks `requires`.
+        name: the one word by which the package appears in health, logs, metrics and task names, such as `events`.
+        settings: the ones that `for_root` was given, or read from the environment.
+        parts: everything that the App's `for_feature` entries added, in order; set by the App before anything is asked.
+
+    Raises:
+        TypeError: a subclass has no `name`, or one that is not a lower-case word.
     """
 
+    name: ClassVar[str]
     settings_type: ClassVar[type[Settings]]
     part_types: ClassVar[tuple[type, ...]]
 
@@ -58,6 +67,10 @@ class Module(ABC, Generic[S, P]):
                 settings, parts = get_args(base)
                 cls.settings_type = settings
                 cls.part_types = () if parts is Never else get_args(parts) or (parts,)
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            msg = f"{cls.__name__}.name is {name!r}; it is a lower-case word: name: ClassVar[str] = 'orders'"
+            raise TypeError(msg)
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
@@ -102,12 +115,33 @@ class Module(ABC, Generic[S, P]):
         """The modules that must run before this one, as `settings` and `parts` make necessary."""
         return ()
 
+    def yields(self) -> Sequence[type]:
+        """The classes of the services that `running` will yield, as `settings` and `parts` make them."""
+        return ()
+
+    def functions(self) -> Iterable[Callable[..., Any]]:
+        """The functions of `parts` that the App will call: handlers, steps, audited functions.
+
+        `App` checks that every `given(…)` of theirs has a service, and that every router they use belongs to it.
+        """
+        return ()
+
+    def check(self) -> None:
+        """Find everything that is wrong with `settings` and `parts`, alone and together, without starting.
+
+        `App` calls this when it is constructed; nothing is connected or bound yet.
+
+        Raises:
+            ConfigurationError: names the thing and the remedy.
+        """
+
     @abstractmethod
     def running(self, app: App) -> AbstractAsyncContextManager[Sequence[object]]:
         """Start, yield the services, stop; written with `@asynccontextmanager`.
 
-        Inside, `app.get` finds the services of required modules, and `app.serve` registers the work that runs only
-        while the App serves. A service with `async def health()` takes part in `App.health()`.
+        Inside, `app.get` finds the services of required modules; `app.background` takes work that runs from start to
+        stop, `app.serve` work that runs only while the App serves. A service with `async def health()` takes part in
+        `App.health()`.
         """
 
 
@@ -120,18 +154,19 @@ class Feature:
 
 
 class Binding(Generic[T]):
-    """What a router, a trail or a breaker holds while a running App has bound it.
+    """The link from a router or a trail to the running App that has it; kept in its attribute `binding`.
 
     Args:
-        owner: names the thing in errors, such as `EventRouter('orders')`.
-        remedy: the line that is missing when it is used unbound.
+        kind: the class of its owner, such as `EventRouter`. Errors add the place in the code that made it.
+        remedy: the line that is missing when it is used unbound, such as `EventsModule.for_feature(router)`; None for a
+            thing that works unbound too.
     """
 
-    __slots__ = ("_owner", "_remedy", "value")
+    __slots__ = ("owner", "remedy", "value")
 
-    def __init__(self, owner: str, *, remedy: str) -> None:
-        self._owner = owner
-        self._remedy = remedy
+    def __init__(self, kind: str, *, remedy: str | None) -> None:
+        self.owner = f"the {kind} made at {_place_outside()}"
+        self.remedy = remedy
         self.value: T | None = None
 
     def get(self) -> T:
@@ -141,7 +176,7 @@ class Binding(Generic[T]):
             NotBoundError: no running App has bound it.
         """
         if self.value is None:
-            msg = f"{self._owner} was used outside a running App: {self._remedy}"
+            msg = f"{self.owner} belongs to no running App: add {self.remedy} to the App, and use it while that runs"
             raise NotBoundError(msg)
         return self.value
 
@@ -153,10 +188,18 @@ class Binding(Generic[T]):
             ConfigurationError: another running App of this process has bound it.
         """
         if self.value is not None:
-            msg = f"{self._owner} belongs to an App that is already running in this process: stop that one first"
+            msg = f"{self.owner} belongs to an App that is already running in this process: stop that one first"
             raise ConfigurationError(msg)
         self.value = value
         try:
             yield
         finally:
             self.value = None
+
+
+def _place_outside() -> str:
+    """The file and line, outside these packages, that is being run."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("mainstay."):
+        frame = frame.f_back
+    return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}"

@@ -20,6 +20,17 @@ from mainstay.core.clock import SYSTEM_CLOCK, Clock
 from mainstay.core.deadline import remaining_seconds
 from mainstay.core.errors import MainstayError
 
+__all__ = [
+    "Decide",
+    "FullJitter",
+    "Outcome",
+    "Retry",
+    "RetryState",
+    "Wait",
+    "note_attempts",
+    "retry_if_retryable",
+]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -211,7 +222,7 @@ class Retry:
                 except Exception as error:
                     delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
                     if delay is None:
-                        count_attempts(error, attempt)
+                        note_attempts(error, attempt)
                         if real is not None and _says_nothing_happened(error):
                             raise real from error
                         raise
@@ -227,7 +238,7 @@ class Retry:
                 await self.clock.sleep(delay)
         except asyncio.CancelledError as cancellation:
             if real is not None:
-                count_attempts(real, attempt)
+                note_attempts(real, attempt)
                 cancellation.last_error = real  # type: ignore[attr-defined]  # for the time limit that it may be due to
             raise
         finally:
@@ -244,7 +255,7 @@ class Retry:
             except Exception as error:
                 delay = self._delay_after(Outcome.of_error(error), attempt, waited, started)
                 if delay is None:
-                    count_attempts(error, attempt)
+                    note_attempts(error, attempt)
                     if real is not None and _says_nothing_happened(error):
                         raise real from error
                     raise
@@ -267,7 +278,7 @@ def _says_nothing_happened(error: Exception) -> bool:
     return isinstance(error, MainstayError) and error.no_effect
 
 
-def count_attempts(error: BaseException, attempts: int) -> None:
+def note_attempts(error: BaseException, attempts: int) -> None:
     """Note at `error` how many attempts there were; once, also where the same instance is raised again and again."""
     note = f"gave up after {attempts} attempts"
     if attempts > 1 and note not in getattr(error, "__notes__", ()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
@@ -12,6 +13,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from mainstay.core.errors import ConfigurationError
 
+__all__ = ["Settings", "refuse_misspelt_prefixes", "stray_variables"]
+
+# Kubernetes tells every container about every Service: for one that is called mainstay-events there are
+# MAINSTAY_EVENTS_SERVICE_HOST, MAINSTAY_EVENTS_PORT=tcp://… and so on (the form that Docker links had).
+_OF_A_SERVICE = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+_WITH_AN_ADDRESS = re.compile(r"PORT(_\d+_(TCP|UDP|SCTP))?")
+
 
 class Settings(BaseSettings):
     """Base of every `XSettings`.
@@ -19,10 +27,12 @@ class Settings(BaseSettings):
     A subclass sets its prefix: `model_config = SettingsConfigDict(env_prefix="MAINSTAY_EVENTS_")`. Each field is read
     from the variable of that prefix and its name in capitals, unless it is passed. Secrets are `SecretStr`.
 
+    Variables that Kubernetes adds for a Service whose name begins like the prefix are no settings and are passed over.
+
     Raises:
-        ConfigurationError: a value of the wrong type or out of range, an unknown field, or an environment variable
-            under the prefix that is no setting. The message names field, variable and remedy, and never repeats a
-            value.
+        ConfigurationError: a value of the wrong type or out of range, an unknown field, or another environment
+            variable under the prefix that is no setting. The message names field, variable and remedy, and never
+            repeats a value.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
@@ -39,30 +49,38 @@ class Settings(BaseSettings):
         if problems:
             raise ConfigurationError("; ".join(problems))
 
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The environment variable that sets `field`."""
+        return f"{cls.model_config.get('env_prefix', '')}{field}".upper()
 
-def variable_name(settings: type[Settings], field: str) -> str:
-    """The environment variable that sets `field`."""
-    return f"{settings.model_config.get('env_prefix', '')}{field}".upper()
 
-
-def stray_variables(settings: Collection[type[Settings]]) -> list[str]:
+def stray_variables() -> list[str]:
     """The variables that begin with `MAINSTAY_` and that no settings class of this process reads.
 
-    Another process may mean them, so most are no mistake. One that has a field of `settings` behind a prefix much like
-    theirs is: it would be ignored, and the field's default taken. `MAINSTAY_TEST_…` belongs to tests.
+    Another process may mean them, so most are no mistake. `MAINSTAY_TEST_…` belongs to tests.
+    """
+    read = tuple(each.variable("") for each in _loaded(Settings) if each is not Settings)
+    return [
+        name
+        for name, value in sorted(os.environ.items())
+        if name.upper().startswith("MAINSTAY_")
+        and not name.upper().startswith(("MAINSTAY_TEST_", *read))
+        and not _of_a_service(name.upper().removeprefix("MAINSTAY_"), value)
+    ]
+
+
+def refuse_misspelt_prefixes(settings: Collection[type[Settings]]) -> None:
+    """Refuse a stray variable that has a field of `settings` behind a prefix much like theirs.
+
+    It would be ignored, and the field's default taken.
 
     Raises:
-        ConfigurationError: the prefix of a variable is misspelt; the message names the variable that was meant.
+        ConfigurationError: there is one; the message names the variable that was meant.
     """
-    read = tuple(variable_name(each, "") for each in _loaded(Settings) if each is not Settings)
-    stray = [
-        name
-        for name in sorted(os.environ)
-        if name.upper().startswith("MAINSTAY_") and not name.upper().startswith(("MAINSTAY_TEST_", *read))
-    ]
-    for name in stray:
+    for name in stray_variables():
         for each in settings:
-            prefix = variable_name(each, "")
+            prefix = each.variable("")
             for field in each.model_fields:
                 written = name.upper().removesuffix(field.upper())
                 # Without what all begin with, since that makes any two alike. Different packages stay below 0.8.
@@ -70,7 +88,14 @@ def stray_variables(settings: Collection[type[Settings]]) -> list[str]:
                 if written != name.upper() and difflib.get_close_matches(*words, cutoff=0.8):
                     msg = f"environment variable {name} is read by nothing: did you mean {prefix}{field.upper()}?"
                     raise ConfigurationError(msg)
-    return stray
+
+
+def _of_a_service(rest: str, value: str) -> bool:
+    """Whether Kubernetes made the variable, by its name behind a prefix: a whole name, or the end of a longer one."""
+    for at in [0, *(match.end() for match in re.finditer("_", rest))]:
+        if _OF_A_SERVICE.fullmatch(rest, at):
+            return not _WITH_AN_ADDRESS.fullmatch(rest, at) or "://" in value
+    return False
 
 
 def _loaded(settings: type[Settings]) -> list[type[Settings]]:
@@ -82,11 +107,13 @@ def _unknown_variables(settings: type[Settings]) -> list[str]:
     if not prefix:
         msg = f"{settings.__name__} has no env_prefix; set model_config = SettingsConfigDict(env_prefix='MAINSTAY_…_')"
         raise TypeError(msg)
-    known = {variable_name(settings, field) for field in settings.model_fields}
+    known = {settings.variable(field) for field in settings.model_fields}
     return [
         f"environment variable {name} is not a setting of {settings.__name__}: {_meant(name.upper(), known)}"
-        for name in sorted(os.environ)
-        if name.upper().startswith(prefix) and name.upper() not in known
+        for name, value in sorted(os.environ.items())
+        if name.upper().startswith(prefix)
+        and name.upper() not in known
+        and not _of_a_service(name.upper().removeprefix(prefix), value)
     ]
 
 
@@ -108,7 +135,7 @@ def _explain(settings: type[Settings], problem: dict[str, Any]) -> str:
         )
         if not above:
             return text  # nothing could be set under that name
-    return f"{text}; set {variable_name(settings, field)} or pass {settings.__name__}({field}=…)"
+    return f"{text}; set {settings.variable(field)} or pass {settings.__name__}({field}=…)"
 
 
 def _explain_json(settings: type[Settings], text: str) -> str:
@@ -117,7 +144,7 @@ def _explain_json(settings: type[Settings], text: str) -> str:
         if f'"{field}"' in text:
             kind = get_origin(info.annotation) or info.annotation
             shape = '{"…": …}' if isinstance(kind, type) and issubclass(kind, Mapping | BaseModel) else '["…", …]'
-            variable = variable_name(settings, field)
+            variable = settings.variable(field)
             return f"{settings.__name__}.{field}: {variable} is not JSON; write {variable}='{shape}'"
     return f"{settings.__name__}: {text}"
 

@@ -112,7 +112,7 @@ class Lane:
         self._taken: list[Entry] = []
         self._closed = False
         self._wake = asyncio.Event()
-        self._task = spawn(self._run(), name="mainstay.database recorder")
+        self._task = spawn(self._run(), name="database.recorder")
 
     async def record(self, entry: Entry) -> None:
         """Hand in an entry; returns when it is durable. A cancelled caller takes it back if nobody has begun."""

@@ -8,7 +8,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Never
+from typing import Any, ClassVar, Never
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -30,6 +30,12 @@ _GOODBYE_SECONDS = 5.0
 
 class DatabaseModule(Module[DatabaseSettings, Never]):
     """`DatabaseModule.for_root()` yields the `Database` that every other package uses."""
+
+    name: ClassVar[str] = "database"
+
+    def yields(self) -> Sequence[type]:
+        """The Database."""
+        return (Database,)
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:

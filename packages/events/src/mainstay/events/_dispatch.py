@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from mainstay.core import Clock, Later, MainstayError, Outcome, Retry, RetryState, rebind, spawn
+from mainstay.core import Clock, ConfigurationError, Later, MainstayError, Outcome, Retry, RetryState, rebind, spawn
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
@@ -281,7 +281,7 @@ class Dispatcher:
     def _hire(self) -> None:
         worker = _Worker()
         self._workers.add(worker)
-        worker.task = spawn(self._work(worker), name=f"events:{self._group}")
+        worker.task = spawn(self._work(worker), name=f"events.{self._group}.handler")
         worker.task.add_done_callback(lambda task: self._left(worker, task))
 
     def _left(self, worker: _Worker, task: asyncio.Task[None]) -> None:
@@ -398,8 +398,11 @@ class Dispatcher:
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
             # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the
-            # event and costs no attempt: an outage of a minute must not turn a minute's events into dead letters.
-            postponed = isinstance(error, MainstayError) and error.no_effect and error.retryable
+            # event and costs no attempt: an outage of a minute must not turn a minute's events into dead letters. A
+            # mistake in how the App is put together is none either: the event waits until that is mended.
+            postponed = isinstance(error, ConfigurationError) or (
+                isinstance(error, MainstayError) and error.no_effect and error.retryable
+            )
             delay = self._delay(delivery, handling, error, postponed=postponed)
             if delay is not None:
                 _log.warning(
@@ -438,8 +441,10 @@ class Dispatcher:
         state = RetryState(number, Outcome.of_error(error), age, delivery.waited)
         if not postponed:
             return handling.retry.delay_seconds(state)
+        if not isinstance(error, ConfigurationError) and not handling.retry.retry(state):
+            return None
         hint: float = getattr(error, "retry_after_seconds", None) or 0.0
-        return max(handling.retry.wait(state), hint) if handling.retry.retry(state) else None
+        return max(handling.retry.wait(state), hint)
 
     def _again(self, delivery: Delivery) -> None:
         if delivery.assignment.open:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 
-from mainstay.core import Clock, Health, spawn
+from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
 from mainstay.events.dead_letters import DeadLetterStore
 from mainstay.events.metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
@@ -71,37 +71,34 @@ class Consumer:
             self.group, self._routes, concurrency=self._concurrency, bury=self._bury, clock=self._clock
         )  # fmt: skip
 
-    async def serve(self, draining: asyncio.Event) -> None:
-        """Consume until `draining` is set, whatever happens to the transport; then finish what is in flight."""
+    async def serve(self, drain: Drain) -> None:
+        """Consume until the drain begins, whatever happens to the transport; then finish what is in flight."""
         self._serving = True
-        stop = spawn(_wait(draining), name=f"events:{self.group}:draining")
         delay, longest = _RECONNECT_SECONDS
         try:
-            while not draining.is_set():
+            while not drain.begun:
                 try:
-                    await self._session(draining)
+                    await self._session(drain)
                     delay = _RECONNECT_SECONDS[0]
                 except Exception as error:  # noqa: BLE001  a transport that is away comes back
                     self._dispatcher.check()
                     self._trouble = f"{type(error).__name__}"
                     _log.warning("group %s lost its transport, again in %.1f s", self.group, delay, exc_info=error)
-                    await asyncio.wait((stop,), timeout=delay)
+                    await drain.pause(delay)
                     delay = min(delay * 2, longest)
         finally:
             self._serving = False
-            stop.cancel()
-            await asyncio.wait((stop,))
 
-    async def _session(self, draining: asyncio.Event) -> None:
+    async def _session(self, drain: Drain) -> None:
         self._dispatcher = dispatcher = self._new_dispatcher()
         self._assignments.clear()
         try:
             async with self._transport.source(self.group, self._topics, self) as source:
                 self._source = source
-                committer = spawn(self._commit_often(), name=f"events:{self.group}:commit")
+                committer = spawn(self._commit_often(), name=f"events.{self.group}.commit")
                 try:
                     self._trouble = None
-                    while not draining.is_set():
+                    while not drain.begun:
                         await self._turn(source)
                     # What runs is finished before the partitions are given back; the App's own drain time ends this.
                     await dispatcher.drain(list(self._assignments), math.inf)
@@ -225,7 +222,3 @@ class Consumer:
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
-
-
-async def _wait(event: asyncio.Event) -> None:
-    await event.wait()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from mainstay.core import Drain
 from mainstay.database import CommitUnknown, Database
 from mainstay.events import tables
 from mainstay.events.errors import DecodeError
@@ -46,10 +46,10 @@ def exactly_once(
     return handle
 
 
-async def sweep(database: Database, days: float, draining: asyncio.Event) -> None:
+async def sweep(database: Database, days: float, drain: Drain) -> None:
     """Worker: forgets events that are older than the window within which duplicates are recognised."""
 
     async def delete() -> None:
         await database.write(tables.DELETE_OLD_INBOX[database.dialect], {"seconds": days * 86_400.0})
 
-    await swept(delete, draining)
+    await swept(delete, drain)

@@ -124,7 +124,7 @@ class KafkaTransport:
         async with self._starting:
             if self._producer is None:
                 # In a context of its own: its tasks outlive the publisher who happens to need it first.
-                self._producer = await spawn(self._new_producer(), name="events:producer")
+                self._producer = await spawn(self._new_producer(), name="events.producer")
             return self._producer
 
     async def _new_producer(self) -> AIOKafkaProducer:
@@ -293,7 +293,7 @@ class KafkaTransport:
             consumer.subscribe(list(topics), listener=_Listener(source))
             async with asyncio.timeout(_REQUEST_SECONDS):
                 await consumer.start()
-            watch = spawn(self._watch(consumer), name=f"events:{group}:watch")
+            watch = spawn(self._watch(consumer), name=f"events.{group}.watch")
             try:
                 yield source
             finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
 from mainstay.database import Database, DatabaseModule
@@ -42,6 +42,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     Yields `EventPublisher` and `DeadLetters`. Consumers and the outbox relay run while the App serves.
     """
 
+    name: ClassVar[str] = "events"
+
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
         """The Database, where the log, the outbox or an inbox is kept in it."""
         return [DatabaseModule] if self._needs_database() else []
@@ -52,15 +54,31 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def _subscriptions(self) -> list[Subscription]:
         return [subscription for router in self.parts for subscription in router.subscriptions]
 
+    def yields(self) -> Sequence[type]:
+        """Publisher, dead letters, consumers, and the parts of the transport that the settings choose."""
+        return (EventPublisher, DeadLetters, EventConsumers, *_transport_classes(self.settings))
+
+    def functions(self) -> Sequence[Callable[..., Any]]:
+        """The handlers."""
+        return [subscription.call for subscription in self._subscriptions()]
+
+    def check(self) -> None:
+        """Refuse a type that a group handles twice, and a transport whose client is not installed.
+
+        Raises:
+            ConfigurationError: names both handlers, or the extra to install.
+        """
+        try:
+            one_handler_each(self._subscriptions())
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        _transport_classes(self.settings)
+
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
         """See `Module`."""
         settings = self.settings
         subscriptions = self._subscriptions()
-        try:
-            one_handler_each(subscriptions)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
         database: Database | None = None
         if self._needs_database():
             database = app.get(Database)
@@ -80,12 +98,12 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     stuck_seconds=settings.stuck_seconds,
                     clock=app.clock,
                 )
-                for group, (topics, routes) in _groups(subscriptions, settings, database).items()
+                for group, (topics, routes) in _groups(app, subscriptions, settings, database).items()
             ]
             for consumer in consumers:
-                app.serve(f"events:{consumer.group}", consumer.serve)
+                app.serve(consumer.group, consumer.serve)
             if database is not None and any(subscription.inbox for subscription in subscriptions):
-                app.serve("events:inbox", partial(inbox.sweep, database, settings.inbox_days))
+                app.serve("inbox", partial(inbox.sweep, database, settings.inbox_days))
             publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
@@ -110,7 +128,7 @@ async def _transport(
             clock=app.clock,
         )
         await log.note_partitions()
-        app.serve("events:log", log.sweep)
+        app.serve("log", log.sweep)
         services.append(log)
         return log.send, log, SqlDeadLetters(database, log, app.clock)
     kafka_module = _kafka()
@@ -124,9 +142,19 @@ async def _transport(
     assert database is not None  # noqa: S101  required
     outbox = Outbox(database, kafka_module.check_size)
     relay = OutboxRelay(database, outbox, kafka, lease_seconds=settings.lease_seconds, clock=app.clock)
-    app.serve("events:relay", relay.serve)
+    app.serve("relay", relay.serve)
+    app.serve("outbox", relay.measure)
     services.append(relay)
     return outbox.send, kafka, SqlDeadLetters(database, outbox, app.clock)
+
+
+def _transport_classes(settings: EventsSettings) -> Sequence[type]:
+    if settings.transport == "memory":
+        return (MemoryTransport,)
+    if settings.transport == "sql":
+        return (SqlTransport,)
+    kafka: type = _kafka().KafkaTransport
+    return (kafka, OutboxRelay) if settings.writes_database else (kafka,)
 
 
 def _database_of(app: App) -> Database | None:
@@ -148,7 +176,7 @@ def _kafka() -> Any:
 
 
 def _groups(
-    subscriptions: Sequence[Subscription], settings: EventsSettings, database: Database | None
+    app: App, subscriptions: Sequence[Subscription], settings: EventsSettings, database: Database | None
 ) -> Mapping[str, tuple[list[str], dict[str, Route]]]:
     """For each group, its topics and its routes by type."""
     groups: dict[str, tuple[list[str], dict[str, Route]]] = {}
@@ -161,15 +189,17 @@ def _groups(
                 topics.append(topic)
             if type_ not in routes:
                 routes[type_] = Route(type_, subscription.group)
-            call, wants_metadata = _call(subscription, database)
+            call, wants_metadata = _call(app, subscription, database)
             retry = settings.retry() if subscription.retry is None else subscription.retry
             routes[type_].reads(event, call, wants_metadata=wants_metadata, retry=retry)
     return groups
 
 
-def _call(subscription: Subscription, database: Database | None) -> tuple[Callable[..., Awaitable[None]], bool]:
+def _call(
+    app: App, subscription: Subscription, database: Database | None
+) -> tuple[Callable[..., Awaitable[None]], bool]:
     """What a delivery calls, and whether that takes the metadata."""
-    call, wants_metadata = subscription.call, subscription.wants_metadata
+    call, wants_metadata = app.fill(subscription.call), subscription.wants_metadata
     if subscription.timeout_seconds is not None:
         call = _limited(call, subscription.timeout_seconds)
     if subscription.inbox:

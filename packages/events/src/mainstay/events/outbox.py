@@ -12,20 +12,19 @@ Killed between sending and deleting, a relay's successor sends again: duplicates
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from zlib import crc32
 
-from mainstay.core import Clock, Health, spawn
+from mainstay.core import Clock, Drain, Health
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.events import tables
 from mainstay.events.metadata import ID, Outgoing
 from mainstay.events.metrics import OUTBOX_DEPTH, RELAYED
 from mainstay.events.tables import pack_headers, unpack_headers
-from mainstay.events.transport import Arrivals, arrived
+from mainstay.events.transport import Arrivals
 
 _log = logging.getLogger("mainstay.events")
 
@@ -120,34 +119,32 @@ class OutboxRelay:
         self._trouble = ""
         self._depth = 0
 
-    async def serve(self, draining: asyncio.Event) -> None:
-        """Relay until `draining` is set, whatever happens to broker and database."""
-        stop = spawn(_wait(draining), name="events:relay:draining")
-        measure = spawn(self._measure_often(), name="events:relay:measure")
-        delay = first = _BACKOFF_SECONDS[0]
+    async def serve(self, drain: Drain) -> None:
+        """Relay until the drain begins, whatever happens to broker and database."""
         try:
-            while not draining.is_set():
-                arrival = self._outbox.arrivals.next()
-                try:
-                    await self._take_lanes()
-                    full = await self._wave()
-                except Exception as error:  # noqa: BLE001  broker and database come back
-                    self._failed(error, delay)
-                    await asyncio.wait((stop,), timeout=delay)
-                    delay = min(delay * 2, _BACKOFF_SECONDS[1])
-                else:
-                    delay = first
-                    if not self._paused:
-                        self._failing_since = None
-                    if not full:
-                        await arrived(arrival, _POLL_SECONDS)
+            with self._outbox.arrivals.told_to(drain.wake):
+                await self._relay(drain)
         finally:
-            for task in (stop, measure):
-                task.cancel()
-            await asyncio.wait((stop, measure))
             for lease in self._leases.values():
                 await lease.release()
             self._leases.clear()
+
+    async def _relay(self, drain: Drain) -> None:
+        delay = first = _BACKOFF_SECONDS[0]
+        while not drain.begun:
+            try:
+                await self._take_lanes()
+                full = await self._wave()
+            except Exception as error:  # noqa: BLE001  broker and database come back
+                self._failed(error, delay)
+                await drain.pause(delay)
+                delay = min(delay * 2, _BACKOFF_SECONDS[1])
+            else:
+                delay = first
+                if not self._paused:
+                    self._failing_since = None
+                if not full:
+                    await drain.pause(_POLL_SECONDS, wakeable=True)
 
     def _failed(self, error: BaseException, delay: float, topic: str = "") -> None:
         if self._failing_since is None:
@@ -213,14 +210,15 @@ class OutboxRelay:
         if lane in self._leases:
             await self._leases.pop(lane).release()
 
-    async def _measure_often(self) -> None:
-        while True:
+    async def measure(self, drain: Drain) -> None:
+        """Keep the depth of the outbox known until the drain begins."""
+        while not drain.begun:
             try:
                 self._depth = (await self._database.read(tables.COUNT_OUTBOX))[0][0]
                 OUTBOX_DEPTH.set(self._depth)
             except Exception as error:  # noqa: BLE001  a figure that is missing once
                 _log.debug("the depth of the outbox is not known", exc_info=error)
-            await asyncio.sleep(_MEASURE_SECONDS)
+            await drain.pause(_MEASURE_SECONDS)
 
     async def health(self) -> Health:
         """Degraded while events wait for a broker that is away."""
@@ -228,7 +226,3 @@ class OutboxRelay:
             seconds = self._clock.monotonic() - self._failing_since
             return Health("degraded", f"the outbox has not been relayed for {seconds:.0f} s: {self._trouble}")
         return Health("ok", f"{self._depth} events wait in the outbox")
-
-
-async def _wait(event: asyncio.Event) -> None:
-    await event.wait()

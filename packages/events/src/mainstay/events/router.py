@@ -37,6 +37,26 @@ class HandlesEventAndMetadata(Protocol[E_contra]):
         ...
 
 
+class Handler(Protocol[E_contra]):
+    """A handler function that takes the event; a test passes the services that an App would give it by keyword."""
+
+    __name__: str
+
+    def __call__(self, event: E_contra, /, **services: Any) -> Awaitable[None]:
+        """Handle one event."""
+        ...
+
+
+class HandlerWithMetadata(Protocol[E_contra]):
+    """A handler function that takes the event and its metadata, and services as `Handler` does."""
+
+    __name__: str
+
+    def __call__(self, event: E_contra, meta: Metadata, /, **services: Any) -> Awaitable[None]:
+        """Handle one event."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Subscription:
     """One handler, as `on` describes it."""
@@ -60,10 +80,7 @@ class EventRouter:
 
     def __init__(self) -> None:
         self.subscriptions: list[Subscription] = []
-        self.binding: Binding[EventPublisher] = Binding(
-            "an EventRouter",
-            remedy="add EventsModule.for_feature(<the router>) to the App, and use it while the App runs",
-        )
+        self.binding: Binding[EventPublisher] = Binding("EventRouter", remedy="EventsModule.for_feature(router)")
 
     @overload
     def on(
@@ -107,7 +124,8 @@ class EventRouter:
     ) -> On[Any]:
         """Handle events: `@events.on(OrderPaid, group="receipts")` on an async function, or on a class with `handle`.
 
-        The function takes the event, or the event and its `Metadata`. It is called at least once for each event, with
+        The function takes the event, or the event and its `Metadata`, and services by keyword-only parameters whose
+        default is `given(…)`. It is called at least once for each event, with
         equal keys one after the other, also through retries; when it keeps failing the event becomes a dead letter.
 
         Args:
@@ -154,7 +172,7 @@ class EventRouter:
 
 
 class On(Generic[E]):
-    """What `EventRouter.on` returns: decorates a handler and gives it back unchanged."""
+    """A decorator of handlers, made by `EventRouter.on`; it gives the handler back unchanged."""
 
     def __init__(
         self,
@@ -176,11 +194,9 @@ class On(Generic[E]):
     @overload
     def __call__(self, handler: H) -> H: ...
     @overload
-    def __call__(self, handler: Callable[[E], Awaitable[None]]) -> Callable[[E], Awaitable[None]]: ...
+    def __call__(self, handler: Callable[[E], Awaitable[None]]) -> Handler[E]: ...
     @overload
-    def __call__(
-        self, handler: Callable[[E, Metadata], Awaitable[None]]
-    ) -> Callable[[E, Metadata], Awaitable[None]]: ...
+    def __call__(self, handler: Callable[[E, Metadata], Awaitable[None]]) -> HandlerWithMetadata[E]: ...
     def __call__(self, handler: Any) -> Any:
         """Register the handler."""
         name = f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', repr(handler))}"

@@ -16,7 +16,6 @@ Partitions are divided by rank among the live members of a group and held by lea
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -27,7 +26,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from mainstay.core import Clock, Health, uuid7
+from mainstay.core import Clock, Drain, Health, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.events import tables
 from mainstay.events._dispatch import Assignment
@@ -102,17 +101,17 @@ class SqlTransport:
         """The Database answers for itself."""
         return Health("ok", "events are kept in the Database")
 
-    async def sweep(self, draining: asyncio.Event) -> None:
+    async def sweep(self, drain: Drain) -> None:
         """Worker: deletes what is older than the log keeps, a little at a time."""
         dialect = self.database.dialect
         age = {"seconds": self._log_days * _DAY}
 
         async def delete() -> None:
             await self.database.write(tables.FORGET_MEMBERS[dialect], {"seconds": _DAY})
-            while not draining.is_set() and await self.database.read(tables.OLDEST_LOG[dialect], age):
+            while not drain.begun and await self.database.read(tables.OLDEST_LOG[dialect], age):
                 await self.database.write(tables.DELETE_OLD_LOG[dialect], age)
 
-        await swept(delete, draining)
+        await swept(delete, drain)
 
     @asynccontextmanager
     async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[SqlSource, None]:
@@ -480,18 +479,14 @@ _STATEMENTS = {"postgresql": _on_postgresql(), "sqlite": _on_sqlite()}
 _START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)
 
 
-async def swept(delete: Callable[[], Awaitable[None]], draining: asyncio.Event) -> None:
-    """Delete what is old, again and again until `draining`; several processes may do so side by side."""
-    while not draining.is_set():
+async def swept(delete: Callable[[], Awaitable[None]], drain: Drain) -> None:
+    """Delete old rows, again and again until the drain begins; several processes may do so side by side."""
+    while not drain.begun:
         try:
             await delete()
         except Exception as error:  # noqa: BLE001  the next sweep does it
             _log.warning("deleting old rows failed, the next attempt is in a minute", exc_info=error)
-        try:
-            async with asyncio.timeout(_SWEEP_SECONDS):
-                await draining.wait()
-        except TimeoutError:
-            continue
+        await drain.pause(_SWEEP_SECONDS)
 
 
 class SqlDeadLetters:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import NamedTuple, Protocol
 from zlib import crc32
 
@@ -38,12 +38,24 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._next: asyncio.Future[None] | None = None
+        self._listeners: list[Callable[[], None]] = []
 
     def announce(self) -> None:
         """Wake everybody who waits."""
         arrival, self._next = self._next, None
         if arrival is not None:
             arrival.set_result(None)
+        for listener in self._listeners:
+            listener()
+
+    @contextmanager
+    def told_to(self, listener: Callable[[], None]) -> Generator[None, None, None]:
+        """Call `listener` at every announcement within the block."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def next(self) -> asyncio.Future[None]:
         """The next announcement; one for all who wait, and nobody may cancel it."""

@@ -16,14 +16,13 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Gauge
 
-from mainstay.core import App, Health, spawn
+from mainstay.core import App, Drain, Health, cancelled_from_outside, spawn
 from mainstay.observability.metrics import exposition
 from mainstay.observability.settings import ObservabilitySettings
 
@@ -78,35 +77,28 @@ class HealthWatch:
             return self._latest
         return dict.fromkeys(self._latest, Health("down", f"not asked for {age:.0f} s"))
 
-    @asynccontextmanager
-    async def watching(self) -> AsyncGenerator[None, None]:
-        """Ask on the beat of the settings until the block ends."""
-        beat = spawn(self._beat(), name="mainstay.observability.health")
+    async def watch(self, drain: Drain) -> None:
+        """Ask on the beat of the settings until the drain begins."""
         try:
-            yield
+            while not drain.begun:
+                try:
+                    await self.refresh()
+                except BaseException as error:
+                    # The watch ends only when it is asked to: the last answer would stand for ever.
+                    if _ends_the_task(error):
+                        raise
+                    _log.exception("a round of health checks broke")
+                await drain.pause(self._interval)
         finally:
-            beat.cancel()
-            await asyncio.gather(beat, return_exceptions=True)
             if self._round is not None:
                 self._round.cancel()
                 await asyncio.gather(self._round, return_exceptions=True)
             _forget(self._latest)
 
-    async def _beat(self) -> None:
-        while True:
-            try:
-                await self.refresh()
-            except BaseException as error:
-                # Nothing may end the watch but who owns it: the last answer would stand for ever.
-                if _ends_the_task(error):
-                    raise
-                _log.exception("a round of health checks broke")
-            await self._app.clock.sleep(self._interval)
-
     async def refresh(self) -> dict[str, Health]:
         """Ask all parts now; callers that come while a round is under way share it."""
         if self._round is None or self._round.done():
-            self._round = spawn(self._ask(), name="mainstay.observability.health.round")
+            self._round = spawn(self._ask(), name="observability.health.round")
         await asyncio.shield(self._round)
         return self.latest
 
@@ -160,10 +152,7 @@ class HealthWatch:
 
 def _ends_the_task(error: BaseException) -> bool:
     """Whether the task has to end: it was asked to, or the process was. A stray CancelledError is a failure."""
-    if isinstance(error, asyncio.CancelledError):
-        task = asyncio.current_task()
-        return task is None or task.cancelling() > 0
-    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+    return cancelled_from_outside(error) or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
 def _forget(parts: Iterable[str]) -> None:

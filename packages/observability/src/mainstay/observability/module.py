@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Never
+from typing import ClassVar, Never
 
 from mainstay.core import App, Module
 from mainstay.observability import logging
@@ -30,6 +30,12 @@ class ObservabilityModule(Module[ObservabilitySettings, Never]):
     Write it first, so that the start of everything else is logged in its form.
     """
 
+    name: ClassVar[str] = "observability"
+
+    def yields(self) -> Sequence[type]:
+        """The watch over the health, and the server of probes."""
+        return (HealthWatch, ProbeServer)
+
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
         """Yields a `HealthWatch` and a `ProbeServer`."""
@@ -40,5 +46,5 @@ class ObservabilityModule(Module[ObservabilitySettings, Never]):
             port = None
             if settings.http_port is not None:
                 port = await stack.enter_async_context(serving(watch, settings.http_host, settings.http_port))
-            await stack.enter_async_context(watch.watching())
+            app.background("health", watch.watch)
             yield (watch, ProbeServer(port))

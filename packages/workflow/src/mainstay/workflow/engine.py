@@ -209,7 +209,7 @@ class WorkflowEngine:
         waiters.append(future)
         self._look_now.set()
         if self._looking is None or self._looking.done():
-            self._looking = spawn(self._look(), name="mainstay-workflow results")
+            self._looking = spawn(self._look(), name="workflow.results")
         try:
             return await future
         finally:

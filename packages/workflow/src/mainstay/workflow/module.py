@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
@@ -21,15 +21,32 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
     Every process of the App can start runs and wait for results; those that serve execute them.
     """
 
+    name: ClassVar[str] = "workflow"
+
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
-        """The database; and here, at construction, every router is checked.
+        """The database."""
+        return (DatabaseModule,)
+
+    def yields(self) -> Sequence[type]:
+        """The engine."""
+        return (WorkflowEngine,)
+
+    def functions(self) -> Sequence[Callable[..., Any]]:
+        """The workflows' functions, and the steps' with their compensations and probes."""
+        workflows, steps = self._collect()
+        return [
+            *(workflow.function for workflow in workflows.values()),
+            *(function for step in steps.values() for function in step.functions()),
+        ]
+
+    def check(self) -> None:
+        """Refuse definitions that contradict themselves or each other.
 
         Raises:
             ConfigurationError: a step without a compensation, a name that two routers have, an annotation that names
                 nothing; the message says what to write.
         """
         self._collect()
-        return (DatabaseModule,)
 
     def _collect(self) -> tuple[dict[tuple[str, int], AnyWorkflow], dict[str, AnyStep]]:
         workflows: dict[tuple[str, int], AnyWorkflow] = {}
@@ -63,10 +80,12 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
         engine = WorkflowEngine(
             database=database, clock=app.clock, settings=self.settings, workflows=workflows, steps=steps
         )
-        app.serve("mainstay-workflow worker", engine.worker.work)
+        app.serve("worker", engine.worker.work)
         with ExitStack() as bound:
             for router in self.parts:
                 bound.enter_context(router.binding.to(engine))
+            for step in steps.values():
+                bound.enter_context(step.filled_by(app))
             try:
                 yield [engine]
             finally:

@@ -36,10 +36,7 @@ class WorkflowRouter:
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
         self.signals: set[str] = set()
-        self.binding: Binding[WorkflowEngine] = Binding(
-            "WorkflowRouter",
-            remedy="add WorkflowModule.for_feature(…) with it to the App, and use it while the App runs",
-        )
+        self.binding: Binding[WorkflowEngine] = Binding("WorkflowRouter", remedy="WorkflowModule.for_feature(router)")
 
     def step(
         self,
@@ -86,7 +83,7 @@ class WorkflowRouter:
         policy = Policy(retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot)
 
         def declare(function: Callable[P, Awaitable[T]]) -> Step[P, T]:
-            step = Step(function, policy, compensation_retry, uncompensated=compensation is None)
+            step = Step(function, policy, compensation_retry, uncompensated=compensation is None, binding=self.binding)
             self._add(step)
             return step
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from mainstay.core import (
     Clock,
+    ConfigurationError,
     Effect,
     FullJitter,
     MainstayError,
@@ -19,6 +20,7 @@ from mainstay.core import (
     Retry,
     RetryState,
     bind_journal,
+    cancelled_from_outside,
     retry_if_retryable,
     timeout,
 )
@@ -250,10 +252,12 @@ class Run:
         except CancelRequested:
             failure = _CANCELLED
         except asyncio.CancelledError as error:
-            if _being_cancelled():
+            if cancelled_from_outside():
                 raise
             failure = describe(error)
             cause = error
+        except ConfigurationError as error:
+            raise _misconfigured(self.workflow.signature.name, describe(error)) from error
         except Exception as error:  # noqa: BLE001  whatever a workflow function raises is its failure
             failure = describe(error)
             cause = error
@@ -357,16 +361,15 @@ class Run:
                 record.input = _or_parked(step.signature.dump_arguments, arguments)
             else:  # what was begun is carried on with the input it began with
                 arguments = self._arguments(step, record)
-            ask = step.ask
             work = Work(
                 name=step.name,
                 key=key,
                 policy=step.policy,
-                call=lambda: step.signature.call(arguments),
+                call=lambda: step.call(arguments),
                 keep=step.signature.keep_result,
                 load=step.signature.load_result,
                 input=record.input,
-                ask=None if ask is None else lambda: ask(**arguments),
+                ask=None if step.ask is None else lambda: step.call_probe(arguments),
             )
             return await self._settle(work, record)
         finally:
@@ -607,9 +610,11 @@ class Run:
                     return await self._in_the_database(work, record)
                 result = await self._outside(work, record)
             except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _being_cancelled():
+                if cancelled_from_outside(error):
                     raise
                 kept = describe(error)
+                if isinstance(error, ConfigurationError):
+                    raise _misconfigured(work.key, kept) from error
                 delay = rejection_seconds(work.policy, error)
                 if delay is None:
                     record.attempts += 1
@@ -831,8 +836,7 @@ class Run:
         if step is None:
             msg = f"no step {name} is known here, so {record.key} cannot be undone: bring it back under its name"
             raise CompensationExhausted(msg)
-        undo = step.undo
-        if undo is None:
+        if step.undo is None:
             return
         key = record.key + COMPENSATION
         mine = self._history.records.setdefault(key, Record(key, None))
@@ -848,7 +852,7 @@ class Run:
             name=f"{name}{COMPENSATION}",
             key=key,
             policy=step.undo_policy,
-            call=lambda: step.signature.call(arguments, outcome, function=undo),
+            call=lambda: step.call_undo(arguments, outcome),
             keep=_nothing,
             undoes=f"{self.id}:{record.key}",
         )
@@ -860,10 +864,10 @@ class Run:
             raise CompensationExhausted(msg) from end.cause
 
 
-def _being_cancelled() -> bool:
-    """Whether somebody cancelled this task; otherwise a CancelledError came out of something that it awaited."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _misconfigured(place: str, error: dict[str, Any]) -> Parked:
+    """A mistake in how the App is put together decides nothing about a run: it waits until that is mended."""
+    msg = f"{place} met a mistake in the configuration: {error_text(error)}. Mend it, then resume the run"
+    return Parked(msg)
 
 
 def _urgency(signal: ControlFlow) -> tuple[bool, float]:

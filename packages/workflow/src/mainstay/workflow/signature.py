@@ -17,6 +17,8 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError
 from typing_extensions import TypedDict
 
+from mainstay.core import given_kinds
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -39,7 +41,15 @@ class Signature:
         if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))):
             msg = f"{kind} {self.name} must be an `async def` function"
             raise TypeError(msg)
-        self._signature = inspect.signature(function)
+        self.given = given_kinds(function)
+        if self.given and kind == "workflow":
+            names = ", ".join(self.given)
+            msg = f"workflow {self.name} is given {names}, which a replay must not depend on: give it to its steps"
+            raise TypeError(msg)
+        whole = inspect.signature(function)
+        # The services are the App's: no part of what is kept.
+        kept = [parameter for name, parameter in whole.parameters.items() if name not in self.given]
+        self._signature = whole.replace(parameters=kept)
         for parameter in self._signature.parameters.values():
             if parameter.kind in {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
                 msg = f"{kind} {self.name} takes *{parameter.name}: name each parameter, so that its input can be kept"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
-from mainstay.core import FullJitter, Retry, RetryState
+from mainstay.core import App, Binding, FullJitter, Retry, RetryState
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.signature import Signature
@@ -88,7 +89,13 @@ class Step(Generic[P, T]):
     """
 
     def __init__(
-        self, function: Callable[P, Awaitable[T]], policy: Policy, undo_retry: Retry, *, uncompensated: bool
+        self,
+        function: Callable[P, Awaitable[T]],
+        policy: Policy,
+        undo_retry: Retry,
+        *,
+        uncompensated: bool,
+        binding: Binding[Any],
     ) -> None:
         self.signature = Signature(function, kind="step")
         self.name = self.signature.name
@@ -100,6 +107,8 @@ class Step(Generic[P, T]):
         self.uncompensated = uncompensated
         self.undo: Callable[..., Awaitable[None]] | None = None
         self.ask: Callable[..., Awaitable[Done[T] | Failed | Unknown]] | None = None
+        self.binding = binding
+        self._filled: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
@@ -174,6 +183,33 @@ class Step(Generic[P, T]):
             )
             raise TypeError(msg)
 
+    def functions(self) -> list[Callable[..., Any]]:
+        """The function of the step, and those of its compensation and probe where there are any."""
+        return [function for function in (self.function, self.undo, self.ask) if function is not None]
+
+    @contextmanager
+    def filled_by(self, app: App) -> Generator[None, None, None]:
+        """Give the step's functions the services of `app` within the block."""
+        self._filled = app.fill
+        try:
+            yield
+        finally:
+            self._filled = _as_it_is
+
+    def call(self, arguments: Mapping[str, Any]) -> Awaitable[T]:
+        """Call the step's function with arguments by name, and with the App's services."""
+        return self.signature.call(arguments, function=self._filled(self.function))
+
+    def call_undo(self, arguments: Mapping[str, Any], outcome: Done[T] | Unknown) -> Awaitable[None]:
+        """Call its compensation in the same way."""
+        assert self.undo is not None  # noqa: S101  a step without one is never undone
+        return self.signature.call(arguments, outcome, function=self._filled(self.undo))
+
+    def call_probe(self, arguments: Mapping[str, Any]) -> Awaitable[Done[T] | Failed | Unknown]:
+        """Call its probe in the same way."""
+        assert self.ask is not None  # noqa: S101  the same
+        return self.signature.call(arguments, function=self._filled(self.ask))
+
     def check(self) -> None:
         """What can be said only when everything is defined: annotations, and that something undoes the step.
 
@@ -190,6 +226,10 @@ class Step(Generic[P, T]):
         if self.policy.on_unknown == "probe" and self.ask is None:
             msg = f'step {self.name} says on_unknown="probe": add @{self.name}.probe'
             raise TypeError(msg)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _name(function: Callable[..., Any]) -> str:

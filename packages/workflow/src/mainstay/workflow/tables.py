@@ -289,6 +289,12 @@ class Claims:
         )
         due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now())
         self.waiting = sa.select(runs.c.id).where(due).limit(1)
+        self.next_due = (
+            sa.select((runs.c.wake_at - database_now()).label("seconds"))
+            .where(runs.c.status == "queued", mine, runs.c.wake_at > database_now())
+            .order_by(runs.c.wake_at)
+            .limit(1)
+        )
         reached = (
             sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0))
             .where(journal.c.run_id == runs.c.id, journal.c.kind != INTENT)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
-from mainstay.core import SYSTEM_CLOCK, App, Clock, spawn
+from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, spawn
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.module import SCHEMA
 from mainstay.workflow.engine import WorkflowEngine
@@ -191,8 +191,8 @@ async def _die_at(
         handle = await start(app)
         database = app.get(Database)
         dying = DyingDatabase(database, at, after=after)
-        draining = asyncio.Event()
-        first = spawn(_worker(routers, dying, app.clock).work(draining), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
+        drain = Drain()
+        first = spawn(_worker(routers, dying, app.clock).work(drain), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
         dead = spawn(dying.dead.wait(), name="its death")
         ended = spawn(_settled(handle), name="the end")
         second: asyncio.Task[None] | None = None
@@ -201,11 +201,11 @@ async def _die_at(
             if dying.dead.is_set():
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
-                second = spawn(_worker(routers, database, app.clock).work(draining), name="the one that takes over")
+                second = spawn(_worker(routers, database, app.clock).work(drain), name="the one that takes over")
             await ended
             await check(handle, app)
         finally:
-            draining.set()
+            drain.begin()
             for task in (dead, ended):
                 task.cancel()
             await asyncio.gather(dead, ended, *([first] if second is None else [second]), return_exceptions=True)

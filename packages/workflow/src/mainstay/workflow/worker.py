@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from mainstay.core import Clock, Context, bind, spawn, uuid7
+from mainstay.core import Clock, Context, Drain, Timer, bind, cancelled_from_outside, spawn, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.workflow import metrics
 from mainstay.workflow._recording import Recording
@@ -84,7 +84,8 @@ class Worker:
         self._identity: Identity | None = None
         self._draining = False
         self._full = False
-        self._woken = asyncio.Event()
+        self._drain: Drain | None = None
+        self._due: Timer | None = None
         self.unknown: list[str] = []
         self.parked = 0
 
@@ -106,7 +107,8 @@ class Worker:
 
     def wake(self) -> None:
         """There is something in the queue."""
-        self._woken.set()
+        if self._drain is not None:
+            self._drain.wake()
 
     def cancel(self, id: str) -> None:
         """The run is to be cancelled; where it is not executed here, the next look at the database finds out."""
@@ -118,7 +120,7 @@ class Worker:
         if self._identity is not None and id in self._identity.runs:
             self._identity.runs[id][0].look()
         else:
-            self._woken.set()
+            self.wake()
 
     def takes(self) -> Identity | None:
         """The identity under which a run may be executed here from its start, without going through the queue."""
@@ -138,30 +140,32 @@ class Worker:
 
     # The loop
 
-    async def work(self, draining: asyncio.Event) -> None:
-        """Serve until `draining` is set, then give back what is not finished."""
-        self._draining = False
-        watch = spawn(self._watch(draining), name="mainstay-workflow drain")
+    async def work(self, drain: Drain) -> None:
+        """Serve until the drain begins, then give back the runs that are not finished."""
+        self._draining, self._drain = False, drain
+        watch = spawn(self._watch(drain), name="workflow.worker.drain")
         try:
-            while not draining.is_set():
-                lease = await self._safely(self._take_lease)
+            while not drain.begun:
+                lease = await self._safely(self._take_lease, drain)
                 if lease is None:
-                    await self._rest(self._settings.poll_seconds)
+                    await drain.pause(self._settings.poll_seconds)
                     continue
                 self._identity = identity = Identity(lease)
                 try:
-                    await self._serve(identity, draining)
+                    await self._serve(identity, drain)
                 finally:
                     await self._leave(identity)
                     self._identity = None
         finally:
+            self._drain = None
+            if self._due is not None:
+                self._due.cancel()
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
 
-    async def _watch(self, draining: asyncio.Event) -> None:
-        await draining.wait()
+    async def _watch(self, drain: Drain) -> None:
+        await drain.wait()
         self._draining = True
-        self._woken.set()
         if self._identity is not None:
             for run, _ in self._identity.runs.values():
                 run.stop(Released())
@@ -169,36 +173,38 @@ class Worker:
     async def _take_lease(self) -> Lease | None:
         return await self._database.lease(f"{_LEASE}{uuid7()}", seconds=self._settings.lease_seconds)
 
-    async def _serve(self, identity: Identity, draining: asyncio.Event) -> None:
+    async def _serve(self, identity: Identity, drain: Drain) -> None:
         look_at = float("-inf")
-        while not draining.is_set():
-            self._woken.clear()
+        while not drain.begun:
             if not identity.lease.held:
-                if await self._safely(lambda: self._is_lost(identity)):
+                if await self._safely(lambda: self._is_lost(identity), drain):
                     return
             else:
-                more = await self._safely(lambda: self._claim(identity))
+                more = await self._safely(lambda: self._claim(identity), drain)
                 if self._clock.monotonic() >= look_at:
                     look_at = self._clock.monotonic() + self._settings.lease_seconds / 3
-                    await self._safely(lambda: self._look_around(identity))
+                    await self._safely(lambda: self._look_around(identity), drain)
                 if more:
                     continue
-            await self._rest(self._settings.poll_seconds)
+                await self._safely(self._expect_the_next, drain)
+            await drain.pause(self._settings.poll_seconds, wakeable=True)
 
-    async def _rest(self, seconds: float) -> None:
-        timer = self._clock.call_later(seconds, self._woken.set)
-        try:
-            await self._woken.wait()
-        finally:
-            timer.cancel()
+    async def _expect_the_next(self) -> None:
+        """Look again at the moment at which the next run is due, where that is sooner than the next look."""
+        rows = await self._database.read(self._claims.next_due)
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if rows:
+            self._due = self._clock.call_later(max(0.0, rows[0].seconds), self.wake)
 
-    async def _safely(self, look: Callable[[], Awaitable[Any]]) -> Any:
-        """The loop goes on whatever the database says; None when it said nothing."""
+    async def _safely(self, look: Callable[[], Awaitable[Any]], drain: Drain) -> Any:
+        """The loop goes on also when the database does not answer; None then."""
         try:
             return await look()
         except Exception as error:  # noqa: BLE001  a worker that ends would leave its runs to nobody
             _log.warning("the worker's look at the database failed and will be repeated: %s", error)
-            await self._clock.sleep(min(1.0, self._settings.poll_seconds))
+            await drain.pause(min(1.0, self._settings.poll_seconds))
             return None
 
     async def _is_lost(self, identity: Identity) -> bool:
@@ -218,9 +224,8 @@ class Worker:
         self._draining = True
         for run, _ in identity.runs.values():
             run.stop(Released())
-        me = asyncio.current_task()
         try:
-            if me is not None and me.cancelling():
+            if cancelled_from_outside():
                 raise asyncio.CancelledError  # the time to drain is over already
             while tasks := [task for _, task in identity.runs.values()]:
                 await asyncio.wait(tasks)
@@ -325,7 +330,7 @@ class Worker:
             metrics.RUNS_ACTIVE.dec()
             del identity.runs[run.id]
             if self._full:  # somebody waits for this place
-                self._woken.set()
+                self.wake()
             self._ended(run.id, *(end or (None, None, None)))
 
     # Looking around
@@ -355,7 +360,7 @@ class Worker:
             if run_id not in identity.runs:
                 _log.warning("run %s is ours and not executed: back into the queue", run_id)
                 await self._database.write(REQUEUE, {"run": run_id, "owner": identity.lease.name, "at_epoch": epoch})
-                self._woken.set()
+                self.wake()
         identity.strays = strays
 
     async def _look_at_others(self, identity: Identity) -> None:
@@ -369,7 +374,7 @@ class Worker:
                 await self._database.write(REQUEUE_OF_WORKER, {"dead": name}, fence=lease.fence)
                 _log.warning("worker %s is dead: its runs are back in the queue", name)
                 metrics.WORKERS_BURIED.inc()
-                self._woken.set()
+                self.wake()
             finally:
                 await lease.release()
 

@@ -102,7 +102,7 @@ class Workflow(Generic[*Ts, T]):
         self.name = name
         self.version = version
         self.function = function
-        self._binding = binding
+        self.binding = binding
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
@@ -137,7 +137,7 @@ class Workflow(Generic[*Ts, T]):
             TypeError: the arguments do not fit.
             NotBoundError: the router is not part of a running App.
         """
-        engine = self._binding.get()
+        engine = self.binding.get()
         run_id = await engine.start(
             self.name, self.version, self.signature.dump_arguments(self.signature.bind(args, {})), id
         )
@@ -145,4 +145,4 @@ class Workflow(Generic[*Ts, T]):
 
     def handle(self, id: str) -> Handle[T]:
         """The run with this id, which may exist or not."""
-        return Handle(id, self.signature, self._binding.get())
+        return Handle(id, self.signature, self.binding.get())

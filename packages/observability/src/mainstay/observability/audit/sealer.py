@@ -11,7 +11,6 @@ unsealed. A pending row that is no entry is put aside and told of: in the log it
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 from datetime import UTC
@@ -21,7 +20,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from mainstay.core import Clock, Health
+from mainstay.core import Clock, Drain, Health
 from mainstay.database import Conflict, Database, DatabaseError, Lease
 from mainstay.observability.audit import metrics, tables, tree
 from mainstay.observability.audit.entry import attributes
@@ -90,18 +89,18 @@ class Sealer:
         metrics.LAG.set(lag)
         return lag
 
-    async def serve(self, draining: asyncio.Event) -> None:
-        """Seal whenever the lease can be had, until the App drains; then seal what is pending, once more."""
+    async def serve(self, drain: Drain) -> None:
+        """Seal whenever the lease can be had, until the drain begins; then seal what is pending, once more."""
         signing = self._keys.signing
         if signing is None:
-            await draining.wait()
+            await drain.wait()
             return
-        while not draining.is_set():
+        while not drain.begun:
             try:
                 lease = await self._database.lease(LEASE, seconds=self._settings.lease_seconds)
                 if lease is not None:
                     try:
-                        await self._seal_while_held(lease, signing, draining)
+                        await self._seal_while_held(lease, signing, drain)
                     finally:
                         await lease.release()
                 elif self._tampered is not None:
@@ -115,15 +114,15 @@ class Sealer:
             except DatabaseError as error:
                 _log.warning("sealing is interrupted: %s", error)
             # A little apart from each other, so that waiting sealers do not all ask at once.
-            await self._pause(self._settings.poll_seconds * (1 + random.random()), draining)  # noqa: S311  jitter
+            await drain.pause(self._settings.poll_seconds * (1 + random.random()))  # noqa: S311  jitter
 
-    async def _seal_while_held(self, lease: Lease, signing: SigningKey, draining: asyncio.Event) -> None:
+    async def _seal_while_held(self, lease: Lease, signing: SigningKey, drain: Drain) -> None:
         log = await OpenLog.open(self._database, self._keys, signing, lease)
         self._tampered = None
         signed_at = self._clock.monotonic()
         while lease.held:
             # Asked before the batch: what was committed before the drain began is in it.
-            last = draining.is_set()
+            last = drain.begun
             before = log.size
             try:
                 taken = await log.seal(self._settings.batch_size, self._now())
@@ -140,23 +139,10 @@ class Sealer:
             if taken < self._settings.batch_size:
                 if last:
                     return
-                await self._pause(self._settings.poll_seconds, draining)
+                await drain.pause(self._settings.poll_seconds)
 
     def _now(self) -> str:
         return self._clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-    async def _pause(self, seconds: float, draining: asyncio.Event) -> None:
-        """Let time pass on the App's clock, but no longer than until the drain begins."""
-        if draining.is_set():
-            return
-        sleep = asyncio.ensure_future(self._clock.sleep(seconds))
-        drain = asyncio.ensure_future(draining.wait())
-        try:
-            await asyncio.wait((sleep, drain), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleep.cancel()
-            drain.cancel()
-            await asyncio.gather(sleep, drain, return_exceptions=True)
 
 
 class OpenLog:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from mainstay.core import Binding, Clock, Context, MainstayError, bind, current, derived_id, once, spawn, uuid7
+from mainstay.core import App, Binding, Context, Drain, MainstayError, bind, current, derived_id, once, spawn, uuid7
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
 from mainstay.observability.audit import metrics
 from mainstay.observability.audit.entry import Outcome, encode
@@ -41,10 +41,8 @@ class AuditTrail:
     """Writes audit entries, once an App with `AuditModule.for_feature(trail)` runs."""
 
     def __init__(self) -> None:
-        self._bound: Binding[Intake] = Binding(
-            "AuditTrail()",
-            remedy="add AuditModule.for_root() and AuditModule.for_feature(trail) to the App and start it",
-        )
+        self.binding: Binding[Intake] = Binding("AuditTrail", remedy="AuditModule.for_feature(trail)")
+        self.functions: list[Callable[..., Any]] = []
 
     async def write(
         self,
@@ -74,7 +72,7 @@ class AuditTrail:
             InvalidEntry: something in it cannot be stored exactly.
             DatabaseError: it could not be written; what it belongs to must not be done either.
         """
-        intake = self._bound.get()
+        intake = self.binding.get()
         if action == STATEMENT:
             msg = f"the action {STATEMENT} is the audit trail's own"
             raise InvalidEntry(msg)
@@ -114,16 +112,17 @@ class AuditTrail:
 
         def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
             find = _finder(function, resource)
+            self.functions.append(function)
 
             @functools.wraps(function)
             async def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
-                intake = self._bound.get()
+                intake = self.binding.get()
                 found = None
                 reached: list[str] = []
                 try:
                     found = find(*args, **kwargs)
                     async with intake.database.transaction():
-                        result = await function(*args, **kwargs)
+                        result = await intake.app.fill(function)(*args, **kwargs)
                         await self.write(action, resource=found)
                         intake.database.after_commit(functools.partial(reached.append, "committed"))
                         reached.append("committing")
@@ -138,6 +137,7 @@ class AuditTrail:
                     raise
                 return result
 
+            recorded.binding = self.binding  # type: ignore[attr-defined]  # by which an App finds what uses the trail
             return recorded
 
         return decorate
@@ -223,9 +223,10 @@ class Draft:
 class Intake:
     """Where the trails of a running App put their entries."""
 
-    def __init__(self, database: Database, clock: Clock, key: SigningKey, statement_seconds: float) -> None:
+    def __init__(self, database: Database, app: App, key: SigningKey, statement_seconds: float) -> None:
         self.database = database
-        self._clock = clock
+        self.app = app
+        self._clock = app.clock
         self._key = key
         self._statement_seconds = statement_seconds
         self._producer = Producer()
@@ -314,7 +315,7 @@ class Intake:
             _ = self._start(self._write_alone(draft, repeated=False, patient=True))
 
     def _start(self, work: Coroutine[Any, Any, Exception | None]) -> asyncio.Task[Exception | None]:
-        task = spawn(work, name="mainstay.audit.apart")
+        task = spawn(work, name="audit.apart")
         self._alone.add(task)
         task.add_done_callback(self._alone.discard)
         return task
@@ -352,12 +353,12 @@ class Intake:
 
     # Statements
 
-    async def say_for_ever(self) -> None:
-        """State, at most once in `statement_seconds`, what has been committed."""
-        while True:
-            await self._news.wait()
-            await self._clock.sleep(self._statement_seconds)
-            await self._say()
+    async def state(self, drain: Drain) -> None:
+        """State, at most once in `statement_seconds`, the entries that have been committed, until the drain begins."""
+        while not drain.begun:
+            await drain.pause(self._statement_seconds)
+            if self._news.is_set():
+                await self._say()
 
     async def _say(self) -> None:
         """State what has been committed since the last time; where that fails, the next time says it."""
