@@ -207,10 +207,10 @@ async def test_health_says_what_is_not_closed_and_what_is_rehearsed(clock: Virtu
     payments, hosts = CircuitBreaker("payments"), KeyedBreaker("hosts", key=str)
     chaos = Chaos("drill", Fault(1, seconds=1), clock=clock)
     async with App(*module(payments, hosts), clock=clock) as app:
-        assert (await app.health())["circuitbreaker.CircuitBreakerService"].status == "ok"
+        assert (await app.health())["circuit_breaker.CircuitBreakerService"].status == "ok"
         hosts["a"].disable()
         with forced(payments, State.OPEN), chaos.on(seconds=9, reason="test"):
-            health = (await app.health())["circuitbreaker.CircuitBreakerService"]
+            health = (await app.health())["circuit_breaker.CircuitBreakerService"]
             assert health.status == "degraded"
             assert health.detail == "hosts is disabled; payments is open; chaos drill injects faults"
         hosts["a"].reset()

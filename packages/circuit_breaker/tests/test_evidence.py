@@ -140,7 +140,7 @@ async def test_shared_state_without_redis_each_goes_on_alone(own_redis, caplog: 
 
     async def until(status: str) -> None:
         async with asyncio.timeout(20):
-            while (await app.health())["circuitbreaker.SharedEvidence"].status != status:  # noqa: ASYNC110  nothing signals it
+            while (await app.health())["circuit_breaker.SharedEvidence"].status != status:  # noqa: ASYNC110  nothing signals it
                 await asyncio.sleep(0.01)
 
     with caplog.at_level(logging.INFO, logger="mainstay.circuit_breaker"):
