@@ -57,6 +57,7 @@ from mainstay.workflow.verdict import (
     SHORTEST_WAIT,
     error_text,
     may_have_happened,
+    misconfigured,
     nothing_happened,
     plain_text,
     rejection_seconds,
@@ -257,7 +258,7 @@ class Run:
             failure = describe(error)
             cause = error
         except ConfigurationError as error:
-            raise _misconfigured(self.workflow.signature.name, describe(error)) from error
+            raise misconfigured(self.workflow.signature.name, describe(error)) from error
         except Exception as error:  # noqa: BLE001  whatever a workflow function raises is its failure
             failure = describe(error)
             cause = error
@@ -614,7 +615,7 @@ class Run:
                     raise
                 kept = describe(error)
                 if isinstance(error, ConfigurationError):
-                    raise _misconfigured(work.key, kept) from error
+                    raise misconfigured(work.key, kept) from error
                 delay = rejection_seconds(work.policy, error)
                 if delay is None:
                     record.attempts += 1
@@ -862,12 +863,6 @@ class Run:
             count_step(work.name, FAILED)
             msg = f"{key} used up its {mine.attempts} attempts: {error_text(end.error)}"
             raise CompensationExhausted(msg) from end.cause
-
-
-def _misconfigured(place: str, error: dict[str, Any]) -> Parked:
-    """A mistake in how the App is put together decides nothing about a run: it waits until that is mended."""
-    msg = f"{place} met a mistake in the configuration: {error_text(error)}. Mend it, then resume the run"
-    return Parked(msg)
 
 
 def _urgency(signal: ControlFlow) -> tuple[bool, float]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mainstay.core import DeadlineExceeded, MainstayError
 from mainstay.database import CommitUnknown
-from mainstay.workflow.errors import StepFailed
+from mainstay.workflow.errors import Parked, StepFailed
 from mainstay.workflow.journal import DONE, UNKNOWN, Record
 from mainstay.workflow.step import Policy
 
@@ -44,6 +44,12 @@ def may_have_happened(record: Record) -> bool:
 def error_text(error: Mapping[str, Any]) -> str:
     """A kept exception in one line."""
     return f"{error['type']}: {error['detail']}"
+
+
+def misconfigured(place: str, error: Mapping[str, Any]) -> Parked:
+    """The end of an execution that met a mistake in how the App is put together: it decides nothing about the run."""
+    msg = f"{place} met a mistake in the configuration: {error_text(error)}. Mend it, then resume the run"
+    return Parked(msg)
 
 
 def step_failed(name: str, state: Literal["failed", "unknown"], error: Mapping[str, Any]) -> StepFailed:
