@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 from contextlib import asynccontextmanager
-from typing import Literal, Never
+from typing import ClassVar, Literal, Never
 
 import httpx
 import pytest
@@ -43,6 +43,11 @@ class Part:
 
 
 class PartModule(Module[PartSettings, Never]):
+    name: ClassVar[str] = "part"
+
+    def yields(self):
+        return (Part,)
+
     @asynccontextmanager
     async def running(self, app):
         yield (Part(),)
@@ -122,6 +127,8 @@ async def test_not_ready_before_the_start_is_over_and_while_draining():
     seen = {}
 
     class SlowModule(Module[PartSettings, Never]):
+        name: ClassVar[str] = "slow"
+
         @asynccontextmanager
         async def running(self, app):
             async def worker(drain):
