@@ -357,7 +357,7 @@ class Intake:
         """State, at most once in `statement_seconds`, the entries that have been committed, until the drain begins."""
         while not drain.begun:
             await drain.pause(self._statement_seconds)
-            if self._news.is_set():
+            if self._news.is_set() and not drain.begun:  # the last word is `settle`'s
                 await self._say()
 
     async def _say(self) -> None:
