@@ -409,14 +409,15 @@ async def test_a_statement_that_could_not_be_written_is_said_later(database_sett
 
 
 async def test_the_end_of_stating_is_told(database_settings, trail, monkeypatch, caplog):
-    """Should the task that states what was written die of a mistake, the stop of the App says so."""
+    """Should the task that states what was written die of a mistake, log and health say so at once."""
     app = App(
         DatabaseModule.for_root(database_settings), AuditModule.for_root(settings()), AuditModule.for_feature(trail)
     )
-    monkeypatch.setattr("mainstay.observability.audit.trail.Intake.say_for_ever", AsyncMock(side_effect=ValueError))
+    monkeypatch.setattr("mainstay.observability.audit.trail.Intake.state", AsyncMock(side_effect=ValueError))
     async with app:
         await asyncio.sleep(0)
-    assert "had stopped" in caplog.text
+        assert (await app.health())["audit.statements"].status == "down"
+        assert "audit.statements stopped" in caplog.text
 
 
 async def test_a_child_task_of_an_open_unit_can_report_a_failure(db, trail):
