@@ -637,7 +637,7 @@ async def test_an_entry_that_is_lost_is_counted_once(db, trail, monkeypatch, cap
 async def test_nothing_is_written_after_the_last_word(app, db, trail):
     """A function that outlives its App cannot add to what the App has called final; what it tried is counted."""
     lost = metric("mainstay_audit_lost_total")
-    intake = trail._bound.get()  # as a recorded function has it that began before
+    intake = trail.binding.get()  # as a recorded function has it that began before
     await trail.write("a")
     await app.__aexit__(None, None, None)
     with pytest.raises(AuditError, match="has stopped"):
