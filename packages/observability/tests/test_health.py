@@ -329,7 +329,7 @@ async def test_trap_14_a_round_that_somebody_cancels_does_not_end_the_watch(monk
             assert watch.latest["part.Part"].status == "ok"
         app.get(Part).gate.clear()
         await clock.advance(5.0)
-        (asking,) = [task for task in asyncio.all_tasks() if task.get_name() == "mainstay.observability.health.round"]
+        (asking,) = [task for task in asyncio.all_tasks() if task.get_name() == "observability.health.round"]
         asking.cancel()
         app.get(Part).gate.set()
         asked = app.get(Part).asked
@@ -343,7 +343,7 @@ async def test_trap_14_an_answer_that_nobody_renews_is_down():
     async with service(clock, readiness=frozenset({"part"})) as app, client(app) as http:
         watch = app.get(HealthWatch)
         await watch.refresh()
-        (beat,) = [task for task in asyncio.all_tasks() if task.get_name() == "mainstay.observability.health"]
+        (beat,) = [task for task in asyncio.all_tasks() if task.get_name() == "observability.health"]
         beat.cancel()
         await clock.advance(15.0)
         assert watch.ready()
