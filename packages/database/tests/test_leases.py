@@ -15,6 +15,14 @@ from mainstay.database.testing import database
 LEASES = sa.table("mainstay_database_leases", sa.column("name"), sa.column("epoch"), sa.column("expires_at"))
 
 
+@pytest.fixture
+def lease_clock(monkeypatch):
+    """The clock that leases of Databases opened from now on are measured by, on both sides."""
+    clock = VirtualClock()
+    monkeypatch.setattr("mainstay.database.module.LEASE_CLOCK", clock)
+    return clock
+
+
 async def test_one_holder_at_a_time(db, tables, count):
     """Nobody gets a lease that is held; released, it can be had at once, with the next epoch; the old fence fails."""
     lease = await db.lease("one")
@@ -65,31 +73,29 @@ async def test_workflow_7_leases_are_renewed_together(postgres, open_database):
         assert after[0] - before[0] < 150  # one by one it would be more than 350
 
 
-async def test_the_holder_stops_before_the_database_does(url, open_database):
+async def test_the_holder_stops_before_the_database_does(url, open_database, lease_clock):
     """By its own clock the holder's time is up while the lease still stands for others."""
-    clock = VirtualClock()
-    async with open_database(url, clock=clock) as db:
+    async with open_database(url) as db:
         lease = await db.lease("margin", seconds=1000.0)
-        clock.tick(799)
+        lease_clock.tick(799)
         assert lease.held
-        clock.tick(2)
+        lease_clock.tick(2)
         assert not lease.held
         assert await db.lease("margin") is None
-        clock.tick(200)
+        lease_clock.tick(200)
         other = await db.lease("margin")
         assert other.epoch == 2
 
 
-async def test_workflow_6_an_expired_lease_that_was_renewed_is_not_stolen(url, open_database, until):
+async def test_workflow_6_an_expired_lease_that_was_renewed_is_not_stolen(url, open_database, until, lease_clock):
     """A holder who comes back late keeps the lease if nobody took it, with the same epoch; else it is lost for good."""
-    clock = VirtualClock()
-    async with open_database(url, clock=clock) as db:
+    async with open_database(url) as db:
         late = await db.lease("late", seconds=1.0)
         taken = await db.lease("taken", seconds=1.0)
         lost = REGISTRY.get_sample_value("mainstay_database_leases_lost_total") or 0.0
         async with db.transaction() as session:
             await session.execute(sa.text("UPDATE mainstay_database_leases SET epoch = 7 WHERE name = 'taken'"))
-        clock.tick(100)
+        lease_clock.tick(100)
         assert not late.held
         await until(lambda: late.held)
         assert late.epoch == 1
@@ -130,12 +136,11 @@ async def test_waiting_for_a_lease_costs_neither_party_anything(postgres, open_d
                 await asyncio.sleep(0.02)
 
 
-async def test_a_process_that_was_late_may_take_its_own_lease_again(url, open_database):
+async def test_a_process_that_was_late_may_take_its_own_lease_again(url, open_database, lease_clock):
     """Expired and taken again by the same process, the lease has a new epoch, and the old one is lost for good."""
-    clock = VirtualClock()
-    async with open_database(url, clock=clock) as db:
+    async with open_database(url) as db:
         old = await db.lease("again", seconds=1000.0)
-        clock.tick(2000)
+        lease_clock.tick(2000)
         new = await db.lease("again", seconds=1000.0)
         assert (old.held, new.held, new.epoch) == (False, True, 2)
         await old.release()

@@ -1,5 +1,6 @@
 """One way to the database: an ambient unit of work, and writes that commit in groups, on SQLite and PostgreSQL."""
 
+from mainstay.database.clock import database_now
 from mainstay.database.database import Database
 from mainstay.database.errors import (
     CommitUnknown,
@@ -31,5 +32,6 @@ __all__ = [
     "Lease",
     "Schema",
     "UnitOfWorkError",
+    "database_now",
     "upgrade",
 ]

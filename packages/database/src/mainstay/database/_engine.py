@@ -21,9 +21,11 @@ from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolResetState
 
-from mainstay.core import ConfigurationError
+from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError
+from mainstay.database._virtual_time import DriverCalls, follow_clock
 from mainstay.database.settings import DatabaseSettings, variable_of_url
 
+SQLITE_ARGUMENTS = {"isolation_level": None}  # the driver begins no transaction by itself
 CONNECT_SECONDS = 10.0  # how long making a connection may take; it is no write that somebody waits for
 
 
@@ -56,8 +58,12 @@ class Address:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def sqlite_connection(address: Address) -> sqlite3.Connection:
+def sqlite_connection(address: Address, clock: Clock = SYSTEM_CLOCK) -> sqlite3.Connection:
     """A connection of this package's own; it never waits for locks by itself.
+
+    Args:
+        address: where the database is.
+        clock: by what its statements tell the time.
 
     Raises:
         sqlite3.Error: it cannot be opened.
@@ -68,6 +74,8 @@ def sqlite_connection(address: Address) -> sqlite3.Connection:
     try:
         for pragma in sqlite_pragmas(address.synchronous):
             connection.execute(pragma)
+        if clock is not SYSTEM_CLOCK:
+            follow_clock(connection, clock)
     except sqlite3.Error:
         connection.close()
         raise
@@ -158,11 +166,18 @@ def pooler_arguments() -> dict[str, Any]:
     }
 
 
-def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -> AsyncEngine:
-    """The engine; with `pooled` it relies on nothing that a transaction pooler forgets."""
+def make_engine(
+    address: Address, settings: DatabaseSettings, *, pooled: bool, clock: Clock = SYSTEM_CLOCK, calls: DriverCalls
+) -> AsyncEngine:
+    """The engine; with `pooled` it relies on nothing that a transaction pooler forgets.
+
+    A clock other than the system's is the time of SQLite's sessions, and their calls of the driver are counted.
+    """
     # SQLite waits for locks so long, asyncpg for the connection.
     sqlite = address.dialect == "sqlite"
     arguments: dict[str, Any] = {"timeout": settings.busy_timeout_seconds if sqlite else CONNECT_SECONDS}
+    if sqlite:
+        arguments |= SQLITE_ARGUMENTS
     if pooled:
         arguments |= pooler_arguments()
     engine = create_async_engine(
@@ -179,7 +194,7 @@ def make_engine(address: Address, settings: DatabaseSettings, *, pooled: bool) -
     event.listen(engine.sync_engine, "handle_error", _note_refusal)
     event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)
     if sqlite:
-        _prepare_sqlite(engine, address.synchronous)
+        _prepare_sqlite(engine, address.synchronous, clock, calls)
     else:
         event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine
@@ -199,17 +214,21 @@ def _forget_refusal(connection: sa.Connection, _name: str, _savepoint: object) -
     connection.info.pop(REFUSED, None)
 
 
-def _prepare_sqlite(engine: AsyncEngine, synchronous: str) -> None:
+def _prepare_sqlite(engine: AsyncEngine, synchronous: str, clock: Clock, calls: DriverCalls) -> None:
     def connect(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         for pragma in sqlite_pragmas(synchronous):
             cursor.execute(pragma)
         cursor.close()
+        if clock is not SYSTEM_CLOCK:
+            follow_clock(connection, clock)
 
     def reset(connection: Any, _record: object, state: PoolResetState) -> None:
         if state.asyncio_safe and not state.terminate_only and connection.driver_connection.in_transaction:
             connection.rollback()
 
+    if clock is not SYSTEM_CLOCK:
+        calls.count(engine)
     event.listen(engine.sync_engine, "connect", connect)
     event.listen(engine.sync_engine, "reset", reset)
     begin_events(engine)
@@ -220,12 +239,9 @@ def begin_events(engine: AsyncEngine) -> None:
 
     A transaction that starts with a read and then writes would fail at once when somebody else has written in between,
     whatever the busy timeout says; so who means to write says so at the start, with `BEGIN IMMEDIATE`. The empty string
-    is for a single read, which is its own snapshot.
+    is for a single read, which is its own snapshot. The driver's own idea of when a transaction begins is turned off by
+    `SQLITE_ARGUMENTS`.
     """
-
-    def plain(connection: Any, _record: object) -> None:
-        # The driver's own idea of when a transaction begins is turned off.
-        connection.isolation_level = None
 
     def begin(connection: sa.Connection) -> None:
         how: str = connection.get_execution_options().get("mainstay_begin", "BEGIN")
@@ -237,7 +253,6 @@ def begin_events(engine: AsyncEngine) -> None:
             # One message to the connection's thread; a cursor of SQLAlchemy's would be three.
             cast("Any", connection.connection.dbapi_connection).run_async(say)
 
-    event.listen(engine.sync_engine, "connect", plain)
     event.listen(engine.sync_engine, "begin", begin)
 
 

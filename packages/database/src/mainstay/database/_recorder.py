@@ -39,7 +39,7 @@ from typing import Any, Protocol, TypeVar
 
 import asyncpg
 
-from mainstay.core import spawn
+from mainstay.core import SYSTEM_CLOCK, Clock, spawn
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, postgres_connection, sqlite_connection
 from mainstay.database._statements import Arguments, Literal, Operation, Prepared, Statements
@@ -127,6 +127,10 @@ class Lane:
         """Entries that nobody works on yet."""
         return len(self._pending)
 
+    def idle(self) -> bool:
+        """Whether every entry that was handed in has its answer."""
+        return not self._pending and not self._taken and not self._writer.put_aside()
+
     async def close(self) -> None:
         """Commit what is waiting, refuse what comes later; a database that does not answer is not waited for."""
         self._closed = True
@@ -200,6 +204,10 @@ class Recorder:
         if route is None:
             return min(lanes, key=Lane.waiting)
         return lanes[hash(route) % len(lanes)]
+
+    def idle(self) -> bool:
+        """Whether every write that was handed in has its answer."""
+        return all(lane.idle() for lane in self._lanes)
 
     async def close(self) -> None:
         """Commit what is waiting and close the connections."""
@@ -285,8 +293,16 @@ class Turn:
 class SQLiteWriter:
     """One thread with one connection; `commit` runs on the loop and hands it a batch at a time."""
 
-    def __init__(self, address: Address, statements: Statements, turn: Turn, busy_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        address: Address,
+        statements: Statements,
+        turn: Turn,
+        busy_timeout_seconds: float,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
         self._address = address
+        self._clock = clock
         self._statements = statements
         self._turn = turn
         self._busy_timeout_seconds = busy_timeout_seconds
@@ -345,7 +361,7 @@ class SQLiteWriter:
     def _commit(self, entries: Sequence[Entry]) -> Errors:
         try:
             if self._connection is None:
-                self._connection = sqlite_connection(self._address)
+                self._connection = sqlite_connection(self._address, self._clock)
             connection = self._connection
             begin_immediate(connection, self._busy_timeout_seconds)
         except sqlite3.Error as error:

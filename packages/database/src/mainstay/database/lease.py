@@ -143,9 +143,10 @@ class Keeper:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._asked = 0
 
     def _time(self) -> float | None:
-        # A test that moves its own clock moves the leases with it; everybody else goes by the database.
+        # A lease is about processes, which live in real time. Only a test of leases themselves moves them.
         return None if self.clock is SYSTEM_CLOCK else self.clock.now().timestamp()
 
     # On the caller's loop
@@ -153,16 +154,27 @@ class Keeper:
     async def acquire(self, name: str, seconds: float, holder: str | None) -> Lease | None:
         """Take the lease; None while it has not expired."""
         future = self._submit(self._acquire(name, seconds, holder or self._me))
+        self._asked += 1
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             future.add_done_callback(self._abandon)
             raise
+        finally:
+            self._asked -= 1
 
     async def release(self, lease: Lease) -> None:
         """Give it back; what fails is left to expire."""
         if not self._closed:
-            await asyncio.shield(asyncio.wrap_future(self._submit(self._release(lease))))
+            self._asked += 1
+            try:
+                await asyncio.shield(asyncio.wrap_future(self._submit(self._release(lease))))
+            finally:
+                self._asked -= 1
+
+    def idle(self) -> bool:
+        """Whether nobody on the loop waits for a lease to be taken or given back."""
+        return self._asked == 0
 
     async def close(self) -> None:
         """Release everything and stop the thread."""

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Never
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from mainstay.core import App, Module
+from mainstay.core import SYSTEM_CLOCK, App, ConfigurationError, Module
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, behind_pooler, make_engine, unreachable, write_ahead
 from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn, Writer
 from mainstay.database._statements import Statements
+from mainstay.database._virtual_time import DriverCalls
 from mainstay.database.database import Database, uninterrupted
 from mainstay.database.lease import Keeper
 from mainstay.database.schema import SCHEMA as SCHEMA  # noqa: PLC0414  others take it from here
@@ -26,6 +27,7 @@ from mainstay.database.settings import DatabaseSettings, parse_url
 _log = logging.getLogger("mainstay.database")
 
 _GOODBYE_SECONDS = 5.0
+LEASE_CLOCK = SYSTEM_CLOCK  # not the App's: a lease is about processes, which live in real time
 
 
 class DatabaseModule(Module[DatabaseSettings, Never]):
@@ -59,23 +61,35 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         except sqlite3.Error as error:
             raise unreachable(address, error) from error
     else:
+        if app.clock is not SYSTEM_CLOCK:
+            msg = (
+                "PostgreSQL has its own clock, which a virtual one does not move: test with SQLite, or on SYSTEM_CLOCK"
+            )
+            raise ConfigurationError(msg)
         pooled = await behind_pooler(address)
-    engine = make_engine(address, settings, pooled=pooled)
+    calls = DriverCalls()
+    engine = make_engine(address, settings, pooled=pooled, clock=app.clock, calls=calls)
     event.listen(engine.sync_engine, "checkout", _checked_out)
     event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin
     statements = Statements(engine.dialect)
     turn = Turn(busy) if address.dialect == "sqlite" else None
     writers: list[Writer] = (
-        [SQLiteWriter(address, statements, turn, busy)]
+        [SQLiteWriter(address, statements, turn, busy, app.clock)]
         if turn is not None
         else [PostgresWriter(address, statements, busy, pooled=pooled) for _ in range(settings.recorder_connections)]
     )
     recorder = Recorder([Lane(writer, busy) for writer in writers])
-    keeper = Keeper(address, app.clock, busy, pooled=pooled)
+    keeper = Keeper(address, LEASE_CLOCK, busy, pooled=pooled)
+
+    def under_way() -> str | None:
+        idle = recorder.idle() and keeper.idle() and not calls.under_way()
+        return None if idle else f"work on the database {address.shown}"
+
     try:
         database = Database(engine, recorder, keeper, statements, turn=turn, pooled=pooled)
         await database.ensure_schema(SCHEMA)
-        yield database
+        with app.clock.held_by(under_way):
+            yield database
     finally:
         failure, cancelled = await uninterrupted(_close(recorder, keeper, engine))
         if failure is not None:

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from mainstay.core import ConfigurationError
-from mainstay.database._engine import Address, begin_events, behind_pooler, pooler_arguments
+from mainstay.database._engine import SQLITE_ARGUMENTS, Address, begin_events, behind_pooler, pooler_arguments
 from mainstay.database.lease import metadata
 from mainstay.database.settings import parse_url
 
@@ -158,7 +158,7 @@ async def status(url: str, schemas: Sequence[Schema]) -> list[tuple[str, str | N
 async def _engine(url: str) -> AsyncEngine:
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
-        engine = create_async_engine(parsed, poolclass=NullPool, connect_args={"timeout": 30})
+        engine = create_async_engine(parsed, poolclass=NullPool, connect_args={"timeout": 30} | SQLITE_ARGUMENTS)
         begin_events(engine)
         return engine
     pooled = await behind_pooler(Address(parsed))

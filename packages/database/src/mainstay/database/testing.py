@@ -27,7 +27,7 @@ async def database(
     Args:
         url: where; by default in memory.
         schemas: whose tables to bring up to date.
-        clock: what leases go by. A virtual one takes the place of the database's clock too.
+        clock: the App's. On SQLite a virtual one takes the place of the database's clock too, but for leases.
         settings: further `DatabaseSettings`.
     """
     if not url.startswith("sqlite"):

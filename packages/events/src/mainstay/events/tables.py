@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from mainstay.database import Schema
+from mainstay.database import Schema, database_now
 from mainstay.events.metadata import Headers
 
 T = TypeVar("T")
@@ -109,13 +109,8 @@ def _binds(table: sa.Table, *names: str) -> dict[str, sa.BindParameter[Any]]:
 
 
 def _each(make: Callable[[Insert, sa.ColumnElement[float]], T]) -> dict[str, T]:
-    """A statement for each dialect, from its own `insert` and its own clock: the time now, not of the transaction."""
-    return {
-        "sqlite": make(sqlite.insert, sa.literal_column("((julianday('now') - 2440587.5) * 86400.0)", sa.Double)),
-        "postgresql": make(
-            postgresql.insert, sa.literal_column("extract(epoch FROM clock_timestamp())::double precision", sa.Double)
-        ),
-    }
+    """A statement for each dialect, from its own `insert` and the database's time."""
+    return {"sqlite": make(sqlite.insert, database_now()), "postgresql": make(postgresql.insert, database_now())}
 
 
 _SECONDS = sa.bindparam("seconds", type_=sa.Double)

@@ -298,7 +298,8 @@ class Run:
 
     async def _release(self, delay: float = 0.0) -> None:
         seen = min(self._seen.values(), default=_NEVER)
-        await self._last_word(RELEASE, {"run": self.id, "at_epoch": self.epoch, "delay": delay, "seen": seen})
+        values = {"run": self.id, "at_epoch": self.epoch, "delay": 0.0 if self._may_cancel() else delay, "seen": seen}
+        await self._last_word(RELEASE, values | {"knows": self._cancel})
 
     async def _last_word(self, statement: Any, values: Mapping[str, Any]) -> None:
         try:

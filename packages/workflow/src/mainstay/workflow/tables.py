@@ -13,33 +13,14 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
 
-from mainstay.database import FenceOn, Schema
+from mainstay.database import FenceOn, Schema, database_now
 from mainstay.workflow.journal import INTENT
 
 ID_LENGTH = 200
 STEP_LENGTH = 300
 
 metadata = sa.MetaData()
-
-
-class database_now(FunctionElement[float]):  # noqa: N801  an SQL function, written like one
-    """The database's clock, in seconds since 1970."""
-
-    type: sa.types.TypeEngine[float] = sa.Double()
-    inherit_cache = True
-
-
-@compiles(database_now, "postgresql")
-def _now_postgresql(_element: database_now, _compiler: Any, **_options: Any) -> str:
-    return "extract(epoch from clock_timestamp())::double precision"
-
-
-@compiles(database_now, "sqlite")
-def _now_sqlite(_element: database_now, _compiler: Any, **_options: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 runs = sa.Table(
@@ -182,6 +163,8 @@ RELEASE = (
         attempts=sa.case((runs.c.attempts > 0, runs.c.attempts - 1), else_=0),
         wake_at=sa.case(
             (runs.c.signalled > sa.bindparam("seen", type_=sa.Integer), database_now()),
+            # a cancellation that came while this execution was ending has set it to now, and must not be put off
+            (sa.and_(runs.c.cancel_requested, sa.not_(sa.bindparam("knows", type_=sa.Boolean))), database_now()),
             else_=database_now() + sa.bindparam("delay", type_=sa.Double),
         ),
     )

@@ -22,11 +22,8 @@ from mainstay.workflow.workflow import Handle
 
 T = TypeVar("T")
 
-_FOR_EVER_SECONDS = 1e9
-
 _MEMORY = "sqlite+aiosqlite:///:memory:"
-# Nothing leaves memory, where the database's clock would decide when it comes back: a virtual clock moves every wait.
-_QUICK: dict[str, Any] = {"lease_seconds": 0.5, "poll_seconds": 0.02, "suspend_after_seconds": float("inf")}
+_QUICK: dict[str, Any] = {"lease_seconds": 0.5, "poll_seconds": 0.02}
 
 
 @asynccontextmanager
@@ -48,11 +45,9 @@ async def workflows(
     """
     if not url.startswith("sqlite"):
         await upgrade(url, [SCHEMA, schema])
-    # A lease is measured with the App's clock here and with the database's there: a virtual hour must not end it.
-    lease: dict[str, Any] = {} if clock is SYSTEM_CLOCK else {"lease_seconds": _FOR_EVER_SECONDS}
     app = App(
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
-        WorkflowModule.for_root(WorkflowSettings(**{**_QUICK, **lease, **settings})),
+        WorkflowModule.for_root(WorkflowSettings(**{**_QUICK, **settings})),
         *([WorkflowModule.for_feature(*routers)] if routers else []),
         clock=clock,
     )

@@ -1,0 +1,110 @@
+"""Virtual time moves a whole App: fourteen days of it take the time of the work that falls due in them."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from pydantic import SecretStr
+from tenacity import wait_fixed
+
+from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitBreakerModule, CircuitOpen
+from mainstay.core import App, Retry
+from mainstay.core.testing import VirtualClock
+from mainstay.database import DatabaseModule, DatabaseSettings
+from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
+from mainstay.workflow import WorkflowModule, WorkflowRouter
+
+DAY = 86_400.0
+
+
+class LoanDue(Event, type="loan.due", version="1.0", key="loan"):
+    """A book should come back."""
+
+    loan: str
+
+
+class Library:
+    """A reminder after fourteen days, unless the book comes back; the provider of the mails fails for an hour."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self.clock = clock
+        self.events, self.flows = EventRouter(), WorkflowRouter()
+        rules = BreakerConfig(
+            minimum_calls=2,
+            window_seconds=600.0,
+            break_seconds=300.0,
+            max_break_seconds=300.0,
+            break_jitter=0,
+            ramp_seconds=0,
+        )
+        self.mails = CircuitBreaker("mails", rules)
+        self.happened: list[tuple[timedelta, str]] = []
+        self.begun = clock.now()
+        events, flows = self.events, self.flows
+
+        @flows.workflow(name="remind", version=1)
+        async def remind(loan: str) -> str:
+            await flows.sleep(14 * DAY)
+            await events.publish(LoanDue(loan=loan))
+            return loan
+
+        @events.on(LoanDue, group="mails", retry=Retry(attempts=1000, wait=wait_fixed(60.0)))
+        async def send(event: LoanDue) -> None:
+            try:
+                await self.send(event.loan)
+            except (ConnectionError, CircuitOpen) as error:
+                self.note(type(error).__name__)
+                raise
+            self.note(f"mail for {event.loan}")
+
+        self.remind, self.handler = remind, send
+        self.send = self.mails(self._send)
+
+    async def _send(self, _loan: str) -> None:
+        if self.clock.now() - self.begun < timedelta(days=14, hours=1):
+            raise ConnectionError
+
+    def note(self, what: str) -> None:
+        """Keep what happened, and when."""
+        self.happened.append((self.clock.now() - self.begun, what))
+
+    def app(self) -> App:
+        """The service, in memory."""
+        return App(
+            DatabaseModule.for_root(DatabaseSettings(url=SecretStr("sqlite+aiosqlite:///:memory:"))),
+            EventsModule.for_root(EventsSettings(transport="sql")),
+            EventsModule.for_feature(self.events),
+            CircuitBreakerModule.for_root(),
+            CircuitBreakerModule.for_feature(self.mails),
+            WorkflowModule.for_root(),
+            WorkflowModule.for_feature(self.flows),
+            clock=self.clock,
+        )
+
+
+async def two_weeks() -> list[tuple[timedelta, str]]:
+    """What happens within fourteen days and two hours."""
+    clock = VirtualClock()
+    library = Library(clock)
+    async with library.app().running(serve=True):
+        handle = await library.remind.start("loan-1", id="loan-1")
+        await clock.advance(13 * DAY)
+        assert library.happened == []
+        assert (await handle.status()) == "queued"
+        await clock.advance(DAY + 7200.0)
+        assert await handle.result() == "loan-1"
+    return library.happened
+
+
+async def test_fourteen_days_of_a_whole_app_pass_in_under_a_second() -> None:
+    """Database, events, workflow and breakers, on one clock; the same each time."""
+    begun = time.process_time()
+    first = await two_weeks()
+    taken = time.process_time() - begun
+    assert first[0][0] == timedelta(days=14)
+    assert first[-1][1] == "mail for loan-1"
+    assert timedelta(days=14, hours=1) <= first[-1][0] < timedelta(days=14, hours=2)
+    assert {what for _, what in first[:-1]} == {"ConnectionError", "CircuitOpen"}
+    assert await two_weeks() == first
+    assert taken < 1.0  # of this process's own time, which is not longer on a busy machine
