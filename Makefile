@@ -1,6 +1,8 @@
 # One obvious command each. `make demo` and `make test` do all their own set-up.
 PYTHON ?= python3
-BIN := .venv/bin
+# `make test PYTHON=python3.13` has an environment of its own, beside the usual one: .venv-python3.13.
+VENV := $(if $(filter command line,$(origin PYTHON)),.venv-$(notdir $(PYTHON)),.venv)
+BIN := $(VENV)/bin
 UV := $(BIN)/uv
 MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)) servers
 PROJECTS := $(addsuffix /pyproject.toml,$(MEMBERS))
@@ -14,25 +16,25 @@ export UV_NO_PROGRESS := 1
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
-setup: .venv/.members
+setup: $(VENV)/.members
 	@:
 
-.venv/.locked: requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Mainstay needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@bash tools/venv.sh $(PYTHON)
-	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
-	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.txt
-	@echo "installing what requirements.lock names into .venv"
+$(VENV)/.locked: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Mainstay needs Python 3.11 or newer; name one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.11")'
+	@bash tools/venv.sh $(PYTHON) $(VENV)
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt
+	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/uv.txt
+	@echo "installing what requirements.lock names into $(VENV)"
 	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes --no-deps -r requirements.lock
 	@touch $@
 
-.venv/.members: .venv/.locked $(PROJECTS)
+$(VENV)/.members: $(VENV)/.locked $(PROJECTS)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(addprefix -e ./,$(MEMBERS))
 	@touch $@
 
 # Names, versions and hashes, and no addresses: where packages come from is each machine's own configuration.
 # It needs no environment but uv, and the versions that are locked stay until UPGRADE=1 asks for newer ones.
-lock: .venv/.locked
+lock: $(VENV)/.locked
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --group pyproject.toml:dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
 	  $(foreach member,$(MEMBERS),--no-emit-package mainstay-$(subst _,-,$(notdir $(member)))) \
@@ -44,7 +46,7 @@ demo: setup
 	@PYTHONPATH=examples ENGINE=$(ENGINE) PURCHASES="$(PURCHASES)" $(BIN)/python -m ticketing demo
 
 # Every package by its own tests and with its own coverage, and the tests of all together, two suites at a time.
-# PACKAGE=events for one. Each server is started once for all of them.
+# PACKAGE=events for one, PYTHON=python3.13 on another Python. Each server is started once for all of them.
 test: setup
 	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
 
@@ -86,4 +88,4 @@ clone-check:
 	@bash tools/clone_check.sh
 
 clean:
-	rm -rf build dist .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -135,7 +135,7 @@ def test_a_suite_fails_by_its_tests_or_its_coverage(status, failed, coverage, go
 
 def _make_environment(place: Path, python: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(ROOT / "tools" / "venv.sh"), str(python)],
+        ["bash", str(ROOT / "tools" / "venv.sh"), str(python), ".venv"],
         cwd=place,
         env=os.environ | environment,
         capture_output=True,

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv with pip in it: `bash tools/venv.sh python3`. On Debian python3 comes without what puts pip there, and then
-# leaves one without it, which is completed here too.
+# Make an environment with pip in it: `bash tools/venv.sh python3 .venv`. On Debian python3 comes without what puts pip
+# there, and then leaves one without it, which is completed here too.
 set -euo pipefail
 python=$1
-if .venv/bin/python -m pip --version > /dev/null 2>&1; then
+place=$2
+if "$place/bin/python" -m pip --version > /dev/null 2>&1; then
   exit
 fi
 if ! "$python" -c 'import ensurepip' 2> /dev/null; then
@@ -16,4 +17,4 @@ if ! "$python" -c 'import ensurepip' 2> /dev/null; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" > /dev/null
 fi
-"$python" -m venv .venv
+"$python" -m venv "$place"

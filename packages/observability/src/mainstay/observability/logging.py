@@ -213,9 +213,12 @@ class _Handler(logging.Handler):
         self._sink = sink
         self._pipeline = pipeline
 
-    def createLock(self) -> None:  # noqa: N802  stdlib's name
-        """The sink has the one lock that is needed; stdlib's would be held while the line is made."""
-        self.lock = None
+    def handle(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        """Make and write the line without stdlib's lock around both: the sink has the one that is needed."""
+        kept = self.filter(record)
+        if kept:
+            self.emit(kept if isinstance(kept, logging.LogRecord) else record)
+        return kept
 
     def emit(self, record: logging.LogRecord) -> None:
         self._sink.msg(self._pipeline(None, record.levelname.lower(), event_of(record)))
