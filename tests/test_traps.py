@@ -9,6 +9,10 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from mainstay.audit import AuditModule, AuditTrail
+from mainstay.audit import tables as audit_tables
+from mainstay.audit.testing import settings as audit_settings
+from mainstay.audit.testing import written
 from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, State
 from mainstay.core import App, Retry, bind, current
 from mainstay.core.testing import VirtualClock
@@ -17,10 +21,6 @@ from mainstay.database.module import SCHEMA as LEASES
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay.events.testing import eventually
-from mainstay.observability.audit import AuditModule, AuditTrail
-from mainstay.observability.audit import tables as audit_tables
-from mainstay.observability.audit.testing import settings as audit_settings
-from mainstay.observability.audit.testing import written
 from mainstay.workflow import WorkflowFailed, WorkflowModule, WorkflowRouter, WorkflowSettings
 from mainstay.workflow.testing import workflows
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Literal
 
+from mainstay.audit import SigningKey, VerifierKey
 from mainstay.database.schema import installed, upgrade
-from mainstay.observability.audit import SigningKey, VerifierKey
 from ticketing.tables import SCHEMA
 
 # One topic for all of them, so that the events of a purchase keep their order.

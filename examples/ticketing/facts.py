@@ -18,9 +18,9 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from mainstay.audit import Report, verify
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.observability.audit import Report, verify
 from ticketing.engines import Engine
 from ticketing.invariants import Facts, Row
 

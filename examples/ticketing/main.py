@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from mainstay.audit import AuditModule
 from mainstay.circuit_breaker import CircuitBreakerModule
 from mainstay.core import App
 from mainstay.database import DatabaseModule
 from mainstay.events import EventsModule
 from mainstay.observability import ObservabilityModule, ObservabilitySettings
-from mainstay.observability.audit import AuditModule
 from mainstay.workflow import WorkflowModule
 from ticketing import payments, projections, saga
 from ticketing.office import OfficeModule, office

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import and_, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from mainstay.audit import AuditTrail
 from mainstay.core import FullJitter, MainstayError, Retry
 from mainstay.events import EventRouter
-from mainstay.observability.audit import AuditTrail
 from mainstay.workflow import Done, StepFailed, Unknown, WorkflowRouter, current_step
 from ticketing.messages import (
     PaymentCaptured,

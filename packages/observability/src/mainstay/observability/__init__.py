@@ -1,4 +1,4 @@
-"""Logs, metrics, traces and health of a service; its audit trail is `mainstay.observability.audit`."""
+"""Logs, metrics, traces, health and error bodies of a service."""
 
 from mainstay.observability.asgi import ObservabilityMiddleware
 from mainstay.observability.errors import error_body, status_of

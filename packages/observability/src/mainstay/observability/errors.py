@@ -1,7 +1,6 @@
 """Errors as a caller over HTTP sees them: which status a code means, and the one body that every error has.
 
-The tree of this package hangs on `MainstayError`; logging, metrics and health raise nothing of their own. The audit
-trail's errors are in `mainstay.observability.audit`.
+The tree of this package hangs on `MainstayError`; logging, metrics and health raise nothing of their own.
 """
 
 from __future__ import annotations

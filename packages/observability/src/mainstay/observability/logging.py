@@ -213,12 +213,13 @@ class _Handler(logging.Handler):
         self._sink = sink
         self._pipeline = pipeline
 
-    def handle(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+    def handle(self, record: logging.LogRecord) -> bool:
         """Make and write the line without stdlib's lock around both: the sink has the one that is needed."""
-        kept = self.filter(record)
-        if kept:
-            self.emit(kept if isinstance(kept, logging.LogRecord) else record)
-        return kept
+        kept: object = self.filter(record)  # from Python 3.12 on, a filter may return another record
+        if not kept:
+            return False
+        self.emit(kept if isinstance(kept, logging.LogRecord) else record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
         self._sink.msg(self._pipeline(None, record.levelname.lower(), event_of(record)))

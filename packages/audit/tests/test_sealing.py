@@ -13,12 +13,12 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from mainstay.audit import AuditModule, AuditTrail, Checkpoint, Sealer, SigningKey, tables, verify
+from mainstay.audit.merkle import Frontier, leaf_hash
+from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, Clock, bind, spawn, uuid7
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, DatabaseUnavailable, upgrade
 from mainstay.database.module import SCHEMA as DATABASE
-from mainstay.observability.audit import AuditModule, AuditTrail, Checkpoint, Sealer, SigningKey, tables, verify
-from mainstay.observability.audit.merkle import Frontier, leaf_hash
-from mainstay.observability.audit.testing import KEY, settings, written
 from mainstay.observability.testing import metric
 
 
@@ -178,8 +178,8 @@ KILLED = """
     import asyncio, os, sys
     from mainstay.core import App
     from mainstay.database import DatabaseModule, DatabaseSettings, Database
-    from mainstay.observability.audit import AuditModule, AuditTrail
-    from mainstay.observability.audit.testing import settings
+    from mainstay.audit import AuditModule, AuditTrail
+    from mainstay.audit.testing import settings
 
     async def main():
         trail = AuditTrail()

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from mainstay.audit.errors import InvalidNote
+from mainstay.audit.note import SigningKey, VerifierKey
+from mainstay.audit.settings import AuditSettings
 from mainstay.core import ConfigurationError
 from mainstay.database import Database
-from mainstay.observability.audit.errors import InvalidNote
-from mainstay.observability.audit.note import SigningKey, VerifierKey
-from mainstay.observability.audit.settings import AuditSettings
 
-_log = logging.getLogger("mainstay.observability.audit")
+_log = logging.getLogger("mainstay.audit")
 
 _DEVELOPMENT = "mainstay-audit-development"
 

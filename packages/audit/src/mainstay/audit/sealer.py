@@ -20,17 +20,17 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from mainstay.audit import _metrics, tables, tree
+from mainstay.audit.entry import attributes
+from mainstay.audit.errors import InvalidEntry, InvalidNote, TamperedLog
+from mainstay.audit.keys import Keys
+from mainstay.audit.merkle import Frontier, leaf_hash
+from mainstay.audit.note import Checkpoint, SigningKey
+from mainstay.audit.settings import AuditSettings
 from mainstay.core import Clock, Drain, Health
 from mainstay.database import Conflict, Database, DatabaseError, Lease
-from mainstay.observability.audit import metrics, tables, tree
-from mainstay.observability.audit.entry import attributes
-from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, TamperedLog
-from mainstay.observability.audit.keys import Keys
-from mainstay.observability.audit.merkle import Frontier, leaf_hash
-from mainstay.observability.audit.note import Checkpoint, SigningKey
-from mainstay.observability.audit.settings import AuditSettings
 
-_log = logging.getLogger("mainstay.observability.audit")
+_log = logging.getLogger("mainstay.audit")
 
 LEASE = "mainstay.audit.sealer"
 
@@ -86,7 +86,7 @@ class Sealer:
         oldest = (await self._database.read(_OLDEST))[0].recorded_at
         since = oldest / 1e6 if isinstance(oldest, int) else 0.0  # what is no moment must not mute the alarm
         lag = 0.0 if oldest is None else max(0.0, self._clock.now().timestamp() - since)
-        metrics.LAG.set(lag)
+        _metrics.LAG.set(lag)
         return lag
 
     async def serve(self, drain: Drain) -> None:
@@ -131,11 +131,11 @@ class Sealer:
                 raise TamperedLog(msg) from error
             if log.size > before:
                 signed_at = self._clock.monotonic()
-                metrics.SEALED.inc(log.size - before)
+                _metrics.SEALED.inc(log.size - before)
             elif self._clock.monotonic() - signed_at >= self._settings.idle_checkpoint_seconds:
                 await log.sign(self._now())
                 signed_at = self._clock.monotonic()
-            metrics.SIZE.set(log.size)
+            _metrics.SIZE.set(log.size)
             if taken < self._settings.batch_size:
                 if last:
                     return
@@ -202,7 +202,7 @@ class OpenLog:
             else:
                 await self._database.write(_DONE, [{"done": seq} for seq in done])
         if refused:
-            metrics.REFUSED.inc(len(refused))
+            _metrics.REFUSED.inc(len(refused))
             _log.error("%d pending rows are no audit entries and were moved to mainstay_audit_refused", len(refused))
         return len(rows)
 

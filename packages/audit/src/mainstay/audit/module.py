@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar
 
+from mainstay.audit.keys import Keys, keys_of
+from mainstay.audit.sealer import Sealer
+from mainstay.audit.settings import AuditSettings
+from mainstay.audit.tables import SCHEMA
+from mainstay.audit.trail import AuditTrail, Intake
 from mainstay.core import App, Module
 from mainstay.database import Database, DatabaseModule
-from mainstay.observability.audit.keys import Keys, keys_of
-from mainstay.observability.audit.sealer import Sealer
-from mainstay.observability.audit.settings import AuditSettings
-from mainstay.observability.audit.tables import SCHEMA
-from mainstay.observability.audit.trail import AuditTrail, Intake
 
 
 class AuditModule(Module[AuditSettings, AuditTrail]):

@@ -14,11 +14,9 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from types import ModuleType
-from typing import Any, cast
 
-from mainstay.core import ConfigurationError
-from mainstay.observability.audit.errors import InvalidNote
+from mainstay.audit import _ed25519
+from mainstay.audit.errors import InvalidNote
 
 _ED25519 = b"\x01"
 _KEY_BYTES = 33
@@ -26,15 +24,6 @@ _ID_BYTES = 4
 _PRIVATE = "PRIVATE+KEY+"
 _DASH = "— "
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which no encoding can store
-
-
-def _ed25519() -> ModuleType:
-    try:
-        from mainstay.observability.audit import _ed25519  # noqa: PLC0415  see there
-    except ModuleNotFoundError as error:
-        msg = "the audit log needs the extra that brings its signatures: pip install 'mainstay-observability[audit]'"
-        raise ConfigurationError(msg) from error
-    return _ed25519
 
 
 class VerifierKey:
@@ -70,7 +59,7 @@ class VerifierKey:
 
     def signed(self, text: str, signature: bytes) -> bool:
         """Whether this key signed the text."""
-        return cast("bool", _ed25519().signed(self._public, signature, text.encode()))
+        return _ed25519.signed(self._public, signature, text.encode())
 
     def __repr__(self) -> str:
         return f"<VerifierKey {self.text}>"
@@ -84,7 +73,7 @@ class SigningKey:
 
     def __init__(self, name: str, seed: bytes) -> None:
         self._seed = seed
-        self._signer: Any = _ed25519().Signer(seed)
+        self._signer = _ed25519.Signer(seed)
         self.verifier = VerifierKey(name, self._signer.public)
 
     @classmethod

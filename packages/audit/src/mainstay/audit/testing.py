@@ -9,15 +9,15 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from mainstay.audit import tables
+from mainstay.audit.entry import Entry
+from mainstay.audit.module import AuditModule
+from mainstay.audit.note import SigningKey
+from mainstay.audit.producer import STATEMENT
+from mainstay.audit.settings import AuditSettings
+from mainstay.audit.trail import AuditTrail
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.observability.audit import tables
-from mainstay.observability.audit.entry import Entry
-from mainstay.observability.audit.module import AuditModule
-from mainstay.observability.audit.note import SigningKey
-from mainstay.observability.audit.producer import STATEMENT
-from mainstay.observability.audit.settings import AuditSettings
-from mainstay.observability.audit.trail import AuditTrail
 
 __all__ = ["KEY", "recorded", "settings", "written"]
 

@@ -1,8 +1,8 @@
 import pytest
 
+from mainstay.audit.tables import SCHEMA
 from mainstay.database import DatabaseSettings, upgrade
 from mainstay.database.module import SCHEMA as DATABASE
-from mainstay.observability.audit.tables import SCHEMA
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from mainstay.audit import tables, tree
+from mainstay.audit.entry import Entry
+from mainstay.audit.errors import InvalidEntry, InvalidNote, TamperedLog
+from mainstay.audit.merkle import Frontier, leaf_hash
+from mainstay.audit.note import Checkpoint, VerifierKey, open_note
+from mainstay.audit.producer import STATEMENT, Statement
 from mainstay.database import Database
-from mainstay.observability.audit import tables, tree
-from mainstay.observability.audit.entry import Entry
-from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, TamperedLog
-from mainstay.observability.audit.merkle import Frontier, leaf_hash
-from mainstay.observability.audit.note import Checkpoint, VerifierKey, open_note
-from mainstay.observability.audit.producer import STATEMENT, Statement
 
 Kind = Literal[
     "changed", "deleted", "truncated", "rewritten", "forged", "unsigned", "malformed", "copied", "unsealed", "stale"

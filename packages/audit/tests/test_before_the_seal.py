@@ -7,12 +7,12 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
+from mainstay.audit import AuditModule, AuditTrail, Entry, tables, verify
+from mainstay.audit.producer import STATEMENT
+from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, bind
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.module import SCHEMA as DATABASE
-from mainstay.observability.audit import AuditModule, AuditTrail, Entry, tables, verify
-from mainstay.observability.audit.producer import STATEMENT
-from mainstay.observability.audit.testing import KEY, settings, written
 
 ENTRIES = 6
 

@@ -21,7 +21,7 @@ from enum import Enum
 from typing import Any, Literal, Never, cast, get_args
 from uuid import UUID
 
-from mainstay.observability.audit.errors import InvalidEntry
+from mainstay.audit.errors import InvalidEntry
 
 Outcome = Literal["succeeded", "failed", "denied", "unknown"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

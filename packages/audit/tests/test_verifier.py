@@ -8,9 +8,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, uuid7
-from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.observability.audit import (
+from mainstay.audit import (
     AuditModule,
     AuditTrail,
     Checkpoint,
@@ -21,9 +19,11 @@ from mainstay.observability.audit import (
     tables,
     verify,
 )
-from mainstay.observability.audit.merkle import Frontier, leaf_hash
-from mainstay.observability.audit.producer import STATEMENT, Producer, Statement
-from mainstay.observability.audit.testing import KEY, settings
+from mainstay.audit.merkle import Frontier, leaf_hash
+from mainstay.audit.producer import STATEMENT, Producer, Statement
+from mainstay.audit.testing import KEY, settings
+from mainstay.core import App, uuid7
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
 
 ENTRIES = 300
 

@@ -11,10 +11,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, ConfigurationError, bind
-from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.database.testing import schema_differences
-from mainstay.observability.audit import (
+from mainstay.audit import (
     AuditModule,
     AuditSettings,
     AuditTrail,
@@ -31,9 +28,12 @@ from mainstay.observability.audit import (
     prove_consistency,
     tables,
 )
-from mainstay.observability.audit.console import main
-from mainstay.observability.audit.receipt import size_in
-from mainstay.observability.audit.testing import KEY, settings, written
+from mainstay.audit.console import main
+from mainstay.audit.receipt import size_in
+from mainstay.audit.testing import KEY, settings, written
+from mainstay.core import App, ConfigurationError, bind
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.database.testing import schema_differences
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ async def test_errors_of_the_command(capsys, tmp_path, monkeypatch):
 
 def test_the_command_makes_keys():
     """The installed script prints a private key and its public half."""
-    script = "from mainstay.observability.audit.console import main; raise SystemExit(main(['key', 'orders']))"
+    script = "from mainstay.audit.console import main; raise SystemExit(main(['key', 'orders']))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     private, comment = out.splitlines()
     assert comment.endswith(SigningKey.parse(private).verifier.text)
@@ -228,21 +228,6 @@ async def test_keys_from_a_file_and_keys_that_are_none(tmp_path, database_settin
     if url.startswith("postgresql"):
         with pytest.raises(ConfigurationError, match="MAINSTAY_AUDIT_SIGNING_KEY"):
             await app(database_settings).__aenter__()
-
-
-def test_the_tables_load_without_the_extra():
-    """`mainstay-database upgrade` loads the schema without `cryptography`; a key then names the remedy."""
-    code = (
-        "import sys; sys.modules['cryptography'] = None\n"
-        "from mainstay.observability.audit.tables import SCHEMA\n"
-        "from mainstay.observability.audit import SigningKey\n"
-        "from mainstay.core import ConfigurationError\n"
-        "assert SCHEMA.head() == '0001'\n"
-        "try: SigningKey.generate('x')\n"
-        "except ConfigurationError as error: assert 'mainstay-observability[audit]' in str(error)\n"
-        "else: raise SystemExit(1)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 async def test_the_migration_makes_the_tables_of_the_code(database_settings):

@@ -13,6 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from mainstay.audit import AuditError, AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
+from mainstay.audit.entry import encode
+from mainstay.audit.testing import recorded, settings, written
 from mainstay.core import App, ConfigurationError, Context, MainstayError, NotBoundError, bind, bind_journal, derived_id
 from mainstay.core.testing import VirtualClock
 from mainstay.database import (
@@ -23,9 +26,6 @@ from mainstay.database import (
     DatabaseSettings,
     DatabaseUnavailable,
 )
-from mainstay.observability.audit import AuditError, AuditModule, AuditTrail, Entry, InvalidEntry, Sealer, tables
-from mainstay.observability.audit.entry import encode
-from mainstay.observability.audit.testing import recorded, settings, written
 from mainstay.observability.testing import metric
 
 
@@ -228,7 +228,7 @@ async def test_stopping_waits_for_what_is_put_off(database_settings, trail):
 async def test_when_the_audit_cannot_be_written_the_mutation_is_not_done(db, trail, monkeypatch):
     """Fail closed: without its entry the function's work rolls back; a failure that cannot be recorded is counted."""
     await db.write(sa.insert(tables.pending), {"entry_id": (taken := uuid4()), "recorded_at": 0, "data": b"x"})
-    monkeypatch.setattr("mainstay.observability.audit.trail.uuid7", lambda: taken)
+    monkeypatch.setattr("mainstay.audit.trail.uuid7", lambda: taken)
     lost = metric("mainstay_audit_lost_total")
 
     @trail.record("order.cancelled")
@@ -413,7 +413,7 @@ async def test_the_end_of_stating_is_told(database_settings, trail, monkeypatch,
     app = App(
         DatabaseModule.for_root(database_settings), AuditModule.for_root(settings()), AuditModule.for_feature(trail)
     )
-    monkeypatch.setattr("mainstay.observability.audit.trail.Intake.state", AsyncMock(side_effect=ValueError))
+    monkeypatch.setattr("mainstay.audit.trail.Intake.state", AsyncMock(side_effect=ValueError))
     async with app:
         await asyncio.sleep(0)
         assert (await app.health())["audit.statements"].status == "down"

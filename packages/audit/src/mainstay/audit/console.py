@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
+from mainstay.audit import tree
+from mainstay.audit.errors import AuditError, InvalidNote
+from mainstay.audit.keys import development_key_file
+from mainstay.audit.note import SigningKey, VerifierKey
+from mainstay.audit.receipt import Receipt, prove, size_in
+from mainstay.audit.settings import AuditSettings
+from mainstay.audit.tables import SCHEMA
+from mainstay.audit.verifier import Report, verify
 from mainstay.core import App, ConfigurationError
 from mainstay.database import Database, DatabaseError, DatabaseModule, DatabaseSettings
-from mainstay.observability.audit import tree
-from mainstay.observability.audit.errors import AuditError, InvalidNote
-from mainstay.observability.audit.keys import development_key_file
-from mainstay.observability.audit.note import SigningKey, VerifierKey
-from mainstay.observability.audit.receipt import Receipt, prove, size_in
-from mainstay.observability.audit.settings import AuditSettings
-from mainstay.observability.audit.tables import SCHEMA
-from mainstay.observability.audit.verifier import Report, verify
 
 _CHUNK = 1000
 

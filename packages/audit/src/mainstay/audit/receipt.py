@@ -11,17 +11,17 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from mainstay.database import Database
-from mainstay.observability.audit import tables, tree
-from mainstay.observability.audit.entry import Entry
-from mainstay.observability.audit.errors import InvalidEntry, InvalidNote, InvalidReceipt, NotSealed, TamperedLog
-from mainstay.observability.audit.merkle import (
+from mainstay.audit import tables, tree
+from mainstay.audit.entry import Entry
+from mainstay.audit.errors import InvalidEntry, InvalidNote, InvalidReceipt, NotSealed, TamperedLog
+from mainstay.audit.merkle import (
     consistency_ranges,
     included,
     inclusion_ranges,
     leaf_hash,
 )
-from mainstay.observability.audit.note import Checkpoint, VerifierKey
+from mainstay.audit.note import Checkpoint, VerifierKey
+from mainstay.database import Database
 
 _FORMAT = "mainstay-audit-receipt-1"
 _FIND = (

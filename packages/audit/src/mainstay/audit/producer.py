@@ -23,8 +23,8 @@ from hashlib import sha256
 from itertools import groupby, islice
 from uuid import UUID, uuid4
 
+from mainstay.audit.errors import InvalidNote
 from mainstay.core import derived_id
-from mainstay.observability.audit.errors import InvalidNote
 
 STATEMENT = "mainstay.audit.statement"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
-from mainstay.observability.audit.entry import OUTCOMES
+from mainstay.audit.entry import OUTCOMES
 
 ENTRIES = Counter("mainstay_audit_entries", "Entries that were committed by this process.", ["outcome"])
 LOST = Counter("mainstay_audit_lost", "Entries of failures that could not be written.")

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from mainstay.audit import AuditModule, AuditTrail, SigningKey, tables, verify
+from mainstay.audit.testing import KEY, settings
 from mainstay.core import App
 from mainstay.database import Database, DatabaseError, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.module import SCHEMA as DATABASE
-from mainstay.observability.audit import AuditModule, AuditTrail, SigningKey, tables, verify
-from mainstay.observability.audit.testing import KEY, settings
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ async def roles(postgres):
     url = make_url(postgres)
     tag = uuid4().hex[:8]
     app, sealer = f"app_{tag}", f"sealer_{tag}"
-    grants = (files("mainstay.observability.audit") / "grants.sql").read_text()
+    grants = (files("mainstay.audit") / "grants.sql").read_text()
     grants = "\n".join(line for line in grants.splitlines() if not line.startswith("--"))
     grants = grants.replace("app_sealer", sealer).replace(" app,", f" {app},").replace(" app;", f" {app};")
     admin = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))

@@ -9,9 +9,9 @@ import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mainstay.observability.audit import Checkpoint, InvalidNote, SigningKey, VerifierKey, consistent, included
-from mainstay.observability.audit.entry import canonical
-from mainstay.observability.audit.merkle import (
+from mainstay.audit import Checkpoint, InvalidNote, SigningKey, VerifierKey, consistent, included
+from mainstay.audit.entry import canonical
+from mainstay.audit.merkle import (
     EMPTY_ROOT,
     Frontier,
     consistency_ranges,
@@ -22,8 +22,8 @@ from mainstay.observability.audit.merkle import (
     perfect,
     subtrees,
 )
-from mainstay.observability.audit.note import open_note
-from mainstay.observability.audit.testing import KEY
+from mainstay.audit.note import open_note
+from mainstay.audit.testing import KEY
 
 LEAVES = [b"entry %d" % n for n in range(70)]
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from mainstay.database import Database
-from mainstay.observability.audit import tables
-from mainstay.observability.audit.errors import TamperedLog
-from mainstay.observability.audit.merkle import (
+from mainstay.audit import tables
+from mainstay.audit.errors import TamperedLog
+from mainstay.audit.merkle import (
     STORED_LEVELS,
     Frontier,
     Range,
@@ -18,6 +17,7 @@ from mainstay.observability.audit.merkle import (
     perfect,
     subtrees,
 )
+from mainstay.database import Database
 
 _LEAVES = (
     sa.select(tables.log.c.leaf, tables.raw(tables.log.c.data))

@@ -1,8 +1,4 @@
-"""Ed25519 by `cryptography`, in a file of its own because it comes with the extra `audit`.
-
-The tables must load without it, or `mainstay-database upgrade` could not run where this package is installed for its
-logs only.
-"""
+"""Ed25519 signatures (RFC 8032) by `cryptography`."""
 
 from __future__ import annotations
 

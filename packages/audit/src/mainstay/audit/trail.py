@@ -17,20 +17,20 @@ from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
+from mainstay.audit import _metrics
+from mainstay.audit.entry import Outcome, encode
+from mainstay.audit.errors import AuditError, InvalidEntry
+from mainstay.audit.merkle import leaf_hash
+from mainstay.audit.note import SigningKey
+from mainstay.audit.producer import STATEMENT, Producer
+from mainstay.audit.tables import INSERT_PENDING
 from mainstay.core import App, Binding, Context, Drain, MainstayError, bind, current, derived_id, once, spawn, uuid7
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
-from mainstay.observability.audit import metrics
-from mainstay.observability.audit.entry import Outcome, encode
-from mainstay.observability.audit.errors import AuditError, InvalidEntry
-from mainstay.observability.audit.merkle import leaf_hash
-from mainstay.observability.audit.note import SigningKey
-from mainstay.observability.audit.producer import STATEMENT, Producer
-from mainstay.observability.audit.tables import INSERT_PENDING
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_log = logging.getLogger("mainstay.observability.audit")
+_log = logging.getLogger("mainstay.audit")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOTHING: Mapping[str, Any] = {}
@@ -167,7 +167,7 @@ def _cut(resource: object) -> str:
 
 
 def _lost(action: str, error: Exception) -> None:
-    metrics.LOST.inc()
+    _metrics.LOST.inc()
     _log.error("an audit entry of %s could not be written", action, exc_info=error)
 
 
@@ -347,7 +347,7 @@ class Intake:
                 return None
 
     def _committed(self, draft: Draft) -> None:
-        metrics.entries(draft.outcome).inc()
+        _metrics.entries(draft.outcome).inc()
         self._producer.committed(draft.number, draft.leaf)
         self._news.set()
 
