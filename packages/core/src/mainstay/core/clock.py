@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 __all__ = ["SYSTEM_CLOCK", "Clock", "Timer"]
 
@@ -21,9 +21,14 @@ class Timer(Protocol):
 
 
 class Clock:
-    """The system's clocks. Durations are measured with `monotonic`, never with `now`."""
+    """The system's clocks. Durations are measured with `monotonic`, never with `now`.
+
+    Attributes:
+        virtual: whether time passes only when a test says so. What has a clock of its own must then follow or refuse.
+    """
 
     __slots__ = ()
+    virtual: ClassVar[bool] = False
 
     def now(self) -> datetime:
         """The wall clock, timezone-aware, in UTC: for people and records, never for durations or leases."""

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import ClassVar
 
 from mainstay.core.clock import Clock
 
@@ -89,6 +90,7 @@ class VirtualClock(Clock):
     """
 
     __slots__ = ("_elapsed", "_order", "_polls", "_start", "_timers", "_work")
+    virtual: ClassVar[bool] = True
 
     def __init__(self, start: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> None:
         self._start = start

@@ -74,7 +74,7 @@ def sqlite_connection(address: Address, clock: Clock = SYSTEM_CLOCK) -> sqlite3.
     try:
         for pragma in sqlite_pragmas(address.synchronous):
             connection.execute(pragma)
-        if clock is not SYSTEM_CLOCK:
+        if clock.virtual:
             follow_clock(connection, clock)
     except sqlite3.Error:
         connection.close()
@@ -171,7 +171,7 @@ def make_engine(
 ) -> AsyncEngine:
     """The engine; with `pooled` it relies on nothing that a transaction pooler forgets.
 
-    A clock other than the system's is the time of SQLite's sessions, and their calls of the driver are counted.
+    A virtual clock is the time of SQLite's sessions, and their calls of the driver are counted.
     """
     # SQLite waits for locks so long, asyncpg for the connection.
     sqlite = address.dialect == "sqlite"
@@ -220,14 +220,14 @@ def _prepare_sqlite(engine: AsyncEngine, synchronous: str, clock: Clock, calls: 
         for pragma in sqlite_pragmas(synchronous):
             cursor.execute(pragma)
         cursor.close()
-        if clock is not SYSTEM_CLOCK:
+        if clock.virtual:
             follow_clock(connection, clock)
 
     def reset(connection: Any, _record: object, state: PoolResetState) -> None:
         if state.asyncio_safe and not state.terminate_only and connection.driver_connection.in_transaction:
             connection.rollback()
 
-    if clock is not SYSTEM_CLOCK:
+    if clock.virtual:
         calls.count(engine)
     event.listen(engine.sync_engine, "connect", connect)
     event.listen(engine.sync_engine, "reset", reset)

@@ -61,10 +61,8 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         except sqlite3.Error as error:
             raise unreachable(address, error) from error
     else:
-        if app.clock is not SYSTEM_CLOCK:
-            msg = (
-                "PostgreSQL has its own clock, which a virtual one does not move: test with SQLite, or on SYSTEM_CLOCK"
-            )
+        if app.clock.virtual:
+            msg = "a virtual clock does not move PostgreSQL's: test with SQLite, or with the system's clock"
             raise ConfigurationError(msg)
         pooled = await behind_pooler(address)
     calls = DriverCalls()
