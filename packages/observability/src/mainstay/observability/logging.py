@@ -215,11 +215,10 @@ class _Handler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Make and write the line without stdlib's lock around both: the sink has the one that is needed."""
-        kept: object = self.filter(record)  # from Python 3.12 on, a filter may return another record
-        if not kept:
-            return False
-        self.emit(kept if isinstance(kept, logging.LogRecord) else record)
-        return True
+        kept: Any = self.filter(record)  # from Python 3.12 on a record, maybe another
+        if kept:
+            self.emit(record if kept is True else kept)
+        return bool(kept)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._sink.msg(self._pipeline(None, record.levelname.lower(), event_of(record)))
