@@ -13,10 +13,12 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.audit import AuditModule, AuditTrail, Checkpoint, Sealer, SigningKey, tables, verify
+from mainstay.audit import AuditModule, AuditTrail, Checkpoint, Entry, Sealer, SigningKey, tables, verify
 from mainstay.audit.merkle import Frontier, leaf_hash
+from mainstay.audit.producer import STATEMENT
 from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, Clock, bind, spawn, uuid7
+from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, DatabaseUnavailable, upgrade
 from mainstay.database.module import SCHEMA as DATABASE
 from mainstay.observability.testing import metric
@@ -199,6 +201,13 @@ KILLED = """
 """
 
 
+async def _stated(database_settings):
+    """Whether a statement of a producer has been sealed."""
+    async with App(DatabaseModule.for_root(database_settings)) as app:
+        rows = await app.get(Database).read(sa.select(tables.log.c.data))
+        return any(Entry.from_bytes(bytes(row.data)).action == STATEMENT for row in rows)
+
+
 async def test_a_killed_sealer_leaves_no_half_batch(database_settings, url):
     """SIGKILL in the middle, several times: every acknowledged entry is there once, and the log goes on."""
     acknowledged: set[tuple[int, int, int]] = set()
@@ -213,6 +222,10 @@ async def test_a_killed_sealer_leaves_no_half_batch(database_settings, url):
                 assert line, "the child ended by itself"
                 w, n = line.split()
                 acknowledged.add((life, int(w), int(n)))
+        if life == 0:  # one of them lives for long enough to say what it wrote
+            reading = spawn(child.stdout.read(), name="what the child prints meanwhile")
+            await eventually(lambda: _stated(database_settings), every_seconds=0.2)
+            reading.cancel()
         child.send_signal(signal.SIGKILL)
         await child.wait()
     async with service(database_settings, serve=True) as (app, _):

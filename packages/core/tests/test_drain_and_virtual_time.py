@@ -128,3 +128,13 @@ async def test_eventually_waits_for_a_condition_and_names_it():
     await eventually(later, every_seconds=0)
     with pytest.raises(TimeoutError, match="the moon did not come true within 0 s"):
         await eventually(lambda: False, seconds=0, what="the moon")
+
+
+async def test_what_falls_due_at_the_last_moment_is_done_too():
+    """Work that is woken at the end, and asks for no time at all, is not left waiting."""
+    clock = VirtualClock()
+    done: list[str] = []
+    clock.poll_later(9.5, lambda: clock.call_later(0.0, lambda: done.append("at the end")))
+    await clock.advance(10)
+    assert done == ["at the end"]
+    assert clock.monotonic() == 10

@@ -19,6 +19,7 @@ __all__ = ["VirtualClock", "VirtualTimer", "eventually"]
 
 _TURNS = 32  # of the event loop, without real work in between: then every chain of wake-ups has ended
 _LOOK_SECONDS = 0.0002  # how often real work is looked at
+_ROUNDING_SECONDS = 0.001
 _PATIENCE_SECONDS = 30.0  # of real time, for real work to end
 
 
@@ -158,16 +159,22 @@ class VirtualClock(Clock):
     async def advance(self, seconds: float) -> None:
         """Move the clock from timer to timer, and let everything that each one wakes come to rest before the next.
 
+        A timer within a millisecond of the end still runs, since moments are sums of floats; the clock then stands there.
+
         Raises:
             TimeoutError: real work goes on for more than half a minute of real time; says which.
         """
         end = self._elapsed + seconds
         await self.settle()
-        while (at := self._due(self._timers)) is not None and at <= end:
+        while True:
+            # Also at the very end: what the last stop woke may have set a timer for the same moment.
+            at = self._due(self._timers)
+            if at is None or at > end + _ROUNDING_SECONDS:
+                if self._elapsed >= end:
+                    return
+                at = end
             self._move(at)
             await self.settle()
-        self._move(end)
-        await self.settle()
 
     async def settle(self) -> None:
         """Return when nothing happens any more without the clock being moved.

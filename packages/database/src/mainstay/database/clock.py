@@ -29,5 +29,6 @@ def _on_postgresql(_element: database_now, _compiler: Any, **_options: Any) -> s
 
 @compiles(database_now, "sqlite")
 def _on_sqlite(_element: database_now, _compiler: Any, **_options: Any) -> str:
-    # `unixepoch('subsec')` would be shorter, and is NULL before SQLite 3.42.
-    return "((julianday('now') - 2440587.5) * 86400.0)"
+    # SQLite's clock has milliseconds, which the day as one float blurs. `unixepoch('subsec')` would be shorter, and is
+    # NULL before SQLite 3.42.
+    return "round((julianday('now') - 2440587.5) * 86400.0, 3)"

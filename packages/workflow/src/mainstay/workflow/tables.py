@@ -18,6 +18,7 @@ from mainstay.database import FenceOn, Schema, database_now
 from mainstay.workflow.journal import INTENT
 
 ID_LENGTH = 200
+_ROUNDING_SECONDS = 0.001  # a run that is due by then is due now: its moment is a sum of floats
 STEP_LENGTH = 300
 
 metadata = sa.MetaData()
@@ -270,11 +271,11 @@ class Claims:
         mine = sa.or_(
             sa.false(), *(sa.and_(runs.c.workflow == name, runs.c.version == version) for name, version in known)
         )
-        due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now())
+        due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now() + _ROUNDING_SECONDS)
         self.waiting = sa.select(runs.c.id).where(due).limit(1)
         self.next_due = (
             sa.select((runs.c.wake_at - database_now()).label("seconds"))
-            .where(runs.c.status == "queued", mine, runs.c.wake_at > database_now())
+            .where(runs.c.status == "queued", mine, runs.c.wake_at > database_now() + _ROUNDING_SECONDS)
             .order_by(runs.c.wake_at)
             .limit(1)
         )

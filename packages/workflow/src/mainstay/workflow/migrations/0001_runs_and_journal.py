@@ -7,7 +7,7 @@ revision = "0001"
 down_revision = None
 
 _NOW = {
-    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
+    "sqlite": "(round((julianday('now') - 2440587.5) * 86400.0, 3))",
     "postgresql": "(extract(epoch from clock_timestamp())::double precision)",
 }
 
