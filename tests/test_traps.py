@@ -17,7 +17,7 @@ from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen,
 from mainstay.core import App, Retry, bind, current
 from mainstay.core.testing import VirtualClock
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA as LEASES
+from mainstay.database.schema import SCHEMA as LEASES
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay.events.testing import eventually

@@ -17,7 +17,7 @@ from mainstay.audit.tables import INSERT_PENDING, SCHEMA
 from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, uuid7
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA as DATABASE
+from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay_servers import Postgres
 
 

@@ -21,7 +21,7 @@ from benchmarks.events.load import Fields, Line, orders, per_second
 from benchmarks.rows import Peers, Row, compare
 from mainstay.core import SYSTEM_CLOCK, App, Context, Retry
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA
+from mainstay.database.schema import SCHEMA
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
 from mainstay.events.metadata import encode, envelope

@@ -2,7 +2,7 @@ import pytest
 
 from mainstay.audit.tables import SCHEMA
 from mainstay.database import DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA as DATABASE
+from mainstay.database.schema import SCHEMA as DATABASE
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -12,7 +12,7 @@ from mainstay.audit.producer import STATEMENT
 from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, bind
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA as DATABASE
+from mainstay.database.schema import SCHEMA as DATABASE
 
 ENTRIES = 6
 

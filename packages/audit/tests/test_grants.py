@@ -14,7 +14,7 @@ from mainstay.audit import AuditModule, AuditTrail, SigningKey, tables, verify
 from mainstay.audit.testing import KEY, settings
 from mainstay.core import App
 from mainstay.database import Database, DatabaseError, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA as DATABASE
+from mainstay.database.schema import SCHEMA as DATABASE
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, Clock, bind, spawn, uuid7
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, DatabaseUnavailable, upgrade
-from mainstay.database.module import SCHEMA as DATABASE
+from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.observability.testing import metric
 
 

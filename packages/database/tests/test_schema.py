@@ -4,14 +4,16 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
+from sqlalchemy.dialects import postgresql
 
 from mainstay.core import App, ConfigurationError
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, Schema, console, upgrade
-from mainstay.database.schema import SCHEMA, installed, status
+from mainstay.database.schema import SCHEMA, downgrade, installed, revision, status
 from mainstay.database.testing import database, schema_differences
 
 FIRST = """
@@ -84,12 +86,12 @@ async def test_postgres_is_migrated_by_the_command_only(postgres, tmp_path):
     """A start without tables, and on old ones, is refused with the command to run; after it, all is well."""
     old, new = shop(tmp_path / "one", FIRST), shop(tmp_path / "two", FIRST, SECOND)
     app = App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(postgres))))
-    with pytest.raises(ConfigurationError, match=r"no tables for mainstay-database.*`mainstay-database upgrade`"):
+    with pytest.raises(ConfigurationError, match=r"no tables of the schema database.*`mainstay db upgrade`"):
         async with app:
             pass
     await upgrade(postgres, [SCHEMA, old])
     async with app:
-        with pytest.raises(ConfigurationError, match="revision 0001 for mainstay-shop, whose newest revision is 0002"):
+        with pytest.raises(ConfigurationError, match="revision 0001 of the schema shop, whose newest revision is 0002"):
             await app.get(Database).ensure_schema(new)
         await upgrade(postgres, [new])
         await app.get(Database).ensure_schema(new)
@@ -117,6 +119,139 @@ async def test_upgrades_at_once_take_turns(lasting, tmp_path):
     schema = shop(tmp_path / "two", FIRST, SECOND)
     await asyncio.gather(*(upgrade(lasting, [SCHEMA, schema]) for _ in range(8)))
     assert await status(lasting, [schema]) == [("shop", "0002", "0002")]
+
+
+async def test_databases_of_one_process_migrate_side_by_side(tmp_path, postgres):
+    """Each gets its own tables: while one migration waits for its database, another does not take its place."""
+    schema = shop(tmp_path / "two", FIRST, SECOND)
+    urls = [postgres, *(f"sqlite:///{tmp_path / f'{number}.db'}" for number in range(6))]
+    await asyncio.gather(*(upgrade(url, [schema]) for url in urls))
+    for url in urls:
+        assert await status(url, [SCHEMA, schema]) == [("database", "0001", "0001"), ("shop", "0002", "0002")]
+
+
+async def test_apps_of_one_process_start_side_by_side(tmp_path):
+    """The same at the start of an App on SQLite."""
+    schema = shop(tmp_path / "two", FIRST, SECOND)
+
+    async def start(number: int) -> int:
+        async with database(f"sqlite:///{tmp_path / f'{number}.db'}", schema) as db:
+            return len(await db.read(sa.text("SELECT id FROM mainstay_shop_orders")))
+
+    assert await asyncio.gather(*(start(number) for number in range(6))) == [1] * 6
+
+
+async def test_alembic_is_silent_unless_something_changes(lasting, tmp_path, caplog):
+    """A start, an upgrade and a status on new tables log nothing, at any level that a service turns on."""
+    schema = shop(tmp_path / "two", FIRST, SECOND)
+    await upgrade(lasting, [schema])
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        await upgrade(lasting, [schema])
+        await status(lasting, [schema])
+        async with database(lasting, schema):
+            pass
+    assert [record.name for record in caplog.records if record.name.startswith("alembic")] == []
+
+
+async def test_an_applications_own_tables(lasting, tmp_path):
+    """Revisions are written from the metadata, applied, and taken back; the tables are then as the code has them."""
+    folder = tmp_path / "loans"
+    folder.mkdir()
+    schema = Schema("loans", sa.MetaData(), folder)
+    loans = sa.Table(
+        "loans",
+        schema.metadata,
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("terms", sa.JSON().with_variant(postgresql.JSONB(), "postgresql")),
+    )
+    await upgrade(lasting, [schema])
+    first = await revision(lasting, schema, "loans are lent")
+    assert first.parent == folder
+    assert first.name.endswith("_loans_are_lent.py")
+    with pytest.raises(ConfigurationError, match=r"has no tables of the schema loans.*before a revision is compared"):
+        await revision(lasting, schema, "too early")
+    await upgrade(lasting, [schema])
+    async with database(lasting, schema) as db:
+        assert await schema_differences(db, schema) == []
+        await db.write(sa.insert(loans), {"id": 1})
+
+    loans.append_column(sa.Column("returned", sa.Boolean, nullable=False, server_default=sa.false()))
+    second = await revision(lasting, schema, "loans end")
+    await upgrade(lasting, [schema])
+    async with database(lasting, schema) as db:
+        assert await schema_differences(db, schema) == []
+        assert [tuple(row) for row in await db.read(sa.select(loans.c.id, loans.c.returned))] == [(1, False)]
+
+    by_hand = await revision(lasting, schema, "by hand", autogenerate=False)
+    by_hand.unlink()
+    identifiers = [path.name.split("_")[0] for path in (first, second)]
+    assert await status(lasting, [schema]) == [("loans", identifiers[1], identifiers[1])]
+    await downgrade(lasting, schema, "-1")
+    assert await status(lasting, [schema]) == [("loans", identifiers[0], identifiers[1])]
+    with pytest.raises(ConfigurationError, match="cannot be taken back to revision 'nowhere'"):
+        await downgrade(lasting, schema, "nowhere")
+    await downgrade(lasting, schema, "base")
+    with pytest.raises(ConfigurationError, match="nothing to take back"):
+        await downgrade(lasting, schema, "base")
+
+
+async def test_rebuilding_a_table_in_sqlite_keeps_what_refers_to_it(tmp_path):
+    """SQLite changes a column by making the table anew; with foreign keys on, that would delete the rows of others."""
+    change = """
+import sqlalchemy as sa
+from alembic import op
+revision = "0002"
+down_revision = "0001"
+def upgrade():
+    op.execute("INSERT INTO mainstay_shop_orders (id) VALUES (1)")
+    op.execute("CREATE TABLE lines (id INTEGER REFERENCES mainstay_shop_orders ON DELETE CASCADE)")
+    op.execute("INSERT INTO lines VALUES (1)")
+    with op.batch_alter_table("mainstay_shop_orders", recreate="always") as batch:
+        batch.add_column(sa.Column("total", sa.Integer))
+"""
+    async with database(f"sqlite:///{tmp_path / 'x.db'}", shop(tmp_path / "m", FIRST, change)) as db:
+        assert len(await db.read(sa.text("SELECT * FROM lines"))) == 1
+
+
+async def test_two_newest_revisions_are_refused_by_name(tmp_path):
+    """Two branches that each brought a revision are found before anything is migrated."""
+    schema = shop(tmp_path / "m", FIRST, SECOND, SECOND.replace('"0002"', '"0003"'))
+    with pytest.raises(ConfigurationError, match=r"shop has several newest revisions \(0002, 0003\)"):
+        await upgrade(f"sqlite:///{tmp_path / 'x.db'}", [schema])
+
+
+async def test_the_command_that_helps_names_the_schema(postgres, tmp_path, monkeypatch):
+    """For tables of a service that is not installed as a package, the command says where they are declared."""
+    schema = shop(tmp_path / "m", FIRST)
+    await upgrade(postgres, [])
+    async with database(postgres) as db:
+        with pytest.raises(ConfigurationError, match="`mainstay db upgrade --schema module:SCHEMA`"):
+            await db.ensure_schema(schema)
+        module = ModuleType("shop.tables")
+        module.__dict__["TABLES"] = schema
+        monkeypatch.setitem(sys.modules, "shop.tables", module)
+        with pytest.raises(ConfigurationError, match=r"`mainstay db upgrade --schema shop\.tables:TABLES`"):
+            await db.ensure_schema(schema)
+
+
+async def test_what_only_reads_changes_nothing(tmp_path):
+    """Neither a status nor a start with `migrate=False` makes a file, tables or newer tables."""
+    path = tmp_path / "x.db"
+    url = f"sqlite:///{path}"
+    old, new = shop(tmp_path / "one", FIRST), shop(tmp_path / "two", FIRST, SECOND)
+    assert await status(url, [SCHEMA, old]) == [("database", None, "0001"), ("shop", None, "0001")]
+    with pytest.raises(ConfigurationError, match="there is no database at"):
+        async with database(url, migrate=False):
+            pass
+    assert not path.exists()
+    await upgrade(url, [old])
+    before = path.read_bytes()
+    async with database(url, old, migrate=False) as db:
+        assert await db.read(sa.text("SELECT id FROM mainstay_shop_orders")) == []
+        with pytest.raises(ConfigurationError, match="is at revision 0001 of the schema shop"):
+            await db.ensure_schema(new)
+    assert path.read_bytes() == before
 
 
 def test_the_command(lasting, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mainstay.database import upgrade
-from mainstay.database.module import SCHEMA
+from mainstay.database.schema import SCHEMA
 from mainstay.events import consumer
 from mainstay.events import kafka as kafka_module
 from mainstay.events.tables import SCHEMA as EVENTS

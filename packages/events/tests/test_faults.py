@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer
 
 from mainstay.core import App, ConfigurationError
 from mainstay.database import Database, upgrade
-from mainstay.database.module import SCHEMA
+from mainstay.database.schema import SCHEMA
 from mainstay.events import EventConsumers, EventPublisher, EventRouter
 from mainstay.events.outbox import OutboxRelay
 from mainstay.events.tables import OUTBOX

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from mainstay.core import App
 from mainstay.database import DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA
+from mainstay.database.schema import SCHEMA
 from mainstay.workflow import RunParked, WorkflowModule, WorkflowRouter, WorkflowSettings
 from mainstay.workflow.tables import schema
 

@@ -15,7 +15,7 @@ import pytest
 
 from mainstay.core import App
 from mainstay.database import upgrade
-from mainstay.database.module import SCHEMA
+from mainstay.database.schema import SCHEMA
 from mainstay.workflow import RunStatus, WorkflowEngine
 from mainstay.workflow.tables import schema
 

@@ -159,7 +159,8 @@ class VirtualClock(Clock):
     async def advance(self, seconds: float) -> None:
         """Move the clock from timer to timer, and let everything that each one wakes come to rest before the next.
 
-        A timer within a millisecond of the end still runs, since moments are sums of floats: the clock stands there then.
+        A timer within a millisecond of the end still runs, since moments are sums of floats: the clock then
+        stands there.
 
         Raises:
             TimeoutError: real work goes on for more than half a minute of real time; says which.

@@ -52,6 +52,11 @@ class Address:
         """The URL without its password, and without the parameters, which may hold another."""
         return self.url.set(query={}).render_as_string(hide_password=True)
 
+    def missing(self) -> bool:
+        """Whether it is a SQLite file that does not exist yet; to connect would create it."""
+        place = self.url.database
+        return self.dialect == "sqlite" and "uri" not in self.url.query and not Path(cast("str", place)).exists()
+
     def remove(self) -> None:
         """Remove what was in memory only."""
         if self._directory is not None:

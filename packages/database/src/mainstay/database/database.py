@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from mainstay.core import Health
 from mainstay.database import _metrics
-from mainstay.database._engine import REFUSED
+from mainstay.database._engine import REFUSED, Address
 from mainstay.database._recorder import Recorder, Turn
 from mainstay.database._statements import Operation, Prepared, Statements
 from mainstay.database.errors import (
@@ -31,7 +31,7 @@ from mainstay.database.errors import (
 )
 from mainstay.database.fence import Fence
 from mainstay.database.lease import NAME_LENGTH, Keeper, Lease
-from mainstay.database.schema import Schema, require, upgrade_with
+from mainstay.database.schema import Schema, migrate, require
 
 T = TypeVar("T")
 Row = sa.Row[Any]
@@ -112,6 +112,7 @@ class Database:
 
     def __init__(
         self,
+        address: Address,
         engine: AsyncEngine,
         recorder: Recorder,
         keeper: Keeper,
@@ -119,7 +120,10 @@ class Database:
         *,
         turn: Turn | None,
         pooled: bool,
+        migrates: bool,
     ) -> None:
+        self._address = address
+        self._migrates = migrates
         self.dialect = cast("Literal['sqlite', 'postgresql']", engine.dialect.name)
         self.engine = engine
         self._recorder = recorder
@@ -389,18 +393,19 @@ class Database:
     async def ensure_schema(self, schema: Schema) -> None:
         """Bring SQLite to the newest revision of a package's tables; make sure that PostgreSQL is there.
 
+        With the setting `migrate` turned off, SQLite is only looked at too.
+
         Raises:
-            ConfigurationError: PostgreSQL is at another revision; names the command.
+            ConfigurationError: the tables are at another revision and are not migrated here; names the command.
         """
-        if self._turn is not None:
-            async with self.engine.connect() as connection:
-                if await connection.run_sync(schema.is_current):
-                    return
-            async with self._turn.mine():
-                await upgrade_with(self.engine, [schema])
-        else:
-            async with self.engine.connect() as connection:
+        async with self.engine.connect() as connection:
+            if self._turn is None or not self._migrates:
                 await require(connection, schema)
+                return
+            if await connection.run_sync(schema.is_current):
+                return
+        async with self._turn.mine():
+            await migrate(self._address, [schema])
 
     async def health(self) -> Health:
         """`degraded` when every connection is in use, `down` when the database does not answer."""

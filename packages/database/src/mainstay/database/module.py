@@ -21,7 +21,7 @@ from mainstay.database._statements import Statements
 from mainstay.database._virtual_time import DriverCalls
 from mainstay.database.database import Database, uninterrupted
 from mainstay.database.lease import Keeper
-from mainstay.database.schema import SCHEMA as SCHEMA  # noqa: PLC0414  others take it from here
+from mainstay.database.schema import SCHEMA
 from mainstay.database.settings import DatabaseSettings, parse_url
 
 _log = logging.getLogger("mainstay.database")
@@ -56,8 +56,12 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
     busy = settings.busy_timeout_seconds
     pooled = False
     if address.dialect == "sqlite":
+        if not settings.migrate and address.missing():
+            msg = f"there is no database at {address.shown}, and with migrate=False none is made"
+            raise ConfigurationError(msg)
         try:
-            await asyncio.to_thread(write_ahead, address, busy)
+            if settings.migrate:
+                await asyncio.to_thread(write_ahead, address, busy)
         except sqlite3.Error as error:
             raise unreachable(address, error) from error
     else:
@@ -84,7 +88,9 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         return None if idle else f"work on the database {address.shown}"
 
     try:
-        database = Database(engine, recorder, keeper, statements, turn=turn, pooled=pooled)
+        database = Database(
+            address, engine, recorder, keeper, statements, turn=turn, pooled=pooled, migrates=settings.migrate
+        )
         await database.ensure_schema(SCHEMA)
         with app.clock.held_by(under_way):
             yield database

@@ -1,23 +1,36 @@
-"""Tables of the packages: each with its own Alembic branch and version table, found by an entry point.
+"""Tables of packages and applications: each schema with its own Alembic branch and version table.
 
-SQLite migrates when the App starts. On PostgreSQL `mainstay-database upgrade` does it, under an account that may create
-tables, before the new version of the service is started.
+Installed packages are found by an entry point; an application names its own schema. SQLite migrates when the App
+starts. On PostgreSQL `mainstay db upgrade` does it, under an account that may create tables, before the new version of
+the service is started.
+
+Revision files say `from alembic import op`, and `op` is one global of the process that points to the migration under
+way. So migrations of one process take turns, each in a thread with connections of its own, whatever database they
+belong to.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
+from alembic import util
+from alembic.autogenerate import produce_migrations, render_python_code
+from alembic.autogenerate.api import AutogenContext
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -26,17 +39,49 @@ from mainstay.database._engine import SQLITE_ARGUMENTS, Address, begin_events, b
 from mainstay.database.lease import metadata
 from mainstay.database.settings import parse_url
 
+__all__ = [
+    "SCHEMA",
+    "Schema",
+    "SchemaStatus",
+    "downgrade",
+    "installed",
+    "revision",
+    "status",
+    "upgrade",
+]
+
+T = TypeVar("T")
+
+Steps = Callable[[ScriptDirectory, Any], list[Any]]  # from the current revision, or revisions
+
 _log = logging.getLogger("mainstay.database")
 
 _UPGRADE_LOCK = 7_261_153_904_017  # an arbitrary number, the same in every process
+_TEMPLATES = Path(__file__).parent / "templates"
+_in_turn = threading.Lock()
+
+
+class SchemaStatus(NamedTuple):
+    """The revision that a database is at, beside the newest one.
+
+    Attributes:
+        package: the name of the schema.
+        current: the revision of the tables in the database; None where there are none.
+        newest: the newest revision that this installation knows; None for a schema without revisions.
+    """
+
+    package: str
+    current: str | None
+    newest: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The tables of one package.
+    """The tables of one package or application.
 
     Attributes:
-        package: its name, such as `events`; the tables are named `mainstay_events_…`.
+        package: its name, such as `events`; the tables are named `mainstay_events_…`. An application takes its own
+            name, and names its tables as it likes.
         metadata: the tables as the code uses them.
         migrations: the folder with the Alembic revision files that lead there.
     """
@@ -51,18 +96,25 @@ class Schema:
         return f"mainstay_{self.package}_version"
 
     def head(self) -> str | None:
-        """The newest revision."""
-        return self._script().get_current_head()
+        """The newest revision; None where there is none yet.
+
+        Raises:
+            ConfigurationError: two revisions follow the same one.
+        """
+        return _head(self, self._script())
 
     def _script(self) -> ScriptDirectory:
-        return ScriptDirectory(str(self.migrations), version_locations=[str(self.migrations)])
+        return ScriptDirectory(
+            str(_TEMPLATES), version_locations=[str(self.migrations)], messaging_opts={"quiet": True}
+        )
 
     def current(self, connection: sa.Connection) -> str | None:
         """The revision the database is at; None where there is none yet."""
         if not sa.inspect(connection).has_table(self.version_table):
             return None
-        context = MigrationContext.configure(connection, opts={"version_table": self.version_table})
-        return context.get_current_revision()
+        # Asked without Alembic, which logs two lines for each context that it makes.
+        version = sa.table(self.version_table, sa.column("version_num", sa.String))
+        return connection.execute(sa.select(version.c.version_num)).scalar()
 
     def is_current(self, connection: sa.Connection) -> bool:
         """Whether the database is at the newest revision, or at one that only a newer installation knows.
@@ -72,50 +124,33 @@ class Schema:
         """
         current = self.current(connection)
         script = self._script()
-        if current == script.get_current_head():
+        if current == _head(self, script):
             return True
         if current is None or current in {known.revision for known in script.walk_revisions()}:
             return False
-        _log.warning(
-            "the tables of mainstay-%s are at revision %s, newer than this installation", self.package, current
-        )
+        _log.warning("the tables of %s are at revision %s, newer than this installation", self.package, current)
         return True
-
-    def upgrade(self, connection: sa.Connection) -> None:
-        """Bring the database to the newest revision, in the transaction that the connection is in."""
-        if self.is_current(connection):
-            return
-        script = self._script()
-        context = MigrationContext.configure(
-            connection,
-            opts={"version_table": self.version_table, "fn": _steps(script), "transactional_ddl": True},
-        )
-        with Operations.context(context):
-            context.run_migrations()
 
     def sql(self, dialect: str) -> str:
         """The statements of a first installation."""
         buffer = io.StringIO()
+        script = self._script()
         context = MigrationContext.configure(
             dialect_name=dialect,
             opts={
                 "as_sql": True,
                 "output_buffer": buffer,
                 "version_table": self.version_table,
-                "fn": _steps(self._script()),
+                "fn": _steps(script, _to_newest),
                 "literal_binds": True,
             },
         )
-        with Operations.context(context), context.begin_transaction():
+        with _in_turn, Operations.context(context), context.begin_transaction():
             context.run_migrations()
         return buffer.getvalue()
 
 
 SCHEMA = Schema("database", metadata, Path(__file__).parent / "migrations")
-
-
-def _steps(script: ScriptDirectory) -> Callable[[Any, MigrationContext], Any]:
-    return lambda revision, _context: script._upgrade_revs("head", revision)
 
 
 def installed() -> list[Schema]:
@@ -129,52 +164,124 @@ async def upgrade(url: str, schemas: Sequence[Schema]) -> None:
 
     Any number of processes may do so at once: they take turns, and the later ones find nothing left to do.
 
-    Raises:
-        ValueError: the URL is of no supported database.
-        ConfigurationError: the database cannot be reached.
-    """
-    engine = await _engine(url)
-    try:
-        await upgrade_with(engine, [SCHEMA, *(schema for schema in schemas if schema is not SCHEMA)])
-    finally:
-        await engine.dispose()
-
-
-async def status(url: str, schemas: Sequence[Schema]) -> list[tuple[str, str | None, str | None]]:
-    """For each schema its package, the revision the database is at, and the newest one.
+    Args:
+        url: the database.
+        schemas: whose tables, in this order.
 
     Raises:
         ValueError: the URL is of no supported database.
-        ConfigurationError: the database cannot be reached.
+        ConfigurationError: the database cannot be reached, or a schema has two newest revisions.
+        sqlalchemy.exc.DBAPIError: the database refused a statement of a migration.
     """
-    engine = await _engine(url)
-    try:
-        async with engine.connect() as connection:
-            return [(schema.package, await connection.run_sync(schema.current), schema.head()) for schema in schemas]
-    finally:
-        await engine.dispose()
+    await migrate(Address(parse_url(url)), [SCHEMA, *(schema for schema in schemas if schema is not SCHEMA)])
 
 
-async def _engine(url: str) -> AsyncEngine:
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        engine = create_async_engine(parsed, poolclass=NullPool, connect_args={"timeout": 30} | SQLITE_ARGUMENTS)
-        begin_events(engine)
-        return engine
-    pooled = await behind_pooler(Address(parsed))
-    return create_async_engine(
-        parsed, poolclass=NullPool, hide_parameters=True, connect_args=pooler_arguments() if pooled else {}
-    )
+async def migrate(address: Address, schemas: Sequence[Schema]) -> None:
+    """Bring the database at `address` to the newest revision of `schemas`; raises what `upgrade` does."""
 
-
-async def upgrade_with(engine: AsyncEngine, schemas: Sequence[Schema]) -> None:
-    """The same on an engine of this package's making."""
-    async with engine.execution_options(mainstay_begin="BEGIN IMMEDIATE").begin() as connection:
-        if engine.dialect.name == "postgresql":
-            # Held until the commit, so it works behind a transaction pooler.
-            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
+    def work(connection: sa.Connection) -> None:
         for schema in schemas:
-            await connection.run_sync(schema.upgrade)
+            if not schema.is_current(connection):
+                _run(schema, connection, _to_newest)
+
+    await _changing(address, work)
+
+
+async def downgrade(url: str, schema: Schema, target: str) -> None:
+    """Take the tables of one schema back to an older revision, in one transaction.
+
+    Args:
+        url: the database.
+        schema: whose tables.
+        target: the revision to go back to, `-1` for the one before the current one, `base` for no tables at all.
+
+    Raises:
+        ValueError: the URL is of no supported database.
+        ConfigurationError: the database cannot be reached, has no tables of the schema, or `target` is no revision
+            before the current one.
+        sqlalchemy.exc.DBAPIError: the database refused a statement of a migration.
+    """
+
+    def work(connection: sa.Connection) -> None:
+        if schema.current(connection) is None:
+            msg = f"the database has no tables of the schema {schema.package}: there is nothing to take back"
+            raise ConfigurationError(msg)
+        try:
+            _run(schema, connection, lambda script, current: script._downgrade_revs(target, current))
+        except CommandError as error:
+            msg = f"the schema {schema.package} cannot be taken back to revision {target!r}: {error}"
+            raise ConfigurationError(msg) from error
+
+    await _changing(Address(parse_url(url)), work)
+
+
+async def revision(url: str, schema: Schema, message: str, *, autogenerate: bool = True) -> Path:
+    """Write a new revision file into the schema's folder, and return its path.
+
+    With `autogenerate` it holds what the database at `url` lacks of the schema's metadata, to be read and corrected
+    before it is used: Alembic sees neither renames nor data, and a table that left the metadata is not dropped, since
+    the database holds tables of others too.
+
+    Args:
+        url: the database to compare with; its tables are not changed.
+        schema: whose tables.
+        message: what the revision does, in a few words; part of the file's name.
+        autogenerate: compare; otherwise both functions of the file are empty.
+
+    Raises:
+        ValueError: the URL is of no supported database.
+        ConfigurationError: the database cannot be reached, or is not at the schema's newest revision.
+    """
+    address = Address(parse_url(url))
+
+    def work(connection: sa.Connection) -> tuple[str, str]:
+        current, newest = schema.current(connection), schema.head()
+        if current != newest:
+            msg = f"{_state(schema, current, newest)}: run `{upgrade_command(schema)}` before a revision is compared"
+            raise ConfigurationError(msg)
+        context = MigrationContext.configure(connection, opts=comparison(schema))
+        script = produce_migrations(context, schema.metadata)
+        return _code(script.upgrade_ops, context), _code(script.downgrade_ops, context)
+
+    up, down = await _changing(address, work) if autogenerate else ("pass", "pass")
+    imports = [
+        f"from sqlalchemy.dialects import {name}" for name in ("postgresql", "sqlite") if f"{name}." in up + down
+    ]
+    with _in_turn:  # Alembic reads the file that it has written, and with it `op`
+        written = schema._script().generate_revision(
+            util.rev_id(), message, upgrades=up, downgrades=down, imports="\n".join(imports)
+        )
+    return Path(cast("Any", written).path)
+
+
+def _code(operations: Any, context: MigrationContext) -> str:
+    code = render_python_code(operations, render_as_batch=True, render_item=_render, migration_context=context)
+    # Alembic leaves out the prefix where JSONB is a variant of another type.
+    return code.replace("(astext_type=Text())", "(astext_type=sa.Text())")
+
+
+async def status(url: str, schemas: Sequence[Schema]) -> list[SchemaStatus]:
+    """Say for each schema which revision the database is at. Changes nothing, and creates no SQLite file.
+
+    Raises:
+        ValueError: the URL is of no supported database.
+        ConfigurationError: the database cannot be reached, or a schema has two newest revisions.
+    """
+    address = Address(parse_url(url))
+    try:
+        if address.missing():
+            return [SchemaStatus(schema.package, None, schema.head()) for schema in schemas]
+        engine = await _engine(address)
+        try:
+            async with engine.connect() as connection:
+                return [
+                    SchemaStatus(schema.package, await connection.run_sync(schema.current), schema.head())
+                    for schema in schemas
+                ]
+        finally:
+            await engine.dispose()
+    finally:
+        address.remove()
 
 
 async def require(connection: AsyncConnection, schema: Schema) -> None:
@@ -186,10 +293,123 @@ async def require(connection: AsyncConnection, schema: Schema) -> None:
     if await connection.run_sync(schema.is_current):
         return
     current = await connection.run_sync(schema.current)
-    head = schema.head()
-    state = "has no tables" if current is None else f"is at revision {current}"
-    msg = (
-        f"the database {state} for mainstay-{schema.package}, whose newest revision is {head}: "
-        "run `mainstay-database upgrade` before the service starts"
-    )
+    msg = f"{_state(schema, current, schema.head())}: run `{upgrade_command(schema)}` before the service starts"
     raise ConfigurationError(msg)
+
+
+def upgrade_command(schema: Schema) -> str:
+    """The command that upgrades this schema: an application that is not installed names its schema by module."""
+    if schema in installed():
+        return "mainstay db upgrade"
+    places = (
+        f"{name}:{attribute}"
+        for name, module in sorted(sys.modules.items())
+        if name != "__main__"
+        for attribute, value in vars(module).items()
+        if value is schema
+    )
+    return f"mainstay db upgrade --schema {next(places, 'module:SCHEMA')}"
+
+
+def comparison(schema: Schema) -> dict[str, Any]:
+    """Alembic's options for comparing a database with the schema's own tables only."""
+
+    def ours(_object: object, name: str | None, kind: str, _reflected: bool, _to: object) -> bool:  # noqa: FBT001  Alembic calls it so
+        return kind != "table" or name in schema.metadata.tables
+
+    return {
+        "compare_type": True,
+        "compare_server_default": False,
+        "include_object": ours,
+    }
+
+
+def _render(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
+    # A revision file says what the database gets, which must not change when a type of ours does.
+    if kind == "type" and isinstance(item, sa.types.TypeDecorator):
+        implementation = item.impl_instance
+        if type(implementation).__module__.startswith("sqlalchemy."):
+            return f"sa.{implementation!r}"
+    return False
+
+
+def _state(schema: Schema, current: str | None, newest: str | None) -> str:
+    state = "has no tables" if current is None else f"is at revision {current}"
+    return f"the database {state} of the schema {schema.package}, whose newest revision is {newest}"
+
+
+def _head(schema: Schema, script: ScriptDirectory) -> str | None:
+    try:
+        return script.get_current_head()
+    except CommandError as error:
+        heads = ", ".join(sorted(script.get_heads()))
+        msg = (
+            f"the schema {schema.package} has several newest revisions ({heads}), probably of two branches that were "
+            f"merged: let one of them follow the other (`down_revision`) in {schema.migrations}"
+        )
+        raise ConfigurationError(msg) from error
+
+
+def _to_newest(script: ScriptDirectory, current: Any) -> list[Any]:
+    return cast("list[Any]", script._upgrade_revs("head", current))
+
+
+def _steps(script: ScriptDirectory, steps: Steps) -> Callable[[Any, MigrationContext], list[Any]]:
+    return lambda current, _context: steps(script, current)
+
+
+def _run(schema: Schema, connection: sa.Connection, steps: Steps) -> None:
+    script = schema._script()
+    context = MigrationContext.configure(
+        connection,
+        opts={
+            "version_table": schema.version_table,
+            "fn": _steps(script, steps),
+            "transactional_ddl": True,
+        },
+    )
+    with Operations.context(context):
+        context.run_migrations()
+
+
+async def _changing(address: Address, work: Callable[[sa.Connection], T]) -> T:
+    """Do the work in one transaction that no other migration of this database shares, in this or another process."""
+
+    async def transaction() -> T:
+        engine = await _engine(address)
+        try:
+            async with engine.execution_options(mainstay_begin="BEGIN IMMEDIATE").begin() as connection:
+                if address.dialect == "postgresql":
+                    # Held until the commit, so it works behind a transaction pooler.
+                    await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
+                return await connection.run_sync(work)
+        finally:
+            await engine.dispose()
+
+    return await asyncio.to_thread(_by_turns, transaction)
+
+
+def _by_turns(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    with _in_turn:
+        return asyncio.run(work())
+
+
+async def _engine(address: Address) -> AsyncEngine:
+    """An engine for migrations, without the foreign keys of SQLite: to rebuild a table there is to drop it first."""
+    if address.dialect == "sqlite":
+        engine = create_async_engine(
+            address.url, poolclass=NullPool, connect_args={"timeout": 30} | SQLITE_ARGUMENTS, hide_parameters=True
+        )
+
+        def connect(connection: Any, _record: object) -> None:
+            cursor = connection.cursor()
+            cursor.execute(f"PRAGMA synchronous={address.synchronous}")
+            cursor.close()
+
+        event.listen(engine.sync_engine, "connect", connect)
+        begin_events(engine)
+        return engine
+    pooled = await behind_pooler(address)
+    return create_async_engine(
+        address.url, poolclass=NullPool, hide_parameters=True, connect_args=pooler_arguments() if pooled else {}
+    )

@@ -24,6 +24,8 @@ class DatabaseSettings(Settings):
             in groups. Writes of one route always take the same one.
         busy_timeout_seconds: how long a write waits for SQLite's one writer, for a lock, or for a server that is being
             restarted, before it fails.
+        migrate: whether a start brings the tables in SQLite up to date. Without it a start on old tables is refused, as
+            on PostgreSQL, and no file is made: so it is for commands that only read.
     """
 
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_DATABASE_")
@@ -33,6 +35,7 @@ class DatabaseSettings(Settings):
     pool_timeout_seconds: float = Field(default=5.0, gt=0)
     recorder_connections: int = Field(default=1, ge=1, le=16)
     busy_timeout_seconds: float = Field(default=10.0, gt=0)
+    migrate: bool = True
 
     @field_validator("url")
     @classmethod

@@ -14,8 +14,10 @@ from pydantic import SecretStr
 from mainstay.core import SYSTEM_CLOCK, App, Clock
 from mainstay.database.database import Database
 from mainstay.database.module import DatabaseModule
-from mainstay.database.schema import Schema, upgrade
+from mainstay.database.schema import Schema, comparison, upgrade
 from mainstay.database.settings import DatabaseSettings
+
+__all__ = ["database", "schema_differences"]
 
 
 @asynccontextmanager
@@ -44,12 +46,7 @@ async def schema_differences(database: Database, schema: Schema) -> Sequence[obj
     """What the migrations of a package fail to make of its metadata, in Alembic's words; empty when they agree."""
 
     def compare(connection: sa.Connection) -> Sequence[object]:
-        def ours(_object: object, name: str | None, kind: str, _reflected: bool, _to: object) -> bool:  # noqa: FBT001  Alembic calls it so
-            return kind != "table" or name in schema.metadata.tables
-
-        context = MigrationContext.configure(
-            connection, opts={"compare_type": True, "compare_server_default": False, "include_object": ours}
-        )
+        context = MigrationContext.configure(connection, opts=comparison(schema))
         return list(compare_metadata(context, schema.metadata))
 
     async with database.engine.connect() as connection:

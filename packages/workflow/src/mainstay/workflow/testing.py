@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, spawn
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.module import SCHEMA
+from mainstay.database.schema import SCHEMA
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.router import WorkflowRouter
