@@ -66,6 +66,14 @@ async def hold(url: str, name: str, seconds: float) -> None:
                 say(held, "written")
 
 
+async def stay(url: str, seconds: float) -> None:
+    """Change a row in a unit of work, say so, and never come to its end; the server may end it after that time."""
+    async with database(url, idle_transaction_seconds=seconds) as db, db.transaction():
+        await db.write(sa.update(notes).where(notes.c.id == sa.bindparam("which")).values(text="held"), {"which": 1})
+        say("holding")
+        await asyncio.Event().wait()
+
+
 async def start(url: str, at: float) -> None:
     """Start an App at the given moment and write a row."""
     from pydantic import SecretStr
@@ -81,4 +89,4 @@ if __name__ == "__main__":
     role, url, *rest = sys.argv[1:]
     numbers = [float(word) if "." in word else int(word) if word.isdigit() else word for word in rest]
     sys.path.insert(0, str(Path(__file__).parent))
-    asyncio.run({"write": write, "units": units, "hold": hold, "start": start}[role](url, *numbers))  # type: ignore[operator]  # roles differ in their arguments
+    asyncio.run({"write": write, "units": units, "hold": hold, "stay": stay, "start": start}[role](url, *numbers))  # type: ignore[operator]  # roles differ in their arguments

@@ -368,7 +368,7 @@ async def test_a_start_without_a_database(tmp_path):
     for url in (
         "postgresql://me:hunter2@127.0.0.1:1/db?password=hunter2",
         f"sqlite:///{tmp_path}/no/such/folder/x.db",
-        "postgresql://me:hunter2@127.0.0.1:1/db?sslmode=require&nonsense=hunter2",
+        "postgresql://me:hunter2@127.0.0.1:1/db?sslmode=require&application_name=hunter2",
     ):
         with pytest.raises(ConfigurationError) as caught:
             async with App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url)))):

@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from mainstay.database import Conflict, UnitOfWorkError
+from mainstay.database import Conflict, DatabaseError, UnitOfWorkError
 
 _LATE = sa.insert(sa.table("late", sa.column("id", sa.Integer), sa.column("other", sa.Integer)))
 
@@ -36,7 +36,7 @@ async def test_a_caught_refusal_is_not_taken_for_a_commit(db, tables, count):
     with pytest.raises(UnitOfWorkError, match="begin_nested"):
         async with db.transaction() as session:
             await session.execute(tables.add, {"id": 2, "text": "x"})
-            with pytest.raises(sa.exc.DBAPIError):
+            with pytest.raises(DatabaseError):
                 await session.execute(sa.text("SELECT nothing FROM nowhere"))
     assert (await count(db), told) == (1, [])
 

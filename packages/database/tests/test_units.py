@@ -352,7 +352,7 @@ async def test_prototype_3_a_fenced_unit_stalls_nobody_but_a_takeover(postgres, 
             assert await count(db) == 100
             async with db.engine.connect() as connection:
                 await connection.execute(sa.text("SET LOCAL lock_timeout = '100ms'"))
-                with pytest.raises(sa.exc.DBAPIError, match="lock timeout"):
+                with pytest.raises(DatabaseBusy, match="lock timeout"):
                     await connection.execute(take_over)
         async with db.transaction() as session:
             await session.execute(take_over)
@@ -473,7 +473,7 @@ async def test_callbacks_share_the_fate_of_their_savepoint(db, tables, count):
             inner = await session.begin_nested()
             await note(5)
             await inner.rollback()
-        with pytest.raises(sa.exc.IntegrityError):
+        with pytest.raises(Conflict):
             async with session.begin_nested():
                 await note(6)
                 session.add(_Note(id=1, text="there is one already"))

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from mainstay.core import App, Clock, Drain, Effect, bind_journal, derived_id
 from mainstay.core.testing import VirtualClock
-from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings
+from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, WrongEventLoop
 from mainstay.events import DeadLetters, Event, EventPublisher, EventRouter, EventsModule, EventsSettings, PublishError
 from mainstay.events.metadata import ID, Outgoing
 from mainstay.events.outbox import LANES, Outbox, OutboxRelay, Wave, lane_of
@@ -448,3 +448,13 @@ async def test_trap_10_a_relay_that_lost_its_lane_deletes_nothing(database_url: 
         await taken.release()
         for other in list(relay._leases):
             await relay._drop(other)
+
+
+async def test_publishing_from_another_loop_is_refused_at_once(database_url: str) -> None:
+    """A thread with an event loop of its own gets an error that names the remedy, and nothing hangs."""
+    async with service(database_url) as app:
+        publisher = app.get(EventPublisher)
+        with pytest.raises(WrongEventLoop, match="run_coroutine_threadsafe"):
+            await asyncio.to_thread(lambda: asyncio.run(publisher.publish(Note(name="a", number=1))))
+        await publisher.publish(Note(name="a", number=2))
+        assert await logged(app) == [b'{"name":"a","number":2}']

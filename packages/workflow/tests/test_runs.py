@@ -20,7 +20,7 @@ from mainstay.core import (
     once,
     timeout,
 )
-from mainstay.database import Database
+from mainstay.database import Database, WrongEventLoop
 from mainstay.workflow import (
     Done,
     RunConflict,
@@ -107,6 +107,15 @@ async def test_a_run_goes_through_its_steps_in_order(url):
         assert await run.status() is RunStatus.COMPLETED
         assert await shop.buy.handle("one").result(WAIT) == 4
     assert shop.log == ["hold", "charge", "ship"]
+
+
+async def test_starting_from_another_loop_is_refused_at_once(url):
+    """A thread with an event loop of its own gets an error that names the remedy, and nothing hangs."""
+    shop = Shop()
+    async with workflows(shop.flows, url=url):
+        with pytest.raises(WrongEventLoop, match="run_coroutine_threadsafe"):
+            await asyncio.to_thread(lambda: asyncio.run(shop.buy.start(1, id="one")))
+        assert await (await shop.buy.start(1, id="one")).result(WAIT) == 4
 
 
 async def test_starting_again_is_the_same_run(url):

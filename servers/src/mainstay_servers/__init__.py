@@ -1,5 +1,6 @@
 """Real Kafka, PostgreSQL and Redis on 127.0.0.1, for tests, benchmarks and demos of this repository."""
 
+from mainstay_servers.failover import Forwarder, Pair, Standby
 from mainstay_servers.install import MissingServer
 from mainstay_servers.kafka import Kafka
 from mainstay_servers.postgres import Databases, PgBouncer, Postgres, fresh_database
@@ -8,13 +9,16 @@ from mainstay_servers.redis import Redis, flush
 
 __all__ = [
     "Databases",
+    "Forwarder",
     "Kafka",
     "MissingServer",
+    "Pair",
     "PgBouncer",
     "Postgres",
     "Redis",
     "Server",
     "ServerError",
+    "Standby",
     "flush",
     "fresh_database",
 ]

@@ -20,7 +20,7 @@ from mainstay_servers.install import find
 from mainstay_servers.process import Server
 
 
-def _look(program: str) -> str | None:
+def look_for(program: str) -> str | None:
     """Find a PostgreSQL program: Debian keeps them apart from PATH, one directory a version; the newest wins."""
     versions = sorted(
         Path("/usr/lib/postgresql").glob(f"*/bin/{program}"), key=lambda path: float(path.parts[-3]), reverse=True
@@ -46,25 +46,29 @@ class Postgres(Server):
 
     def prepare(self) -> None:
         """Create the cluster."""
-        find("postgres", _look)
-        self._account = _account()
+        self.run_as_postgres()
         initdb = ["--auth=trust", "--no-sync", "--username=postgres", "--encoding=UTF8", "--locale=C"]
-        self.run_once(find("initdb", _look), *initdb, "-D", str(self.directory / "data"))
+        self.run_once(find("initdb", look_for), *initdb, "-D", str(self.directory / "data"))
+
+    def run_as_postgres(self) -> None:
+        """Find the programs and the account to run them as."""
+        find("postgres", look_for)
+        self._account = _account()
 
     def command(self) -> Sequence[str]:
         """Return the command of the server. fsync stays on: durability and speed are what is tested."""
         directory = str(self.directory)
         settings = ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=300"]
         return [
-            *(find("postgres", _look), "-D", f"{directory}/data", "-p", str(self.port), "-k", directory),
+            *(find("postgres", look_for), "-D", f"{directory}/data", "-p", str(self.port), "-k", directory),
             *settings,
         ]
 
     def ready(self) -> bool:
-        """Say whether recovery is over: the server writes so into its pid file, below its process id."""
+        """Say whether it can be read, as a primary or a standby: the pid file says so, below the process id."""
         with contextlib.suppress(OSError, IndexError):
             lines = (self.directory / "data" / "postmaster.pid").read_text().splitlines()
-            return int(lines[0]) == self.pid and lines[7].strip() == "ready"
+            return int(lines[0]) == self.pid and lines[7].strip() in {"ready", "standby"}
         return False
 
 
@@ -140,6 +144,11 @@ BEGIN
     GRANT USAGE ON SCHEMA public TO PUBLIC;
 END $$
 """
+
+
+def execute_at(url: str, statement: str) -> None:
+    """Run one statement at an SQLAlchemy URL, outside of any transaction."""
+    _elsewhere(_execute(urlunsplit(urlsplit(url)._replace(scheme="postgresql")), statement))
 
 
 class Databases:

@@ -10,6 +10,7 @@ from mainstay.database.errors import (
     DatabaseUnavailable,
     FenceLost,
     UnitOfWorkError,
+    WrongEventLoop,
 )
 from mainstay.database.fence import Fence, FenceOn
 from mainstay.database.lease import Lease
@@ -32,6 +33,7 @@ __all__ = [
     "Lease",
     "Schema",
     "UnitOfWorkError",
+    "WrongEventLoop",
     "database_now",
     "upgrade",
 ]

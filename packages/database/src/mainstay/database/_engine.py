@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import tempfile
 import time
 import uuid
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +24,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolResetState
 
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError
+from mainstay.database._translation import DRIVER_ERRORS, connection_is_gone, driver_error, translate
 from mainstay.database._virtual_time import DriverCalls, follow_clock
+from mainstay.database.errors import DatabaseError, WrongEventLoop
 from mainstay.database.settings import DatabaseSettings, variable_of_url
 
-SQLITE_ARGUMENTS = {"isolation_level": None}  # the driver begins no transaction by itself
+SQLITE_ARGUMENTS: dict[str, Any] = {"isolation_level": None}  # the driver begins no transaction by itself
+_NOT_SENT = frozenset({"ssl", "connect_timeout", "channel_binding"})  # what is ours, or what asyncpg does not know
 CONNECT_SECONDS = 10.0  # how long making a connection may take; it is no write that somebody waits for
 
 
@@ -46,6 +51,25 @@ class Address:
             self.synchronous = "OFF"
             url = url.set(database=str(Path(self._directory) / "memory.db"))
         self.url = url
+
+    @property
+    def dsn(self) -> str:
+        """The address as asyncpg reads it, which knows libpq's parameters. Secret: the password is in it."""
+        query: dict[str, Any] = {key: value for key, value in self.url.query.items() if key not in _NOT_SENT}
+        if "ssl" in self.url.query:
+            query["sslmode"] = self.url.query["ssl"]
+        query.setdefault("target_session_attrs", "read-write")
+        return self.url.set(drivername="postgresql", query=query).render_as_string(hide_password=False)
+
+    @property
+    def connect_seconds(self) -> float | None:
+        """The URL's `connect_timeout`; None where it has none, or 0."""
+        return float(cast("str", self.url.query.get("connect_timeout", 0))) or None
+
+    @property
+    def must_write(self) -> bool:
+        """Whether a server that only reads is of no use: so it is unless the URL asks for one."""
+        return self.url.query.get("target_session_attrs", "read-write") in {"read-write", "primary"}
 
     @property
     def shown(self) -> str:
@@ -114,22 +138,108 @@ def write_ahead(address: Address, seconds: float) -> None:
             return
 
 
-async def postgres_connection(address: Address, *, pooled: bool, timeout_seconds: float) -> asyncpg.Connection:
-    """A connection of this package's own, by the arguments with which SQLAlchemy would make it.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long the server lets a connection of this package hold what others wait for.
 
-    With `pooled` it keeps no prepared statements: a pooler would send them to servers that do not know them.
+    A process that froze, or whose host vanished, cannot give up its locks; only the server can take them.
+
+    Attributes:
+        idle_seconds: how long a transaction may do nothing before the server ends it, and its connection.
+        lock_seconds: how long a statement waits for a lock.
+        answer_seconds: how long the client waits for the answer to a statement before it takes the server for gone.
+    """
+
+    idle_seconds: float
+    lock_seconds: float
+    answer_seconds: float
+
+    def settings(self) -> dict[str, str]:
+        """The server's settings, in its own terms."""
+        idle, lock = _milliseconds(self.idle_seconds), _milliseconds(self.lock_seconds)
+        return {"idle_in_transaction_session_timeout": idle, "lock_timeout": lock}
+
+    def of_connection(self) -> dict[str, str]:
+        """The settings of a whole connection: its server also asks whether a silent client is still there."""
+        seconds = max(1, round(self.idle_seconds / 4))
+        return self.settings() | {
+            "tcp_user_timeout": _milliseconds(self.idle_seconds),
+            "tcp_keepalives_idle": str(2 * seconds),
+            "tcp_keepalives_interval": str(seconds),
+            "tcp_keepalives_count": "2",
+        }
+
+    def within_transaction(self, begin: str) -> str:
+        """A BEGIN that sets them for its transaction only, in the same message."""
+        head, _, rest = begin.partition(";")
+        local = "; ".join(f"SET LOCAL {name} = {value}" for name, value in self.settings().items())
+        return f"{head}; {local};{rest}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(max(1, round(seconds * 1000)))
+
+
+def bounds(settings: DatabaseSettings) -> Bounds:
+    """The bounds that the settings ask for."""
+    return Bounds(settings.idle_transaction_seconds, settings.busy_timeout_seconds, settings.statement_timeout_seconds)
+
+
+def _pooled_connection(limits: Bounds) -> type[asyncpg.Connection]:
+    class PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ships no types
+        """A connection whose transactions carry their bounds: behind a pooler nothing else of a session lasts."""
+
+        async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+            if query.startswith("BEGIN"):
+                query = limits.within_transaction(query)
+            return str(await super().execute(query, *args, timeout=timeout))
+
+    return PooledConnection
+
+
+async def postgres_connection(
+    address: Address, *, pooled: bool, timeout_seconds: float, limits: Bounds | None = None
+) -> asyncpg.Connection:
+    """Connect to a server that can write, or to any that the URL's `target_session_attrs` asks for.
+
+    Args:
+        address: where the database is.
+        pooled: a pooler stands before it: keep no prepared statements, which a pooler would send to servers that do
+            not know them, and no settings of a session.
+        timeout_seconds: how long it may take, where the URL has no `connect_timeout`.
+        limits: what bounds its transactions; None for connections that migrate, or look once.
 
     Raises:
-        OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: it cannot be made.
-        TypeError, ValueError: the URL has parameters that asyncpg does not know.
+        OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError: it cannot
+            be made.
     """
-    _, arguments = address.url.get_dialect()().create_connect_args(address.url)
-    mine: dict[str, Any] = {key: value for key, value in arguments.items() if not key.startswith("prepared_")}
-    mine["timeout"] = timeout_seconds
+    mine: dict[str, Any] = {"dsn": address.dsn, "timeout": address.connect_seconds or timeout_seconds}
     if pooled:
         mine["statement_cache_size"] = 0
+    if limits is not None:
+        mine["command_timeout"] = limits.answer_seconds
+        if pooled:
+            mine["connection_class"] = _pooled_connection(limits)
+        else:
+            mine["server_settings"] = limits.of_connection()
     connection: asyncpg.Connection = await cast("Any", asyncpg).connect(**mine)
     return connection
+
+
+def connects(address: Address, *, pooled: bool, limits: Bounds | None = None) -> dict[str, Any]:
+    """SQLAlchemy's `connect_args` that let it connect as `postgres_connection` does."""
+
+    async def connect(**_arguments: object) -> asyncpg.Connection:
+        return await postgres_connection(address, pooled=pooled, timeout_seconds=CONNECT_SECONDS, limits=limits)
+
+    arguments: dict[str, Any] = {"async_creator_fn": connect}
+    if pooled:
+        # Nothing relies on a statement that another server connection has prepared.
+        arguments |= {
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": lambda: f"mainstay_{uuid.uuid4().hex}",
+        }
+    return arguments
 
 
 async def behind_pooler(address: Address) -> bool:
@@ -148,8 +258,7 @@ async def behind_pooler(address: Address) -> bool:
                 return bool(row[0] != connection.get_server_pid())
             finally:
                 connection.terminate()
-    except (OSError, TimeoutError, TypeError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        # TypeError and ValueError: parameters of the URL that asyncpg does not know.
+    except (*DRIVER_ERRORS, ValueError) as error:
         raise unreachable(address, error) from error
 
 
@@ -162,15 +271,6 @@ def unreachable(address: Address, error: BaseException) -> ConfigurationError:
     return ConfigurationError(msg)
 
 
-def pooler_arguments() -> dict[str, Any]:
-    """What keeps SQLAlchemy and asyncpg from relying on a statement that another server connection has prepared."""
-    return {
-        "statement_cache_size": 0,
-        "prepared_statement_cache_size": 0,
-        "prepared_statement_name_func": lambda: f"mainstay_{uuid.uuid4().hex}",
-    }
-
-
 def make_engine(
     address: Address, settings: DatabaseSettings, *, pooled: bool, clock: Clock = SYSTEM_CLOCK, calls: DriverCalls
 ) -> AsyncEngine:
@@ -178,13 +278,12 @@ def make_engine(
 
     A virtual clock is the time of SQLite's sessions, and their calls of the driver are counted.
     """
-    # SQLite waits for locks so long, asyncpg for the connection.
     sqlite = address.dialect == "sqlite"
-    arguments: dict[str, Any] = {"timeout": settings.busy_timeout_seconds if sqlite else CONNECT_SECONDS}
-    if sqlite:
-        arguments |= SQLITE_ARGUMENTS
-    if pooled:
-        arguments |= pooler_arguments()
+    arguments = (
+        SQLITE_ARGUMENTS | {"timeout": settings.busy_timeout_seconds}
+        if sqlite
+        else connects(address, pooled=pooled, limits=bounds(settings))
+    )
     engine = create_async_engine(
         address.url,
         # Whoever closes a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
@@ -196,23 +295,68 @@ def make_engine(
         connect_args=arguments,
         hide_parameters=True,
     )
-    event.listen(engine.sync_engine, "handle_error", _note_refusal)
+    event.listen(engine.sync_engine, "handle_error", _translate)
     event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)
     if sqlite:
         _prepare_sqlite(engine, address.synchronous, clock, calls)
     else:
         event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    home = Home()
+
+    def check_home(_connection: object, _record: object, _proxy: object) -> None:
+        home.check()
+
+    event.listen(engine.sync_engine, "checkout", check_home)
     return engine
+
+
+class Home:
+    """The event loop and the process in which a database was started, the only ones that may use it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+
+    def check(self) -> None:
+        """Make sure that the caller is there.
+
+        Raises:
+            WrongEventLoop: it is not; the message names the remedy.
+        """
+        if self.forked():
+            msg = (
+                "this database was started before the process was forked, and its connections belong to the parent: "
+                "start the App in the child, or start the child by `spawn` or `forkserver`"
+            )
+            raise WrongEventLoop(msg)
+        if asyncio._get_running_loop() is not self._loop:
+            msg = (
+                "this database was started on another event loop: start the App on the loop that uses it (in pytest, "
+                "fixtures and tests on one loop), or hand the work to its loop with asyncio.run_coroutine_threadsafe"
+            )
+            raise WrongEventLoop(msg)
+
+    def forked(self) -> bool:
+        """Whether this process is a child, forked from the one in which the database was started."""
+        return os.getpid() != self._process
 
 
 REFUSED = "mainstay_refused"
 """In a connection's `info`: the name of the error of a statement that nobody has rolled back to a savepoint since."""
 
 
-def _note_refusal(context: ExceptionContext) -> None:
+def _translate(context: ExceptionContext) -> DatabaseError | None:
+    """Make every statement of every session raise what `db.write` raises, and drop connections of no further use."""
+    error = driver_error(context.original_exception)
+    if connection_is_gone(error):
+        context.is_disconnect = True  # then the pool makes all its connections anew
     connection = context.connection
     if connection is not None and not context.is_disconnect and not connection.closed:
-        connection.info[REFUSED] = type(context.original_exception).__name__
+        connection.info[REFUSED] = type(error).__name__
+    if isinstance(error, (sqlite3.Error, *DRIVER_ERRORS)) or isinstance(context.sqlalchemy_exception, exc.DBAPIError):
+        # Only COMMIT and ROLLBACK come without a statement.
+        return translate(error, gone=context.is_disconnect, committing=connection is not None and not context.statement)
+    return None
 
 
 def _forget_refusal(connection: sa.Connection, _name: str, _savepoint: object) -> None:

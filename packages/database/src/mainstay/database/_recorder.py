@@ -41,16 +41,17 @@ import asyncpg
 
 from mainstay.core import SYSTEM_CLOCK, Clock, spawn
 from mainstay.database import _metrics
-from mainstay.database._engine import Address, postgres_connection, sqlite_connection
+from mainstay.database._engine import Address, Bounds, postgres_connection, sqlite_connection
 from mainstay.database._statements import Arguments, Literal, Operation, Prepared, Statements
-from mainstay.database.errors import (
-    CommitUnknown,
-    Conflict,
-    DatabaseBusy,
-    DatabaseError,
-    DatabaseUnavailable,
-    FenceLost,
+from mainstay.database._translation import (
+    DRIVER_ERRORS,
+    connection_is_gone,
+    did_nothing,
+    is_busy,
+    translate,
+    waits_for_others,
 )
+from mainstay.database.errors import CommitUnknown, DatabaseBusy, DatabaseError, DatabaseUnavailable, FenceLost
 from mainstay.database.fence import Fence, FenceOn
 
 T = TypeVar("T")
@@ -365,7 +366,7 @@ class SQLiteWriter:
             connection = self._connection
             begin_immediate(connection, self._busy_timeout_seconds)
         except sqlite3.Error as error:
-            return {id(entry): sqlite_error(error) for entry in entries}
+            return {id(entry): translate(error) for entry in entries}
         try:
             errors = self._fenced_out(connection, entries)
             good = [entry for entry in entries if id(entry) not in errors]
@@ -378,7 +379,7 @@ class SQLiteWriter:
                     raise  # a full disk and the like, which SQLite answers by rolling back by itself
                 connection.execute("ROLLBACK TO batch")
                 if len(good) == 1:
-                    errors[id(good[0])] = sqlite_error(error)
+                    errors[id(good[0])] = translate(error)
                 else:
                     self._one_by_one(connection, good, errors)
             connection.execute("COMMIT")
@@ -390,7 +391,7 @@ class SQLiteWriter:
             if isinstance(error, sqlite3.IntegrityError) and len(entries) > 1:
                 # A deferred constraint, which SQLite looks at only now: whose it is shows when each goes alone.
                 return {who: what for entry in entries for who, what in self._commit([entry]).items()}
-            return {id(entry): sqlite_error(error) for entry in entries}
+            return {id(entry): translate(error) for entry in entries}
         return errors
 
     def _fenced_out(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> Errors:
@@ -418,7 +419,7 @@ class SQLiteWriter:
                 if not connection.in_transaction:
                     raise
                 connection.execute("ROLLBACK TO entry")
-                errors[id(entry)] = sqlite_error(error)
+                errors[id(entry)] = translate(error)
             connection.execute("RELEASE entry")
 
 
@@ -447,46 +448,25 @@ def begin_immediate(connection: sqlite3.Connection, seconds: float) -> None:
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            if not _is_busy(error) or time.monotonic() > end:
+            if not is_busy(error) or time.monotonic() > end:
                 raise
             time.sleep(0.0005 + 0.0015 * random.random())  # noqa: S311  jitter
         else:
             return
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-
-
-def sqlite_error(error: Exception) -> DatabaseError:
-    """Our error for the driver's; nothing was committed when it was raised."""
-    if isinstance(error, sqlite3.IntegrityError):
-        mine: DatabaseError = Conflict(str(error))
-    elif isinstance(error, sqlite3.OperationalError) and _is_busy(error):
-        mine = DatabaseBusy(f"SQLite stayed locked by another process ({error})")
-    else:
-        # After a disk has failed to sync, what was written may or may not come back with the next start.
-        in_doubt = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
-        mine = DatabaseError(f"SQLite refused the write: {error}", no_effect=not in_doubt)
-    mine.__cause__ = error
-    return mine
-
-
 # ---------------------------------------------------------------------------------------------------------- PostgreSQL
-
-
-_WAITED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
-_FAILED_TO_CONNECT = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class PostgresWriter:
     """One asyncpg connection, made anew when it is lost."""
 
-    def __init__(self, address: Address, statements: Statements, busy_timeout_seconds: float, *, pooled: bool) -> None:
+    def __init__(self, address: Address, statements: Statements, limits: Bounds, *, pooled: bool) -> None:
         self._address = address
         self._pooled = pooled
+        self._limits = limits
         self._statements = statements
-        self._seconds = busy_timeout_seconds
+        self._seconds = limits.lock_seconds
         self._connection: asyncpg.Connection | None = None
         self._aside: list[Entry] = []
         self._in_doubt: tuple[Sequence[Entry], Errors] | None = None  # between sending COMMIT and its answer
@@ -498,7 +478,7 @@ class PostgresWriter:
         while True:
             try:
                 connection = await self._connected()
-            except _FAILED_TO_CONNECT as error:
+            except DRIVER_ERRORS as error:
                 failure: Exception = error
             else:
                 entries = entries or self._behind_those_aside(take())
@@ -511,7 +491,7 @@ class PostgresWriter:
                             await self._commit_aside(connection)
                     return
                 except BaseException as error:
-                    lost = connection.is_closed() or is_disconnect(error)
+                    lost = connection.is_closed() or connection_is_gone(error)
                     connection.terminate()
                     if not lost or not isinstance(error, Exception):
                         raise
@@ -542,13 +522,15 @@ class PostgresWriter:
         if connection is not None:
             try:
                 await connection.close(timeout=5)
-            except _FAILED_TO_CONNECT:
+            except DRIVER_ERRORS:
                 connection.terminate()
 
     async def _connected(self) -> asyncpg.Connection:
         connection = self._connection
         if connection is None or connection.is_closed():
-            connection = await postgres_connection(self._address, pooled=self._pooled, timeout_seconds=self._seconds)
+            connection = await postgres_connection(
+                self._address, pooled=self._pooled, timeout_seconds=self._seconds, limits=self._limits
+            )
             self._connection = connection
             if not self._pooled:
                 await connection.execute(_lock_timeout("SET", _PATIENCE_SECONDS))
@@ -563,8 +545,7 @@ class PostgresWriter:
         return [entry for entry in entries if entry.route not in routes]
 
     def _settle_doubt(self, error: Exception) -> None:
-        # asyncpg raises an InterfaceError before it sends anything on a connection that has gone.
-        if self._in_doubt is not None and not isinstance(error, asyncpg.InterfaceError):
+        if self._in_doubt is not None and not did_nothing(error):
             entries, errors = self._in_doubt
             for entry in entries:
                 msg = f"the connection was lost while committing ({type(error).__name__}: {error})"
@@ -589,13 +570,13 @@ class PostgresWriter:
                     await _execute_many(connection, statement, rows)
                 await self._end(connection, entries, errors)
         except Exception as error:
-            if connection.is_closed() or is_disconnect(error):
+            if connection.is_closed() or connection_is_gone(error):
                 raise
             self._in_doubt = None  # the server has answered: it refused, and nothing is there
             if not alone:
                 await connection.execute("ROLLBACK")
-            elif not isinstance(error, _WAITED):
-                _settle(entries, {id(first): postgres_error(error)})
+            elif not waits_for_others(error):
+                _settle(entries, {id(first): translate(error)})
                 return
             await self._one_by_one(connection, entries)
         else:
@@ -634,14 +615,14 @@ class PostgresWriter:
                         await _execute_many(connection, statement, rows)
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # or the commit would fail for all
             except Exception as error:
-                if connection.is_closed() or is_disconnect(error):
+                if connection.is_closed() or connection_is_gone(error):
                     raise
                 await connection.execute("ROLLBACK TO SAVEPOINT entry")
-                if isinstance(error, _WAITED):
+                if waits_for_others(error):
                     aside.append(entry)
                     routes.add(entry.route)
                     continue
-                errors[id(entry)] = postgres_error(error)
+                errors[id(entry)] = translate(error)
             await connection.execute("RELEASE SAVEPOINT entry")
             tried.append(entry)
         await self._end(connection, tried, errors)
@@ -689,23 +670,3 @@ async def _execute_many(
         await connection.execute(statement.by_column, *zip(*rows, strict=True))
     else:
         await connection.executemany(statement.sql, rows)
-
-
-def is_disconnect(error: BaseException) -> bool:
-    """Whether the server went away or is coming up; the connection is of no further use."""
-    if isinstance(error, asyncpg.PostgresError):
-        state = str(getattr(error, "sqlstate", None) or "")
-        return state.startswith(("08", "57P"))
-    if isinstance(error, asyncpg.InterfaceError):
-        return "closed" in str(error) or "released" in str(error)
-    return isinstance(error, OSError | TimeoutError)
-
-
-def postgres_error(error: Exception) -> DatabaseError:
-    """Our error for the driver's; nothing was committed when it was raised."""
-    if isinstance(error, asyncpg.IntegrityConstraintViolationError):
-        mine: DatabaseError = Conflict(str(error))
-    else:
-        mine = DatabaseError(f"PostgreSQL refused the write: {error}")
-    mine.__cause__ = error
-    return mine

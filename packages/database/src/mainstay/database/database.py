@@ -17,18 +17,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from mainstay.core import Health
 from mainstay.database import _metrics
-from mainstay.database._engine import REFUSED, Address
+from mainstay.database._engine import REFUSED, Address, Home
 from mainstay.database._recorder import Recorder, Turn
 from mainstay.database._statements import Operation, Prepared, Statements
-from mainstay.database.errors import (
-    CommitUnknown,
-    Conflict,
-    DatabaseBusy,
-    DatabaseError,
-    DatabaseUnavailable,
-    FenceLost,
-    UnitOfWorkError,
-)
+from mainstay.database._translation import DRIVER_ERRORS, translate
+from mainstay.database.errors import DatabaseError, FenceLost, UnitOfWorkError
 from mainstay.database.fence import Fence
 from mainstay.database.lease import NAME_LENGTH, Keeper, Lease
 from mainstay.database.schema import Schema, migrate, require
@@ -40,7 +33,8 @@ Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 _log = logging.getLogger("mainstay.database")
 
 _ONE_EMPTY_ROW: tuple[Mapping[str, Any], ...] = ({},)
-_REFUSED = (exc.SQLAlchemyError, OSError, sqlite3.Error)  # failures to connect and to begin come bare from the driver
+# Statements raise our errors by themselves; a pool without a free connection and failures to connect or begin do not.
+_REFUSED = (exc.SQLAlchemyError, sqlite3.Error, *DRIVER_ERRORS)
 _WRITE = {"mainstay_begin": "BEGIN IMMEDIATE"}
 _CANCEL_GRACE_SECONDS = 5.0  # how long a commit under way may keep a cancelled caller
 
@@ -123,6 +117,7 @@ class Database:
         migrates: bool,
     ) -> None:
         self._address = address
+        self._home = Home()
         self._migrates = migrates
         self.dialect = cast("Literal['sqlite', 'postgresql']", engine.dialect.name)
         self.engine = engine
@@ -131,6 +126,11 @@ class Database:
         self._statements = statements
         self._turn = turn
         self._writing = self._reading = engine
+        self._reads_only = (
+            sa.select(sa.func.current_setting("transaction_read_only"))
+            if turn is None and address.must_write
+            else sa.select(sa.literal("off"))
+        )
         self._to_write = None if turn is None else _WRITE
         if turn is not None:
             self._writing = engine.execution_options(**_WRITE)
@@ -160,7 +160,7 @@ class Database:
             UnitOfWorkError: inside a batch; inside another task's unit of work; an inner block or a statement failed
                 before.
         """
-        unit = self._current()
+        unit = self._joined()
         if unit is None:
             return self._begin() if session is None else self._adopt(session)
         if unit.session is None:
@@ -191,7 +191,7 @@ class Database:
                 # Now, not with the first statement: who must wait or cannot begin learns it before doing anything.
                 connection = await session.connection(execution_options=self._to_write)
             except _REFUSED as error:
-                raise _translated(error) from error
+                raise translate(error) from error
             connection.info.pop(REFUSED, None)  # of somebody before
             with unit:
                 yield
@@ -207,8 +207,10 @@ class Database:
             _run(callback for callback, _ in unit.callbacks)
         if cancelled is not None:
             raise cancelled
+        if isinstance(failure, DatabaseError):
+            raise failure
         if isinstance(failure, _REFUSED):
-            raise _translated(failure, committing=True) from failure
+            raise translate(failure, committing=True) from failure
         if failure is not None:
             raise failure
 
@@ -272,7 +274,7 @@ class Database:
         Raises:
             the same as `write`.
         """
-        unit = self._current()
+        unit = self._joined()
         return self._collect(fence, route) if unit is None else self._join_with(unit, fence)
 
     @asynccontextmanager
@@ -329,7 +331,7 @@ class Database:
         several = [rows] if isinstance(rows, Mapping) else rows
         if not several:
             return
-        unit = self._current()
+        unit = self._joined()
         if unit is None:
             await self._recorder.record(self._operations(statement, several), fence, route)
             return
@@ -342,8 +344,8 @@ class Database:
         self._form(statement, several)
         try:
             await connection.execute(statement, several)
-        except _REFUSED as error:
-            raise _translated(error) from error
+        except exc.SQLAlchemyError as error:  # of values that do not fit; what the database refuses is translated
+            raise translate(error) from error
 
     async def read(self, statement: sa.Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row]:
         """The rows of a query; in the unit of work of this task if there is one, else on a connection of its own.
@@ -356,7 +358,7 @@ class Database:
             DatabaseError: the database refused the statement.
             UnitOfWorkError: the task was started inside another task's open unit of work.
         """
-        unit = self._current()
+        unit = self._joined()
         if isinstance(statement, sa.UpdateBase) and (unit is None or unit.session is None):
             msg = "read() of a statement that writes: put it into `async with db.transaction()`, or use db.write"
             raise UnitOfWorkError(msg)
@@ -367,7 +369,7 @@ class Database:
             async with self._reading.connect() as connection:
                 return (await connection.execute(statement, parameters or {})).all()
         except _REFUSED as error:
-            raise _translated(error) from error
+            raise translate(error) from error
 
     async def lease(self, name: str, *, seconds: float = 10.0, holder: str | None = None) -> Lease | None:
         """Take the lease of this name and keep renewing it; None while somebody holds it, also in this process.
@@ -385,6 +387,7 @@ class Database:
         if not seconds > 0 or not 0 < len(name) <= NAME_LENGTH:
             msg = f"lease({name!r}, seconds={seconds!r}): 1 to {NAME_LENGTH} characters, and more than 0 seconds"
             raise ValueError(msg)
+        self._home.check()
         if self.in_unit_of_work():
             msg = f"lease({name!r}) inside a unit of work: on SQLite it would wait for that; take it before"
             raise UnitOfWorkError(msg)
@@ -398,6 +401,7 @@ class Database:
         Raises:
             ConfigurationError: the tables are at another revision and are not migrated here; names the command.
         """
+        self._home.check()
         async with self.engine.connect() as connection:
             if self._turn is None or not self._migrates:
                 await require(connection, schema)
@@ -408,15 +412,19 @@ class Database:
             await migrate(self._address, [schema])
 
     async def health(self) -> Health:
-        """`degraded` when every connection is in use, `down` when the database does not answer."""
+        """`degraded` when every connection is in use, `down` when the database does not answer, or only reads."""
+        self._home.check()
         pool = cast("sa.QueuePool", self.engine.sync_engine.pool)
         if pool.checkedout() >= pool.size():
             return Health("degraded", f"all {pool.size()} connections are in use")
         try:
             async with self._reading.connect() as connection:
-                await connection.execute(sa.text("SELECT 1"))
-        except _REFUSED as error:
-            return Health("down", f"no answer ({type(error).__name__})")
+                reads_only = (await connection.execute(self._reads_only)).scalar_one()
+                if reads_only == "on":
+                    await connection.invalidate()
+                    return Health("down", "the server only reads: it is a standby, or was demoted")
+        except (*_REFUSED, DatabaseError) as error:
+            return Health("down", f"no answer ({type(error.__cause__ or error).__name__})")
         return Health("ok")
 
     # Internal
@@ -447,6 +455,11 @@ class Database:
             raise UnitOfWorkError(msg)
         return unit
 
+    def _joined(self) -> Unit | None:
+        unit = self._current()
+        self._home.check()
+        return unit
+
     async def _connection(self, unit: Unit) -> AsyncConnection:
         if unit.broken is not None:
             raise _broken(unit.broken) from unit.broken
@@ -464,7 +477,7 @@ class Database:
             try:
                 epoch = (await connection.execute(fence.on.one, {"id": fence.id})).scalar()
             except _REFUSED as error:
-                raise _translated(error) from error
+                raise translate(error) from error
             if epoch != fence.epoch:
                 raise FenceLost(fence.lost())
             if unit.session.in_nested_transaction():
@@ -562,22 +575,3 @@ async def uninterrupted(
             cancelled = cancelled or error
     failure = asyncio.CancelledError() if task.cancelled() else task.exception()
     return failure, cancelled
-
-
-def _translated(error: exc.SQLAlchemyError | OSError | sqlite3.Error, *, committing: bool = False) -> DatabaseError:
-    """Our error for SQLAlchemy's."""
-    if isinstance(error, exc.TimeoutError):
-        return DatabaseBusy("no connection of the pool became free in time: units of work take long, or leak")
-    original = error.orig if isinstance(error, exc.DBAPIError) else error
-    text = str(original) or type(original).__name__
-    state = str(getattr(original, "sqlstate", None) or "")
-    if isinstance(error, exc.IntegrityError):
-        return Conflict(text)
-    lost = isinstance(error, OSError) or (isinstance(error, exc.DBAPIError) and error.connection_invalidated)
-    if lost or state.startswith(("08", "57P")):
-        if committing:
-            return CommitUnknown(f"the connection was lost while committing: {text}")
-        return DatabaseUnavailable(f"the connection was lost or could not be made: {text}")
-    if "database is locked" in text or state in {"40001", "40P01", "55P03"}:
-        return DatabaseBusy(text)
-    return DatabaseError(text)

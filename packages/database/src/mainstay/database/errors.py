@@ -5,6 +5,7 @@ DatabaseError                SYS_DATABASE              the database refused a st
 ├── FenceLost                RES_FENCE_LOST            somebody else owns by now what the write was fenced with
 ├── DatabaseBusy             SYS_DATABASE_BUSY         no connection, no writer's turn or no lock in time
 ├── DatabaseUnavailable      EXT_DATABASE_UNAVAILABLE  the server is away; nothing was committed
+├── WrongEventLoop           SYS_WRONG_EVENT_LOOP      used from another event loop, thread or process
 ├── CommitUnknown            EXT_COMMIT_UNKNOWN        the connection was lost while committing: nobody knows
 └── UnitOfWorkError          SYS_UNIT_OF_WORK          a unit of work is used in a way that could lose or double a write
 
@@ -57,6 +58,12 @@ class CommitUnknown(DatabaseError):
 
     code = "EXT_COMMIT_UNKNOWN"
     no_effect = False
+
+
+class WrongEventLoop(DatabaseError):
+    """The database is used from another event loop, thread or process than the one that started it."""
+
+    code = "SYS_WRONG_EVENT_LOOP"
 
 
 class UnitOfWorkError(DatabaseError):

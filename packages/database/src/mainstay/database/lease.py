@@ -31,8 +31,9 @@ import sqlalchemy as sa
 
 from mainstay.core import SYSTEM_CLOCK, Clock
 from mainstay.database import _metrics
-from mainstay.database._engine import Address, postgres_connection, sqlite_connection
-from mainstay.database._recorder import begin_immediate, is_disconnect
+from mainstay.database._engine import Address, Bounds, postgres_connection, sqlite_connection
+from mainstay.database._recorder import begin_immediate
+from mainstay.database._translation import connection_is_gone
 from mainstay.database.errors import DatabaseBusy, DatabaseUnavailable
 from mainstay.database.fence import Fence, FenceOn
 
@@ -131,12 +132,12 @@ class Rows(Protocol):
 class Keeper:
     """The thread that acquires, renews and releases, for all leases of one Database; started by the first."""
 
-    def __init__(self, address: Address, clock: Clock, busy_timeout_seconds: float, *, pooled: bool) -> None:
+    def __init__(self, address: Address, clock: Clock, limits: Bounds, *, pooled: bool) -> None:
         self.clock = clock
         self._rows: Rows = (
-            SQLiteRows(address, self._time, busy_timeout_seconds)
+            SQLiteRows(address, self._time, limits.lock_seconds)
             if address.dialect == "sqlite"
-            else PostgresRows(address, self._time, busy_timeout_seconds, pooled=pooled)
+            else PostgresRows(address, self._time, limits, pooled=pooled)
         )
         self._held: dict[str, Lease] = {}
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -362,13 +363,12 @@ class SQLiteRows:
 class PostgresRows:
     """The table in PostgreSQL."""
 
-    def __init__(
-        self, address: Address, time_: Callable[[], float | None], busy_timeout_seconds: float, *, pooled: bool
-    ) -> None:
+    def __init__(self, address: Address, time_: Callable[[], float | None], limits: Bounds, *, pooled: bool) -> None:
         self._address = address
         self._pooled = pooled
         self._time = time_
-        self._seconds = busy_timeout_seconds
+        self._limits = limits
+        self._seconds = limits.lock_seconds
         self._connection: asyncpg.Connection | None = None
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
@@ -438,7 +438,7 @@ class PostgresRows:
                 connection = self._connection
                 if connection is None or connection.is_closed():
                     connection = await postgres_connection(
-                        self._address, pooled=self._pooled, timeout_seconds=self._seconds
+                        self._address, pooled=self._pooled, timeout_seconds=self._seconds, limits=self._limits
                     )
                     self._connection = connection
                 # A transaction of its own, or a pooler could send statement and parameters to different servers; and
@@ -452,7 +452,7 @@ class PostgresRows:
             if self._connection is not None:
                 self._connection.terminate()
                 self._connection = None
-            if is_disconnect(error):
+            if connection_is_gone(error):
                 msg = f"the database is away ({type(error).__name__}: {error})"
                 raise DatabaseUnavailable(msg) from error
             raise

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from mainstay.core import SYSTEM_CLOCK, App, ConfigurationError, Module
 from mainstay.database import _metrics
-from mainstay.database._engine import Address, behind_pooler, make_engine, unreachable, write_ahead
+from mainstay.database._engine import Address, Home, behind_pooler, bounds, make_engine, unreachable, write_ahead
 from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn, Writer
 from mainstay.database._statements import Statements
 from mainstay.database._virtual_time import DriverCalls
@@ -54,6 +54,8 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
 @asynccontextmanager
 async def _database(address: Address, settings: DatabaseSettings, app: App) -> AsyncGenerator[Database, None]:
     busy = settings.busy_timeout_seconds
+    limits = bounds(settings)
+    home = Home()
     pooled = False
     if address.dialect == "sqlite":
         if not settings.migrate and address.missing():
@@ -78,10 +80,10 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
     writers: list[Writer] = (
         [SQLiteWriter(address, statements, turn, busy, app.clock)]
         if turn is not None
-        else [PostgresWriter(address, statements, busy, pooled=pooled) for _ in range(settings.recorder_connections)]
+        else [PostgresWriter(address, statements, limits, pooled=pooled) for _ in range(settings.recorder_connections)]
     )
     recorder = Recorder([Lane(writer, busy) for writer in writers])
-    keeper = Keeper(address, LEASE_CLOCK, busy, pooled=pooled)
+    keeper = Keeper(address, LEASE_CLOCK, limits, pooled=pooled)
 
     def under_way() -> str | None:
         idle = recorder.idle() and keeper.idle() and not calls.under_way()
@@ -95,14 +97,16 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         with app.clock.held_by(under_way):
             yield database
     finally:
-        failure, cancelled = await uninterrupted(_close(recorder, keeper, engine))
+        failure, cancelled = await uninterrupted(_close(recorder, keeper, engine, home))
         if failure is not None:
             _log.error("the database was not closed in order", exc_info=failure)
         if cancelled is not None:
             raise cancelled
 
 
-async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine) -> None:
+async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine, home: Home) -> None:
+    if home.forked():
+        return  # the connections are the parent's, and its threads did not come along
     # Leases last for as long as something that is fenced with them may still be waiting to be written.
     try:
         await recorder.close()

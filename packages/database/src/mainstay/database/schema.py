@@ -35,7 +35,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from mainstay.core import ConfigurationError
-from mainstay.database._engine import SQLITE_ARGUMENTS, Address, begin_events, behind_pooler, pooler_arguments
+from mainstay.database._engine import SQLITE_ARGUMENTS, Address, begin_events, behind_pooler, connects
 from mainstay.database.lease import metadata
 from mainstay.database.settings import parse_url
 
@@ -411,5 +411,5 @@ async def _engine(address: Address) -> AsyncEngine:
         return engine
     pooled = await behind_pooler(address)
     return create_async_engine(
-        address.url, poolclass=NullPool, hide_parameters=True, connect_args=pooler_arguments() if pooled else {}
+        address.url, poolclass=NullPool, hide_parameters=True, connect_args=connects(address, pooled=pooled)
     )

@@ -24,6 +24,11 @@ class DatabaseSettings(Settings):
             in groups. Writes of one route always take the same one.
         busy_timeout_seconds: how long a write waits for SQLite's one writer, for a lock, or for a server that is being
             restarted, before it fails.
+        idle_transaction_seconds: how long a transaction on PostgreSQL may do nothing before the server rolls it back
+            and ends its connection. So long may a process that froze, or lost its network, hold up those that wait for
+            its locks; and no longer may a unit of work await anything but the database.
+        statement_timeout_seconds: how long PostgreSQL may take for one statement before it is cancelled and its
+            connection taken for lost.
         migrate: whether a start brings the tables in SQLite up to date. Without it a start on old tables is refused, as
             on PostgreSQL, and no file is made: so it is for commands that only read.
     """
@@ -35,6 +40,8 @@ class DatabaseSettings(Settings):
     pool_timeout_seconds: float = Field(default=5.0, gt=0)
     recorder_connections: int = Field(default=1, ge=1, le=16)
     busy_timeout_seconds: float = Field(default=10.0, gt=0)
+    idle_transaction_seconds: float = Field(default=10.0, gt=0)
+    statement_timeout_seconds: float = Field(default=60.0, gt=0)
     migrate: bool = True
 
     @field_validator("url")
@@ -51,7 +58,7 @@ def parse_url(url: str) -> URL:
         ValueError: it is no database URL, or of a database or driver that is not supported; never repeats the URL.
     """
     try:
-        parsed = make_url(url)
+        parsed = make_url(url.strip())
     except (ArgumentError, ValueError):
         msg = "is no database URL: write sqlite+aiosqlite:///path or postgresql+asyncpg://user:password@host/name"
         raise ValueError(msg) from None
@@ -63,7 +70,55 @@ def parse_url(url: str) -> URL:
     if name != _DRIVERS["sqlite"] and "@" in f"{parsed.host}{parsed.database}":
         msg = "has more than one @: percent-encode the password, in which @ is %40"
         raise ValueError(msg)
-    return parsed.set(drivername=name)
+    parsed = parsed.set(drivername=name)
+    if name != _DRIVERS["sqlite"]:
+        _check_parameters(parsed)
+    return parsed
+
+
+_PARAMETERS = frozenset(
+    {
+        "application_name",
+        "channel_binding",
+        "connect_timeout",
+        "dbname",
+        "gsslib",
+        "host",
+        "krbsrvname",
+        "options",
+        "passfile",
+        "password",
+        "port",
+        "ssl",
+        "ssl_max_protocol_version",
+        "ssl_min_protocol_version",
+        "sslcert",
+        "sslcrl",
+        "sslkey",
+        "sslmode",
+        "sslnegotiation",
+        "sslpassword",
+        "sslrootcert",
+        "target_session_attrs",
+        "user",
+    }
+)
+"""libpq's parameters that work: those that asyncpg knows, and `connect_timeout`. `ssl` is `sslmode` by another name."""
+
+
+def _check_parameters(url: URL) -> None:
+    query = url.query
+    unknown = sorted(set(query) - _PARAMETERS)
+    if unknown:
+        msg = f"has parameters that are not supported ({', '.join(unknown)}): leave them out"
+        raise ValueError(msg)
+    if query.get("channel_binding") == "require":
+        msg = "asks for channel_binding=require, which asyncpg cannot do: leave it out, and use sslmode=verify-full"
+        raise ValueError(msg)
+    seconds = query.get("connect_timeout", "0")
+    if not (isinstance(seconds, str) and seconds.isdecimal()):
+        msg = "has a connect_timeout that is no number of seconds"
+        raise ValueError(msg)
 
 
 def variable_of_url() -> str:
