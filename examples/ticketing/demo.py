@@ -29,6 +29,7 @@ from ticketing.report import Progress, breaker_changes, report
 HOME = Path(__file__).parent
 DEFAULT_PURCHASES = HOME / "purchases.jsonl"
 CONCURRENCY = 8
+OUTAGE_SECONDS = 30.0  # how long the API may answer that it cannot, as while another database server takes over
 PATIENCE_SECONDS = 180.0
 
 # When to strike: what it is called, and how it shows in the provider's status and in the number of purchases by state.
@@ -265,7 +266,7 @@ class _Office:
                 clerks.create_task(clerk())
 
     async def _buy(self, number: int, data: bytes) -> None:
-        response = await self._client.post(f"{self._urls['api']}/purchases", params={"line": number}, content=data)
+        response = await self._asked("POST", "/purchases", params={"line": number}, content=data)
         if response.status_code == httpx.codes.ACCEPTED:
             self._story.answers[number] = response.json()["order_id"]
         elif response.is_client_error:
@@ -277,8 +278,17 @@ class _Office:
             msg = f"the API answered line {number} with {answer}; {self._api.last_lines()}"
             raise Stuck(msg)
 
+    async def _asked(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """The API's answer; asked again while its database is away, since the same line again is the same purchase."""
+        end = time.monotonic() + OUTAGE_SECONDS
+        while True:
+            response = await self._client.request(method, f"{self._urls['api']}{path}", **request)
+            if not response.is_server_error or time.monotonic() > end:
+                return response
+            await asyncio.sleep(0.2)
+
     async def summary(self) -> dict[str, int]:
-        counts: dict[str, int] = (await self._client.get(f"{self._urls['api']}/purchases")).json()
+        counts: dict[str, int] = (await self._asked("GET", "/purchases")).json()
         return counts
 
     async def provider_status(self) -> dict[str, dict[str, int]]:
@@ -318,7 +328,7 @@ class _Office:
 
     async def _runs_ended(self) -> bool:
         for order in self._story.accepted:
-            status = (await self._client.get(f"{self._urls['api']}/purchases/{order}")).json()["status"]
+            status = (await self._asked("GET", f"/purchases/{order}")).json()["status"]
             if status in {"parked", "compensation_failed"}:
                 msg = f"the run of order {order} waits for a person: {status}; the worker: {self._worker.last_lines()}"
                 raise Stuck(msg)

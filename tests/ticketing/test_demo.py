@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import mainstay_servers
+from mainstay_servers import Pair
 from ticketing import demo
 from ticketing.demo import MOMENTS, NOTHING_GOING_ON, Outcome, Script, perform, play
 from ticketing.facts import Sources, read_facts
@@ -197,6 +198,32 @@ async def test_every_invariant_holds_on_kafka_and_postgresql(tmp_path, monkeypat
     assert len(outcome.story.accepted) == 25
     # A relay that was killed may have sent some events twice, never one less.
     assert outcome.facts.published >= len({(row["event_type"], row["order_id"]) for row in outcome.facts.handled})
+
+
+async def test_every_invariant_holds_over_a_promotion(tmp_path, monkeypatch, kafka):
+    """The database's primary is lost in the middle of the sale, and its standby takes over, behind the same address."""
+    try:
+        pair = await asyncio.to_thread(Pair().__enter__)
+    except mainstay_servers.MissingServer as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("MAINSTAY_TEST_KAFKA", kafka)
+    monkeypatch.setenv("MAINSTAY_TEST_POSTGRES", pair.url)
+    buy = demo._Office._buy
+
+    async def promoting(office: demo._Office, number: int, data: bytes) -> None:
+        if number == 17:
+            await asyncio.to_thread(pair.promote)
+        await buy(office, number, data)
+
+    monkeypatch.setattr(demo._Office, "_buy", promoting)
+    try:
+        outcome = await perform(Script(engine="full", kills=1), tmp_path, quiet())
+        assert complaints(outcome) == []
+        assert not pair.primary.running
+        assert len(outcome.story.accepted) == 25
+        assert outcome.facts.published >= len({(row["event_type"], row["order_id"]) for row in outcome.facts.handled})
+    finally:
+        await asyncio.to_thread(pair.__exit__)
 
 
 def test_bad_input_stops_nothing(tmp_path):
