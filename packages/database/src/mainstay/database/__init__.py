@@ -15,6 +15,7 @@ from mainstay.database.errors import (
 from mainstay.database.fence import Fence, FenceOn
 from mainstay.database.lease import Lease
 from mainstay.database.module import DatabaseModule
+from mainstay.database.portable import UtcDateTime, upsert
 from mainstay.database.schema import Schema, upgrade
 from mainstay.database.settings import DatabaseSettings
 
@@ -33,7 +34,9 @@ __all__ = [
     "Lease",
     "Schema",
     "UnitOfWorkError",
+    "UtcDateTime",
     "WrongEventLoop",
     "database_now",
     "upgrade",
+    "upsert",
 ]
