@@ -131,6 +131,26 @@ async def test_open_connections_to_a_demoted_primary_are_not_used(pair, open_dat
         assert (await db.health()).status == "ok"
 
 
+async def test_nothing_is_read_from_a_demoted_primary_once_it_is_noticed(pair, open_database, tables):
+    """Reads would never be refused there, and miss what was written since: who notices first tells all others."""
+    server = sa.select(sa.func.inet_server_port())
+    async with asyncio.timeout(LIMIT_SECONDS), open_database(pair.url) as db:
+        await db.write(tables.add, {"id": 1, "text": "before"})
+        async with db.engine.connect() as first, db.engine.connect() as second:  # several in the pool
+            for connection in (first, second):
+                assert (await connection.execute(server)).scalar_one() == pair.primary.port
+        await asyncio.to_thread(pair.demote, restart=False)
+        await asyncio.to_thread(pair.move)
+        await db.write(tables.add, {"id": 2, "text": "by the recorder, whose connection is not of the pool"})
+        async with db.engine.connect() as first, db.engine.connect() as second:
+            for connection in (first, second):
+                assert (await connection.execute(server)).scalar_one() == pair.standby.port
+        assert [tuple(row) for row in await db.read(sa.select(tables.notes.c.id).order_by(tables.notes.c.id))] == [
+            (1,),
+            (2,),
+        ]
+
+
 async def test_a_server_that_only_reads_is_not_connected_to(pair, open_database, tables):
     """A primary restarted as a standby accepts connections: no use of it, until the address leads to the new one."""
     async with asyncio.timeout(LIMIT_SECONDS), open_database(pair.url, busy_timeout_seconds=30.0) as db:

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolResetState
 
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError
-from mainstay.database._translation import DRIVER_ERRORS, connection_is_gone, driver_error, translate
+from mainstay.database._translation import DRIVER_ERRORS, connection_is_gone, driver_error, only_reads, translate
 from mainstay.database._virtual_time import DriverCalls, follow_clock
 from mainstay.database.errors import DatabaseError, WrongEventLoop
 from mainstay.database.settings import DatabaseSettings, variable_of_url
@@ -51,6 +51,14 @@ class Address:
             self.synchronous = "OFF"
             url = url.set(database=str(Path(self._directory) / "memory.db"))
         self.url = url
+        self.left_at = float("-inf")
+
+    def leave(self) -> None:
+        """Let nobody use a connection that was made before now: its server was found to be one that only reads.
+
+        Such a server refuses writes, but would go on to answer reads, with what it had when it was demoted.
+        """
+        self.left_at = time.monotonic()
 
     @property
     def dsn(self) -> str:
@@ -295,12 +303,18 @@ def make_engine(
         connect_args=arguments,
         hide_parameters=True,
     )
-    event.listen(engine.sync_engine, "handle_error", _translate)
+
+    def refused(context: ExceptionContext) -> DatabaseError | None:
+        if only_reads(driver_error(context.original_exception)):
+            address.leave()
+        return _translate(context)
+
+    event.listen(engine.sync_engine, "handle_error", refused)
     event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)
     if sqlite:
         _prepare_sqlite(engine, address.synchronous, clock, calls)
     else:
-        event.listen(engine.sync_engine, "checkout", _refuse_closed)
+        _refuse_left(engine, address)
     home = Home()
 
     def check_home(_connection: object, _record: object, _proxy: object) -> None:
@@ -343,6 +357,10 @@ class Home:
 
 REFUSED = "mainstay_refused"
 """In a connection's `info`: the name of the error of a statement that nobody has rolled back to a savepoint since."""
+
+
+MADE_AT = "mainstay_made_at"
+"""In the `info` of a connection of the pool: when it was made, by the monotonic clock."""
 
 
 def _translate(context: ExceptionContext) -> DatabaseError | None:
@@ -405,9 +423,16 @@ def begin_events(engine: AsyncEngine) -> None:
     event.listen(engine.sync_engine, "begin", begin)
 
 
-def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
-    # A server that restarted has closed its side, and the loop has noticed: asking costs nothing, a ping three
-    # messages. Raising this makes the pool connect anew.
-    if connection.driver_connection.is_closed():
-        msg = "the server has closed this connection"
-        raise exc.DisconnectionError(msg)
+def _refuse_left(engine: AsyncEngine, address: Address) -> None:
+    def connect(_connection: object, record: Any) -> None:
+        record.info[MADE_AT] = time.monotonic()
+
+    def checkout(connection: Any, record: Any, _proxy: object) -> None:
+        # A server that restarted has closed its side, and the loop has noticed: asking costs nothing, a ping three
+        # messages. Raising this makes the pool connect anew.
+        if connection.driver_connection.is_closed() or record.info[MADE_AT] < address.left_at:
+            msg = "the server has closed this connection, or may not write any more"
+            raise exc.DisconnectionError(msg)
+
+    event.listen(engine.sync_engine, "connect", connect)
+    event.listen(engine.sync_engine, "checkout", checkout)

@@ -48,6 +48,7 @@ from mainstay.database._translation import (
     connection_is_gone,
     did_nothing,
     is_busy,
+    only_reads,
     translate,
     waits_for_others,
 )
@@ -468,6 +469,7 @@ class PostgresWriter:
         self._statements = statements
         self._seconds = limits.lock_seconds
         self._connection: asyncpg.Connection | None = None
+        self._made_at = float("-inf")
         self._aside: list[Entry] = []
         self._in_doubt: tuple[Sequence[Entry], Errors] | None = None  # between sending COMMIT and its answer
 
@@ -496,6 +498,8 @@ class PostgresWriter:
                     if not lost or not isinstance(error, Exception):
                         raise
                     failure = error
+                    if only_reads(error):
+                        self._address.leave()
                     self._settle_doubt(error)
                     entries = [entry for entry in entries if not entry.durable.done()]
                     self._aside = [entry for entry in self._aside if not entry.durable.done()]
@@ -527,7 +531,10 @@ class PostgresWriter:
 
     async def _connected(self) -> asyncpg.Connection:
         connection = self._connection
+        if connection is not None and self._made_at < self._address.left_at:
+            connection.terminate()
         if connection is None or connection.is_closed():
+            self._made_at = time.monotonic()
             connection = await postgres_connection(
                 self._address, pooled=self._pooled, timeout_seconds=self._seconds, limits=self._limits
             )

@@ -63,10 +63,15 @@ def connection_is_gone(error: BaseException) -> bool:
     return isinstance(error, OSError | TimeoutError | asyncpg.TargetServerAttributeNotMatched)
 
 
+def only_reads(error: BaseException) -> bool:
+    """Whether the server refused to write at all: it is a standby, or was demoted."""
+    return _state(error) == _READ_ONLY
+
+
 def did_nothing(error: BaseException) -> bool:
     """Whether it is certain of an error of a connection that is gone that the statement did nothing."""
     # asyncpg raises an InterfaceError before it sends anything, and a server that only reads has refused.
-    return isinstance(error, asyncpg.InterfaceError) or _state(error) == _READ_ONLY
+    return isinstance(error, asyncpg.InterfaceError) or only_reads(error)
 
 
 def waits_for_others(error: BaseException) -> bool:

@@ -421,7 +421,7 @@ class Database:
             async with self._reading.connect() as connection:
                 reads_only = (await connection.execute(self._reads_only)).scalar_one()
                 if reads_only == "on":
-                    await connection.invalidate()
+                    self._address.leave()
                     return Health("down", "the server only reads: it is a standby, or was demoted")
         except (*_REFUSED, DatabaseError) as error:
             return Health("down", f"no answer ({type(error.__cause__ or error).__name__})")

@@ -33,7 +33,7 @@ from mainstay.core import SYSTEM_CLOCK, Clock
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, Bounds, postgres_connection, sqlite_connection
 from mainstay.database._recorder import begin_immediate
-from mainstay.database._translation import connection_is_gone
+from mainstay.database._translation import connection_is_gone, only_reads
 from mainstay.database.errors import DatabaseBusy, DatabaseUnavailable
 from mainstay.database.fence import Fence, FenceOn
 
@@ -370,6 +370,7 @@ class PostgresRows:
         self._limits = limits
         self._seconds = limits.lock_seconds
         self._connection: asyncpg.Connection | None = None
+        self._made_at = float("-inf")
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
         """Take the lease if it has expired or never was; its epoch, or None."""
@@ -436,7 +437,10 @@ class PostgresRows:
         try:
             async with asyncio.timeout(self._seconds):
                 connection = self._connection
+                if connection is not None and self._made_at < self._address.left_at:
+                    connection.terminate()
                 if connection is None or connection.is_closed():
+                    self._made_at = time.monotonic()
                     connection = await postgres_connection(
                         self._address, pooled=self._pooled, timeout_seconds=self._seconds, limits=self._limits
                     )
@@ -452,6 +456,8 @@ class PostgresRows:
             if self._connection is not None:
                 self._connection.terminate()
                 self._connection = None
+            if only_reads(error):
+                self._address.leave()
             if connection_is_gone(error):
                 msg = f"the database is away ({type(error).__name__}: {error})"
                 raise DatabaseUnavailable(msg) from error
