@@ -86,7 +86,7 @@ async def test_postgres_is_migrated_by_the_command_only(postgres, tmp_path):
     """A start without tables, and on old ones, is refused with the command to run; after it, all is well."""
     old, new = shop(tmp_path / "one", FIRST), shop(tmp_path / "two", FIRST, SECOND)
     app = App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(postgres))))
-    with pytest.raises(ConfigurationError, match=r"no tables of the schema database.*`mainstay db upgrade`"):
+    with pytest.raises(ConfigurationError, match=r"no tables of the schema database.*`mainstay-database upgrade`"):
         async with app:
             pass
     await upgrade(postgres, [SCHEMA, old])
@@ -226,12 +226,12 @@ async def test_the_command_that_helps_names_the_schema(postgres, tmp_path, monke
     schema = shop(tmp_path / "m", FIRST)
     await upgrade(postgres, [])
     async with database(postgres) as db:
-        with pytest.raises(ConfigurationError, match="`mainstay db upgrade --schema module:SCHEMA`"):
+        with pytest.raises(ConfigurationError, match="`mainstay-database upgrade --schema module:SCHEMA`"):
             await db.ensure_schema(schema)
         module = ModuleType("shop.tables")
         module.__dict__["TABLES"] = schema
         monkeypatch.setitem(sys.modules, "shop.tables", module)
-        with pytest.raises(ConfigurationError, match=r"`mainstay db upgrade --schema shop\.tables:TABLES`"):
+        with pytest.raises(ConfigurationError, match=r"`mainstay-database upgrade --schema shop\.tables:TABLES`"):
             await db.ensure_schema(schema)
 
 
@@ -264,6 +264,36 @@ def test_the_command(lasting, capsys, monkeypatch):
     assert "up to date: database" in capsys.readouterr().out
     assert console.main(["status"]) == 0
     assert "up to date" in capsys.readouterr().out
+
+
+def test_the_command_for_tables_of_an_application(lasting, tmp_path, monkeypatch, capsys):
+    """A service that is not installed names its schema by module, found from the current directory."""
+    folder = tmp_path / "service"
+    folder.mkdir()
+    (folder / "lending_tables.py").write_text(
+        "import sqlalchemy as sa\nfrom pathlib import Path\nfrom mainstay.database import Schema\n"
+        "metadata = sa.MetaData()\nsa.Table('loans', metadata, sa.Column('id', sa.Integer, primary_key=True))\n"
+        "SCHEMA = Schema('loans', metadata, Path(__file__).with_name('migrations'))\n"
+    )
+    (folder / "migrations").mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(console, "installed", lambda: [SCHEMA])
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", lasting)
+    named = ["--schema", "lending_tables:SCHEMA"]
+    try:
+        assert console.main(["revision", "loans are lent", *named]) == 0
+        assert list((folder / "migrations").glob("*_loans_are_lent.py"))
+        assert console.main(["upgrade", *named]) == 0
+        assert console.main(["status", *named]) == 0
+        assert console.main(["downgrade", "base", *named]) == 0
+        assert console.main(["status", *named]) == 1
+        assert "--schema lending_tables:SCHEMA" in capsys.readouterr().out
+        for wrong in ("lending_tables", "lending_tables:NOTHING", "no_such_module:SCHEMA", "sys:path"):
+            assert console.main(["status", "--schema", wrong]) == 2
+            assert wrong in capsys.readouterr().err
+    finally:
+        sys.modules.pop("lending_tables", None)
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "postgresql://me:hunter2@nowhere/db"])
