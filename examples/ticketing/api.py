@@ -9,11 +9,12 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import func, select
 
 from mainstay.core import current
+from mainstay.database import Database
 from mainstay.observability import error_body
 from mainstay.observability.fastapi import instrument
 from mainstay.workflow import RunConflict
+from ticketing.catalogue import Catalogue
 from ticketing.main import app
-from ticketing.office import office
 from ticketing.purchases import MAX_BYTES, Problem, PurchaseRejected, parse_purchase
 from ticketing.saga import Order, sell
 from ticketing.tables import purchases
@@ -28,7 +29,7 @@ async def buy(request: Request, line: Annotated[int, Query(ge=1)] = 1) -> dict[s
 
     Durable with the answer. The same line again is the same purchase; another one under the same order id is refused.
     """
-    known = office.catalogue
+    known = app.get(Catalogue)
     purchase = parse_purchase(await _body(request), line=line, items=known.items, customers=known.customers)
     try:
         run = await sell.start(Order(line=line, purchase=purchase), id=run_id(purchase.order_id))
@@ -45,7 +46,7 @@ async def purchase_status(order_id: str) -> dict[str, str | None]:
     status = await run.status()
     mine = select(purchases.c.state, purchases.c.reason).where(purchases.c.order_id == order_id)
     state, reason = "accepted", None
-    for row in await office.database.read(mine):
+    for row in await app.get(Database).read(mine):
         state, reason = row.state, row.reason
     return {"order_id": order_id, "run_id": run.id, "status": status.value, "state": state, "reason": reason}
 
@@ -54,7 +55,7 @@ async def purchase_status(order_id: str) -> dict[str, str | None]:
 async def summary() -> dict[str, int]:
     """How many purchases are in each state."""
     counted = select(purchases.c.state, func.count().label("number")).group_by(purchases.c.state)
-    return {row.state: row.number for row in await office.database.read(counted)}
+    return {row.state: row.number for row in await app.get(Database).read(counted)}
 
 
 def run_id(order_id: str) -> str:

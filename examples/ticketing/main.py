@@ -10,7 +10,7 @@ from mainstay.events import EventsModule
 from mainstay.observability import ObservabilityModule, ObservabilitySettings
 from mainstay.workflow import WorkflowModule
 from ticketing import payments, projections, saga
-from ticketing.office import OfficeModule, office
+from ticketing.office import OfficeModule
 
 app = App(
     ObservabilityModule.for_root(ObservabilitySettings(service_name="ticketing")),
@@ -24,5 +24,4 @@ app = App(
     AuditModule.for_root(),
     AuditModule.for_feature(saga.audit),
     OfficeModule.for_root(),
-    OfficeModule.for_feature(office),
 )

@@ -1,23 +1,22 @@
 """The office's own module, written by the convention of every other: settings, what it requires, and one running part.
 
-Steps and handlers are plain functions; what they need while an App runs, the database and the provider above all, they
-find in `office`.
+Steps and handlers are plain functions. The services that they need, the database and the provider above all, are
+keyword parameters with a default of `given(…)`, which the App fills.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Never
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from sqlalchemy import insert, select
 
-from mainstay.core import App, Binding, Module, Settings
+from mainstay.core import App, Module, Settings
 from mainstay.database import Database, DatabaseModule
 from ticketing.catalogue import Catalogue, Item, read_catalogue
 from ticketing.payments import PaymentProvider
@@ -38,45 +37,14 @@ class OfficeSettings(Settings):
     purchases: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    database: Database
-    provider: PaymentProvider
-    catalogue: Catalogue
-
-
-class Office:
-    """What the office's functions use while an App runs."""
-
-    def __init__(self) -> None:
-        self.binding: Binding[_Running] = Binding(
-            "the office", remedy="add OfficeModule.for_root() and OfficeModule.for_feature(office) to the App"
-        )
-
-    @property
-    def database(self) -> Database:
-        return self.binding.get().database
-
-    @property
-    def provider(self) -> PaymentProvider:
-        return self.binding.get().provider
-
-    @property
-    def catalogue(self) -> Catalogue:
-        return self.binding.get().catalogue
-
-
-office = Office()
-
-
-class OfficeModule(Module[OfficeSettings, Office]):
+class OfficeModule(Module[OfficeSettings, Never]):
     """The ticket office of an App."""
 
     name: ClassVar[str] = "ticketing"
 
     def yields(self) -> Sequence[type]:
-        """The payment provider's client."""
-        return (PaymentProvider,)
+        """The payment provider's client, and what is on sale."""
+        return (PaymentProvider, Catalogue)
 
     def requires(self) -> Sequence[type[DatabaseModule]]:
         """The office keeps everything in the database."""
@@ -84,16 +52,14 @@ class OfficeModule(Module[OfficeSettings, Office]):
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
-        """Yields the PaymentProvider."""
+        """Put the tickets on sale if none is; connect to the provider."""
         database = app.get(Database)
         await database.ensure_schema(SCHEMA)
         if self.settings.purchases is not None:
             await put_on_sale(database, read_catalogue(self.settings.purchases))
         catalogue = await on_sale(database)
-        async with PaymentProvider.connected(self.settings.provider_url) as provider, AsyncExitStack() as stack:
-            for part in self.parts:
-                stack.enter_context(part.binding.to(_Running(database, provider, catalogue)))
-            yield (provider,)
+        async with PaymentProvider.connected(self.settings.provider_url) as provider:
+            yield (provider, catalogue)
 
 
 async def on_sale(database: Database) -> Catalogue:

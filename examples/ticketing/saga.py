@@ -14,7 +14,8 @@ from sqlalchemy import and_, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.audit import AuditTrail
-from mainstay.core import FullJitter, MainstayError, Retry
+from mainstay.core import FullJitter, MainstayError, Retry, given
+from mainstay.database import Database
 from mainstay.events import EventRouter
 from mainstay.workflow import Done, StepFailed, Unknown, WorkflowRouter, current_step
 from ticketing.messages import (
@@ -25,8 +26,7 @@ from ticketing.messages import (
     Tickets,
     TicketsHeld,
 )
-from ticketing.office import office
-from ticketing.payments import Charged, Declined
+from ticketing.payments import Charged, Declined, PaymentProvider
 from ticketing.purchases import Purchase
 from ticketing.tables import items, payments, purchases, tickets
 
@@ -67,8 +67,8 @@ def _resource(order: Order) -> str:
 
 @flows.step(transactional=True)
 @audit.record("purchase.accepted", resource=_resource)
-async def register(order: Order) -> None:
-    await office.database.write(
+async def register(order: Order, *, db: Database = given(Database)) -> None:
+    await db.write(
         insert(purchases),
         {
             "order_id": order.id,
@@ -82,8 +82,8 @@ async def register(order: Order) -> None:
 
 @register.compensation
 @audit.record("purchase.cancelled", resource=_resource)
-async def cancel(_outcome: Done[None] | Unknown, order: Order) -> None:
-    async with office.database.transaction() as session:
+async def cancel(_outcome: Done[None] | Unknown, order: Order, *, db: Database = given(Database)) -> None:
+    async with db.transaction() as session:
         reason = await session.scalar(select(purchases.c.reason).where(purchases.c.order_id == order.id))
         await _set_state(session, order, "cancelled")
     await events.publish(
@@ -93,8 +93,8 @@ async def cancel(_outcome: Done[None] | Unknown, order: Order) -> None:
 
 @flows.step(transactional=True, failed_on=(SoldOut,))
 @audit.record("tickets.held", resource=_resource)
-async def hold(order: Order) -> None:
-    async with office.database.transaction() as session:
+async def hold(order: Order, *, db: Database = given(Database)) -> None:
+    async with db.transaction() as session:
         # In the order of items: two purchases that lock the same rows in another order would wait for each other.
         for number, line in sorted(enumerate(order.purchase.lines), key=lambda entry: entry[1].item):
             taken = (
@@ -121,8 +121,8 @@ async def hold(order: Order) -> None:
 
 @hold.compensation
 @audit.record("tickets.released", resource=_resource)
-async def release(_outcome: Done[None] | Unknown, order: Order) -> None:
-    async with office.database.transaction() as session:
+async def release(_outcome: Done[None] | Unknown, order: Order, *, db: Database = given(Database)) -> None:
+    async with db.transaction() as session:
         for item in sorted({line.item for line in order.purchase.lines}):
             mine = and_(tickets.c.item == item, tickets.c.order_id == order.id)
             count = select(func.count()).select_from(tickets).where(mine).scalar_subquery()
@@ -137,13 +137,19 @@ async def release(_outcome: Done[None] | Unknown, order: Order) -> None:
     timeout_seconds=10,
     failed_on=(Declined,),
 )
-async def charge(order: Order) -> Charged:
+async def charge(order: Order, *, provider: PaymentProvider = given(PaymentProvider)) -> Charged:
     """The only step that nobody can share a commit with: a crash in it leaves an outcome that is unknown."""
-    return await office.provider.charge(current_step().key, order.id, order.purchase.total_cents)
+    return await provider.charge(current_step().key, order.id, order.purchase.total_cents)
 
 
 @charge.compensation
-async def refund(_outcome: Done[Charged] | Unknown, order: Order) -> None:
+async def refund(
+    _outcome: Done[Charged] | Unknown,
+    order: Order,
+    *,
+    provider: PaymentProvider = given(PaymentProvider),
+    db: Database = given(Database),
+) -> None:
     """Whatever became of the charge: afterwards the money is back, and the key is spent.
 
     The provider says what had been charged under the key. What the office had not heard of until now it books too, so
@@ -151,35 +157,35 @@ async def refund(_outcome: Done[Charged] | Unknown, order: Order) -> None:
     """
     key = current_step().undoes
     assert key is not None
-    settled = await office.provider.refund(key, order.id)
+    settled = await provider.refund(key, order.id)
     if settled.charged_cents:
-        async with office.database.transaction():
-            await _book(order, key, "charge", settled.charged_cents)
-            await _book(order, key, "refund", settled.refunded_cents)
+        async with db.transaction():
+            await _book(db, order, key, "charge", settled.charged_cents)
+            await _book(db, order, key, "refund", settled.refunded_cents)
 
 
 @flows.step(transactional=True, compensation=None)
-async def book(order: Order, charged: Charged) -> None:
+async def book(order: Order, charged: Charged, *, db: Database = given(Database)) -> None:
     """Into the office's ledger; `refund` is what undoes it."""
-    await _book(order, charged.key, "charge", charged.amount_cents)
-    async with office.database.transaction() as session:
+    await _book(db, order, charged.key, "charge", charged.amount_cents)
+    async with db.transaction() as session:
         await _set_state(session, order, "charged")
 
 
 @flows.step(transactional=True, compensation=None)
 @audit.record("tickets.issued", resource=_resource)
-async def issue(order: Order) -> None:
+async def issue(order: Order, *, db: Database = given(Database)) -> None:
     """From here they are the customer's; `release` takes them back in any state."""
-    async with office.database.transaction() as session:
+    async with db.transaction() as session:
         await session.execute(update(tickets).where(tickets.c.order_id == order.id).values(state="issued"))
         await _set_state(session, order, "issued")
 
 
 @flows.step(transactional=True, compensation=None)
 @audit.record("purchase.completed", resource=_resource)
-async def send_receipt(order: Order) -> None:
+async def send_receipt(order: Order, *, db: Database = given(Database)) -> None:
     """The purchase is complete with the event from which the receipt is written."""
-    async with office.database.transaction() as session:
+    async with db.transaction() as session:
         await _set_state(session, order, "completed")
     await events.publish(
         PurchaseCompleted(
@@ -192,8 +198,8 @@ async def send_receipt(order: Order) -> None:
 
 
 @flows.step(transactional=True, compensation=None)
-async def note_reason(order: Order, reason: str) -> None:
-    async with office.database.transaction() as session:
+async def note_reason(order: Order, reason: str, *, db: Database = given(Database)) -> None:
+    async with db.transaction() as session:
         await session.execute(update(purchases).where(purchases.c.order_id == order.id).values(reason=reason))
 
 
@@ -225,9 +231,9 @@ async def _set_state(session: AsyncSession, order: Order, state: str, **more: in
     await session.execute(update(purchases).where(purchases.c.order_id == order.id).values(state=state, **more))
 
 
-async def _book(order: Order, key: str, kind: str, cents: int) -> None:
+async def _book(db: Database, order: Order, key: str, kind: str, cents: int) -> None:
     """A confirmed movement of money, into ledger, audit trail and events; once, however often it is confirmed."""
-    async with office.database.transaction() as session:
+    async with db.transaction() as session:
         known = select(payments.c.key).where(payments.c.key == key, payments.c.kind == kind)
         if await session.scalar(known) is not None:
             return

@@ -10,7 +10,7 @@ from ticketing import projections
 from ticketing.catalogue import Catalogue, Item
 from ticketing.demo import DEFAULT_PURCHASES
 from ticketing.messages import PaymentCaptured, Tickets, TicketsHeld
-from ticketing.office import OfficeModule, OfficeSettings, office, put_on_sale
+from ticketing.office import OfficeModule, OfficeSettings, put_on_sale
 from ticketing.tables import customers, handled, sales, tickets
 
 
@@ -27,7 +27,6 @@ async def database(request, tmp_path):
     app = App(
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
         OfficeModule.for_root(OfficeSettings(purchases=DEFAULT_PURCHASES)),
-        OfficeModule.for_feature(office),
     )
     async with app:
         yield app.get(Database)
@@ -37,16 +36,16 @@ async def test_an_event_that_finds_no_row_to_count_on_fails(database):
     """An item or a customer whose counter is gone is an error, and the event does not count as handled."""
     held = TicketsHeld(order_id="1", tickets=(Tickets(item="MUSEUM", quantity=2, price_cents=725),))
     paid = PaymentCaptured(order_id="1", customer_id="ada", amount_cents=1450)
-    await projections.count_held(held)
-    await projections.count_paid(paid)
+    await projections.count_held(held, db=database)
+    await projections.count_paid(paid, db=database)
     assert [row.held for row in await database.read(select(sales.c.held).where(sales.c.item == "MUSEUM"))] == [2]
     async with database.transaction() as session:
         await session.execute(delete(sales).where(sales.c.item == "MUSEUM"))
         await session.execute(delete(customers).where(customers.c.customer_id == "ada"))
     with pytest.raises(LookupError, match="MUSEUM"):
-        await projections.count_held(held)
+        await projections.count_held(held, db=database)
     with pytest.raises(LookupError, match="ada"):
-        await projections.count_paid(paid)
+        await projections.count_paid(paid, db=database)
     assert [row[0] for row in await database.read(select(func.count()).select_from(handled))] == [2]
 
 
