@@ -4,6 +4,9 @@ Two things measured one after the other differ by whatever else the machine did 
 turns, the order swapping each round, and the spread is taken over *pairs*: a disturbance long enough to cover a pair
 hits both. A figure is whatever one round returns (nanoseconds a call, events a second); a round does the work, asserts
 its result, and times only the work.
+
+A benchmark measures; what its rows must reach stands apart, in `benchmarks/goals.toml`, so that a test can compare the
+committed rows with it.
 """
 
 import gc
@@ -12,13 +15,15 @@ import json
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 ROOT = Path(__file__).resolve().parent.parent
+GOALS = ROOT / "benchmarks" / "goals.toml"
 
 Round = Callable[[], float | Awaitable[float]]
 Better = Literal["lower", "higher"]
@@ -29,7 +34,8 @@ class Row:
     """One line of `benchmarks/results/<package>.json`.
 
     `ratio` is value / peer_value; `goal` bounds the ratio where a peer is named, the value otherwise; `low` and `high`
-    are the extremes over the rounds of what the goal bounds. `met` is null where there is no goal.
+    are the extremes of what the goal bounds over `rounds` rounds (null: the run kept no count). `met` is null where
+    there is no goal.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Row:
     ratio: float | None
     low: float
     high: float
+    rounds: int | None
     goal: float | None
     better: Better
     met: bool | None
@@ -51,7 +58,6 @@ async def compare(
     subject: Round,
     *,
     peer: tuple[str, Round] | None = None,
-    goal: float | None = None,
     better: Better = "lower",
     rounds: int = 5,
 ) -> Row:
@@ -72,10 +78,10 @@ async def compare(
     values = figures[0]
     value = statistics.median(values)
     if peer is None:
-        return row(name, unit, value, low=min(values), high=max(values), goal=goal, better=better)
+        return row(name, unit, value, low=min(values), high=max(values), rounds=rounds, better=better)
     pairs = [mine / theirs for mine, theirs in zip(*figures, strict=True)]
     theirs = (peer[0], statistics.median(figures[1]))
-    return row(name, unit, value, peer=theirs, low=min(pairs), high=max(pairs), goal=goal, better=better)
+    return row(name, unit, value, peer=theirs, low=min(pairs), high=max(pairs), rounds=rounds, better=better)
 
 
 def row(
@@ -86,13 +92,12 @@ def row(
     peer: tuple[str, float] | None = None,
     low: float | None = None,
     high: float | None = None,
-    goal: float | None = None,
+    rounds: int = 1,
     better: Better = "lower",
 ) -> Row:
-    """Return the row of figures taken elsewhere, such as bytes of memory or a time to recover."""
+    """Return the row of figures taken elsewhere, such as bytes of memory or a time to recover, in `rounds` rounds."""
     ratio = None if peer is None else value / peer[1]
     bounded = value if ratio is None else ratio
-    met = None if goal is None else (bounded <= goal if better == "lower" else bounded >= goal)
     return Row(
         name=name,
         value=value,
@@ -102,10 +107,25 @@ def row(
         ratio=ratio,
         low=bounded if low is None else low,
         high=bounded if high is None else high,
-        goal=goal,
+        rounds=rounds,
+        goal=None,
         better=better,
-        met=met,
+        met=None,
     )
+
+
+def goals(package: str) -> dict[str, float]:
+    """Return what the rows of a package must reach, by the name of the row; empty where nothing is asked."""
+    found: dict[str, float] = tomllib.loads(GOALS.read_text()).get(package, {})
+    return {name: float(goal) for name, goal in found.items()}
+
+
+def judged(found: Row, goal: float | None) -> Row:
+    """Return the row with its goal and whether it is met: the bound itself is good enough; no goal, no verdict."""
+    if goal is None:
+        return replace(found, goal=None, met=None)
+    bounded = found.value if found.ratio is None else found.ratio
+    return replace(found, goal=goal, met=bounded <= goal if found.better == "lower" else bounded >= goal)
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:

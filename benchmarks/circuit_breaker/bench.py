@@ -163,8 +163,8 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
     retried = Retries(Retry(attempts=3))(work_async)
     four = Pipeline("four", Retry(attempts=3), CircuitBreaker("four"), Bulkhead(100), Timeout(30))(work_async)
 
-    async def beside(name: str, subject: Round, peer: str, theirs: Round, goal: float) -> Row:
-        return await compare(name, "ns/call", subject, peer=(peer, theirs), goal=goal, rounds=rounds)
+    async def beside(name: str, subject: Round, peer: str, theirs: Round) -> Row:
+        return await compare(name, "ns/call", subject, peer=(peer, theirs), rounds=rounds)
 
     hand = "by hand, same features"
     count_by_hand = awaited(by_hand.counting(work_async), calls)
@@ -172,41 +172,37 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
     time_by_hand_sync = plain(by_hand.timing_sync(work), calls)
     bare, bare_sync = awaited(by_hand.bare(work_async), calls), plain(by_hand.bare_sync(work), calls)
     four_by_hand = awaited(by_hand.four(work_async), calls // 4)
-    for name, subject, peer, theirs, goal in (
-        ("breaker closed, async, window of calls", awaited(counted, calls), hand, count_by_hand, 1.4),
-        ("breaker closed, async, window of seconds", awaited(timed, calls), hand, time_by_hand, 1.4),
-        ("breaker closed, async, everything on", awaited(everything, calls), "by hand, bare", bare, 2.5),
-        ("breaker closed, sync, window of seconds", plain(timed_sync, calls), hand, time_by_hand_sync, 1.4),
-        ("breaker closed, sync, everything on", plain(everything_sync, calls), "by hand, bare", bare_sync, 2.5),
-        ("window of 1,000,000 calls", awaited(million, calls), "window of 100", awaited(counted, calls), 1.1),
-        ("four policies, nothing going wrong", awaited(four, calls // 4), "fused by hand", four_by_hand, 1.3),
+    for name, subject, peer, theirs in (
+        ("breaker closed, async, window of calls", awaited(counted, calls), hand, count_by_hand),
+        ("breaker closed, async, window of seconds", awaited(timed, calls), hand, time_by_hand),
+        ("breaker closed, async, everything on", awaited(everything, calls), "by hand, bare", bare),
+        ("breaker closed, sync, window of seconds", plain(timed_sync, calls), hand, time_by_hand_sync),
+        ("breaker closed, sync, everything on", plain(everything_sync, calls), "by hand, bare", bare_sync),
+        ("window of 1,000,000 calls", awaited(million, calls), "window of 100", awaited(counted, calls)),
+        ("four policies, nothing going wrong", awaited(four, calls // 4), "fused by hand", four_by_hand),
     ):
-        yield await beside(name, subject, peer, theirs, goal)
+        yield await beside(name, subject, peer, theirs)
     name = "a failure, window of 1,000,000 calls"
     short, long = failing(100, calls // 4), failing(1_000_000, calls // 4)
-    yield await beside(name, long, "window of 100", short, 1.1)
+    yield await beside(name, long, "window of 100", short)
     name = "four policies, nothing going wrong, absolute"
-    yield await compare(name, "ns/call", awaited(four, calls // 4), goal=4000, rounds=rounds)
-    yield await compare("rejection, beyond raising it", "ns/call", beyond_raising(calls // 4), goal=300, rounds=rounds)
+    yield await compare(name, "ns/call", awaited(four, calls // 4), rounds=rounds)
+    yield await compare("rejection, beyond raising it", "ns/call", beyond_raising(calls // 4), rounds=rounds)
 
     with Peers("circuit_breaker") as peers:
         for library in ("circuitbreaker", "aiobreaker", "purgatory", "hyx", "interlock-cb", "pyresilience"):
             theirs = peers(f"closed async {library}", peer_calls)
-            yield await beside(f"breaker closed, async, beside {library}", awaited(timed, calls), library, theirs, 1.0)
+            yield await beside(f"breaker closed, async, beside {library}", awaited(timed, calls), library, theirs)
         for library in ("pybreaker", "circuitbreaker", "aiobreaker", "purgatory", "interlock-cb", "pyresilience"):
             theirs = peers(f"closed sync {library}", peer_calls)
-            yield await beside(
-                f"breaker closed, sync, beside {library}", plain(timed_sync, calls), library, theirs, 1.0
-            )
+            yield await beside(f"breaker closed, sync, beside {library}", plain(timed_sync, calls), library, theirs)
         closed = opened()
         for library in ("circuitbreaker", "aiobreaker", "interlock-cb"):
             theirs = peers(f"open {library}", peer_calls)
-            yield await beside(
-                f"rejection, beside {library}", lambda: rejecting(closed, calls // 4), library, theirs, 1.0
-            )
+            yield await beside(f"rejection, beside {library}", lambda: rejecting(closed, calls // 4), library, theirs)
         for library in ("hyx", "stamina", "tenacity"):
             theirs = peers(f"retry {library}", peer_calls // 4)
-            yield await beside(f"retry, no failure, beside {library}", awaited(retried, calls), library, theirs, 1.0)
+            yield await beside(f"retry, no failure, beside {library}", awaited(retried, calls), library, theirs)
         for stack in (
             "pyresilience",
             "hyx",
@@ -214,14 +210,14 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             "Semaphore + circuitbreaker + tenacity + asyncio.timeout",
         ):
             theirs = peers(f"four {stack}", peer_calls // 4)
-            yield await beside(f"four policies, beside {stack}", awaited(four, calls // 4), stack, theirs, 1.0)
+            yield await beside(f"four policies, beside {stack}", awaited(four, calls // 4), stack, theirs)
 
     number = 1_000 if quick else 10_000
     config = BreakerConfig()
     breakers = bytes_each(lambda: [CircuitBreaker("memory", config) for _ in range(number)])
-    yield row("memory of a breaker", "bytes", breakers, goal=1024)
-    yield row("memory of a circuit of a keyed breaker", "bytes", bytes_each(lambda: circuits(number)), goal=1024)
+    yield row("memory of a breaker", "bytes", breakers)
+    yield row("memory of a circuit of a keyed breaker", "bytes", bytes_each(lambda: circuits(number)))
     keys = 10_000 if quick else 100_000
     size, kept = await asyncio.to_thread(keyed, keys)
     assert kept == keys
-    yield row(f"memory of {keys:,} keyed circuits after {2 * keys:,} keys", "MiB", size, goal=keys / 1024)
+    yield row(f"memory of {keys:,} keyed circuits after {2 * keys:,} keys", "MiB", size)

@@ -72,7 +72,6 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
         "ns/call",
         per_await(with_ours),
         peer=("asyncio.timeout", per_await(with_asyncio)),
-        goal=1.5,
         rounds=rounds,
     )
     yield await compare(
@@ -80,7 +79,6 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
         "ns/call",
         per_await(retry_ours),
         peer=("tenacity", per_await(retry_tenacity)),
-        goal=0.1,
         rounds=rounds,
     )
     yield await compare("uuid7", "ns/call", per_call(uuid7), peer=("uuid.uuid4", per_call(uuid.uuid4)), rounds=rounds)

@@ -27,7 +27,6 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             "µs/line",
             lambda: _lines(calls, structlog_line),
             peer=("structlog with orjson", peers("native", calls)),
-            goal=1.3,
             rounds=rounds,
         )
         yield await compare(
@@ -35,7 +34,6 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             "µs/line",
             lambda: _lines(calls, stdlib_line),
             peer=("structlog ProcessorFormatter", peers("stdlib", calls)),
-            goal=1.0,
             rounds=rounds,
         )
         yield await compare(
@@ -49,7 +47,6 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             "µs/request",
             lambda: cost_of_middleware(FastAPI, _instrumented, calls // 10),
             peer=("instrumentator and correlation-id", peers("middleware", calls // 10)),
-            goal=1.0,
             rounds=rounds,
         )
 
