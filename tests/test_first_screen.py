@@ -136,10 +136,10 @@ def test_the_service_of_the_readme_runs_on_kafka_and_postgresql(tmp_path: Path, 
         "MAINSTAY_EVENTS_KAFKA_SERVERS": kafka,
     }
     assert all(f"{name}=" in README for name in settings)
-    assert "mainstay-database upgrade && uvicorn service:api" in README
+    assert "mainstay db upgrade && uvicorn service:api" in README
     made = _Service(tmp_path, **settings)
-    upgrade = str(Path(sys.executable).parent / "mainstay-database")
-    subprocess.run([upgrade, "upgrade"], cwd=tmp_path, env=made.environment, check=True, capture_output=True)
+    command = str(Path(sys.executable).parent / "mainstay")
+    subprocess.run([command, "db", "upgrade"], cwd=tmp_path, env=made.environment, check=True, capture_output=True)
     made.start()
     try:
         made.pay()

@@ -63,7 +63,7 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
         yield Engine(url, None, topic, signing.verifier, _environment(url, topic, key_file, transport="sql"))
         return
     async with _servers() as (kafka, url):
-        await upgrade(url, [*installed(), SCHEMA])  # what `mainstay-database upgrade` does
+        await upgrade(url, [*installed(), SCHEMA])  # what `mainstay db upgrade` does
         environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka)
         yield Engine(url, kafka, topic, signing.verifier, environment)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mainstay.circuit_breaker import BreakerConfig, State
-from mainstay.circuit_breaker.__main__ import main
 from mainstay.circuit_breaker.rehearsal import Record, read_trace, rehearse, suggest
+from mainstay.cli import main
 
 
 def outage(seconds: float = 30.0) -> list[Record]:
@@ -102,13 +102,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file = tmp_path / "trace.csv"
     rows = [f"{record.at},{record.seconds},{record.failed}" for record in outage()]
     file.write_text("at,seconds,failed\n" + "\n".join(rows))
-    assert main(["rehearse", str(file), "--config", '{"window_seconds": 10}']) == 0
+    assert main(["breakers", "rehearse", str(file), "--config", '{"window_seconds": 10}']) == 0
     assert "1200 calls, 300 failed; it would have opened" in capsys.readouterr().out
-    assert main(["suggest", str(file)]) == 0
+    assert main(["breakers", "suggest", str(file)]) == 0
     assert "minimum_calls: a fifth of them" in capsys.readouterr().out
-    assert main(["rehearse", str(file), "--config", '{"failure_ratio": 5}']) == 2
+    assert main(["breakers", "rehearse", str(file), "--config", '{"failure_ratio": 5}']) == 2
     assert "failure_ratio" in capsys.readouterr().err
-    assert main(["suggest", str(tmp_path / "none.csv")]) == 2
+    assert main(["breakers", "suggest", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
 
 
@@ -130,5 +130,5 @@ def test_traces_from_spreadsheets_are_read_and_empty_ones_refused(
     assert read_trace(file) == [Record(0.5, 0.1, failed=False)]
     for name, text in (("a.csv", ""), ("b.csv", "at,seconds,failed\n"), ("c.jsonl", "\n")):
         (tmp_path / name).write_text(text)
-        assert main(["rehearse", str(tmp_path / name)]) == 2
+        assert main(["breakers", "rehearse", str(tmp_path / name)]) == 2
         assert f"{name} has no records" in capsys.readouterr().err

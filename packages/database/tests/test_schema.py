@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.dialects import postgresql
 
+from mainstay.cli import main
 from mainstay.core import App, ConfigurationError
-from mainstay.database import Database, DatabaseModule, DatabaseSettings, Schema, console, upgrade
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, Schema, cli, upgrade
 from mainstay.database.schema import SCHEMA, downgrade, installed, revision, status
 from mainstay.database.testing import database, schema_differences
 
@@ -86,7 +87,7 @@ async def test_postgres_is_migrated_by_the_command_only(postgres, tmp_path):
     """A start without tables, and on old ones, is refused with the command to run; after it, all is well."""
     old, new = shop(tmp_path / "one", FIRST), shop(tmp_path / "two", FIRST, SECOND)
     app = App(DatabaseModule.for_root(DatabaseSettings(url=SecretStr(postgres))))
-    with pytest.raises(ConfigurationError, match=r"no tables of the schema database.*`mainstay-database upgrade`"):
+    with pytest.raises(ConfigurationError, match=r"no tables of the schema database.*`mainstay db upgrade`"):
         async with app:
             pass
     await upgrade(postgres, [SCHEMA, old])
@@ -226,12 +227,12 @@ async def test_the_command_that_helps_names_the_schema(postgres, tmp_path, monke
     schema = shop(tmp_path / "m", FIRST)
     await upgrade(postgres, [])
     async with database(postgres) as db:
-        with pytest.raises(ConfigurationError, match="`mainstay-database upgrade --schema module:SCHEMA`"):
+        with pytest.raises(ConfigurationError, match="`mainstay db upgrade --schema module:SCHEMA`"):
             await db.ensure_schema(schema)
         module = ModuleType("shop.tables")
         module.__dict__["TABLES"] = schema
         monkeypatch.setitem(sys.modules, "shop.tables", module)
-        with pytest.raises(ConfigurationError, match=r"`mainstay-database upgrade --schema shop\.tables:TABLES`"):
+        with pytest.raises(ConfigurationError, match=r"`mainstay db upgrade --schema shop\.tables:TABLES`"):
             await db.ensure_schema(schema)
 
 
@@ -256,13 +257,13 @@ async def test_what_only_reads_changes_nothing(tmp_path):
 
 def test_the_command(lasting, capsys, monkeypatch):
     """Status says what is missing and ends with 1, upgrade brings it, then status ends with 0."""
-    monkeypatch.setattr(console, "installed", lambda: [SCHEMA])
-    assert console.main(["status", "--url", lasting]) == 1
-    assert "run `mainstay-database upgrade`" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "installed", lambda: [SCHEMA])
+    assert main(["db", "status", "--url", lasting]) == 1
+    assert "run `mainstay db upgrade`" in capsys.readouterr().out
     monkeypatch.setenv("MAINSTAY_DATABASE_URL", lasting)
-    assert console.main(["upgrade"]) == 0
+    assert main(["db", "upgrade"]) == 0
     assert "up to date: database" in capsys.readouterr().out
-    assert console.main(["status"]) == 0
+    assert main(["db", "status"]) == 0
     assert "up to date" in capsys.readouterr().out
 
 
@@ -278,19 +279,19 @@ def test_the_command_for_tables_of_an_application(lasting, tmp_path, monkeypatch
     (folder / "migrations").mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(console, "installed", lambda: [SCHEMA])
+    monkeypatch.setattr(cli, "installed", lambda: [SCHEMA])
     monkeypatch.setenv("MAINSTAY_DATABASE_URL", lasting)
     named = ["--schema", "lending_tables:SCHEMA"]
     try:
-        assert console.main(["revision", "loans are lent", *named]) == 0
+        assert main(["db", "revision", "loans are lent", *named]) == 0
         assert list((folder / "migrations").glob("*_loans_are_lent.py"))
-        assert console.main(["upgrade", *named]) == 0
-        assert console.main(["status", *named]) == 0
-        assert console.main(["downgrade", "base", *named]) == 0
-        assert console.main(["status", *named]) == 1
+        assert main(["db", "upgrade", *named]) == 0
+        assert main(["db", "status", *named]) == 0
+        assert main(["db", "downgrade", "base", *named]) == 0
+        assert main(["db", "status", *named]) == 1
         assert "--schema lending_tables:SCHEMA" in capsys.readouterr().out
         for wrong in ("lending_tables", "lending_tables:NOTHING", "no_such_module:SCHEMA", "sys:path"):
-            assert console.main(["status", "--schema", wrong]) == 2
+            assert main(["db", "status", "--schema", wrong]) == 2
             assert wrong in capsys.readouterr().err
     finally:
         sys.modules.pop("lending_tables", None)
@@ -299,8 +300,8 @@ def test_the_command_for_tables_of_an_application(lasting, tmp_path, monkeypatch
 @pytest.mark.parametrize("url", ["sqlite://", "postgresql://me:hunter2@nowhere/db"])
 def test_the_command_prints_sql(url, capsys, monkeypatch):
     """The statements of a first installation, for those who may not run commands there; needs no database."""
-    monkeypatch.setattr(console, "installed", lambda: [SCHEMA])
-    assert console.main(["upgrade", "--url", url, "--sql"]) == 0
+    monkeypatch.setattr(cli, "installed", lambda: [SCHEMA])
+    assert main(["db", "upgrade", "--url", url, "--sql"]) == 0
     text = capsys.readouterr().out
     assert "CREATE TABLE mainstay_database_leases" in text
     assert "mainstay_database_version" in text
@@ -317,16 +318,16 @@ def test_the_command_prints_sql(url, capsys, monkeypatch):
 )
 def test_the_command_with_a_wrong_url(url, capsys):
     """It says what is wrong, ends with 2, and prints no secret."""
-    assert console.main(["status", "--url", url]) == 2
+    assert main(["db", "status", "--url", url]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("mainstay-database: ")
+    assert captured.err.startswith("mainstay: ")
     assert "hunter2" not in captured.out + captured.err
 
 
 def test_the_command_is_installed():
     """The script and the entry point of our own schema are there."""
     done = subprocess.run(
-        [Path(sys.executable).with_name("mainstay-database"), "--help"], capture_output=True, text=True, check=True
+        [Path(sys.executable).with_name("mainstay"), "db", "--help"], capture_output=True, text=True, check=True
     )
     assert "upgrade" in done.stdout
     assert SCHEMA in installed()

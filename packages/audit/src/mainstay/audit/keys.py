@@ -80,7 +80,7 @@ def _development(database: Database) -> SigningKey:
     if database.dialect != "sqlite":
         msg = (
             "AuditModule has no key: set MAINSTAY_AUDIT_SIGNING_KEY for a process that seals, or "
-            "MAINSTAY_AUDIT_PRODUCER_KEY for one that only writes; `mainstay-audit key NAME` makes them"
+            "MAINSTAY_AUDIT_PRODUCER_KEY for one that only writes; `mainstay audit key NAME` makes them"
         )
         raise ConfigurationError(msg)
     file = development_key_file(database)

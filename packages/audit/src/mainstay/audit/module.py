@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from mainstay.audit.keys import Keys, keys_of
 from mainstay.audit.sealer import Sealer
 from mainstay.audit.settings import AuditSettings
-from mainstay.audit.tables import SCHEMA
+from mainstay.audit.tables import SCHEMA, pending
 from mainstay.audit.trail import AuditTrail, Intake
 from mainstay.core import App, Module
 from mainstay.database import Database, DatabaseModule
@@ -32,6 +32,10 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
         """The database that the entries are written to."""
         return (DatabaseModule,)
+
+    async def inspect(self, app: App) -> Sequence[str]:
+        """A missing right to write entries."""
+        return await app.get(Database).missing_rights([pending], ("SELECT", "INSERT"))
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:

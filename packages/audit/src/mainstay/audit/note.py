@@ -94,7 +94,7 @@ class SigningKey:
         """
         text = text.strip()
         if not text.startswith(_PRIVATE):
-            msg = "a signing key begins with PRIVATE+KEY+; `mainstay-audit key NAME` makes one"
+            msg = "a signing key begins with PRIVATE+KEY+; `mainstay audit key NAME` makes one"
             raise InvalidNote(msg)
         name, key_id, seed = _parts(text.removeprefix(_PRIVATE), "a signing key is `PRIVATE+KEY+name+id+base64`")
         key = cls(name, seed)

@@ -14,7 +14,7 @@ class AuditSettings(Settings):
     """The audit trail; read from `MAINSTAY_AUDIT_…` where not passed.
 
     Attributes:
-        signing_key: signs checkpoints, one line as `mainstay-audit key NAME` prints it; only sealers need it. On
+        signing_key: signs checkpoints, one line as `mainstay audit key NAME` prints it; only sealers need it. On
             SQLite, where none is given, one for development is made beside the database, with a warning.
         signing_key_file: a file that holds it instead.
         producer_key: signs what a process says of the entries it has written, so that one deleted before it was sealed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import ClassVar
 
@@ -49,6 +49,13 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
                     raise ConfigurationError(msg)
         check_names(self.settings, found)
         return found
+
+    def describe(self) -> Mapping[str, Sequence[str]]:
+        """The breakers, and the pipelines with their policies from the outside in."""
+        return {
+            "breakers": sorted(self.breakers()),
+            "pipelines": [repr(part).strip("<>") for part in self.parts if isinstance(part, Pipeline)],
+        }
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object]]:

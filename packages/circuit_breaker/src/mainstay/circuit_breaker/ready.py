@@ -1,4 +1,4 @@
-"""Pipelines for common cases. The numbers are beginnings: `python -m mainstay.circuit_breaker suggest` finds yours.
+"""Pipelines for common cases. The numbers are beginnings: `mainstay breakers suggest` finds yours.
 
 Each call makes a new pipeline with a breaker of that name: make it once, where the client is made. `clock` is for all
 of its policies; a running App's clock reaches its breaker only.

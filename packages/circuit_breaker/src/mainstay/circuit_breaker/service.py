@@ -11,7 +11,7 @@ from mainstay.circuit_breaker._admission import require_plain
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.chaos import faults_now
 from mainstay.circuit_breaker.circuit import CircuitSnapshot, State, StateChange
-from mainstay.circuit_breaker.console import History, worst_state
+from mainstay.circuit_breaker.history import History, worst_state
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings, Count, Seconds
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError, Health, Retry

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import (
@@ -134,6 +134,25 @@ class Module(ABC, Generic[S, P]):
         Raises:
             ConfigurationError: names the thing and the remedy.
         """
+
+    def describe(self) -> Mapping[str, Sequence[str]]:
+        """What `parts` hold, for people: by kind, a line each. `mainstay describe` prints it; nothing is started."""
+        return {}
+
+    def only_looking(self) -> None:
+        """Prepare for a start by a command that looks and changes nothing that is stored, such as a migration."""
+
+    async def inspect(self, app: App) -> Sequence[str]:
+        """Look for what will go wrong once there is traffic, for `mainstay check`.
+
+        Args:
+            app: it is started, after `only_looking`, and does not serve.
+
+        Returns:
+            A sentence for each finding, which names the thing and the remedy; none where all is well.
+        """
+        del app
+        return ()
 
     @abstractmethod
     def running(self, app: App) -> AbstractAsyncContextManager[Sequence[object]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from mainstay.core.errors import ConfigurationError
@@ -37,6 +37,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
 
+    _passed: frozenset[str] = PrivateAttr(default=frozenset())
+
     def __init__(self, **values: Any) -> None:
         problems = _unknown_variables(type(self))
         if not problems:
@@ -48,11 +50,18 @@ class Settings(BaseSettings):
                 problems = [_explain_json(type(self), str(error))]
         if problems:
             raise ConfigurationError("; ".join(problems))
+        self._passed = frozenset(values)
 
     @classmethod
     def variable(cls, field: str) -> str:
         """The environment variable that sets `field`."""
         return f"{cls.model_config.get('env_prefix', '')}{field}".upper()
+
+    def origin(self, field: str) -> str:
+        """The place that the value of `field` comes from: `code`, the environment variable's name, or `default`."""
+        if field in self._passed:
+            return "code"
+        return self.variable(field) if field in self.model_fields_set else "default"
 
 
 def stray_variables() -> list[str]:

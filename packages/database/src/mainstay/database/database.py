@@ -411,6 +411,30 @@ class Database:
         async with self._turn.mine():
             await migrate(self._address, [schema])
 
+    async def missing_rights(
+        self, tables: Iterable[sa.Table], rights: Sequence[str] = ("SELECT", "INSERT", "UPDATE", "DELETE")
+    ) -> list[str]:
+        """Say for each table which of `rights` this service's user of PostgreSQL lacks; nothing on SQLite.
+
+        Args:
+            tables: that exist.
+            rights: as GRANT names them.
+
+        Returns:
+            A sentence for each table where one is missing, with the statement that grants it.
+        """
+        if self.dialect != "postgresql":
+            return []
+        found: list[str] = []
+        for table in tables:
+            asked = [sa.func.has_table_privilege(table.fullname, right) for right in rights]
+            row: Row = (await self.read(sa.select(sa.func.current_user(), *asked)))[0]
+            user = row[0]
+            lacks = ", ".join(right for place, right in enumerate(rights, 1) if not row[place])
+            if lacks:
+                found.append(f"{user} lacks {lacks} on {table.fullname}: GRANT {lacks} ON {table.fullname} TO {user}")
+        return found
+
     async def health(self) -> Health:
         """`degraded` when every connection is in use, `down` when the database does not answer, or only reads."""
         self._home.check()

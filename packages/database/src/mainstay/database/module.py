@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Never
 
+import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -19,13 +20,15 @@ from mainstay.database._engine import Address, Home, behind_pooler, bounds, make
 from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn, Writer
 from mainstay.database._statements import Statements
 from mainstay.database._virtual_time import DriverCalls
+from mainstay.database.clock import database_now
 from mainstay.database.database import Database, uninterrupted
-from mainstay.database.lease import Keeper
+from mainstay.database.lease import Keeper, leases
 from mainstay.database.schema import SCHEMA
 from mainstay.database.settings import DatabaseSettings, parse_url
 
 _log = logging.getLogger("mainstay.database")
 
+CLOCK_SECONDS = 5.0  # so far may the two clocks be apart; leases go by the database's alone
 _GOODBYE_SECONDS = 5.0
 LEASE_CLOCK = SYSTEM_CLOCK  # not the App's: a lease is about processes, which live in real time
 
@@ -39,6 +42,16 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
         """The Database."""
         return (Database,)
 
+    def only_looking(self) -> None:
+        """Leave old tables in SQLite as they are, and make no file."""
+        self.settings = self.settings.model_copy(update={"migrate": False})
+
+    async def inspect(self, app: App) -> Sequence[str]:
+        """Missing rights on the leases, and a clock that is off."""
+        database = app.get(Database)
+        rights = await database.missing_rights([leases], ("SELECT", "INSERT", "UPDATE"))
+        return [*rights, *await _clock_that_is_off(database, app)]
+
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
         """Connect, migrate SQLite or check PostgreSQL, yield the Database; at the end commit what is waiting."""
@@ -49,6 +62,22 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
                 yield [database]
         finally:
             address.remove()
+
+
+async def _clock_that_is_off(database: Database, app: App) -> list[str]:
+    before = app.clock.now().timestamp()
+    ((theirs,),) = await database.read(sa.select(database_now()))
+    after = app.clock.now().timestamp()
+    # Half of the round trip is nobody's fault.
+    off = theirs - (before + after) / 2
+    if abs(off) <= CLOCK_SECONDS + (after - before):
+        return []
+    ahead = "ahead of" if off > 0 else "behind"
+    finding = (
+        f"the database's clock is {abs(off):.0f} s {ahead} this machine's, so events and records get times that "
+        "disagree: synchronise both with NTP"
+    )
+    return [finding]
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """Tables of packages and applications: each schema with its own Alembic branch and version table.
 
 Installed packages are found by an entry point; an application names its own schema. SQLite migrates when the App
-starts. On PostgreSQL `mainstay-database upgrade` does it, under an account that may create tables, before the new
+starts. On PostgreSQL `mainstay db upgrade` does it, under an account that may create tables, before the new
 version of the service is started.
 
 Revision files say `from alembic import op`, and `op` is one global of the process that points to the migration under
@@ -300,7 +300,7 @@ async def require(connection: AsyncConnection, schema: Schema) -> None:
 def upgrade_command(schema: Schema) -> str:
     """The command that upgrades this schema: an application that is not installed names its schema by module."""
     if schema in installed():
-        return "mainstay-database upgrade"
+        return "mainstay db upgrade"
     places = (
         f"{name}:{attribute}"
         for name, module in sorted(sys.modules.items())
@@ -308,7 +308,7 @@ def upgrade_command(schema: Schema) -> str:
         for attribute, value in vars(module).items()
         if value is schema
     )
-    return f"mainstay-database upgrade --schema {next(places, 'module:SCHEMA')}"
+    return f"mainstay db upgrade --schema {next(places, 'module:SCHEMA')}"
 
 
 def comparison(schema: Schema) -> dict[str, Any]:

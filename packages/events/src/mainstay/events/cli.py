@@ -1,94 +1,115 @@
-"""The command `mainstay-events`: looks at dead letters and sends them again."""
+"""`mainstay events`: looks at dead letters and sends them again."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
-from mainstay.core import App, MainstayError
+import typer
+
+from mainstay.cli import as_json, document, say, settings_of, table
+from mainstay.core import App, ConfigurationError
 from mainstay.database import DatabaseModule
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.module import EventsModule
-from mainstay.events.settings import EventsSettings
 
-_WIDE = 60
+__all__ = ["commands"]
 
+T = TypeVar("T")
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 1 with the reason on stderr."""
-    options = _parser().parse_args(arguments)
-    try:
-        return asyncio.run(_run(options))
-    except MainstayError as error:
-        print(f"mainstay-events: {error}", file=sys.stderr)
-        return 1
+_ALL = 1_000_000
 
+commands = typer.Typer(no_args_is_help=True, help="Events: what could not be handled, and sending it again.")
+dead_letters = typer.Typer(no_args_is_help=True, help="Events that could not be handled.")
+commands.add_typer(dead_letters, name="dead-letters")
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mainstay-events",
-        description="Uses the service's own settings: MAINSTAY_EVENTS_… and MAINSTAY_DATABASE_… from the environment.",
-    )
-    topics = parser.add_subparsers(required=True, metavar="dead-letters")
-    letters = topics.add_parser("dead-letters", help="events that could not be handled")
-    commands = letters.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="the oldest first")
-    listing.add_argument("--group", help="of this consumer group only")
-    listing.add_argument("--limit", type=int, default=100)
-    show = commands.add_parser("show", help="everything about one")
-    show.add_argument("id", type=UUID)
-    redrive = commands.add_parser("redrive", help="send again, to the group that failed and to no other")
-    which = redrive.add_mutually_exclusive_group(required=True)
-    which.add_argument("id", type=UUID, nargs="*", default=[])
-    which.add_argument("--all", action="store_true", help="every one that is there now")
-    redrive.add_argument("--group", help="with --all: of this consumer group only")
-    return parser
+Group = Annotated[str | None, typer.Option(help="Of this consumer group only.")]
 
 
-async def _run(options: argparse.Namespace) -> int:
-    settings = EventsSettings()
+@dead_letters.command("list")
+def list_letters(
+    group: Group = None, limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100
+) -> None:
+    """The dead letters, the oldest first."""
+    letters = _with(lambda store: store.list(group, limit=limit))
+    table(("id", "time", "group", "type", "error"), [_row(letter) for letter in letters], empty="no dead letters")
+
+
+@dead_letters.command("show")
+def show_letter(id: UUID) -> None:
+    """Everything about one."""
+    letter = _with(lambda store: store.get(id))
+    facts = _facts(letter)
+    if as_json():
+        document(facts)
+        return
+    for name, value in facts.items():
+        lines = [f"{key}: {text}" for key, text in value] if name == "headers" else str(value).splitlines() or [""]
+        say(f"{name:9} {lines[0] if lines else ''}", *(f"{'':9} {line}" for line in lines[1:]))
+
+
+@dead_letters.command("redrive")
+def redrive_letters(
+    ids: Annotated[list[UUID] | None, typer.Argument(metavar="ID…", help="Which.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every one that is there now.")] = False,  # noqa: FBT002
+    group: Group = None,
+) -> None:
+    """Send again, to the group that failed and to no other."""
+    if bool(ids) == every:
+        msg = "name the dead letters to send again, or pass --all"
+        raise typer.BadParameter(msg)
+
+    async def redrive(store: DeadLetters) -> list[DeadLetter]:
+        chosen = [letter.id for letter in await store.list(group, limit=_ALL)] if every else ids or []
+        sent: list[DeadLetter] = []
+        for letter_id in chosen:
+            letter = await store.redrive(letter_id)
+            sent.append(letter)
+            say(f"sent again: {letter.id} to group {letter.group}")
+        return sent
+
+    sent = _with(redrive)
+    if as_json():
+        document([{"id": letter.id, "group": letter.group} for letter in sent])
+
+
+def _with(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
+    settings = settings_of(EventsModule)
     if settings.transport == "memory":
-        print("mainstay-events: the memory transport keeps nothing for other processes", file=sys.stderr)
-        return 1
-    modules = [DatabaseModule.for_root()] if settings.writes_database else []
-    async with App(*modules, EventsModule.for_root(settings)) as app:
-        letters = app.get(DeadLetters)
-        if options.command == "list":
-            for letter in await letters.list(options.group, limit=options.limit):
-                print(_line(letter))
-        elif options.command == "show":
-            print(_page(await letters.get(options.id)))
-        else:
-            await _redrive(letters, options)
-    return 0
+        msg = "the memory transport keeps nothing for other processes"
+        raise ConfigurationError(msg)
+    modules: list[Any] = []
+    if settings.writes_database:
+        database = settings_of(DatabaseModule).model_copy(update={"migrate": False})
+        modules.append(DatabaseModule.for_root(database))
+
+    async def run() -> T:
+        async with App(*modules, EventsModule.for_root(settings)) as app:
+            return await work(app.get(DeadLetters))
+
+    return asyncio.run(run())
 
 
-async def _redrive(letters: DeadLetters, options: argparse.Namespace) -> None:
-    ids: list[UUID] = options.id
-    if options.all:
-        ids = [letter.id for letter in await letters.list(options.group, limit=1_000_000)]
-    for wanted in ids:
-        letter = await letters.redrive(wanted)
-        print(f"sent again: {letter.id} to group {letter.group}")
+def _row(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "time": f"{letter.time:%Y-%m-%d %H:%M:%S}",
+        "group": letter.group,
+        "type": letter.type or "(no type)",
+        "error": letter.error.rpartition("\n")[2],
+    }
 
 
-def _line(letter: DeadLetter) -> str:
-    reason = letter.error.rpartition("\n")[2]
-    reason = reason if len(reason) <= _WIDE else f"{reason[: _WIDE - 1]}…"
-    kind = letter.type or "(no type)"
-    return f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}  {letter.group}  {kind}  {reason}"
-
-
-def _page(letter: DeadLetter) -> str:
-    headers = "\n".join(f"  {name}: {value.decode(errors='backslashreplace')}" for name, value in letter.headers)
-    value = "(none)" if letter.value is None else letter.value.decode(errors="backslashreplace")
-    key = "(none)" if letter.key is None else letter.key.decode(errors="backslashreplace")
-    return (
-        f"id        {letter.id}\ngroup     {letter.group}\n"
-        f"read at   {letter.topic}/{letter.partition}@{letter.offset}\n"
-        f"given up  {letter.time:%Y-%m-%d %H:%M:%S %Z} after {letter.attempts} attempts\nkey       {key}\n"
-        f"headers\n{headers}\nvalue\n  {value}\nerror\n{letter.error}"
-    )
+def _facts(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "group": letter.group,
+        "read at": f"{letter.topic}/{letter.partition}@{letter.offset}",
+        "given up": f"{letter.time:%Y-%m-%d %H:%M:%S %Z} after {letter.attempts} attempts",
+        "key": "(none)" if letter.key is None else letter.key.decode(errors="backslashreplace"),
+        "headers": [(name, value.decode(errors="backslashreplace")) for name, value in letter.headers],
+        "value": "(none)" if letter.value is None else letter.value.decode(errors="backslashreplace"),
+        "error": letter.error,
+    }

@@ -102,7 +102,7 @@ class DeadLetterStore(Protocol):
 
 
 class DeadLetters:
-    """The dead letters of this service; `app.get(DeadLetters)`, or the command `mainstay-events dead-letters`."""
+    """The dead letters of this service; `app.get(DeadLetters)`, or the command `mainstay events dead-letters`."""
 
     def __init__(self, store: DeadLetterStore) -> None:
         self._store = store
@@ -119,7 +119,7 @@ class DeadLetters:
         """
         letter = await self._store.get(id)
         if letter is None:
-            msg = f"no dead letter {id}: list them with mainstay-events dead-letters list"
+            msg = f"no dead letter {id}: list them with mainstay events dead-letters list"
             raise RedriveError(msg)
         return letter
 

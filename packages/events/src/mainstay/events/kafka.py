@@ -25,7 +25,7 @@ import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
@@ -266,6 +266,30 @@ class KafkaTransport:
             finally:
                 await _ended("the Kafka admin client", admin.close(), admin._client)
         self._known_topics.add(topic)
+
+    async def wrong_topics(self, topics: Sequence[str]) -> list[str]:
+        """A sentence for each topic that is missing and will not be created, or has fewer partitions than it should."""
+        admin = AIOKafkaAdminClient(**self._connection())
+        try:
+            await admin.start()
+            answers = cast("list[dict[str, Any]]", await admin.describe_topics(list(topics)) if topics else [])
+        except KafkaError as error:
+            return [f"Kafka at {self._settings.kafka_servers} does not answer ({type(error).__name__}: {error})"]
+        finally:
+            await _ended("the Kafka admin client", admin.close(), admin._client)
+        found: list[str] = []
+        settings = self._settings
+        for answer in answers:
+            name, there = answer["topic"], len(answer.get("partitions", ()))
+            if answer["error_code"] or not there:
+                if not settings.kafka_create_topics:
+                    found.append(f"topic {name} does not exist: create it, or set kafka_create_topics")
+            elif settings.kafka_create_topics and there < settings.partitions:
+                found.append(
+                    f"topic {name} has {there} partitions where the settings say {settings.partitions}: widen it, or "
+                    f"set {settings.variable('partitions')}={there}"
+                )
+        return found
 
     # Reading
 

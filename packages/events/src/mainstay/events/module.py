@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
-from mainstay.database import Database, DatabaseModule
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import inbox, tables
 from mainstay.events._dispatch import Route
 from mainstay.events.consumer import Consumer
@@ -73,6 +73,36 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         _transport_classes(self.settings)
+
+    def describe(self) -> Mapping[str, Sequence[str]]:
+        """The handlers with their groups, and the topics that they read."""
+        handlers: list[str] = []
+        topics: set[str] = set()
+        for subscription in self._subscriptions():
+            for event in subscription.events:
+                definition = definition_of(event)
+                topics.add(self.settings.topic_of(definition.type))
+                what, once = f"{definition.type} {definition.version}", ", once" if subscription.inbox else ""
+                handlers.append(f"{subscription.name} handles {what} in group {subscription.group}{once}")
+        return {"handlers": handlers, "topics": sorted(topics)}
+
+    async def inspect(self, app: App) -> Sequence[str]:
+        """Missing rights, topics that are missing or too narrow, and a pool that is smaller than the groups need."""
+        found: list[str] = []
+        groups = {subscription.group for subscription in self._subscriptions()}
+        if self._needs_database():
+            database = app.get(Database)
+            found += await database.missing_rights(tables.SCHEMA.metadata.sorted_tables)
+            size = next(module.settings.pool_size for module in app.modules if isinstance(module, DatabaseModule))
+            if size < len(groups):
+                found.append(
+                    f"{len(groups)} consumer groups share {size} connections, so some always wait for others: set "
+                    f"{DatabaseSettings.variable('pool_size')} to {len(groups)} or more"
+                )
+        if self.settings.transport == "kafka":
+            topics = sorted(self.describe()["topics"])
+            found += await app.get(_kafka().KafkaTransport).wrong_topics(topics)
+        return found
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:

@@ -65,7 +65,7 @@ class RunStateError(WorkflowError):
 
 
 class RunParked(WorkflowError):
-    """The run waits for a person: `mainstay-workflow show` says why, `resume` or `cancel` takes it on."""
+    """The run waits for a person: `mainstay workflow show` says why, `resume` or `cancel` takes it on."""
 
     code = "SYS_RUN_PARKED"
 

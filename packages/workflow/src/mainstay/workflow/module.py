@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar
 
@@ -71,6 +71,18 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
                 steps[name] = step
         return workflows, steps
 
+    def describe(self) -> Mapping[str, Sequence[str]]:
+        """The workflows, and the steps with what is done about a failure."""
+        workflows, steps = self._collect()
+        return {
+            "workflows": [f"{name} version {version}" for name, version in sorted(workflows)],
+            "steps": [_said(step) for _, step in sorted(steps.items())],
+        }
+
+    async def inspect(self, app: App) -> Sequence[str]:
+        """Missing rights on the tables."""
+        return await app.get(Database).missing_rights(schema.metadata.sorted_tables)
+
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
         """Yield the engine, with every router bound to it; its worker runs only while the App serves."""
@@ -94,3 +106,16 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
 
 def _where(step: AnyStep) -> str:
     return f"{step.function.__module__}.{step.name}"
+
+
+def _said(step: AnyStep) -> str:
+    policy = step.policy
+    said = [f"{policy.retry.attempts} attempts"]
+    if policy.timeout_seconds is not None:
+        said.append(f"{policy.timeout_seconds:g} s each")
+    if policy.transactional:
+        said.append("transactional")
+    if policy.pivot:
+        said.append("pivot")
+    said.append("no compensation" if step.uncompensated else f"unknown: {policy.on_unknown}")
+    return f"{step.name}: {', '.join(said)}"

@@ -28,9 +28,9 @@ from mainstay.audit import (
     prove_consistency,
     tables,
 )
-from mainstay.audit.console import main
 from mainstay.audit.receipt import size_in
 from mainstay.audit.testing import KEY, settings, written
+from mainstay.cli import main
 from mainstay.core import App, ConfigurationError, bind
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.database.testing import schema_differences
@@ -107,7 +107,7 @@ async def test_consistency_between_any_two_checkpoints(db):
 
 async def run(capsys, *arguments):
     """The command in a thread of its own, as it has its own event loop: exit status, output, errors."""
-    status = await asyncio.to_thread(main, list(arguments))
+    status = await asyncio.to_thread(main, ["audit", *arguments])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -164,14 +164,14 @@ async def test_errors_of_the_command(capsys, tmp_path, monkeypatch):
     assert "intact" not in out
     assert (status, "right database?" in err, (tmp_path / "mainstay-audit.checkpoint").exists()) == (2, True, False)
     status, _, err = await run(capsys, "key", "a b")
-    assert (status, err.startswith("mainstay-audit: ")) == (2, True)
+    assert (status, err.startswith("mainstay: ")) == (2, True)
     status, _, _ = await run(capsys, "prove", str(uuid4()), "--url", url)
     assert status == 2
 
 
 def test_the_command_makes_keys():
     """The installed script prints a private key and its public half."""
-    script = "from mainstay.audit.console import main; raise SystemExit(main(['key', 'orders']))"
+    script = "from mainstay.cli import main; raise SystemExit(main(['audit', 'key', 'orders']))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     private, comment = out.splitlines()
     assert comment.endswith(SigningKey.parse(private).verifier.text)

@@ -1,0 +1,73 @@
+"""Everything that a command prints: for people, for a pipe, or as JSON.
+
+Data comes from others: an error's text, a run's id, an actor's name. All of it goes through `shown`, so that none of it
+moves the cursor, changes a colour or begins a line of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["as_json", "document", "say", "shown", "table"]
+
+JSON: ContextVar[bool] = ContextVar("mainstay_cli_json", default=False)
+
+
+def as_json() -> bool:
+    """Whether the user asked for JSON."""
+    return JSON.get()
+
+
+def shown(text: object) -> str:
+    """The text with each character that is not printable replaced by its escape, line ends too."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(text))
+
+
+def say(*lines: object) -> None:
+    """Print lines for people, each of them on one line whatever it holds; nothing where JSON was asked for."""
+    if not as_json():
+        for line in lines:
+            print(shown(line))
+
+
+def document(value: object) -> None:
+    """Print a JSON document; the one thing on standard output where JSON was asked for."""
+    print(json.dumps(value, indent=2, ensure_ascii=True, default=str))
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, empty: str = "nothing") -> None:
+    """Print rows: as JSON objects, as a table in a terminal, in aligned columns elsewhere.
+
+    Args:
+        columns: the keys of the rows, in the order in which they are shown; also the headings.
+        rows: what to show. JSON holds every key, also those that are no columns.
+        empty: what is said for people where there are no rows.
+    """
+    if as_json():
+        document([dict(row) for row in rows])
+    elif not rows:
+        say(empty)
+    elif sys.stdout.isatty():
+        drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for column in columns:
+            drawn.add_column(column, overflow="fold")
+        for row in rows:
+            drawn.add_row(*(Text(_cell(row.get(column))) for column in columns))
+        Console().print(drawn)
+    else:
+        cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+        widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else shown(value)

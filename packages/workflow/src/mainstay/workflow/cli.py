@@ -1,0 +1,123 @@
+"""`mainstay workflow`: which runs there are, what waits for a person, and what a person decides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import SecretStr
+
+from mainstay.cli import as_json, document, say, settings_of, table
+from mainstay.core import App
+from mainstay.database import DatabaseModule, DatabaseSettings
+from mainstay.workflow.engine import RunView, WorkflowEngine
+from mainstay.workflow.journal import Record
+from mainstay.workflow.module import WorkflowModule
+from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.workflow import RunStatus
+
+__all__ = ["commands"]
+
+T = TypeVar("T")
+
+commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel.")
+
+Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The run.")]
+
+
+@commands.command("list")
+def list_runs(
+    status: Annotated[RunStatus | None, typer.Option(help="Only runs in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    url: Url = "",
+) -> None:
+    """The newest runs."""
+    views = _with(url, lambda engine: engine.runs(status, limit=limit))
+    table(("started", "status", "workflow", "id", "note"), [_row(view) for view in views], empty="no runs")
+
+
+@commands.command("show")
+def show_run(id: Id, url: Url = "") -> None:
+    """One run, its steps, and which of them may have happened twice."""
+
+    async def look(engine: WorkflowEngine) -> tuple[RunView, list[Record]]:
+        history = await engine.history(id)
+        return await engine.run(id), sorted(history.records.values(), key=lambda record: record.seq)
+
+    view, records = _with(url, look)
+    facts = _facts(view)
+    steps = [_step(record) for record in records]
+    if as_json():
+        document({**facts, "steps": steps})
+        return
+    say(*(f"{name:9} {value}" for name, value in facts.items() if value is not None), "")
+    table(("step", "state", "attempts", "note"), steps, empty="no steps yet")
+
+
+@commands.command("resume")
+def resume_run(id: Id, url: Url = "") -> None:
+    """Let a parked run go on where it stopped."""
+    _with(url, lambda engine: engine.resume(id))
+    say(f"{id} goes on as soon as a worker takes it")
+
+
+@commands.command("cancel")
+def cancel_run(id: Id, url: Url = "") -> None:
+    """Stop a run at its next boundary and undo what it did."""
+    _with(url, lambda engine: engine.cancel(id))
+    say(f"{id} will be cancelled at its next boundary between steps")
+
+
+def _with(url: str, work: Callable[[WorkflowEngine], Awaitable[T]]) -> T:
+    named = DatabaseSettings(url=SecretStr(url)) if url else settings_of(DatabaseModule)
+    database = named.model_copy(update={"migrate": False})
+
+    async def run() -> T:
+        async with App(DatabaseModule.for_root(database), WorkflowModule.for_root(WorkflowSettings())) as app:
+            return await work(app.get(WorkflowEngine))
+
+    return asyncio.run(run())
+
+
+def _row(view: RunView) -> dict[str, Any]:
+    return {
+        "started": f"{view.created_at:%Y-%m-%d %H:%M:%S}",
+        "status": str(view.status),
+        "workflow": f"{view.workflow} v{view.version}",
+        "id": view.id,
+        "note": view.note,
+    }
+
+
+def _facts(view: RunView) -> dict[str, Any]:
+    return {
+        "run": view.id,
+        "workflow": f"{view.workflow} version {view.version}",
+        "status": f"{view.status}{' (cancellation asked for)' if view.cancel_requested else ''}",
+        "why": view.note,
+        "failure": None if view.failure is None else f"{view.failure['type']}: {view.failure['detail']}",
+        "started": f"{view.created_at:%Y-%m-%d %H:%M:%S} UTC",
+        "ended": None if view.ended_at is None else f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC",
+        "context": view.context or None,
+        "input": view.input,
+        "result": view.output,
+    }
+
+
+def _step(record: Record) -> dict[str, Any]:
+    notes: list[str] = []
+    if record.maybe_twice:
+        notes.append("may have happened more than once, unless the other side honours the key")
+    if record.state == "open" and record.dangling:
+        notes.append("the end of the last attempt was not seen")
+    if record.error:
+        notes.append(f"{record.error['type']}: {record.error['detail']}")
+    return {
+        "step": record.key,
+        "state": record.state,
+        "attempts": max(record.began, 1),
+        "note": "; ".join(notes) or None,
+    }
