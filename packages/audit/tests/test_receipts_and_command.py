@@ -157,6 +157,10 @@ async def test_errors_of_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     url = f"sqlite+aiosqlite:///{tmp_path / 'empty.db'}"
     status, _, err = await run(capsys, "verify", "--url", url)
+    assert (status, "there is no database" in err, (tmp_path / "empty.db").exists()) == (2, True, False)
+    async with App(DatabaseModule.for_root(DatabaseSettings(url=url))) as app:
+        await app.get(Database).ensure_schema(tables.SCHEMA)
+    status, _, err = await run(capsys, "verify", "--url", url)
     assert (status, "--key" in err) == (2, True)
     status, out, _ = await run(capsys, "export", "--url", url)
     assert (status, out) == (0, "")

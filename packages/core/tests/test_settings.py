@@ -171,3 +171,14 @@ def test_a_mistake_that_looks_like_a_service_is_still_one(name, value, monkeypat
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"{name} is not a setting"):
         PostSettings()
+
+
+def test_the_origin_of_a_value(monkeypatch):
+    """Code, the variable by its name, or the default; code goes before the environment; equality is by value."""
+    monkeypatch.setenv("MAINSTAY_POST_BATCH_SIZE", "7")
+    read, passed = PostSettings(), PostSettings(batch_size=7)
+    assert read.origin("batch_size") == "MAINSTAY_POST_BATCH_SIZE"
+    assert passed.origin("batch_size") == "code"
+    assert read == passed
+    monkeypatch.delenv("MAINSTAY_POST_BATCH_SIZE")
+    assert PostSettings().origin("batch_size") == "default"

@@ -41,7 +41,7 @@ def object_at(place: str, kind: type[Any], example: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
-        msg = f"there is no module {error.name} here or among what is installed: write module:name, such as {example}"
+        msg = f"{place!r}: there is no module {error.name} here or among what is installed; write it as {example}"
         raise ConfigurationError(msg) from None
     found: Any = module
     for part in attribute.split("."):

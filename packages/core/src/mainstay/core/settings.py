@@ -21,6 +21,21 @@ _OF_A_SERVICE = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UD
 _WITH_AN_ADDRESS = re.compile(r"PORT(_\d+_(TCP|UDP|SCTP))?")
 
 
+class _Passed:
+    """The fields that code has passed. Any two are equal, since settings are equal by their values alone."""
+
+    __slots__ = ("fields",)
+
+    def __init__(self, fields: Collection[str]) -> None:
+        self.fields = frozenset(fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Passed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class Settings(BaseSettings):
     """Base of every `XSettings`.
 
@@ -37,7 +52,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
 
-    _passed: frozenset[str] = PrivateAttr(default=frozenset())
+    _passed: _Passed = PrivateAttr(default_factory=lambda: _Passed(()))
 
     def __init__(self, **values: Any) -> None:
         problems = _unknown_variables(type(self))
@@ -50,7 +65,7 @@ class Settings(BaseSettings):
                 problems = [_explain_json(type(self), str(error))]
         if problems:
             raise ConfigurationError("; ".join(problems))
-        self._passed = frozenset(values)
+        self._passed = _Passed(values)
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -59,7 +74,7 @@ class Settings(BaseSettings):
 
     def origin(self, field: str) -> str:
         """The place that the value of `field` comes from: `code`, the environment variable's name, or `default`."""
-        if field in self._passed:
+        if field in self._passed.fields:
             return "code"
         return self.variable(field) if field in self.model_fields_set else "default"
 
