@@ -62,6 +62,7 @@ lint: setup
 layers: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/api.py
+	$(BIN)/python tools/private_use.py
 
 types: setup
 	$(BIN)/mypy packages servers tools benchmarks tests examples

@@ -1,5 +1,6 @@
 """The tools that judge everything else: a snapshot that misses a change, or a figure that flatters, judges nothing."""
 
+import ast
 import asyncio
 import importlib.util
 import json
@@ -70,6 +71,85 @@ def test_the_snapshot_shows_a_change_of_the_api(before, after, tmp_path, monkeyp
     assert "_own" not in old
     assert describe(body.replace("return 1", "return 200")) == old
     assert describe(body.replace(before, after)) != old
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("class Kind(Enum):\n    RED = 1\n", "RED = 1"),
+        ("@dataclass\nclass Kind:\n    size: int = 0\n", "size: int = 0"),
+        ("class Kind:\n    def __init__(self, size: int):\n        self.size = size\n", "self.size: int"),
+        ("class Kind:\n    def __init__(self):\n        self.size, self.free = 1, 2\n", "self.free"),
+        ("class Kind:\n    class Inner:\n        size: int\n", "class Inner"),
+        ("class Kind:\n    if True:\n        def run(self): ...\n", "def run(self)"),
+    ],
+)
+def test_the_snapshot_shows_what_a_user_can_reach_of_a_class(text, finding):
+    """Members of an enum, fields, attributes that `__init__` sets, nested classes, and what stands below an `if`."""
+    (node,) = ast.parse(text).body
+    assert finding in "\n".join(_tool("api")._class(node))
+
+
+def test_the_snapshot_hides_what_begins_with_an_underscore():
+    """Private attributes, fields and classes are nobody's business."""
+    text = "class Kind:\n    _a: int\n    class _B: ...\n    def __init__(self):\n        self._c = self.d.e = 1\n"
+    assert list(_tool("api")._class(ast.parse(text).body[0])) == ["class Kind", "    def __init__(self)"]
+
+
+def test_a_public_module_says_what_it_exports(tmp_path, monkeypatch):
+    """Without `__all__` it is a finding, unless it is an exception by name; an exception without need is one too."""
+    tool = _tool("api")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    _package(tmp_path, "class Thing: ...\n")
+    (missing,) = tool.undeclared("sample_api")
+    assert missing.startswith("mainstay.sample_api.part is public and has no __all__")
+    monkeypatch.setattr(tool, "WITHOUT_ALL", {"mainstay.sample_api.part", "mainstay.other.part"})
+    assert tool.undeclared("sample_api") == []
+    _package(tmp_path, '"""A part."""\n\n__all__ = ["Thing"]\n\n\nclass Thing: ...\n')
+    (stale,) = tool.undeclared("sample_api")
+    assert stale.startswith("mainstay.sample_api.part needs no exception")
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "finding"),
+    [
+        ("packages/b/src/mainstay/b/x.py", "from mainstay.a._core import Thing", "mainstay.a._core, a private module"),
+        ("packages/b/tests/test_x.py", "import mainstay.a._core", "mainstay.a._core, a private module"),
+        ("packages/b/src/mainstay/b/x.py", "from mainstay.a import _core", "mainstay.a._core, a private module"),
+        ("packages/b/src/mainstay/b/x.py", "from mainstay.a import hidden", "hidden, which mainstay.a does not export"),
+        ("tests/test_x.py", "from mainstay.a.part import other", "other, which mainstay.a.part does not export"),
+        ("packages/b/tests/test_x.py", "thing()._keeper.stop()", "_keeper, a private name of a"),
+        ("examples/x.py", "print(thing._slot)", "_slot, a private name of a"),
+        ("benchmarks/b/bench.py", "from mainstay.a import _core", "mainstay.a._core, a private module"),
+        ("packages/a/tests/test_x.py", "from mainstay.a._core import Thing; Thing()._keeper", None),
+        ("benchmarks/a/bench.py", "from mainstay.a._core import Thing; Thing()._keeper", None),
+        ("packages/b/tests/test_x.py", "from mainstay.a import Thing; from mainstay.a import part", None),
+        ("packages/b/tests/test_x.py", "class Own:\n    _keeper = 1\n\n\nprint(Own._keeper)", None),
+        ("packages/b/tests/test_x.py", "import os\nos._exit(1)", None),
+    ],
+)
+def test_private_use_of_another_package_is_found(place, line, finding, tmp_path):
+    """An import of what is not exported, and an attribute that another package keeps for itself."""
+    files = {
+        "packages/a/src/mainstay/a/__init__.py": 'from mainstay.a._core import Thing\n\n__all__ = ["Thing"]\n',
+        "packages/a/src/mainstay/a/_core.py": (
+            "class Thing:\n    __slots__ = ('_slot',)\n"
+            "    def __init__(self):\n        self._keeper = 1\n    def _exit(self): ...\n"
+        ),
+        "packages/a/src/mainstay/a/part.py": "__all__ = []\nother = 1\n",
+        "packages/b/src/mainstay/b/__init__.py": "__all__ = []\n",
+        place: line,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = list(_tool("private_use").findings(tmp_path))
+    if finding is None:
+        assert found == []
+    else:
+        (only,) = found
+        assert only.startswith(f"{place}:1: ")
+        assert finding in only
 
 
 def test_rounds_alternate_and_the_goal_bounds_the_ratio():

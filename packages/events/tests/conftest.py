@@ -46,7 +46,7 @@ async def postgres_url(postgres: str) -> str:
 
 @pytest.fixture(scope="session")
 def _broker() -> Iterator[Kafka]:
-    yield from plugin._own(Kafka())
+    yield from plugin.owned(Kafka())
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from mainstay.core import App, Drain
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.database.testing import expire_lease
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment
 from mainstay.events.metadata import Record, encode, envelope
@@ -233,7 +234,7 @@ async def test_trap_12_a_commit_after_the_lease_was_lost_changes_nothing(databas
         async with transport.source("g", ["sql"], reading) as source:
             found = await pages(source, reading)
             lease = next(iter(source._leases.values()))
-            await app.get(Database)._keeper.release(lease)  # as if it had expired at the database
+            await expire_lease(app.get(Database), lease)
             taken = await app.get(Database).lease(lease.name)
             assert taken is not None
             await source.commit({reading.held[0]: found[4][1]})

@@ -37,7 +37,8 @@ def _missing(error: MissingServer) -> NoReturn:
     pytest.skip(reason)
 
 
-def _own(server: ServerT) -> Iterator[ServerT]:
+def owned(server: ServerT) -> Iterator[ServerT]:
+    """Start a server, yield it once and remove it; where it is missing, fail or skip the test as the run demands."""
     try:
         server.start()
     except MissingServer as error:
@@ -55,7 +56,7 @@ def kafka() -> Iterator[str]:
     if address:
         yield address
     else:
-        for server in _own(Kafka()):
+        for server in owned(Kafka()):
             yield server.address
 
 
@@ -65,7 +66,7 @@ def _postgres_server() -> Iterator[str]:
     if url:
         yield url
     else:
-        for server in _own(Postgres()):
+        for server in owned(Postgres()):
             yield server.url
 
 
@@ -85,7 +86,7 @@ def postgres(_databases: Databases) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def _pgbouncer_server(_postgres_server: str) -> Iterator[PgBouncer]:
-    yield from _own(PgBouncer(_postgres_server))
+    yield from owned(PgBouncer(_postgres_server))
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def _redis_server() -> Iterator[str]:
     if url:
         yield url
     else:
-        for server in _own(Redis()):
+        for server in owned(Redis()):
             yield server.url
 
 
@@ -114,19 +115,19 @@ def redis_url(_redis_server: str) -> str:
 @pytest.fixture
 def own_kafka() -> Iterator[Kafka]:
     """A Kafka of this test's own."""
-    yield from _own(Kafka())
+    yield from owned(Kafka())
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A PostgreSQL of this test's own; `fresh_database(own_postgres.url)` makes databases in it."""
-    yield from _own(Postgres())
+    yield from owned(Postgres())
 
 
 @pytest.fixture
 def own_redis() -> Iterator[Redis]:
     """A Redis of this test's own."""
-    yield from _own(Redis())
+    yield from owned(Redis())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

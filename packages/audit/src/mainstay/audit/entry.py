@@ -23,6 +23,8 @@ from uuid import UUID
 
 from mainstay.audit.errors import InvalidEntry
 
+__all__ = ["Entry", "Outcome"]
+
 Outcome = Literal["succeeded", "failed", "denied", "unknown"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
+__all__ = ["AuditError", "InvalidEntry", "InvalidNote", "InvalidReceipt", "NotSealed", "TamperedLog"]
+
 
 class AuditError(MainstayError):
     """Base of the audit trail's errors."""

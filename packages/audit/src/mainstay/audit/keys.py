@@ -15,6 +15,8 @@ from mainstay.audit.settings import AuditSettings
 from mainstay.core import ConfigurationError
 from mainstay.database import Database
 
+__all__ = ["Keys"]
+
 _log = logging.getLogger("mainstay.audit")
 
 _DEVELOPMENT = "mainstay-audit-development"

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
+__all__ = ["consistent", "included"]
+
 EMPTY_ROOT = sha256(b"").digest()
 
 # Only every eighth level of inner nodes is stored: one row for 256 leaves, and at most 255 hashes to find any other.

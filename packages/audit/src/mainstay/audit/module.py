@@ -15,6 +15,8 @@ from mainstay.audit.trail import AuditTrail, Intake
 from mainstay.core import App, Module
 from mainstay.database import Database, DatabaseModule
 
+__all__ = ["AuditModule"]
+
 
 class AuditModule(Module[AuditSettings, AuditTrail]):
     """Writes audit entries wherever the App runs, and seals them where it serves."""

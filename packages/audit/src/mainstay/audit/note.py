@@ -18,6 +18,8 @@ from hashlib import sha256
 from mainstay.audit import _ed25519
 from mainstay.audit.errors import InvalidNote
 
+__all__ = ["Checkpoint", "SigningKey", "VerifierKey"]
+
 _ED25519 = b"\x01"
 _KEY_BYTES = 33
 _ID_BYTES = 4

@@ -23,6 +23,8 @@ from mainstay.audit.merkle import (
 from mainstay.audit.note import Checkpoint, VerifierKey
 from mainstay.database import Database
 
+__all__ = ["Receipt", "prove", "prove_consistency"]
+
 _FORMAT = "mainstay-audit-receipt-1"
 _FIND = (
     sa.select(tables.log.c.leaf)

@@ -30,6 +30,8 @@ from mainstay.audit.settings import AuditSettings
 from mainstay.core import Clock, Drain, Health
 from mainstay.database import Conflict, Database, DatabaseError, Lease
 
+__all__ = ["Sealer"]
+
 _log = logging.getLogger("mainstay.audit")
 
 LEASE = "mainstay.audit.sealer"

@@ -9,6 +9,8 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
+__all__ = ["AuditSettings"]
+
 
 class AuditSettings(Settings):
     """The audit trail; read from `MAINSTAY_AUDIT_…` where not passed.

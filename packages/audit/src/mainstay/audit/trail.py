@@ -27,6 +27,8 @@ from mainstay.audit.tables import INSERT_PENDING
 from mainstay.core import App, Binding, Context, Drain, MainstayError, bind, current, derived_id, once, spawn, uuid7
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError
 
+__all__ = ["AuditTrail"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -32,6 +32,8 @@ from mainstay.audit.note import Checkpoint, VerifierKey, open_note
 from mainstay.audit.producer import STATEMENT, Statement
 from mainstay.database import Database
 
+__all__ = ["Problem", "Report", "verify"]
+
 Kind = Literal[
     "changed", "deleted", "truncated", "rewritten", "forged", "unsigned", "malformed", "copied", "unsealed", "stale"
 ]

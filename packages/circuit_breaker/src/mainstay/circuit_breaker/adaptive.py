@@ -10,6 +10,8 @@ from mainstay.circuit_breaker.bulkhead import Bulkhead
 from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.core import SYSTEM_CLOCK, Clock
 
+__all__ = ["AdaptiveBulkhead"]
+
 
 class AdaptiveBulkhead(Bulkhead):
     """A bulkhead whose limit follows what the dependency can take.

@@ -19,6 +19,8 @@ from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.verdicts import Errors, Verdict, are_exceptions, judge
 from mainstay.core import SYSTEM_CLOCK, Binding, Clock
 
+__all__ = ["CircuitBreaker", "KeyedBreaker"]
+
 L = TypeVar("L", bound=Callable[[StateChange], object])
 
 _log = logging.getLogger("mainstay.circuit_breaker")

@@ -12,6 +12,8 @@ from mainstay.circuit_breaker._admission import Layer, Policy, is_number, is_who
 from mainstay.circuit_breaker.errors import BulkheadFull
 from mainstay.core import SYSTEM_CLOCK, Clock, DeadlineExceeded, deadline_fired, remaining_seconds
 
+__all__ = ["Bulkhead"]
+
 
 class _Place:
     """Somebody in the queue."""

@@ -15,6 +15,8 @@ from typing import Final, cast
 from mainstay.circuit_breaker._admission import Layer, Policy, require
 from mainstay.core import SYSTEM_CLOCK, Clock
 
+__all__ = ["Chaos", "Fault"]
+
 _log = logging.getLogger("mainstay.circuit_breaker")
 _PASS: Final = object()
 

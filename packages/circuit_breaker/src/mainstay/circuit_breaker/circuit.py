@@ -27,6 +27,8 @@ from mainstay.circuit_breaker.windows import CountWindow, TimeWindow, Window, st
 if TYPE_CHECKING:
     from mainstay.circuit_breaker.breaker import Rules
 
+__all__ = ["Circuit", "CircuitSnapshot", "State", "StateChange"]
+
 
 class State(enum.StrEnum):
     """What a circuit does with the next call."""

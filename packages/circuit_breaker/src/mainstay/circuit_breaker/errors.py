@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
+__all__ = ["BulkheadFull", "CircuitOpen", "HarmfulOrderWarning", "RateLimited", "Rejected", "Throttled", "WrongKind"]
+
 
 class Rejected(MainstayError):
     """A policy refused the call before anything was sent.

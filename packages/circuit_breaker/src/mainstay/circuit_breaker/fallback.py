@@ -23,6 +23,8 @@ from mainstay.circuit_breaker.errors import WrongKind
 from mainstay.circuit_breaker.verdicts import are_exceptions
 from mainstay.core import SYSTEM_CLOCK, Clock
 
+__all__ = ["Fallback"]
+
 _NOTHING: Final = object()
 
 

@@ -15,6 +15,8 @@ from mainstay.circuit_breaker.retries import Grants, IsWell
 from mainstay.circuit_breaker.verdicts import denies
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
 
+__all__ = ["Hedge"]
+
 
 class Hedge(Policy):
     """Send a second attempt when the first has not answered after `after_seconds`. For calls that may be repeated.

@@ -15,6 +15,8 @@ from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.circuit_breaker.windows import TimeWindow
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
 
+__all__ = ["Budget", "RateLimit"]
+
 
 class RateLimit(Policy):
     """At most `calls` in `seconds`, evenly: the generic cell rate algorithm, which needs one number of memory.

@@ -13,6 +13,8 @@ from mainstay.circuit_breaker.service import CircuitBreakerService, check_names,
 from mainstay.circuit_breaker.settings import CircuitBreakerSettings
 from mainstay.core import App, ConfigurationError, Module
 
+__all__ = ["CircuitBreakerModule"]
+
 
 class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | KeyedBreaker | Pipeline]):
     """Configures breakers, on their own or in pipelines, from the settings, and yields a `CircuitBreakerService`.

@@ -14,6 +14,8 @@ from mainstay.circuit_breaker.limits import Budget
 from mainstay.circuit_breaker.retries import IsWell, Retries
 from mainstay.core import Retry
 
+__all__ = ["Pipeline"]
+
 # Outer kind, inner kind, what goes wrong, what to write.
 _HARMFUL = (
     ("breaker", "retry", "the breaker sees one outcome for all attempts of a call", "put the breaker inside the retry"),

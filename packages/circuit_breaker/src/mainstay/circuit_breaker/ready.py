@@ -15,6 +15,8 @@ from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.timeouts import Timeout
 from mainstay.core import SYSTEM_CLOCK, Clock, FullJitter, Retry
 
+__all__ = ["database", "http_read", "http_write"]
+
 
 def http_read(name: str, *, clock: Clock = SYSTEM_CLOCK) -> Pipeline:
     """For calls that may be repeated: GET, or a POST with an idempotency key.

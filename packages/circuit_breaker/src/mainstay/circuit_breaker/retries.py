@@ -18,6 +18,8 @@ from mainstay.circuit_breaker._admission import Layer, Policy
 from mainstay.circuit_breaker.verdicts import denies, is_final
 from mainstay.core import Clock, FullJitter, Outcome, Retry, RetryState, note_attempts, retry_if_retryable
 
+__all__ = ["Retries"]
+
 IsWell = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 

@@ -16,6 +16,8 @@ from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings, Count, Seconds
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError, Health, Retry
 
+__all__ = ["CircuitBreakerService", "OperationConfig"]
+
 T = TypeVar("T")
 L = TypeVar("L", bound=Callable[[StateChange], object])
 

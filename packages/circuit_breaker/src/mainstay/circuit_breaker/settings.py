@@ -10,6 +10,8 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
+__all__ = ["BreakerConfig", "CircuitBreakerSettings"]
+
 Seconds = Annotated[float, Field(gt=0, lt=float("inf"))]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]

@@ -19,6 +19,8 @@ from typing import cast
 from mainstay.circuit_breaker._admission import Layer, Policy, is_number, require
 from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer, ambient_deadline, deadline_error
 
+__all__ = ["Timeout"]
+
 
 def _checked(seconds: float) -> float:
     in_range = is_number(seconds) and 0 < seconds < inf

@@ -26,6 +26,8 @@ from mainstay.database.fence import Fence
 from mainstay.database.lease import NAME_LENGTH, Keeper, Lease
 from mainstay.database.schema import Schema, migrate, require
 
+__all__ = ["Database"]
+
 T = TypeVar("T")
 Row = sa.Row[Any]
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]

@@ -16,6 +16,17 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
+__all__ = [
+    "CommitUnknown",
+    "Conflict",
+    "DatabaseBusy",
+    "DatabaseError",
+    "DatabaseUnavailable",
+    "FenceLost",
+    "UnitOfWorkError",
+    "WrongEventLoop",
+]
+
 
 class DatabaseError(MainstayError):
     """The database refused a statement; the message carries the database's own words."""

@@ -15,6 +15,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
+__all__ = ["Fence", "FenceOn"]
+
 
 class FenceOn:
     """A table whose rows have an owner; built once for each table.

@@ -37,6 +37,8 @@ from mainstay.database._translation import connection_is_gone, only_reads
 from mainstay.database.errors import DatabaseBusy, DatabaseUnavailable
 from mainstay.database.fence import Fence, FenceOn
 
+__all__ = ["Lease"]
+
 T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.database")

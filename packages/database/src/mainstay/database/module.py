@@ -26,6 +26,8 @@ from mainstay.database.lease import Keeper, leases
 from mainstay.database.schema import SCHEMA
 from mainstay.database.settings import DatabaseSettings, parse_url
 
+__all__ = ["DatabaseModule"]
+
 _log = logging.getLogger("mainstay.database")
 
 CLOCK_SECONDS = 5.0  # so far may the two clocks be apart; leases go by the database's alone

@@ -9,6 +9,8 @@ from sqlalchemy.exc import ArgumentError
 
 from mainstay.core import Settings
 
+__all__ = ["DatabaseSettings"]
+
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 
 

@@ -13,11 +13,12 @@ from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock
 from mainstay.database.database import Database
+from mainstay.database.lease import Lease
 from mainstay.database.module import DatabaseModule
 from mainstay.database.schema import Schema, comparison, upgrade
 from mainstay.database.settings import DatabaseSettings
 
-__all__ = ["database", "schema_differences"]
+__all__ = ["database", "expire_lease", "schema_differences"]
 
 
 @asynccontextmanager
@@ -40,6 +41,16 @@ async def database(
         for schema in schemas:
             await running.ensure_schema(schema)
         yield running
+
+
+async def expire_lease(database: Database, lease: Lease) -> None:
+    """End a lease at the database as if its time had run out: others may take it, and its holder does not know yet.
+
+    Args:
+        database: the one that the lease is of.
+        lease: what expires; `lease.held` stays as it is until the holder asks the database.
+    """
+    await database._keeper.release(lease)
 
 
 async def schema_differences(database: Database, schema: Schema) -> Sequence[object]:

@@ -14,6 +14,8 @@ from mainstay.core import derived_id
 from mainstay.events.errors import RedriveError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, Headers, Outgoing, Record
 
+__all__ = ["DeadLetter", "DeadLetters"]
+
 _LONGEST_ERROR = 20_000
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
+__all__ = ["DecodeError", "PublishError", "RedriveError"]
+
 
 class PublishError(MainstayError):
     """The event was not confirmed within the send deadline. `no_effect` is True where it certainly was not sent."""

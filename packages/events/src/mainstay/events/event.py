@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Unpack, cast
 from pydantic import BaseModel, ConfigDict
 from pydantic.errors import PydanticUserError
 
+__all__ = ["Event"]
+
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)", re.ASCII)
 

@@ -15,6 +15,8 @@ from uuid import UUID
 from mainstay.core import Context
 from mainstay.events.event import Event, EventDefinition, definition_of
 
+__all__ = ["Metadata"]
+
 Headers = Sequence[tuple[str, bytes]]
 
 ID = "ce_id"

@@ -22,6 +22,8 @@ from mainstay.events.settings import EventsSettings
 from mainstay.events.sql import SqlDeadLetters, SqlTransport
 from mainstay.events.transport import Transport
 
+__all__ = ["EventConsumers", "EventsModule"]
+
 
 class EventConsumers:
     """The consumer groups of this App, for its health."""

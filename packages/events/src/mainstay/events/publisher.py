@@ -10,6 +10,8 @@ from mainstay.events.metadata import Outgoing, encode, envelope
 from mainstay.events.metrics import published
 from mainstay.events.settings import EventsSettings
 
+__all__ = ["EventPublisher"]
+
 Send = Callable[[Sequence[Outgoing]], Awaitable[None]]
 """Takes encoded events, in order, and returns when they are durable; after an exception some may be."""
 

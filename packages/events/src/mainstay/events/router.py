@@ -13,6 +13,8 @@ from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
 
+__all__ = ["EventRouter"]
+
 _LONGEST_GROUP = 200
 
 E = TypeVar("E", bound=Event)

@@ -9,6 +9,8 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import FullJitter, Retry, Settings
 
+__all__ = ["EventsSettings"]
+
 
 class EventsSettings(Settings):
     """Settings of `EventsModule`. One that the chosen transport cannot honour is an error, never ignored.

@@ -17,6 +17,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from mainstay.database import Schema, database_now
 from mainstay.events.metadata import Headers
 
+__all__ = ["SCHEMA"]
+
 T = TypeVar("T")
 Insert = Any
 """The `insert` of a dialect: both have `on_conflict_…`, and no type in common."""

@@ -27,6 +27,8 @@ from mainstay.observability.errors import error_body, retry_after, status_of
 from mainstay.observability.health import JSON, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 
+__all__ = ["ObservabilityMiddleware"]
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -10,6 +10,8 @@ from typing import Any
 
 from mainstay.core import MainstayError
 
+__all__ = ["error_body", "retry_after", "status_of"]
+
 # By family first; a word in the rest of the code makes it more exact.
 _FAMILY = {"AUTH": 401, "VAL": 422, "RES": 404, "SYS": 500, "EXT": 502, "RATE": 429, "BIZ": 409}
 _WORDS = (

@@ -26,6 +26,8 @@ from mainstay.core import App, Drain, Health, cancelled_from_outside, spawn
 from mainstay.observability.metrics import exposition
 from mainstay.observability.settings import ObservabilitySettings
 
+__all__ = ["Answer", "HealthWatch"]
+
 _log = logging.getLogger("mainstay.observability")
 
 _WORTH = {"ok": 1.0, "degraded": 0.5, "down": 0.0}

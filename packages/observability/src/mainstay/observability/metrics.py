@@ -10,6 +10,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
+__all__ = ["CappedLabels"]
+
 C = TypeVar("C")
 C_co = TypeVar("C_co", covariant=True)
 

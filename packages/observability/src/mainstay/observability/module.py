@@ -12,6 +12,8 @@ from mainstay.observability.health import HealthWatch
 from mainstay.observability.http import serving
 from mainstay.observability.settings import ObservabilitySettings
 
+__all__ = ["ObservabilityModule", "ProbeServer"]
+
 
 class ProbeServer:
     """Where this process serves its probes.

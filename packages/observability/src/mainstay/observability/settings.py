@@ -9,6 +9,8 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
+__all__ = ["ObservabilitySettings"]
+
 
 class ObservabilitySettings(Settings):
     """Logs, metrics and health of one process; read from `MAINSTAY_OBSERVABILITY_…` where not passed.

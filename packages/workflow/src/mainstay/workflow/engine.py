@@ -38,6 +38,8 @@ from mainstay.workflow.tables import (
 from mainstay.workflow.worker import Worker
 from mainstay.workflow.workflow import RunStatus, Workflow
 
+__all__ = ["RunView", "WorkflowEngine"]
+
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 

@@ -26,6 +26,24 @@ from typing import Literal
 
 from mainstay.core import MainstayError
 
+__all__ = [
+    "CancelRequested",
+    "CompensationExhausted",
+    "ControlFlow",
+    "Lost",
+    "NotInRun",
+    "Parked",
+    "Released",
+    "RunConflict",
+    "RunNotFound",
+    "RunParked",
+    "RunStateError",
+    "StepFailed",
+    "Suspended",
+    "WorkflowError",
+    "WorkflowFailed",
+]
+
 
 class WorkflowError(MainstayError):
     """Base of this package's errors."""

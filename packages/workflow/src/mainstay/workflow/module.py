@@ -14,6 +14,8 @@ from mainstay.workflow.run import AnyStep, AnyWorkflow
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import schema
 
+__all__ = ["WorkflowModule"]
+
 
 class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
     """`WorkflowModule.for_root()` yields the `WorkflowEngine`; `WorkflowModule.for_feature(flows)` adds a router.

@@ -15,6 +15,8 @@ from mainstay.workflow.workflow import Workflow
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
 
+__all__ = ["WorkflowRouter"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

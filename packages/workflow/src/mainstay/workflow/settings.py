@@ -7,6 +7,8 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
+__all__ = ["WorkflowSettings"]
+
 
 class WorkflowSettings(Settings):
     """Read from `MAINSTAY_WORKFLOW_…`; each concerns one worker, that is one serving process.

@@ -14,6 +14,8 @@ from mainstay.workflow.step import _scope
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
 
+__all__ = ["Signal"]
+
 T = TypeVar("T")
 
 

@@ -17,6 +17,8 @@ from mainstay.workflow.signature import Signature
 if TYPE_CHECKING:
     from mainstay.workflow.run import Scope
 
+__all__ = ["Step", "StepInfo", "current_step"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -20,6 +20,8 @@ from mainstay.workflow.tables import schema
 from mainstay.workflow.worker import Worker
 from mainstay.workflow.workflow import Handle
 
+__all__ = ["DyingDatabase", "Killed", "explore", "workflows"]
+
 T = TypeVar("T")
 
 _MEMORY = "sqlite+aiosqlite:///:memory:"

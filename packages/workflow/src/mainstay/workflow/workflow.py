@@ -15,6 +15,8 @@ from mainstay.workflow.step import _scope
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
 
+__all__ = ["Handle", "RunStatus", "Workflow"]
+
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 
