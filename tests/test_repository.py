@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,81 @@ def test_no_file_knows_the_machine_it_was_written_on():
     assert not found
 
 
-def test_files_have_a_size_that_can_be_read():
-    """No Python file is longer than 900 lines."""
-    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in _tracked("*.py")}
-    assert not {name: size for name, size in sizes.items() if size > 900}
+# What can be held in mind at once. A class that is larger has more than one reason to change, a function that is longer
+# hides its steps, and more parameters are an object in pieces.
+LIMITS = {"lines of a class": 300, "methods": 25, "lines of a function": 60, "parameters": 8}
+# What is over a limit today, by file, name and limit; what is added here is argued for in review.
+OVER_THE_LIMIT = {
+    ("examples/ticketing/migrations/0001_office.py", "upgrade", "lines of a function"),
+    ("packages/circuit_breaker/src/mainstay/circuit_breaker/adaptive.py", "AdaptiveBulkhead.__init__", "parameters"),
+    ("packages/circuit_breaker/src/mainstay/circuit_breaker/circuit.py", "Circuit", "lines of a class"),
+    ("packages/circuit_breaker/src/mainstay/circuit_breaker/circuit.py", "Circuit", "methods"),
+    ("packages/database/src/mainstay/database/database.py", "Database", "lines of a class"),
+    ("packages/events/src/mainstay/events/_dispatch.py", "Dispatcher", "lines of a class"),
+    ("packages/events/src/mainstay/events/_dispatch.py", "Dispatcher._work", "lines of a function"),
+    ("packages/events/src/mainstay/events/consumer.py", "Consumer.__init__", "parameters"),
+    ("packages/events/src/mainstay/events/migrations/0001_events.py", "upgrade", "lines of a function"),
+    ("packages/workflow/src/mainstay/workflow/run.py", "Run", "lines of a class"),
+    ("packages/workflow/src/mainstay/workflow/run.py", "Run", "methods"),
+    ("packages/workflow/src/mainstay/workflow/run.py", "Run.__init__", "parameters"),
+    ("packages/workflow/src/mainstay/workflow/worker.py", "Worker", "lines of a class"),
+    ("packages/workflow/src/mainstay/workflow/worker.py", "Worker", "methods"),
+}
+
+
+def _measures(node: ast.AST) -> dict[str, int]:
+    """Return what the limits bound of a class or function; nothing of anything else."""
+    if isinstance(node, ast.ClassDef):
+        # Overloads, and a property with its setter, are one method each.
+        methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+        return {"lines of a class": _lines(node), "methods": len(methods)}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        given = [each for number, each in enumerate(every) if number or each.arg not in {"self", "cls"}]
+        return {"lines of a function": _lines(node), "parameters": len(given)}
+    return {}
+
+
+def _lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def _too_large(tree: ast.AST, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted name of each class and function that is over a limit, and the limit."""
+    for node in ast.iter_child_nodes(tree):
+        name = getattr(node, "name", "")
+        inner = f"{path}.{name}".strip(".") if isinstance(name, str) and name else path
+        yield from ((inner, limit) for limit, measure in _measures(node).items() if measure > LIMITS[limit])
+        yield from _too_large(node, inner)
+
+
+def test_classes_and_functions_have_a_size_that_can_be_read():
+    """Nothing that is shipped or run is over a limit, but for the exceptions by name; none stands without need."""
+    sources = [path for path in _tracked("*.py") if {"src", "tools", "examples"} & set(path.relative_to(ROOT).parts)]
+    assert len(sources) > 100
+    found = {
+        (str(path.relative_to(ROOT)), name, limit)
+        for path in sources
+        for name, limit in _too_large(ast.parse(path.read_text()))
+    }
+    assert sorted(found - OVER_THE_LIMIT) == [], f"the limits are {LIMITS}"
+    assert sorted(OVER_THE_LIMIT - found) == [], "these need no exception any more"
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("class Kind:\n" + "    x = 1\n" * 300, ("Kind", "lines of a class")),
+        ("class Kind:\n" + "".join(f"    def m{n}(self): ...\n" for n in range(26)), ("Kind", "methods")),
+        ("class Kind:\n    async def run(self):\n" + "        x = 1\n" * 60, ("Kind.run", "lines of a function")),
+        ("def run(a, /, b, c, d, *, e, f, g, h, i): ...\n", ("run", "parameters")),
+        ("class Kind:\n    def run(self, b, c, d, *, e, f, g, h, i): ...\n", None),
+        ("class Kind:\n" + "    @overload\n    def m(self): ...\n" * 26, None),
+    ],
+)
+def test_a_limit_is_noticed(text, finding):
+    """Each limit is found where it is passed by one; `self` is no parameter, and overloads are one method."""
+    assert list(_too_large(ast.parse(text))) == ([] if finding is None else [finding])
 
 
 def test_workflows_call_only_make():
