@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)) servers
 PROJECTS := $(addsuffix /pyproject.toml,$(MEMBERS))
+# For uv: our own packages are installed from this checkout, and named in no list of versions.
+NOT_OURS := $(foreach member,$(MEMBERS),--no-emit-package mainstay-$(subst _,-,$(notdir $(member))))
 PACKAGE ?=
 QUICK ?=
 ENGINE ?= embedded
 PURCHASES ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test check lint layers types format api bench services lock clone-check clean
+.PHONY: setup demo test test-lowest check lint layers types format api bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -37,7 +39,7 @@ $(VENV)/.members: $(VENV)/.locked $(PROJECTS)
 lock: $(VENV)/.locked
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --group pyproject.toml:dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
-	  $(foreach member,$(MEMBERS),--no-emit-package mainstay-$(subst _,-,$(notdir $(member)))) \
+	  $(NOT_OURS) \
 	  $(if $(UPGRADE),--upgrade) $(PROJECTS) -o requirements.lock
 
 # The ticket office, killed several times on the way: ENGINE=embedded (SQLite, no server) or full (Kafka, PostgreSQL),
@@ -49,6 +51,19 @@ demo: setup
 # PACKAGE=events for one, PYTHON=python3.13 on another Python. Each server is started once for all of them.
 test: setup
 	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
+
+# The same with the lowest versions that the packages declare, in an environment of its own; what is only for development
+# stays as locked.
+test-lowest:
+	@$(MAKE) --no-print-directory VENV=.venv-lowest .venv-lowest/.lowest
+	@$(MAKE) --no-print-directory VENV=.venv-lowest test
+
+$(VENV)/.lowest: $(VENV)/.members
+	@$(UV) pip compile --quiet --resolution lowest-direct --all-extras --no-header --no-annotate --no-emit-index-url \
+	  --no-emit-find-links --python $(BIN)/python $(NOT_OURS) $(PROJECTS) -o $(VENV)/lowest.txt
+	@echo "installing the lowest versions that the packages declare into $(VENV)"
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -r $(VENV)/lowest.txt
+	@touch $@
 
 # What needs no test run. `make -k check` goes on after the first part that fails.
 check: lint layers types
