@@ -193,8 +193,9 @@ def test_rows_are_written_in_the_agreed_form(tmp_path):
 
 
 def test_every_package_is_measured():
-    """Each package has a benchmark and committed rows."""
-    for package in sorted(path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml")):
+    """Each package has a benchmark and committed rows; but for the command, which is run once by a person."""
+    packages = {path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml")}
+    for package in sorted(packages - {"cli"}):
         assert (ROOT / "benchmarks" / package / "bench.py").exists(), package
         assert json.loads((ROOT / "benchmarks" / "results" / f"{package}.json").read_text()), package
 
