@@ -52,16 +52,15 @@ demo: setup
 test: setup
 	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
 
-# The same with the lowest versions that the packages declare, in an environment of its own; what is only for development
-# stays as locked.
+# The same with the lowest versions that are declared, by the packages and for development, in an environment of its own.
 test-lowest:
 	@$(MAKE) --no-print-directory VENV=.venv-lowest .venv-lowest/.lowest
 	@$(MAKE) --no-print-directory VENV=.venv-lowest test
 
 $(VENV)/.lowest: $(VENV)/.members
-	@$(UV) pip compile --quiet --resolution lowest-direct --all-extras --no-header --no-annotate --no-emit-index-url \
-	  --no-emit-find-links --python $(BIN)/python $(NOT_OURS) $(PROJECTS) -o $(VENV)/lowest.txt
-	@echo "installing the lowest versions that the packages declare into $(VENV)"
+	@$(UV) pip compile --quiet --resolution lowest-direct --python $(BIN)/python --all-extras --group pyproject.toml:dev \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(NOT_OURS) $(PROJECTS) -o $(VENV)/lowest.txt
+	@echo "installing the lowest versions that are declared into $(VENV)"
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -r $(VENV)/lowest.txt
 	@touch $@
 

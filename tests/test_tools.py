@@ -246,6 +246,26 @@ def test_a_suite_fails_by_its_tests_or_its_coverage(status, failed, coverage, go
     assert (tool.verdict(outcome) is None) is good
 
 
+def test_the_pythons_of_a_machine_are_found_oldest_first(tmp_path):
+    """From PATH and from pyenv; a shim that only says where the version would be found is none."""
+    programs, kept = tmp_path / "bin", tmp_path / "pyenv" / "versions" / "3.13.9" / "bin"
+    scripts = {
+        programs / "python3.11": "exit 0",
+        programs / "python3.12": "exit 127",
+        programs / "python3.13": "exit 127",
+        kept / "python3.13": "exit 0",
+    }
+    for path, line in scripts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{programs}:/bin", "PYENV_ROOT": str(tmp_path / "pyenv"), "HOME": str(tmp_path)}
+    command = ["/bin/bash", str(ROOT / "tools" / "pythons.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert found == [str(programs / "python3.11"), str(kept / "python3.13")]
+
+
 def _make_environment(place: Path, python: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "tools" / "venv.sh"), str(python), ".venv"],
