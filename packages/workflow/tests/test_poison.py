@@ -11,9 +11,9 @@ from pydantic import SecretStr
 
 from mainstay.core import App
 from mainstay.database import DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.schema import SCHEMA
+from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow import RunParked, WorkflowModule, WorkflowRouter, WorkflowSettings
-from mainstay.workflow.tables import schema
+from mainstay.workflow.tables import SCHEMA
 
 _CLAIMS = 2
 flows = WorkflowRouter()
@@ -54,7 +54,7 @@ async def test_trap_9_a_step_that_kills_its_worker_is_parked(kind, request, tmp_
     url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
     if kind == "postgres":
         url = request.getfixturevalue("postgres")
-        await upgrade(url, [SCHEMA, schema])
+        await upgrade(url, [DATABASE, SCHEMA])
     async with _app(url).running():
         run = await poison.start(1, id="poison")
     began = tmp_path / "ledger"

@@ -15,9 +15,9 @@ import pytest
 
 from mainstay.core import App
 from mainstay.database import upgrade
-from mainstay.database.schema import SCHEMA
+from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow import RunStatus, WorkflowEngine
-from mainstay.workflow.tables import schema
+from mainstay.workflow.tables import SCHEMA
 
 _SCRIPT = Path(__file__).with_name("worker_process.py")
 _WAIT = 45.0
@@ -40,7 +40,7 @@ async def url(request, tmp_path):
     if request.param == "file":
         return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
     address = request.getfixturevalue("postgres")
-    await upgrade(address, [SCHEMA, schema])
+    await upgrade(address, [DATABASE, SCHEMA])
     return address
 
 

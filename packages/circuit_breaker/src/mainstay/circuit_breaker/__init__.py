@@ -9,6 +9,7 @@ from mainstay.circuit_breaker.chaos import Chaos, Fault
 from mainstay.circuit_breaker.circuit import Circuit, CircuitSnapshot, State, StateChange
 from mainstay.circuit_breaker.errors import (
     BulkheadFull,
+    CircuitBreakerError,
     CircuitOpen,
     HarmfulOrderWarning,
     RateLimited,
@@ -35,6 +36,7 @@ __all__ = [
     "Chaos",
     "Circuit",
     "CircuitBreaker",
+    "CircuitBreakerError",
     "CircuitBreakerModule",
     "CircuitBreakerService",
     "CircuitBreakerSettings",

@@ -1,6 +1,6 @@
 """Why a call was not made.
 
-MainstayError
+CircuitBreakerError       SYS_CIRCUIT_BREAKER  base
 └── Rejected              a policy refused the call; nothing reached the other side (`no_effect` is True)
     ├── CircuitOpen       EXT_CIRCUIT_OPEN    the dependency is failing, or is being let recover
     ├── BulkheadFull      RATE_BULKHEAD_FULL  too many calls are already under way or waiting
@@ -18,7 +18,13 @@ from mainstay.core import MainstayError
 __all__ = ["BulkheadFull", "CircuitOpen", "HarmfulOrderWarning", "RateLimited", "Rejected", "Throttled", "WrongKind"]
 
 
-class Rejected(MainstayError):
+class CircuitBreakerError(MainstayError):
+    """Base of the errors of this package."""
+
+    code = "SYS_CIRCUIT_BREAKER"
+
+
+class Rejected(CircuitBreakerError):
     """A policy refused the call before anything was sent.
 
     Attributes:

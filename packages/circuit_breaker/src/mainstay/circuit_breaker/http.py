@@ -17,8 +17,7 @@ from typing import cast
 import httpx
 
 from mainstay.circuit_breaker._admission import Policy
-from mainstay.circuit_breaker.errors import Rejected
-from mainstay.core import MainstayError
+from mainstay.circuit_breaker.errors import CircuitBreakerError, Rejected
 
 __all__ = ["AsyncPolicyTransport", "BadStatus", "PolicyTransport", "retry_after", "says_unwell"]
 
@@ -27,7 +26,7 @@ LONGEST_WAIT_SECONDS = 3600.0
 """A server that asks for more patience than this is not waited for: its answer stands."""
 
 
-class BadStatus(MainstayError):
+class BadStatus(CircuitBreakerError):
     """The server answered that it could not do its work. Policies see this; the caller gets the response."""
 
     code = "EXT_HTTP_STATUS"

@@ -1,7 +1,7 @@
 """Typed events over Kafka or the own database: at least once, ordered by key, effects exactly once where asked."""
 
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
-from mainstay.events.errors import DecodeError, PublishError, RedriveError
+from mainstay.events.errors import DecodeError, EventsError, PublishError, RedriveError
 from mainstay.events.event import Event
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
@@ -17,6 +17,7 @@ __all__ = [
     "EventConsumers",
     "EventPublisher",
     "EventRouter",
+    "EventsError",
     "EventsModule",
     "EventsSettings",
     "Metadata",

@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from mainstay.core import Clock, ConfigurationError, Later, MainstayError, Outcome, Retry, RetryState, rebind, spawn
+from mainstay.events._metrics import FAILED, SKIPPED, handler_seconds
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
-from mainstay.events.metrics import FAILED, SKIPPED, handler_seconds
 
 _log = logging.getLogger("mainstay.events")
 

@@ -1,6 +1,6 @@
 """What can go wrong with events.
 
-MainstayError
+EventsError             SYS_EVENTS          base
 ├── PublishError        EXT_EVENTS_PUBLISH  the transport did not confirm an event: it may or may not have arrived
 ├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
 └── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
@@ -16,7 +16,13 @@ from mainstay.core import MainstayError
 __all__ = ["DecodeError", "PublishError", "RedriveError"]
 
 
-class PublishError(MainstayError):
+class EventsError(MainstayError):
+    """Base of the errors of events."""
+
+    code = "SYS_EVENTS"
+
+
+class PublishError(EventsError):
     """The event was not confirmed within the send deadline. `no_effect` is True where it certainly was not sent."""
 
     code = "EXT_EVENTS_PUBLISH"
@@ -24,7 +30,7 @@ class PublishError(MainstayError):
     public_message = "The event could not be published."
 
 
-class DecodeError(MainstayError):
+class DecodeError(EventsError):
     """The record is not an event that this handler can read; another attempt would read the same bytes."""
 
     code = "VAL_EVENTS_DECODE"
@@ -33,7 +39,7 @@ class DecodeError(MainstayError):
     public_message = "The event could not be read."
 
 
-class RedriveError(MainstayError):
+class RedriveError(EventsError):
     """No dead letter has this id: it was redriven already, deleted, or never was."""
 
     code = "RES_EVENTS_REDRIVE"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from mainstay.core import Clock, current, derived_id, once, uuid7
+from mainstay.events._metrics import published
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Outgoing, encode, envelope
-from mainstay.events.metrics import published
 from mainstay.events.settings import EventsSettings
 
 __all__ = ["EventPublisher"]

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
-from mainstay.workflow import metrics
+from mainstay.workflow import _metrics
 from mainstay.workflow.errors import RunConflict, RunNotFound, RunParked, RunStateError, WorkflowFailed
 from mainstay.workflow.journal import RESUMED, History, recall
 from mainstay.workflow.run import AnyStep, AnyWorkflow
@@ -125,7 +125,7 @@ class WorkflowEngine:
                 self.worker.wake()
             else:
                 self.worker.begin(identity, row)
-            metrics.count_start(name)
+            _metrics.count_start(name)
 
         if self._database.in_unit_of_work():
             await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)

@@ -12,7 +12,7 @@ from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.run import AnyStep, AnyWorkflow
 from mainstay.workflow.settings import WorkflowSettings
-from mainstay.workflow.tables import schema
+from mainstay.workflow.tables import SCHEMA
 
 __all__ = ["WorkflowModule"]
 
@@ -83,13 +83,13 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
 
     async def inspect(self, app: App) -> Sequence[str]:
         """Missing rights on the tables."""
-        return await app.get(Database).missing_rights(schema.metadata.sorted_tables)
+        return await app.get(Database).missing_rights(SCHEMA.metadata.sorted_tables)
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
         """Yield the engine, with every router bound to it; its worker runs only while the App serves."""
         database = app.get(Database)
-        await database.ensure_schema(schema)
+        await database.ensure_schema(SCHEMA)
         workflows, steps = self._collect()
         engine = WorkflowEngine(
             database=database, clock=app.clock, settings=self.settings, workflows=workflows, steps=steps

@@ -25,6 +25,7 @@ from mainstay.core import (
     timeout,
 )
 from mainstay.database import CommitUnknown, Database, FenceLost
+from mainstay.workflow._metrics import STEP_SECONDS, count_step
 from mainstay.workflow._recording import Recording, worth_repeating
 from mainstay.workflow.errors import (
     CancelRequested,
@@ -49,7 +50,6 @@ from mainstay.workflow.journal import (
     describe,
     step_of,
 )
-from mainstay.workflow.metrics import STEP_SECONDS, count_step
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
 from mainstay.workflow.tables import END, FAIL, NEXT_SIGNAL, PARK, RECEIVE, RELEASE

@@ -100,7 +100,7 @@ signals = sa.Table(
 
 RUN_FENCE = FenceOn(runs, runs.c.id, runs.c.epoch)
 
-schema = Schema("workflow", metadata, Path(__file__).parent / "migrations")
+SCHEMA = Schema("workflow", metadata, Path(__file__).parent / "migrations")
 
 _ENTRY = ("run_id", "seq", "kind", "step", "position", "body", "info")
 _entry_values: dict[str, Any] = {name: sa.bindparam(name) for name in _ENTRY}

@@ -11,12 +11,12 @@ from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, spawn
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
-from mainstay.database.schema import SCHEMA
+from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
-from mainstay.workflow.tables import schema
+from mainstay.workflow.tables import SCHEMA
 from mainstay.workflow.worker import Worker
 from mainstay.workflow.workflow import Handle
 
@@ -46,7 +46,7 @@ async def workflows(
         settings: of `WorkflowSettings`; leases and polling are short unless they say otherwise.
     """
     if not url.startswith("sqlite"):
-        await upgrade(url, [SCHEMA, schema])
+        await upgrade(url, [DATABASE, SCHEMA])
     app = App(
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
         WorkflowModule.for_root(WorkflowSettings(**{**_QUICK, **settings})),

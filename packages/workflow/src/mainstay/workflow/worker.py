@@ -17,7 +17,7 @@ from typing import Any
 
 from mainstay.core import Clock, Context, Drain, Timer, bind, cancelled_from_outside, spawn, uuid7
 from mainstay.database import Database, FenceLost, Lease
-from mainstay.workflow import metrics
+from mainstay.workflow import _metrics
 from mainstay.workflow._recording import Recording
 from mainstay.workflow.errors import Lost, Released
 from mainstay.workflow.journal import History, recall
@@ -310,7 +310,7 @@ class Worker:
         task = spawn(self._execute(identity, run, row["context"]), name=f"run {row['id']}")
         identity.runs[row["id"]] = (run, task)
         task.add_done_callback(_seen)
-        metrics.RUNS_ACTIVE.inc()
+        _metrics.RUNS_ACTIVE.inc()
         if self._draining:
             run.stop(Released())
 
@@ -320,14 +320,14 @@ class Worker:
             with bind(Context.from_dict(json.loads(context)), causation_id=run.id):
                 end = await run.execute()
             if end is not None:
-                metrics.count_end(run.workflow.name, end[0])
+                _metrics.count_end(run.workflow.name, end[0])
         except asyncio.CancelledError:
             raise
         except Exception:  # noqa: BLE001  a bug of ours; it must not end the worker
             # The run stays ours in the database, and is put back into the queue as a stray.
             _log.exception("run %s broke off", run.id)
         finally:
-            metrics.RUNS_ACTIVE.dec()
+            _metrics.RUNS_ACTIVE.dec()
             del identity.runs[run.id]
             if self._full:  # somebody waits for this place
                 self.wake()
@@ -339,9 +339,9 @@ class Worker:
         await self._look_at_mine(identity)
         await self._look_at_others(identity)
         self.parked = (await self._database.read(PARKED))[0][0]
-        metrics.RUNS_PARKED.set(self.parked)
+        _metrics.RUNS_PARKED.set(self.parked)
         unknown = await self._database.read(self._claims.unknown)
-        metrics.RUNS_UNKNOWN.set(sum(row.waiting for row in unknown))
+        _metrics.RUNS_UNKNOWN.set(sum(row.waiting for row in unknown))
         names = [f"{row.waiting} of {row.workflow!r} version {row.version}" for row in unknown]
         if names and names != self.unknown:
             _log.warning("runs wait for a worker that knows their workflow: %s", ", ".join(names))
@@ -373,7 +373,7 @@ class Worker:
             try:
                 await self._database.write(REQUEUE_OF_WORKER, {"dead": name}, fence=lease.fence)
                 _log.warning("worker %s is dead: its runs are back in the queue", name)
-                metrics.WORKERS_BURIED.inc()
+                _metrics.WORKERS_BURIED.inc()
                 self.wake()
             finally:
                 await lease.release()

@@ -1,0 +1,186 @@
+"""Every package has one shape, and every list of packages has every package.
+
+`deviations` reads a checkout. A rule says what must be there because of what there is: `SCHEMA` where there are
+migrations, `_metrics.py` where something is counted, an entry point where there is a `cli.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "api.txt", "tests")
+NAMELESS = {"utils", "util", "common", "helpers", "misc", "tools"}
+COUNTERS = {"Counter", "Gauge", "Histogram", "Summary"}
+
+
+def deviations(root: Path) -> list[str]:
+    """What is not as it should be, a sentence each."""
+    found: list[str] = []
+    names = sorted(path.parent.name for path in root.glob("packages/*/pyproject.toml"))
+    for name in names:
+        found += _package(root / "packages" / name, name)
+    return [*found, *_lists(root, names)]
+
+
+def _package(place: Path, name: str) -> Iterator[str]:
+    source = place / "src" / "mainstay" / name
+    for file in FILES:
+        if not (place / file).exists():
+            yield f"{name}: {file} is missing"
+    if not (source / "py.typed").exists():
+        yield f"{name}: py.typed is missing, so nobody sees its types"
+    project = tomllib.loads((place / "pyproject.toml").read_text())["project"]
+    if project["name"] != f"mainstay-{name.replace('_', '-')}":
+        yield f"{name}: the distribution is called {project['name']}"
+    if project.get("scripts") and name != "cli":
+        yield f"{name}: has a script of its own; commands come through the entry points mainstay.commands"
+    modules = {path.stem: ast.parse(path.read_text()) for path in sorted(source.glob("*.py"))}
+    yield from (f"{name}: {stem}.py says nothing by its name" for stem in sorted(NAMELESS & modules.keys()))
+    classes = [
+        (stem, each) for stem, tree in modules.items() for each in ast.walk(tree) if isinstance(each, ast.ClassDef)
+    ]
+    for stem, each in classes:
+        bases = {ast.unparse(base).partition("[")[0] for base in each.bases}
+        if name == "core":
+            continue
+        if "Module" in bases and stem != "module":
+            yield f"{name}: {each.name} is in {stem}.py; modules are in module.py"
+        if "Settings" in bases and stem != "settings":
+            yield f"{name}: {each.name} is in {stem}.py; settings are in settings.py"
+        if "MainstayError" in bases and stem != "errors":
+            yield f"{name}: {each.name} derives from MainstayError in {stem}.py; it derives from the base in errors.py"
+    bases_of_errors = [
+        each.name for stem, each in classes if stem == "errors" and "MainstayError" in map(ast.unparse, each.bases)
+    ]
+    if name != "core" and len(bases_of_errors) > 1:
+        yield f"{name}: errors.py has {len(bases_of_errors)} base errors: {', '.join(bases_of_errors)}"
+    yield from _by_need(source, name, modules)
+
+
+def _by_need(source: Path, name: str, modules: dict[str, ast.Module]) -> Iterator[str]:
+    for stem, tree in modules.items():
+        counts = any(
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.value, ast.Call)
+            and ast.unparse(statement.value.func) in COUNTERS
+            for statement in tree.body
+        )
+        if counts and stem != "_metrics" and name != "observability":  # whose requests are what it is about
+            yield f"{name}: {stem}.py makes metrics; they are in _metrics.py"
+    if (source / "migrations").is_dir() and not any("SCHEMA" in _assigned(tree) for tree in modules.values()):
+        yield f"{name}: has migrations and no SCHEMA"
+    for stem in ("testing", "cli", "__init__"):
+        if stem in modules and modules[stem].body and "__all__" not in _assigned(modules[stem]):
+            yield f"{name}: {stem}.py has no __all__"
+    if "cli" in modules and "mainstay.commands" not in (source.parents[2] / "pyproject.toml").read_text():
+        yield f"{name}: cli.py is in no entry point mainstay.commands"
+
+
+def _assigned(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _lists(root: Path, names: list[str]) -> Iterator[str]:
+    workspace = tomllib.loads((root / "pyproject.toml").read_text())
+    tool = workspace["tool"]
+    layers = " ".join(
+        layer for contract in tool["importlinter"]["contracts"] for layer in contract.get("layers", ())
+    ).replace("|", " ")
+    readme, index = (root / "README.md").read_text(), (root / "docs" / "index.md").read_text()
+    for name in names:
+        distribution = f"mainstay-{name.replace('_', '-')}"
+        for what, there in (
+            ("uv's sources in pyproject.toml", distribution in tool["uv"]["sources"]),
+            ("mypy's mypy_path", f"packages/{name}/src" in tool["mypy"]["mypy_path"]),
+            ("basedpyright's include", f"packages/{name}/src" in tool["basedpyright"]["include"]),
+            ("the layers", f"mainstay.{name}" in layers.split()),
+            ("the table in README.md", f"[{distribution}](packages/{name}/README.md)" in readme),
+            ("docs/index.md", f"({name}.md)" in index),
+            ("docs", (root / "docs" / f"{name}.md").exists()),
+        ):
+            if not there:
+                yield f"{name}: is not in {what}"
+
+
+def test_every_package_has_the_shape():
+    """And is in every list."""
+    assert deviations(ROOT) == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the rules read."""
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    without = shutil.ignore_patterns(".venv*", "__pycache__", "build", "*.egg-info")
+    for name in ("packages", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
+    return tmp_path
+
+
+def _instead(file: str, old: str, new: str) -> Callable[[Path], None]:
+    def plant(root: Path) -> None:
+        text = (root / file).read_text()
+        assert old in text
+        (root / file).write_text(text.replace(old, new))
+
+    return plant
+
+
+def _file(path: str, text: str) -> Callable[[Path], None]:
+    def plant(root: Path) -> None:
+        (root / path).write_text(text)
+
+    return plant
+
+
+def _without(path: str) -> Callable[[Path], None]:
+    def plant(root: Path) -> None:
+        (root / path).unlink()
+
+    return plant
+
+
+EVENTS = "packages/events/src/mainstay/events"
+
+
+@pytest.mark.parametrize(
+    ("plant", "finding"),
+    [
+        (_without("packages/events/CHANGELOG.md"), "events: CHANGELOG.md is missing"),
+        (_without(f"{EVENTS}/py.typed"), "events: py.typed is missing"),
+        (_file(f"{EVENTS}/utils.py", "X = 1\n"), "events: utils.py says nothing"),
+        (_file(f"{EVENTS}/more.py", "class A(MainstayError): ...\n"), "events: A derives"),
+        (_file(f"{EVENTS}/more.py", "A = Counter('a', 'b')\n"), "events: more.py makes metrics"),
+        (
+            _instead(f"{EVENTS}/errors.py", "class DecodeError(EventsError)", "class DecodeError(MainstayError)"),
+            "2 base",
+        ),
+        (_instead(f"{EVENTS}/tables.py", "SCHEMA =", "schema ="), "events: has migrations and no SCHEMA"),
+        (_instead(f"{EVENTS}/testing.py", "__all__", "__any__"), "events: testing.py has no __all__"),
+        (_instead("packages/events/pyproject.toml", "mainstay.commands", "console_scripts"), "events: cli.py is in no"),
+        (_instead("pyproject.toml", "mainstay-events = {", "mainstay-other = {"), "events: is not in uv's sources"),
+        (_instead("pyproject.toml", '    "packages/events/src",\n', ""), "events: is not in mypy's mypy_path"),
+        (_instead("pyproject.toml", "mainstay.events |", ""), "events: is not in the layers"),
+        (_instead("README.md", "(packages/events/README.md)", "(events)"), "events: is not in the table in README.md"),
+        (_instead("docs/index.md", "(events.md)", "(event.md)"), "events: is not in docs/index.md"),
+        (_without("docs/events.md"), "events: is not in docs"),
+    ],
+)
+def test_a_planted_deviation_is_found(checkout, plant, finding):
+    """Each rule can fail."""
+    plant(checkout)
+    assert any(finding in each for each in deviations(checkout)), deviations(checkout)
