@@ -80,7 +80,7 @@ layers: setup
 
 types: setup
 	$(BIN)/mypy packages servers tools benchmarks tests examples
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: setup
 	@$(BIN)/ruff format .
