@@ -171,7 +171,7 @@ def test_nonsense_is_refused(provider, tmp_path, path, body, key):
     assert booked(tmp_path) == []
 
 
-def wait_until(condition, seconds: float = 5.0) -> None:
+def wait_until(condition, seconds: float = 60.0) -> None:
     """Poll until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():

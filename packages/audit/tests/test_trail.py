@@ -149,7 +149,7 @@ async def test_a_failure_inside_an_outer_unit_survives_its_rollback_too(db, trai
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011  it is the one above
-        async with asyncio.timeout(5), db.transaction():
+        async with asyncio.timeout(30), db.transaction():
             await trail.write("outer")
             await fail()
     (entry,) = await settled(db, 1)
@@ -190,7 +190,7 @@ async def test_a_denial_is_durable_when_write_returns(db, trail):
     """Outside of a unit of work nothing is put off; inside of one that commits, both entries are there."""
     await trail.write("login", outcome="denied")
     assert [entry.outcome for entry in await written(db)] == ["denied"]
-    async with asyncio.timeout(5), db.transaction():
+    async with asyncio.timeout(30), db.transaction():
         await trail.write("login", outcome="denied")
         await trail.write("login")
     assert sorted(entry.outcome for entry in await settled(db, 3)) == ["denied", "denied", "succeeded"]
@@ -418,7 +418,7 @@ async def test_the_end_of_stating_is_told(database_settings, trail, monkeypatch,
 async def test_a_child_task_of_an_open_unit_can_report_a_failure(db, trail):
     """A task that must not write into its parent's unit still records a failure, and waits for nobody."""
     async with db.transaction():
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await asyncio.get_running_loop().create_task(trail.write("x", outcome="failed"))
     (entry,) = await settled(db, 1)
     assert entry.outcome == "failed"

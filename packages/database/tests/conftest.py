@@ -88,7 +88,7 @@ def count():
 def until():
     """Poll a condition, sync or async, until it holds; fail after some seconds."""
 
-    async def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    async def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while True:
             result = condition()

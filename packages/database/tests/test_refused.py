@@ -77,7 +77,7 @@ async def test_a_commit_that_is_refused_leaves_no_transaction_behind(db, tables,
         with pytest.raises(Conflict):
             async with db.transaction():
                 await db.write(late, {"id": number, "other": 77})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await db.write(tables.add, {"id": number, "text": "x"})
             async with db.transaction():
                 await db.write(tables.add, {"id": number + 10, "text": "x"})

@@ -57,7 +57,7 @@ async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: s
     consumer = AIOKafkaConsumer(prefix, bootstrap_servers=kafka, auto_offset_reset="earliest", enable_auto_commit=False)
     await consumer.start()
     try:
-        record = await asyncio.wait_for(consumer.getone(), 10)
+        record = await asyncio.wait_for(consumer.getone(), 60)
         assert len(consumer.partitions_for_topic(prefix) or ()) == 3
     finally:
         await consumer.stop()
@@ -195,7 +195,7 @@ async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, pref
         assert caught.value.retryable
         assert (await app.get(KafkaTransport).health()).status == "degraded"
         before = time.monotonic()
-    assert time.monotonic() - before < 15
+    assert time.monotonic() - before < 60
 
 
 async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix: str) -> None:
@@ -386,7 +386,7 @@ async def test_trap_10_what_does_not_fit_into_a_batch_is_not_overtaken(kafka: st
     assert waves == [1, 2, 1, 1]
     consumer = AIOKafkaConsumer(prefix, bootstrap_servers=kafka, auto_offset_reset="earliest", enable_auto_commit=False)
     await consumer.start()
-    found = [(await asyncio.wait_for(consumer.getone(), 10)).value for _ in sizes]
+    found = [(await asyncio.wait_for(consumer.getone(), 60)).value for _ in sizes]
     await consumer.stop()
     assert [(value[0] - 48, len(value)) for value in found] == list(enumerate(sizes))
 

@@ -124,7 +124,7 @@ async def test_trap_11_an_inbox_makes_a_repeated_event_one_effect(database_url: 
         await publisher.publish(Note(name="a", number=2))
         await eventually(lambda: 2 in calls)
         assert calls == [1, 1, 2]
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(await app.get(Database).read(sa.select(INBOX))) < 2:  # the last call's commit
             assert time.monotonic() < end
             await asyncio.sleep(0.02)
@@ -167,7 +167,7 @@ async def test_trap_11_what_is_old_is_swept(database_url: str) -> None:
         await events.publish(Note(name="a", number=2))
         await eventually(lambda: len(seen) == 2)
     async with service(database_url, events).running(serve=True) as app:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(await logged(app)) > 1 or len(await app.get(Database).read(sa.select(INBOX))) > 1:
             assert time.monotonic() < end
             await asyncio.sleep(0.05)
@@ -233,11 +233,11 @@ async def test_trap_10_the_relay_keeps_each_keys_order_through_failures(database
         assert (await relay.health()).status == "degraded"
         broker.refused.clear()
         await eventually(lambda: numbers(broker, "stuck") == [1, *[2] * 2501, 3])
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while await app.get(Database).read(sa.select(OUTBOX)):
             assert time.monotonic() < end
             await asyncio.sleep(0.02)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while (await relay.health()).status != "ok":
             assert time.monotonic() < end
             await asyncio.sleep(0.02)
@@ -401,7 +401,7 @@ async def test_trap_10_nothing_is_sent_inside_an_open_transaction(database_url: 
         if database.dialect == "postgresql":
             states = sa.text("SELECT state FROM pg_stat_activity WHERE datname = current_database()")
             assert "idle in transaction" not in [row.state for row in await database.read(states)]
-        async with asyncio.timeout(2), database.transaction() as session:
+        async with asyncio.timeout(30), database.transaction() as session:
             await session.execute(sa.update(OUTBOX).values(topic="moved"))
         broker.go_on.set()
         assert await wave

@@ -183,7 +183,7 @@ async def test_trap_9_a_graceful_stop_burns_no_attempt(url, workers, tmp_path, t
         run = await there.gated.start("g", id="g")
         await until(lambda: len(lines(tmp_path)) == 1)
         first.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.1)
+        await until((tmp_path / "told").exists)
         (tmp_path / "open").touch()
         assert first.wait(_WAIT) == 0
         view = await app.get(WorkflowEngine).run("g")

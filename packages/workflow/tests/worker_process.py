@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from mainstay.core import App, FullJitter, Retry
+from mainstay.core import App, Drain, FullJitter, Retry
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.workflow import Done, Unknown, WorkflowModule, WorkflowRouter, WorkflowSettings, current_step
 
@@ -104,7 +104,15 @@ def app_for(url: str) -> App:
     )
 
 
+async def tell(drain: Drain) -> None:
+    """Note that the process was told to stop: a signal that was sent has not arrived yet."""
+    await drain.wait()
+    (directory / "told").touch()
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     directory = Path(sys.argv[2])
-    app_for(sys.argv[1]).run()
+    app = app_for(sys.argv[1])
+    app.serve("tell", tell)
+    app.run()
