@@ -90,7 +90,8 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
     pooled = False
     if address.dialect == "sqlite":
         if not settings.migrate and address.missing():
-            msg = f"there is no database at {address.shown}, and with migrate=False none is made"
+            made = "`mainstay db upgrade` makes it, as does the first start of the service"
+            msg = f"there is no database at {address.shown}: {made}"
             raise ConfigurationError(msg)
         try:
             if settings.migrate:
