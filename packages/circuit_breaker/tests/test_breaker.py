@@ -407,3 +407,23 @@ def test_an_impossible_number_of_keys_is_refused(max_keys: int) -> None:
     """With field, value and range."""
     with pytest.raises(ValueError, match=rf"KeyedBreaker\('p'\): max_keys is {max_keys}; it is 1 or more"):
         KeyedBreaker("p", key=str, max_keys=max_keys)
+
+
+def test_a_reload_at_the_edge_of_a_bucket_moves_no_call():
+    """A call that left the window by its old edges has left it after a reload, too: of the same length, or of half."""
+    window = TimeWindow(5.0, 0, 0.0)
+    window.successes += 1
+    window.turn(1.0)
+    window.successes += 1
+    window.resize(5.0, 1.0)
+    assert window.totals(4.75) == (2, 0, 0)
+    assert window.totals(5.0) == (1, 0, 0)
+    window = TimeWindow(10.0, 0, 0.0)
+    window.successes += 1
+    window.turn(1.0)
+    window.successes += 1
+    window.turn(2.0)
+    window.resize(20.0, 2.0)
+    window.resize(10.0, 2.0)
+    assert window.totals(9.75) == (2, 0, 0)
+    assert window.totals(11.5) == (0, 0, 0)

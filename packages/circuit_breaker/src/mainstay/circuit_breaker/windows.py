@@ -10,7 +10,7 @@ moment ago, would lose what the fast path adds meanwhile.
 from __future__ import annotations
 
 from array import array
-from math import inf
+from math import ceil, inf
 
 BUCKETS = 10
 """Turns of a time window per length: it covers between 0.9 and 1.0 of its seconds."""
@@ -19,6 +19,8 @@ EXACT = 1000
 """Calls up to which a count window knows each one. A longer one is kept in twentieths and holds up to one more."""
 _PARTS = 20
 _DIGIT = 21  # bits of a part's count: all the parts together hold less than 2**21 - 1 calls
+
+_ROUNDING = 1e-9  # of a bucket: so near to its beginning is at its beginning
 
 _32_BITS = 0xFFFF_FFFF  # marks keep that much of a counter: half the memory, and differences come out right
 
@@ -206,6 +208,8 @@ class TimeWindow:
 
     def resize(self, seconds: float, now: float) -> None:
         """Keep what is younger than `seconds`; each bucket moves whole, to where its youngest call belongs."""
+        if seconds == self.seconds:
+            return
         self.turn(now)
         width, new_width = self.seconds / BUCKETS, seconds / BUCKETS
         began = self.edge - width
@@ -214,7 +218,7 @@ class TimeWindow:
         for position in range(BUCKETS):
             start = now - (BUCKETS - 1 - position) * new_width if position < BUCKETS - 1 else now
             # The newest old bucket that began no later than `start` holds the reading; before the oldest, the oldest's.
-            steps = 0 if start >= began else min(BUCKETS - 1, int((began - start) / width) + 1)
+            steps = 0 if start >= began else min(BUCKETS - 1, ceil((began - start) / width - _ROUNDING))
             source = 3 * ((self._index - steps) % BUCKETS)
             marks[3 * position : 3 * position + 3] = self._marks[source : source + 3]
         # `position` 0 is the oldest and stands right after the newest in the ring.
