@@ -48,7 +48,7 @@ demo: setup
 	@PYTHONPATH=examples ENGINE=$(ENGINE) PURCHASES="$(PURCHASES)" $(BIN)/python -m ticketing demo
 
 # Every package by its own tests and with its own coverage, and the tests of all together, two suites at a time.
-# PACKAGE=events for one, PYTHON=python3.13 on another Python. Each server is started once for all of them.
+# PACKAGE=events for one, PYTHON=python3.13 on another Python, COVERAGE=no to measure nothing. Each server is started once for all of them.
 test: setup
 	@$(BIN)/python -m mainstay_servers run -- $(BIN)/python tools/run_tests.py $(PACKAGE)
 

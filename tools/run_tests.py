@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "tests"
 COVERAGE = 90  # percent of lines and branches of a package
+MEASURED = os.environ.get("COVERAGE") != "no"
 AT_A_TIME = 2
 PATIENCE_SECONDS = 600  # a whole run that takes longer is run less often
 
@@ -54,7 +55,7 @@ def run(suite: str, paths: list[Path]) -> Outcome:
     arguments = [sys.executable, "-m", "pytest", "-q", *map(str, paths), f"--junitxml={junit}", "--durations=3"]
     # Two runs at once must not share the notes that pytest keeps of the last one.
     arguments += ["-o", f"cache_dir={BUILD / f'cache-{suite}'}"]
-    if source.is_dir():
+    if source.is_dir() and MEASURED:
         arguments += [f"--cov={source}", "--cov-report=term", f"--cov-report=json:{report}"]
     begun = time.monotonic()
     environment = os.environ | {"COVERAGE_FILE": str(BUILD / f".coverage-{suite}")}
