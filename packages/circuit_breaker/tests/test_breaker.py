@@ -427,3 +427,22 @@ def test_a_reload_at_the_edge_of_a_bucket_moves_no_call():
     window.resize(10.0, 2.0)
     assert window.totals(9.75) == (2, 0, 0)
     assert window.totals(11.5) == (0, 0, 0)
+
+
+async def test_a_slow_success_ends_a_streak_of_failures(clock: VirtualClock) -> None:
+    """Also where a reload has lowered the number of failures in a row that opens."""
+    rules = BreakerConfig(consecutive_failures=3, failure_ratio=None, slow_seconds=1.0, slow_ratio=1.0, minimum_calls=1)
+    breaker = CircuitBreaker("streak", rules, clock=clock)
+
+    @breaker
+    async def call(*, fails: bool = False, seconds: float = 0.0) -> None:
+        clock.tick(seconds)
+        if fails:
+            raise ConnectionError
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            await call(fails=True)
+    breaker.reload(rules.model_copy(update={"consecutive_failures": 2}))
+    await call(seconds=1.5)
+    assert breaker.state is State.CLOSED

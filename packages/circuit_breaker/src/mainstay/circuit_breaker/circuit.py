@@ -406,8 +406,9 @@ class Circuit:
         calls, failures, slow = self.counted.totals(self.rules.now())
         if config.failure_count is not None and failures >= config.failure_count:
             return self._open(f"{failures} failures in the window")
-        if config.consecutive_failures is not None and self.counted.streak >= config.consecutive_failures:
-            return self._open(f"{self.counted.streak} failures in a row")
+        streak = streak_of(self.counted)  # successes end it without a trace, and a slow one gets here too
+        if config.consecutive_failures is not None and streak >= config.consecutive_failures:
+            return self._open(f"{streak} failures in a row")
         if calls >= config.minimum_calls:
             # A ratio as it is written, not as it is stored: 0.3 of 10 calls is 3, though 3 / 10 < 0.3 might round
             # otherwise.
