@@ -179,13 +179,13 @@ OVER_THE_LIMIT = {
     ("packages/database/src/mainstay/database/database.py", "Database", "lines of a class"),
     ("packages/events/src/mainstay/events/_dispatch.py", "Dispatcher", "lines of a class"),
     ("packages/events/src/mainstay/events/_dispatch.py", "Dispatcher._work", "lines of a function"),
-    ("packages/events/src/mainstay/events/consumer.py", "Consumer.__init__", "parameters"),
+    ("packages/events/src/mainstay/events/_consumer.py", "Consumer.__init__", "parameters"),
     ("packages/events/src/mainstay/events/migrations/0001_events.py", "upgrade", "lines of a function"),
-    ("packages/workflow/src/mainstay/workflow/run.py", "Run", "lines of a class"),
-    ("packages/workflow/src/mainstay/workflow/run.py", "Run", "methods"),
-    ("packages/workflow/src/mainstay/workflow/run.py", "Run.__init__", "parameters"),
-    ("packages/workflow/src/mainstay/workflow/worker.py", "Worker", "lines of a class"),
-    ("packages/workflow/src/mainstay/workflow/worker.py", "Worker", "methods"),
+    ("packages/workflow/src/mainstay/workflow/_run.py", "Run", "lines of a class"),
+    ("packages/workflow/src/mainstay/workflow/_run.py", "Run", "methods"),
+    ("packages/workflow/src/mainstay/workflow/_run.py", "Run.__init__", "parameters"),
+    ("packages/workflow/src/mainstay/workflow/_worker.py", "Worker", "lines of a class"),
+    ("packages/workflow/src/mainstay/workflow/_worker.py", "Worker", "methods"),
 }
 
 

@@ -20,31 +20,10 @@ PUBLIC_MAGIC = {"__init__", "__call__", "__aenter__", "__aexit__", "__enter__", 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that export nothing and lack the underscore that would say so.
 WITHOUT_ALL = {
-    "mainstay.audit.producer",
-    "mainstay.audit.tables",
-    "mainstay.audit.tree",
     "mainstay.circuit_breaker.history",
     "mainstay.circuit_breaker.evidence",
     "mainstay.circuit_breaker.verdicts",
     "mainstay.circuit_breaker.windows",
-    "mainstay.events.consumer",
-    "mainstay.events.inbox",
-    "mainstay.events.kafka",
-    "mainstay.events.memory",
-    "mainstay.events.outbox",
-    "mainstay.events.sql",
-    "mainstay.events.transport",
-    "mainstay.observability.http",
-    "mainstay.observability.logging",
-    "mainstay.observability.redaction",
-    "mainstay.observability.tracing",
-    "mainstay.workflow.forms",
-    "mainstay.workflow.journal",
-    "mainstay.workflow.run",
-    "mainstay.workflow.signature",
-    "mainstay.workflow.tables",
-    "mainstay.workflow.verdict",
-    "mainstay.workflow.worker",
 }
 
 

@@ -14,8 +14,8 @@ from benchmarks.observability.requests import cost_of_middleware
 from benchmarks.rows import Peers, Row, compare
 from mainstay.core import bind
 from mainstay.observability import ObservabilitySettings
+from mainstay.observability._logging import configured
 from mainstay.observability.fastapi import instrument
-from mainstay.observability.logging import configured
 
 
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract

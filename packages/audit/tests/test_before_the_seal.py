@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from mainstay.audit import AuditModule, AuditTrail, Entry, tables, verify
-from mainstay.audit.producer import STATEMENT
+from mainstay.audit._producer import STATEMENT
 from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, bind
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, upgrade

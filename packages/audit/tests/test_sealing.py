@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.audit import AuditModule, AuditTrail, Checkpoint, Entry, Sealer, SigningKey, tables, verify
+from mainstay.audit._producer import STATEMENT
 from mainstay.audit.merkle import Frontier, leaf_hash
-from mainstay.audit.producer import STATEMENT
 from mainstay.audit.testing import KEY, settings, written
 from mainstay.core import App, Clock, bind, spawn, uuid7
 from mainstay.core.testing import eventually

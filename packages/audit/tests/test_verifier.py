@@ -19,8 +19,8 @@ from mainstay.audit import (
     tables,
     verify,
 )
+from mainstay.audit._producer import STATEMENT, Producer, Statement
 from mainstay.audit.merkle import Frontier, leaf_hash
-from mainstay.audit.producer import STATEMENT, Producer, Statement
 from mainstay.audit.testing import KEY, settings
 from mainstay.core import App, uuid7
 from mainstay.database import Database, DatabaseModule, DatabaseSettings

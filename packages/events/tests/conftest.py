@@ -9,8 +9,7 @@ import pytest
 
 from mainstay.database import upgrade
 from mainstay.database.schema import SCHEMA
-from mainstay.events import consumer
-from mainstay.events import kafka as kafka_module
+from mainstay.events import _consumer, _kafka
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
 
@@ -59,8 +58,8 @@ def broker(_broker: Kafka) -> Kafka:
 @pytest.fixture
 def soon_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that does not answer is given up after one second instead of five: several such waits make a stop."""
-    monkeypatch.setattr(kafka_module, "_CLOSE_SECONDS", 1.0)
-    monkeypatch.setattr(consumer, "_CLOSING_SECONDS", 1.0)
+    monkeypatch.setattr(_kafka, "_CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(_consumer, "_CLOSING_SECONDS", 1.0)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from mainstay.core import Context, FullJitter, MainstayError, Retry, current
 from mainstay.core.testing import VirtualClock
 from mainstay.events import DecodeError, Event, Metadata
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import encode, envelope
 from mainstay.events.testing import eventually
-from mainstay.events.transport import LogRecord
 
 LEFT: contextvars.ContextVar[str] = contextvars.ContextVar("left")
 

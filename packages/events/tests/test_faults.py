@@ -17,7 +17,7 @@ from mainstay.core import App, ConfigurationError
 from mainstay.database import Database, upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import EventConsumers, EventPublisher, EventRouter
-from mainstay.events.outbox import OutboxRelay
+from mainstay.events._outbox import OutboxRelay
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay.events.testing import eventually

@@ -25,7 +25,7 @@ from mainstay.events import (
     RedriveError,
 )
 from mainstay.events._dispatch import Assignment
-from mainstay.events.kafka import KafkaTransport
+from mainstay.events._kafka import KafkaTransport
 from mainstay.events.metadata import Outgoing
 from mainstay.events.testing import eventually
 from mainstay_servers import Kafka

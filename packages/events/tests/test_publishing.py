@@ -14,8 +14,8 @@ from mainstay.core.testing import VirtualClock
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, WrongEventLoop
 from mainstay.database.testing import expire_lease
 from mainstay.events import DeadLetters, Event, EventPublisher, EventRouter, EventsModule, EventsSettings, PublishError
+from mainstay.events._outbox import LANES, Outbox, OutboxRelay, Wave, lane_of
 from mainstay.events.metadata import ID, Outgoing
-from mainstay.events.outbox import LANES, Outbox, OutboxRelay, Wave, lane_of
 from mainstay.events.tables import INBOX, LOG, OUTBOX, unpack_headers
 from mainstay.events.testing import Placed, eventually, in_memory
 

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
-from mainstay.events.outbox import OutboxRelay
+from mainstay.events._outbox import OutboxRelay
 
 EFFECTS = sa.Table(
     "effects",

@@ -21,8 +21,8 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from mainstay.core import App, ConfigurationError, MainstayError, bind
 from mainstay.observability import ObservabilityModule, ObservabilitySettings
-from mainstay.observability.logging import configured
-from mainstay.observability.redaction import redact_text
+from mainstay.observability._logging import configured
+from mainstay.observability._redaction import redact_text
 from mainstay.observability.testing import captured_logs
 
 
@@ -453,7 +453,7 @@ def test_no_value_fails_who_logs_it(kind, nested, log_format, monkeypatch):
 def test_a_line_that_cannot_be_made_is_replaced(monkeypatch):
     """Even where our own processors break, a line comes out and the program goes on."""
     with lines() as written:
-        monkeypatch.setattr("mainstay.observability.logging.redact", None)
+        monkeypatch.setattr("mainstay.observability._logging.redact", None)
         structlog.get_logger().warning("x")
         logging.getLogger("lib").warning("x")
         monkeypatch.undo()
@@ -587,7 +587,7 @@ def test_trap_a_signal_handler_may_log_while_a_line_is_being_written(where):
     code = """
         import io, logging, signal, sys
         from mainstay.observability import ObservabilitySettings
-        from mainstay.observability.logging import configured
+        from mainstay.observability._logging import configured
 
         log = logging.getLogger("lib")
         signal.signal(signal.SIGUSR1, lambda *_: (log.warning("handled"), handled.append(1)))

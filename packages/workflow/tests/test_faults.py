@@ -25,9 +25,9 @@ from mainstay.workflow import (
     WorkflowSettings,
     current_step,
 )
+from mainstay.workflow._worker import Worker
 from mainstay.workflow.tables import journal, runs
 from mainstay.workflow.testing import workflows
-from mainstay.workflow.worker import Worker
 from mainstay_servers import Postgres, fresh_database
 
 QUICK = FullJitter(0.001, 0.002)

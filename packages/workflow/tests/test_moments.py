@@ -18,8 +18,8 @@ from mainstay.workflow import (
     WorkflowSettings,
     current_step,
 )
+from mainstay.workflow._worker import Worker
 from mainstay.workflow.testing import DyingDatabase, Killed, explore, workflows
-from mainstay.workflow.worker import Worker
 
 QUICK = FullJitter(0.001, 0.002)
 

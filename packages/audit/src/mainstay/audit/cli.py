@@ -12,7 +12,7 @@ from uuid import UUID
 import typer
 from pydantic import SecretStr
 
-from mainstay.audit import tree
+from mainstay.audit import _tree
 from mainstay.audit.errors import AuditError, InvalidNote
 from mainstay.audit.keys import development_key_file
 from mainstay.audit.module import AuditModule
@@ -87,10 +87,10 @@ def export_entries(
     """Print the entries, one a line, exactly as they are hashed."""
 
     async def export(database: Database) -> None:
-        latest = await tree.latest_checkpoint(database)
+        latest = await _tree.latest_checkpoint(database)
         size = 0 if latest is None else size_in(latest[1])
         for low in range(first, size, _CHUNK):
-            for data in await tree.leaves(database, low, min(low + _CHUNK, size)):
+            for data in await _tree.leaves(database, low, min(low + _CHUNK, size)):
                 typer.echo(data.decode())
 
     _with(url, export)

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from mainstay.audit import tables, tree
+from mainstay.audit import _tree, tables
 from mainstay.audit.entry import Entry
 from mainstay.audit.errors import InvalidEntry, InvalidNote, InvalidReceipt, NotSealed, TamperedLog
 from mainstay.audit.merkle import (
@@ -112,7 +112,7 @@ async def prove(database: Database, entry_id: UUID) -> Receipt:
         InvalidNote: the newest checkpoint is none.
     """
     rows = await database.read(_FIND, {"entry_id": entry_id})
-    latest = await tree.latest_checkpoint(database)
+    latest = await _tree.latest_checkpoint(database)
     if not rows or latest is None:
         msg = f"no entry {entry_id} in the audit log: there is none, or it waits for the sealer"
         raise NotSealed(msg)
@@ -121,8 +121,8 @@ async def prove(database: Database, entry_id: UUID) -> Receipt:
     if type(index) is not int or not 0 <= index < size:
         msg = f"entry {index!r} is outside of the {size} that the newest checkpoint signs"
         raise TamperedLog(msg)
-    (data,) = await tree.leaves(database, index, index + 1)
-    return Receipt(data, index, tuple(await tree.proof(database, inclusion_ranges(index, size))), note)
+    (data,) = await _tree.leaves(database, index, index + 1)
+    return Receipt(data, index, tuple(await _tree.proof(database, inclusion_ranges(index, size))), note)
 
 
 async def prove_consistency(database: Database, old: int, new: int) -> list[bytes]:
@@ -132,7 +132,7 @@ async def prove_consistency(database: Database, old: int, new: int) -> list[byte
         ValueError: `old` is greater than `new`.
         TamperedLog: a row that the proof needs is missing.
     """
-    return await tree.proof(database, consistency_ranges(old, new))
+    return await _tree.proof(database, consistency_ranges(old, new))
 
 
 def size_in(note: str) -> int:

@@ -20,7 +20,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from mainstay.audit import _metrics, tables, tree
+from mainstay.audit import _metrics, _tree, tables
 from mainstay.audit.entry import attributes
 from mainstay.audit.errors import InvalidEntry, InvalidNote, TamperedLog
 from mainstay.audit.keys import Keys
@@ -243,7 +243,7 @@ async def continued(database: Database, keys: Keys) -> tuple[int, Frontier]:
     # What there is comes before the checkpoint that covers it: who seals meanwhile only adds, and signs what it adds.
     highest = (await database.read(_HIGHEST))[0][0]
     edges = await database.read(_EDGES)
-    latest = await tree.latest_checkpoint(database)
+    latest = await _tree.latest_checkpoint(database)
     number, size, root = 0, 0, Frontier().root()
     if latest is not None:
         number, note = latest
@@ -255,7 +255,7 @@ async def continued(database: Database, keys: Keys) -> tuple[int, Frontier]:
             )
             raise TamperedLog(msg) from error
         size, root = checkpoint.size, checkpoint.root
-    frontier = await tree.frontier(database, size)
+    frontier = await _tree.frontier(database, size)
     if frontier.root() != root:
         msg = f"the first {size} entries do not have the root that checkpoint {number} signs"
         raise TamperedLog(msg)
@@ -263,7 +263,7 @@ async def continued(database: Database, keys: Keys) -> tuple[int, Frontier]:
         msg = f"there are entries in the log beyond the {size} that the newest checkpoint signs"
         raise TamperedLog(msg)
     for edge in edges:
-        if not tree.within(edge.level, edge.position, size):
+        if not _tree.within(edge.level, edge.position, size):
             msg = f"there is a node {edge.position} of level {edge.level}, which a log of {size} entries does not have"
             raise TamperedLog(msg)
     return number, frontier

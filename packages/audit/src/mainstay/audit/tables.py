@@ -14,6 +14,8 @@ import sqlalchemy as sa
 
 from mainstay.database import Schema
 
+__all__ = ["SCHEMA"]
+
 metadata = sa.MetaData()
 
 # SQLite numbers rows by itself only where the type is INTEGER.

@@ -10,10 +10,10 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.audit import tables
+from mainstay.audit._producer import STATEMENT
 from mainstay.audit.entry import Entry
 from mainstay.audit.module import AuditModule
 from mainstay.audit.note import SigningKey
-from mainstay.audit.producer import STATEMENT
 from mainstay.audit.settings import AuditSettings
 from mainstay.audit.trail import AuditTrail
 from mainstay.core import App

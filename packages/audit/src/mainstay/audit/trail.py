@@ -18,11 +18,11 @@ from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from mainstay.audit import _metrics
+from mainstay.audit._producer import STATEMENT, Producer
 from mainstay.audit.entry import Outcome, encode
 from mainstay.audit.errors import AuditError, InvalidEntry
 from mainstay.audit.merkle import leaf_hash
 from mainstay.audit.note import SigningKey
-from mainstay.audit.producer import STATEMENT, Producer
 from mainstay.audit.tables import INSERT_PENDING
 from mainstay.core import App, Binding, Context, Drain, MainstayError, bind, current, derived_id, once, spawn, uuid7
 from mainstay.database import Conflict, Database, DatabaseError, UnitOfWorkError

@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from mainstay.audit import tables, tree
+from mainstay.audit import _tree, tables
+from mainstay.audit._producer import STATEMENT, Statement
 from mainstay.audit.entry import Entry
 from mainstay.audit.errors import InvalidEntry, InvalidNote, TamperedLog
 from mainstay.audit.merkle import Frontier, leaf_hash
 from mainstay.audit.note import Checkpoint, VerifierKey, open_note
-from mainstay.audit.producer import STATEMENT, Statement
 from mainstay.database import Database
 
 __all__ = ["Problem", "Report", "verify"]
@@ -328,7 +328,7 @@ class _Check:
     async def _size_now(self) -> int:
         """The size that the newest checkpoint signs by now; 0 where it signs none."""
         try:
-            latest = await tree.latest_checkpoint(self._database)
+            latest = await _tree.latest_checkpoint(self._database)
             return 0 if latest is None else Checkpoint.open(latest[1], self._sealers).size
         except (InvalidNote, TamperedLog):
             return 0
@@ -412,7 +412,7 @@ class _Check:
         self._several(
             "forged",
             [f"the log has no node {place!r} of level {level!r}" for level, place in beyond
-             if not tree.within(level, place, size)],
+             if not _tree.within(level, place, size)],
         )  # fmt: skip
 
     # What producers say

@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.events import inbox, tables
+from mainstay.events import _inbox, tables
+from mainstay.events._consumer import Consumer
 from mainstay.events._dispatch import Route
-from mainstay.events.consumer import Consumer
+from mainstay.events._memory import MemoryTransport
+from mainstay.events._outbox import Outbox, OutboxRelay
+from mainstay.events._sql import SqlDeadLetters, SqlTransport
+from mainstay.events._transport import Transport
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import definition_of
-from mainstay.events.memory import MemoryTransport
-from mainstay.events.outbox import Outbox, OutboxRelay
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.router import EventRouter, Subscription, one_handler_each
 from mainstay.events.settings import EventsSettings
-from mainstay.events.sql import SqlDeadLetters, SqlTransport
-from mainstay.events.transport import Transport
 
 __all__ = ["EventConsumers", "EventsModule"]
 
@@ -103,7 +103,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 )
         if self.settings.transport == "kafka":
             topics = sorted(self.describe()["topics"])
-            found += await app.get(_kafka().KafkaTransport).wrong_topics(topics)
+            found += await app.get(_with_kafka().KafkaTransport).wrong_topics(topics)
         return found
 
     @asynccontextmanager
@@ -135,7 +135,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for consumer in consumers:
                 app.serve(consumer.group, consumer.serve)
             if database is not None and any(subscription.inbox for subscription in subscriptions):
-                app.serve("inbox", partial(inbox.sweep, database, settings.inbox_days))
+                app.serve("inbox", partial(_inbox.sweep, database, settings.inbox_days))
             publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
@@ -163,16 +163,16 @@ async def _transport(
         app.serve("log", log.sweep)
         services.append(log)
         return log.send, log, SqlDeadLetters(database, log, app.clock)
-    kafka_module = _kafka()
-    kafka = kafka_module.KafkaTransport(settings, app.clock)
+    parts = _with_kafka()
+    kafka = parts.KafkaTransport(settings, app.clock)
     stack.push_async_callback(kafka.close)
     services.append(kafka)
     if not settings.writes_database:
         await kafka.connect()
-        direct = kafka_module.Direct(kafka, partial(_database_of, app))
-        return direct.send, kafka, kafka_module.KafkaDeadLetters(kafka, app.clock)
+        direct = parts.Direct(kafka, partial(_database_of, app))
+        return direct.send, kafka, parts.KafkaDeadLetters(kafka, app.clock)
     assert database is not None  # noqa: S101  required
-    outbox = Outbox(database, kafka_module.check_size)
+    outbox = Outbox(database, parts.check_size)
     relay = OutboxRelay(database, outbox, kafka, lease_seconds=settings.lease_seconds, clock=app.clock)
     app.serve("relay", relay.serve)
     app.serve("outbox", relay.measure)
@@ -185,7 +185,7 @@ def _transport_classes(settings: EventsSettings) -> Sequence[type]:
         return (MemoryTransport,)
     if settings.transport == "sql":
         return (SqlTransport,)
-    kafka: type = _kafka().KafkaTransport
+    kafka: type = _with_kafka().KafkaTransport
     return (kafka, OutboxRelay) if settings.writes_database else (kafka,)
 
 
@@ -196,15 +196,15 @@ def _database_of(app: App) -> Database | None:
         return None
 
 
-def _kafka() -> Any:
+def _with_kafka() -> Any:
     try:
-        from mainstay.events import kafka  # noqa: PLC0415  an extra
+        from mainstay.events import _kafka  # noqa: PLC0415  an extra
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"aiokafka", "cramjam"}:
             raise
         msg = "EventsSettings.transport is 'kafka', which needs an extra: pip install 'mainstay-events[kafka]'"
         raise ConfigurationError(msg) from error
-    return kafka
+    return _kafka
 
 
 def _groups(
@@ -237,7 +237,7 @@ def _call(
     if subscription.inbox:
         assert database is not None  # noqa: S101  required
         with_metadata = call if wants_metadata else _without_metadata(call)
-        return inbox.exactly_once(database, subscription.group, with_metadata), True
+        return _inbox.exactly_once(database, subscription.group, with_metadata), True
     return call, wants_metadata
 
 

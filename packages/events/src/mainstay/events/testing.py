@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Context, Feature, FullJitter, Module, Retry, bind, current, uuid7
+from mainstay.events._memory import MemoryTransport
+from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.event import Event, definition_of
-from mainstay.events.memory import MemoryTransport
 from mainstay.events.metadata import TYPE, Metadata, Outgoing, encode, envelope
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.router import EventRouter
 from mainstay.events.settings import EventsSettings
-from mainstay.events.transport import LogRecord
 
 __all__ = [
     "Noted",

@@ -22,7 +22,7 @@ from opentelemetry.trace import StatusCode
 from prometheus_client import Counter, Gauge, Histogram
 
 from mainstay.core import App, Context, MainstayError, NotBoundError, bind, uuid7
-from mainstay.observability import tracing
+from mainstay.observability import _tracing
 from mainstay.observability.errors import error_body, retry_after, status_of
 from mainstay.observability.health import JSON, HealthWatch
 from mainstay.observability.metrics import CappedLabels
@@ -101,7 +101,7 @@ class ObservabilityMiddleware:
         with bind(context):
             if scope["type"] == "websocket":
                 await self._socket(scope, receive, send)
-            elif tracing.installed():
+            elif _tracing.installed():
                 await self._traced(scope, receive, send, headers, correlation_id)
             else:
                 await self._request(scope, receive, send, correlation_id)
@@ -131,16 +131,16 @@ class ObservabilityMiddleware:
     async def _traced(
         self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str], correlation_id: str
     ) -> None:
-        around = tracing.traceparent()
+        around = _tracing.traceparent()
         if around is not None:
             # The framework or another middleware has made this request's span: a second one would count it twice.
             with bind(traceparent=around):
                 await self._request(scope, receive, send, correlation_id)
             return
         attributes = {"http.request.method": _method(scope), "mainstay.correlation_id": correlation_id}
-        with tracing.server_span(_method(scope), headers, attributes) as span:
+        with _tracing.server_span(_method(scope), headers, attributes) as span:
             # What is called from here on continues this span, not the caller's.
-            with bind(traceparent=tracing.traceparent()):
+            with bind(traceparent=_tracing.traceparent()):
                 status = await self._request(scope, receive, send, correlation_id)
             span.set_attribute("http.route", route := route_template(scope))
             span.set_attribute("http.response.status_code", status)

@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import ClassVar, Never
 
 from mainstay.core import App, Module
-from mainstay.observability import logging
+from mainstay.observability import _logging
+from mainstay.observability._http import serving
 from mainstay.observability.health import HealthWatch
-from mainstay.observability.http import serving
 from mainstay.observability.settings import ObservabilitySettings
 
 __all__ = ["ObservabilityModule", "ProbeServer"]
@@ -43,7 +43,7 @@ class ObservabilityModule(Module[ObservabilitySettings, Never]):
         """Yields a `HealthWatch` and a `ProbeServer`."""
         settings = self.settings
         async with AsyncExitStack() as stack:
-            stack.enter_context(logging.configured(settings))
+            stack.enter_context(_logging.configured(settings))
             watch = HealthWatch(app, settings)
             port = None
             if settings.http_port is not None:

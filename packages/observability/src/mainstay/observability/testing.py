@@ -10,8 +10,8 @@ from typing import Any
 import structlog
 from prometheus_client import REGISTRY
 
-from mainstay.observability.logging import EventDict, add_context, beside, event_of
-from mainstay.observability.redaction import redact
+from mainstay.observability._logging import EventDict, add_context, beside, event_of
+from mainstay.observability._redaction import redact
 
 __all__ = ["captured_logs", "metric"]
 

@@ -28,8 +28,8 @@ import sqlalchemy as sa
 
 from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, Database, Fence, FenceLost
+from mainstay.workflow._journal import Row
 from mainstay.workflow.errors import Lost, Parked
-from mainstay.workflow.journal import Row
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, ENTRY
 
 _log = logging.getLogger("mainstay.workflow")

@@ -12,8 +12,8 @@ from pydantic import SecretStr
 from mainstay.cli import as_json, document, say, settings_of, table
 from mainstay.core import App
 from mainstay.database import DatabaseModule, DatabaseSettings
+from mainstay.workflow._journal import Record
 from mainstay.workflow.engine import RunView, WorkflowEngine
-from mainstay.workflow.journal import Record
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.workflow import RunStatus

@@ -15,9 +15,10 @@ import sqlalchemy as sa
 from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics
+from mainstay.workflow._journal import RESUMED, History, recall
+from mainstay.workflow._run import AnyStep, AnyWorkflow
+from mainstay.workflow._worker import Worker
 from mainstay.workflow.errors import RunConflict, RunNotFound, RunParked, RunStateError, WorkflowFailed
-from mainstay.workflow.journal import RESUMED, History, recall
-from mainstay.workflow.run import AnyStep, AnyWorkflow
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import (
     APPEND_ONCE,
@@ -35,7 +36,6 @@ from mainstay.workflow.tables import (
     STATES,
     runs,
 )
-from mainstay.workflow.worker import Worker
 from mainstay.workflow.workflow import RunStatus, Workflow
 
 __all__ = ["RunView", "WorkflowEngine"]

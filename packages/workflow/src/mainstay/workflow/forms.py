@@ -14,6 +14,8 @@ from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.step import Step
 from mainstay.workflow.workflow import Workflow
 
+__all__ = ["StepClass", "class_step", "declare", "steps_of"]
+
 StepFunction = Callable[[Any], Awaitable[Any]]
 Compensation = Callable[[Done[Any] | Unknown, Any], Awaitable[None]]
 

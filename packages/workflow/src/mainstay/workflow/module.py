@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
+from mainstay.workflow._run import AnyStep, AnyWorkflow
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
-from mainstay.workflow.run import AnyStep, AnyWorkflow
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import SCHEMA
 

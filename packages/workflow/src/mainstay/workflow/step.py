@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from mainstay.core import App, Binding, FullJitter, Retry, RetryState
+from mainstay.workflow._signature import Signature
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.outcome import Done, Failed, Unknown
-from mainstay.workflow.signature import Signature
 
 if TYPE_CHECKING:
-    from mainstay.workflow.run import Scope
+    from mainstay.workflow._run import Scope
 
 __all__ = ["Step", "StepInfo", "current_step"]
 

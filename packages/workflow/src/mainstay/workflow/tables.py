@@ -15,7 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mainstay.database import FenceOn, Schema, database_now
-from mainstay.workflow.journal import INTENT
+from mainstay.workflow._journal import INTENT
+
+__all__ = ["SCHEMA"]
 
 ID_LENGTH = 200
 _ROUNDING_SECONDS = 0.001  # a run that is due by then is due now: its moment is a sum of floats

@@ -12,12 +12,12 @@ from pydantic import SecretStr
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, spawn
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.schema import SCHEMA as DATABASE
+from mainstay.workflow._worker import Worker
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import SCHEMA
-from mainstay.workflow.worker import Worker
 from mainstay.workflow.workflow import Handle
 
 __all__ = ["DyingDatabase", "Killed", "explore", "workflows"]

@@ -8,8 +8,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple
 
 from mainstay.core import Binding
+from mainstay.workflow._signature import Signature
 from mainstay.workflow.errors import NotInRun
-from mainstay.workflow.signature import Signature
 from mainstay.workflow.step import _scope
 
 if TYPE_CHECKING:

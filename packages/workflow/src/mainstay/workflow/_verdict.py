@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from mainstay.core import DeadlineExceeded, MainstayError
 from mainstay.database import CommitUnknown
+from mainstay.workflow._journal import DONE, UNKNOWN, Record
 from mainstay.workflow.errors import Parked, StepFailed
-from mainstay.workflow.journal import DONE, UNKNOWN, Record
 from mainstay.workflow.step import Policy
 
 SHORTEST_WAIT = 0.01

@@ -9,10 +9,10 @@ from mainstay.core import Drain
 from mainstay.database import CommitUnknown, Database
 from mainstay.events import tables
 from mainstay.events._metrics import DUPLICATES
+from mainstay.events._sql import swept
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event
 from mainstay.events.metadata import ID, Metadata
-from mainstay.events.sql import swept
 
 
 def exactly_once(

@@ -36,12 +36,12 @@ from aiokafka.partitioner import DefaultPartitioner
 from mainstay.core import Clock, ConfigurationError, Health, spawn
 from mainstay.database import Database
 from mainstay.events._dispatch import Assignment
+from mainstay.events._outbox import Wave
+from mainstay.events._transport import Reader
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import ID, Outgoing, Record
-from mainstay.events.outbox import Wave
 from mainstay.events.settings import EventsSettings
-from mainstay.events.transport import Reader
 
 _log = logging.getLogger("mainstay.events")
 

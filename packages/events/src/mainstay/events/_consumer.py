@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
 from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
+from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
-from mainstay.events.transport import Source, Transport
 
 _log = logging.getLogger("mainstay.events")
 

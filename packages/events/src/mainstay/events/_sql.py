@@ -30,10 +30,10 @@ from mainstay.core import Clock, Drain, Health, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.events import tables
 from mainstay.events._dispatch import Assignment
+from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Headers, Outgoing, Record
 from mainstay.events.tables import LOG, pack_headers, unpack_headers
-from mainstay.events.transport import Arrivals, Reader, arrived, partition_of
 
 _log = logging.getLogger("mainstay.events")
 

@@ -25,18 +25,7 @@ from mainstay.core import (
     timeout,
 )
 from mainstay.database import CommitUnknown, Database, FenceLost
-from mainstay.workflow._metrics import STEP_SECONDS, count_step
-from mainstay.workflow._recording import Recording, worth_repeating
-from mainstay.workflow.errors import (
-    CancelRequested,
-    CompensationExhausted,
-    ControlFlow,
-    Lost,
-    Parked,
-    Released,
-    Suspended,
-)
-from mainstay.workflow.journal import (
+from mainstay.workflow._journal import (
     ATTEMPT,
     COMPENSATION,
     DONE,
@@ -50,10 +39,9 @@ from mainstay.workflow.journal import (
     describe,
     step_of,
 )
-from mainstay.workflow.outcome import Done, Failed, Unknown
-from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
-from mainstay.workflow.tables import END, FAIL, NEXT_SIGNAL, PARK, RECEIVE, RELEASE
-from mainstay.workflow.verdict import (
+from mainstay.workflow._metrics import STEP_SECONDS, count_step
+from mainstay.workflow._recording import Recording, worth_repeating
+from mainstay.workflow._verdict import (
     SHORTEST_WAIT,
     error_text,
     may_have_happened,
@@ -63,6 +51,18 @@ from mainstay.workflow.verdict import (
     rejection_seconds,
     step_failed,
 )
+from mainstay.workflow.errors import (
+    CancelRequested,
+    CompensationExhausted,
+    ControlFlow,
+    Lost,
+    Parked,
+    Released,
+    Suspended,
+)
+from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
+from mainstay.workflow.tables import END, FAIL, NEXT_SIGNAL, PARK, RECEIVE, RELEASE
 from mainstay.workflow.workflow import RunStatus, Workflow
 
 _log = logging.getLogger("mainstay.workflow")

@@ -22,9 +22,9 @@ from mainstay.core import Clock, Drain, Health
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.events import tables
 from mainstay.events._metrics import OUTBOX_DEPTH, RELAYED
+from mainstay.events._transport import Arrivals
 from mainstay.events.metadata import ID, Outgoing
 from mainstay.events.tables import pack_headers, unpack_headers
-from mainstay.events.transport import Arrivals
 
 _log = logging.getLogger("mainstay.events")
 

@@ -31,8 +31,8 @@ import structlog
 from pydantic_core import to_json
 
 from mainstay.core import MainstayError, current
-from mainstay.observability import tracing
-from mainstay.observability.redaction import last_resort, redact
+from mainstay.observability import _tracing
+from mainstay.observability._redaction import last_resort, redact
 from mainstay.observability.settings import ObservabilitySettings
 
 EventDict = MutableMapping[str, Any]
@@ -59,7 +59,7 @@ def add_context(_logger: object, _method: str, event: EventDict) -> EventDict:
         event.setdefault("actor", context.actor)
     if context.tenant is not None:
         event.setdefault("tenant", context.tenant)
-    span = tracing.current_ids() or tracing.ids_of(context.traceparent)
+    span = _tracing.current_ids() or _tracing.ids_of(context.traceparent)
     if span is not None:
         event.setdefault("trace_id", span[0])
         event.setdefault("span_id", span[1])
