@@ -1,4 +1,4 @@
-"""What must hold of the repository as a whole, whoever changes it."""
+"""What must hold of the repository as a whole."""
 
 import ast
 import importlib.metadata
@@ -99,7 +99,7 @@ def _imported(package: Path) -> set[str]:
 
 @each_package
 def test_package_declares_exactly_what_it_imports(package: Path):
-    """An undeclared import breaks alone and a needless dependency weighs on everybody; drivers are found by URL."""
+    """An undeclared import breaks alone and a needless dependency weighs on all users; drivers are found by URL."""
     by_url = {"aiosqlite", "asyncpg"}  # SQLAlchemy imports them by the database's URL
     imported = _imported(package)
     assert sorted(imported - _declared(package)) == []
@@ -148,7 +148,7 @@ def test_the_lock_holds_what_the_projects_ask_for():
 
 
 def test_no_file_knows_the_machine_it_was_written_on():
-    """No path of somebody's machine and no address to download packages from stands in any tracked file."""
+    """No path of a developer's machine and no address to download packages from stands in any tracked file."""
     # In pieces, so that this file does not hold what it looks for.
     places = ["/(?:wo", "rk|ho", "me|Us", "ers)/[a-z]|/ro", r"ot/\."]
     addresses = [

@@ -35,7 +35,7 @@ def _package(place: Path, name: str) -> Iterator[str]:
         if not (place / file).exists():
             yield f"{name}: {file} is missing"
     if not (source / "py.typed").exists():
-        yield f"{name}: py.typed is missing, so nobody sees its types"
+        yield f"{name}: py.typed is missing, so type checkers do not see its types"
     project = tomllib.loads((place / "pyproject.toml").read_text())["project"]
     if project["name"] != f"mainstay-{name.replace('_', '-')}":
         yield f"{name}: the distribution is called {project['name']}"

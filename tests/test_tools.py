@@ -91,7 +91,7 @@ def test_the_snapshot_shows_what_a_user_can_reach_of_a_class(text, finding):
 
 
 def test_the_snapshot_hides_what_begins_with_an_underscore():
-    """Private attributes, fields and classes are nobody's business."""
+    """Private attributes, fields and classes are not part of it."""
     text = "class Kind:\n    _a: int\n    class _B: ...\n    def __init__(self):\n        self._c = self.d.e = 1\n"
     assert list(_tool("api")._class(ast.parse(text).body[0])) == ["class Kind", "    def __init__(self)"]
 

@@ -87,7 +87,7 @@ async def _audit(engine: str, url: str, rounds: int, *, quick: bool) -> AsyncIte
             better="higher",
             rounds=rounds,
         )
-        # What a hash chain that is written with each entry reaches, whatever the concurrency, is about 1,100.
+        # What a hash chain that is written with each entry reaches, at any concurrency, is about 1,100.
         yield await compare(
             f"{engine}: entries on their own, 256 at once",
             "entries/s",

@@ -37,7 +37,7 @@ def main(
 
 
 def _stop_with_input() -> None:
-    """Whoever started this holds the other end of the pipe; it ends also with a process that is killed."""
+    """The starter of this process holds the other end of the pipe; it ends also with a process that is killed."""
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -64,7 +64,7 @@ def api(port: int = 8000) -> None:
     """Accept purchases over HTTP."""
     import uvicorn
 
-    # uvicorn stops in order on SIGTERM, and then raises the signal once more for whoever listened before it.
+    # uvicorn stops in order on SIGTERM, and then raises the signal once more for earlier handlers.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     uvicorn.run("ticketing.api:api", port=port, log_config=None, access_log=False)
 

@@ -1,6 +1,6 @@
 """What there is to sell and to whom, found in the purchases file itself.
 
-Stock is nine tenths of what everybody together will ask for, so that some purchases sell out.
+Stock is nine tenths of what all together will ask for, so that some purchases sell out.
 """
 
 from __future__ import annotations

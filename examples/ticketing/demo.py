@@ -120,7 +120,7 @@ async def play(script: Script, *, keep: bool = False, console: Console | None = 
         reason = str(error)
     except asyncio.CancelledError:
         reason = "it was asked to stop"
-    except Exception as error:  # noqa: BLE001  whatever it is, whoever runs this gets a sentence
+    except Exception as error:  # noqa: BLE001  any error becomes one sentence for the user
         here = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HOME]
         reason = f"{type(error).__name__}: {error} ({Path(here[-1].filename).name}, line {here[-1].lineno})"
     finally:

@@ -89,7 +89,7 @@ class PaymentProvider:
 
         Raises:
             Declined: no money moved, and none will under this key.
-            ProviderFailed: nobody knows.
+            ProviderFailed: the outcome is unknown.
         """
         body = {"order_id": order_id, "amount_cents": amount_cents}
         answer = await self._post("/charges", body, {"Idempotency-Key": key})
@@ -99,7 +99,7 @@ class PaymentProvider:
         """Give back what was charged under the key, and spend the key; at once or never, however often this is called.
 
         Raises:
-            ProviderFailed: nobody knows.
+            ProviderFailed: the outcome is unknown.
         """
         return Settled.model_validate(
             await self._post(f"/charges/{quote(key, safe='')}/refund", {"order_id": order_id})

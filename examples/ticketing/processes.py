@@ -57,7 +57,7 @@ class OfficeProcess:
         raise ProcessFailed(msg)
 
     def last_lines(self) -> str:
-        """What it wrote last, for an error: the log itself may be gone when somebody reads that."""
+        """What it wrote last, for an error: the log itself may be gone by then."""
         lines = self.log.read_text(errors="replace").splitlines()[-15:]
         return "\n".join(["its last lines:", *lines]) if lines else "it wrote nothing"
 

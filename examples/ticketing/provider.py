@@ -10,7 +10,7 @@ every so often it answers nothing but 503 for a while.
     POST /charges/K/refund          200 {"charged_cents": 1250, "refunded_cents": 1250}; also where nothing was charged,
                                     and then K is spent: a charge that comes late is refused
     GET  /charges/K                 200 what became of it · 404 never heard of it
-    GET  /status                    what it is doing right now, for whoever wants to strike at a bad moment
+    GET  /status                    what it is doing right now, for tests that strike at a bad moment
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Behaviour:
     """How badly it behaves; shares are of orders, and the same seed gives the same orders the same fate.
 
     Args:
-        declined: share that is declined, whatever one tries.
+        declined: share that is always declined.
         unanswered: share that is made and never answered: the connection drops at every attempt.
         lost: share whose first answer is lost after the charge, or the refund, was made.
         slow: share whose first answer comes `slow_seconds` after the charge was made.
@@ -278,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
         with provider.busy("charging"):
             time.sleep(provider.behaviour.slow_seconds if mood == "late" else provider.behaviour.usual_seconds)
             answer = provider.ledger.charge(key, order_id, amount_cents, decline=mood == "declines")
-        with provider.busy("unanswered"):  # the money has moved and nobody knows yet
+        with provider.busy("unanswered"):  # the money has moved and the answer has not
             time.sleep(provider.behaviour.slow_seconds if mood == "slow" else provider.behaviour.usual_seconds)
         self._end(mood, answer)
 

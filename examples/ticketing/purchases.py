@@ -175,7 +175,7 @@ def parse_purchase(data: bytes, *, line: int, items: Container[str], customers: 
         problems = [Problem(line, _field(problem["loc"]), _message(dict(problem))) for problem in error.errors()]
     customer = document.get("customer_id")
     if isinstance(customer, str) and customer not in customers:
-        problems.append(Problem(line, "customer_id", f"nobody knows a customer {customer!r}"))
+        problems.append(Problem(line, "customer_id", f"there is no customer {customer!r}"))
     problems += [
         Problem(line, f"lines[{index}].item", f"the catalogue has no item {item!r}")
         for index, item in _items(document)

@@ -138,7 +138,7 @@ async def release(_outcome: Done[None] | Unknown, order: Order, *, db: Database 
     failed_on=(Declined,),
 )
 async def charge(order: Order, *, provider: PaymentProvider = given(PaymentProvider)) -> Charged:
-    """The only step that nobody can share a commit with: a crash in it leaves an outcome that is unknown."""
+    """The only step that shares no commit: a crash in it leaves an outcome that is unknown."""
     return await provider.charge(current_step().key, order.id, order.purchase.total_cents)
 
 

@@ -70,7 +70,7 @@ async def test_paused_postgres_hangs_its_open_connections(own_postgres: Postgres
 
 
 async def test_each_test_has_an_empty_database_of_its_own(postgres: str):
-    """Two databases at a time share nothing, and a dropped one is gone though somebody is connected."""
+    """Two databases at a time share nothing, and a dropped one is gone though a client is connected."""
     await _query(postgres, "CREATE TABLE mine (id int)")
     with fresh_database(postgres) as other:
         assert await _query(other, "SELECT 1 FROM pg_tables WHERE tablename = 'mine'") == []

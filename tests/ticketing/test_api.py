@@ -72,7 +72,7 @@ def test_an_order_id_is_of_one_purchase(office, line, fields):
     [
         (b'{"order_id": "b1"', None, "broken JSON at column 18: Expecting ',' delimiter"),
         (purchase("b1", customer_id=None), "customer_id", "is unknown (null)"),
-        (purchase("b1", customer_id="mallory"), "customer_id", "nobody knows a customer 'mallory'"),
+        (purchase("b1", customer_id="mallory"), "customer_id", "there is no customer 'mallory'"),
         (purchase("b1", lines=[]), "lines", "must be a list of 1 to 1000 lines"),
         (b"x" * 5_000_000, None, "a purchase has at most 1,048,576 bytes"),
     ],

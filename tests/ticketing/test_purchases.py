@@ -171,7 +171,7 @@ def test_customers_are_those_whom_the_file_names(tmp_path):
     path = tmp_path / "purchases.jsonl"
     path.write_bytes(b"\n".join([changed(), changed(customer_id="bob", lines=[]), changed(customer_id=None), b"{"]))
     assert read_catalogue(path).customers == {"ada", "bob"}
-    assert complaints(changed(customer_id="eve")) == [("customer_id", "nobody knows a customer 'eve'")]
+    assert complaints(changed(customer_id="eve")) == [("customer_id", "there is no customer 'eve'")]
 
 
 def test_lines_keep_their_numbers(tmp_path):

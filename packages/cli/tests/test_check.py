@@ -141,7 +141,7 @@ async def test_a_clock_that_is_off(checked, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("create", [False, True])
 async def test_topics_that_are_missing_or_too_narrow(checked, create, kafka, monkeypatch, tmp_path):
-    """A missing one only where nobody would create it; a narrow one where the settings say more."""
+    """A missing one only where it would not be created; a narrow one where the settings say more."""
     url = f"sqlite+aiosqlite:///{tmp_path / 'library.db'}"
     async with database(url) as db:
         for schema in installed():

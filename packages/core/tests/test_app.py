@@ -280,7 +280,7 @@ def serving(worker, **options):
 
 
 async def test_workers_run_only_while_serving_with_an_empty_context():
-    """Starting opens connections and no more; a worker carries nobody's context."""
+    """Starting opens connections and no more; a worker begins with an empty context."""
     ran = []
 
     async def worker(drain):
@@ -347,7 +347,7 @@ async def test_a_worker_that_does_not_finish_is_cancelled(caplog):
 
 @pytest.mark.parametrize("how", ["raise", "return", "cancel"])
 async def test_a_worker_that_stops_by_itself_is_never_silent(how, caplog):
-    """Raising, returning or being cancelled while nobody drains: health is down and the log says so."""
+    """Raising, returning or being cancelled before the drain: health is down and the log says so."""
 
     async def worker(drain):
         if how == "raise":
@@ -440,7 +440,7 @@ async def test_background_work_is_cancelled_when_its_module_does_not_start():
 
 
 async def test_a_crash_in_the_background_is_logged_at_once_and_shown(caplog):
-    """Nobody has to stop the App to learn of it."""
+    """It is known at once, not only when the App stops."""
     crashed = asyncio.Event()
 
     async def worker(drain):
@@ -748,7 +748,7 @@ def test_a_crashed_worker_ends_the_process_with_a_status(kind):
 
 
 def test_an_environment_that_does_not_fit_names_the_module(monkeypatch):
-    """Whoever reads the log of a start that failed sees which of many modules could not be configured."""
+    """The log of a start that failed says which of many modules could not be configured."""
     monkeypatch.setenv("MAINSTAY_TESTPOST_NEEDS_STORE", "perhaps")
     with pytest.raises(
         ConfigurationError, match=r"^PostModule\.for_root: PostSettings\.needs_store: .*; set MAINSTAY_"
@@ -777,7 +777,7 @@ def test_a_variable_of_another_process_stops_nothing(monkeypatch, caplog):
 
 @pytest.mark.parametrize("answer", [asyncio.CancelledError(), GeneratorExit(), "ok", Health(cast("Any", "fine"))])
 async def test_health_is_down_whatever_a_check_does(answer):
-    """A check that is cancelled, raises what is no Exception, or answers with no Health is down, and nobody else is."""
+    """A check that is cancelled, raises what is no Exception, or answers with no Health is down, alone."""
     async with App(StoreModule.for_root(), PostModule.for_root()) as app:
         app.get(Post).answer = answer
         assert {name: health.status for name, health in (await app.health()).items()} == {"post.Post": "down"}

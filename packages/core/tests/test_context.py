@@ -56,7 +56,7 @@ def test_headers_round_trip_between_our_services():
 
 @pytest.mark.parametrize("name", ["auth0|5f7c", "Jürgen Groß", "ann@example.org", "a%20b", "会社"])
 def test_an_actor_and_a_tenant_keep_the_names_they_have(name):
-    """Whoever authenticated them chose the name; it reaches records and other services as it is."""
+    """The authentication chose the name; it reaches records and other services as it is."""
     with bind(actor=name, tenant=name) as context:
         assert Context.from_dict(context.to_dict()) == context
         headers = context.to_headers()
@@ -76,7 +76,7 @@ def test_an_actor_and_a_tenant_keep_the_names_they_have(name):
     ],
 )
 def test_a_malformed_field_is_refused_where_it_is_bound(field, value):
-    """It would be dropped on its way to the next record or service, and nobody would know who acted."""
+    """It would be dropped on its way to the next record or service, and the one who acted would be unknown."""
     with pytest.raises(ValueError, match=rf"bind\({field}=.*\): {field} is"):
         bind(**{field: value})
 
@@ -125,7 +125,7 @@ def test_an_unknown_field_is_an_error():
 
 
 async def test_a_context_can_be_made_when_it_is_asked_for():
-    """A loop binds what it has not read yet; whoever asks gets the context, read once, and binds over it as always."""
+    """A loop binds what it has not read yet; the first use gets the context, read once, and binds over it as always."""
     made: list[object] = []
 
     def make(source: object) -> Context:

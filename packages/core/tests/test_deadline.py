@@ -91,7 +91,7 @@ async def test_a_deadline_reaches_into_child_tasks(clock):
 
 
 async def test_a_cancellation_beside_the_timeout_is_not_lost(clock):
-    """Somebody cancels in the moment in which time runs out: the cancellation wins, as with asyncio's own timeout."""
+    """A cancellation in the moment in which time runs out: the cancellation wins, as with asyncio's own timeout."""
 
     async def step():
         async with timeout(1, clock=clock):

@@ -322,6 +322,6 @@ class _Decides:
 @pytest.mark.parametrize("decision", [_decide, _Decides(), 0.1])
 @pytest.mark.parametrize("field", ["wait", "retry", "stop"])
 def test_decisions_are_plain_callables(field, decision):
-    """A number in the place of a callable, or one that nobody would await, is refused before it hides an error."""
+    """A number in the place of a callable, or one that would not be awaited, is refused before it hides an error."""
     with pytest.raises(TypeError, match=f"Retry.{field} is"):
         Retry(**{field: decision})

@@ -45,7 +45,7 @@ def test_fields_come_from_the_environment(monkeypatch):
 
 
 def test_settings_are_frozen():
-    """Nobody changes the configuration of a running App under it."""
+    """The configuration of a running App cannot be changed."""
     with pytest.raises(ValueError, match="frozen"):
         PostSettings().batch_size = 3  # type: ignore[misc]  # the point
 

@@ -58,7 +58,7 @@ async def add(db, tables, number: int, *, unit: bool, fence=None) -> None:
 
 
 async def known(db, tables, number: int) -> bool:
-    """Whether the note is there, as soon as anybody can say."""
+    """Whether the note is there, as soon as the database answers."""
     while True:
         try:
             return bool(await db.read(sa.select(tables.notes.c.id).where(tables.notes.c.id == number)))

@@ -64,7 +64,7 @@ async def ask(child: subprocess.Popen[str], text: object) -> str:
 
 
 async def taken(db, name: str) -> Lease:
-    """The lease, as soon as nobody else holds it."""
+    """The lease, as soon as it is free."""
     async with asyncio.timeout(20):
         while True:
             lease: Lease | None = await db.lease(name, seconds=30.0)
@@ -104,7 +104,7 @@ async def test_two_processes_on_one_database(shared, open_database, tables, spaw
 
 
 async def test_a_killed_holders_lease_is_taken_over(shared, open_database, spawn_child):
-    """After SIGKILL somebody else gets the lease within its time and a little, with the next epoch."""
+    """After SIGKILL another process gets the lease within its time and a little, with the next epoch."""
     async with open_database(shared) as db:
         child = spawn_child("hold", shared, "work", 1.0)
         assert await line(child) == "epoch 1"

@@ -11,7 +11,7 @@ from mainstay.database import Database, DatabaseModule, DatabaseSettings
 
 
 async def test_a_start_waits_while_another_process_makes_the_file(tmp_path):
-    """Nobody may even read while a first process switches the file to WAL; the second one waits, and starts."""
+    """No process may even read while a first one switches the file to WAL; the second one waits, and starts."""
     path = tmp_path / "new.db"
     # An exclusive lock in the mode that a new file has, as the switch to WAL takes it; SQLite does not wait for it.
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:

@@ -1,4 +1,4 @@
-"""Leases: one holder, by the database's clock, whatever happens to the holder."""
+"""Leases: one holder, by the database's clock, also where the holder is lost."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ def lease_clock(monkeypatch):
 
 
 async def test_one_holder_at_a_time(db, tables, count):
-    """Nobody gets a lease that is held; released, it can be had at once, with the next epoch; the old fence fails."""
+    """A lease that is held cannot be had; released, it can be had at once, with the next epoch; the old fence fails."""
     lease = await db.lease("one")
     assert (lease.held, lease.epoch) == (True, 1)
     assert await db.lease("one") is None
@@ -35,7 +35,7 @@ async def test_one_holder_at_a_time(db, tables, count):
     assert again.epoch == 2
     with pytest.raises(FenceLost):
         await db.write(tables.add, {"id": 2, "text": "x"}, fence=lease.fence)
-    await lease.release()  # a second time, and it is somebody else's by now
+    await lease.release()  # a second time, and it has another owner by now
     await db.write(tables.add, {"id": 3, "text": "x"}, fence=again.fence)
     assert again.held
     assert await count(db) == 2
@@ -52,7 +52,7 @@ async def test_of_many_who_ask_at_once_one_gets_it(url, open_database):
 
 
 async def test_workflow_7_blocking_code_does_not_lose_a_lease(db):
-    """The event loop is blocked for three times the lease; it is held afterwards, and nobody else got it."""
+    """The event loop is blocked for three times the lease; it is held afterwards, and no other owner got it."""
     lease = await db.lease("blocked", seconds=0.5)
     time.sleep(1.5)  # noqa: ASYNC251  that is what is tested
     assert lease.held
@@ -88,7 +88,7 @@ async def test_the_holder_stops_before_the_database_does(url, open_database, lea
 
 
 async def test_workflow_6_an_expired_lease_that_was_renewed_is_not_stolen(url, open_database, until, lease_clock):
-    """A holder who comes back late keeps the lease if nobody took it, with the same epoch; else it is lost for good."""
+    """A late holder keeps the lease if it was not taken, with the same epoch; else it is lost for good."""
     async with open_database(url) as db:
         late = await db.lease("late", seconds=1.0)
         taken = await db.lease("taken", seconds=1.0)
@@ -104,7 +104,7 @@ async def test_workflow_6_an_expired_lease_that_was_renewed_is_not_stolen(url, o
 
 
 async def test_a_fenced_unit_costs_the_other_leases_nothing(postgres, open_database, tables, until):
-    """A long unit fenced with one lease holds its row; the process's other leases are renewed, and nobody takes it."""
+    """A long unit fenced with one lease holds its row; the process's other leases are renewed, and it is not taken."""
     async with open_database(postgres) as db:
         fenced, other = await db.lease("fenced", seconds=1.0), await db.lease("other", seconds=1.0)
         async with db.transaction():
@@ -161,7 +161,7 @@ async def test_misuse_is_refused(db):
 
 
 async def test_closing_releases_every_lease(tmp_path, open_database):
-    """Whoever comes next need not wait for the leases of a process that ended in order, and it can take no more."""
+    """The next owner need not wait for the leases of a process that ended in order, and it can take no more."""
     url = f"sqlite:///{tmp_path / 'x.db'}"
     async with open_database(url) as db:
         lease = await db.lease("one", seconds=60)
@@ -176,7 +176,7 @@ async def test_closing_releases_every_lease(tmp_path, open_database):
 
 
 async def test_a_cancelled_request_leaves_no_lease_behind(db, until):
-    """What was taken for a caller who went away is given back, so that somebody can have it soon."""
+    """What was taken for a caller who went away is given back, so that it can be had soon."""
     for i in range(5):
         task = asyncio.create_task(db.lease("orphan", seconds=60))
         for _ in range(i * 2 + 1):

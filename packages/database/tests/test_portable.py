@@ -34,7 +34,7 @@ async def pages(db):
 
 
 async def test_a_moment_comes_back_in_utc(pages):
-    """Whatever zone it was written in, and by whichever way; as the same moment to the microsecond."""
+    """From any zone and by each way of writing, the same moment to the microsecond."""
     await pages.write(ADD, {"page": "written", "number": 1, "at": NOON.astimezone(TOKYO)})
     async with pages.transaction() as session:
         await session.execute(ADD, {"page": "executed", "number": 1, "at": NOON.astimezone(TOKYO)})

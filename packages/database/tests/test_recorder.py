@@ -1,4 +1,4 @@
-"""The recorder from inside: closing, what nobody foresaw, a full disk, and how statements are merged."""
+"""The recorder from inside: closing, unforeseen errors, a full disk, and how statements are merged."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What the database refuses late, or inside a unit of work: nobody else pays for it, and nobody takes it for done."""
+"""What the database refuses late, or inside a unit of work: no other pays for it, and no caller takes it for done."""
 
 import asyncio
 

@@ -74,7 +74,7 @@ async def failing(postgres, open_database):
 
 
 async def test_every_lost_connection_is_retryable_and_closed(failing, tables, way):
-    """Whatever says that the server is gone, starts, stops or only reads: the next attempt has another connection."""
+    """After an error of a server that is gone, starts, stops or only reads, the next attempt has another connection."""
     for state in examples(GONE):
         before = await backend(failing)
         with pytest.raises(DatabaseError) as caught:

@@ -129,7 +129,7 @@ async def test_an_unrelated_task_is_not_part_of_the_unit(db, tables, count, unti
 
 
 async def test_after_commit(db, tables):
-    """Callbacks run once, in order, after the commit and not after a rollback; one that fails harms nobody."""
+    """Callbacks run once, in order, after the commit and not after a rollback; one that fails harms no other."""
     seen: list[object] = []
     db.after_commit(lambda: seen.append("at once"))
     assert seen == ["at once"]
@@ -279,7 +279,7 @@ async def test_observability_16_an_exhausted_pool_neither_deadlocks_nor_waits_fo
 
 
 async def test_workflow_16_a_unit_that_reads_first_may_write(db, tables, count):
-    """On SQLite a transaction that read before somebody else wrote could not write any more."""
+    """On SQLite a transaction that read before another wrote could not write any more."""
 
     async def one(i: int) -> None:
         async with db.transaction():

@@ -113,7 +113,7 @@ async def test_a_write_is_committed_when_it_returns(db, tables, count):
 
 
 async def test_workflow_17_one_conflict_fails_only_its_own_entry(db, tables, count):
-    """Of a hundred entries in one batch the two that violate a constraint fail, all of each, and nobody else."""
+    """Of a hundred entries in one batch the two that violate a constraint fail, all of each, and no others."""
     await db.write(tables.add, {"id": 50, "text": "there"})
     results = await asyncio.gather(
         *(db.write(tables.add, [{"id": i, "text": "x"}, {"id": 1000 + i, "text": "x"}]) for i in range(100)),

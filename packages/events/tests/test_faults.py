@@ -381,7 +381,7 @@ async def test_trap_05_a_hung_handler_holds_back_its_key_only_and_is_seen(option
 
 async def test_trap_04_handlers_finish_before_their_partitions_move(options: dict[str, Any]) -> None:
     """When a second consumer joins, what runs is finished and committed first: nothing is begun twice."""
-    options["events"]["lease_seconds"] = 10.0  # nobody is lost here, however busy the machine is
+    options["events"]["lease_seconds"] = 10.0  # no worker is lost here, also on a busy machine
     began: list[tuple[str, int]] = []
     seen: list[tuple[str, int]] = []
 

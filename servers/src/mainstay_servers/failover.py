@@ -14,7 +14,7 @@ class Forwarder:
     """A TCP address on 127.0.0.1 whose connections lead to another port; runs in a thread of its own.
 
     `move` leads new connections elsewhere, as a DNS name does after a failover: those that are open stay where they
-    are. `vanish` is a network that loses every packet of the connections that are open: nothing arrives, and nobody
+    are. `vanish` is a network that loses every packet of the connections that are open: nothing arrives, and no side
     is told.
     """
 

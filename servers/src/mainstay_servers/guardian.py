@@ -24,7 +24,7 @@ def _alive(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it exists and belongs to somebody else: the number was used again
+    except PermissionError:  # it exists and belongs to another user: the number was used again
         return False
     return True
 

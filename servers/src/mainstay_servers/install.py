@@ -87,7 +87,7 @@ def _on_path(program: str) -> str | None:
 
 @functools.cache
 def _attempt(program: str) -> str | None:
-    """Install once per process, whatever comes of it: a failing attempt takes long and would fail again."""
+    """Install once per process, also where it fails: an attempt takes long and would fail again."""
     with _one_at_a_time():
         return _apt(program)
 

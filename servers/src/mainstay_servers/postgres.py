@@ -129,8 +129,8 @@ async def _execute(dsn: str, statement: str) -> None:
 
 
 # What makes a used database an empty one again, which is much quicker than creating another: `CREATE DATABASE` copies
-# every file of the template. Whoever is still connected is sent away, and waited for, since a backend that is told to
-# end still holds its locks for a moment.
+# every file of the template. Clients that are still connected are sent away, and waited for, since a backend that is
+# told to end still holds its locks for a moment.
 _EMPTY = """
 DO $$
 DECLARE found text;
@@ -164,7 +164,7 @@ class Databases:
 
     @contextlib.contextmanager
     def fresh(self) -> Generator[str]:
-        """Yield the URL of an empty database that nobody else has."""
+        """Yield the URL of an empty database of one's own."""
         if self._idle:
             name = self._idle.pop()
         else:
@@ -176,7 +176,7 @@ class Databases:
             try:
                 _elsewhere(_execute(self._dsn(name), _EMPTY))
                 self._idle.append(name)
-            except (OSError, asyncpg.PostgresError):  # whatever the test did to it, the next one gets another
+            except (OSError, asyncpg.PostgresError):  # the test may have broken it; the next one gets another
                 self._drop(name)
 
     def drop(self) -> None:
@@ -190,7 +190,7 @@ class Databases:
 
 @contextlib.contextmanager
 def fresh_database(url: str) -> Generator[str]:
-    """Create an empty database on the server at `url`, yield its URL, drop it with whoever is still connected."""
+    """Create an empty database on the server at `url`, yield its URL, drop it with the connections that are left."""
     databases = Databases(url)
     with databases.fresh() as fresh:
         yield fresh

@@ -23,7 +23,7 @@ from typing import ClassVar, Self
 
 from mainstay_servers import guardian
 
-# Below the range from which the kernel takes ports for outgoing connections: while a server is down, nobody else may
+# Below the range from which the kernel takes ports for outgoing connections: while a server is down, no other may
 # be given its port, or it could not come back on it.
 _PORTS = range(20_000, 32_000)
 
@@ -61,7 +61,7 @@ _guardian = functools.cache(_Guardian)
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
+    """Return a free port of 127.0.0.1."""
     for port in random.sample(_PORTS, 200):
         with socket.socket() as probe, contextlib.suppress(OSError):
             # Refuses ports in TIME_WAIT too, which a server without SO_REUSEADDR could not bind.
@@ -111,7 +111,7 @@ class Server:
         self.port = free_port()
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._account: str | None = None  # whom to run as; None is whoever runs this
+        self._account: str | None = None  # the account to run as; None is the present one
 
     # ------------------------------------------------------------------------------------------------ for subclasses
     def command(self) -> Sequence[str]:

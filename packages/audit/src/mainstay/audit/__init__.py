@@ -1,4 +1,4 @@
-"""An audit log that is written with what it reports, sealed into a Merkle tree, and proves that nobody changed it."""
+"""An audit log that is written with what it reports, sealed into a Merkle tree that proves it unchanged."""
 
 from mainstay.audit.entry import Entry, Outcome
 from mainstay.audit.errors import (

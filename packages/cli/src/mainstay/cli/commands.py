@@ -73,7 +73,7 @@ async def _findings(app: App) -> list[tuple[str, str]]:
         async with app:
             for module in app.modules:
                 found += [(module.name, text) for text in await _inspected(module, app)]
-    except ConfigurationError as error:  # whatever comes after it in the App has not been looked at
+    except ConfigurationError as error:  # the modules after it have not been looked at
         found.append(("start", str(error)))
     return found
 

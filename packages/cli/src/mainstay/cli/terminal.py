@@ -32,7 +32,7 @@ def shown(text: object) -> str:
 
 
 def say(*lines: object) -> None:
-    """Print lines for people, each of them on one line whatever it holds; nothing where JSON was asked for."""
+    """Print lines for people, each on one line, control characters escaped; nothing where JSON was asked for."""
     if not as_json():
         for line in lines:
             print(shown(line))

@@ -63,7 +63,7 @@ async def _ask(part: HasHealth) -> Health:
         return Health("down", f"the check returned a {type(health).__name__}, which is no Health")
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001  a check that breaks is an answer too, whatever breaks it
+    except BaseException as error:  # noqa: BLE001  a check that breaks is an answer too
         if not cancelled_from_outside(error):
             _log.exception("the health check of %s failed", type(part).__name__)
         return Health("down", f"the check failed with {type(error).__name__}")

@@ -2,7 +2,7 @@
 
 It is immutable and lives in one `ContextVar`, so that tasks and `asyncio.to_thread` carry it by themselves. The same
 fields come out in logs, traces, event headers, workflow records, audit entries and error bodies. Until when is
-`mainstay.core.deadline`'s, in a variable of its own: whoever binds the context that came with an event must not
+`mainstay.core.deadline`'s, in a variable of its own: code that binds the context that came with an event must not
 thereby escape the deadline around it, and a record outlives the call that made it.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Context", "Later", "bind", "current", "rebind"]
 
 # What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped. An
-# actor and a tenant come from whoever authenticated them, and have the names that they have there.
+# actor and a tenant come from the authentication, and have the names that they have there.
 _LONGEST_NAME = 256
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
@@ -111,7 +111,7 @@ def _explain(name: str) -> str:
 
 
 class Later:
-    """A context that is made when somebody asks for it: `make(source)`, once.
+    """A context that is made at the first use: `make(source)`, once.
 
     For a loop that handles what strangers send: reading a context out of headers, with all its checks, costs as much as
     the rest of the dispatch of an event, and most handlers never look.
@@ -137,13 +137,13 @@ _current: ContextVar[Context | Later] = ContextVar("mainstay_context", default=_
 
 
 def current() -> Context:
-    """The context of the running task or thread; an empty one where nobody bound any."""
+    """The context of the running task or thread; an empty one where none was bound."""
     context = _current.get()
     return context if isinstance(context, Context) else context.get()
 
 
 def rebind(context: Context | Later) -> None:
-    """Use another context from here on, until the task ends or somebody binds again; for loops that own their task."""
+    """Use another context until the task ends or the next one is bound; for loops that own their task."""
     _current.set(context)
 
 

@@ -1,6 +1,6 @@
 """One deadline for everything that happens inside it.
 
-`asyncio.timeout` tells nobody below it that the cancellation is its own: a breaker inside sees a `CancelledError`
+`asyncio.timeout` does not tell the code inside whose cancellation it is: a breaker inside sees a `CancelledError`
 like any other and, rightly, does not count it; a provider that hangs would never open a circuit. So the deadline is
 part of the ambient, like the context, and a policy that catches `CancelledError` asks `deadline_fired()`: true means
 that time ran out, which is a failure of what was called; false means that the caller went away, which says nothing
@@ -141,7 +141,7 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         traceback: TracebackType | None,
     ) -> None:
         self._timer.cancel()
-        # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
+        # The same accounting as asyncio's own: a cancellation that came from outside too stays a cancellation.
         expired = self._deadline.fired and self._task.uncancel() <= self._cancelling
         try:
             ambient_deadline.reset(self._token)

@@ -28,7 +28,7 @@ class MainstayError(Exception):
         retryable: whether the same call may succeed later.
         no_effect: True only where it is certain that nothing happened on the other side. A durable step that ends with
             such an error has *failed*; one that ends with any other error is *unknown*.
-        retry_after_seconds: how long to wait at least before another attempt; None where nobody knows.
+        retry_after_seconds: how long to wait at least before another attempt; None where it is not known.
         public_message: a sentence without internals.
     """
 

@@ -1,7 +1,7 @@
-"""The seam between durable execution and everybody else.
+"""The seam between durable execution and the packages that have effects.
 
-A workflow function may run several times; what it publishes or writes to the audit trail must happen once. Whoever
-has such an effect hands it to `once`: inside a workflow it becomes a recorded step, elsewhere it simply runs. The
+A workflow function may run several times; what it publishes or writes to the audit trail must happen once. Code
+with such an effect hands it to `once`: inside a workflow it becomes a recorded step, elsewhere it simply runs. The
 package that implements `Journal` and those that call `once` know nothing of each other.
 """
 

@@ -158,7 +158,7 @@ class Retry:
         wait: seconds before the next attempt; exponential with full jitter by default. An error's `retry_after_seconds`
             is honoured: the wait is never shorter.
         retry: which outcomes are worth another attempt. An exception that is no `Exception`, a cancellation above
-            all, is never retried, whatever this says.
+            all, is never retried, even where this returns True.
         stop: gives up earlier than `attempts` does, for example `tenacity.stop_after_delay(30)`.
         clock: measures and waits; tests pass a virtual one.
 
@@ -190,7 +190,7 @@ class Retry:
                 msg = f"Retry.{name} is {decision!r}; it is called with a RetryState, such as {example[name]}"
                 raise TypeError(msg)
             if inspect.iscoroutinefunction(decision) or inspect.iscoroutinefunction(type(decision).__call__):
-                msg = f"Retry.{name} is an async function, which nobody would await here; give it a plain one"
+                msg = f"Retry.{name} is an async function, which is not awaited here; give it a plain one"
                 raise TypeError(msg)
 
     def delay_seconds(self, state: RetryState) -> float | None:

@@ -31,7 +31,7 @@ from mainstay.database.settings import DatabaseSettings, variable_of_url
 
 SQLITE_ARGUMENTS: dict[str, Any] = {"isolation_level": None}  # the driver begins no transaction by itself
 _NOT_SENT = frozenset({"ssl", "connect_timeout", "channel_binding"})  # what is ours, or what asyncpg does not know
-CONNECT_SECONDS = 10.0  # how long making a connection may take; it is no write that somebody waits for
+CONNECT_SECONDS = 10.0  # how long making a connection may take; no caller's write is measured by it
 
 
 class Address:
@@ -54,7 +54,7 @@ class Address:
         self.left_at = float("-inf")
 
     def leave(self) -> None:
-        """Let nobody use a connection that was made before now: its server was found to be one that only reads.
+        """Retire each connection that was made before now: its server was found to be one that only reads.
 
         Such a server refuses writes, but would go on to answer reads, with what it had when it was demoted.
         """
@@ -130,7 +130,7 @@ def write_ahead(address: Address, seconds: float) -> None:
     Several processes may do so at once, and SQLite does not wait for the lock that this takes.
 
     Raises:
-        sqlite3.Error: the file cannot be opened, or somebody else kept it locked.
+        sqlite3.Error: the file cannot be opened, or another process kept it locked.
     """
     end = time.monotonic() + seconds
     while True:
@@ -294,7 +294,7 @@ def make_engine(
     )
     engine = create_async_engine(
         address.url,
-        # Whoever closes a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
+        # Closing a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
         # always would ask SQLite's thread once more each time.
         pool_reset_on_return=None if sqlite else "rollback",
         pool_size=settings.pool_size,
@@ -356,7 +356,7 @@ class Home:
 
 
 REFUSED = "mainstay_refused"
-"""In a connection's `info`: the name of the error of a statement that nobody has rolled back to a savepoint since."""
+"""In a connection's `info`: the name of the error of a statement, until a rollback to a savepoint."""
 
 
 MADE_AT = "mainstay_made_at"
@@ -404,10 +404,10 @@ def _prepare_sqlite(engine: AsyncEngine, synchronous: str, clock: Clock, calls: 
 def begin_events(engine: AsyncEngine) -> None:
     """Make SQLite's transactions begin with the statement in the execution option `mainstay_begin`.
 
-    A transaction that starts with a read and then writes would fail at once when somebody else has written in between,
-    whatever the busy timeout says; so who means to write says so at the start, with `BEGIN IMMEDIATE`. The empty string
-    is for a single read, which is its own snapshot. The driver's own idea of when a transaction begins is turned off by
-    `SQLITE_ARGUMENTS`.
+    A transaction that starts with a read and then writes would fail at once when another has written in between,
+    whatever the busy timeout; so a transaction that will write says so at the start, with `BEGIN IMMEDIATE`. The empty
+    string is for a single read, which is its own snapshot. The driver's own idea of when a transaction begins is turned
+    off by `SQLITE_ARGUMENTS`.
     """
 
     def begin(connection: sa.Connection) -> None:

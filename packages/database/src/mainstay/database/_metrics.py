@@ -20,4 +20,4 @@ WAIT_SECONDS = Histogram(
 )
 POOL_IN_USE = Gauge("mainstay_database_pool_in_use", "Connections in use by units of work and reads.")
 LEASES_HELD = Gauge("mainstay_database_leases_held", "Leases that this process renews.")
-LEASES_LOST = Counter("mainstay_database_leases_lost", "Leases that somebody else took over.")
+LEASES_LOST = Counter("mainstay_database_leases_lost", "Leases that another owner took over.")

@@ -1,21 +1,21 @@
 """The recorder: many coroutines' small writes become few commits.
 
-A commit costs a round trip and a flush of the log whether it carries one row or a thousand. So nobody commits alone:
-a write is an entry in a queue, and whatever is waiting when a connection becomes free goes into one transaction. There
+A commit costs a round trip and a flush of the log whether it carries one row or a thousand. So no write commits alone:
+a write is an entry in a queue, and all that waits when a connection becomes free goes into one transaction. There
 is no timer and no minimum: alone, an entry is committed at once; by a thousand, the batch grows by itself while the one
 before it is being flushed. Every caller waits until its own entry is durable, which is also the back-pressure: the
 queue never holds more than the callers that wait.
 
 Entries fail alone. A batch is tried together; when the database refuses it, each entry is repeated inside a savepoint,
-so that the guilty one is found and the others are committed after all. On PostgreSQL, an entry that waits for somebody
-else's lock is put aside and tried again beside the later batches: a long transaction of a user must not hold up
-everybody's writes.
+so that the guilty one is found and the others are committed after all. On PostgreSQL, an entry that waits for another
+session's lock is put aside and tried again beside the later batches: a long transaction of one user must not hold up
+the writes of all.
 
 Entries with the same route share a connection and take effect in the order in which they were handed in. Entries of
 different routes are concurrent: their statements are merged and may be reordered, which is what makes a batch cheap.
 
 What a caller is told is the truth. A connection lost before COMMIT was sent has done nothing: the entry is simply tried
-again on a new one. Lost after that, nobody knows: `CommitUnknown`, and no second attempt from here.
+again on a new one. Lost after that, the outcome is unknown: `CommitUnknown`, and no second attempt from here.
 
 The rows that keep this honest: "durable rows by 1,000 at once" (and by 1, 32, 256) of both databases in
 `benchmarks/database`.
@@ -60,7 +60,7 @@ T = TypeVar("T")
 _log = logging.getLogger("mainstay.database")
 
 _BATCH_ROWS = 2_000  # more would hold locks, and other callers' answers, for longer than a commit costs
-_PATIENCE_SECONDS = 0.2  # how long a whole batch waits for a lock that somebody else holds
+_PATIENCE_SECONDS = 0.2  # how long a whole batch waits for a lock that another session holds
 _SHORT_PATIENCE_SECONDS = 0.01  # and how long an entry that is tried by itself
 _HUNG = 3.0  # times the busy timeout: a server that has not answered by then is taken for gone
 _AGAIN_SECONDS = 0.02  # how soon what was put aside is tried again when there is nothing else to do
@@ -117,7 +117,7 @@ class Lane:
         self._task = spawn(self._run(), name="database.recorder")
 
     async def record(self, entry: Entry) -> None:
-        """Hand in an entry; returns when it is durable. A cancelled caller takes it back if nobody has begun."""
+        """Hand in an entry; returns when it is durable. A cancelled caller takes it back if it has not been begun."""
         if self._closed:
             msg = "the database is closing: nothing more can be written"
             raise DatabaseUnavailable(msg, retryable=False)
@@ -126,7 +126,7 @@ class Lane:
         await entry.durable
 
     def waiting(self) -> int:
-        """Entries that nobody works on yet."""
+        """The number of entries not yet begun."""
         return len(self._pending)
 
     def idle(self) -> bool:
@@ -147,7 +147,7 @@ class Lane:
     async def _run(self) -> None:
         try:
             while await self._work_to_do():
-                await asyncio.sleep(0)  # whoever is ready to run in this turn of the loop joins the batch
+                await asyncio.sleep(0)  # callers that are ready in this turn of the loop join the batch
                 try:
                     await self._writer.commit(self._take)
                 except Exception as error:  # noqa: BLE001  each of its callers is told
@@ -156,7 +156,7 @@ class Lane:
                         entry.settle(DatabaseError(f"{type(error).__name__}: {error}", no_effect=False))
                 self._taken = []
         finally:
-            # Also when the loop is being shut down: nobody may wait for an answer that cannot come.
+            # Also when the loop is being shut down: no caller may wait for an answer that cannot come.
             self._closed = True
             for entry in self._taken:
                 entry.settle(CommitUnknown("the recorder was stopped while it was writing"))
@@ -315,7 +315,7 @@ class SQLiteWriter:
         self._thread.start()
 
     async def commit(self, take: Callable[[], list[Entry]]) -> None:
-        """Wait for the turn, then commit whatever is there by then."""
+        """Wait for the turn, then commit all that is there by then."""
         try:
             async with self._turn.mine():
                 entries = take()
@@ -342,11 +342,11 @@ class SQLiteWriter:
         def job() -> None:
             try:
                 result = work()
-            except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+            except BaseException as error:  # noqa: BLE001  it belongs to the waiting caller
                 tell: Callable[[], None] = _teller(answer.set_exception, error)
             else:
                 tell = _teller(answer.set_result, result)
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever waited
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it the waiting caller
                 loop.call_soon_threadsafe(lambda: None if answer.done() else tell())
 
         self._jobs.put(job)
@@ -375,7 +375,7 @@ class SQLiteWriter:
             try:
                 for statement, rows in merge(good):
                     _execute(connection, statement.sql, rows)
-            except Exception as error:  # whatever the driver thinks of a value is the entry's own fault
+            except Exception as error:  # a value that the driver refuses is the entry's own fault
                 if not connection.in_transaction:
                     raise  # a full disk and the like, which SQLite answers by rolling back by itself
                 connection.execute("ROLLBACK TO batch")
@@ -514,14 +514,14 @@ class PostgresWriter:
             await asyncio.sleep(0.05 + 0.1 * random.random())  # noqa: S311  jitter
 
     def put_aside(self) -> bool:
-        """Whether entries wait for somebody else's locks."""
+        """Whether entries wait for the locks of other sessions."""
         return bool(self._aside)
 
     async def close(self) -> None:
         """Close the connection; what was not committed by now is not."""
         self._settle_doubt(ConnectionAbortedError("the database was closed"))
         for entry in self._aside:
-            entry.settle(DatabaseBusy("the database was closed while somebody else held a lock that the write needs"))
+            entry.settle(DatabaseBusy("the database was closed while another session held a lock that the write needs"))
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
@@ -600,7 +600,7 @@ class PostgresWriter:
             raise
         for entry in self._aside:
             if now - entry.handed_in > self._seconds:
-                msg = f"a lock that somebody else holds did not become free within {self._seconds:g} s"
+                msg = f"a lock that another session holds did not become free within {self._seconds:g} s"
                 entry.settle(DatabaseBusy(msg))
 
     async def _one_by_one(self, connection: asyncpg.Connection, entries: Sequence[Entry]) -> None:

@@ -161,7 +161,7 @@ class Statements:
         return form
 
     def operations(self, form: Prepared, rows: Sequence[Mapping[str, Any]]) -> list[Operation]:
-        """The statement over the rows, ready for the driver; raises whatever the converters of its types raise."""
+        """The statement over the rows, ready for the driver; raises what the converters of its types raise."""
         if not form.spread:
             return [(form, [form.arguments(row) for row in rows])]
         operations: list[Operation] = []
@@ -181,7 +181,7 @@ def _bound(cache: dict[Any, Any]) -> None:
 
 
 def _by_column(sql: str) -> str | None:
-    """The insert that takes its rows by column: the server parses, plans and executes once, whatever their number."""
+    """The insert that takes its rows by column: the server parses, plans and executes once for any number of them."""
     insert = _INSERT.fullmatch(sql)
     if insert is None:
         return None

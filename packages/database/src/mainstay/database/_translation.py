@@ -42,7 +42,7 @@ _CONFLICT = "23"
 _READ_ONLY = "25006"
 
 DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""Whatever asyncpg raises where a connection cannot be made, or is lost."""
+"""The errors of asyncpg where a connection cannot be made, or is lost."""
 
 
 def driver_error(error: BaseException) -> BaseException:
@@ -84,7 +84,7 @@ def translate(error: BaseException, *, gone: bool = False, committing: bool = Fa
 
     Args:
         error: what was raised.
-        gone: the connection is known to be lost, whatever the error says.
+        gone: the connection is known to be lost, even where the error does not say so.
         committing: it was raised while COMMIT was under way.
     """
     original = driver_error(error)
@@ -122,7 +122,7 @@ def _of_sqlite(error: sqlite3.Error, text: str) -> DatabaseError:
 
 
 def is_busy(error: sqlite3.Error) -> bool:
-    """Whether SQLite is locked by somebody else."""
+    """Whether another connection has locked SQLite."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 

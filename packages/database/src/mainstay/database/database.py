@@ -194,7 +194,7 @@ class Database:
                 connection = await session.connection(execution_options=self._to_write)
             except _REFUSED as error:
                 raise translate(error) from error
-            connection.info.pop(REFUSED, None)  # of somebody before
+            connection.info.pop(REFUSED, None)  # of the unit before
             with unit:
                 yield
             _raise_if_doomed(unit, connection)
@@ -226,7 +226,7 @@ class Database:
         unit = Unit(self, session)
         savepoint = session.in_nested_transaction()
         connection = await session.connection()
-        connection.info.pop(REFUSED, None)  # of somebody before
+        connection.info.pop(REFUSED, None)  # of the unit before
         try:
             with unit:
                 yield session
@@ -328,7 +328,7 @@ class Database:
             DatabaseError: the database refused the statement.
             UnitOfWorkError: the task was started inside another task's open unit of work.
 
-        Whatever is raised, nothing of this call is there, except after `CommitUnknown`.
+        After any error nothing of this call is there, except after `CommitUnknown`.
         """
         several = [rows] if isinstance(rows, Mapping) else rows
         if not several:
@@ -374,7 +374,7 @@ class Database:
             raise translate(error) from error
 
     async def lease(self, name: str, *, seconds: float = 10.0, holder: str | None = None) -> Lease | None:
-        """Take the lease of this name and keep renewing it; None while somebody holds it, also in this process.
+        """Take the lease of this name and keep renewing it; None while it is held, also in this process.
 
         Args:
             name: what it is for, up to 255 characters.
@@ -465,7 +465,7 @@ class Database:
         form = self._form(statement, rows)
         try:
             return self._statements.operations(form, rows)
-        except Exception as error:  # converters raise whatever they like
+        except Exception as error:  # a converter may raise anything
             raise _unfit(statement, error) from error
 
     def _current(self) -> Unit | None:
@@ -538,7 +538,7 @@ def _raise_if_doomed(unit: Unit, connection: AsyncConnection) -> None:
     if unit.broken is not None:
         raise _broken(unit.broken) from unit.broken
     if not connection.closed and (refused := connection.info.pop(REFUSED, None)):
-        # PostgreSQL has given up the transaction, and answers its COMMIT with a rollback that nobody sees.
+        # PostgreSQL has given up the transaction, and answers its COMMIT with a rollback that no error reports.
         msg = (
             f"the database refused a statement of this unit of work with {refused}, which was caught: the rest is not "
             "committed. Let the exception pass, or put `async with session.begin_nested():` around the statement"
@@ -556,7 +556,7 @@ def _run(callbacks: Iterable[Callable[[], None]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:  # noqa: BLE001  the commit has happened, whatever they do
+        except Exception:  # noqa: BLE001  the commit has happened, also where a callback fails
             _log.exception("a callback after the commit failed")
 
 

@@ -2,11 +2,11 @@
 
 DatabaseError                SYS_DATABASE              the database refused a statement
 ├── Conflict                 RES_CONFLICT              a constraint: the row is there already, or what it names is not
-├── FenceLost                RES_FENCE_LOST            somebody else owns by now what the write was fenced with
+├── FenceLost                RES_FENCE_LOST            another owner has what the write was fenced with
 ├── DatabaseBusy             SYS_DATABASE_BUSY         no connection, no writer's turn or no lock in time
 ├── DatabaseUnavailable      EXT_DATABASE_UNAVAILABLE  the server is away; nothing was committed
 ├── WrongEventLoop           SYS_WRONG_EVENT_LOOP      used from another event loop, thread or process
-├── CommitUnknown            EXT_COMMIT_UNKNOWN        the connection was lost while committing: nobody knows
+├── CommitUnknown            EXT_COMMIT_UNKNOWN        the connection was lost while committing
 └── UnitOfWorkError          SYS_UNIT_OF_WORK          a unit of work is used in a way that could lose or double a write
 
 `no_effect` is true for all of them but `CommitUnknown`: nothing of the write, batch or commit that raised is there.
@@ -43,7 +43,7 @@ class Conflict(DatabaseError):
 
 
 class FenceLost(DatabaseError):
-    """What the write was fenced with belongs to somebody else by now; nothing of it was written. Stop the work."""
+    """What the write was fenced with belongs to another owner by now; nothing of it was written. Stop the work."""
 
     code = "RES_FENCE_LOST"
 

@@ -1,9 +1,9 @@
 """Fences: a write that happens only while its writer still owns what it writes for.
 
-A worker that was stopped for a minute believes that it holds its lease. Whoever took over has raised the epoch on the
+A worker that was stopped for a minute believes that it holds its lease. The next owner has raised the epoch on the
 owner's row; the sleeper's writes name the old epoch and are refused. The check holds the row until the commit (on
 PostgreSQL `FOR SHARE`, which many writers may hold at once and which a takeover must wait for; on SQLite the one
-writer's transaction), so that nobody can take over between check and commit.
+writer's transaction), so that no other can take over between check and commit.
 """
 
 from __future__ import annotations
@@ -62,4 +62,4 @@ class Fence:
 
     def lost(self) -> str:
         """The sentence for `FenceLost`."""
-        return f"{self.on._name} {self.id!r} is no longer at epoch {self.epoch}: somebody else owns it by now"
+        return f"{self.on._name} {self.id!r} is no longer at epoch {self.epoch}: another owner has taken over"

@@ -1,7 +1,7 @@
 """Leases: one holder at a time, by the database's clock, renewed from a thread.
 
-A lease is a row. Whoever finds it expired takes it with one statement that repeats the question, and raises its epoch;
-the row is never deleted, so that an epoch never comes twice. All times in the row are the database's own, since
+A lease is a row. A process that finds it expired takes it with one statement that repeats the question, and raises its
+epoch; the row is never deleted, so that an epoch never comes twice. All times in the row are the database's own, since
 processes disagree about the time of day; the holder measures by its monotonic clock, from *before* it asked, and calls
 the lease over some time before the database does.
 
@@ -73,9 +73,9 @@ class Lease:
 
     Attributes:
         name: what it is for.
-        epoch: raised by every acquisition, by anybody.
+        epoch: raised by every acquisition, by any owner.
         holder: who holds it, for people who look at the table.
-        fence: for `db.write` and `db.batch`: refuses once somebody else has taken the lease.
+        fence: for `db.write` and `db.batch`: refuses once another owner has taken the lease.
     """
 
     __slots__ = ("_clock", "_keeper", "_renew_at", "_seconds", "_until", "epoch", "fence", "holder", "name")
@@ -98,7 +98,7 @@ class Lease:
     def held(self) -> bool:
         """Whether the holder may go on; False from a margin before the lease ends at the database.
 
-        It may become True again, when a renewal was late and nobody had taken over; `epoch` is then the same.
+        It may become True again, when a renewal was late and no other owner had taken over; `epoch` is then the same.
         """
         return self._clock.monotonic() < self._until
 
@@ -119,7 +119,7 @@ class Rows(Protocol):
         ...
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
-        """Prolong; the names that were, and those that somebody else has."""
+        """Prolong; the names that were, and those that have another owner."""
         ...
 
     async def release(self, held: Sequence[Lease]) -> None:
@@ -176,7 +176,7 @@ class Keeper:
                 self._asked -= 1
 
     def idle(self) -> bool:
-        """Whether nobody on the loop waits for a lease to be taken or given back."""
+        """Whether no task of the loop waits for a lease to be taken or given back."""
         return self._asked == 0
 
     async def close(self) -> None:
@@ -190,7 +190,7 @@ class Keeper:
         self._closed = True
 
     def _abandon(self, future: Future[Lease | None]) -> None:
-        # The caller went away while the database was asked: nobody would ever release what was taken.
+        # The caller went away while the database was asked: no caller would ever release what was taken.
         lease = None if future.cancelled() or future.exception() is not None else future.result()
         if lease is not None and not self._closed:
             self._submit(self._release(lease))
@@ -227,7 +227,7 @@ class Keeper:
             if epoch is None:
                 return None
             lease = Lease(self, name, holder=holder, epoch=epoch, seconds=seconds, asked_at=asked_at)
-            if name in self._held:  # it had expired, and nobody but this process came back for it
+            if name in self._held:  # it had expired, and this process was the first to come back for it
                 self._lose(self._held[name])
             self._held[name] = lease
             _metrics.LEASES_HELD.inc()
@@ -265,7 +265,7 @@ class Keeper:
             due = min((lease._renew_at for lease in self._held.values()), default=time.monotonic() + _LOOK_SECONDS)
             await asyncio.sleep(min(_LOOK_SECONDS, max(0.005, due - time.monotonic())))
             async with self._lock:
-                # Whatever is due soon goes along: one statement for all.
+                # Leases that are due soon go along: one statement for all.
                 now = time.monotonic()
                 held = [lease for lease in self._held.values() if lease._renew_at <= now + lease._seconds / 10]
                 if any(lease._renew_at <= now for lease in held):
@@ -316,7 +316,7 @@ class SQLiteRows:
         return None if row is None else int(row[0])
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
-        """Prolong; the names that were, and those that somebody else has."""
+        """Prolong; the names that were, and those that have another owner."""
         sql = f"""
             UPDATE mainstay_database_leases SET expires_at = {_SQLITE_NOW} + :seconds
             WHERE name = :name AND epoch = :epoch
@@ -397,9 +397,9 @@ class PostgresRows:
         return int(rows[0][0]) if rows else None
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
-        """Prolong; the names that were, and those that somebody else has."""
+        """Prolong; the names that were, and those that have another owner."""
         # A fenced unit of work holds its lease's row FOR SHARE until it commits. Waiting for it here would cost all the
-        # other leases; it is skipped, and asked for again soon. Nobody can take it over meanwhile either.
+        # other leases; it is skipped, and asked for again soon. No other can take it over meanwhile either.
         sql = f"""
             WITH mine AS (
                 SELECT l.name, v.seconds
@@ -454,7 +454,7 @@ class PostgresRows:
                 await connection.execute("COMMIT")
                 return rows
         except BaseException as error:
-            # Whatever state it is in, a new connection is in a better one.
+            # Its state is unknown; a new connection's is known.
             if self._connection is not None:
                 self._connection.terminate()
                 self._connection = None

@@ -70,7 +70,7 @@ async def _clock_that_is_off(database: Database, app: App) -> list[str]:
     before = app.clock.now().timestamp()
     ((theirs,),) = await database.read(sa.select(database_now()))
     after = app.clock.now().timestamp()
-    # Half of the round trip is nobody's fault.
+    # Half of the round trip belongs to the network, not to the clock.
     off = theirs - (before + after) / 2
     if abs(off) <= CLOCK_SECONDS + (after - before):
         return []

@@ -5,7 +5,7 @@ starts. On PostgreSQL `mainstay db upgrade` does it, under an account that may c
 version of the service is started.
 
 Revision files say `from alembic import op`, and `op` is one global of the process that points to the migration under
-way. So migrations of one process take turns, each in a thread with connections of its own, whatever database they
+way. So migrations of one process take turns, each in a thread with connections of its own, for any database that they
 belong to.
 """
 
