@@ -37,12 +37,22 @@ class Keys:
     trusted: tuple[VerifierKey, ...]
 
 
-def keys_of(settings: AuditSettings, database: Database) -> Keys:
-    """The keys that the settings name, or one for development.
+def stated_keys(settings: AuditSettings, dialect: str) -> Keys | None:
+    """The keys that the settings state; None where they state none, and one for development will do.
+
+    Args:
+        settings: of the audit trail.
+        dialect: of the database; only on SQLite will a key for development do.
 
     Raises:
-        ConfigurationError: a key or its file is unreadable, or there is none and the database is no SQLite.
+        ConfigurationError: a key or its file is unreadable, there are two, or none where one is needed.
     """
+    if settings.signing_key is not None and settings.signing_key_file is not None:
+        msg = (
+            "AuditModule has two signing keys: set MAINSTAY_AUDIT_SIGNING_KEY or MAINSTAY_AUDIT_SIGNING_KEY_FILE, "
+            "not both"
+        )
+        raise ConfigurationError(msg)
     try:
         signing = _signing(settings)
         text = settings.producer_key
@@ -51,18 +61,16 @@ def keys_of(settings: AuditSettings, database: Database) -> Keys:
     except (InvalidNote, OSError) as error:
         msg = f"AuditModule cannot read a key of its settings ({error}): look at MAINSTAY_AUDIT_…KEY…"
         raise ConfigurationError(msg) from error
-    if signing is None and producer is None:
-        signing = _development(database)
-    return Keys(
-        signing=signing,
-        producer=producer or _either(signing),
-        trusted=(*([signing.verifier] if signing else []), *former),
-    )
-
-
-def _either(signing: SigningKey | None) -> SigningKey:
-    assert signing is not None  # noqa: S101  the caller has made one where both were missing
-    return signing
+    own = producer or signing
+    if own is None:
+        if dialect != "sqlite":
+            msg = (
+                "AuditModule has no key: set MAINSTAY_AUDIT_SIGNING_KEY for a process that seals, or "
+                "MAINSTAY_AUDIT_PRODUCER_KEY for one that only writes; `mainstay audit key NAME` makes them"
+            )
+            raise ConfigurationError(msg)
+        return None
+    return Keys(signing, own, (*([signing.verifier] if signing else []), *former))
 
 
 def _signing(settings: AuditSettings) -> SigningKey | None:
@@ -78,14 +86,17 @@ def development_key_file(database: Database) -> Path:
     return Path(f"{database.engine.url.database}.audit-key")
 
 
-def _development(database: Database) -> SigningKey:
-    if database.dialect != "sqlite":
-        msg = (
-            "AuditModule has no key: set MAINSTAY_AUDIT_SIGNING_KEY for a process that seals, or "
-            "MAINSTAY_AUDIT_PRODUCER_KEY for one that only writes; `mainstay audit key NAME` makes them"
-        )
-        raise ConfigurationError(msg)
-    file = development_key_file(database)
+def development_keys(settings: AuditSettings, database: Database) -> Keys:
+    """A key of a process that states none; kept beside the database, and made where there is none.
+
+    Raises:
+        ConfigurationError: the file holds no key.
+    """
+    key = _development_key(development_key_file(database))
+    return Keys(key, key, (key.verifier, *(VerifierKey.parse(text) for text in settings.former_keys)))
+
+
+def _development_key(file: Path) -> SigningKey:
     if not file.exists():
         # Several processes may start at once: each writes a whole file, the first to link it wins.
         draft = file.with_name(f"{file.name}.{uuid4().hex}")

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar
 
-from mainstay.audit.keys import Keys, keys_of
+from mainstay.audit.keys import Keys, development_keys, stated_keys
 from mainstay.audit.sealer import Sealer
 from mainstay.audit.settings import AuditSettings
 from mainstay.audit.tables import SCHEMA, pending
@@ -35,6 +35,18 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
         """The database that the entries are written to."""
         return (DatabaseModule,)
 
+    def check(self) -> None:
+        """Refuse keys that cannot be read, two where one is needed, and none where the database is no SQLite.
+
+        Raises:
+            ConfigurationError: names the variable to set.
+        """
+        self._stated_keys()
+
+    def _stated_keys(self) -> Keys | None:
+        dialect = next(module.settings.dialect for module in self.modules if isinstance(module, DatabaseModule))
+        return stated_keys(self.settings, dialect)
+
     async def inspect(self, app: App) -> Sequence[str]:
         """A missing right to write entries."""
         return await app.get(Database).missing_rights([pending], ("SELECT", "INSERT"))
@@ -44,7 +56,9 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
         """Yields the `Sealer` and the process's `Keys`."""
         database = app.get(Database)
         await database.ensure_schema(SCHEMA)
-        keys = await asyncio.to_thread(keys_of, self.settings, database)
+        keys = self._stated_keys()
+        if keys is None:
+            keys = await asyncio.to_thread(development_keys, self.settings, database)
         sealer = Sealer(database, keys, self.settings, app.clock)
         if keys.signing is not None:
             app.serve("sealer", sealer.serve)

@@ -21,6 +21,8 @@ def composed(entries: Sequence[AnyModule | Feature]) -> list[AnyModule]:
     """
     modules = _in_order_of_need(_attach(entries))
     for module in modules:
+        module.modules = tuple(modules)
+    for module in modules:
         module.check()
     _check_functions(modules)
     return modules

@@ -51,6 +51,7 @@ class Module(ABC, Generic[S, P]):
         name: the one word by which the package appears in health, logs, metrics and task names, such as `events`.
         settings: the ones that `for_root` was given, or read from the environment.
         parts: everything that the App's `for_feature` entries added, in order; set by the App before anything is asked.
+        modules: all modules of the App, in the order in which they start; set by the App before `check`.
 
     Raises:
         TypeError: a subclass has no `name`, or one that is not a lower-case word.
@@ -75,6 +76,7 @@ class Module(ABC, Generic[S, P]):
     def __init__(self, settings: S) -> None:
         self.settings = settings
         self.parts: tuple[P, ...] = ()
+        self.modules: tuple[Module[Any, Any], ...] = ()
 
     @classmethod
     def for_root(cls, settings: S | None = None) -> Self:
@@ -127,7 +129,7 @@ class Module(ABC, Generic[S, P]):
         return ()
 
     def check(self) -> None:
-        """Find everything that is wrong with `settings` and `parts`, alone and together, without starting.
+        """Find everything that is wrong with `settings`, `parts` and the settings of other `modules`, without starting.
 
         `App` calls this when it is constructed; nothing is connected or bound yet.
 

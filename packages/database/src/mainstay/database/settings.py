@@ -52,6 +52,11 @@ class DatabaseSettings(Settings):
         parse_url(value.get_secret_value())
         return value
 
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return parse_url(self.url.get_secret_value()).get_backend_name()
+
 
 def parse_url(url: str) -> URL:
     """The URL with the driver this package uses.

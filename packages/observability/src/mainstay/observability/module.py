@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import ClassVar, Never
 
-from mainstay.core import App, Module
+from mainstay.core import App, ConfigurationError, Module
 from mainstay.observability import _logging
 from mainstay.observability._http import serving
 from mainstay.observability.health import HealthWatch
@@ -37,6 +37,17 @@ class ObservabilityModule(Module[ObservabilitySettings, Never]):
     def yields(self) -> Sequence[type]:
         """The watch over the health, and the server of probes."""
         return (HealthWatch, ProbeServer)
+
+    def check(self) -> None:
+        """Refuse a part in `readiness` that the App does not have: its `down` would never be noticed.
+
+        Raises:
+            ConfigurationError: names it, and the parts that there are.
+        """
+        known = sorted(module.name for module in self.modules)
+        for name in sorted(self.settings.readiness.difference(known)):
+            msg = f"ObservabilitySettings.readiness names {name!r}; the parts of this App are {', '.join(known)}"
+            raise ConfigurationError(msg)
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
