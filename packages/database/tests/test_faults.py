@@ -1,4 +1,4 @@
-"""What is killed, stopped, restarted or cut off: acknowledged rows are there, entries are whole, errors are true."""
+"""What is killed, stopped, restarted or cut off: acknowledged rows are there, writes are whole, errors are true."""
 
 import asyncio
 import contextlib

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from prometheus_client import REGISTRY
 
 from mainstay.database import DatabaseBusy, DatabaseError, DatabaseUnavailable
-from mainstay.database._recorder import Entry, merge
+from mainstay.database._recorder import PendingWrite, merge
 from mainstay.database._statements import _CACHED, Literal
 
 
@@ -49,20 +49,20 @@ async def test_closing_does_not_wait_for_somebody_elses_lock(postgres, open_data
         assert await count(other) == 1
 
 
-async def test_what_nobody_foresaw_is_told_to_those_it_concerns(db, tables, count, monkeypatch):
+async def test_an_unforeseen_error_is_told_to_those_it_concerns(db, tables, count, monkeypatch):
     """An error of the recorder itself reaches the callers of that batch, as one of unknown effect; it goes on."""
-    lane = db._recorder._lanes[0]
-    good = lane._writer.commit
+    queue = db._recorder._queues[0]
+    good = queue._writer.commit
 
     async def broken(take):
         take()
         raise ZeroDivisionError
 
-    monkeypatch.setattr(lane._writer, "commit", broken)
+    monkeypatch.setattr(queue._writer, "commit", broken)
     results = await asyncio.gather(
         *(db.write(tables.add, {"id": i, "text": "x"}) for i in range(5)), return_exceptions=True
     )
-    monkeypatch.setattr(lane._writer, "commit", good)
+    monkeypatch.setattr(queue._writer, "commit", good)
     assert all(isinstance(result, DatabaseError) and not result.no_effect for result in results)
     assert len({id(result) for result in results}) == 5
     await db.write(tables.add, {"id": 1, "text": "x"})
@@ -72,7 +72,7 @@ async def test_what_nobody_foresaw_is_told_to_those_it_concerns(db, tables, coun
 async def test_a_full_disk_loses_nothing(tmp_path, open_database, tables, count):
     """Where SQLite cannot grow any more, writes fail having done nothing; once there is room, they succeed."""
     async with open_database(f"sqlite:///{tmp_path / 'x.db'}") as db:
-        writer = db._recorder._lanes[0]._writer
+        writer = db._recorder._queues[0]._writer
         await db.write(tables.add, {"id": 0, "text": "x"})
 
         async def allow(pages: int) -> None:
@@ -120,18 +120,18 @@ async def test_statements_that_are_made_for_each_call_do_not_pile_up(db, tables,
 
 
 async def test_merging_keeps_every_order_that_matters():
-    """Statements of one entry and of one route stay in order, and those of others meet in as few groups as possible."""
+    """Statements of one write and of one route stay in order, and those of others meet in as few groups as possible."""
     a, b = Literal("a"), Literal("b")
 
-    def entry(number, *statements, route=None):
-        return Entry([(statement, [(number,)]) for statement in statements], None, route)
+    def write(number, *statements, route=None):
+        return PendingWrite([(statement, [(number,)]) for statement in statements], None, route)
 
-    def groups(*entries):
-        return [(group.sql, [row[0] for row in rows]) for group, rows in merge(entries)]
+    def groups(*writes):
+        return [(group.sql, [row[0] for row in rows]) for group, rows in merge(writes)]
 
-    assert groups(*(entry(i, a, b) for i in range(3))) == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
-    assert groups(entry(0, b), entry(1, a, b), entry(2, b)) == [("b", [0]), ("a", [1]), ("b", [1, 2])]
-    assert groups(entry(0, a, b, a)) == [("a", [0]), ("b", [0]), ("a", [0])]
-    routed = groups(entry(0, a, route=1), entry(1, b, route=1), entry(2, a, route=1), entry(3, a, route=2))
+    assert groups(*(write(i, a, b) for i in range(3))) == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
+    assert groups(write(0, b), write(1, a, b), write(2, b)) == [("b", [0]), ("a", [1]), ("b", [1, 2])]
+    assert groups(write(0, a, b, a)) == [("a", [0]), ("b", [0]), ("a", [0])]
+    routed = groups(write(0, a, route=1), write(1, b, route=1), write(2, a, route=1), write(3, a, route=2))
     assert routed == [("a", [0]), ("b", [1]), ("a", [2, 3])]
-    assert groups(entry(0, a, route=1), entry(1, a, route=1), entry(2, b, route=2)) == [("a", [0, 1]), ("b", [2])]
+    assert groups(write(0, a, route=1), write(1, a, route=1), write(2, b, route=2)) == [("a", [0, 1]), ("b", [2])]

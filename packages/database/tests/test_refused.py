@@ -84,7 +84,7 @@ async def test_a_commit_that_is_refused_leaves_no_transaction_behind(db, tables,
     assert await count(db) == 6
 
 
-async def test_a_deferred_constraint_is_the_conflict_of_its_own_entry_only(db, tables, count, late):
+async def test_a_deferred_constraint_is_the_conflict_of_its_own_write_only(db, tables, count, late):
     """Writes that share a batch with one that the commit refuses are committed all the same."""
     results = await asyncio.gather(
         *(db.write(tables.add, {"id": number, "text": "x"}) for number in range(10)),

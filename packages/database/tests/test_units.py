@@ -420,7 +420,7 @@ async def test_a_lock_that_does_not_become_free(postgres, open_database, tables,
         assert await count(db) == 1
 
 
-async def test_a_deferred_constraint_fails_its_own_entry(postgres, open_database, tables, count):
+async def test_a_deferred_constraint_fails_its_own_write(postgres, open_database, tables, count):
     """A violation that PostgreSQL would report at the commit is found, and the rest of the batch is committed."""
     async with open_database(postgres) as db:
         async with db.transaction() as session:

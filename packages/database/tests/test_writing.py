@@ -112,8 +112,8 @@ async def test_a_write_is_committed_when_it_returns(db, tables, count):
     assert await count(db) == 11
 
 
-async def test_workflow_17_one_conflict_fails_only_its_own_entry(db, tables, count):
-    """Of a hundred entries in one batch the two that violate a constraint fail, all of each, and no others."""
+async def test_workflow_17_one_conflict_fails_only_its_own_write(db, tables, count):
+    """Of a hundred writes in one batch the two that violate a constraint fail, all of each, and no others."""
     await db.write(tables.add, {"id": 50, "text": "there"})
     results = await asyncio.gather(
         *(db.write(tables.add, [{"id": i, "text": "x"}, {"id": 1000 + i, "text": "x"}]) for i in range(100)),
@@ -159,7 +159,7 @@ async def test_rows_that_do_not_fit_the_statement(db, tables, count):
     assert await count(db) == 0
 
 
-async def test_a_batch_is_one_entry(db, tables, count):
+async def test_a_batch_is_one_write(db, tables, count):
     """What a batch collects is there as a whole when it ends; with an error in it, none of it is."""
     seen = []
     async with db.batch():

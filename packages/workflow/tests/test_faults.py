@@ -26,7 +26,7 @@ from mainstay.workflow import (
     current_step,
 )
 from mainstay.workflow._worker import Worker
-from mainstay.workflow.tables import journal, runs
+from mainstay.workflow.tables import history, runs
 from mainstay.workflow.testing import workflows
 from mainstay_servers import Postgres, fresh_database
 
@@ -359,7 +359,7 @@ async def test_trap_5_who_lost_the_run_neither_records_nor_compensates(url, end)
         async with asyncio.timeout(WAIT):
             while app.get(WorkflowEngine).worker.executes("r"):  # noqa: ASYNC110  the worker drops it
                 await asyncio.sleep(0.001)
-        kinds = [row.kind for row in await db.read(sa.select(journal.c.kind))]
+        kinds = [row.kind for row in await db.read(sa.select(history.c.kind))]
     assert log == ["work"]
     assert kinds == ["intent"]
 

@@ -162,7 +162,7 @@ async def test_trap_4_exactly_once_at_every_moment(kind, tmp_path, request):
     numbers = iter(range(1_000_000))
     if kind == "postgres":
         address = request.getfixturevalue("postgres")
-        runs = sa.text("truncate mainstay_workflow_runs, mainstay_workflow_journal")
+        runs = sa.text("truncate mainstay_workflow_runs, mainstay_workflow_history")
     else:
         address = ""
 

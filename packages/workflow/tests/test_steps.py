@@ -26,7 +26,7 @@ from mainstay.workflow import (
     WorkflowRouter,
     current_step,
 )
-from mainstay.workflow.tables import journal
+from mainstay.workflow.tables import history
 from mainstay.workflow.testing import workflows
 
 QUICK = FullJitter(0.001, 0.002)
@@ -304,7 +304,7 @@ async def test_effects_of_other_packages_are_recorded(url):
         assert await (await publishing.start(1, id="r")).result(WAIT) == 1
         rows = await app.get(Database).read(sa.select(other.c.id).order_by(other.c.id))
         assert [row.id for row in rows] == ["r:@publish:a_b:2", "r:@publish:a_b:3"]
-        entries = await app.get(Database).read(sa.select(journal.c.step, journal.c.kind).order_by(journal.c.seq))
+        entries = await app.get(Database).read(sa.select(history.c.step, history.c.kind).order_by(history.c.seq))
         assert [tuple(entry) for entry in entries] == [
             ("@publish:a_b:1", "intent"),
             ("@publish:a_b:1", "done"),
@@ -354,7 +354,7 @@ async def test_trap_4_a_transactional_step_shares_its_commit(url):
         with pytest.raises(WorkflowFailed, match="sold out"):
             await (await taking.start(3)).result(WAIT)
         assert (await db.read(sa.select(stock.c.n)))[0].n == 8
-        kinds = await db.read(sa.select(journal.c.kind).where(journal.c.run_id == "r").order_by(journal.c.seq))
+        kinds = await db.read(sa.select(history.c.kind).where(history.c.run_id == "r").order_by(history.c.seq))
         assert [row.kind for row in kinds] == ["attempt", "attempt", "done"]
 
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from mainstay.core import FullJitter, Retry, timeout
 from mainstay.database import CommitUnknown, Database
 from mainstay.workflow import Done, Unknown, WorkflowFailed, WorkflowRouter
-from mainstay.workflow.tables import journal
+from mainstay.workflow.tables import history
 from mainstay.workflow.testing import workflows
 
 _paid = sa.Table("paid", sa.MetaData(), sa.Column("n", sa.Integer), sa.Column("attempt", sa.Integer))
@@ -62,7 +62,7 @@ def _late(db: Database, attempts: int):
                     yield session
                     kept += [
                         [dict(row) for row in (await session.execute(sa.select(table))).mappings()]
-                        for table in (_paid, journal)
+                        for table in (_paid, history)
                     ]
                     raise _Cut
             except _Cut:
@@ -70,7 +70,7 @@ def _late(db: Database, attempts: int):
                 raise CommitUnknown(msg) from None
         if units == attempts:
             async with real() as session:
-                for table, rows in zip((_paid, journal), kept, strict=True):
+                for table, rows in zip((_paid, history), kept, strict=True):
                     await session.execute(sa.insert(table), rows)
         async with real() as session:
             yield session

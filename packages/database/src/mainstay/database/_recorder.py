@@ -1,20 +1,20 @@
 """The recorder: many coroutines' small writes become few commits.
 
 A commit costs a round trip and a flush of the log whether it carries one row or a thousand. So no write commits alone:
-a write is an entry in a queue, and all that waits when a connection becomes free goes into one transaction. There
-is no timer and no minimum: alone, an entry is committed at once; by a thousand, the batch grows by itself while the one
-before it is being flushed. Every caller waits until its own entry is durable, which is also the back-pressure: the
+a write goes into a queue, and all that waits when a connection becomes free goes into one transaction. There
+is no timer and no minimum: alone, a write is committed at once; by a thousand, the batch grows by itself while the one
+before it is being flushed. Every caller waits until its own write is durable, which is also the back-pressure: the
 queue never holds more than the callers that wait.
 
-Entries fail alone. A batch is tried together; when the database refuses it, each entry is repeated inside a savepoint,
-so that the guilty one is found and the others are committed after all. On PostgreSQL, an entry that waits for another
+Writes fail alone. A batch is tried together; when the database refuses it, each write is repeated inside a savepoint,
+so that the guilty one is found and the others are committed after all. On PostgreSQL, a write that waits for another
 session's lock is put aside and tried again beside the later batches: a long transaction of one user must not hold up
 the writes of all.
 
 Entries with the same route share a connection and take effect in the order in which they were handed in. Entries of
 different routes are concurrent: their statements are merged and may be reordered, which is what makes a batch cheap.
 
-What a caller is told is the truth. A connection lost before COMMIT was sent has done nothing: the entry is simply tried
+What a caller is told is the truth. A connection lost before COMMIT was sent has done nothing: the write is simply tried
 again on a new one. Lost after that, the outcome is unknown: `CommitUnknown`, and no second attempt from here.
 
 The rows that keep this honest: "durable rows by 1,000 at once" (and by 1, 32, 256) of both databases in
@@ -61,12 +61,12 @@ _log = logging.getLogger("mainstay.database")
 
 _BATCH_ROWS = 2_000  # more would hold locks, and other callers' answers, for longer than a commit costs
 _PATIENCE_SECONDS = 0.2  # how long a whole batch waits for a lock that another session holds
-_SHORT_PATIENCE_SECONDS = 0.01  # and how long an entry that is tried by itself
+_SHORT_PATIENCE_SECONDS = 0.01  # and how long a write that is tried by itself
 _HUNG = 3.0  # times the busy timeout: a server that has not answered by then is taken for gone
 _AGAIN_SECONDS = 0.02  # how soon what was put aside is tried again when there is nothing else to do
 
 
-class Entry:
+class PendingWrite:
     """What one caller wants durable: all of it or nothing."""
 
     __slots__ = ("durable", "fence", "handed_in", "operations", "route", "rows")
@@ -91,12 +91,12 @@ class Entry:
 class Writer(Protocol):
     """Commits batches on one connection: SQLite's and PostgreSQL's are below."""
 
-    async def commit(self, take: Callable[[], list[Entry]]) -> None:
-        """Take a batch when ready for it, commit it and settle its entries; raises only what it did not foresee."""
+    async def commit(self, take: Callable[[], list[PendingWrite]]) -> None:
+        """Take a batch when ready for it, commit it and settle its writes; raises only what it did not foresee."""
         ...
 
     def put_aside(self) -> bool:
-        """Whether there are entries that it took and has yet to commit."""
+        """Whether there are writes that it took and has yet to commit."""
         ...
 
     async def close(self) -> None:
@@ -104,33 +104,33 @@ class Writer(Protocol):
         ...
 
 
-class Lane:
+class WriteQueue:
     """The queue before one writer, and the task that empties it."""
 
     def __init__(self, writer: Writer, close_seconds: float) -> None:
         self._writer = writer
         self._close_seconds = close_seconds
-        self._pending: deque[Entry] = deque()
-        self._taken: list[Entry] = []
+        self._pending: deque[PendingWrite] = deque()
+        self._taken: list[PendingWrite] = []
         self._closed = False
         self._wake = asyncio.Event()
         self._task = spawn(self._run(), name="database.recorder")
 
-    async def record(self, entry: Entry) -> None:
-        """Hand in an entry; returns when it is durable. A cancelled caller takes it back if it has not been begun."""
+    async def record(self, write: PendingWrite) -> None:
+        """Hand in a write; returns when it is durable. A cancelled caller takes it back if it has not been begun."""
         if self._closed:
             msg = "the database is closing: nothing more can be written"
             raise DatabaseUnavailable(msg, retryable=False)
-        self._pending.append(entry)
+        self._pending.append(write)
         self._wake.set()
-        await entry.durable
+        await write.durable
 
     def waiting(self) -> int:
-        """The number of entries not yet begun."""
+        """The number of writes not yet begun."""
         return len(self._pending)
 
     def idle(self) -> bool:
-        """Whether every entry that was handed in has its answer."""
+        """Whether every write that was handed in has its answer."""
         return not self._pending and not self._taken and not self._writer.put_aside()
 
     async def close(self) -> None:
@@ -152,16 +152,16 @@ class Lane:
                     await self._writer.commit(self._take)
                 except Exception as error:  # noqa: BLE001  each of its callers is told
                     _log.exception("the recorder could not commit a batch")
-                    for entry in self._taken or self._take():
-                        entry.settle(DatabaseError(f"{type(error).__name__}: {error}", no_effect=False))
+                    for write in self._taken or self._take():
+                        write.settle(DatabaseError(f"{type(error).__name__}: {error}", no_effect=False))
                 self._taken = []
         finally:
             # Also when the loop is being shut down: no caller may wait for an answer that cannot come.
             self._closed = True
-            for entry in self._taken:
-                entry.settle(CommitUnknown("the recorder was stopped while it was writing"))
-            for entry in self._pending:
-                entry.settle(DatabaseUnavailable("the recorder was stopped", retryable=False))
+            for write in self._taken:
+                write.settle(CommitUnknown("the recorder was stopped while it was writing"))
+            for write in self._pending:
+                write.settle(DatabaseUnavailable("the recorder was stopped", retryable=False))
 
     async def _work_to_do(self) -> bool:
         while not self._pending:
@@ -176,55 +176,55 @@ class Lane:
             await self._wake.wait()
         return True
 
-    def _take(self) -> list[Entry]:
-        taken: list[Entry] = []
+    def _take(self) -> list[PendingWrite]:
+        taken: list[PendingWrite] = []
         rows = 0
         while self._pending and rows < _BATCH_ROWS:
-            entry = self._pending.popleft()
-            if not entry.durable.done():  # or its caller went away before anything happened
-                taken.append(entry)
-                rows += entry.rows
+            write = self._pending.popleft()
+            if not write.durable.done():  # or its caller went away before anything happened
+                taken.append(write)
+                rows += write.rows
         self._taken = taken
         return taken
 
 
 class Recorder:
-    """All lanes of one database."""
+    """All queues of one database."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._lanes = lanes
+    def __init__(self, queues: Sequence[WriteQueue]) -> None:
+        self._queues = queues
 
     async def record(self, operations: list[Operation], fence: Fence | None, route: Hashable) -> None:
-        """Make the operations durable together; entries of one route in the order in which they come."""
-        entry = Entry(operations, fence, route)
-        await self._lane(route).record(entry)
+        """Make the operations durable together; writes of one route in the order in which they come."""
+        write = PendingWrite(operations, fence, route)
+        await self._queue(route).record(write)
 
-    def _lane(self, route: Hashable) -> Lane:
-        lanes = self._lanes
-        if len(lanes) == 1:
-            return lanes[0]
+    def _queue(self, route: Hashable) -> WriteQueue:
+        queues = self._queues
+        if len(queues) == 1:
+            return queues[0]
         if route is None:
-            return min(lanes, key=Lane.waiting)
-        return lanes[hash(route) % len(lanes)]
+            return min(queues, key=WriteQueue.waiting)
+        return queues[hash(route) % len(queues)]
 
     def idle(self) -> bool:
         """Whether every write that was handed in has its answer."""
-        return all(lane.idle() for lane in self._lanes)
+        return all(queue.idle() for queue in self._queues)
 
     async def close(self) -> None:
         """Commit what is waiting and close the connections."""
-        await asyncio.gather(*(lane.close() for lane in self._lanes))
+        await asyncio.gather(*(queue.close() for queue in self._queues))
 
 
-def merge(entries: Sequence[Entry]) -> list[tuple[Prepared | Literal, list[Arguments]]]:
-    """One list of rows for each statement, in an order that every entry and every route would have had alone."""
+def merge(writes: Sequence[PendingWrite]) -> list[tuple[Prepared | Literal, list[Arguments]]]:
+    """One list of rows for each statement, in an order that every write and every route would have had alone."""
     groups: list[tuple[Prepared | Literal, list[Arguments]]] = []
     latest: dict[Prepared | Literal, int] = {}
     floors: dict[Hashable, int] = {}
-    for entry in entries:
-        route = entry.route
+    for write in writes:
+        route = write.route
         floor = 0 if route is None else floors.get(route, 0)
-        for statement, rows in entry.operations:
+        for statement, rows in write.operations:
             place = latest.get(statement, -1)
             if place < floor or place < 0:
                 place = len(groups)
@@ -237,19 +237,19 @@ def merge(entries: Sequence[Entry]) -> list[tuple[Prepared | Literal, list[Argum
     return groups
 
 
-Errors = dict[int, Exception]  # by id() of the entry; who is not in it has succeeded
+Errors = dict[int, Exception]  # by id() of the write; who is not in it has succeeded
 
 
-def _settle(entries: Iterable[Entry], errors: Mapping[int, Exception]) -> None:
-    """Answer the callers of a batch that was committed except for the entries with an error."""
+def _settle(writes: Iterable[PendingWrite], errors: Mapping[int, Exception]) -> None:
+    """Answer the callers of a batch that was committed except for the writes with an error."""
     rows = 0
     oldest = now = time.monotonic()
-    for entry in entries:
-        error = errors.get(id(entry))
-        entry.settle(error)
+    for write in writes:
+        error = errors.get(id(write))
+        write.settle(error)
         if error is None:
-            rows += entry.rows
-            oldest = min(oldest, entry.handed_in)
+            rows += write.rows
+            oldest = min(oldest, write.handed_in)
     if rows:
         _metrics.COMMITS_BY_RECORDER.inc()
         _metrics.ROWS.inc(rows)
@@ -314,17 +314,17 @@ class SQLiteWriter:
         self._thread = threading.Thread(target=self._work, name="mainstay.database writer", daemon=True)
         self._thread.start()
 
-    async def commit(self, take: Callable[[], list[Entry]]) -> None:
+    async def commit(self, take: Callable[[], list[PendingWrite]]) -> None:
         """Wait for the turn, then commit all that is there by then."""
         try:
             async with self._turn.mine():
-                entries = take()
-                if entries:
-                    errors = await self._call(lambda: self._commit(entries))
-                    _settle(entries, errors)
+                writes = take()
+                if writes:
+                    errors = await self._call(lambda: self._commit(writes))
+                    _settle(writes, errors)
         except DatabaseBusy as error:
-            for entry in take():
-                entry.settle(DatabaseBusy(str(error)))
+            for write in take():
+                write.settle(DatabaseBusy(str(error)))
 
     def put_aside(self) -> bool:
         """Never: SQLite has one lock, and all wait for it."""
@@ -360,22 +360,22 @@ class SQLiteWriter:
         if self._connection is not None:
             self._connection.close()
 
-    def _commit(self, entries: Sequence[Entry]) -> Errors:
+    def _commit(self, writes: Sequence[PendingWrite]) -> Errors:
         try:
             if self._connection is None:
                 self._connection = sqlite_connection(self._address, self._clock)
             connection = self._connection
             begin_immediate(connection, self._busy_timeout_seconds)
         except sqlite3.Error as error:
-            return {id(entry): translate(error) for entry in entries}
+            return {id(write): translate(error) for write in writes}
         try:
-            errors = self._fenced_out(connection, entries)
-            good = [entry for entry in entries if id(entry) not in errors]
+            errors = self._fenced_out(connection, writes)
+            good = [write for write in writes if id(write) not in errors]
             connection.execute("SAVEPOINT batch")
             try:
                 for statement, rows in merge(good):
                     _execute(connection, statement.sql, rows)
-            except Exception as error:  # a value that the driver refuses is the entry's own fault
+            except Exception as error:  # a value that the driver refuses is the write's own fault
                 if not connection.in_transaction:
                     raise  # a full disk and the like, which SQLite answers by rolling back by itself
                 connection.execute("ROLLBACK TO batch")
@@ -389,17 +389,17 @@ class SQLiteWriter:
                 connection.execute("ROLLBACK")
             if not isinstance(error, sqlite3.Error):
                 raise
-            if isinstance(error, sqlite3.IntegrityError) and len(entries) > 1:
+            if isinstance(error, sqlite3.IntegrityError) and len(writes) > 1:
                 # A deferred constraint, which SQLite looks at only now: whose it is shows when each goes alone.
-                return {who: what for entry in entries for who, what in self._commit([entry]).items()}
-            return {id(entry): translate(error) for entry in entries}
+                return {who: what for write in writes for who, what in self._commit([write]).items()}
+            return {id(write): translate(error) for write in writes}
         return errors
 
-    def _fenced_out(self, connection: sqlite3.Connection, entries: Sequence[Entry]) -> Errors:
+    def _fenced_out(self, connection: sqlite3.Connection, writes: Sequence[PendingWrite]) -> Errors:
         errors: Errors = {}
         lost: dict[Fence, bool] = {}
-        for entry in entries:
-            fence = entry.fence
+        for write in writes:
+            fence = write.fence
             if fence is None:
                 continue
             if fence not in lost:
@@ -407,21 +407,21 @@ class SQLiteWriter:
                 row = connection.execute(form.sql, form.arguments({"id": fence.id})).fetchone()
                 lost[fence] = row is None or row[0] != fence.epoch
             if lost[fence]:
-                errors[id(entry)] = FenceLost(fence.lost())
+                errors[id(write)] = FenceLost(fence.lost())
         return errors
 
-    def _one_by_one(self, connection: sqlite3.Connection, entries: Sequence[Entry], errors: Errors) -> None:
-        for entry in entries:
-            connection.execute("SAVEPOINT entry")
+    def _one_by_one(self, connection: sqlite3.Connection, writes: Sequence[PendingWrite], errors: Errors) -> None:
+        for write in writes:
+            connection.execute("SAVEPOINT mainstay_write")
             try:
-                for statement, rows in entry.operations:
+                for statement, rows in write.operations:
                     _execute(connection, statement.sql, rows)
             except Exception as error:  # as above
                 if not connection.in_transaction:
                     raise
-                connection.execute("ROLLBACK TO entry")
-                errors[id(entry)] = translate(error)
-            connection.execute("RELEASE entry")
+                connection.execute("ROLLBACK TO mainstay_write")
+                errors[id(write)] = translate(error)
+            connection.execute("RELEASE mainstay_write")
 
 
 def _teller(tell: Callable[[Any], None], value: object) -> Callable[[], None]:
@@ -470,25 +470,25 @@ class PostgresWriter:
         self._seconds = limits.lock_seconds
         self._connection: asyncpg.Connection | None = None
         self._made_at = float("-inf")
-        self._aside: list[Entry] = []
-        self._in_doubt: tuple[Sequence[Entry], Errors] | None = None  # between sending COMMIT and its answer
+        self._aside: list[PendingWrite] = []
+        self._in_doubt: tuple[Sequence[PendingWrite], Errors] | None = None  # between sending COMMIT and its answer
 
-    async def commit(self, take: Callable[[], list[Entry]]) -> None:
+    async def commit(self, take: Callable[[], list[PendingWrite]]) -> None:
         """Commit a batch, and what was put aside; over new connections if need be, until the time is up."""
         end = time.monotonic() + self._seconds
-        entries: list[Entry] = []
+        writes: list[PendingWrite] = []
         while True:
             try:
                 connection = await self._connected()
             except DRIVER_ERRORS as error:
                 failure: Exception = error
             else:
-                entries = entries or self._behind_those_aside(take())
+                writes = writes or self._behind_those_aside(take())
                 try:
                     async with asyncio.timeout(_HUNG * self._seconds):
-                        if entries:
-                            await self._commit(connection, entries)
-                            entries = []
+                        if writes:
+                            await self._commit(connection, writes)
+                            writes = []
                         if self._aside:
                             await self._commit_aside(connection)
                     return
@@ -501,27 +501,27 @@ class PostgresWriter:
                     if only_reads(error):
                         self._address.leave()
                     self._settle_doubt(error)
-                    entries = [entry for entry in entries if not entry.durable.done()]
-                    self._aside = [entry for entry in self._aside if not entry.durable.done()]
-                    if not entries and not self._aside:
+                    writes = [write for write in writes if not write.durable.done()]
+                    self._aside = [write for write in self._aside if not write.durable.done()]
+                    if not writes and not self._aside:
                         return
             if time.monotonic() >= end:
-                for entry in (*(entries or take()), *self._aside):
+                for write in (*(writes or take()), *self._aside):
                     msg = f"{self._address.shown} is away ({type(failure).__name__}: {failure})"
-                    entry.settle(DatabaseUnavailable(msg))
+                    write.settle(DatabaseUnavailable(msg))
                 self._aside = []
                 return
             await asyncio.sleep(0.05 + 0.1 * random.random())  # noqa: S311  jitter
 
     def put_aside(self) -> bool:
-        """Whether entries wait for the locks of other sessions."""
+        """Whether writes wait for the locks of other sessions."""
         return bool(self._aside)
 
     async def close(self) -> None:
         """Close the connection; what was not committed by now is not."""
         self._settle_doubt(ConnectionAbortedError("the database was closed"))
-        for entry in self._aside:
-            entry.settle(DatabaseBusy("the database was closed while another session held a lock that the write needs"))
+        for write in self._aside:
+            write.settle(DatabaseBusy("the database was closed while another session held a lock that the write needs"))
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
@@ -543,39 +543,39 @@ class PostgresWriter:
                 await connection.execute(_lock_timeout("SET", _PATIENCE_SECONDS))
         return connection
 
-    def _behind_those_aside(self, entries: list[Entry]) -> list[Entry]:
-        """The entries but for those that must not overtake one of their route."""
-        routes = {entry.route for entry in self._aside} - {None}
+    def _behind_those_aside(self, writes: list[PendingWrite]) -> list[PendingWrite]:
+        """The writes but for those that must not overtake one of their route."""
+        routes = {write.route for write in self._aside} - {None}
         if not routes:
-            return entries
-        self._aside += [entry for entry in entries if entry.route in routes]
-        return [entry for entry in entries if entry.route not in routes]
+            return writes
+        self._aside += [write for write in writes if write.route in routes]
+        return [write for write in writes if write.route not in routes]
 
     def _settle_doubt(self, error: Exception) -> None:
         if self._in_doubt is not None and not did_nothing(error):
-            entries, errors = self._in_doubt
-            for entry in entries:
+            writes, errors = self._in_doubt
+            for write in writes:
                 msg = f"the connection was lost while committing ({type(error).__name__}: {error})"
-                entry.settle(errors.get(id(entry)) or CommitUnknown(msg))
+                write.settle(errors.get(id(write)) or CommitUnknown(msg))
         self._in_doubt = None
 
-    async def _commit(self, connection: asyncpg.Connection, entries: Sequence[Entry]) -> None:
+    async def _commit(self, connection: asyncpg.Connection, writes: Sequence[PendingWrite]) -> None:
         errors: Errors = {}
-        first = entries[0]
-        alone = len(entries) == 1 and first.fence is None and len(first.operations) == 1 and not self._pooled
+        first = writes[0]
+        alone = len(writes) == 1 and first.fence is None and len(first.operations) == 1 and not self._pooled
         try:
             if alone:
                 # One statement is its own transaction, in one message instead of three.
-                self._in_doubt = (entries, errors)
+                self._in_doubt = (writes, errors)
                 statement, rows = first.operations[0]
                 await _execute_many(connection, statement, rows)
                 self._in_doubt = None
             else:
                 await self._begin(connection, _PATIENCE_SECONDS)
-                errors = await self._fenced_out(connection, entries)
-                for statement, rows in merge([entry for entry in entries if id(entry) not in errors]):
+                errors = await self._fenced_out(connection, writes)
+                for statement, rows in merge([write for write in writes if id(write) not in errors]):
                     await _execute_many(connection, statement, rows)
-                await self._end(connection, entries, errors)
+                await self._end(connection, writes, errors)
         except Exception as error:
             if connection.is_closed() or connection_is_gone(error):
                 raise
@@ -583,55 +583,55 @@ class PostgresWriter:
             if not alone:
                 await connection.execute("ROLLBACK")
             elif not waits_for_others(error):
-                _settle(entries, {id(first): translate(error)})
+                _settle(writes, {id(first): translate(error)})
                 return
-            await self._one_by_one(connection, entries)
+            await self._one_by_one(connection, writes)
         else:
-            _settle(entries, errors)
+            _settle(writes, errors)
 
     async def _commit_aside(self, connection: asyncpg.Connection) -> None:
-        entries = [entry for entry in self._aside if not entry.durable.done()]
+        writes = [write for write in self._aside if not write.durable.done()]
         self._aside = []
         now = time.monotonic()
         try:
-            await self._one_by_one(connection, entries)
+            await self._one_by_one(connection, writes)
         except BaseException:
-            self._aside = entries
+            self._aside = writes
             raise
-        for entry in self._aside:
-            if now - entry.handed_in > self._seconds:
+        for write in self._aside:
+            if now - write.handed_in > self._seconds:
                 msg = f"a lock that another session holds did not become free within {self._seconds:g} s"
-                entry.settle(DatabaseBusy(msg))
+                write.settle(DatabaseBusy(msg))
 
-    async def _one_by_one(self, connection: asyncpg.Connection, entries: Sequence[Entry]) -> None:
+    async def _one_by_one(self, connection: asyncpg.Connection, writes: Sequence[PendingWrite]) -> None:
         """Commit those that can be, each in its savepoint; those that would have to wait are put aside."""
         errors: Errors = {}
-        tried: list[Entry] = []
-        aside: list[Entry] = []
+        tried: list[PendingWrite] = []
+        aside: list[PendingWrite] = []
         routes: set[Hashable] = set()
         await self._begin(connection, _SHORT_PATIENCE_SECONDS)
-        for entry in entries:
-            if entry.route is not None and entry.route in routes:
-                aside.append(entry)
+        for write in writes:
+            if write.route is not None and write.route in routes:
+                aside.append(write)
                 continue
-            await connection.execute("SAVEPOINT entry")
+            await connection.execute("SAVEPOINT mainstay_write")
             try:
-                errors |= await self._fenced_out(connection, [entry])
-                if id(entry) not in errors:
-                    for statement, rows in entry.operations:
+                errors |= await self._fenced_out(connection, [write])
+                if id(write) not in errors:
+                    for statement, rows in write.operations:
                         await _execute_many(connection, statement, rows)
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # or the commit would fail for all
             except Exception as error:
                 if connection.is_closed() or connection_is_gone(error):
                     raise
-                await connection.execute("ROLLBACK TO SAVEPOINT entry")
+                await connection.execute("ROLLBACK TO SAVEPOINT mainstay_write")
                 if waits_for_others(error):
-                    aside.append(entry)
-                    routes.add(entry.route)
+                    aside.append(write)
+                    routes.add(write.route)
                     continue
-                errors[id(entry)] = translate(error)
-            await connection.execute("RELEASE SAVEPOINT entry")
-            tried.append(entry)
+                errors[id(write)] = translate(error)
+            await connection.execute("RELEASE SAVEPOINT mainstay_write")
+            tried.append(write)
         await self._end(connection, tried, errors)
         _settle(tried, errors)
         self._aside += aside
@@ -642,25 +642,25 @@ class PostgresWriter:
         else:
             await connection.execute("BEGIN")
 
-    async def _end(self, connection: asyncpg.Connection, entries: Sequence[Entry], errors: Errors) -> None:
-        self._in_doubt = (entries, errors)
+    async def _end(self, connection: asyncpg.Connection, writes: Sequence[PendingWrite], errors: Errors) -> None:
+        self._in_doubt = (writes, errors)
         await connection.execute("COMMIT")
         self._in_doubt = None
 
-    async def _fenced_out(self, connection: asyncpg.Connection, entries: Sequence[Entry]) -> Errors:
+    async def _fenced_out(self, connection: asyncpg.Connection, writes: Sequence[PendingWrite]) -> Errors:
         tables: dict[FenceOn, set[Hashable]] = {}
-        for entry in entries:
-            if entry.fence is not None:
-                tables.setdefault(entry.fence.on, set()).add(entry.fence.id)
+        for write in writes:
+            if write.fence is not None:
+                tables.setdefault(write.fence.on, set()).add(write.fence.id)
         epochs: dict[tuple[FenceOn, Hashable], int] = {}
         for on, ids in tables.items():
             form = self._statements.prepared(on.many, ("ids",))
             rows = await connection.fetch(form.sql, *form.arguments({"ids": list(ids)}))
             epochs |= {(on, row[0]): row[1] for row in rows}
         return {
-            id(entry): FenceLost(fence.lost())
-            for entry in entries
-            if (fence := entry.fence) is not None and epochs.get((fence.on, fence.id)) != fence.epoch
+            id(write): FenceLost(fence.lost())
+            for write in writes
+            if (fence := write.fence) is not None and epochs.get((fence.on, fence.id)) != fence.epoch
         }
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from mainstay.core import SYSTEM_CLOCK, App, ConfigurationError, Module
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, Home, behind_pooler, bounds, make_engine, unreachable, write_ahead
-from mainstay.database._recorder import Lane, PostgresWriter, Recorder, SQLiteWriter, Turn, Writer
+from mainstay.database._recorder import PostgresWriter, Recorder, SQLiteWriter, Turn, WriteQueue, Writer
 from mainstay.database._statements import Statements
 from mainstay.database._virtual_time import DriverCalls
 from mainstay.database.clock import database_now
@@ -114,7 +114,7 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
         if turn is not None
         else [PostgresWriter(address, statements, limits, pooled=pooled) for _ in range(settings.recorder_connections)]
     )
-    recorder = Recorder([Lane(writer, busy) for writer in writers])
+    recorder = Recorder([WriteQueue(writer, busy) for writer in writers])
     keeper = Keeper(address, LEASE_CLOCK, limits, pooled=pooled)
 
     def under_way() -> str | None:

@@ -3,18 +3,18 @@
 The benchmark row is `events/dispatch`: microseconds an event beyond validating it and calling the handler. What it
 taught:
 
-- **Workers, not a task for each event.** A task with a fresh context costs more than reading the event. A few
-  long-lived workers take *chains* from a queue; a chain is what waits for one key, and whoever takes it works it off.
+- **Callers, not a task for each event.** A task with a fresh context costs more than reading the event. A few
+  long-lived callers take *chains* from a queue; a chain is what waits for one key, and whoever takes it works it off.
   So equal keys are serial, different keys never wait for each other, and there are never more calls at once than
-  workers.
+  callers.
 - **A chain is a linked list through the deliveries**, and its tail is in a dict by key. A deque for each key costs as
   much as the call.
-- **A fresh context for each event, without creating one.** A worker binds the event's context over the last one's, and
+- **A fresh context for each event, without creating one.** A caller binds the event's context over the last one's, and
   reads it out of the headers only for a handler that asks: most do not. If a handler sets a context variable of its own
-  and leaves it set, the worker would carry it to the next event; comparing two `copy_context()` is nearly free, and a
-  worker that was changed is replaced.
-- **A retry waits in a timer, not in a worker.** The chain stays closed meanwhile, since the delivery is still its head:
-  order is kept and no worker is lost to a slow key.
+  and leaves it set, the caller would carry it to the next event; comparing two `copy_context()` is nearly free, and a
+  caller that was changed is replaced.
+- **A retry waits in a timer, not in a caller.** The chain stays closed meanwhile, since the delivery is still its head:
+  order is kept and no caller is lost to a slow key.
 
 What may be committed is a matter of the *window*: deliveries in the order in which they were handed out. A finished one
 leaves it only when all before it have; whatever left last is where a restart resumes, whichever numbers lie between.
@@ -43,7 +43,7 @@ from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record
 _log = logging.getLogger("mainstay.events")
 
 _TURNS = 64
-"""Events that a worker may handle without giving the loop to others."""
+"""Events that a caller may handle without giving the loop to others."""
 _CANCELLATIONS = 3
 """How often a handler that swallows its cancellation is cancelled, a second apart, before it is left behind."""
 _BURY_SECONDS = (1.0, 30.0)
@@ -133,7 +133,7 @@ class Route:
         return handling
 
 
-class _Worker:
+class _Caller:
     __slots__ = ("delivery", "stopping", "task")
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class Dispatcher:
         self._clock = clock
         self._ready: deque[Delivery] = deque()
         self._idle: list[asyncio.Future[None]] = []
-        self._workers: set[_Worker] = set()
+        self._callers: set[_Caller] = set()
         self._progress: asyncio.Future[None] | None = None
         self._skipped = SKIPPED.labels(group)
         self._crash: BaseException | None = None
@@ -235,29 +235,29 @@ class Dispatcher:
         self._wake()
 
     async def stop(self) -> None:
-        """Cancel every worker; nothing is called any more."""
-        await self._end(list(self._workers))
+        """Cancel every caller; nothing is called any more."""
+        await self._end(list(self._callers))
 
     def check(self) -> None:
-        """Raise what stopped a worker: a defect here, never an error of a handler."""
+        """Raise what stopped a caller: a defect here, never an error of a handler."""
         if self._crash is not None:
             raise self._crash
 
-    def _running(self, assignments: Collection[Assignment]) -> list[_Worker]:
+    def _running(self, assignments: Collection[Assignment]) -> list[_Caller]:
         return [
-            worker
-            for worker in self._workers
-            if worker.delivery is not None and worker.delivery.assignment in assignments
+            caller
+            for caller in self._callers
+            if caller.delivery is not None and caller.delivery.assignment in assignments
         ]
 
-    async def _end(self, workers: Sequence[_Worker]) -> None:
+    async def _end(self, callers: Sequence[_Caller]) -> None:
         tasks: list[asyncio.Task[None]] = []
-        for worker in workers:
-            worker.stopping = True
-            self._workers.discard(worker)
-            if worker.task is not None:
-                worker.task.cancel()
-                tasks.append(worker.task)
+        for caller in callers:
+            caller.stopping = True
+            self._callers.discard(caller)
+            if caller.task is not None:
+                caller.task.cancel()
+                tasks.append(caller.task)
         for _ in range(_CANCELLATIONS):
             if tasks:
                 _, late = await asyncio.wait(tasks, timeout=1.0)
@@ -274,19 +274,19 @@ class Dispatcher:
             if not parked.done():
                 parked.set_result(None)
                 waiting -= 1
-        while waiting and len(self._workers) < self._concurrency:
+        while waiting and len(self._callers) < self._concurrency:
             self._hire()
             waiting -= 1
 
     def _hire(self) -> None:
-        worker = _Worker()
-        self._workers.add(worker)
-        worker.task = spawn(self._work(worker), name=f"events.{self._group}.handler")
-        worker.task.add_done_callback(lambda task: self._left(worker, task))
+        caller = _Caller()
+        self._callers.add(caller)
+        caller.task = spawn(self._work(caller), name=f"events.{self._group}.handler")
+        caller.task.add_done_callback(lambda task: self._left(caller, task))
 
-    def _left(self, worker: _Worker, task: asyncio.Task[None]) -> None:
-        self._workers.discard(worker)
-        if not worker.stopping and not task.cancelled() and task.exception() is not None:
+    def _left(self, caller: _Caller, task: asyncio.Task[None]) -> None:
+        self._callers.discard(caller)
+        if not caller.stopping and not task.cancelled() and task.exception() is not None:
             self._crash = task.exception()
         self._step()
 
@@ -296,7 +296,7 @@ class Dispatcher:
         if progress is not None and not progress.done():
             progress.set_result(None)
 
-    async def _work(self, worker: _Worker) -> None:
+    async def _work(self, caller: _Caller) -> None:
         ready, routes = self._ready, self._routes
         loop = asyncio.get_running_loop()
         turns = 0
@@ -310,7 +310,7 @@ class Dispatcher:
                 assignment = delivery.assignment
                 if not assignment.open:  # given up: another process will handle this and all that follows
                     break
-                worker.delivery = delivery
+                caller.delivery = delivery
                 record = delivery.record
                 headers = dict(record.headers)
                 route = routes.get(headers.get(TYPE, b""))
@@ -344,8 +344,8 @@ class Dispatcher:
                         except Exception as failure:  # noqa: BLE001  whatever a handler raises is its verdict on the event
                             error = failure
                         except asyncio.CancelledError:
-                            if worker.stopping:
-                                worker.delivery = None
+                            if caller.stopping:
+                                caller.delivery = None
                                 self._step()
                                 raise
                             error = _own_cancellation()
@@ -362,13 +362,13 @@ class Dispatcher:
                     following = delivery.next
                     if following is None and record.key is not None:
                         del assignment.tails[record.key]
-                worker.delivery = None
+                caller.delivery = None
                 if self._progress is not None:
                     self._step()
                 if not clean:
                     if following is not None:
                         ready.appendleft(following)
-                    self._workers.discard(worker)
+                    self._callers.discard(caller)
                     self._wake()
                     return
                 delivery = following
@@ -453,7 +453,7 @@ class Dispatcher:
 
 
 def _own_cancellation() -> Exception:
-    """A cancellation that nobody asked the worker for came from inside the handler: a failure, not an end."""
+    """A cancellation that nobody asked the caller for came from inside the handler: a failure, not an end."""
     task = asyncio.current_task()
     while task is not None and task.cancelling():
         task.uncancel()

@@ -1,4 +1,4 @@
-"""How a run writes its journal, and why that is fast.
+"""How a run writes its history, and why that is fast.
 
 Every step has to be recorded twice: that it may begin, before its effect, and what came of it, before the *next*
 effect. Done plainly that is two commits a step. Three things make it cheap:
@@ -6,7 +6,7 @@ effect. Done plainly that is two commits a step. Three things make it cheap:
 - **A result rides along.** What came of a step is put into a buffer and goes out with the next intent, or with the
   run's end, in one entry: one commit a step. Should the workflow function do something else first, a callback that the
   loop runs next writes the buffer by itself, so that nothing stays in it for longer than a turn.
-- **Nothing is read.** A run that its own worker started knows that its journal is empty; numbers are given out here,
+- **Nothing is read.** A run that its own worker started knows that its history is empty; numbers are given out here,
   and the fence on the run's row is the only thing that the database has to check.
 - **Writes are one statement.** Entries of all kinds have the same columns and go through the same insert, so that those
   of hundreds of runs become one statement of one group commit.
@@ -28,7 +28,7 @@ import sqlalchemy as sa
 
 from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, Database, Fence, FenceLost
-from mainstay.workflow._journal import Row
+from mainstay.workflow._history import Row
 from mainstay.workflow.errors import Lost, Parked
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, ENTRY
 
@@ -46,7 +46,7 @@ def worth_repeating(error: Exception) -> bool:
 
 
 class Recording:
-    """The journal of one run, as its worker writes it.
+    """The history of one run, as its worker writes it.
 
     A write is repeated until it is durable, however long the database is away: only the write, never the effect. The
     fence makes that safe at any time. It gives up when the run belongs to somebody else; and a cancellation waits for
@@ -154,7 +154,7 @@ class Recording:
             except FenceLost:
                 raise Lost from None
             except Exception:
-                # It may have arrived all the same; only the journal knows.
+                # It may have arrived all the same; only the history knows.
                 if await self.find(row["seq"]) is None:
                     raise
                 # What was kept after that commit was sent is not in it. All of it is written once more, which changes
@@ -171,7 +171,7 @@ class Recording:
             raise Lost from None
 
     async def find(self, seq: int) -> Any | None:
-        """The entry, if it is in the journal."""
+        """The entry, if it is in the history."""
         found = await self.read(ENTRY, {"run": self.run_id, "seq": seq})
         return found[0] if found else None
 
@@ -228,10 +228,10 @@ class Recording:
     async def _back_off(self, error: Exception, attempt: int) -> None:
         """Wait before a write or read is repeated."""
         if not worth_repeating(error):
-            msg = f"the journal cannot be written: {type(error).__name__}: {error}"
+            msg = f"the history cannot be written: {type(error).__name__}: {error}"
             raise Parked(msg) from error
         if attempt == 1:
-            _log.warning("run %s: the journal could not be written and will be again: %s", self.run_id, error)
+            _log.warning("run %s: the history could not be written and will be again: %s", self.run_id, error)
         await self._clock.sleep(_BACKOFF(RetryState(attempt, Outcome.of_error(error), 0.0)))
 
     def _flush_soon(self) -> None:

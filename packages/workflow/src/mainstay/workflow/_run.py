@@ -25,7 +25,7 @@ from mainstay.core import (
     timeout,
 )
 from mainstay.database import CommitUnknown, Database, FenceLost
-from mainstay.workflow._journal import (
+from mainstay.workflow._history import (
     ATTEMPT,
     COMPENSATION,
     DONE,
@@ -35,7 +35,7 @@ from mainstay.workflow._journal import (
     SLEEP,
     UNKNOWN,
     History,
-    Record,
+    StepRecord,
     describe,
     step_of,
 )
@@ -61,7 +61,7 @@ from mainstay.workflow.errors import (
     Suspended,
 )
 from mainstay.workflow.outcome import Done, Failed, Unknown
-from mainstay.workflow.step import Policy, Step, StepInfo, _scope, _step, any_error
+from mainstay.workflow.step import Step, StepInfo, StepPolicy, _scope, _step, any_error
 from mainstay.workflow.tables import END, FAIL, NEXT_SIGNAL, PARK, RECEIVE, RELEASE
 from mainstay.workflow.workflow import RunStatus, Workflow
 
@@ -79,7 +79,7 @@ def _if_retryable_ours(retry_state: RetryState, /) -> bool:
 
 
 # An effect of another package, such as a publish: its errors are typed, so a bug is not tried ten times.
-_EFFECT = Policy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours))
+_EFFECT = StepPolicy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours))
 _PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
 _LEASE_LOOK_SECONDS = 0.05
 _SIGNAL_LOOK_SECONDS = 0.5
@@ -118,7 +118,7 @@ class Work:
 
     name: str
     key: str
-    policy: Policy
+    policy: StepPolicy
     call: Callable[[], Awaitable[Any]]
     keep: Callable[[Any], tuple[str, Any]]
     load: Callable[[str], Any] | None = None
@@ -381,7 +381,7 @@ class Run:
         """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
         scope = _scope.get()
         if scope is None:
-            msg = f"{name}: the journal of run {self.id} was used outside the run's own code"
+            msg = f"{name}: the history of run {self.id} was used outside the run's own code"
             raise Parked(msg)
         label = "@" + name.replace("/", "_")
         key, record = self._enter(scope, label)
@@ -440,7 +440,7 @@ class Run:
         finally:
             scope.busy = False
 
-    async def _take(self, key: str, record: Record, name: str) -> bool:
+    async def _take(self, key: str, record: StepRecord, name: str) -> bool:
         await self._boundary()
         async with self._receiving:  # or two branches could take the same one
             (found,) = await self._recording.read(NEXT_SIGNAL, {"run": self.id, "name": name})
@@ -453,7 +453,7 @@ class Run:
             record.state, record.seq, record.output = "done", row["seq"], found.body
             return True
 
-    def _nothing_came(self, key: str, record: Record, name: str, seconds: float) -> None:
+    def _nothing_came(self, key: str, record: StepRecord, name: str, seconds: float) -> None:
         error = {"type": "DeadlineExceeded", "detail": f"no signal {name} within {seconds:g} s", "code": "EXT_DEADLINE"}
         row = self._recording.row(FAILED, key, position=record.position, info=json.dumps({"error": error}))
         record.state, record.seq, record.error = "failed", row["seq"], error
@@ -461,7 +461,7 @@ class Run:
         self._seen.pop(key, None)
         raise step_failed(SIGNAL + name, "failed", error)
 
-    async def _wait_for_signal(self, record: Record, waited: float, *, limited: bool) -> None:
+    async def _wait_for_signal(self, record: StepRecord, waited: float, *, limited: bool) -> None:
         left = record.rest_seconds - waited if limited else _DAY_SECONDS
         if waited >= self._suspend_after_seconds and left > self._suspend_after_seconds:
             raise Suspended(self._clock.monotonic() + left)
@@ -516,7 +516,7 @@ class Run:
             raise Parked(msg)
         scope.busy = True
 
-    def _enter(self, scope: Scope, name: str) -> tuple[str, Record]:
+    def _enter(self, scope: Scope, name: str) -> tuple[str, StepRecord]:
         """The key of what is called now, and its record; settled failures are raised again."""
         if self._database.in_unit_of_work():
             msg = (
@@ -538,7 +538,7 @@ class Run:
             )
             raise Parked(msg)
         if record is None:
-            record = self._history.records[key] = Record(key, position)
+            record = self._history.records[key] = StepRecord(key, position)
             self._history.places[scope.prefix, position] = key
         elif record.state in {FAILED, UNKNOWN}:
             scope.busy = False
@@ -551,14 +551,14 @@ class Run:
             msg = f"the function ended before {left}, which is in its record: it does not do the same on replay"
             raise Parked(msg)
 
-    def _load(self, load: Callable[[str], Any], record: Record) -> Any:
+    def _load(self, load: Callable[[str], Any], record: StepRecord) -> Any:
         try:
             return load(record.output or "null")
         except ValueError as error:
             msg = f"the recorded result of {record.key} does not fit its step any more: {error}"
             raise Parked(msg) from error
 
-    def _arguments(self, step: AnyStep, record: Record) -> dict[str, Any]:
+    def _arguments(self, step: AnyStep, record: StepRecord) -> dict[str, Any]:
         try:
             return step.signature.load_arguments(record.input or "{}")
         except ValueError as error:
@@ -567,7 +567,7 @@ class Run:
 
     # Getting work done
 
-    async def _settle(self, work: Work, record: Record) -> Any:
+    async def _settle(self, work: Work, record: StepRecord) -> Any:
         """Do the work of a step and record its outcome."""
         try:
             return await (self._as_entry(work, record) if work.entry else self._attempts(work, record))
@@ -584,14 +584,16 @@ class Run:
                 self._give_up(work, record, "unknown", describe(error))
             raise
 
-    def _give_up(self, work: Work, record: Record, state: Literal["failed", "unknown"], error: dict[str, Any]) -> None:
+    def _give_up(
+        self, work: Work, record: StepRecord, state: Literal["failed", "unknown"], error: dict[str, Any]
+    ) -> None:
         info = {"error": error, **({"input": work.input} if record.seq == 0 and work.input else {})}
         row = self._recording.row(state, work.key, position=record.position, info=json.dumps(info))
         record.state, record.seq, record.error, record.dangling = state, row["seq"], error, False
         self._recording.settle(row, slot=False)
         count_step(work.name, state)
 
-    async def _attempts(self, work: Work, record: Record) -> Any:
+    async def _attempts(self, work: Work, record: StepRecord) -> Any:
         """Attempt the work until it is done, or until its policy says that it is enough.
 
         Raises:
@@ -643,7 +645,7 @@ class Run:
             await self._note_attempt(work, record, kept, delay)
 
     def _delay(
-        self, work: Work, record: Record, outcome: Outcome, began: float, waited: float, *, more: int = 0
+        self, work: Work, record: StepRecord, outcome: Outcome, began: float, waited: float, *, more: int = 0
     ) -> float | None:
         error = outcome.exception()
         if isinstance(error, work.policy.failed_on):
@@ -651,7 +653,7 @@ class Run:
         elapsed = self._clock.monotonic() - began
         return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, waited))
 
-    async def _note_attempt(self, work: Work, record: Record, error: dict[str, Any], delay: float) -> None:
+    async def _note_attempt(self, work: Work, record: StepRecord, error: dict[str, Any], delay: float) -> None:
         """Make it durable that an attempt ended, so that a crash during the wait neither shortens nor forgets it."""
         info: dict[str, Any] = {
             "attempts": record.attempts,
@@ -666,7 +668,7 @@ class Run:
         row = self._recording.row(ATTEMPT, work.key, position=record.position, info=json.dumps(info))
         await self._recording.append(row)
 
-    async def _resolve(self, work: Work, record: Record, why: str) -> Done[Any] | None:
+    async def _resolve(self, work: Work, record: StepRecord, why: str) -> Done[Any] | None:
         """Face an attempt that may have taken effect: what it came to, if that can be known, or None to attempt again.
 
         Raises:
@@ -712,7 +714,7 @@ class Run:
                 return Unknown(detail)
             await self._pause(_PROBE.wait(RetryState(attempt, outcome, 0.0)))
 
-    async def _outside(self, work: Work, record: Record) -> Any:
+    async def _outside(self, work: Work, record: StepRecord) -> Any:
         """One attempt at something whose effect is elsewhere; on success the slot is still held."""
         body = work.input if record.seq == 0 else None
         row = self._recording.row(INTENT, work.key, position=record.position, body=body)
@@ -745,7 +747,7 @@ class Run:
             _scope.reset(scope)
             _step.reset(token)
 
-    async def _in_the_database(self, work: Work, record: Record) -> Any:
+    async def _in_the_database(self, work: Work, record: StepRecord) -> Any:
         """One attempt at a transactional step: its writes and its record share one commit."""
         await self._recording.flush()
         await self._boundary()
@@ -761,7 +763,7 @@ class Run:
         except FenceLost:
             raise Lost from None
         except Exception as error:
-            # A commit whose end nobody saw: only the journal knows.
+            # A commit whose end nobody saw: only the history knows.
             found = await self._recording.find(row["seq"]) if written else None
             if found is None:
                 if isinstance(error, CommitUnknown):
@@ -773,7 +775,7 @@ class Run:
         count_step(work.name, DONE)
         return kept
 
-    async def _as_entry(self, work: Work, record: Record) -> None:
+    async def _as_entry(self, work: Work, record: StepRecord) -> None:
         """An effect that only writes to the database: its rows and its record are one entry, tried until it is there.
 
         Raises:
@@ -797,7 +799,7 @@ class Run:
         record.state, record.seq = "done", row["seq"]
         count_step(work.name, DONE)
 
-    async def _done(self, work: Work, record: Record, result: Any, *, slot: bool) -> Any:
+    async def _done(self, work: Work, record: StepRecord, result: Any, *, slot: bool) -> Any:
         try:
             body, kept = _or_parked(work.keep, result)
         except Parked:
@@ -830,7 +832,7 @@ class Run:
         for record in sorted(taken, key=lambda record: record.seq, reverse=True):
             await self._undo(record)
 
-    async def _undo(self, record: Record) -> None:
+    async def _undo(self, record: StepRecord) -> None:
         name = step_of(record.key)
         if name.startswith("@"):
             return  # another package's effect: its way back is an effect of a compensation
@@ -841,7 +843,7 @@ class Run:
         if step.undo is None:
             return
         key = record.key + COMPENSATION
-        mine = self._history.records.setdefault(key, Record(key, None))
+        mine = self._history.records.setdefault(key, StepRecord(key, None))
         if mine.state == DONE:
             return
         outcome: Done[Any] | Unknown

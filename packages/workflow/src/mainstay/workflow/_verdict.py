@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from mainstay.core import DeadlineExceeded, MainstayError
 from mainstay.database import CommitUnknown
-from mainstay.workflow._journal import DONE, UNKNOWN, Record
+from mainstay.workflow._history import DONE, UNKNOWN, StepRecord
 from mainstay.workflow.errors import Parked, StepFailed
-from mainstay.workflow.step import Policy
+from mainstay.workflow.step import StepPolicy
 
 SHORTEST_WAIT = 0.01
 
 
-def rejection_seconds(policy: Policy, error: BaseException) -> float | None:
+def rejection_seconds(policy: StepPolicy, error: BaseException) -> float | None:
     """How long to wait where nobody was asked, so that it was no attempt: a breaker or a bulkhead said no."""
     if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, policy.failed_on):
         return None
@@ -25,7 +25,7 @@ def rejection_seconds(policy: Policy, error: BaseException) -> float | None:
     return max(SHORTEST_WAIT, error.retry_after_seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
 
 
-def nothing_happened(policy: Policy, error: BaseException) -> bool:
+def nothing_happened(policy: StepPolicy, error: BaseException) -> bool:
     """Whether it is certain that the attempt had no effect."""
     if isinstance(error, policy.failed_on):
         return True
@@ -36,7 +36,7 @@ def nothing_happened(policy: Policy, error: BaseException) -> bool:
     return isinstance(error, MainstayError) and error.no_effect and not isinstance(error, DeadlineExceeded)
 
 
-def may_have_happened(record: Record) -> bool:
+def may_have_happened(record: StepRecord) -> bool:
     """Whether the step has to be undone."""
     return record.state in {DONE, UNKNOWN} or (record.state == "open" and (record.dangling or record.maybe))
 

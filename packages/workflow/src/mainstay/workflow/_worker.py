@@ -18,7 +18,7 @@ from typing import Any
 from mainstay.core import Clock, Context, Drain, Timer, bind, cancelled_from_outside, spawn, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.workflow import _metrics
-from mainstay.workflow._journal import History, recall
+from mainstay.workflow._history import History, recall
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._run import AnyStep, AnyWorkflow, Run
 from mainstay.workflow.errors import Lost, Released

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from mainstay.cli import as_json, document, say, settings_of, table
 from mainstay.core import App
 from mainstay.database import DatabaseModule, DatabaseSettings
-from mainstay.workflow._journal import Record
+from mainstay.workflow._history import StepRecord
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.settings import WorkflowSettings
@@ -43,7 +43,7 @@ def list_runs(
 def show_run(id: Id, url: Url = "") -> None:
     """One run, its steps, and which of them may have happened twice."""
 
-    async def look(engine: WorkflowEngine) -> tuple[RunView, list[Record]]:
+    async def look(engine: WorkflowEngine) -> tuple[RunView, list[StepRecord]]:
         history = await engine.history(id)
         return await engine.run(id), sorted(history.records.values(), key=lambda record: record.seq)
 
@@ -107,7 +107,7 @@ def _facts(view: RunView) -> dict[str, Any]:
     }
 
 
-def _step(record: Record) -> dict[str, Any]:
+def _step(record: StepRecord) -> dict[str, Any]:
     notes: list[str] = []
     if record.maybe_twice:
         notes.append("may have happened more than once, unless the other side honours the key")

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics
-from mainstay.workflow._journal import RESUMED, History, recall
+from mainstay.workflow._history import RESUMED, History, recall
 from mainstay.workflow._run import AnyStep, AnyWorkflow
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.errors import RunConflict, RunNotFound, RunParked, RunStateError, WorkflowFailed
@@ -298,7 +298,7 @@ class WorkflowEngine:
         return [_view(row) for row in await self._database.read(query)]
 
     async def history(self, id: str) -> History:
-        """What the run's journal adds up to."""
+        """What the run's history adds up to."""
         entries = await self._database.read(ENTRIES, {"ids": [id]})
         return recall(dict(entry._mapping) for entry in entries)
 

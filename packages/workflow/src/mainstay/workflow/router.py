@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, TypeVarTuple
 from mainstay.core import Binding, Retry
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
-from mainstay.workflow.step import COMPENSATION_RETRY, OnUnknown, Policy, Step, _scope
+from mainstay.workflow.step import COMPENSATION_RETRY, OnUnknown, Step, StepPolicy, _scope
 from mainstay.workflow.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class WorkflowRouter:
         if transactional and on_unknown != "compensate":
             msg = f"a transactional step is never unknown: on_unknown={on_unknown!r} would never be used"
             raise TypeError(msg)
-        policy = Policy(retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot)
+        policy = StepPolicy(retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot)
 
         def declare(function: Callable[P, Awaitable[T]]) -> Step[P, T]:
             step = Step(function, policy, compensation_retry, uncompensated=compensation is None, binding=self.binding)

@@ -35,7 +35,7 @@ COMPENSATION_RETRY = Retry(attempts=30, wait=FullJitter(initial_seconds=0.2, max
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class StepPolicy:
     """How one kind of work is attempted; see `WorkflowRouter.step` for the fields."""
 
     retry: Retry = field(default_factory=Retry)
@@ -93,7 +93,7 @@ class Step(Generic[P, T]):
     def __init__(
         self,
         function: Callable[P, Awaitable[T]],
-        policy: Policy,
+        policy: StepPolicy,
         undo_retry: Retry,
         *,
         uncompensated: bool,
@@ -103,7 +103,7 @@ class Step(Generic[P, T]):
         self.name = self.signature.name
         self.function = function
         self.policy = policy
-        self.undo_policy = Policy(
+        self.undo_policy = StepPolicy(
             retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional
         )
         self.uncompensated = uncompensated

@@ -1,6 +1,6 @@
-"""The tables: runs, the journal of what each run did, and the signals sent to runs.
+"""The tables: runs, the history of what each run did, and the signals sent to runs.
 
-The journal is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
+The history is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
 worker numbers them, and the fence on the run's row keeps everybody else from writing any. So a write that was repeated,
 because nobody knows whether its commit arrived, finds its own rows there and changes nothing.
 """
@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mainstay.database import FenceOn, Schema, database_now
-from mainstay.workflow._journal import INTENT
+from mainstay.workflow._history import INTENT
 
 __all__ = ["SCHEMA"]
 
@@ -73,8 +73,8 @@ runs = sa.Table(
     ),
 )
 
-journal = sa.Table(
-    "mainstay_workflow_journal",
+history = sa.Table(
+    "mainstay_workflow_history",
     metadata,
     sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
     sa.Column("seq", sa.Integer, primary_key=True),
@@ -109,11 +109,11 @@ _entry_values: dict[str, Any] = {name: sa.bindparam(name) for name in _ENTRY}
 
 # What was written once stays, so repeating it after a commit whose end nobody saw is safe.
 APPEND = {
-    "sqlite": sqlite.insert(journal).values(_entry_values).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(journal).values(_entry_values).on_conflict_do_nothing(),
+    "sqlite": sqlite.insert(history).values(_entry_values).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(history).values(_entry_values).on_conflict_do_nothing(),
 }
 # Where the entry shares its commit with somebody's effect, finding it there must undo the second effect.
-APPEND_ONCE = sa.insert(journal).values(_entry_values)
+APPEND_ONCE = sa.insert(history).values(_entry_values)
 
 _RUN = (
     "id",
@@ -211,7 +211,7 @@ RESUME = (
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["parked", "compensation_failed"]))
     .values(status="queued", epoch=runs.c.epoch + 1, attempts=0, note=None, wake_at=database_now())
 )
-NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0) + 1).where(journal.c.run_id == sa.bindparam("run"))
+NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0) + 1).where(history.c.run_id == sa.bindparam("run"))
 
 _signal_values: dict[str, Any] = {name: sa.bindparam(name) for name in ("run_id", "id", "name", "body")}
 SEND = {
@@ -255,11 +255,11 @@ OF_WORKER = sa.select(runs.c.id, runs.c.epoch, runs.c.cancel_requested).where(
 )
 WORKERS = sa.select(runs.c.worker).where(runs.c.status == "running").distinct()
 ENTRIES = (
-    sa.select(journal, database_now().label("now"))
-    .where(journal.c.run_id.in_(sa.bindparam("ids", expanding=True)))
-    .order_by(journal.c.run_id, journal.c.seq)
+    sa.select(history, database_now().label("now"))
+    .where(history.c.run_id.in_(sa.bindparam("ids", expanding=True)))
+    .order_by(history.c.run_id, history.c.seq)
 )
-ENTRY = sa.select(journal.c.body).where(journal.c.run_id == sa.bindparam("run"), journal.c.seq == sa.bindparam("seq"))
+ENTRY = sa.select(history.c.body).where(history.c.run_id == sa.bindparam("run"), history.c.seq == sa.bindparam("seq"))
 
 
 class Claims:
@@ -282,8 +282,8 @@ class Claims:
             .limit(1)
         )
         reached = (
-            sa.select(sa.func.coalesce(sa.func.max(journal.c.seq), 0))
-            .where(journal.c.run_id == runs.c.id, journal.c.kind != INTENT)
+            sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0))
+            .where(history.c.run_id == runs.c.id, history.c.kind != INTENT)
             .scalar_subquery()
         )
         taken = (

@@ -1,4 +1,4 @@
-"""What the journal of a run says: its entries, and the records that they add up to."""
+"""What the history of a run says: its entries, and the records that they add up to."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def step_of(key: str) -> str:
 
 
 @dataclass(slots=True)
-class Record:
+class StepRecord:
     """What is known about one step of a run.
 
     Attributes:
@@ -71,7 +71,7 @@ class Record:
 
 @dataclass(slots=True)
 class History:
-    """What a run's journal adds up to.
+    """What a run's history adds up to.
 
     Attributes:
         records: by key.
@@ -80,7 +80,7 @@ class History:
         pivoted: a pivot is done.
     """
 
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, StepRecord] = field(default_factory=dict)
     places: dict[tuple[str, int], str] = field(default_factory=dict)
     last_seq: int = 0
     pivoted: bool = False
@@ -111,7 +111,7 @@ def _add(history: History, entry: Mapping[str, Any]) -> None:
     key, kind, position = entry["step"], entry["kind"], entry["position"]
     record = history.records.get(key)
     if record is None:
-        record = history.records[key] = Record(key, position)
+        record = history.records[key] = StepRecord(key, position)
         if position is not None:
             history.places[branch_of(key), position] = key
     info: dict[str, Any] = json.loads(entry["info"]) if entry["info"] else {}

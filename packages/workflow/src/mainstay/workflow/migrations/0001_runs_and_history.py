@@ -1,4 +1,4 @@
-"""Runs, their journal, and signals."""
+"""Runs, their history, and signals."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -49,7 +49,7 @@ def upgrade() -> None:
             sqlite_where=sa.text(condition),
         )
     op.create_table(
-        "mainstay_workflow_journal",
+        "mainstay_workflow_history",
         sa.Column("run_id", sa.String(200), primary_key=True),
         sa.Column("seq", sa.Integer, primary_key=True),
         sa.Column("kind", sa.String(16), nullable=False),
