@@ -307,7 +307,7 @@ async def test_a_sick_server_is_spared_and_found_well_again(server: SickServer) 
         assert count("fine", began, ended) == len(outcomes)
         server.mood = "sick"
         sick_at = time.monotonic()
-        while breaker.window is not None:  # closed
+        while breaker.state is State.CLOSED:  # closed
             began, ended = await load(http, 0.1)
         # Half of a window of two seconds must have failed, and retries add at most a fifth of all calls so far.
         assert ended - sick_at < 4

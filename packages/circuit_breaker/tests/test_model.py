@@ -19,7 +19,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, KeyedBreaker, State
+from mainstay.circuit_breaker import (
+    BreakerConfig,
+    Circuit,
+    CircuitBreaker,
+    CircuitOpen,
+    KeyedBreaker,
+    KeyedCircuit,
+    State,
+)
 from mainstay.core.testing import VirtualClock
 
 
@@ -234,12 +242,14 @@ class BreakerMachine(RuleBasedStateMachine):
         self.reference = Reference(config, edges=[0.0])
         self.under_way: dict[int, UnderWay] = {}
         self.number = 0
+        self.circuit: Circuit
         breaker: CircuitBreaker | KeyedBreaker
         if keyed:
             breaker = KeyedBreaker("model", config, key=lambda: "key", clock=self.clock)
             self.circuit = breaker["key"]
         else:
-            self.circuit = breaker = CircuitBreaker("model", config, clock=self.clock)
+            breaker = CircuitBreaker("model", config, clock=self.clock)
+            self.circuit = breaker.circuit
         self.breaker = breaker
 
         @breaker
@@ -348,7 +358,7 @@ class BreakerMachine(RuleBasedStateMachine):
         assert snapshot.state is self.reference.state
         assert snapshot.late_total == self.reference.late
         assert snapshot.rejected_total == self.reference.rejected
-        if isinstance(self.breaker, KeyedBreaker):
+        if isinstance(self.circuit, KeyedCircuit):
             assert self.circuit.under_way == len(self.under_way)
         assert (snapshot.calls, snapshot.failures, snapshot.slow) == (
             len(window),

@@ -26,8 +26,8 @@ from mainstay.circuit_breaker import (
     RateLimit,
     State,
     Timeout,
+    _codegen,
 )
-from mainstay.circuit_breaker import _admission as admission
 from mainstay.circuit_breaker.pipeline import _HARMFUL
 from mainstay.circuit_breaker.testing import Dependency, forced
 from mainstay.core import DeadlineExceeded, Retry
@@ -226,12 +226,12 @@ async def test_without_the_global_lock_the_same_lines_stand_under_the_circuits_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On an interpreter without it the generated code locks, and counts the same."""
-    monkeypatch.setattr(admission, "_LOCKED", True)
-    monkeypatch.setattr(admission, "_codes", {})
+    monkeypatch.setattr(_codegen, "_LOCKED", True)
+    monkeypatch.setattr(_codegen, "_codes", {})
     breaker = CircuitBreaker("p", BreakerConfig(slow_seconds=1, minimum_calls=2))
     bulkhead = Bulkhead(1)
     guarded = Pipeline("p", breaker, bulkhead)
-    assert "with circuit_0.lock:" in admission.text_of("async", guarded._layers())
+    assert "with circuit_0.lock:" in _codegen.text_of("async", guarded._layers())
     assert await guarded.call(Dependency(1)) == 1
     assert guarded.call_sync(lambda: 2) == 2
     with pytest.raises(Boom):
@@ -295,10 +295,10 @@ async def test_without_the_global_lock_calls_under_way_are_counted_under_the_cir
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On an interpreter without it a circuit of a key is held and let go by methods that lock."""
-    monkeypatch.setattr(admission, "_LOCKED", True)
-    monkeypatch.setattr(admission, "_codes", {})
+    monkeypatch.setattr(_codegen, "_LOCKED", True)
+    monkeypatch.setattr(_codegen, "_codes", {})
     hosts = KeyedBreaker("hosts", key=lambda host: host, max_keys=1)
-    assert "under_way" not in admission.text_of("async", hosts._layers())
+    assert "under_way" not in _codegen.text_of("async", hosts._layers())
     hanging = Dependency()
     hanging.hold()
     call = asyncio.create_task(hosts.call(hanging, "a"))
@@ -452,14 +452,14 @@ async def test_a_first_use_that_meets_a_reload_has_the_new_shape(
 ) -> None:
     """A reload between looking at the policies and being known to them is not missed."""
     breaker = CircuitBreaker("p", BreakerConfig(minimum_calls=5), clock=clock)
-    code = admission._code
+    code = _codegen.code_of
 
     def reload_meanwhile(*shape: object) -> object:
-        monkeypatch.setattr(admission, "_code", code)
+        monkeypatch.setattr("mainstay.circuit_breaker.policy.code_of", code)
         breaker.reload(BreakerConfig(minimum_calls=5, slow_seconds=1))
         return code(*shape)  # type: ignore[arg-type]  # as they came
 
-    monkeypatch.setattr(admission, "_code", reload_meanwhile)
+    monkeypatch.setattr("mainstay.circuit_breaker.policy.code_of", reload_meanwhile)
 
     @breaker
     async def call() -> None:

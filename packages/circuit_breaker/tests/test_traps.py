@@ -517,7 +517,7 @@ async def test_cost_of_rejections_leaves_no_garbage() -> None:
         for state in (State.OPEN, State.FORCED_OPEN, State.HALF_OPEN):
             with forced(breaker, state):
                 if state is State.HALF_OPEN:
-                    breaker._admit()
+                    breaker.circuit._admit()
                 assert (await once())() is None
     finally:
         gc.enable()
@@ -525,7 +525,7 @@ async def test_cost_of_rejections_leaves_no_garbage() -> None:
 
 async def test_cost() -> None:
     """A success costs the same for a window of a hundred calls and of a million: the generated code is the same."""
-    from mainstay.circuit_breaker._admission import text_of
+    from mainstay.circuit_breaker._codegen import text_of
 
     short = CircuitBreaker("p", BreakerConfig(window_calls=100))
     long = CircuitBreaker("p", BreakerConfig(window_calls=1_000_000))
@@ -541,7 +541,7 @@ def test_cost_of_failures_does_not_grow_with_the_window() -> None:
 
     def lines_and_bytes(size: int) -> tuple[int, int]:
         breaker = CircuitBreaker("p", BreakerConfig(window_calls=size, failure_ratio=None, consecutive_failures=10**6))
-        window = breaker.window
+        window = breaker.circuit.window
         assert isinstance(window, CountWindow)
 
         @breaker

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import REGISTRY, Collector
 
 from mainstay.circuit_breaker.breaker import OUTCOMES, CircuitBreaker, KeyedBreaker, all_breakers
-from mainstay.circuit_breaker.circuit import State
+from mainstay.circuit_breaker.states import State
 
 MAX_NAMES = 200
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import inf, sqrt
 from typing import Literal
 
-from mainstay.circuit_breaker._admission import Layer, is_number, is_whole, require
+from mainstay.circuit_breaker._checks import is_number, is_whole, require
 from mainstay.circuit_breaker.bulkhead import Bulkhead
+from mainstay.circuit_breaker.policy import Layer
 from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.core import SYSTEM_CLOCK, Clock
 
@@ -111,4 +112,4 @@ class AdaptiveBulkhead(Bulkhead):
     def _layers(self) -> tuple[Layer, ...]:
         (layer,) = super()._layers()
         names = layer.names | {"learn": self._learn, "now": self.clock.monotonic}
-        return (Layer(self, "bulkhead", (True,), names),)
+        return (Layer("bulkhead", (True,), self, names),)

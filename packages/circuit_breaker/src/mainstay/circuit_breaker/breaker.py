@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import threading
-import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from math import inf
 from typing import Any, TypeVar, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy, is_whole, require, require_plain
-from mainstay.circuit_breaker.circuit import Circuit, State, StateChange
+from mainstay.circuit_breaker._checks import is_whole, require, require_plain
+from mainstay.circuit_breaker._rules import Rules
+from mainstay.circuit_breaker.circuit import Circuit, KeyedCircuit
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.settings import BreakerConfig
-from mainstay.circuit_breaker.verdicts import Errors, Verdict, are_exceptions, judge
+from mainstay.circuit_breaker.states import CircuitSnapshot, State, StateChange
+from mainstay.circuit_breaker.verdicts import Errors, are_exceptions
 from mainstay.core import SYSTEM_CLOCK, Binding, Clock
 
 __all__ = ["CircuitBreaker", "KeyedBreaker"]
@@ -24,83 +25,6 @@ __all__ = ["CircuitBreaker", "KeyedBreaker"]
 L = TypeVar("L", bound=Callable[[StateChange], object])
 
 _log = logging.getLogger("mainstay.circuit_breaker")
-
-
-class Rules:
-    """What the circuits of one breaker share."""
-
-    __slots__ = (
-        "answers",
-        "clock",
-        "config",
-        "failed_result",
-        "failures",
-        "listeners",
-        "moves",
-        "name",
-        "now",
-        "own_config",
-    )
-
-    def __init__(
-        self,
-        name: str,
-        config: BreakerConfig | None,
-        *,
-        failures: Errors,
-        answers: Errors,
-        failed_result: Callable[[Any], bool] | None,
-        clock: Clock,
-    ) -> None:
-        self.name = name
-        self.own_config = config  # what the breaker was written with, if anything
-        self.config = config or BreakerConfig()
-        self.failures = failures
-        self.answers = answers
-        self.failed_result = failed_result
-        self.use(clock)
-        self.listeners: tuple[Callable[[StateChange], object], ...] = ()
-        self.moves: Sequence[int] = _NO_MOVES  # how often a circuit entered each state, in their order
-
-    def use(self, clock: Clock) -> None:
-        """Measure with `clock`, without a layer of Python around the system's."""
-        self.clock = clock
-        self.now: Callable[[], float] = time.monotonic if type(clock) is Clock else clock.monotonic
-
-    def judge(self, error: BaseException) -> Verdict:
-        """What `error` says about the dependency."""
-        return judge(error, self.failures, self.answers)
-
-    def break_seconds(self, breaks: int) -> float:
-        """The length of the break that follows `breaks` earlier ones without a recovery."""
-        config = self.config
-        try:
-            seconds = min(config.break_seconds * config.break_growth**breaks, config.max_break_seconds)
-        except OverflowError:
-            seconds = config.max_break_seconds
-        return seconds * (1 + config.break_jitter * random.uniform(-1, 1))  # noqa: S311  spreads load, guards nothing
-
-    def announce(self, change: StateChange) -> None:
-        """Log, count and tell the listeners; what a listener raises reaches nobody's call."""
-        if not isinstance(self.moves, list):
-            self.moves = list(self.moves)
-        self.moves[_PLACES[change.after]] += 1
-        level = logging.WARNING if change.after in {State.OPEN, State.FORCED_OPEN} else logging.INFO
-        of = change.name if change.key is None else f"{change.name}[{change.key}]"
-        facts = {
-            "breaker": change.name,
-            "key": None if change.key is None else str(change.key),
-            "before": change.before.value,
-            "after": change.after.value,
-            "reason": change.reason,
-            "break_seconds": change.break_seconds,
-        }
-        _log.log(level, "circuit %s: %s, was %s: %s", of, change.after, change.before, change.reason, extra=facts)
-        for listener in self.listeners:
-            try:
-                listener(change)
-            except Exception:  # noqa: BLE001  whatever it is, it belongs to the listener
-                _log.exception("a listener of circuit %s failed", change.name)
 
 
 class _Ruled(Policy):
@@ -239,7 +163,7 @@ def _added_up(circuits: Sequence[Circuit]) -> dict[str, int]:
     return dict(zip(OUTCOMES, (success, failure, neutral, late, rejected), strict=True))
 
 
-class CircuitBreaker(Circuit, _Ruled):
+class CircuitBreaker(_Ruled):
     """A circuit breaker for one dependency: decorates functions, runs callables, guards blocks, stands in a `Pipeline`.
 
     Args:
@@ -268,33 +192,66 @@ class CircuitBreaker(Circuit, _Ruled):
         failed_result: Callable[[Any], bool] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        rules = self._rule(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
-        super().__init__(rules)
+        self.rules = self._rule(
+            name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock
+        )
+        self.circuit = Circuit(self.rules)
         _register(self)
 
     def __repr__(self) -> str:
         return f"<CircuitBreaker {self.name!r} {self.state}>"
 
     def circuits(self) -> Sequence[Circuit]:
-        """Itself."""
-        return (self,)
+        """Its one circuit."""
+        return (self.circuit,)
+
+    @property
+    def state(self) -> State:
+        """The state of its circuit."""
+        return self.circuit.state
+
+    @property
+    def reason(self) -> str:
+        """Why it is in this state."""
+        return self.circuit.reason
+
+    def snapshot(self) -> CircuitSnapshot:
+        """Everything about its circuit, consistent in itself."""
+        return self.circuit.snapshot()
+
+    def force_open(self, reason: str = "forced open by hand", *, retry_after_seconds: float | None = None) -> None:
+        """Reject every call until `reset`; see `Circuit.force_open`."""
+        self.circuit.force_open(reason, retry_after_seconds=retry_after_seconds)
+
+    def disable(self, reason: str = "disabled by hand") -> None:
+        """Let every call through, whatever its outcome, until `reset`."""
+        self.circuit.disable(reason)
+
+    def reset(self, reason: str = "reset by hand") -> None:
+        """Close with an empty window."""
+        self.circuit.reset(reason)
+
+    def trip(self, reason: str) -> None:
+        """Open as if a threshold had been passed; see `Circuit.trip`."""
+        self.circuit.trip(reason)
 
     def _layers(self) -> tuple[Layer, ...]:
+        circuit = self.circuit
         names: dict[str, object] = {
-            "circuit": self,
-            "admit": self._admit,
-            "rejection": self._rejection,
+            "circuit": circuit,
+            "admit": circuit._admit,
+            "rejection": circuit._rejection,
             "name": self.rules.name,
-            "raised": self._raised,
-            "succeeded": self._succeeded,
-            "failed": self._failed,
-            "turn": self._turn,
-            "was_slow": self._was_slow,
+            "raised": circuit._raised,
+            "succeeded": circuit._succeeded,
+            "failed": circuit._failed,
+            "turn": circuit._turn,
+            "was_slow": circuit._was_slow,
             "now": self.rules.now,
             "limit": self.rules.config.slow_seconds or inf,  # calls under way with older code compare with it
             "bad": self.rules.failed_result,
         }
-        return (Layer(self, "breaker", self._shape(), names),)
+        return (Layer("breaker", self._shape(), self, names),)
 
 
 class KeyedBreaker(_Ruled):
@@ -332,8 +289,8 @@ class KeyedBreaker(_Ruled):
         require_plain(owner, "key", key)
         self.key = key
         self.max_keys = max_keys
-        self._circuits: dict[object, Circuit] = {}
-        self._spare: Circuit | None = None
+        self._circuits: dict[object, KeyedCircuit] = {}
+        self._spare: KeyedCircuit | None = None
         self._gone = dict.fromkeys(OUTCOMES, 0)  # what forgotten circuits had counted
         self._lock = threading.Lock()
         _register(self)
@@ -347,7 +304,7 @@ class KeyedBreaker(_Ruled):
     def __bool__(self) -> bool:
         return True
 
-    def __getitem__(self, key: object) -> Circuit:
+    def __getitem__(self, key: object) -> KeyedCircuit:
         """The circuit of `key`, made if there is none."""
         circuit = self._circuits.get(key)
         return self._make(key) if circuit is None else circuit
@@ -355,7 +312,7 @@ class KeyedBreaker(_Ruled):
     def __contains__(self, key: object) -> bool:
         return key in self._circuits
 
-    def circuits(self) -> Sequence[Circuit]:
+    def circuits(self) -> Sequence[KeyedCircuit]:
         """The circuits there are now, the spare one last."""
         with self._lock:
             return self._present()
@@ -367,16 +324,16 @@ class KeyedBreaker(_Ruled):
         present = _added_up(circuits)
         return {outcome: present[outcome] + gone[outcome] for outcome in OUTCOMES}
 
-    def _present(self) -> Sequence[Circuit]:
+    def _present(self) -> Sequence[KeyedCircuit]:
         return (*self._circuits.values(), *(() if self._spare is None else (self._spare,)))
 
-    def _hold(self, key: object) -> Circuit:
+    def _hold(self, key: object) -> KeyedCircuit:
         """The circuit of `key`, with one more call under way."""
-        while not (circuit := self[key])._hold():
+        while not (circuit := self[key]).hold():
             pass  # forgotten a moment ago: the key gets another
         return circuit
 
-    def _make(self, key: object) -> Circuit:
+    def _make(self, key: object) -> KeyedCircuit:
         with self._lock:
             circuit = self._circuits.get(key)
             if circuit is None:
@@ -390,26 +347,26 @@ class KeyedBreaker(_Ruled):
                             self.max_keys,
                         )
                     return self._spare
-                circuit = self._circuits[key] = Circuit(self.rules, key)
+                circuit = self._circuits[key] = KeyedCircuit(self.rules, key)
             return circuit
 
     def _make_room(self) -> bool:
         """Forget one circuit that has nothing to remember; a bounded search, so that a call never pays for all keys."""
-        kept: list[tuple[object, Circuit]] = []
+        kept: list[tuple[object, KeyedCircuit]] = []
         candidates = iter(self._circuits.items())
-        victim: tuple[object, Circuit] | None = None
-        harmless: tuple[object, Circuit] | None = None
+        victim: tuple[object, KeyedCircuit] | None = None
+        harmless: tuple[object, KeyedCircuit] | None = None
         for _, (key, circuit) in zip(range(_SEARCH), candidates, strict=False):
-            if circuit._forget(strict=True):
+            if circuit.forget(strict=True):
                 victim = key, circuit
                 break
-            if harmless is None and circuit._is_forgettable():
+            if harmless is None and circuit.is_forgettable():
                 harmless = key, circuit
             kept.append((key, circuit))
         for key, circuit in kept:  # the next search begins after them
             del self._circuits[key]
             self._circuits[key] = circuit
-        if victim is None and harmless is not None and harmless[1]._forget(strict=False):
+        if victim is None and harmless is not None and harmless[1].forget(strict=False):
             victim = harmless
         if victim is None:
             return False
@@ -429,22 +386,22 @@ class KeyedBreaker(_Ruled):
             "limit": self.rules.config.slow_seconds or inf,  # calls under way with older code compare with it
             "bad": self.rules.failed_result,
         }
-        return (Layer(self, "keyed_breaker", self._shape(), names),)
+        return (Layer("keyed_breaker", self._shape(), self, names),)
 
 
-class _Shared(Circuit):
+class _Shared(KeyedCircuit):
     """The circuit of all keys beyond the bound."""
 
     __slots__ = ()
 
-    def _move(self, to: State, reason: str) -> None:
+    def _move(self, to: State, reason: str, come_back_seconds: float | None = None) -> None:
         if to is not State.CLOSED:
             msg = (
                 f"this circuit of breaker {self.rules.name!r} is shared by all keys beyond max_keys, so that none of "
                 f"them can be forced by itself: reset a key that remembers failures, or raise max_keys"
             )
             raise RuntimeError(msg)
-        super()._move(to, reason)
+        super()._move(to, reason, come_back_seconds)
 
 
 _SEARCH = 32
@@ -463,7 +420,3 @@ def all_breakers() -> list[CircuitBreaker | KeyedBreaker]:
 def _register(breaker: CircuitBreaker | KeyedBreaker) -> None:
     with _all_lock:
         _all.add(breaker)
-
-
-_NO_MOVES = (0,) * len(State)
-_PLACES = {state: place for place, state in enumerate(State)}

@@ -8,8 +8,9 @@ from collections import deque
 from math import inf
 from typing import TypeVar
 
-from mainstay.circuit_breaker._admission import Layer, Policy, is_number, is_whole, require
+from mainstay.circuit_breaker._checks import is_number, is_whole, require
 from mainstay.circuit_breaker.errors import BulkheadFull
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.core import SYSTEM_CLOCK, Clock, DeadlineExceeded, deadline_fired, remaining_seconds
 
 __all__ = ["Bulkhead"]
@@ -242,4 +243,4 @@ class Bulkhead(Policy):
 
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {"bulkhead": self, "take": self.take, "release": self.release}
-        return (Layer(self, "bulkhead", (False,), names | {"queue": self.wait, "queue_sync": self.wait_sync}),)
+        return (Layer("bulkhead", (False,), self, names | {"queue": self.wait, "queue_sync": self.wait_sync}),)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker._checks import require
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.core import SYSTEM_CLOCK, Clock
 
 __all__ = ["Chaos", "Fault"]
@@ -158,7 +159,7 @@ class Chaos(Policy):
 
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {"chaos": self, "disturb": self._disturb, "disturb_sync": self._disturb_sync}
-        return (Layer(self, "chaos", (), names),)
+        return (Layer("chaos", (), self, names),)
 
 
 def _applied(fault: Fault | None) -> Fault | None:

@@ -16,6 +16,7 @@ have paid for the same lesson.
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
-from mainstay.circuit_breaker.circuit import State
 from mainstay.circuit_breaker.settings import BreakerConfig
+from mainstay.circuit_breaker.states import State
 from mainstay.core import Clock, ConfigurationError, Drain, Health, uuid7
 
 _log = logging.getLogger("mainstay.circuit_breaker")
@@ -77,7 +78,7 @@ class Vote:
 def vote_of(circuit: CircuitBreaker) -> Vote | None:
     """What this process has to say; None where it has nothing of its own to say."""
     snapshot = circuit.snapshot()
-    if snapshot.state is State.OPEN and not snapshot.reason.startswith(FLEET):
+    if snapshot.state is State.OPEN and not snapshot.tripped:
         return Vote(0, 0, opened=True)
     if snapshot.state is not State.CLOSED or snapshot.calls == 0:
         return None
@@ -107,6 +108,17 @@ def fleet_opens(votes: Mapping[str, Vote], me: str, config: BreakerConfig, *, qu
 
 
 _AT_LEAST = 2
+
+
+class Link(enum.Enum):
+    """How this process stands to the others."""
+
+    NEW = "new"
+    """It has not asked them yet."""
+    SHARED = "shared"
+    """Its last exchange succeeded."""
+    LOST = "lost"
+    """Its last exchange failed: it goes on alone."""
 
 
 class SharedEvidence:
@@ -141,7 +153,8 @@ class SharedEvidence:
         self.node = str(uuid7())
         self.every_seconds = every_seconds
         self.quorum = quorum
-        self.alone: str | None = "no exchange yet"
+        self.link = Link.NEW
+        self._trouble = ""
         self._breakers = breakers
         self._clock = clock
         self._version = 0
@@ -153,7 +166,9 @@ class SharedEvidence:
 
     async def health(self) -> Health:
         """Degraded while this process is alone."""
-        return Health("ok") if self.alone is None else Health("degraded", f"evidence is not shared: {self.alone}")
+        if self.link is Link.SHARED:
+            return Health("ok")
+        return Health("degraded", f"evidence is not shared: {self._trouble or 'no exchange yet'}")
 
     async def run(self, drain: Drain) -> None:
         """Exchange votes until the drain begins."""
@@ -170,14 +185,14 @@ class SharedEvidence:
             for breaker in list(self._breakers.values()):  # `execute` may bring another meanwhile
                 if isinstance(breaker, CircuitBreaker):
                     self._weigh(breaker, await self._publish(breaker))
-        except Exception as error:  # noqa: BLE001  whatever Redis does, this process goes on by itself
-            if self.alone is None or self.alone == "no exchange yet":
+        except Exception as error:  # noqa: BLE001  with any trouble of Redis this process goes on by itself
+            if self.link is not Link.LOST:
                 _log.warning("evidence is not shared, each process goes on alone: %s", type(error).__name__)
-            self.alone = f"Redis answered with {type(error).__name__}"
+            self.link, self._trouble = Link.LOST, f"Redis answered with {type(error).__name__}"
         else:
-            if self.alone is not None:
+            if self.link is not Link.SHARED:
                 _log.info("evidence is shared by way of Redis as %s", self.node)
-            self.alone = None
+            self.link = Link.SHARED
 
     async def _publish(self, breaker: CircuitBreaker) -> dict[str, Vote]:
         self._version += 1

@@ -9,17 +9,9 @@ from collections.abc import Callable, Hashable
 from math import inf
 from typing import Any, Final, cast
 
-from mainstay.circuit_breaker._admission import (
-    Layer,
-    Policy,
-    is_async,
-    is_number,
-    is_whole,
-    refuse_unfinished,
-    require,
-    require_plain,
-)
+from mainstay.circuit_breaker._checks import is_async, is_number, is_whole, refuse_unfinished, require, require_plain
 from mainstay.circuit_breaker.errors import WrongKind
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.verdicts import are_exceptions
 from mainstay.core import SYSTEM_CLOCK, Clock
 
@@ -136,4 +128,4 @@ class Fallback(Policy):
             "remember": self._remember,
         }
         kind = "async_fallback" if self._awaits else "fallback"
-        return (Layer(self, kind, (self._awaits, self._key is not None), names),)
+        return (Layer(kind, (self._awaits, self._key is not None), self, names),)

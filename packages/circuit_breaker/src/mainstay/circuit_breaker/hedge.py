@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 from math import inf
 from typing import Any
 
-from mainstay.circuit_breaker._admission import Layer, Policy, is_number, require
+from mainstay.circuit_breaker._checks import is_number, require
 from mainstay.circuit_breaker.limits import Budget
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.retries import Grants, IsWell
 from mainstay.circuit_breaker.verdicts import denies
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
@@ -157,7 +158,7 @@ class Hedge(Policy):
                 self.budget.deposit()
             return self._race(lambda: is_well is None or is_well(args, kwargs), lambda: fn(*runs, *args, **kwargs))
 
-        return Layer(self, "hedge", (), {"race": race})
+        return Layer("hedge", (), self, {"race": race})
 
 
 _KNOWN = 20

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
-from mainstay.circuit_breaker.circuit import State
+from mainstay.circuit_breaker.states import State
 from mainstay.core import Clock, Drain
 
 Breaker = CircuitBreaker | KeyedBreaker

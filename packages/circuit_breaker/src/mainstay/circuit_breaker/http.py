@@ -16,8 +16,8 @@ from typing import cast
 
 import httpx
 
-from mainstay.circuit_breaker._admission import Policy
 from mainstay.circuit_breaker.errors import CircuitBreakerError, Rejected
+from mainstay.circuit_breaker.policy import Policy
 
 __all__ = ["AsyncPolicyTransport", "BadStatus", "PolicyTransport", "retry_after", "says_unwell"]
 

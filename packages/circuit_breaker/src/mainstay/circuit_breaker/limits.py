@@ -8,8 +8,9 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from mainstay.circuit_breaker._admission import Layer, Policy, require
+from mainstay.circuit_breaker._checks import require
 from mainstay.circuit_breaker.errors import RateLimited, Throttled
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.retries import IsWell
 from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.circuit_breaker.windows import TimeWindow
@@ -96,7 +97,7 @@ class RateLimit(Policy):
 
     def _layers(self) -> tuple[Layer, ...]:
         names: dict[str, object] = {"take": self.take, "pause": self.clock.sleep, "pause_sync": self.clock.block}
-        return (Layer(self, "rate_limit", (), names),)
+        return (Layer("rate_limit", (), self, names),)
 
 
 class Budget(Policy):
@@ -225,7 +226,7 @@ class Budget(Policy):
             "accepted": self._accepted,
             "raised": self._raised,
         }
-        return Layer(self, "budget", (), names)
+        return Layer("budget", (), self, names)
 
 
 _FEW = 10

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.errors import HarmfulOrderWarning
 from mainstay.circuit_breaker.hedge import Hedge
 from mainstay.circuit_breaker.limits import Budget
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.retries import IsWell, Retries
 from mainstay.core import Retry
 
@@ -106,7 +106,7 @@ class Pipeline(Policy):
 
 
 def _is_well(inside: Sequence[Policy]) -> IsWell:
-    circuits = [policy for policy in inside if isinstance(policy, CircuitBreaker)]
+    circuits = [policy.circuit for policy in inside if isinstance(policy, CircuitBreaker)]
     keyed = [policy for policy in inside if isinstance(policy, KeyedBreaker)]
 
     def is_well(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from mainstay.circuit_breaker.breaker import Rules
-from mainstay.circuit_breaker.circuit import Circuit, State, StateChange, Ticket
+from mainstay.circuit_breaker._rules import Rules
+from mainstay.circuit_breaker.circuit import Circuit, Ticket
 from mainstay.circuit_breaker.settings import BreakerConfig
+from mainstay.circuit_breaker.states import State, StateChange
 from mainstay.core import Clock
 
 __all__ = ["Move", "Record", "Rehearsal", "Suggestion", "read_trace", "rehearse", "suggest"]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.verdicts import denies, is_final
 from mainstay.core import Clock, FullJitter, Outcome, Retry, RetryState, note_attempts, retry_if_retryable
 
@@ -115,9 +115,9 @@ class Retries(Policy):
             "deposit": None if self.budget is None else self.budget.deposit,
         }
         return Layer(
-            self,
             "retry",
             (_measures(self._policy), self._policy.retry is not retry_if_retryable, self.budget is not None),
+            self,
             names,
         )
 

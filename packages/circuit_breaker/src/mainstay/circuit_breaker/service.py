@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from mainstay.circuit_breaker._admission import require_plain
+from mainstay.circuit_breaker._checks import require_plain
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.chaos import faults_now
-from mainstay.circuit_breaker.circuit import CircuitSnapshot, State, StateChange
 from mainstay.circuit_breaker.history import History, worst_state
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings, Count, Seconds
+from mainstay.circuit_breaker.states import CircuitSnapshot, State, StateChange
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError, Health, Retry
 
 __all__ = ["CircuitBreakerService", "OperationConfig"]

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from mainstay.circuit_breaker.circuit import Circuit, State
+from mainstay.circuit_breaker.breaker import CircuitBreaker
+from mainstay.circuit_breaker.circuit import Circuit
+from mainstay.circuit_breaker.states import State
 
 __all__ = ["HANG", "Call", "Dependency", "forced"]
 
@@ -85,18 +87,19 @@ def _end(outcome: Any) -> Any:
 
 
 @contextmanager
-def forced(circuit: Circuit, state: State, *, reason: str = "forced by a test") -> Generator[Circuit]:
-    """Hold a circuit in `state` inside the block; it is closed, with an empty window, before and after.
+def forced(of: CircuitBreaker | Circuit, state: State, *, reason: str = "forced by a test") -> Generator[Circuit]:
+    """Hold the circuit of a breaker, or of one key, in `state`; it is closed and empty before and after the block.
 
     A half-open or ramping circuit goes on from there as it would by itself.
     """
+    circuit = of.circuit if isinstance(of, CircuitBreaker) else of
     circuit.reset(reason)
     with circuit.lock:
-        change = circuit._open(reason) if state is State.OPEN else None
+        change = circuit._open_locked(reason) if state is State.OPEN else None
         if state is State.RAMPING:
-            change = circuit._recover(reason)
+            change = circuit._recover_locked(reason)
         elif change is None and state is not State.CLOSED:
-            change = circuit._enter(state, reason)
+            change = circuit._enter_locked(state, reason)
     circuit._announce(change)
     try:
         yield circuit

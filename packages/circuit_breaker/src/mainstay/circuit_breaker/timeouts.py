@@ -10,16 +10,22 @@ order, holds those under way, and one timer watches the oldest.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from asyncio import current_task, get_running_loop
+from collections.abc import Callable
 from contextvars import Token
 from math import inf
-from typing import cast
+from typing import Any, ParamSpec, TypeVar, cast
 
-from mainstay.circuit_breaker._admission import Layer, Policy, is_number, require
+from mainstay.circuit_breaker._checks import is_number, require
+from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.core import SYSTEM_CLOCK, Clock, Deadline, DeadlineExceeded, Timer, ambient_deadline, deadline_error
 
-__all__ = ["Timeout"]
+__all__ = ["Timeout", "in_thread"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _checked(seconds: float) -> float:
@@ -175,4 +181,18 @@ class Timeout(Policy):
             return lane
 
     def _layers(self) -> tuple[Layer, ...]:
-        return (Layer(self, "timeout", (), {"begin": self._begin, "end": self._end}),)
+        return (Layer("timeout", (), self, {"begin": self._begin, "end": self._end}),)
+
+
+def in_thread(fn: Callable[P, T]) -> Callable[P, Any]:
+    """Make an async function of a blocking one: it runs in a thread, with the caller's context.
+
+    For `Timeout` and `Hedge`, which need something that can be cancelled. A thread cannot be: when the time is up the
+    caller goes on, and the thread finishes its work unheard. Give the work a time limit of its own as well.
+    """
+
+    @functools.wraps(fn)
+    async def threaded(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(fn, *args, **kwargs)
+
+    return threaded

@@ -12,6 +12,8 @@ from __future__ import annotations
 from array import array
 from math import ceil, inf
 
+from mainstay.circuit_breaker.settings import BreakerConfig
+
 BUCKETS = 10
 """Turns of a time window per length: it covers between 0.9 and 1.0 of its seconds."""
 
@@ -20,7 +22,7 @@ EXACT = 1000
 _PARTS = 20
 _DIGIT = 21  # bits of a part's count: all the parts together hold less than 2**21 - 1 calls
 
-_ROUNDING = 1e-9  # of a bucket: so near to its beginning is at its beginning
+_ROUNDING = 1e-9  # of a bucket or of a call: so near is there
 
 _32_BITS = 0xFFFF_FFFF  # marks keep that much of a counter: half the memory, and differences come out right
 
@@ -247,3 +249,21 @@ def _count_failure(window: Window) -> None:
     window.streak = streak_of(window) + 1
     window._streak_at = window.successes
     window.failures += 1
+
+
+def reason_to_open(window: Window, config: BreakerConfig, now: float) -> str | None:
+    """The criterion of `config` that the window meets, as a sentence with its numbers; None where it meets none."""
+    calls, failures, slow = window.totals(now)
+    if config.failure_count is not None and failures >= config.failure_count:
+        return f"{failures} failures in the window"
+    streak = streak_of(window)  # a success ends it without a trace, and a slow success is judged, too
+    if config.consecutive_failures is not None and streak >= config.consecutive_failures:
+        return f"{streak} failures in a row"
+    if calls < config.minimum_calls:
+        return None
+    # A ratio as it is written, not as it is stored: 0.3 of 10 calls is 3, though 3 / 10 < 0.3 might round otherwise.
+    if config.failure_ratio is not None and failures >= config.failure_ratio * calls - _ROUNDING and failures:
+        return f"{failures} of {calls} calls failed"
+    if config.slow_seconds is not None and slow >= config.slow_ratio * calls - _ROUNDING and slow:
+        return f"{slow} of {calls} calls took longer than {config.slow_seconds:g} s"
+    return None

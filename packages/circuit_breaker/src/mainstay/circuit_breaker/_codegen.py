@@ -50,367 +50,22 @@ Tracebacks show the generated lines: they are registered with `linecache`.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import functools
-import inspect
 import linecache
 import sys
 import threading
 import types
-import weakref
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
+from typing import Final
 
-from mainstay.circuit_breaker.circuit import Probe
-from mainstay.circuit_breaker.errors import CircuitOpen, WrongKind
-
-F = TypeVar("F", bound=Callable[..., Any])
-P = ParamSpec("P")
-T = TypeVar("T")
-
-Mode = Literal["async", "sync", "async_run", "sync_run", "stream", "sync_stream", "async_block", "sync_block"]
+from mainstay.circuit_breaker._checks import Mode, refuse_finished, refuse_unfinished
+from mainstay.circuit_breaker._recovery import Probe
+from mainstay.circuit_breaker.errors import CircuitOpen
 
 _LOCKED: Final = not getattr(sys, "_is_gil_enabled", lambda: True)()
 
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What a policy contributes to a generated function.
-
-    Attributes:
-        policy: who contributes.
-        kind: which lines, a key of `_LINES`.
-        shape: which variant of them.
-        names: what the lines refer to; `circuit` becomes `circuit_0` in the outermost layer, and so on.
-    """
-
-    policy: Policy
-    kind: str
-    shape: tuple[object, ...]
-    names: dict[str, object]
-
-
-class Policy:
-    """Base of everything that can stand around a call.
-
-    A policy decorates functions (async, plain, and async generator functions), runs callables (`call`, `call_sync`),
-    and guards blocks (`async with`, `with`), unless it says otherwise.
-    """
-
-    # Created on first use: one circuit of a hundred thousand has no functions of its own.
-    _compiled: weakref.WeakKeyDictionary[types.FunctionType, tuple[Policy, Mode, int]] | None = None
-    _runners: Mapping[Mode, Callable[..., Any]] = types.MappingProxyType({})
-    _blocks: dict[types.FrameType, list[tuple[Mode, object, object]]] | None = None  # blocks entered and not yet left
-
-    def _layers(self) -> tuple[Layer, ...]:
-        """What it contributes, outermost first."""
-        raise NotImplementedError
-
-    def _members(self) -> Sequence[Policy]:
-        """The policies that it consists of, outermost first."""
-        return (self,)
-
-    def __call__(self, fn: F) -> F:
-        """Decorate `fn`.
-
-        Raises:
-            TypeError: `fn` is of a kind that a policy here cannot stand around, or one of the policies stands around it
-                already; the message says what to write instead.
-        """
-        mode = kind_of(fn)
-        self._refuse_twice(fn)
-        built = self._build(mode, fn)
-        functools.update_wrapper(built, fn)
-        known: tuple[Policy, ...] = getattr(fn, _POLICIES, ())
-        setattr(built, _POLICIES, (*known, *self._members()))
-        return cast("F", built)
-
-    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await `fn(*args, **kwargs)` under this policy.
-
-        Raises:
-            TypeError: `fn` returned nothing to await, or is decorated with this policy already.
-        """
-        # A bound method that lacks an attribute takes ten times as long to say so as its function does.
-        named: Any = fn
-        if getattr(named.__func__ if named.__class__ is _Method else named, _POLICIES, None) is not None:
-            self._refuse_twice(fn)
-        run = self._runners.get("async_run") or self._runner("async_run")
-        return cast("T", await run(fn, *args, **kwargs))
-
-    def call_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call the plain function `fn(*args, **kwargs)` under this policy.
-
-        Raises:
-            TypeError: `fn` is no plain function, or is decorated with this policy already.
-        """
-        named: Any = fn
-        if getattr(named.__func__ if named.__class__ is _Method else named, _POLICIES, None) is not None:
-            self._refuse_twice(fn)
-        run = self._runners.get("sync_run") or self._runner("sync_run")
-        return cast("T", run(fn, *args, **kwargs))
-
-    async def __aenter__(self) -> Self:
-        block = contextlib.asynccontextmanager(self._runner("async_block"))()
-        await block.__aenter__()
-        self._enter_block("async_block", block, sys._getframe(1))
-        return self
-
-    async def __aexit__(self, *details: Any) -> bool | None:  # noqa: PYI036  passed on as they come
-        block = self._leave_block("async_block", sys._getframe(1))
-        return await cast("AbstractAsyncContextManager[None]", block).__aexit__(*details)
-
-    def __enter__(self) -> Self:
-        block = contextlib.contextmanager(self._runner("sync_block"))()
-        block.__enter__()
-        self._enter_block("sync_block", block, sys._getframe(1))
-        return self
-
-    def __exit__(self, *details: Any) -> bool | None:  # noqa: PYI036  passed on as they come
-        block = self._leave_block("sync_block", sys._getframe(1))
-        return cast("AbstractContextManager[None]", block).__exit__(*details)
-
-    # Which block ends? The last one that the same frame began: a `with` statement begins and ends in one frame, also
-    # where that is a generator's, which another thread, task or context may drive (as FastAPI does). An `ExitStack` has
-    # a frame for each: then the last one of this task or thread. And one that nobody can tell must still end, or its
-    # place in a bulkhead would be lost.
-
-    def _enter_block(self, mode: Mode, block: object, frame: types.FrameType) -> None:
-        with _entering:
-            if self._blocks is None:
-                self._blocks = {}
-            self._blocks.setdefault(frame, []).append((mode, _runs_in(), block))
-
-    def _leave_block(self, mode: Mode, frame: types.FrameType) -> object:
-        with _entering:
-            opened = self._blocks or {}
-            if frame not in opened:
-                runs_in = _runs_in()
-                frames = [frame for frame, blocks in opened.items() if blocks[-1][0] == mode]
-                if not frames:
-                    msg = f"{self!r} was not entered: there is no block to end"
-                    raise RuntimeError(msg)
-                mine = [frame for frame in frames if opened[frame][-1][1] == runs_in]
-                frame = (mine or frames)[-1]
-            block = opened[frame].pop()[2]
-            if not opened[frame]:
-                del opened[frame]
-            return block
-
-    # Building
-
-    def _runner(self, mode: Mode) -> Callable[..., Any]:
-        runner = self._runners.get(mode)
-        if runner is None:
-            runner = self._build(mode, None)
-            self._runners = {**self._runners, mode: runner}
-        return runner
-
-    def _build(self, mode: Mode, fn: Callable[..., Any] | None, start: int = 0) -> types.FunctionType:
-        layers, inner = self._cut(start)
-        for layer in layers:
-            refusal = _REFUSALS.get((layer.kind, mode))
-            if refusal is not None:
-                msg = f"{layer.policy!r} {refusal}"
-                raise TypeError(msg)
-        name = getattr(fn, "__name__", "call")
-        namespace: dict[str, Any] = {"__builtins__": __builtins__, "__name__": __name__, **_SHARED}
-        if inner is not None:
-            # The function around which attempts race, with the layers inside the hedge.
-            namespace["fn"] = self._build("async" if fn is not None else "async_run", fn, inner)
-            if fn is None:
-                mode = "async_run"
-        else:
-            namespace["fn"] = fn
-        built = types.FunctionType(_code(mode, layers), namespace, name)
-        with _compiling:
-            for layer in layers:
-                known = layer.policy._compiled
-                if known is None:
-                    known = layer.policy._compiled = weakref.WeakKeyDictionary()
-                known[built] = (self, mode, start)
-            # After it is known to the policies: a reload before that would have passed it by.
-            self._fit(built, mode, start)
-        return built
-
-    def _refuse_twice(self, fn: Callable[..., Any]) -> None:
-        around: tuple[Policy, ...] = getattr(fn, _POLICIES, ())
-        for policy in self._members():
-            if any(policy is other for other in around):
-                msg = (
-                    f"{getattr(fn, '__name__', repr(fn))} is decorated with {policy!r} already, and twice around one "
-                    f"call it would wait for itself: decorate with it, or call through it, not both"
-                )
-                raise WrongKind(msg)
-
-    def _cut(self, start: int) -> tuple[tuple[Layer, ...], int | None]:
-        """The layers that make one function, and where those of the function inside a hedge begin."""
-        layers = self._layers()[start:]
-        for index, layer in enumerate(layers):
-            if layer.kind == "hedge":
-                return layers[: index + 1], start + index + 1
-        return layers, None
-
-    def _fit(self, built: types.FunctionType, mode: Mode, start: int) -> None:
-        """Give a function the names and the code of the present shape; under the lock, or an older one could win."""
-        layers, _ = self._cut(start)
-        for index, layer in enumerate(layers):
-            for name, value in layer.names.items():
-                built.__globals__[f"{name}_{index}"] = value
-        built.__code__ = _code(mode, layers)
-
-    def _recompile(self) -> None:
-        """Give the functions that this policy takes part in the code of its present shape."""
-        with _compiling:
-            for built, (owner, mode, start) in list((self._compiled or {}).items()):
-                owner._fit(built, mode, start)
-
-
-def require(owner: str, field: str, value: object, range_: str, *, holds: bool) -> None:
-    """Refuse an impossible argument.
-
-    Raises:
-        ValueError: it does not hold; the message names owner, field, value and range.
-    """
-    if not holds:
-        msg = f"{owner}: {field} is {value!r}; it is {range_}"
-        raise ValueError(msg)
-
-
-_Method: Final = types.MethodType
-_entering = threading.RLock()  # the collector may close a generator, and so leave its block, at any allocation
-_POLICIES: Final = "__mainstay_policies__"
-"""The policies that a function is decorated with. `functools.wraps` carries it to what stands around the function."""
-
-
-def _runs_in() -> object:
-    """The running task, or in plain code the thread."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return threading.get_ident() if task is None else task
-
-
-def is_async(fn: object) -> bool:
-    """Whether calling `fn` shows nothing of its outcome yet: an async function or generator, in any guise."""
-    looked_at = fn  # by another name, or a type checker takes `fn` for the kinds that it is asked for
-    bare = inspect.isroutine(looked_at) or isinstance(looked_at, functools.partial)
-    asked: tuple[object, ...] = (fn,) if bare else (fn, type(fn).__call__)
-    return any(is_so(each) for each in asked for is_so in (inspect.iscoroutinefunction, inspect.isasyncgenfunction))
-
-
-def require_plain(owner: str, field: str, fn: object) -> None:
-    """Refuse what is to be called, and is no plain callable.
-
-    Raises:
-        TypeError: it is not callable, or async: nobody would await what it returns.
-    """
-    if not callable(fn):
-        msg = f"{owner}: {field} is {fn!r}; it is a function"
-        raise TypeError(msg)
-    if is_async(fn):
-        msg = f"{owner}: {field} is an async function, which nobody would await here; give it a plain one"
-        raise TypeError(msg)
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is an integer; callers may be unchecked."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether it can be compared with numbers; callers may be unchecked."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def kind_of(fn: Callable[..., Any]) -> Mode:
-    """How `fn` is to be called.
-
-    Raises:
-        TypeError: it is no function, a class, or a generator function.
-    """
-    if isinstance(cast("object", fn), staticmethod | classmethod):
-        msg = f"a policy goes below @{type(fn).__name__}: write it between that line and the function"
-        raise TypeError(msg)
-    if not callable(cast("object", fn)):
-        msg = f"a policy decorates a function, not {fn!r}"
-        raise TypeError(msg)
-    if inspect.isclass(fn):
-        msg = f"a policy decorates a function, not the class {fn.__name__}: decorate the method that makes the call"
-        raise TypeError(msg)
-    own = inspect.isroutine(fn) or isinstance(cast("object", fn), functools.partial)
-    called = fn if own else type(fn).__call__
-    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(called):
-        return "async"
-    if inspect.isasyncgenfunction(fn) or inspect.isasyncgenfunction(called):
-        return "stream"
-    if inspect.isgeneratorfunction(fn) or inspect.isgeneratorfunction(called):
-        msg = f"{getattr(fn, '__name__', repr(fn))} is a generator function: {_NO_GENERATOR}"
-        raise TypeError(msg)
-    return "sync"
-
-
-def in_thread(fn: Callable[P, T]) -> Callable[P, Any]:
-    """Make an async function of a blocking one: it runs in a thread, with the caller's context.
-
-    For `Timeout` and `Hedge`, which need something that can be cancelled. A thread cannot be: when the time is up the
-    caller goes on, and the thread finishes its work unheard. Give the work a time limit of its own as well.
-    """
-
-    @functools.wraps(fn)
-    async def threaded(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.to_thread(fn, *args, **kwargs)
-
-    return threaded
-
-
-def refuse_unfinished(result: object) -> None:
-    """Refuse what a plain function returned, if its work is still to come: all that is known is that it began.
-
-    Raises:
-        WrongKind: it is something to await or to iterate over.
-    """
-    if isinstance(result, types.GeneratorType | types.AsyncGeneratorType):
-        msg = f"a plain function returned a generator: {_NO_GENERATOR}"
-    elif hasattr(type(result), "__await__"):
-        if asyncio.iscoroutine(result):
-            result.close()
-        msg = (
-            "a plain function returned an awaitable, so that its failures would not be counted: decorate the async "
-            "function itself (the policy goes below other decorators), or use `await policy.call(fn)`"
-        )
-    else:
-        return
-    raise WrongKind(msg)
-
-
-def refuse_finished(result: object) -> None:
-    """Refuse what the callable given to `call` returned, if it is nothing to await.
-
-    Raises:
-        WrongKind: it is not.
-    """
-    if inspect.isawaitable(result):
-        return
-    if isinstance(result, types.AsyncGeneratorType):
-        msg = (
-            "`call` awaits one result, and was given an async generator: decorate it, and iterate over what it returns"
-        )
-    elif isinstance(result, types.GeneratorType):
-        msg = f"`call` was given a generator function: {_NO_GENERATOR}"
-    else:
-        msg = (
-            f"`call` awaits what the callable returns, and that has run and returned {type(result).__name__}: give it "
-            f"an async function, or use `call_sync`"
-        )
-    raise WrongKind(msg)
-
-
-_SHARED: Final = {
+SHARED: Final = {
     "CircuitOpen": CircuitOpen,
     "Coroutine": types.CoroutineType,
     # Nearly all results: what remains is asked whether it can be awaited.
@@ -419,52 +74,20 @@ _SHARED: Final = {
     "refuse_finished": refuse_finished,
     "refuse_unfinished": refuse_unfinished,
 }
-
-_NO_GENERATOR = (
-    "calling it does nothing yet, so there is nothing to count. Make it an async generator, return a list, or write "
-    "`with breaker:` around the work inside it"
-)
-_NO_STREAM = "cannot stand around a stream, whose consumer takes its time: put it around each call inside"
-_NO_REPEAT = "cannot repeat the body of a `with` block: decorate a function, or use `call`"
-_NO_THREAD = "cannot cancel a thread: make the function async, or wrap it with in_thread and let it run on unheard"
-_NO_AWAIT = "has an async function, which a plain caller cannot await: give it a plain one"
-_NO_SKIP = "cannot skip the body of a `with` block: decorate a function, or use `call`"
-_NO_KEY = "has no key for a `with` block: decorate a function, or use `call`"
-
-_REFUSALS: Final[dict[tuple[str, str], str]] = {
-    ("timeout", "sync"): _NO_THREAD,
-    ("timeout", "sync_run"): _NO_THREAD,
-    ("timeout", "sync_block"): _NO_THREAD,
-    ("timeout", "stream"): _NO_STREAM,
-    ("timeout", "sync_stream"): _NO_THREAD,
-    ("hedge", "sync"): _NO_THREAD,
-    ("hedge", "sync_run"): _NO_THREAD,
-    ("hedge", "sync_block"): _NO_REPEAT,
-    ("hedge", "async_block"): _NO_REPEAT,
-    ("hedge", "stream"): _NO_STREAM,
-    ("hedge", "sync_stream"): _NO_THREAD,
-    ("async_fallback", "sync"): _NO_AWAIT,
-    ("async_fallback", "sync_run"): _NO_AWAIT,
-    ("async_fallback", "sync_block"): _NO_REPEAT,
-    ("async_fallback", "async_block"): _NO_REPEAT,
-    ("async_fallback", "stream"): _NO_STREAM,
-    ("async_fallback", "sync_stream"): _NO_STREAM,
-    ("chaos", "sync_block"): _NO_SKIP,
-    ("chaos", "async_block"): _NO_SKIP,
-    ("chaos", "stream"): _NO_STREAM,
-    ("chaos", "sync_stream"): _NO_STREAM,
-    ("fallback", "sync_block"): _NO_REPEAT,
-    ("fallback", "async_block"): _NO_REPEAT,
-    ("fallback", "stream"): _NO_STREAM,
-    ("fallback", "sync_stream"): _NO_STREAM,
-    ("retry", "sync_block"): _NO_REPEAT,
-    ("retry", "async_block"): _NO_REPEAT,
-    ("keyed_breaker", "sync_block"): _NO_KEY,
-    ("keyed_breaker", "async_block"): _NO_KEY,
-}
+"""What every generated function refers to by the same name."""
 
 
-# ------------------------------------------------------------------------------------------------- generating text
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """The lines of one policy in a generated function.
+
+    Attributes:
+        kind: which lines, a key of `_LINES`.
+        shape: which variant of them.
+    """
+
+    kind: str
+    shape: tuple[object, ...]
 
 
 class _Text:
@@ -501,19 +124,20 @@ class _Text:
 
 Body = Callable[[], None]
 _codes: dict[tuple[object, ...], types.CodeType] = {}
-_compiling = threading.RLock()
+compiling = threading.RLock()
+"""Held while functions get their code, so that one that is made during a reload gets the new shape."""
 
 
-def _code(mode: Mode, layers: tuple[Layer, ...]) -> types.CodeType:
+def code_of(mode: Mode, layers: Sequence[Lines]) -> types.CodeType:
     shape = (mode, *((layer.kind, layer.shape) for layer in layers))
     code = _codes.get(shape)
     if code is None:
-        with _compiling:
+        with compiling:
             code = _codes.get(shape) or _codes.setdefault(shape, _compile(mode, layers, len(_codes)))
     return code
 
 
-def _compile(mode: Mode, layers: tuple[Layer, ...], number: int) -> types.CodeType:
+def _compile(mode: Mode, layers: Sequence[Lines], number: int) -> types.CodeType:
     source = text_of(mode, layers)
     file = f"<mainstay.circuit_breaker {' '.join(layer.kind for layer in layers)} {mode} {number}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
@@ -521,7 +145,7 @@ def _compile(mode: Mode, layers: tuple[Layer, ...], number: int) -> types.CodeTy
     return next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
 
 
-def text_of(mode: Mode, layers: tuple[Layer, ...]) -> str:
+def text_of(mode: Mode, layers: Sequence[Lines]) -> str:
     """The text of the function for these layers; a test prints it, people may."""
     text = _Text(mode)
     runs = mode in {"async_run", "sync_run"}
@@ -536,7 +160,7 @@ def text_of(mode: Mode, layers: tuple[Layer, ...]) -> str:
     return "\n".join(text.lines) + "\n"
 
 
-def _nest(text: _Text, layers: tuple[Layer, ...], index: int) -> None:
+def _nest(text: _Text, layers: Sequence[Lines], index: int) -> None:
     if index < len(layers):
         layer = layers[index]
         _LINES[layer.kind](text, str(index), layer.shape, lambda: _nest(text, layers, index + 1))
@@ -561,7 +185,7 @@ def _nest(text: _Text, layers: tuple[Layer, ...], index: int) -> None:
             text.add("refuse_unfinished(result)")
 
 
-def _stream(text: _Text, layers: tuple[Layer, ...]) -> None:
+def _stream(text: _Text, layers: Sequence[Lines]) -> None:
     """Pass on what the generator yields, and to it what the consumer sends and throws."""
     text.add("result = None", "stream = fn(*args, **kwargs)")
     with text.block("try:"):
@@ -575,7 +199,7 @@ def _stream(text: _Text, layers: tuple[Layer, ...]) -> None:
         text.add(f"{text.driven('close')}()")
 
 
-def _consume(text: _Text, layers: tuple[Layer, ...]) -> None:
+def _consume(text: _Text, layers: Sequence[Lines]) -> None:
     """One item: what the consumer does with it takes the consumer's time, not the dependency's."""
     circuits = [index for index, layer in enumerate(layers) if layer.kind in {"breaker", "keyed_breaker"}]
     timed = [index for index, layer in enumerate(layers) if _measures(layer)]
@@ -603,7 +227,7 @@ def _consume(text: _Text, layers: tuple[Layer, ...]) -> None:
         text.add(f"item = {text.driven('send')}(sent)")
 
 
-def _measures(layer: Layer) -> bool:
+def _measures(layer: Lines) -> bool:
     """Whether the layer draws conclusions from how long a stream took."""
     if layer.kind == "bulkhead":
         return bool(layer.shape[0])
@@ -619,18 +243,18 @@ def _keyed_breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -
     if _LOCKED:
         text.add(f"circuit_{i} = hold_{i}(key_is_{i})")
     else:
-        # Like the counting of a success, an addition without a call inside. A circuit that was forgotten between the
-        # look and the addition says so by a number far below zero.
+        # Like the counting of a success, an addition without a call inside. A circuit may be forgotten between the
+        # look and the addition; one that is forgotten later would have seen the call under way.
         text.add(f"circuit_{i} = get_{i}(key_is_{i})")
         with text.block(f"if circuit_{i} is not None:"):
             text.add(f"circuit_{i}.under_way += 1")
-        with text.block(f"if circuit_{i} is None or circuit_{i}.under_way < 1:"):
+        with text.block(f"if circuit_{i} is None or circuit_{i}.forgotten:"):
             text.add(f"circuit_{i} = hold_{i}(key_is_{i})")
     with text.block("try:"):
         _circuit(text, i, shape, body, f"circuit_{i}.")
     with text.block("finally:"):
         if _LOCKED:
-            text.add(f"circuit_{i}._let_go()")
+            text.add(f"circuit_{i}.let_go()")
         else:
             text.add(f"circuit_{i}.under_way -= 1")
 
