@@ -97,17 +97,14 @@ def test_the_snapshot_hides_what_begins_with_an_underscore():
 
 
 def test_a_public_module_says_what_it_exports(tmp_path, monkeypatch):
-    """Without `__all__` it is a finding, unless it is an exception by name; an exception without need is one too."""
+    """Without `__all__` it is a finding."""
     tool = _tool("api")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     _package(tmp_path, "class Thing: ...\n")
     (missing,) = tool.undeclared("sample_api")
     assert missing.startswith("mainstay.sample_api.part is public and has no __all__")
-    monkeypatch.setattr(tool, "WITHOUT_ALL", {"mainstay.sample_api.part", "mainstay.other.part"})
-    assert tool.undeclared("sample_api") == []
     _package(tmp_path, '"""A part."""\n\n__all__ = ["Thing"]\n\n\nclass Thing: ...\n')
-    (stale,) = tool.undeclared("sample_api")
-    assert stale.startswith("mainstay.sample_api.part needs no exception")
+    assert tool.undeclared("sample_api") == []
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,6 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC_MAGIC = {"__init__", "__call__", "__aenter__", "__aexit__", "__enter__", "__exit__", "__aiter__", "__await__"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-# Modules that export nothing and lack the underscore that would say so.
-WITHOUT_ALL = {
-    "mainstay.circuit_breaker.history",
-    "mainstay.circuit_breaker.evidence",
-    "mainstay.circuit_breaker.verdicts",
-    "mainstay.circuit_breaker.windows",
-}
 
 
 def public_modules(package: str) -> Iterator[tuple[str, bool]]:
@@ -39,12 +32,9 @@ def public_modules(package: str) -> Iterator[tuple[str, bool]]:
 
 
 def undeclared(package: str) -> list[str]:
-    """Return what is wrong with the public modules of a package: no `__all__`, or an exception without need."""
-    without = {name for name, declares in public_modules(package) if not declares}
-    excused = {name for name in WITHOUT_ALL if name.split(".")[1] == package}
-    missing = [f"{name} is public and has no __all__; add one, or an underscore" for name in sorted(without - excused)]
-    stale = [f"{name} needs no exception any more; remove it from tools/api.py" for name in sorted(excused - without)]
-    return missing + stale
+    """Return what is wrong with the public modules of a package: no `__all__`."""
+    without = sorted(name for name, declares in public_modules(package) if not declares)
+    return [f"{name} is public and has no __all__; add one, or an underscore" for name in without]
 
 
 def _function(node: Function) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, KeyedBreaker, State, StateChange
-from mainstay.circuit_breaker.testing import forced
-from mainstay.circuit_breaker.windows import CountWindow, TimeWindow
+from mainstay.circuit_breaker._windows import CountWindow, TimeWindow
+from mainstay.circuit_breaker.testing import Dependency, forced
 from mainstay.core import MainstayError
 from mainstay.core.testing import VirtualClock
 
@@ -445,4 +445,27 @@ async def test_a_slow_success_ends_a_streak_of_failures(clock: VirtualClock) -> 
             await call(fails=True)
     breaker.reload(rules.model_copy(update={"consecutive_failures": 2}))
     await call(seconds=1.5)
+    assert breaker.state is State.CLOSED
+
+
+async def test_a_circuit_that_is_forced_open_says_when_to_come_back(clock: VirtualClock) -> None:
+    """What the operator said, or a break's length, at each rejection anew: a caller that waits need not give up."""
+    breaker = CircuitBreaker("p", BreakerConfig(break_seconds=7), clock=clock)
+    for told, after in ((None, 7), (900, 900)):
+        breaker.force_open("maintenance", retry_after_seconds=told)
+        for _ in range(2):
+            with pytest.raises(CircuitOpen, match=f"p is forced open; try again in {after} s") as rejected:
+                await breaker.call(Dependency())
+            assert rejected.value.retry_after_seconds == after
+            await clock.advance(1000)  # and it stays open
+    breaker.reset()
+    await breaker.call(Dependency())
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), "soon", True])
+def test_an_impossible_time_to_come_back_is_refused(seconds: Any) -> None:
+    """And the circuit stays as it was."""
+    breaker = CircuitBreaker("p")
+    with pytest.raises(ValueError, match=r"retry_after_seconds is .*; it is more than 0 and finite, or None"):
+        breaker.force_open(retry_after_seconds=seconds)
     assert breaker.state is State.CLOSED

@@ -20,7 +20,7 @@ from mainstay.circuit_breaker import (
     OperationConfig,
     State,
 )
-from mainstay.circuit_breaker.evidence import FLEET, SharedEvidence, Vote, fleet_opens
+from mainstay.circuit_breaker._evidence import FLEET, SharedEvidence, Vote, fleet_opens
 from mainstay.circuit_breaker.testing import Dependency
 from mainstay.core import SYSTEM_CLOCK, App
 

@@ -27,9 +27,9 @@ from mainstay.circuit_breaker import (
     Retries,
     State,
     Timeout,
-    database,
     http_read,
     http_write,
+    sql_transaction,
 )
 from mainstay.circuit_breaker.http import AsyncPolicyTransport, PolicyTransport, retry_after
 from mainstay.circuit_breaker.testing import HANG, Dependency, forced
@@ -238,7 +238,7 @@ def test_a_malformed_retry_after_is_none(value: str) -> None:
     assert retry_after(httpx.Headers([(b"retry-after", value.encode())])) is None
 
 
-@pytest.mark.parametrize("make", [http_read, http_write, database])
+@pytest.mark.parametrize("make", [http_read, http_write, sql_transaction])
 async def test_the_ready_made_pipelines(make: Callable[[str], Pipeline]) -> None:
     """Each is made without a warning about its order, passes a call, and retries only where a call may be repeated."""
     guarded = make("api")
@@ -478,7 +478,7 @@ async def test_streams_of_a_plain_client_settle_at_their_end(server: SickServer)
     assert (breaker.totals()["success"], breaker.totals()["failure"], bulkhead.free) == (2, 2, 5)
 
 
-@pytest.mark.parametrize("make", [http_read, http_write, database])
+@pytest.mark.parametrize("make", [http_read, http_write, sql_transaction])
 async def test_the_ready_made_pipelines_take_a_clock(make: Callable[..., Pipeline]) -> None:
     """Every policy in them measures with it, so that a test moves the time of all, also under a limit of core's."""
     clock = VirtualClock()

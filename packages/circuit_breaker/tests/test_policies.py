@@ -105,7 +105,7 @@ def test_timeout_works_in_one_loop_after_another() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(limit._lanes) <= 3
+    assert len(limit._watches) <= 3
 
 
 # Bulkhead
@@ -745,8 +745,8 @@ async def test_timeout_of_an_abandoned_generator_cancels_nobody(clock: VirtualCl
         consumer = asyncio.create_task(consume(limit))
         await clock.advance(5)
         assert await consumer == 95
-    assert limit._lane is not None
-    assert not limit._lane.under_way
+    assert limit._watch is not None
+    assert not limit._watch.under_way
 
 
 async def test_timeout_is_reloaded_while_calls_are_under_way(clock: VirtualClock) -> None:

@@ -33,8 +33,8 @@ from mainstay.circuit_breaker import (
     Timeout,
     in_thread,
 )
+from mainstay.circuit_breaker._windows import CountWindow
 from mainstay.circuit_breaker.testing import HANG, Dependency, forced
-from mainstay.circuit_breaker.windows import CountWindow
 from mainstay.core import SYSTEM_CLOCK, DeadlineExceeded, Retry, bind, current
 from mainstay.core.testing import VirtualClock
 

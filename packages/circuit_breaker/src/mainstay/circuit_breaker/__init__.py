@@ -21,7 +21,7 @@ from mainstay.circuit_breaker.limits import Budget, RateLimit
 from mainstay.circuit_breaker.module import CircuitBreakerModule
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.policy import Policy
-from mainstay.circuit_breaker.ready import database, http_read, http_write
+from mainstay.circuit_breaker.ready import http_read, http_write, sql_transaction
 from mainstay.circuit_breaker.retries import Retries
 from mainstay.circuit_breaker.service import CircuitBreakerService, OperationConfig
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings
@@ -60,8 +60,8 @@ __all__ = [
     "StateChange",
     "Throttled",
     "Timeout",
-    "database",
     "http_read",
     "http_write",
     "in_thread",
+    "sql_transaction",
 ]

@@ -254,7 +254,7 @@ def _keyed_breaker(text: _Text, i: str, shape: tuple[object, ...], body: Body) -
         _circuit(text, i, shape, body, f"circuit_{i}.")
     with text.block("finally:"):
         if _LOCKED:
-            text.add(f"circuit_{i}.let_go()")
+            text.add(f"circuit_{i}._let_go()")
         else:
             text.add(f"circuit_{i}.under_way -= 1")
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mainstay.circuit_breaker._verdicts import Errors, Verdict, judge
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.states import State, StateChange
-from mainstay.circuit_breaker.verdicts import Errors, Verdict, judge
 from mainstay.core import Clock
 
 _log = logging.getLogger("mainstay.circuit_breaker")
@@ -73,8 +73,10 @@ class Rules:
             seconds = config.max_break_seconds
         return seconds * (1 + config.break_jitter * random.uniform(-1, 1))  # noqa: S311  spreads load, guards nothing
 
-    def announce(self, change: StateChange) -> None:
+    def announce(self, change: StateChange | None) -> None:
         """Log, count and tell the listeners; what a listener raises reaches no caller."""
+        if change is None:
+            return
         if not isinstance(self.moves, list):
             self.moves = list(self.moves)
         self.moves[_PLACES[change.after]] += 1

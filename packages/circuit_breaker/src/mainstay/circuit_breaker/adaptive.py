@@ -6,9 +6,9 @@ from math import inf, sqrt
 from typing import Literal
 
 from mainstay.circuit_breaker._checks import is_number, is_whole, require
+from mainstay.circuit_breaker._verdicts import Verdict, judge
 from mainstay.circuit_breaker.bulkhead import Bulkhead
 from mainstay.circuit_breaker.policy import Layer
-from mainstay.circuit_breaker.verdicts import Verdict, judge
 from mainstay.core import SYSTEM_CLOCK, Clock
 
 __all__ = ["AdaptiveBulkhead"]

@@ -13,11 +13,11 @@ from typing import Any, TypeVar, cast
 
 from mainstay.circuit_breaker._checks import is_whole, require, require_plain
 from mainstay.circuit_breaker._rules import Rules
-from mainstay.circuit_breaker.circuit import Circuit, KeyedCircuit
+from mainstay.circuit_breaker._verdicts import Errors, are_exceptions
+from mainstay.circuit_breaker.circuit import Circuit, KeyedCircuit, use_clock, use_config
 from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.states import CircuitSnapshot, State, StateChange
-from mainstay.circuit_breaker.verdicts import Errors, are_exceptions
 from mainstay.core import SYSTEM_CLOCK, Binding, Clock
 
 __all__ = ["CircuitBreaker", "KeyedBreaker"]
@@ -97,7 +97,7 @@ class _Ruled(Policy):
         _check_config(repr(self), config)
         self.rules.config = config
         for circuit in self.circuits():
-            circuit._reconfigured()
+            use_config(circuit)
         self._recompile()
 
     def circuits(self) -> Sequence[Circuit]:
@@ -131,7 +131,7 @@ class _Ruled(Policy):
         if clock is not self.rules.clock:
             self.rules.use(clock)
             for circuit in self.circuits():
-                circuit._reclocked()
+                use_clock(circuit)
 
     def _shape(self) -> tuple[object, ...]:
         config = self.rules.config
@@ -329,7 +329,7 @@ class KeyedBreaker(_Ruled):
 
     def _hold(self, key: object) -> KeyedCircuit:
         """The circuit of `key`, with one more call under way."""
-        while not (circuit := self[key]).hold():
+        while not (circuit := self[key])._hold():
             pass  # forgotten a moment ago: the key gets another
         return circuit
 
@@ -357,16 +357,16 @@ class KeyedBreaker(_Ruled):
         victim: tuple[object, KeyedCircuit] | None = None
         harmless: tuple[object, KeyedCircuit] | None = None
         for _, (key, circuit) in zip(range(_SEARCH), candidates, strict=False):
-            if circuit.forget(strict=True):
+            if circuit._forget(strict=True):
                 victim = key, circuit
                 break
-            if harmless is None and circuit.is_forgettable():
+            if harmless is None and circuit._is_forgettable():
                 harmless = key, circuit
             kept.append((key, circuit))
         for key, circuit in kept:  # the next search begins after them
             del self._circuits[key]
             self._circuits[key] = circuit
-        if victim is None and harmless is not None and harmless[1].forget(strict=False):
+        if victim is None and harmless is not None and harmless[1]._forget(strict=False):
             victim = harmless
         if victim is None:
             return False

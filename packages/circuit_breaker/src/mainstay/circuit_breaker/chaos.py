@@ -22,7 +22,7 @@ _log = logging.getLogger("mainstay.circuit_breaker")
 _PASS: Final = object()
 
 MAX_SECONDS = 3600.0
-"""No rehearsal lasts longer; whoever wants more begins another."""
+"""No simulation lasts longer; whoever wants more begins another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,14 @@ from __future__ import annotations
 import threading
 from math import inf
 
+from mainstay.circuit_breaker._checks import is_number, require
 from mainstay.circuit_breaker._recovery import Probation, Probe, Ramp
 from mainstay.circuit_breaker._rules import Rules
+from mainstay.circuit_breaker._verdicts import Verdict
+from mainstay.circuit_breaker._windows import CountWindow, TimeWindow, Window, reason_to_open, streak_of
 from mainstay.circuit_breaker.errors import CircuitOpen
 from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.states import CircuitSnapshot, State, StateChange
-from mainstay.circuit_breaker.verdicts import Verdict
-from mainstay.circuit_breaker.windows import CountWindow, TimeWindow, Window, reason_to_open, streak_of
 
 __all__ = ["Circuit", "KeyedCircuit"]
 
@@ -91,8 +92,14 @@ class Circuit:
         Args:
             reason: for the log, and for the snapshot.
             retry_after_seconds: when rejected callers are told to try again, each time anew. By default after the
-                configuration's `break_seconds`.
+                configuration's `break_seconds`. > 0
+
+        Raises:
+            ValueError: `retry_after_seconds` is no such number.
         """
+        after = retry_after_seconds
+        in_range = after is None or (is_number(after) and 0 < after < inf)
+        require(repr(self.rules.name), "retry_after_seconds", after, "more than 0 and finite, or None", holds=in_range)
         self._move(State.FORCED_OPEN, reason, retry_after_seconds)
 
     def disable(self, reason: str = "disabled by hand") -> None:
@@ -107,14 +114,14 @@ class Circuit:
         """Open as if a threshold had been passed; it recovers by itself. Does nothing unless closed or ramping."""
         with self.lock:
             change = self._open_locked(reason, tripped=True) if self.state in _COUNTING else None
-        self._announce(change)
+        self.rules.announce(change)
 
     def _move(self, to: State, reason: str, come_back_seconds: float | None = None) -> None:
         with self.lock:
             self._breaks = 0
             change = self._enter_locked(to, reason)
             self._come_back_seconds = come_back_seconds
-        self._announce(change)
+        self.rules.announce(change)
 
     def snapshot(self) -> CircuitSnapshot:
         """Everything about it, consistent in itself."""
@@ -159,7 +166,7 @@ class Circuit:
             change, ticket = self._decide_locked(now)
             self._asked = now
             self.rejected += ticket is None
-        self._announce(change)
+        self.rules.announce(change)
         return ticket
 
     def _rejection(self) -> CircuitOpen:
@@ -221,7 +228,7 @@ class Circuit:
                     change = self._recover_locked(f"{recovery.successes} probes in a row succeeded")
             elif slow:
                 change = self._judge_window_locked()
-        self._announce(change)
+        self.rules.announce(change)
 
     def _was_slow(self, ticket: Ticket) -> None:
         """Count the call that was just counted as slow; the fast path calls this after a slow success."""
@@ -230,7 +237,7 @@ class Circuit:
                 return
             self.counted.mark_slow(self.rules.now())
             change = self._judge_window_locked()
-        self._announce(change)
+        self.rules.announce(change)
 
     def _renew(self, probe: Probe) -> None:
         """An item of a stream came: the probe is alive."""
@@ -273,7 +280,7 @@ class Circuit:
                     change = self._open_locked("failures outran the ramp")
             else:
                 change = self._judge_window_locked()
-        self._announce(change)
+        self.rules.announce(change)
 
     def _mark_slow_locked(self, seconds: float | None) -> bool:
         limit = self.rules.config.slow_seconds
@@ -325,38 +332,36 @@ class Circuit:
         self._retired = self._sums_locked()
         self.counted = _window(self.rules, self.epoch)
 
-    def _reconfigured(self) -> None:
-        """The rules have a new configuration: keep what the window holds."""
-        with self.lock:
-            window, now = self.counted, self.rules.now()
-            if not _resized(window, self.rules.config, now):
-                passable, self.window = self.window is not None, None  # while no call counts, nothing is lost
-                totals = window.totals(now)
-                successes, failures = self._sums_locked()
-                self.counted = _window(self.rules, self.epoch)
-                self.counted.seed(totals, streak_of(window))
-                self._retired = (successes - self.counted.successes, failures - self.counted.failures)
-                self.window = self.counted if passable else None
-            if self.state is State.OPEN:
-                self.shut_until = self._broke_at + self.rules.break_seconds(self._breaks - 1)
 
-    def _reclocked(self) -> None:
-        """The rules have another clock: readings of two clocks do not compare, so the window begins anew."""
-        with self.lock:
-            passable, self.window = self.window is not None, None
-            self._begin_epoch_locked()
-            self.window = self.counted if passable else None
-            if isinstance(self._recovery, Ramp):
-                self._recovery.since = self.rules.now()
-            else:
-                self._recovery = _recovery(self.rules, self.state)
-            if self.state is State.OPEN:
-                self._broke_at = self.shut_until = _NEVER  # the break is over
+def use_config(circuit: Circuit) -> None:
+    """Take over a new configuration of the rules: keep what the window holds."""
+    with circuit.lock:
+        rules, window = circuit.rules, circuit.counted
+        now = rules.now()
+        if not _resized(window, rules.config, now):
+            passable, circuit.window = circuit.window is not None, None  # while no call counts, nothing is lost
+            totals = window.totals(now)
+            successes, failures = circuit._sums_locked()
+            circuit.counted = _window(rules, circuit.epoch)
+            circuit.counted.seed(totals, streak_of(window))
+            circuit._retired = (successes - circuit.counted.successes, failures - circuit.counted.failures)
+            circuit.window = circuit.counted if passable else None
+        if circuit.state is State.OPEN:
+            circuit.shut_until = circuit._broke_at + rules.break_seconds(circuit._breaks - 1)
 
-    def _announce(self, change: StateChange | None) -> None:
-        """Outside the lock."""
-        if change is not None:
-            self.rules.announce(change)
+
+def use_clock(circuit: Circuit) -> None:
+    """Take over another clock of the rules: readings of two clocks do not compare, so the window begins anew."""
+    with circuit.lock:
+        passable, circuit.window = circuit.window is not None, None
+        circuit._begin_epoch_locked()
+        circuit.window = circuit.counted if passable else None
+        if isinstance(circuit._recovery, Ramp):
+            circuit._recovery.since = circuit.rules.now()
+        else:
+            circuit._recovery = _recovery(circuit.rules, circuit.state)
+        if circuit.state is State.OPEN:
+            circuit._broke_at = circuit.shut_until = _NEVER  # the break is over
 
 
 class KeyedCircuit(Circuit):
@@ -374,7 +379,7 @@ class KeyedCircuit(Circuit):
         self.under_way = 0
         self.forgotten = False
 
-    def hold(self) -> bool:
+    def _hold(self) -> bool:
         """Count a call under way; False if the circuit has been forgotten and counts no more."""
         with self.lock:
             if self.forgotten:
@@ -382,17 +387,17 @@ class KeyedCircuit(Circuit):
             self.under_way += 1
             return True
 
-    def let_go(self) -> None:
+    def _let_go(self) -> None:
         """The call has ended."""
         with self.lock:
             self.under_way -= 1
 
-    def is_forgettable(self) -> bool:
+    def _is_forgettable(self) -> bool:
         """Whether nothing bad is lost with it."""
         with self.lock:
             return self._holds_nothing_locked(strict=False)
 
-    def forget(self, *, strict: bool) -> bool:
+    def _forget(self, *, strict: bool) -> bool:
         """Count no further call, if nothing is lost with it."""
         with self.lock:  # a failure is counted under it, so that none comes between the two looks
             if not self._holds_nothing_locked(strict=strict) or self.under_way:

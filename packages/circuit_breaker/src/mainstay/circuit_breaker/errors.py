@@ -30,7 +30,8 @@ class Rejected(CircuitBreakerError):
     Attributes:
         name: of the policy that refused.
         state: what it was in, such as `open` or `full`.
-        retry_after_seconds: how long to wait at least; None where only a person can tell (a circuit forced open).
+        retry_after_seconds: how long to wait at least; None where it is not known. A circuit that is forced open says
+            what `force_open` was told, or its `break_seconds`.
     """
 
     code = "RATE_REJECTED"

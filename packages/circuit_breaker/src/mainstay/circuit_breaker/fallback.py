@@ -10,9 +10,9 @@ from math import inf
 from typing import Any, Final, cast
 
 from mainstay.circuit_breaker._checks import is_async, is_number, is_whole, refuse_unfinished, require, require_plain
+from mainstay.circuit_breaker._verdicts import are_exceptions
 from mainstay.circuit_breaker.errors import WrongKind
 from mainstay.circuit_breaker.policy import Layer, Policy
-from mainstay.circuit_breaker.verdicts import are_exceptions
 from mainstay.core import SYSTEM_CLOCK, Clock
 
 __all__ = ["Fallback"]

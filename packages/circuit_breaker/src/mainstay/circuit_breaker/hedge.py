@@ -10,10 +10,10 @@ from math import inf
 from typing import Any
 
 from mainstay.circuit_breaker._checks import is_number, require
+from mainstay.circuit_breaker._verdicts import denies
 from mainstay.circuit_breaker.limits import Budget
 from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.retries import Grants, IsWell
-from mainstay.circuit_breaker.verdicts import denies
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
 
 __all__ = ["Hedge"]

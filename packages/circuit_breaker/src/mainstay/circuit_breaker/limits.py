@@ -9,11 +9,11 @@ from math import inf
 from typing import Any
 
 from mainstay.circuit_breaker._checks import require
+from mainstay.circuit_breaker._verdicts import Verdict, judge
+from mainstay.circuit_breaker._windows import TimeWindow
 from mainstay.circuit_breaker.errors import RateLimited, Throttled
 from mainstay.circuit_breaker.policy import Layer, Policy
 from mainstay.circuit_breaker.retries import IsWell
-from mainstay.circuit_breaker.verdicts import Verdict, judge
-from mainstay.circuit_breaker.windows import TimeWindow
 from mainstay.core import SYSTEM_CLOCK, Clock, remaining_seconds
 
 __all__ = ["Budget", "RateLimit"]

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import ClassVar
 
+from mainstay.circuit_breaker._evidence import SharedEvidence
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
-from mainstay.circuit_breaker.evidence import SharedEvidence
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.service import CircuitBreakerService, check_names, config_of
 from mainstay.circuit_breaker.settings import CircuitBreakerSettings
@@ -65,7 +65,7 @@ class CircuitBreakerModule(Module[CircuitBreakerSettings, CircuitBreaker | Keyed
         settings, breakers = self.settings, self.breakers()
         service = CircuitBreakerService(breakers, settings, app.clock)
         services: list[object] = [service]
-        app.background("history", service.history.run)
+        app.background("sampler", service.sampler.run)
         if settings.evidence_url is not None:
             evidence = SharedEvidence(
                 settings.evidence_url.get_secret_value(),

@@ -15,7 +15,7 @@ from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.timeouts import Timeout
 from mainstay.core import SYSTEM_CLOCK, Clock, FullJitter, Retry
 
-__all__ = ["database", "http_read", "http_write"]
+__all__ = ["http_read", "http_write", "sql_transaction"]
 
 
 def http_read(name: str, *, clock: Clock = SYSTEM_CLOCK) -> Pipeline:
@@ -51,7 +51,7 @@ def http_write(name: str, *, clock: Clock = SYSTEM_CLOCK) -> Pipeline:
     )
 
 
-def database(
+def sql_transaction(
     name: str, *, pool_size: int = 10, answers: tuple[type[Exception], ...] = (), clock: Clock = SYSTEM_CLOCK
 ) -> Pipeline:
     """For queries: no retry, since only a whole transaction can be repeated; it belongs around the transaction.

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+from mainstay.circuit_breaker._verdicts import denies, is_final
 from mainstay.circuit_breaker.policy import Layer, Policy
-from mainstay.circuit_breaker.verdicts import denies, is_final
 from mainstay.core import Clock, FullJitter, Outcome, Retry, RetryState, note_attempts, retry_if_retryable
 
 __all__ = ["Retries"]

@@ -8,9 +8,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from mainstay.circuit_breaker._checks import require_plain
+from mainstay.circuit_breaker._sampler import Sampler, worst_state
 from mainstay.circuit_breaker.breaker import CircuitBreaker, KeyedBreaker
 from mainstay.circuit_breaker.chaos import faults_now
-from mainstay.circuit_breaker.history import History, worst_state
 from mainstay.circuit_breaker.pipeline import Pipeline
 from mainstay.circuit_breaker.settings import BreakerConfig, CircuitBreakerSettings, Count, Seconds
 from mainstay.circuit_breaker.states import CircuitSnapshot, State, StateChange
@@ -88,7 +88,7 @@ class CircuitBreakerService:
         self._listeners: tuple[Callable[[StateChange], object], ...] = ()
         self._settings = settings
         self._clock = clock
-        self.history = History(
+        self.sampler = Sampler(
             seconds=settings.history_seconds, sample_seconds=settings.sample_seconds, clock=clock, of=self._breakers
         )
 
@@ -197,7 +197,7 @@ class CircuitBreakerService:
 
     def draw(self, name: str) -> str:
         """The last minutes of the breaker `name` as text; see `CircuitBreakerSettings.history_seconds`."""
-        return self.history.draw(self.breaker(name))
+        return self.sampler.draw(self.breaker(name))
 
     async def health(self) -> Health:
         """Degraded while a circuit is not closed: this service works, with less than it should have."""

@@ -100,7 +100,7 @@ def forced(of: CircuitBreaker | Circuit, state: State, *, reason: str = "forced 
             change = circuit._recover_locked(reason)
         elif change is None and state is not State.CLOSED:
             change = circuit._enter_locked(state, reason)
-    circuit._announce(change)
+    circuit.rules.announce(change)
     try:
         yield circuit
     finally:

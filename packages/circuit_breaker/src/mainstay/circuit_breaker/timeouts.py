@@ -37,10 +37,10 @@ def _checked(seconds: float) -> float:
 class _Limit(Deadline):
     """The deadline of one call."""
 
-    __slots__ = ("cancelling", "due", "lane", "task", "token")
+    __slots__ = ("cancelling", "due", "task", "token", "watch")
 
     def __init__(  # noqa: PLR0917  keywords cost time here; and it sets what Deadline's own would: a call of it would cost as much as all of this
-        self, at: float, clock: Clock, parent: Deadline | None, due: float, task: asyncio.Task[object], lane: _Lane
+        self, at: float, clock: Clock, parent: Deadline | None, due: float, task: asyncio.Task[object], watch: _Watch
     ) -> None:
         self.at = at
         self.fired = False
@@ -49,11 +49,11 @@ class _Limit(Deadline):
         self.due = due
         self.task = task
         self.cancelling = task.cancelling()
-        self.lane = lane
+        self.watch = watch
         self.token: Token[Deadline | None]
 
 
-class _Lane:
+class _Watch:
     """The calls under way in one event loop, oldest first, and the timer that watches the oldest."""
 
     __slots__ = ("clock", "loop", "seconds", "timer", "under_way")
@@ -99,9 +99,9 @@ class Timeout(Policy):
         self._seconds = _checked(seconds)
         self.name = name
         self.clock = clock
-        self._lane: _Lane | None = None
+        self._watch: _Watch | None = None
         self._lock = threading.Lock()
-        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
+        self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}
 
     def __repr__(self) -> str:
         return f"<Timeout {self.name!r} {self._seconds:g} s>"
@@ -120,9 +120,9 @@ class Timeout(Policy):
         _checked(seconds)
         with self._lock:
             self._seconds = seconds
-            # New lanes, since the calls of one all get the same time. Those under way hold on to theirs.
-            self._lanes = {}
-            self._lane = None
+            # New watches, since the calls of one all get the same time. Those under way hold on to theirs.
+            self._watches = {}
+            self._watch = None
 
     def _begin(self) -> _Limit:
         """Start the time of the running task's call.
@@ -131,21 +131,21 @@ class Timeout(Policy):
             DeadlineExceeded: an outer deadline has already passed.
         """
         loop = get_running_loop()
-        lane = self._lane
-        if lane is None or lane.loop is not loop:
-            lane = self._enter(loop)
+        watch = self._watch
+        if watch is None or watch.loop is not loop:
+            watch = self._enter(loop)
         task = cast("asyncio.Task[object]", current_task(loop))
         outer = ambient_deadline.get()
-        at = due = self.clock.monotonic() + lane.seconds
+        at = due = self.clock.monotonic() + watch.seconds
         if outer is not None:
             if outer.remaining_seconds() <= 0:
                 msg = f"{self.name}: the deadline had passed before this work began"
                 raise DeadlineExceeded(msg, no_effect=True)
             at = min(at, outer.on(self.clock))
-        limit = _Limit(at, self.clock, outer, due, task, lane)
-        lane.under_way[limit] = None
-        if lane.timer is None:
-            lane.timer = self.clock.call_later(lane.seconds, lane.fire)
+        limit = _Limit(at, self.clock, outer, due, task, watch)
+        watch.under_way[limit] = None
+        if watch.timer is None:
+            watch.timer = self.clock.call_later(watch.seconds, watch.fire)
         limit.token = ambient_deadline.set(limit)
         return limit
 
@@ -157,7 +157,7 @@ class Timeout(Policy):
         """
         expired = False
         if not limit.fired:
-            del limit.lane.under_way[limit]
+            del limit.watch.under_way[limit]
         else:
             # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
             expired = limit.task.uncancel() <= limit.cancelling
@@ -166,19 +166,19 @@ class Timeout(Policy):
         except ValueError:
             limit.release()
         if expired and isinstance(error, asyncio.CancelledError):
-            msg = f"{self.name}: no result within {limit.lane.seconds:g} s"
+            msg = f"{self.name}: no result within {limit.watch.seconds:g} s"
             # A queue of ours in which the time ran out has said so.
             raise deadline_error(DeadlineExceeded(msg, no_effect=getattr(error, "no_effect", False)), error)
 
-    def _enter(self, loop: asyncio.AbstractEventLoop) -> _Lane:
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> _Watch:
         with self._lock:
-            for other in [known for known in self._lanes if known.is_closed()]:
-                del self._lanes[other]
-            lane = self._lanes.get(loop)
-            if lane is None:
-                lane = self._lanes[loop] = _Lane(loop, self.clock, self._seconds)
-            self._lane = lane
-            return lane
+            for other in [known for known in self._watches if known.is_closed()]:
+                del self._watches[other]
+            watch = self._watches.get(loop)
+            if watch is None:
+                watch = self._watches[loop] = _Watch(loop, self.clock, self._seconds)
+            self._watch = watch
+            return watch
 
     def _layers(self) -> tuple[Layer, ...]:
         return (Layer("timeout", (), self, {"begin": self._begin, "end": self._end}),)

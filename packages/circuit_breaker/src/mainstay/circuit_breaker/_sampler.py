@@ -51,7 +51,7 @@ class Sample:
     state: State
 
 
-class History:
+class Sampler:
     """The samples of some breakers.
 
     Args:

@@ -1,6 +1,6 @@
 """What a configuration would have done to traffic that was recorded.
 
-A trace is one record a call: when it began, how many seconds it took, whether it failed. `rehearse` feeds it, in the
+A trace is one record a call: when it began, how many seconds it took, whether it failed. `simulate` feeds it, in the
 order in which things happened, to the very circuit that would run in production, and reports when it would have opened,
 which calls it would have rejected, and what that would have saved and cost. `suggest` derives thresholds from the
 trace.
@@ -27,11 +27,11 @@ from mainstay.circuit_breaker.settings import BreakerConfig
 from mainstay.circuit_breaker.states import State, StateChange
 from mainstay.core import Clock
 
-__all__ = ["Move", "Record", "Rehearsal", "Suggestion", "read_trace", "rehearse", "suggest"]
+__all__ = ["Move", "RecordedCall", "Simulation", "Suggestion", "read_trace", "simulate", "suggest"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Record:
+class RecordedCall:
     """One call.
 
     Attributes:
@@ -55,7 +55,7 @@ class Move:
 
 
 @dataclass(slots=True)
-class Rehearsal:
+class Simulation:
     """What would have happened.
 
     Attributes:
@@ -115,23 +115,24 @@ class _Notes(Rules):
 
     def __init__(self, config: BreakerConfig) -> None:
         self.time = _TraceClock()
-        super().__init__("rehearsal", config, failures=(), answers=(), failed_result=None, clock=self.time)
+        super().__init__("simulation", config, failures=(), answers=(), failed_result=None, clock=self.time)
         self.changes: list[Move] = []
 
-    def announce(self, change: StateChange) -> None:
-        self.changes.append(Move(self.time.at, change.after, change.reason))
+    def announce(self, change: StateChange | None) -> None:
+        if change is not None:
+            self.changes.append(Move(self.time.at, change.after, change.reason))
 
 
-def rehearse(trace: Iterable[Record], config: BreakerConfig) -> Rehearsal:
+def simulate(trace: Iterable[RecordedCall], config: BreakerConfig) -> Simulation:
     """Feed a trace to a circuit with `config`; breaks are without jitter, so that the answer is always the same."""
     rules = _Notes(BreakerConfig.model_validate(config.model_dump() | {"break_jitter": 0.0}))
     time = rules.time
     records = sorted(trace)
     time.at = records[0].at if records else 0.0
     circuit = Circuit(rules)
-    report = Rehearsal(config)
+    report = Simulation(config)
     first_failure = math.inf
-    ends: list[tuple[float, int, Ticket, Record]] = []
+    ends: list[tuple[float, int, Ticket, RecordedCall]] = []
 
     def settle(until: float) -> None:
         while ends and ends[0][0] <= until:
@@ -178,7 +179,7 @@ class Suggestion:
         )
 
 
-def suggest(trace: Iterable[Record]) -> Suggestion:
+def suggest(trace: Iterable[RecordedCall]) -> Suggestion:
     """Thresholds for a dependency that usually behaves as in the trace.
 
     Raises:
@@ -217,7 +218,7 @@ def suggest(trace: Iterable[Record]) -> Suggestion:
 _ENOUGH = 100
 
 
-def _by_window(records: list[Record], window: float) -> Iterator[tuple[float, int]]:
+def _by_window(records: list[RecordedCall], window: float) -> Iterator[tuple[float, int]]:
     """Share of failures and number of calls, for each stretch of `window` seconds."""
     stretches: dict[int, list[bool]] = {}
     for record in records:
@@ -231,7 +232,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def read_trace(path: Path) -> list[Record]:
+def read_trace(path: Path) -> list[RecordedCall]:
     """Read a trace: CSV with a heading (`.csv`), or else JSON lines. Fields: at, seconds, failed.
 
     Raises:
@@ -261,7 +262,7 @@ def _json(file: TextIO) -> Iterator[tuple[int, object]]:
                 yield number, None
 
 
-def _record(path: Path, number: int, fields: object) -> Record:
+def _record(path: Path, number: int, fields: object) -> RecordedCall:
     where = f"{path.name}, line {number}"
     if not isinstance(fields, dict):
         msg = f"{where}: no object with the fields at, seconds, failed"
@@ -281,4 +282,4 @@ def _record(path: Path, number: int, fields: object) -> Record:
     if failed is None:
         msg = f"{where}: failed is {found.get('failed')!r}; it is true or false"
         raise ValueError(msg)
-    return Record(numbers[0], numbers[1], failed)
+    return RecordedCall(numbers[0], numbers[1], failed)

@@ -5,23 +5,23 @@ from pathlib import Path
 import pytest
 
 from mainstay.circuit_breaker import BreakerConfig, State
-from mainstay.circuit_breaker.rehearsal import Record, read_trace, rehearse, suggest
+from mainstay.circuit_breaker.simulation import RecordedCall, read_trace, simulate, suggest
 from mainstay.cli import main
 
 
-def outage(seconds: float = 30.0) -> list[Record]:
+def outage(seconds: float = 30.0) -> list[RecordedCall]:
     """Ten calls a second for two minutes; from the 60th second on everything fails for `seconds`, slowly."""
     trace = []
     for number in range(1200):
         at = number / 10
         failed = 60 <= at < 60 + seconds
-        trace.append(Record(at, 2.0 if failed else 0.05, failed))
+        trace.append(RecordedCall(at, 2.0 if failed else 0.05, failed))
     return trace
 
 
 def test_an_outage_is_met_and_its_waiting_saved() -> None:
     """It opens while calls fail, rejects most of them, and loses few that would have succeeded."""
-    report = rehearse(outage(), BreakerConfig(window_seconds=10, break_seconds=2, max_break_seconds=4))
+    report = simulate(outage(), BreakerConfig(window_seconds=10, break_seconds=2, max_break_seconds=4))
     assert (report.calls, report.failures) == (1200, 300)
     # Failures take 2 s to be known, and five seconds of them are half of a window of 9 to 10 s.
     assert report.first_failure_to_open_seconds is not None
@@ -32,34 +32,34 @@ def test_an_outage_is_met_and_its_waiting_saved() -> None:
     assert report.successes_lost < 100
     assert [move.after for move in report.moves][-2:] == [State.RAMPING, State.CLOSED]
     assert f"rejected {report.rejected}" in str(report)
-    again = rehearse(outage(), BreakerConfig(window_seconds=10, break_seconds=2, max_break_seconds=4))
+    again = simulate(outage(), BreakerConfig(window_seconds=10, break_seconds=2, max_break_seconds=4))
     assert str(again) == str(report)
 
 
 def test_a_candidate_that_never_opens_saves_nothing() -> None:
     """The report says so, and an empty trace is no error."""
-    report = rehearse(outage(), BreakerConfig(minimum_calls=100_000))
+    report = simulate(outage(), BreakerConfig(minimum_calls=100_000))
     assert (report.openings, report.rejected, report.first_failure_to_open_seconds) == ([], 0, None)
-    assert rehearse([], BreakerConfig()).calls == 0
+    assert simulate([], BreakerConfig()).calls == 0
 
 
 def test_a_rehearsal_tells_nobody(caplog: pytest.LogCaptureFixture) -> None:
     """Openings that did not happen are in no log and no metric."""
     from prometheus_client import REGISTRY
 
-    rehearse(outage(), BreakerConfig(window_seconds=10))
+    simulate(outage(), BreakerConfig(window_seconds=10))
     assert caplog.records == []
-    labels = {"breaker": "rehearsal", "outcome": "success"}
+    labels = {"breaker": "simulation", "outcome": "success"}
     assert REGISTRY.get_sample_value("mainstay_circuit_breaker_calls_total", labels) is None
 
 
 def test_suggestions_follow_from_the_trace() -> None:
     """Rate, usual failures and good answers' times become thresholds that meet the outage and not the usual day."""
-    usual = [Record(number / 10, 0.05 + number % 100 / 1000, number % 50 == 0) for number in range(3000)]
+    usual = [RecordedCall(number / 10, 0.05 + number % 100 / 1000, number % 50 == 0) for number in range(3000)]
     suggestion = suggest(usual)
     config = suggestion.config
-    assert rehearse(usual, config).openings == []
-    assert len(rehearse(outage(), config).openings) >= 1
+    assert simulate(usual, config).openings == []
+    assert len(simulate(outage(), config).openings) >= 1
     assert (config.window_seconds, config.minimum_calls, config.failure_ratio) == (10, 20, 0.25)
     assert config.slow_seconds == pytest.approx(0.44, abs=0.02)
     assert len(suggestion.reasons) == 4
@@ -74,7 +74,11 @@ def test_traces_are_read_from_csv_and_json_lines(tmp_path: Path) -> None:
     table.write_text("at,seconds,failed\n0.5,0.1,false\n1,2,TRUE\n")
     lines = tmp_path / "trace.jsonl"
     lines.write_text('{"at": 0.5, "seconds": 0.1, "failed": false}\n\n{"at": 1, "seconds": 2, "failed": true}\n')
-    assert read_trace(table) == read_trace(lines) == [Record(0.5, 0.1, failed=False), Record(1.0, 2.0, failed=True)]
+    assert (
+        read_trace(table)
+        == read_trace(lines)
+        == [RecordedCall(0.5, 0.1, failed=False), RecordedCall(1.0, 2.0, failed=True)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,15 +102,15 @@ def test_a_bad_line_is_named_with_its_field(tmp_path: Path, line: str, message: 
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`rehearse` and `suggest` print what they find; a bad file or configuration is status 2 with its reason."""
+    """`simulate` and `suggest` print what they find; a bad file or configuration is status 2 with its reason."""
     file = tmp_path / "trace.csv"
     rows = [f"{record.at},{record.seconds},{record.failed}" for record in outage()]
     file.write_text("at,seconds,failed\n" + "\n".join(rows))
-    assert main(["breakers", "rehearse", str(file), "--config", '{"window_seconds": 10}']) == 0
+    assert main(["breakers", "simulate", str(file), "--config", '{"window_seconds": 10}']) == 0
     assert "1200 calls, 300 failed; it would have opened" in capsys.readouterr().out
     assert main(["breakers", "suggest", str(file)]) == 0
     assert "minimum_calls: a fifth of them" in capsys.readouterr().out
-    assert main(["breakers", "rehearse", str(file), "--config", '{"failure_ratio": 5}']) == 2
+    assert main(["breakers", "simulate", str(file), "--config", '{"failure_ratio": 5}']) == 2
     assert "failure_ratio" in capsys.readouterr().err
     assert main(["breakers", "suggest", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
@@ -114,9 +118,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_an_opening_for_slow_calls_is_measured_from_no_failure() -> None:
     """Where no call had failed before it opened, there is no time between the two."""
-    slow = [Record(number / 10, 5.0, failed=False) for number in range(300)]
-    for trace in (slow, [*slow, Record(40.0, 0.1, failed=True)]):
-        report = rehearse(trace, BreakerConfig(slow_seconds=1, window_seconds=10))
+    slow = [RecordedCall(number / 10, 5.0, failed=False) for number in range(300)]
+    for trace in (slow, [*slow, RecordedCall(40.0, 0.1, failed=True)]):
+        report = simulate(trace, BreakerConfig(slow_seconds=1, window_seconds=10))
         assert report.openings
         assert report.first_failure_to_open_seconds is None
 
@@ -127,8 +131,8 @@ def test_traces_from_spreadsheets_are_read_and_empty_ones_refused(
     """A byte order mark and blanks after commas are no part of a heading; a file without a record is an error."""
     file = tmp_path / "trace.csv"
     file.write_text("\ufeffat, seconds, failed\n0.5, 0.1, false\n", encoding="utf-8")
-    assert read_trace(file) == [Record(0.5, 0.1, failed=False)]
+    assert read_trace(file) == [RecordedCall(0.5, 0.1, failed=False)]
     for name, text in (("a.csv", ""), ("b.csv", "at,seconds,failed\n"), ("c.jsonl", "\n")):
         (tmp_path / name).write_text(text)
-        assert main(["breakers", "rehearse", str(tmp_path / name)]) == 2
+        assert main(["breakers", "simulate", str(tmp_path / name)]) == 2
         assert f"{name} has no records" in capsys.readouterr().err
