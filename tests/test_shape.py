@@ -18,6 +18,32 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "api.txt", "tests")
 NAMELESS = {"utils", "util", "common", "helpers", "misc", "tools"}
 COUNTERS = {"Counter", "Gauge", "Histogram", "Summary"}
+MODULES = ("module", "settings", "errors", "testing")
+HEADINGS = [
+    "About",
+    "Usage",
+    "Settings",
+    "Guarantees",
+    "Seen from outside",
+    "Testing",
+    "Anti-patterns",
+    "Measured",
+]
+# What a package lacks today, with the reason why that is right, or why it is not yet.
+LACKS = {
+    ("cli", "module"): "it puts nothing into an App; it is given one",
+    ("cli", "settings"): "its options are the command line's",
+    ("cli", "errors"): "what it refuses is a ConfigurationError",
+    ("cli", "testing"): "`mainstay.cli.main` is what a test calls",
+    ("cli", "RFC"): "ADR 0080 decides about the command",
+    ("core", "RFC"): "RFC 0001 is the convention",
+    ("core", "circle"): "a module names the App that runs it, for type checkers only",
+    (
+        "workflow",
+        "circle",
+    ): "a run, its steps and its workflow name each other until the executor is cut by reasons to change",
+    ("observability", "base error"): "it raises nothing of its own yet",
+}
 
 
 def deviations(root: Path) -> list[str]:
@@ -61,7 +87,52 @@ def _package(place: Path, name: str) -> Iterator[str]:
     ]
     if name != "core" and len(bases_of_errors) > 1:
         yield f"{name}: errors.py has {len(bases_of_errors)} base errors: {', '.join(bases_of_errors)}"
+    lacks = [stem for stem in MODULES if stem not in modules]
+    if name != "core" and "errors" in modules and not bases_of_errors:
+        lacks.append("base error")
+    if not any((place.parents[1] / "docs" / "rfcs").glob(f"[0-9]*-{name.replace('_', '-')}.md")):
+        lacks.append("RFC")
+    if _circle(name, modules):
+        lacks.append("circle")
+    for lack in lacks:
+        if (name, lack) not in LACKS:
+            yield f"{name}: " + (
+                f"its files import each other in a circle: {' → '.join(_circle(name, modules))}"
+                if lack == "circle"
+                else f"has no {lack if lack in {'base error', 'RFC'} else lack + '.py'}"
+            )
+    yield from (
+        f"{name}: LACKS excuses {lack}, which is there" for of, lack in LACKS if of == name and lack not in lacks
+    )
     yield from _by_need(source, name, modules)
+
+
+def _circle(name: str, modules: dict[str, ast.Module]) -> list[str]:
+    """One circle of imports between the files of a package, those for type checkers included; empty without one."""
+    imports: dict[str, set[str]] = {}
+    for stem, tree in modules.items():
+        if stem == "__init__":
+            continue
+        imports[stem] = set()
+        for node in tree.body:
+            inside = node.body if isinstance(node, ast.If) else [node]
+            for each in inside:
+                if isinstance(each, ast.ImportFrom) and each.module is not None:
+                    if each.module == f"mainstay.{name}":
+                        imports[stem] |= {alias.name for alias in each.names}
+                    elif each.module.startswith(f"mainstay.{name}."):
+                        imports[stem].add(each.module.split(".")[2])
+    done: set[str] = set()
+
+    def look(stem: str, path: list[str]) -> list[str]:
+        if stem in path:
+            return [*path[path.index(stem) :], stem]
+        if stem in done:
+            return []
+        done.add(stem)
+        return next((found for to in sorted(imports.get(stem, ())) if (found := look(to, [*path, stem]))), [])
+
+    return next((found for stem in sorted(imports) if (found := look(stem, []))), [])
 
 
 def _by_need(source: Path, name: str, modules: dict[str, ast.Module]) -> Iterator[str]:
@@ -113,6 +184,18 @@ def _lists(root: Path, names: list[str]) -> Iterator[str]:
         ):
             if not there:
                 yield f"{name}: is not in {what}"
+        page = root / "docs" / f"{name}.md"
+        if page.exists() and (found := _headings(page.read_text())) != HEADINGS:
+            yield f"{name}: docs/{name}.md has the headings {', '.join(found)}; every page has {', '.join(HEADINGS)}"
+
+
+def _headings(page: str) -> list[str]:
+    inside, found = False, list[str]()
+    for line in page.splitlines():
+        inside ^= line.lstrip().startswith("```")
+        if line.startswith("## ") and not inside:
+            found.append(line.removeprefix("## "))
+    return found
 
 
 def test_every_package_has_the_shape():
@@ -178,6 +261,18 @@ EVENTS = "packages/events/src/mainstay/events"
         (_instead("README.md", "(packages/events/README.md)", "(events)"), "events: is not in the table in README.md"),
         (_instead("docs/index.md", "(events.md)", "(event.md)"), "events: is not in docs/index.md"),
         (_without("docs/events.md"), "events: is not in docs"),
+        (_without("docs/rfcs/0006-events.md"), "events: has no RFC"),
+        (_without(f"{EVENTS}/testing.py"), "events: has no testing.py"),
+        (_instead("docs/events.md", "## Guarantees", "## Promises"), "events: docs/events.md has the headings About,"),
+        (
+            _instead(f"{EVENTS}/errors.py", "class EventsError(MainstayError)", "class EventsError(Error)"),
+            "no base error",
+        ),
+        (
+            _instead(f"{EVENTS}/errors.py", "\nfrom mainstay", "\nfrom mainstay.events.module import X\nfrom mainstay"),
+            "events: its files import each other in a circle: _",
+        ),
+        (_file("packages/cli/src/mainstay/cli/errors.py", "X = 1\n"), "cli: LACKS excuses errors, which is there"),
     ],
 )
 def test_a_planted_deviation_is_found(checkout, plant, finding):

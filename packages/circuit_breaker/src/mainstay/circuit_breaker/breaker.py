@@ -57,6 +57,13 @@ class _Ruled(Policy):
         return Rules(name, config, failures=failures, answers=answers, failed_result=failed_result, clock=clock)
 
     @property
+    def binding(self) -> Binding[object]:
+        """The App that it belongs to, if any; it works without."""
+        if self._binding is None:
+            self._binding = Binding(repr(self), remedy=None)
+        return self._binding
+
+    @property
     def name(self) -> str:
         """The name, in rejections, metrics and logs."""
         return self.rules.name
@@ -115,9 +122,7 @@ class _Ruled(Policy):
         Raises:
             ConfigurationError: it belongs to another running App.
         """
-        if self._binding is None:
-            self._binding = Binding(repr(self), remedy=None)
-        with self._binding.to(owner):
+        with self.binding.to(owner):
             before, clock_before = self.rules.config, self.rules.clock
             self._use(clock)
             self.reload(config)
