@@ -79,6 +79,7 @@ def test_page_runs(path: Path, tmp_path: Path, request: pytest.FixtureRequest):
     for variable, server in page.needs.items():
         environment[variable] = request.getfixturevalue(server)
     for name, text in page.files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     program = tmp_path / f"{path.stem}_page.py"
     program.write_text(page.program)

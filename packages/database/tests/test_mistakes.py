@@ -37,3 +37,12 @@ def test_the_dialect_is_known_before_anything_connects() -> None:
     """Other modules decide by it."""
     assert DatabaseSettings().dialect == "sqlite"
     assert DatabaseSettings.model_validate({"url": "postgres://app@host/app"}).dialect == "postgresql"
+
+
+def test_a_description_has_the_address_without_its_secrets() -> None:
+    """The setting is a secret as a whole; where the database is, is none."""
+    settings = DatabaseSettings.model_validate(
+        {"url": f"postgresql://app:{PASSWORD}@host/app?application_name=x&options=-c%20role%3D{PASSWORD}"}
+    )
+    module = DatabaseModule.for_root(settings)
+    assert module.describe() == {"address": ["postgresql+asyncpg://app:***@host/app"]}

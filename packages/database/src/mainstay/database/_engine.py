@@ -27,7 +27,7 @@ from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError
 from mainstay.database._translation import DRIVER_ERRORS, connection_is_gone, driver_error, only_reads, translate
 from mainstay.database._virtual_time import DriverCalls, follow_clock
 from mainstay.database.errors import DatabaseError, WrongEventLoop
-from mainstay.database.settings import DatabaseSettings, variable_of_url
+from mainstay.database.settings import DatabaseSettings, shown, variable_of_url
 
 SQLITE_ARGUMENTS: dict[str, Any] = {"isolation_level": None}  # the driver begins no transaction by itself
 _NOT_SENT = frozenset({"ssl", "connect_timeout", "channel_binding"})  # what is ours, or what asyncpg does not know
@@ -81,8 +81,8 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """The URL without its password, and without the parameters, which may hold another."""
-        return self.url.set(query={}).render_as_string(hide_password=True)
+        """The URL without its secrets."""
+        return shown(self.url)
 
     def missing(self) -> bool:
         """Whether it is a SQLite file that does not exist yet; to connect would create it."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Never
 
@@ -24,7 +24,7 @@ from mainstay.database.clock import database_now
 from mainstay.database.database import Database, uninterrupted
 from mainstay.database.lease import Keeper, leases
 from mainstay.database.schema import SCHEMA
-from mainstay.database.settings import DatabaseSettings, parse_url
+from mainstay.database.settings import DatabaseSettings, parse_url, shown
 
 __all__ = ["DatabaseModule"]
 
@@ -43,6 +43,10 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
     def yields(self) -> Sequence[type]:
         """The Database."""
         return (Database,)
+
+    def describe(self) -> Mapping[str, Sequence[str]]:
+        """Where it is; the setting itself is a secret, since it may hold a password."""
+        return {"address": [shown(parse_url(self.settings.url.get_secret_value()))]}
 
     def only_looking(self) -> None:
         """Leave old tables in SQLite as they are, and make no file."""

@@ -58,6 +58,11 @@ class DatabaseSettings(Settings):
         return parse_url(self.url.get_secret_value()).get_backend_name()
 
 
+def shown(url: URL) -> str:
+    """A URL for people: without its password, and without the parameters, which may hold another."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
 def parse_url(url: str) -> URL:
     """The URL with the driver this package uses.
 
