@@ -1,6 +1,8 @@
 """The App: order, binding, serving, draining, and every mistake at construction."""
 
 import asyncio
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -684,6 +686,25 @@ def start_worker(*arguments):
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+
+
+def test_a_mistake_in_the_configuration_ends_a_process_with_one_message():
+    """A traceback would bury the line that says what to write."""
+
+    class Broken(StoreModule):
+        name: ClassVar[str] = "broken"
+
+        @asynccontextmanager
+        async def running(self, app):
+            msg = "the tables are old: run `mainstay db upgrade`"
+            raise ConfigurationError(msg)
+            yield ()
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        App(Broken.for_root()).run()
+    assert ended.value.code == 2
+    assert errors.getvalue() == "ConfigurationError: the tables are old: run `mainstay db upgrade`\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

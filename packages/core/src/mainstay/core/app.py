@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial, wraps
@@ -190,10 +191,16 @@ class App:
         process exits with status 1. A second signal ends the process at once.
 
         Raises:
+            SystemExit: a mistake in the configuration kept it from starting: status 2, with the message on standard
+                error and no traceback, which would say nothing more.
             Exception: the crash of a piece of background work; so the process ends with a status other than 0 and its
                 supervisor starts it again.
         """
-        _process.run(self._work, self._drain_seconds)
+        try:
+            _process.run(self._work, self._drain_seconds)
+        except ConfigurationError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201  there may be no logging yet
+            raise SystemExit(2) from error
 
     async def _work(self, stopping: asyncio.Event) -> None:
         async with self.running(serve=True, until=stopping):
