@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -175,9 +174,8 @@ def test_completion_does_not_import_the_app(service, tmp_path):
         "COMP_CWORD": "1",
         "MAINSTAY_APP": "service:app",
     }
-    begun = time.monotonic()
     done = subprocess.run([MAINSTAY], env=environment, capture_output=True, text=True, check=False)
-    assert "describe" in done.stdout, (done.stderr, time.monotonic() - begun)
+    assert "describe" in done.stdout, done.stderr
     assert "imported" not in done.stdout + done.stderr
 
 

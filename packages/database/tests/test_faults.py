@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.core import App, ConfigurationError
+from mainstay.core.testing import eventually
 from mainstay.database import CommitUnknown, DatabaseError, DatabaseModule, DatabaseSettings, DatabaseUnavailable, Lease
 from mainstay.database.testing import database
 from mainstay_servers.postgres import fresh_database
@@ -215,6 +217,24 @@ async def test_a_database_that_stays_away(own_postgres, open_database, tables):
             await db.write(tables.add, {"id": 2, "text": "x"})
             await _unit(db, tables)
             assert (await db.health()).status == "ok"
+
+
+async def test_an_outage_is_two_lines_about_leases(own_postgres, open_database, caplog):
+    """Renewal is tried many times a second; the log says that it fails, and that it works again."""
+    caplog.set_level(logging.INFO, logger="mainstay.database")
+
+    def said(text: str) -> int:
+        return sum(text in record.getMessage() for record in caplog.records)
+
+    with fresh_database(own_postgres.url) as url:
+        async with open_database(url) as db:
+            lease = await db.lease("outage", seconds=5.0)
+            assert lease is not None
+            await asyncio.to_thread(own_postgres.kill)
+            await eventually(lambda: not lease.held, what="the lease's end")
+            await asyncio.to_thread(own_postgres.start)
+            await eventually(lambda: said("leases are renewed again") == 1, what="a renewal")
+            assert said("leases could not be renewed") == 1
 
 
 async def test_a_database_that_hangs(own_postgres, open_database, tables, count):

@@ -4,7 +4,7 @@ import pytest
 
 from mainstay.core import App, ConfigurationError, MainstayError, NotBoundError, given
 from mainstay.database import Database, DatabaseModule
-from mainstay.workflow import Done, RunParked, Unknown, WorkflowFailed, WorkflowModule, WorkflowRouter
+from mainstay.workflow import Done, Failed, RunParked, Unknown, WorkflowFailed, WorkflowModule, WorkflowRouter
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.testing import workflows
 from mainstay.workflow.workflow import RunStatus
@@ -45,6 +45,30 @@ async def test_steps_and_compensations_are_given_the_services_of_their_app() -> 
         with pytest.raises(WorkflowFailed):
             await run.result(WAIT)
         assert seen == [app.get(Database), app.get(Database)]
+
+
+async def test_a_probe_is_given_the_services_of_its_app() -> None:
+    """It looks where the step has acted, so it needs what the step needs."""
+    flows = WorkflowRouter()
+    seen: list[object] = []
+
+    @flows.step(on_unknown="probe", compensation=None)
+    async def send(letter: str, *, db: Database = given(Database)) -> str:
+        raise TimeoutError
+
+    @send.probe
+    async def was_it_sent(letter: str, *, db: Database = given(Database)) -> Done[str] | Failed | Unknown:
+        seen.append(db)
+        return Done(f"{letter} was there")
+
+    @flows.workflow(name="write")
+    async def write(letter: str) -> str:
+        return await send(letter)
+
+    async with workflows(flows) as app:
+        run = await write.start("hello")
+        assert await run.result(WAIT) == "hello was there"
+        assert seen == [app.get(Database)]
 
 
 def test_a_workflow_function_is_given_nothing() -> None:

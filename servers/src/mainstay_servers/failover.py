@@ -83,7 +83,7 @@ class _Link(asyncio.Protocol):
         self._connecting: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101  as start_server makes them
         self._client = transport
         self._connecting = self._loop.create_task(self._connect())
 

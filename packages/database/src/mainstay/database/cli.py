@@ -29,7 +29,7 @@ NeededSchema = Annotated[
 def upgrade_tables(
     url: Url = "",
     schema: SchemaOption = "",
-    sql: Annotated[bool, typer.Option("--sql", help="Print the statements of a first installation.")] = False,  # noqa: FBT002
+    sql: Annotated[bool, typer.Option("--sql", help="Print the statements of a first installation.")] = False,
 ) -> None:
     """Bring the tables up to date, in one transaction."""
     schemas = _schemas(schema)
@@ -67,7 +67,7 @@ def new_revision(
     message: Annotated[str, typer.Argument(help="What the revision does, in a few words.")],
     schema: NeededSchema,
     url: Url = "",
-    empty: Annotated[bool, typer.Option("--empty", help="Do not compare; the functions are left empty.")] = False,  # noqa: FBT002
+    empty: Annotated[bool, typer.Option("--empty", help="Do not compare; the functions are left empty.")] = False,
 ) -> None:
     """Write a revision file with what the database lacks of a schema."""
     path = asyncio.run(revision(_url(url), _named(schema), message, autogenerate=not empty))

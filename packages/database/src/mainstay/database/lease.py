@@ -147,6 +147,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._asked = 0
+        self._behind = False  # the last renewal failed
 
     def _time(self) -> float | None:
         # A lease is about processes, which live in real time. Only a test of leases themselves moves them.
@@ -276,8 +277,14 @@ class Keeper:
         try:
             renewed, lost = await self._rows.renew(held)
         except Exception as error:  # noqa: BLE001  the database may be back before the leases end
-            _log.warning("%d leases could not be renewed yet: %s", len(held), error)
+            if not self._behind:  # it is tried many times a second, and one line is enough for an outage
+                _log.warning("leases could not be renewed, and are tried again until they end: %s", error)
+            self._behind = True
             renewed, lost = set[str](), set[str]()
+        else:
+            if self._behind:
+                _log.info("leases are renewed again")
+            self._behind = False
         for lease in held:
             if lease.name in renewed:
                 lease._renewed(asked_at)

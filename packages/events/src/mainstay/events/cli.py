@@ -53,7 +53,7 @@ def show_letter(id: UUID) -> None:
 @dead_letters.command("redrive")
 def redrive_letters(
     ids: Annotated[list[UUID] | None, typer.Argument(metavar="ID…", help="Which.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every one that is there now.")] = False,  # noqa: FBT002
+    every: Annotated[bool, typer.Option("--all", help="Every one that is there now.")] = False,
     group: Group = None,
 ) -> None:
     """Send again, to the group that failed and to no other."""
