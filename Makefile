@@ -14,7 +14,7 @@ ENGINE ?= embedded
 PURCHASES ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test test-lowest check lint layers types format api bench services lock clone-check clean
+.PHONY: setup demo test test-lowest check lint layers types format api docs bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -89,6 +89,10 @@ format: setup
 # The public API of every package as text, for the diff: packages/*/api.txt.
 api: setup
 	@$(BIN)/python tools/api.py --write
+
+# The documentation as a site, in build/site; a broken link fails it.
+docs: setup
+	@$(BIN)/python tools/docs_site.py
 
 # Measurements: benchmarks/README.md. PACKAGE=events for one package, QUICK=1 for a rough look.
 bench: setup

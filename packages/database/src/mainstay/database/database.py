@@ -274,7 +274,7 @@ class Database:
             route: as for `write`.
 
         Raises:
-            the same as `write`.
+            DatabaseError: as of `write`.
         """
         unit = self._joined()
         return self._collect(fence, route) if unit is None else self._join_with(unit, fence)

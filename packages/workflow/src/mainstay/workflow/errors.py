@@ -110,7 +110,7 @@ class StepFailed(WorkflowError):
     Attributes:
         step: the step's name.
         outcome: `failed`: certainly nothing happened; `unknown`: something may have, and compensation includes the
-        step.
+            step.
         error_type: the name of the last attempt's exception.
         error_code: its code, where it was a `MainstayError`.
         detail: its text; internal.

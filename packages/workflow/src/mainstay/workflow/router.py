@@ -67,7 +67,7 @@ class WorkflowRouter:
             transactional: the step writes to the App's database and does nothing else. It runs inside
                 `db.transaction()` and shares the commit with its record: exactly once. Its compensation does, too.
             pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing
-            it.
+                it.
 
         Raises:
             TypeError: the function is not async, or options contradict each other.

@@ -17,7 +17,7 @@ class WorkflowSettings(Settings):
         max_runs: the most runs that are executed at once; the others wait in the queue.
         max_unrecorded: the most steps that are executed and not yet recorded: what a kill makes the next worker repeat.
         max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no
-        attempt.
+            attempt.
         lease_seconds: how long after the death of a worker others take over its runs, at most.
         suspend_after_seconds: a run that waits for longer than this (a sleep, or before a late attempt) leaves the
             worker's memory and comes back through the queue.
