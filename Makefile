@@ -14,7 +14,7 @@ ENGINE ?= embedded
 PURCHASES ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test test-lowest check lint layers types format api docs bench services lock clone-check clean
+.PHONY: setup demo test test-lowest check lint layers types format api new docs bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -89,6 +89,12 @@ format: setup
 # The public API of every package as text, for the diff: packages/*/api.txt.
 api: setup
 	@$(BIN)/python tools/api.py --write
+
+# A package that passes every check, to begin with: PACKAGE=ledger. CONTRIBUTING.md tells the way from there.
+new: setup
+	@$(BIN)/python tools/new_package.py $(PACKAGE)
+	@$(MAKE) --no-print-directory setup
+	@$(MAKE) --no-print-directory api
 
 # The documentation as a site, in build/site; a broken link fails it.
 docs: setup
