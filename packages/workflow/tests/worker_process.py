@@ -105,7 +105,8 @@ def app_for(url: str) -> App:
 
 
 async def tell(drain: Drain) -> None:
-    """Note that the process was told to stop: a signal that was sent has not arrived yet."""
+    """Note that the process serves, and that it was told to stop: a signal that was sent has not arrived yet."""
+    (directory / f"serves-{os.getpid()}").touch()
     await drain.wait()
     (directory / "told").touch()
 
