@@ -19,6 +19,7 @@ from mainstay.core import App, ConfigurationError
 from mainstay.core.testing import eventually
 from mainstay.database import CommitUnknown, DatabaseError, DatabaseModule, DatabaseSettings, DatabaseUnavailable, Lease
 from mainstay.database.testing import database
+from mainstay_servers.frozen import frozen
 from mainstay_servers.postgres import fresh_database
 
 CHILD = Path(__file__).parent / "child.py"
@@ -124,9 +125,8 @@ async def test_a_stopped_holder_is_fenced_off(shared, open_database, spawn_child
         child = spawn_child("hold", shared, "work", 1.0)
         assert await line(child) == "epoch 1"
         assert await ask(child, 1) == "True written"
-        os.kill(child.pid, signal.SIGSTOP)
-        lease = await taken(db, "work")
-        os.kill(child.pid, signal.SIGCONT)
+        with frozen(child.pid, shared):
+            lease = await taken(db, "work")
         assert await ask(child, 2) == "False lost"
         assert lease.held
         assert await count(db) == 1

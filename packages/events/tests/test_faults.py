@@ -2,8 +2,6 @@
 
 import asyncio
 import multiprocessing
-import os
-import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +20,7 @@ from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay.events.testing import eventually
 from mainstay_servers import Kafka, Postgres, fresh_database
+from mainstay_servers.frozen import frozen
 from packages.events.tests import worker
 from packages.events.tests.worker import EFFECTS, Step, service
 
@@ -60,10 +59,11 @@ class Process:
         self._process.join()
         self._tells.close()
 
-    def send(self, number: signal.Signals) -> None:
-        """A signal."""
+    @property
+    def pid(self) -> int:
+        """Of the process."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
 
 
 @asynccontextmanager
@@ -152,14 +152,11 @@ async def test_trap_08_a_stopped_consumer_that_wakes_up_doubles_no_effect(option
     async with publisher, processes() as start:
         await prepare(publisher)
         await publish(publisher, keys=8, each=15)
-        frozen = await start(options)
+        first = await start(options)
         await wait_for(publisher, 10)
-        frozen.send(signal.SIGSTOP)
-        await start(options)
-        try:
+        with frozen(first.pid, options["url"]):
+            await start(options)
             await asyncio.sleep(lease_seconds)  # the lease runs out: the time is what is tested
-        finally:
-            frozen.send(signal.SIGCONT)
         done = await wait_for(publisher, 120)
         await publish(publisher, keys=8, each=20, start=15)
         done = await wait_for(publisher, 160)

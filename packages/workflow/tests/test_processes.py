@@ -1,17 +1,13 @@
 """Workers as processes: killed, put to sleep, asked to end, and taken over by others."""
 
 import asyncio
-import contextlib
 import importlib.util
 import itertools
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from mainstay.database import upgrade
 from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow import RunStatus, WorkflowEngine
 from mainstay.workflow.tables import SCHEMA
+from mainstay_servers.frozen import frozen
 
 _SCRIPT = Path(__file__).with_name("worker_process.py")
 _WAIT = 45.0
@@ -74,32 +71,6 @@ async def until(condition):
     async with asyncio.timeout(_WAIT):
         while not condition():  # noqa: ASYNC110  other processes make it true
             await asyncio.sleep(0.005)
-
-
-@contextmanager
-def stopped(process, url):
-    """Freeze a process, but not while it has SQLite's lock: then nothing could go on, and no server would end it."""
-    process.send_signal(signal.SIGSTOP)
-    while _has_the_lock(url):
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.001)  # long enough to get past that transaction, some time
-        process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
-
-
-def _has_the_lock(url):
-    if not url.startswith("sqlite"):
-        return False
-    with contextlib.closing(sqlite3.connect(url.partition("///")[2], timeout=1.0, isolation_level=None)) as connection:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            return True
-        connection.execute("ROLLBACK")
-    return False
 
 
 async def test_killed_again_and_again(url, workers, tmp_path, there):
@@ -176,7 +147,7 @@ async def test_trap_5_a_zombie_writes_nothing(url, workers, tmp_path, there):
         first = workers()
         run = await there.gated.start("g", id="g")
         await until(lambda: ["at", "g-1", str(first.pid)] in lines(tmp_path))
-        with stopped(first, url):
+        with frozen(first.pid, url):
             second = workers()
             await until(lambda: ["at", "g-1", str(second.pid)] in lines(tmp_path))
             (tmp_path / "open").touch()
