@@ -15,12 +15,11 @@ from mainstay.audit.testing import settings as audit_settings
 from mainstay.audit.testing import written
 from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitOpen, State
 from mainstay.core import App, Retry, bind, current
-from mainstay.core.testing import VirtualClock
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.schema import SCHEMA as LEASES
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
 from mainstay.events.tables import SCHEMA as EVENTS
-from mainstay.events.testing import eventually
 from mainstay.workflow import WorkflowFailed, WorkflowModule, WorkflowRouter, WorkflowSettings
 from mainstay.workflow.testing import workflows
 

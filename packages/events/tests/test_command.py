@@ -10,9 +10,10 @@ from pydantic import SecretStr
 
 from mainstay.cli import main
 from mainstay.core import App, Retry
+from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, Event, EventRouter, EventsModule, EventsSettings, Metadata
-from mainstay.events.testing import eventually, in_memory, metadata_of
+from mainstay.events.testing import in_memory, metadata_of
 
 
 class Broken(Event, type="command.broken", key="name"):

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from mainstay.core import App
+from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import EventRouter, EventsModule, EventsSettings
-from mainstay.events.testing import Placed, TransportContract, eventually
+from mainstay.events.testing import Placed, TransportContract
 
 
 def _database(url: str) -> DatabaseModule:

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from mainstay.core import Context, FullJitter, MainstayError, Retry, current
-from mainstay.core.testing import VirtualClock
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.events import DecodeError, Event, Metadata
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import encode, envelope
-from mainstay.events.testing import eventually
 
 LEFT: contextvars.ContextVar[str] = contextvars.ContextVar("left")
 

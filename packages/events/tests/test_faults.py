@@ -12,13 +12,13 @@ import sqlalchemy as sa
 from aiokafka import AIOKafkaConsumer
 
 from mainstay.core import App, ConfigurationError
+from mainstay.core.testing import eventually
 from mainstay.database import Database, upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import EventConsumers, EventPublisher, EventRouter
 from mainstay.events._outbox import OutboxRelay
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
-from mainstay.events.testing import eventually
 from mainstay_servers import Kafka, Postgres, fresh_database
 from mainstay_servers.frozen import frozen
 from packages.events.tests import worker

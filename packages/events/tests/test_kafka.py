@@ -13,6 +13,7 @@ from aiokafka.consumer import fetcher
 from aiokafka.partitioner import DefaultPartitioner
 
 from mainstay.core import App, bind, current
+from mainstay.core.testing import eventually
 from mainstay.events import (
     DeadLetters,
     Event,
@@ -27,7 +28,6 @@ from mainstay.events import (
 from mainstay.events._dispatch import Assignment
 from mainstay.events._kafka import KafkaTransport
 from mainstay.events.metadata import Outgoing
-from mainstay.events.testing import eventually
 from mainstay_servers import Kafka
 
 pytestmark = [

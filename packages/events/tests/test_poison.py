@@ -6,12 +6,12 @@ import pytest
 from pydantic import SecretStr, field_validator
 
 from mainstay.core import App
+from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, Event, EventRouter, EventsModule, EventsSettings
 from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter
-from mainstay.events.testing import eventually
 
 
 class Fussy(Event, type="poison.fussy", key="name"):

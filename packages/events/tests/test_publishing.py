@@ -10,14 +10,14 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.core import App, Clock, Drain, Effect, bind_journal, derived_id
-from mainstay.core.testing import VirtualClock
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, WrongEventLoop
 from mainstay.database.testing import expire_lease
 from mainstay.events import DeadLetters, Event, EventPublisher, EventRouter, EventsModule, EventsSettings, PublishError
 from mainstay.events._outbox import LANES, Outbox, OutboxRelay, Wave, lane_of
 from mainstay.events.metadata import ID, Outgoing
 from mainstay.events.tables import INBOX, LOG, OUTBOX, unpack_headers
-from mainstay.events.testing import Placed, eventually, in_memory
+from mainstay.events.testing import Placed, in_memory
 
 
 class Note(Event, type="note.made", key="name"):

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from mainstay.core import App, Drain
+from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.database.testing import expire_lease
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
@@ -19,7 +20,6 @@ from mainstay.events._dispatch import Assignment
 from mainstay.events._sql import Snapshot, SqlSource, SqlTransport
 from mainstay.events.metadata import Record, encode, envelope
 from mainstay.events.tables import INSERT_LOG, LOG, OFFSETS, pack_headers, unpack_headers
-from mainstay.events.testing import eventually
 
 
 class Line(Event, type="sql.line", key="name"):

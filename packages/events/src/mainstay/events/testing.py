@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Context, Feature, FullJitter, Module, Retry, bind, current, uuid7
+from mainstay.core.testing import eventually
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
@@ -35,7 +36,6 @@ __all__ = [
     "Placed",
     "Rehearsal",
     "TransportContract",
-    "eventually",
     "in_memory",
     "metadata_of",
 ]
@@ -114,20 +114,6 @@ async def in_memory(
     app = App(*modules, root, EventsModule.for_feature(*routers), clock=clock, drain_seconds=5.0)
     async with app.running(serve=True):
         yield Rehearsal(app)
-
-
-async def eventually(condition: Callable[[], bool], *, seconds: float = 20.0, what: str = "the condition") -> None:
-    """Return when `condition()` is true.
-
-    Raises:
-        TimeoutError: it is not within `seconds`.
-    """
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            msg = f"{what} did not come true within {seconds:g} s"
-            raise TimeoutError(msg)
-        await asyncio.sleep(0.01)
 
 
 class Placed(Event, type="contract.placed", version="1.0", key="order"):

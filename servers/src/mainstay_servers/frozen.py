@@ -1,0 +1,38 @@
+"""A process that is frozen in the middle of its work."""
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+
+
+@contextmanager
+def frozen(pid: int, url: str) -> Generator[None]:
+    """Stop a process with SIGSTOP for the length of the block, but not while it has SQLite's lock on `url`.
+
+    SQLite has one lock and no server: a process that is frozen with it holds up all others for as long, and a test of
+    what the others do would depend on the moment.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    while _is_locked(url):
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.001)  # some time it is past that transaction
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _is_locked(url: str) -> bool:
+    if not url.startswith("sqlite"):
+        return False
+    with closing(sqlite3.connect(url.partition("///")[2], timeout=1.0, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        connection.execute("ROLLBACK")
+    return False
