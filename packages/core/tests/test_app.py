@@ -24,6 +24,7 @@ from mainstay.core import (
     Module,
     NotBoundError,
     Settings,
+    _process,
     bind,
     current,
     given,
@@ -674,7 +675,20 @@ WORKER = """
             finally:
                 print("down", flush=True)
 
-    App(ToyModule.for_root(), drain_seconds=0.2).run()
+    app = App(ToyModule.for_root(), drain_seconds=0.2)
+
+    async def serve():  # what an ASGI server does
+        asyncio.get_running_loop().add_signal_handler(15, asyncio.current_task().cancel)
+        async with app.lifespan(object(), serve=True):
+            await asyncio.sleep(1000)
+
+    if "server" in sys.argv:
+        try:
+            asyncio.run(serve())
+        except asyncio.CancelledError:
+            pass
+    else:
+        app.run()
 """
 
 
@@ -745,6 +759,40 @@ def test_a_stop_ends(how, said):
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert said in err
+
+
+def test_a_stop_ends_in_a_server_that_is_not_ours():
+    """The server cancels all tasks at its end, and would wait for one that swallows that for ever."""
+    with start_worker("swallows", "server") as process:
+        assert process.stdout.readline() == "serving\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "toy.worker does not end, although it was cancelled" in err
+    assert "the process does not end: task toy.worker" in err
+
+
+async def test_a_loop_that_goes_on_is_left_alone(monkeypatch):
+    """A stopped App with a task that does not end is no reason to end a process with other work."""
+    monkeypatch.setattr(_process, "_ENDING_SECONDS", 0.0)
+    monkeypatch.setattr(_process, "_LOOK_SECONDS", 0.005)
+    ended = []
+    monkeypatch.setattr(_process, "_exit", lambda: ended.append(True))
+    over = asyncio.Event()
+
+    async def swallow(drain):
+        while not over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await over.wait()
+
+    monkeypatch.setattr("mainstay.core._work._GRACE_SECONDS", 0.05)
+    app, _ = serving(swallow)
+    app._drain_seconds = 0.01
+    async with app.lifespan(object(), serve=True):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # time in which nothing happens
+    assert not ended
+    over.set()
 
 
 def test_work_that_is_cancelled_at_the_end_of_the_drain_is_no_failure():

@@ -26,6 +26,7 @@ _log = logging.getLogger("mainstay.core")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ENDING_SECONDS = 10.0  # after the drain time: for cancelled tasks, the modules' stops, and threads
 _LAST_WORDS_SECONDS = 2.0
+_LOOK_SECONDS = 0.5
 
 
 class Stuck(Exception):
@@ -115,22 +116,52 @@ class _Deadline:
         else:
             return
         _exit_soon()
-        for holder in self._holders():
+        for holder in _holders(self._loop):
             _log.error("the process does not end: %s", holder)
         _exit()
 
-    def _holders(self) -> list[str]:
-        try:
-            tasks = [f"task {task.get_name()}" for task in asyncio.all_tasks(self._loop)]
-        except RuntimeError:  # the loop changes them at this moment
-            tasks = []
-        frames = sys._current_frames()
-        threads = [
-            f"thread {thread.name} is at {frame.f_code.co_filename}:{frame.f_lineno}"
-            for thread in threading.enumerate()
-            if not thread.daemon and thread.ident is not None and (frame := frames.get(thread.ident)) is not None
-        ]
-        return [*tasks, *threads]
+
+def watch_the_end(loop: asyncio.AbstractEventLoop) -> None:
+    """End the process if the end of the loop does not: in a server that is not ours, with tasks that do not end.
+
+    A loop is at its end when all of its tasks have been cancelled. Elsewhere, such as in a test, it goes on, and
+    nothing is done.
+    """
+    threading.Thread(target=_watch_loop, args=(loop,), name="mainstay.core end of the loop", daemon=True).start()
+
+
+def _watch_loop(loop: asyncio.AbstractEventLoop) -> None:
+    ending_since: float | None = None
+    while not loop.is_closed():
+        tasks = _tasks_of(loop)
+        if not tasks or not all(task.cancelling() for task in tasks):
+            ending_since = None
+        elif ending_since is None:
+            ending_since = time.monotonic()
+        elif time.monotonic() - ending_since > _ENDING_SECONDS:
+            _exit_soon()
+            for holder in _holders(loop):
+                _log.error("the process does not end: %s", holder)
+            _exit()
+        time.sleep(_LOOK_SECONDS)
+
+
+def _tasks_of(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    try:
+        return list(asyncio.all_tasks(loop))
+    except RuntimeError:  # the loop changes them at this moment
+        return []
+
+
+def _holders(loop: asyncio.AbstractEventLoop) -> list[str]:
+    tasks = [f"task {task.get_name()}" for task in _tasks_of(loop)]
+    frames = sys._current_frames()
+    threads = [
+        f"thread {thread.name} is at {frame.f_code.co_filename}:{frame.f_lineno}"
+        for thread in threading.enumerate()
+        if not thread.daemon and thread.ident is not None and (frame := frames.get(thread.ident)) is not None
+    ]
+    return [*tasks, *threads]
 
 
 def _exit_soon() -> None:

@@ -181,8 +181,12 @@ class App:
 
     @asynccontextmanager
     async def _lifespan(self, _asgi: object, *, serve: bool) -> AsyncGenerator[None, None]:
-        async with self.running(serve=serve):
-            yield
+        try:
+            async with self.running(serve=serve):
+                yield
+        finally:
+            if self._stuck:
+                _process.watch_the_end(asyncio.get_running_loop())
 
     def run(self) -> None:
         """Run as a worker, on the main thread: start, serve until SIGTERM or SIGINT, drain, stop.
