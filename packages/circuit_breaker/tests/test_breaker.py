@@ -100,7 +100,7 @@ async def test_recovery_probe_by_probe(clock: VirtualClock) -> None:
 
 
 async def test_listeners_hear_every_change_in_order(clock: VirtualClock) -> None:
-    """A listener gets before, after and the numbers that led to it; one that raises disturbs nobody."""
+    """A listener gets before, after and the numbers that led to it; one that raises disturbs no other."""
     breaker = CircuitBreaker("p", QUICK, clock=clock)
     heard: list[StateChange] = []
     breaker.on_change(lambda change: 1 / 0)

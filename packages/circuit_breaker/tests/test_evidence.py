@@ -62,7 +62,7 @@ class Fleet:
         ]
 
     async def exchange(self) -> None:
-        for _ in range(2):  # everybody has spoken, everybody has heard
+        for _ in range(2):  # all have spoken, all have heard
             for member in self.members:
                 await member.exchange()
 

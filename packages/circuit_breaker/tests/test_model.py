@@ -313,7 +313,7 @@ class BreakerMachine(RuleBasedStateMachine):
     def _settle(self, number: int, *, failed: bool) -> None:
         call = self.under_way.pop(number)
         now, limit = self.clock.monotonic(), self.reference.config.slow_seconds
-        # A call that began while nobody measured was not measured.
+        # A call that began without a measurement was not measured.
         slow = call.measured and limit is not None and now - call.began > limit
         self.reference.settle(now, number, call.epoch, failed=failed, slow=slow)
         with pytest.raises(Boom if failed else StopIteration):

@@ -112,7 +112,7 @@ def test_timeout_works_in_one_loop_after_another() -> None:
 
 
 async def test_bulkhead_queues_then_rejects(clock: VirtualClock) -> None:
-    """One under way, one waiting, the third rejected; whoever waits too long is rejected as well."""
+    """One under way, one waiting, the third rejected; a call that waits too long is rejected as well."""
     bulkhead = Bulkhead(1, queue=1, max_wait_seconds=2, name="db", clock=clock)
     hang = Dependency(then="fine")
     hang.hold()
@@ -471,7 +471,7 @@ async def test_fallback_last_good_is_per_key_and_ages(clock: VirtualClock) -> No
 
 
 async def test_a_cancellation_gets_no_fallback() -> None:
-    """Whoever cancels a call wants no answer."""
+    """A call that was cancelled wants no answer."""
     task = asyncio.create_task(Fallback(value=1).call(Dependency(HANG)))
     await asyncio.sleep(0)
     task.cancel()

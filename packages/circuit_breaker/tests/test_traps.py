@@ -277,7 +277,7 @@ async def test_timeouts_on_sync_code() -> None:
 
 
 async def test_context_variables(clock: VirtualClock) -> None:
-    """A hedged attempt sees the caller's context variables; what it sets does not come back, whoever wins."""
+    """A hedged attempt sees the caller's context variables; what it sets does not come back, from either attempt."""
     variable = contextvars.ContextVar("variable", default="default")
     variable.set("caller's")
     seen: list[str] = []
@@ -581,7 +581,7 @@ def test_cost_of_failures_does_not_grow_with_the_window() -> None:
 async def test_cancellation_is_not_the_only_thing_that_is_never_retried(
     clock: VirtualClock, interruption: type[BaseException]
 ) -> None:
-    """What is no `Exception` ends the call at once, whatever the policy would retry, and counts nowhere."""
+    """What is no `Exception` ends the call at once, also where the policy would retry, and counts nowhere."""
     breaker = CircuitBreaker("p", PLAIN, clock=clock)
     guarded = Pipeline("p", Retry(attempts=5, retry=lambda _: True, clock=clock), breaker)
     dependency = Dependency(then=interruption)

@@ -75,7 +75,7 @@ async def test_order_a_rejected_retry_does_not_deny_the_first_attempt(clock: Vir
 
     class Blocks(Dependency):
         async def __call__(self, *args: object, **kwargs: object) -> None:
-            bulkhead.free = 0 - 1  # somebody else takes the place meanwhile
+            bulkhead.free = 0 - 1  # another call takes the place meanwhile
             raise Boom
 
     with pytest.raises(Boom) as failure:
@@ -189,7 +189,7 @@ async def test_order_a_deadline_during_a_retry_does_not_hide_the_last_real_error
     guarded = Pipeline("p", Timeout(5, clock=clock), retry, CircuitBreaker("p", clock=clock), bulkhead)
 
     async def once() -> None:
-        bulkhead.free -= 1  # somebody else takes the place meanwhile
+        bulkhead.free -= 1  # another call takes the place meanwhile
         raise Boom
 
     queued = asyncio.create_task(guarded.call(once))

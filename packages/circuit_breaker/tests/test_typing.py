@@ -85,7 +85,7 @@ def findings(tmp_path_factory):
 
 
 def test_right_code_type_checks(findings):
-    """A decorated function keeps its signature, whatever stands around it."""
+    """A decorated function keeps its signature under any policy."""
     assert findings["good"] == []
 
 

@@ -38,13 +38,13 @@ def require_plain(owner: str, field: str, fn: object) -> None:
     """Refuse what is to be called, and is no plain callable.
 
     Raises:
-        TypeError: it is not callable, or async: nobody would await what it returns.
+        TypeError: it is not callable, or async: its result is not awaited.
     """
     if not callable(fn):
         msg = f"{owner}: {field} is {fn!r}; it is a function"
         raise TypeError(msg)
     if is_async(fn):
-        msg = f"{owner}: {field} is an async function, which nobody would await here; give it a plain one"
+        msg = f"{owner}: {field} is an async function, which is not awaited here; give it a plain one"
         raise TypeError(msg)
 
 

@@ -31,7 +31,7 @@ policies write the lines that they need into **one function**, outermost first, 
 
 Three things make it cheap. The ticket *is* the window, so that one comparison answers "is it still closed, and the same
 epoch". A success only increments a counter: what a window needs beyond that is worked out when a failure comes, since
-only then can a circuit open, and metrics are read from the counters when somebody scrapes. And `try` costs nothing
+only then can a circuit open, and metrics are read from the counters at a scrape. And `try` costs nothing
 until something raises.
 
 **Threads.** There is no lock around `window.successes += 1`. With the interpreter's global lock, threads switch only at

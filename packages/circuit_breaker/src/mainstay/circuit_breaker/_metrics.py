@@ -1,4 +1,4 @@
-"""Metrics, read from the breakers' own counters when somebody scrapes: a call pays nothing for them.
+"""Metrics, read from the breakers' own counters at a scrape: a call pays nothing for them.
 
 - `mainstay_circuit_breaker_calls_total{breaker, outcome}`: success, failure, neutral, late, rejected
 - `mainstay_circuit_breaker_transitions_total{breaker, to}`: how often a circuit entered a state

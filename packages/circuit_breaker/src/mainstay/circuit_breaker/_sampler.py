@@ -121,5 +121,5 @@ def _bars(values: Sequence[int]) -> str:
     top = max(values, default=0)
     if top == 0:
         return " " * len(values)
-    # Whatever happened at all is seen: the smallest bar is kept for it.
+    # What happened at all is seen: the smallest bar is kept for it.
     return "".join(_HEIGHTS[0 if value == 0 else max(1, round(value / top * 8))] for value in values)

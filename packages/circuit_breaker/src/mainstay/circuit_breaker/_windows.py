@@ -3,7 +3,7 @@
 What both share, and what the generated code relies on, is one plain counter, `successes`. A success only adds one to
 it: the fast path takes no lock, walks no buckets and costs the same for every length of window. Everything else
 (failures, slow calls, the turn of a bucket, reading) happens under the circuit's lock and works from the difference
-between two readings of that counter. A counter in use is only ever added to: whoever set it, even to what it was a
+between two readings of that counter. A counter in use is only ever added to: setting it, even to what it was a
 moment ago, would lose what the fast path adds meanwhile.
 """
 
@@ -34,7 +34,7 @@ class CountWindow:
     """The last `size` calls.
 
     Failures are the ones in a bit string of the last `size` calls, newest lowest. It is brought up to date only when a
-    failure comes or somebody looks: shifted left by as many places as there were calls meanwhile, which are successes.
+    failure comes or the window is read: shifted left by as many places as there were calls meanwhile, all successes.
 
     So a failure would cost the more the longer the window is. Beyond `EXACT` calls the string has 21 digits instead,
     each the count of failures in a twentieth of the window's calls, and is shifted when a twentieth is full.

@@ -17,7 +17,7 @@ __all__ = ["Bulkhead"]
 
 
 class _Place:
-    """Somebody in the queue."""
+    """A call in the queue."""
 
     __slots__ = ("granted",)
 
@@ -25,7 +25,7 @@ class _Place:
         self.granted = False
 
     def wake(self) -> None:
-        """Tell whoever waits; from any thread."""
+        """Tell the waiting call; from any thread."""
         raise NotImplementedError
 
 
@@ -139,7 +139,7 @@ class Bulkhead(Policy):
         """Take a place when one becomes free.
 
         Raises:
-            BulkheadFull: the queue is full, or nobody left in time.
+            BulkheadFull: the queue is full, or no place became free in time.
             DeadlineExceeded: the caller's deadline came first.
         """
         place = self._stand(_TaskPlace)
@@ -184,7 +184,7 @@ class Bulkhead(Policy):
             self._serve()
 
     def release(self) -> None:
-        """Give a place back: to the first in the queue, or for whoever comes."""
+        """Give a place back: to the first in the queue, or for the next call."""
         with self._lock:
             self.free += 1
             self._serve()
@@ -206,7 +206,7 @@ class Bulkhead(Policy):
     def _serve(self) -> None:
         """Under the lock."""
         while self.waiting:
-            # Whoever finds a place free takes it without the lock: nothing may come between looking and taking.
+            # A call that finds a place free takes it without the lock: nothing may come between looking and taking.
             if self.free > 0:
                 self.free -= 1
             else:

@@ -22,7 +22,7 @@ _log = logging.getLogger("mainstay.circuit_breaker")
 _PASS: Final = object()
 
 MAX_SECONDS = 3600.0
-"""No simulation lasts longer; whoever wants more begins another."""
+"""No simulation lasts longer; for more, begin another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Chaos(Policy):
         require(
             "Chaos.on", "seconds", seconds, f"more than 0, at most {MAX_SECONDS:g}", holds=0 < seconds <= MAX_SECONDS
         )
-        require("Chaos.on", "reason", reason, "a sentence for whoever reads the log", holds=bool(reason.strip()))
+        require("Chaos.on", "reason", reason, "a sentence for the readers of the log", holds=bool(reason.strip()))
         if not self.is_on:
             self._off("its time is over")  # unless a call has noticed
         with self._lock:

@@ -40,7 +40,7 @@ class Rejected(CircuitBreakerError):
     public_message = "The service is busy. Please try again later."
 
     def __init__(self, name: str, state: str, retry_after_seconds: float | None = None) -> None:
-        # Rejecting is a hot path while a dependency is down: the message is made only when somebody reads it, and what
+        # Rejecting is a hot path while a dependency is down: the message is made only when it is read, and what
         # `super().__init__` would set is set (`args`, by `__new__`) or the class's own.
         self.name = name
         self.state = state

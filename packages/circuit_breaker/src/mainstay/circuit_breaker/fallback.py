@@ -31,7 +31,7 @@ class Fallback(Policy):
         function: makes the answer: `function(error, *args, **kwargs)`, plain or (for async callers) async.
         last_good_seconds: how old the last good result may be. > 0
         key: says from the call's arguments whose result may stand in: `key=lambda customer_id: customer_id`. Needed
-            with `last_good_seconds`: the last answer to somebody else's question is no answer.
+            with `last_good_seconds`: the last answer to another question is no answer.
         max_keys: how many last good results are kept; the one not renewed for longest makes room. >= 1
         on: exceptions that are answered. A cancellation never is.
         clock: measures age; tests pass a `VirtualClock`.

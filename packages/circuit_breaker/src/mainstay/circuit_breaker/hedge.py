@@ -1,4 +1,4 @@
-"""A second attempt when the first is late: whoever answers first wins, the other is cancelled."""
+"""A second attempt when the first is late: the first answer wins, the other attempt is cancelled."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Hedge(Policy):
             await asyncio.wait(mine)
 
     def delay_seconds(self) -> float | None:
-        """When a second attempt would be sent; None while nobody knows."""
+        """When a second attempt would be sent; None while it is not known."""
         return self._late if self.after_seconds is None else self.after_seconds
 
     async def _race(
@@ -124,7 +124,7 @@ class Hedge(Policy):
     def _bury(self, loser: asyncio.Task[Any]) -> None:
         self._losers.discard(loser)
         if not loser.cancelled():
-            loser.exception()  # it lost: nobody else will ask
+            loser.exception()  # it lost: no one else will ask
 
     def _learn(self, seconds: float) -> None:
         if self.after_seconds is not None:

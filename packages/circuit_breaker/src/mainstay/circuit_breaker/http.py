@@ -59,7 +59,7 @@ def retry_after(headers: httpx.Headers) -> float | None:
         return None
 
 
-_AGES = 1e9  # thirty years: whatever is longer, no clock can wait
+_AGES = 1e9  # thirty years: a longer time no clock can wait
 
 
 class AsyncPolicyTransport(httpx.AsyncBaseTransport):
@@ -223,7 +223,7 @@ class PolicyTransport(httpx.BaseTransport):
 
 
 # Responses. Policies get one that has been read, the caller one that has not: httpx reads it, measures `elapsed` by
-# that, and leaves `iter_raw` to whoever wants the bytes as they came.
+# that, and leaves `iter_raw` for the bytes as they came.
 
 
 def _with(response: httpx.Response, stream: httpx.ByteStream) -> httpx.Response:

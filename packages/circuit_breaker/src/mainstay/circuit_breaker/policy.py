@@ -120,7 +120,7 @@ class Policy:
 
     # Which block ends? The last one that the same frame began: a `with` statement begins and ends in one frame, also
     # where that is a generator's, which another thread, task or context may drive (as FastAPI does). An `ExitStack` has
-    # a frame for each: then the last one of this task or thread. And one that nobody can tell must still end, or its
+    # a frame for each: then the last one of this task or thread. And one that cannot be told must still end, or its
     # place in a bulkhead would be lost.
 
     def _enter_block(self, mode: Mode, block: object, frame: types.FrameType) -> None:

@@ -36,7 +36,7 @@ class BreakerConfig(BaseModel):
         failure_ratio: share of failures that opens. (0, 1] or None
         failure_count: number of failures in the window that opens. >= 1 or None
         consecutive_failures: number of failures without a success between them that opens. >= 1 or None
-        slow_seconds: a call that takes longer counts as slow, whatever came of it. (0, inf) or None
+        slow_seconds: a call that takes longer counts as slow, also where it succeeded. (0, inf) or None
         slow_ratio: share of slow calls that opens, where `slow_seconds` is set. (0, 1]
         break_seconds: how long it stays open the first time. (0, inf)
         break_growth: factor by which the next break is longer when recovery failed. >= 1

@@ -109,7 +109,7 @@ class _TraceClock(Clock):
 
 
 class _Notes(Rules):
-    """Rules whose circuit tells nobody: no log, no listener, no metric."""
+    """Rules of a silent circuit: no log, no listener, no metric."""
 
     __slots__ = ("changes", "time")
 

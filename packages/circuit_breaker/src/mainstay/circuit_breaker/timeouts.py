@@ -159,7 +159,7 @@ class Timeout(Policy):
         if not limit.fired:
             del limit.watch.under_way[limit]
         else:
-            # The same accounting as asyncio's own: only a cancellation that nobody else asked for becomes a timeout.
+            # The same accounting as asyncio's own: a cancellation that came from outside too stays a cancellation.
             expired = limit.task.uncancel() <= limit.cancelling
         try:
             ambient_deadline.reset(limit.token)
