@@ -92,6 +92,19 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
                             better="higher",
                             rounds=rounds,
                         )
+        with fresh_database(server.url) as ours, fresh_database(server.url) as theirs:
+            at_once, count = sizes[-1]
+            async with AsyncExitStack() as stack:
+                peers = stack.enter_context(Peers("workflow"))
+                await stack.enter_async_context(workflows(flows, url=ours, **SETTINGS))
+                yield await compare(
+                    f"three steps, {at_once:,} at once, PostgreSQL, beside absurd",
+                    "runs/s",
+                    partial(runs, at_once, count),
+                    peer=("absurd", peers("absurd_runs", theirs.replace("+asyncpg", ""), at_once, count)),
+                    better="higher",
+                    rounds=rounds,
+                )
         repeated = [await kill(Path(directory) / f"kill-{n}", 1_000, n) for n in range(1 if quick else 5)]
         yield row(
             "steps repeated by a kill, of 3,000",
