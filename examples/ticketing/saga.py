@@ -136,6 +136,7 @@ async def release(_outcome: Done[None] | Unknown, order: Order, *, db: Database 
     retry=Retry(attempts=4, wait=FullJitter(initial_seconds=0.2, max_seconds=2.0)),
     timeout_seconds=10,
     failed_on=(Declined,),
+    one_call=True,
 )
 async def charge(order: Order, *, provider: PaymentProvider = given(PaymentProvider)) -> Charged:
     """The only step that shares no commit: a crash in it leaves an outcome that is unknown."""

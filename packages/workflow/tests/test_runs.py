@@ -68,7 +68,12 @@ class Shop:
         async def release(outcome: Done[int] | Unknown, n: int) -> None:
             await self.act("release", outcome)
 
-        @flows.step(retry=Retry(attempts=3, wait=QUICK), failed_on=(Declined,), compensation_retry=Retry(4, QUICK))
+        @flows.step(
+            retry=Retry(attempts=3, wait=QUICK),
+            failed_on=(Declined,),
+            compensation_retry=Retry(4, QUICK),
+            one_call=True,
+        )
         async def charge(n: int) -> int:
             return int(await self.act("charge", n))
 
@@ -234,7 +239,7 @@ async def test_failed_means_that_nothing_happened(url):
 
 
 async def test_no_effect_errors_are_failures(url):
-    """An error that says no_effect is attempted again while it is retryable, and then fails without compensation."""
+    """In a step of one call it is attempted again while it is retryable, and then fails without compensation."""
     shop = Shop()
     shop.behave["charge"] = MainstayError("refused", no_effect=True, retryable=True)
     async with workflows(shop.flows, url=url):

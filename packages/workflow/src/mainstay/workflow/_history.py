@@ -146,7 +146,11 @@ def branch_of(key: str) -> str:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """What is kept of an exception."""
-    kept: dict[str, Any] = {"type": type(error).__name__, "detail": str(error)[:2_000]}
+    try:
+        detail = str(error)[:2_000]
+    except Exception:  # noqa: BLE001  an error's own code may fail as well
+        detail = "(its text could not be made)"
+    kept: dict[str, Any] = {"type": type(error).__name__, "detail": detail}
     code = getattr(error, "code", None)
     if isinstance(code, str):
         kept["code"] = code

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal, TypeVar
 
 from mainstay.core import (
@@ -24,7 +25,7 @@ from mainstay.core import (
     retry_if_retryable,
     timeout,
 )
-from mainstay.database import CommitUnknown, Database, FenceLost
+from mainstay.database import CommitUnknown, Database, DatabaseError, FenceLost
 from mainstay.workflow._history import (
     ATTEMPT,
     COMPENSATION,
@@ -43,6 +44,7 @@ from mainstay.workflow._metrics import STEP_SECONDS, count_step
 from mainstay.workflow._recording import Recording, worth_repeating
 from mainstay.workflow._verdict import (
     SHORTEST_WAIT,
+    NoException,
     error_text,
     may_have_happened,
     misconfigured,
@@ -79,7 +81,7 @@ def _if_retryable_ours(retry_state: RetryState, /) -> bool:
 
 
 # An effect of another package, such as a publish: its errors are typed, so a bug is not tried ten times.
-_EFFECT = StepPolicy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours))
+_EFFECT = StepPolicy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours), one_call=True)
 _PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
 _LEASE_LOOK_SECONDS = 0.05
 _SIGNAL_LOOK_SECONDS = 0.5
@@ -126,6 +128,7 @@ class Work:
     undoes: str | None = None
     ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
     entry: bool = False
+    own: CodeType | None = None
 
 
 class Run:
@@ -174,6 +177,7 @@ class Run:
         self._lookouts: set[asyncio.Future[None]] = set()
         self._receiving = asyncio.Lock()
         self._seen: dict[str, int] = {}
+        self._unread = {key for key, record in history.records.items() if record.position is not None}
 
     # What the engine does to it
 
@@ -249,7 +253,6 @@ class Run:
         try:
             with bind_journal(self):
                 result = await self.workflow.signature.call(arguments)
-            self._all_recalled(scope)
         except CancelRequested:
             failure = _CANCELLED
         except asyncio.CancelledError as error:
@@ -263,6 +266,7 @@ class Run:
             failure = describe(error)
             cause = error
         else:
+            self._all_recalled("the function ended")
             try:
                 return self.workflow.signature.keep_result(result)[0]
             except TypeError as error:
@@ -271,6 +275,8 @@ class Run:
             _scope.reset(token)
         if self._stop is not None:
             raise self._stop  # the function swallowed it
+        if failure is not _CANCELLED:
+            self._all_recalled(f"the function ended by {error_text(failure)}")
         if self._history.pivoted:
             msg = f"failed after its pivot, so there is no way back: {failure['type']}: {failure['detail']}"
             raise Parked(msg) from cause
@@ -356,6 +362,7 @@ class Run:
             raise Parked(msg)
         key, record = self._enter(scope, step.name)
         try:
+            self._same_arguments(step, record, args, kwargs)
             if record.state == DONE:
                 return self._load(step.signature.load_result, record)
             if record.input is None:
@@ -372,6 +379,7 @@ class Run:
                 load=step.signature.load_result,
                 input=record.input,
                 ask=None if step.ask is None else lambda: step.call_probe(arguments),
+                own=step.own_code,
             )
             return await self._settle(work, record)
         finally:
@@ -499,9 +507,7 @@ class Run:
 
     async def _branch(self, scope: Scope, branch: Awaitable[Any]) -> Any:
         _scope.set(scope)
-        result = await branch
-        self._all_recalled(scope)
-        return result
+        return await branch
 
     # The records
 
@@ -537,6 +543,7 @@ class Run:
                 "on replay. Give the changed function a new version, or put what differs into a step"
             )
             raise Parked(msg)
+        self._unread.discard(key)
         if record is None:
             record = self._history.records[key] = StepRecord(key, position)
             self._history.places[scope.prefix, position] = key
@@ -545,10 +552,27 @@ class Run:
             raise step_failed(name, record.state, record.error)  # type: ignore[arg-type]  # narrowed by the set
         return key, record
 
-    def _all_recalled(self, scope: Scope) -> None:
-        left = self._history.places.get((scope.prefix, scope.position))
-        if left is not None:
-            msg = f"the function ended before {left}, which is in its record: it does not do the same on replay"
+    def _all_recalled(self, how: str) -> None:
+        """Refuse an end before the record's end: a run's end counts only where its function read all of its record."""
+        if self._unread:
+            left = min(self._unread, key=lambda key: self._history.records[key].seq)
+            msg = (
+                f"{how} before {left}, which is in its record: it does not do the same on replay. Give the changed "
+                "function a new version, or mend it, and resume the run"
+            )
+            raise Parked(msg)
+
+    def _same_arguments(self, step: AnyStep, record: StepRecord, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Refuse other arguments than those on record: the result that is there belongs to those."""
+        if record.input is None:
+            return
+        now = _or_parked(step.signature.dump_arguments, _or_parked(step.signature.bind, args, kwargs))
+        # Equal by value: a set or a mapping may have been written in another order.
+        if now != record.input and step.signature.load_arguments(now) != self._arguments(step, record):
+            msg = (
+                f"the function called {record.key} with other arguments than its record has: it does not do the same "
+                "on replay. Give the changed function a new version, or put what differs into a step"
+            )
             raise Parked(msg)
 
     def _load(self, load: Callable[[str], Any], record: StepRecord) -> Any:
@@ -599,7 +623,7 @@ class Run:
         Raises:
             Exhausted: it is enough.
         """
-        began, waited = self._clock.monotonic(), 0.0
+        began, waited, repeated = self._clock.monotonic(), 0.0, 0
         if record.dangling or (record.maybe and work.policy.on_unknown == "probe"):
             found = await self._resolve(work, record, "a worker died, or was stopped, during an attempt")
             if found is not None:
@@ -616,13 +640,17 @@ class Run:
             except (Exception, asyncio.CancelledError) as error:
                 if cancelled_from_outside(error):
                     raise
-                kept = describe(error)
+                kept = describe(error.error if isinstance(error, NoException) else error)
                 if isinstance(error, ConfigurationError):
                     raise misconfigured(work.key, kept) from error
-                delay = rejection_seconds(work.policy, error)
+                if work.policy.transactional and isinstance(error, DatabaseError) and worth_repeating(error):
+                    repeated += 1
+                    await self._repeat(work, error, repeated)
+                    continue
+                delay = rejection_seconds(work.policy, error, work.own)
                 if delay is None:
                     record.attempts += 1
-                    if not nothing_happened(work.policy, error):
+                    if not nothing_happened(work.policy, error, work.own):
                         found = await self._resolve(work, record, error_text(kept))
                         if found is not None:
                             return await self._done(work, record, found.result, slot=False)
@@ -643,6 +671,11 @@ class Run:
                 delay, kept = again, {"type": "Result", "detail": "asks for another attempt"}
             waited += delay
             await self._note_attempt(work, record, kept, delay)
+
+    async def _repeat(self, work: Work, error: Exception, times: int) -> None:
+        """Wait before the database is asked again: its being away is no outcome of the work."""
+        _log.warning("run %s: %s could not be written and will be again: %s", self.id, work.key, error)
+        await self._pause(max(SHORTEST_WAIT, _EFFECT.retry.wait(RetryState(times, Outcome.of_error(error), 0.0))))
 
     def _delay(
         self, work: Work, record: StepRecord, outcome: Outcome, began: float, waited: float, *, more: int = 0
@@ -742,6 +775,13 @@ class Run:
                     return await call()
                 async with timeout(seconds, clock=self._clock):
                     return await call()
+        except (Exception, asyncio.CancelledError, ControlFlow, GeneratorExit):
+            raise
+        except BaseException as error:
+            if cancelled_from_outside():
+                raise asyncio.CancelledError from error  # the worker's own end, in a group with others
+            _log.warning("run %s: %s raised what is no Exception", self.id, work.key, exc_info=True)
+            raise NoException(error) from error
         finally:
             STEP_SECONDS.observe(time.perf_counter() - started)
             _scope.reset(scope)
@@ -793,9 +833,7 @@ class Run:
                 if isinstance(error, CommitUnknown):
                     record.in_doubt = row
                 record.attempts += 1
-                _log.warning("run %s: %s could not be written and will be again: %s", self.id, work.key, error)
-                state = RetryState(record.attempts, Outcome.of_error(error), 0.0)
-                await self._pause(max(SHORTEST_WAIT, _EFFECT.retry.wait(state)))
+                await self._repeat(work, error, record.attempts)
         record.state, record.seq = "done", row["seq"]
         count_step(work.name, DONE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any, Literal
 
 from mainstay.core import DeadlineExceeded, MainstayError
@@ -15,25 +16,51 @@ from mainstay.workflow.step import StepPolicy
 SHORTEST_WAIT = 0.01
 
 
-def rejection_seconds(policy: StepPolicy, error: BaseException) -> float | None:
-    """How long to wait where nobody was asked, so that it was no attempt: a breaker or a bulkhead said no."""
+class NoException(Exception):
+    """What a step raised that is no `Exception`, such as a `SystemExit`: it ends an attempt, and never a worker."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(type(error)))
+        self.error = error
+
+
+def rejection_seconds(policy: StepPolicy, error: BaseException, own: CodeType | None) -> float | None:
+    """How long to wait where the other side was not asked, so that it was no attempt: a breaker or a bulkhead said no.
+
+    Args:
+        policy: of the step.
+        error: the end of the attempt.
+        own: the code of the step below policies of ours; None where there are none.
+    """
     if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, policy.failed_on):
         return None
-    if error.retry_after_seconds is None:
+    if error.retry_after_seconds is None or not nothing_happened(policy, error, own):
         return None
     # The spread keeps those who were rejected together apart.
     return max(SHORTEST_WAIT, error.retry_after_seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
 
 
-def nothing_happened(policy: StepPolicy, error: BaseException) -> bool:
-    """Whether it is certain that the attempt had no effect."""
+def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | None) -> bool:
+    """Whether it is certain that the attempt had no effect: the whole step, and not only the call that failed."""
     if isinstance(error, policy.failed_on):
         return True
     if policy.transactional:
         return not isinstance(error, CommitUnknown)
     # A deadline that had passed before something began says what the step's code did not do last; but that code spent
     # the time before on something.
-    return isinstance(error, MainstayError) and error.no_effect and not isinstance(error, DeadlineExceeded)
+    if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, DeadlineExceeded):
+        return False
+    return policy.one_call or (own is not None and not _entered(own, error))
+
+
+def _entered(own: CodeType, error: BaseException) -> bool:
+    """Whether the error came out of the step's own code."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is own:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def may_have_happened(record: StepRecord) -> bool:

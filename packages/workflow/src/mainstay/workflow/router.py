@@ -51,6 +51,7 @@ class WorkflowRouter:
         compensation_retry: Retry = COMPENSATION_RETRY,
         transactional: bool = False,
         pivot: bool = False,
+        one_call: bool = False,
     ) -> Callable[[Callable[P, Awaitable[T]]], Step[P, T]]:
         """Declare a step.
 
@@ -68,6 +69,9 @@ class WorkflowRouter:
                 `db.transaction()` and shares the commit with its record: exactly once. Its compensation does, too.
             pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing
                 it.
+            one_call: the step makes one call to the other side and nothing before or after it, so an error of that call
+                that is `no_effect` says that the step did nothing. In any other step it speaks for its own call only,
+                and the step may have done something.
 
         Raises:
             TypeError: the function is not async, or options contradict each other.
@@ -82,7 +86,12 @@ class WorkflowRouter:
         if transactional and on_unknown != "compensate":
             msg = f"a transactional step is never unknown: on_unknown={on_unknown!r} would never be used"
             raise TypeError(msg)
-        policy = StepPolicy(retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot)
+        if transactional and one_call:
+            msg = "a transactional step that fails has done nothing in any case: leave one_call out"
+            raise TypeError(msg)
+        policy = StepPolicy(
+            retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot, one_call
+        )
 
         def declare(function: Callable[P, Awaitable[T]]) -> Step[P, T]:
             step = Step(function, policy, compensation_retry, uncompensated=compensation is None, binding=self.binding)

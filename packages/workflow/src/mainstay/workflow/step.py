@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from mainstay.core import App, Binding, FullJitter, Retry, RetryState
@@ -44,6 +45,7 @@ class StepPolicy:
     on_unknown: OnUnknown = "compensate"
     transactional: bool = False
     pivot: bool = False
+    one_call: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,9 @@ class Step(Generic[P, T]):
         self.function = function
         self.policy = policy
         self.undo_policy = StepPolicy(
-            retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional
+            retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional, one_call=True
         )
+        self.own_code = _own_code(function)
         self.uncompensated = uncompensated
         self.undo: Callable[..., Awaitable[None]] | None = None
         self.ask: Callable[..., Awaitable[Done[T] | Failed | Unknown]] | None = None
@@ -228,6 +231,20 @@ class Step(Generic[P, T]):
         if self.policy.on_unknown == "probe" and self.ask is None:
             msg = f'step {self.name} says on_unknown="probe": add @{self.name}.probe'
             raise TypeError(msg)
+
+
+def _own_code(function: Callable[..., Any]) -> CodeType | None:
+    """The code of a function below policies of ours, which say truly whether they entered it.
+
+    None without such policies, and where anything else stands between: what that has tried before is not known.
+    """
+    below: Any = function
+    while (inner := getattr(below, "__wrapped__", None)) is not None:
+        code = getattr(below, "__code__", None)
+        if code is None or not code.co_filename.startswith("<mainstay."):
+            return None
+        below = inner
+    return None if below is function else getattr(below, "__code__", None)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
