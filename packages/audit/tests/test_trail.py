@@ -259,6 +259,7 @@ class Run:
         else:
             await effect("run-1:apart")
             await effect("run-1:apart")
+        return "run-1:step"
 
 
 async def test_in_a_workflow_an_entry_is_a_step(db, trail):

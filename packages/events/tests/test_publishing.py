@@ -81,10 +81,11 @@ class Journal:
         self.done = done
         self.asked: list[tuple[str, bool]] = []
 
-    async def once(self, name: str, effect: Effect, *, transactional: bool) -> None:
+    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
         self.asked.append((name, transactional))
         if not self.done:
             await effect("run-1:publish:1")
+        return "run-1:publish"
 
 
 async def test_inside_a_workflow_publishing_is_a_step_with_ids_of_its_key(database_url: str) -> None:

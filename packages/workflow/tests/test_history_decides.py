@@ -237,3 +237,44 @@ async def test_what_is_no_exception_ends_a_step_like_one(body: Callable[[], Awai
     ledger = Ledger()
     await ends(ledger, ledger.charge(body))
     assert ledger.lines == ["charge", "charge", "refund Unknown"]
+
+
+async def test_a_replay_starts_and_sends_nothing_again() -> None:
+    """What a workflow function starts and sends is recorded: one child, one signal, however often it is executed."""
+    flows, gate, seen = WorkflowRouter(), asyncio.Event(), list[str]()
+    told = flows.signal("told", str)
+    hang = hanging(gate)
+
+    @flows.step(compensation=None)
+    async def wait_a_while() -> None:
+        await hang()
+
+    @flows.workflow(name="child", version=1)
+    async def child(n: int) -> str:
+        seen.append(f"child {n}")
+        return await told.wait()
+
+    @flows.workflow(name="parent", version=1)
+    async def parent(n: int) -> str:
+        started = await child.start(n)
+        await told.send(started.id, "hello")
+        await wait_a_while()
+        return started.id
+
+    async with workflows(flows, serve=False) as app:
+        run = await parent.start(7, id="r")
+        engine = app.get(WorkflowEngine)
+        first = asyncio.create_task(engine.worker.work(Drain(app.clock)))
+        await asyncio.wait_for(gate.wait(), WAIT)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        drain = Drain(app.clock)
+        second = asyncio.create_task(engine.worker.work(drain))
+        try:
+            started = await run.result(WAIT)
+            assert await child.handle(started).result(WAIT) == "hello"
+        finally:
+            drain.begin()
+            await second
+        assert len(await engine.runs(limit=10)) == 2
+    assert set(seen) == {"child 7"}

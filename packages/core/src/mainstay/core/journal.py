@@ -23,8 +23,8 @@ Effect = Callable[[str | None], Awaitable[None]]
 class Journal(Protocol):
     """What a durable run offers to effects inside it."""
 
-    async def once(self, name: str, effect: Effect, *, transactional: bool) -> None:
-        """Run `effect` unless the run already records it as done, and record it.
+    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
+        """Run `effect` unless the run already records it as done, record it, and return the step's key.
 
         Args:
             name: what the effect is, stable between replays, such as `publish:order.paid`.
@@ -38,13 +38,17 @@ class Journal(Protocol):
 _journal: ContextVar[Journal | None] = ContextVar("mainstay_journal", default=None)
 
 
-async def once(name: str, effect: Effect, *, transactional: bool) -> None:
-    """Run `effect` through the journal of the surrounding run, or straight away where there is none."""
+async def once(name: str, effect: Effect, *, transactional: bool) -> str | None:
+    """Run `effect` through the journal of the surrounding run, or straight away where there is none.
+
+    Returns:
+        The step's key, which was handed to the effect when it ran; None outside a workflow.
+    """
     journal = _journal.get()
     if journal is None:
         await effect(None)
-    else:
-        await journal.once(name, effect, transactional=transactional)
+        return None
+    return await journal.once(name, effect, transactional=transactional)
 
 
 class bind_journal:  # noqa: N801  used like a function: `with bind_journal(journal):`

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mainstay.core import MainstayError
+
 Row = dict[str, Any]
 
 INTENT = "intent"
@@ -151,7 +153,6 @@ def describe(error: BaseException) -> dict[str, Any]:
     except Exception:  # noqa: BLE001  an error's own code may fail as well
         detail = "(its text could not be made)"
     kept: dict[str, Any] = {"type": type(error).__name__, "detail": detail}
-    code = getattr(error, "code", None)
-    if isinstance(code, str):
-        kept["code"] = code
+    if isinstance(error, MainstayError):
+        kept["code"] = error.code
     return kept

@@ -385,7 +385,7 @@ class Run:
         finally:
             scope.busy = False
 
-    async def once(self, name: str, effect: Effect, *, transactional: bool) -> None:
+    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
         """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
         scope = _scope.get()
         if scope is None:
@@ -394,9 +394,9 @@ class Run:
         label = "@" + name.replace("/", "_")
         key, record = self._enter(scope, label)
         try:
-            if record.state == DONE:
-                return
             full = f"{self.id}:{key}"
+            if record.state == DONE:
+                return full
             work = Work(
                 name=label,
                 key=key,
@@ -406,6 +406,7 @@ class Run:
                 entry=transactional,
             )
             await self._settle(work, record)
+            return full
         finally:
             scope.busy = False
 

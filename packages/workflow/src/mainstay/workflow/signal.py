@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError
 
-from mainstay.core import Binding
+from mainstay.core import Binding, derived_id, once
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.step import _scope
 
@@ -37,7 +37,8 @@ class Signal(Generic[T]):
     async def send(self, run_id: str, value: T, *, id: str | None = None) -> None:
         """Tell the run, whether it waits already, will later, or has not been started yet.
 
-        Durable when this returns, or, inside `db.transaction()`, with its commit. Each one is received once.
+        Durable when this returns, or, inside `db.transaction()`, with its commit. Each one is received once. Inside a
+        workflow function it is a recorded step: a replay sends nothing again.
 
         Args:
             run_id: the run's id.
@@ -54,7 +55,13 @@ class Signal(Generic[T]):
         except (PydanticSerializationError, ValueError) as error:
             msg = f"signal {self.name}: the value cannot be kept as the signal's type says: {error}"
             raise TypeError(msg) from None
-        await self._binding.get().send(run_id, self.name, text.decode(), id)
+        engine = self._binding.get()
+
+        async def send(key: str | None) -> None:
+            of_step = None if key is None else str(derived_id(key))
+            await engine.send(run_id, self.name, text.decode(), of_step if id is None else id)
+
+        await once(f"send:{self.name}", send, transactional=False)
 
     async def wait(self, timeout_seconds: float | None = None) -> T:
         """In a workflow function: wait for the next message that nobody has received, durably and without memory.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple, cast
 
-from mainstay.core import Binding
+from mainstay.core import Binding, derived_id, once
 from mainstay.workflow._signature import Signature
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.step import _scope
@@ -134,17 +134,30 @@ class Workflow(Generic[*Ts, T]):
             id: names the run for ever: starting again with the same id and the same input returns the same run.
                 Without one, the run is a new one. At most 200 characters.
 
+        Inside a workflow function it is a recorded step, from whose key the id derives: a replay starts nothing again.
+
         Raises:
             RunConflict: the id belongs to another workflow or to another input.
             TypeError: the arguments do not fit.
             NotBoundError: the router is not part of a running App.
         """
         engine = self.binding.get()
-        run_id = await engine.start(
-            self.name, self.version, self.signature.dump_arguments(self.signature.bind(args, {})), id
-        )
-        return Handle(run_id, self.signature, engine)
+        text = self.signature.dump_arguments(self.signature.bind(args, {}))
+        started: list[str] = []
+
+        async def begin(key: str | None) -> None:
+            started.append(await engine.start(self.name, self.version, text, _id_of(key) if id is None else id))
+
+        key = await once(f"start:{self.name}", begin, transactional=False)
+        # On a replay nothing is begun: the id is the one that was asked for, or that of the step.
+        run_id = started[0] if started else _id_of(key) if id is None else id
+        return Handle(cast("str", run_id), self.signature, engine)
 
     def handle(self, id: str) -> Handle[T]:
         """The run with this id, which may exist or not."""
         return Handle(id, self.signature, self.binding.get())
+
+
+def _id_of(key: str | None) -> str | None:
+    """The id of a run that a step starts; None outside a run, where each is a new one."""
+    return None if key is None else str(derived_id(key))
