@@ -14,14 +14,22 @@ from functools import partial
 from pathlib import Path
 
 from api import public_modules
+from site_links import broken
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pages that live elsewhere in the repository, by the name that they have in the site.
 BESIDE = {"contributing.md": "CONTRIBUTING.md", "measurements.md": "benchmarks/README.md"}
-# Lines of code are up to 120 characters long.
-STYLE = ".md-grid { max-width: 86rem; }\n"
+# Pages that are read elsewhere only, and whose links must hold all the same.
+ELSEWHERE = ("README.md", "packages/*/README.md")
+# Lines of code are up to 120 characters long, and a long name in a sentence wraps rather than leaves the page.
+STYLE = ".md-grid { max-width: 86rem; }\n.md-typeset :not(pre) > code { overflow-wrap: anywhere; }\n"
 FIRST = ("index.md", "first-service.md", "architecture.md")
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?://|#|mailto:)([^)#]+)(#[^)]*)?\)")
+# Code comes first, so that what looks like a link in it stays as it is.
+_LINK = re.compile(
+    r"^ *```.*?^ *```|`[^`\n]+`|(?<!!)\[([^\]]*)\]\((?!https?://|#|mailto:)([^)#]+)(#[^)]*)?\)",
+    re.DOTALL | re.MULTILINE,
+)
+_NUMBER = re.compile(r"^(ADR |RFC )?\d+[:.] ")
 Nav = list[dict[str, object]]
 
 
@@ -35,31 +43,32 @@ def stage(root: Path, pages: Path) -> Nav:
     for page in pages.rglob("*.md"):
         relinked = partial(_relinked, root, pages, page)
         page.write_text(_LINK.sub(relinked, page.read_text()))
+    for page in (path for pattern in ELSEWHERE for path in root.glob(pattern)):
+        for link in _LINK.finditer(page.read_text()):
+            if link[2]:
+                _target(root, page, link[2])
     packages = sorted(path.parent.name for path in root.glob("packages/*/pyproject.toml"))
     reference = [_reference(pages, package) for package in packages]
     alone = sorted(path.name for path in (root / "docs").glob("*.md"))
     others = [name for name in alone if name not in FIRST and name.removesuffix(".md") not in packages]
     return [
-        *[_entry(_title(pages / name), name) for name in FIRST],
+        {"Guide": [{_title(pages / name): name} for name in (*FIRST, *others)]},
         {"Packages": [{package: f"{package}.md"} for package in packages]},
-        {"Examples": [{_title(pages / name): name} for name in others]},
         {"Reference": reference},
         {"RFCs": _directory(pages, "rfcs")},
         {"Decisions": _directory(pages, "adr")},
-        {"Measurements": "measurements.md"},
-        {"Contributing": "contributing.md"},
+        {"Project": [{_title(pages / name): name} for name in BESIDE]},
     ]
 
 
 def _relinked(root: Path, pages: Path, page: Path, link: re.Match[str]) -> str:
     """The same link from the page's place in the site; the bare text where it leads to a file that is no page."""
     text, to, anchor = link.groups()
+    if not to:
+        return link[0]
     name = str(page.relative_to(pages))
     source = root / BESIDE[name] if name in BESIDE else root / "docs" / name
-    target = (source.parent / to).resolve()
-    if not target.exists():
-        msg = f"{source.relative_to(root)} links to {to}, which is not there"
-        raise SystemExit(msg)
+    target = _target(root, source, to)
     beside = {(root / path).resolve(): Path(name) for name, path in BESIDE.items()}
     if target in beside:
         found = pages / beside[target]
@@ -71,10 +80,19 @@ def _relinked(root: Path, pages: Path, page: Path, link: re.Match[str]) -> str:
     return f"[{text}]({up}{found.relative_to(pages)}{anchor or ''})"
 
 
+def _target(root: Path, source: Path, to: str) -> Path:
+    """The file or directory of the checkout that a link leads to."""
+    target = (source.parent / to).resolve()
+    if not target.exists():
+        msg = f"{source.relative_to(root)} links to {to}, which is not there"
+        raise SystemExit(msg)
+    return target
+
+
 def _reference(pages: Path, package: str) -> dict[str, object]:
     """Write a page for the public modules of a package; the package itself comes first."""
     modules = [name for name, _ in public_modules(package)]
-    lines = [f"# mainstay.{package}", ""]
+    lines = [f"# Reference of {package}", ""]
     for module in modules:
         lines += [f"## {module}", "", f"::: {module}", ""]
     place = pages / "reference" / f"{package}.md"
@@ -86,11 +104,13 @@ def _reference(pages: Path, package: str) -> dict[str, object]:
 def _directory(pages: Path, name: str) -> Nav:
     found = sorted((pages / name).glob("*.md"), key=lambda path: (path.name != "README.md", path.name))
     found = [path for path in found if not path.name.endswith("-template.md")]
-    return [{_title(path): str(path.relative_to(pages))} for path in found]
+    return [{_numbered(path): str(path.relative_to(pages))} for path in found]
 
 
-def _entry(title: str, page: str) -> dict[str, object]:
-    return {title: page}
+def _numbered(page: Path) -> str:
+    """The title of a page with the number of its file's name, which not every title repeats."""
+    title = _NUMBER.sub("", _title(page))
+    return f"{page.name[:4]} {title}" if page.name[0].isdigit() else title
 
 
 def _title(page: Path) -> str:
@@ -110,7 +130,7 @@ def configuration(nav: Nav, pages: Path, site: Path) -> str:
             "theme": {
                 "name": "material",
                 "font": False,  # nothing is fetched from elsewhere, neither while building nor while reading
-                "features": ["navigation.sections", "navigation.top", "content.code.copy", "toc.follow"],
+                "features": ["navigation.tabs", "navigation.top", "content.code.copy", "toc.follow"],
             },
             "markdown_extensions": ["admonition", "attr_list", "tables", "pymdownx.highlight", "pymdownx.superfences"],
             "extra_css": ["site.css"],
@@ -128,12 +148,12 @@ def configuration(nav: Nav, pages: Path, site: Path) -> str:
                                     "heading_level": 3,
                                     "members_order": "source",
                                     "docstring_style": "google",
-                                    # Parameters of one kind share a line: `name, clock: as for …`.
-                                    "docstring_options": {"warn_unknown_params": False, "warn_missing_types": False},
+                                    "extensions": [f"{Path(__file__).with_name('shared_entries.py')}:SharedEntries"],
+                                    "docstring_options": {"warn_missing_types": False},
                                     "docstring_section_style": "list",
                                     "separate_signature": True,
                                     "show_signature_annotations": True,
-                                    "line_length": 100,
+                                    "line_length": 80,
                                 },
                             }
                         }
@@ -146,13 +166,26 @@ def configuration(nav: Nav, pages: Path, site: Path) -> str:
 
 
 def build(root: Path, place: Path) -> int:
-    """Build the site below `place`; the exit status of the generator."""
+    """Build the site below `place`; the exit status, which is not 0 after any finding."""
     pages, site = place / "pages", place / "site"
     nav = stage(root, pages)
     (place / "mkdocs.yml").write_text(configuration(nav, pages, site))
     command: Sequence[str] = (str(Path(sys.executable).parent / "zensical"), "build", "--strict", "--clean")
-    done = subprocess.run([*command, "--config-file", str(place / "mkdocs.yml")], check=False, cwd=place)
-    return done.returncode
+    done = subprocess.run(
+        [*command, "--config-file", str(place / "mkdocs.yml")],
+        check=False,
+        cwd=place,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    print(done.stdout, end="")
+    if done.returncode:
+        return done.returncode
+    findings = broken(site)
+    print("".join(f"{finding}\n" for finding in findings), end="")
+    # The generator prints what is wrong with a docstring, an argument that there is not, and goes on.
+    return 1 if findings or "griffe: " in done.stdout else 0
 
 
 if __name__ == "__main__":
