@@ -21,8 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 BESIDE = {"contributing.md": "CONTRIBUTING.md", "measurements.md": "benchmarks/README.md"}
 # Pages that are read elsewhere only, and whose links must hold all the same.
 ELSEWHERE = ("README.md", "packages/*/README.md")
-# Lines of code are up to 120 characters long, and a long name in a sentence wraps rather than leaves the page.
-STYLE = ".md-grid { max-width: 86rem; }\n.md-typeset :not(pre) > code { overflow-wrap: anywhere; }\n"
+STYLE = """\
+/* Lines of code are up to 120 characters long. */
+.md-grid { max-width: 86rem; }
+.md-typeset pre > code { font-size: 0.6rem; }
+/* A long name wraps, and stays whole where it is what a table's row is about. */
+.md-typeset :not(pre) > code { overflow-wrap: anywhere; }
+.md-typeset td:first-child code { overflow-wrap: normal; word-break: normal; }
+/* Markdown has no table without a head. */
+.md-typeset thead:not(:has(th:not(:empty))) { display: none; }
+"""
 FIRST = ("index.md", "first-service.md", "architecture.md")
 # Code comes first, so that what looks like a link in it stays as it is.
 _LINK = re.compile(
