@@ -96,7 +96,7 @@ new: setup
 	@$(MAKE) --no-print-directory setup
 	@$(MAKE) --no-print-directory api
 
-# The documentation as a site, in build/site; a broken link fails it.
+# The documentation as a site, in build/site; a broken link or a wrong docstring fails it.
 docs: setup
 	@$(BIN)/python tools/docs_site.py
 

@@ -87,11 +87,11 @@ def test_a_link_that_leads_nowhere_fails_it(checkout: Path, page: str, line: str
 
 def test_a_wrong_docstring_fails_it(checkout: Path) -> None:
     """A link to a page that is not there, and an argument that the function does not have."""
-    add_function(checkout, DOCSTRING.replace("Put numbers.", "See [x](nothing.md).").replace("size: how", "sise: how"))
+    add_function(checkout, DOCSTRING.replace("Put numbers.", "See [x](nothing.md).").replace("size: how", "width: how"))
     done = built(checkout)
     assert done.returncode != 0
     assert "reference/core.html links to nothing.html" in done.stdout
-    assert "'sise' does not appear in the function signature" in done.stdout
+    assert "'width' does not appear in the function signature" in done.stdout
 
 
 def add_function(checkout: Path, function: str) -> None:
