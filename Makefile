@@ -92,7 +92,7 @@ api: setup
 
 # A package that passes every check, to begin with: PACKAGE=ledger. CONTRIBUTING.md tells the way from there.
 new: setup
-	@$(BIN)/python tools/new_package.py $(PACKAGE)
+	@$(BIN)/python tools/new_package.py "$(PACKAGE)"
 	@$(MAKE) --no-print-directory setup
 	@$(MAKE) --no-print-directory api
 

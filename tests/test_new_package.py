@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def run(place: Path, *command: str, fails: bool = False) -> str:
     """Run a command of a newcomer there, and return what it said."""
     # Nothing of this run may lead back into this checkout.
     ours = ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PACKAGE", "COVERAGE", "COVERAGE_FILE")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | {"UV_OFFLINE": "1"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode != 0) is fails, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
@@ -26,18 +27,43 @@ def clone(tmp_path: Path) -> Path:
     """A checkout of its own, with what is not committed yet."""
     place = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(ROOT), str(place))
-    changed = run(ROOT, "git", "ls-files", "--modified", "--others", "--exclude-standard").splitlines()
-    for name in changed:
+    changed = run(ROOT, "git", "diff", "--name-only", "--no-renames", "HEAD").splitlines()
+    for name in changed + run(ROOT, "git", "ls-files", "--others", "--exclude-standard").splitlines():
         if (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes((ROOT / name).read_bytes())
+        else:
+            (place / name).unlink()
     return place
 
 
+@pytest.fixture
+def environment(clone: Path) -> None:
+    """An environment of the clone, with the third-party code of this one and without our packages; needs no network."""
+    here, place = Path(sys.prefix), clone / ".venv"
+    run(clone, sys.executable, "-m", "venv", "--without-pip", str(place))
+    packages = Path(sysconfig.get_path("purelib"))
+    # Of a directory that a .pth file names no .pth files are read: those of ours lead into this checkout.
+    (place / packages.relative_to(here) / "third_party.pth").write_text(f"{packages}\n")
+    for program in (here / "bin").iterdir():
+        there, shebang = place / "bin" / program.name, f"#!{here}/bin/".encode()
+        if there.exists() or program.is_dir():
+            continue
+        if program.read_bytes().startswith(shebang):
+            there.write_bytes(program.read_bytes().replace(shebang, f"#!{place}/bin/".encode(), 1))
+            there.chmod(0o755)
+        else:
+            there.symlink_to(program)
+    (place / ".locked").touch()  # tells make that third-party code is there
+
+
+@pytest.mark.usefixtures("environment")
 def test_a_new_package_passes_every_check_at_once(clone: Path) -> None:
     """Lint, layers, API, private use, both type checkers, shape, docs, and its tests at 100 % coverage."""
     said = run(clone, "make", "new", "PACKAGE=stock_ledger")
     assert "packages/stock_ledger/" in said
+    where = "import mainstay.core, mainstay.stock_ledger as new; print(mainstay.core.__file__, new.__file__, sep='\\n')"
+    assert all(Path(file).is_relative_to(clone) for file in run(clone, ".venv/bin/python", "-c", where).splitlines())
     run(clone, "make", "lint", "layers")
     run(clone, ".venv/bin/mypy", "packages/stock_ledger")
     run(clone, ".venv/bin/basedpyright", "--pythonpath", ".venv/bin/python", "packages/stock_ledger/src")
@@ -53,11 +79,38 @@ def test_a_new_package_passes_every_check_at_once(clone: Path) -> None:
     assert "the name is taken" in again
 
 
-@pytest.mark.parametrize("name", ["Ledger", "my-ledger", "1st", "class", "_x", "events", "servers"])
-def test_a_name_that_will_not_do_changes_nothing(clone: Path, name: str) -> None:
-    """It says what a name is, or which are taken."""
+@pytest.mark.parametrize("name", ["io", "clock", "settlement_of_foreign_accounts"])
+def test_a_name_of_any_length_makes_readable_lines(clone: Path, name: str) -> None:
+    """The shortest and the longest name, and one whose class would be called as a class of core is."""
+    run(clone, sys.executable, "tools/new_package.py", name)
+    ruff = str(Path(sys.executable).parent / "ruff")
+    run(clone, ruff, "check", f"packages/{name}")
+    run(clone, ruff, "format", "--check", f"packages/{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "lower-case word"),
+        ("Ledger", "lower-case word"),
+        ("my-ledger", "lower-case word"),
+        ("1st", "lower-case word"),
+        ("class", "lower-case word"),
+        ("_x", "lower-case word"),
+        ("settlement_of_foreign_accounts_", "lower-case word"),
+        ("settlement_of_foreign_accountss", "30 characters at most, this one has 31"),
+        ("events", "the name is taken"),
+        ("servers", "the name is taken"),
+        ("index", "the name is taken"),
+        ("testbed", "pytest would take its classes for tests"),
+        ("db", "`mainstay db` is a command already"),
+        ("describe", "`mainstay describe` is a command already"),
+    ],
+)
+def test_a_name_that_will_not_do_changes_nothing(clone: Path, name: str, why: str) -> None:
+    """The message says what a name is, or which are taken."""
     before = run(clone, "git", "status", "--short")
-    tool = (sys.executable, "tools/new_package.py")
-    said = run(clone, *tool, name, fails=True)
+    said = run(clone, sys.executable, "tools/new_package.py", name, fails=True)
     assert f"PACKAGE={name}: " in said
+    assert why in said
     assert run(clone, "git", "status", "--short") == before

@@ -10,12 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
 import copier
+from run_tests import suites
+
+from mainstay.cli import commands
 
 TEMPLATE = Path(__file__).resolve().parent / "package_template"
+LONGEST = 30  # characters of a name: with more, lines of the template are too long
 
 
 def make(root: Path, package: str) -> list[str]:
@@ -41,7 +46,8 @@ def make(root: Path, package: str) -> list[str]:
     place = root / "packages" / package
     shutil.copy(root / "LICENSE", place)
     tools = Path(sys.executable).parent
-    for command in ("check --fix --quiet", "format --quiet"):  # the length of its name decides where lines break
+    # The name decides where lines break and in which order imports stand; `make check` judges the result.
+    for command in ("check --fix-only --quiet", "format --quiet"):
         subprocess.run([tools / "ruff", *command.split(), place], cwd=root, check=True)
     made = [f"packages/{package}/", f"docs/{package}.md", f"docs/rfcs/{rfc}-{package.replace('_', '-')}.md"]
     return made + [str(path.relative_to(root)) for path in changed]
@@ -51,9 +57,23 @@ def refuse(root: Path, package: str) -> None:
     """End with a message if the name is no name for a package, or is taken."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", package) or keyword.iskeyword(package):
         sys.exit(f"PACKAGE={package}: a package is a lower-case word, or several joined by _, such as ledger")
-    taken = {path.parent.name for path in root.glob("packages/*/pyproject.toml")} | {"servers"}
+    if len(package) > LONGEST:
+        sys.exit(f"PACKAGE={package}: a name has {LONGEST} characters at most, this one has {len(package)}")
+    taken = {path.name for path in root.glob("packages/*")} | suites().keys()
     if package in taken or (root / "docs" / f"{package}.md").exists():
         sys.exit(f"PACKAGE={package}: the name is taken; there are {', '.join(sorted(taken))}")
+    if package.startswith("test"):
+        sys.exit(f"PACKAGE={package}: pytest would take its classes for tests; choose a name that begins otherwise")
+    if package in _commands(root):
+        sys.exit(f"PACKAGE={package}: `mainstay {package}` is a command already")
+
+
+def _commands(root: Path) -> set[str]:
+    """The commands that there are: the CLI's own, and those of the packages."""
+    found = set(commands.__all__)
+    for path in root.glob("packages/*/pyproject.toml"):
+        found |= tomllib.loads(path.read_text())["project"].get("entry-points", {}).get("mainstay.commands", {}).keys()
+    return found
 
 
 def _next_rfc(root: Path) -> int:
