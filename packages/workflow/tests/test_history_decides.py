@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+from pydantic_core import core_schema
 
 from mainstay.core import App, Drain, FullJitter, MainstayError, Retry
 from mainstay.database import CommitUnknown, Database, DatabaseBusy, DatabaseUnavailable
@@ -278,3 +279,57 @@ async def test_a_replay_starts_and_sends_nothing_again() -> None:
             await second
         assert len(await engine.runs(limit=10)) == 2
     assert set(seen) == {"child 7"}
+
+
+class Plain:
+    """A value without an equality of its own."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: object, _handler: object) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls, core_schema.str_schema(), serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    def __str__(self) -> str:
+        return self.text
+
+
+async def test_equal_arguments_are_equal_by_value() -> None:
+    """A mapping in another order, and a value without an equality of its own, are no other arguments."""
+    flows, gate, turn = WorkflowRouter(), asyncio.Event(), [0]
+    hang = hanging(gate)
+
+    @flows.step(compensation=None)
+    async def look(names: list[str], by: Plain, of: dict[str, int]) -> int:
+        return len(names)
+
+    @flows.step(compensation=None)
+    async def wait_a_while() -> None:
+        await hang()
+
+    @flows.workflow(name="looks", version=1)
+    async def looks(n: int) -> int:
+        turn[0] += 1
+        of = {"a": 1, "b": 2} if turn[0] == 1 else {"b": 2, "a": 1}
+        found = await look(["a"], Plain("ann"), of)
+        await wait_a_while()
+        return found
+
+    async with workflows(flows, serve=False) as app:
+        run = await looks.start(1, id="r")
+        engine = app.get(WorkflowEngine)
+        first = asyncio.create_task(engine.worker.work(Drain(app.clock)))
+        await asyncio.wait_for(gate.wait(), WAIT)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        drain = Drain(app.clock)
+        second = asyncio.create_task(engine.worker.work(drain))
+        try:
+            assert await run.result(WAIT) == 1
+        finally:
+            drain.begin()
+            await second
+    assert turn == [2]

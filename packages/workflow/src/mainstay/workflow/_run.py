@@ -568,8 +568,7 @@ class Run:
         if record.input is None:
             return
         now = _or_parked(step.signature.dump_arguments, _or_parked(step.signature.bind, args, kwargs))
-        # Equal by value: a set or a mapping may have been written in another order.
-        if now != record.input and step.signature.load_arguments(now) != self._arguments(step, record):
+        if now != record.input and not _equal_by_value(step, now, self._arguments(step, record)):
             msg = (
                 f"the function called {record.key} with other arguments than its record has: it does not do the same "
                 "on replay. Give the changed function a new version, or put what differs into a step"
@@ -905,6 +904,18 @@ class Run:
             count_step(work.name, FAILED)
             msg = f"{key} used up its {mine.attempts} attempts: {error_text(end.error)}"
             raise CompensationExhausted(msg) from end.cause
+
+
+def _equal_by_value(step: AnyStep, now: str, recorded: dict[str, Any]) -> bool:
+    """Whether arguments are those on record, as today's types see both.
+
+    A set or a mapping may have been written in another order, and a field may have got a default since. A value without
+    an equality of its own is compared by what is written of it.
+    """
+    here, dump = step.signature.load_arguments(now), step.signature.dump_arguments
+    return here.keys() == recorded.keys() and all(
+        value == recorded[name] or dump(recorded | {name: value}) == dump(recorded) for name, value in here.items()
+    )
 
 
 def _urgency(signal: ControlFlow) -> tuple[bool, float]:
