@@ -468,7 +468,8 @@ async def test_a_virtual_clock_moves_every_wait():
     async with workflows(flows, clock=clock):
         run = await sleepy.start(1)
         await clock.advance(5400)
-        assert await run.result() == 1
+        async with asyncio.timeout(WAIT):
+            assert await run.result() == 1
     assert tried == pytest.approx([3600, 5400], abs=0.001)
 
 

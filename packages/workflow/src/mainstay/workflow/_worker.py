@@ -329,7 +329,9 @@ class Worker:
         finally:
             _metrics.RUNS_ACTIVE.dec()
             del identity.runs[run.id]
-            if self._full:  # somebody waits for this place
+            # Another run waits for this place, or this one was put to sleep, and when it is due must be seen at once: a
+            # virtual clock would go past that moment before the next look.
+            if self._full or end is None:
                 self.wake()
             self._ended(run.id, *(end or (None, None, None)))
 
