@@ -66,7 +66,7 @@ class Reader:
                 assert self.server is not None
                 assert self.server.poll() is None, (self.place / "server.log").read_text()
                 try:
-                    return (await http.get("/readers/nobody/loans")).status_code == httpx.codes.OK
+                    return (await http.get("/readers/eve/loans")).status_code == httpx.codes.OK
                 except httpx.TransportError:
                     return False
 

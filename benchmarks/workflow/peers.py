@@ -12,9 +12,9 @@ import pysqlite3.dbapi2
 sys.modules["sqlite3"] = pysqlite3
 sys.modules["sqlite3.dbapi2"] = pysqlite3.dbapi2
 
-import psycopg  # noqa: E402  see below
-from absurd_sdk import AsyncAbsurd  # noqa: E402  see below
-from absurdctl import BUNDLED_SCHEMA_SQL  # noqa: E402  see below
+import psycopg  # noqa: E402  after the newer SQLite is in place
+from absurd_sdk import AsyncAbsurd  # noqa: E402  after the newer SQLite is in place
+from absurdctl import BUNDLED_SCHEMA_SQL  # noqa: E402  after the newer SQLite is in place
 from dbos import DBOS, DBOSConfig  # noqa: E402  after the newer SQLite is in place
 
 from benchmarks.peer import serve  # noqa: E402  see above

@@ -68,19 +68,9 @@ async def test_the_environment_configures_what_code_left_open(
     assert named.rules.clock is not clock
 
 
-async def test_mistakes_are_named_at_start() -> None:
-    """Two breakers of one name, settings for none, a part of another kind, a second App: each names its remedy."""
+async def test_a_breaker_belongs_to_one_running_app() -> None:
+    """A second App that wants it is refused while the first one runs."""
     breaker = CircuitBreaker("p")
-    with pytest.raises(ConfigurationError, match="two breakers are called 'p'"):
-        async with App(*module(breaker, CircuitBreaker("p"))):
-            pass
-    with pytest.raises(ConfigurationError, match="configures 'q', but the features bring 'p'"):
-        async with App(*module(breaker, breakers={"q": BreakerConfig()})):
-            pass
-    with pytest.raises(ConfigurationError, match="for_feature takes"):
-        CircuitBreakerModule.for_feature(Timeout(1))  # type: ignore[arg-type]  # that is the test
-    with pytest.raises(ConfigurationError, match="without its root"):
-        App(CircuitBreakerModule.for_feature(breaker))
     async with App(*module(breaker)):
         with pytest.raises(ConfigurationError, match="belongs to an App that is already running"):
             async with App(*module(breaker)):

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -41,6 +41,26 @@ class Ledger:
             self.lines.append(f"refund {type(outcome).__name__}")
 
         return charge
+
+
+@asynccontextmanager
+async def interrupted(
+    app: App, gate: asyncio.Event, meanwhile: Callable[[], object] = lambda: None
+) -> AsyncGenerator[WorkflowEngine]:
+    """Cancel a worker once `gate` is set, do something `meanwhile`, and let another one go on inside the block."""
+    engine = app.get(WorkflowEngine)
+    first = asyncio.create_task(engine.worker.work(Drain(app.clock)))
+    await asyncio.wait_for(gate.wait(), WAIT)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    meanwhile()
+    drain = Drain(app.clock)
+    second = asyncio.create_task(engine.worker.work(drain))
+    try:
+        yield engine
+    finally:
+        drain.begin()
+        await second
 
 
 async def parked_note(app: App, run: Any) -> str:
@@ -94,23 +114,12 @@ async def changed(before: str, after: str, expected: str) -> None:
 
     async with workflows(ledger.flows, serve=False) as app:
         run = await sell.start(1, id="r")
-        engine = app.get(WorkflowEngine)
-        first = asyncio.create_task(engine.worker.work(Drain(app.clock)))
-        await asyncio.wait_for(gate.wait(), WAIT)
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        form[0] = after
-        drain = Drain(app.clock)
-        second = asyncio.create_task(engine.worker.work(drain))
-        try:
+        async with interrupted(app, gate, meanwhile=lambda: form.__setitem__(0, after)) as engine:
             assert expected in await parked_note(app, run)
             assert ledger.lines == ["charge"]
             form[0] = before
             await engine.resume("r")
             assert await run.result(WAIT) == "price of x, price of y"
-        finally:
-            drain.begin()
-            await second
     assert ledger.lines == ["charge"]
 
 
@@ -169,7 +178,7 @@ def away(database: Database, error: type[MainstayError], times: int, since: Call
     try:
         yield
     finally:
-        database.transaction = real  # type: ignore[method-assign]
+        database.transaction = real  # type: ignore[method-assign]  # as it was
 
 
 async def ends(ledger: Ledger, charge: Any) -> None:
@@ -264,19 +273,9 @@ async def test_a_replay_starts_and_sends_nothing_again() -> None:
 
     async with workflows(flows, serve=False) as app:
         run = await parent.start(7, id="r")
-        engine = app.get(WorkflowEngine)
-        first = asyncio.create_task(engine.worker.work(Drain(app.clock)))
-        await asyncio.wait_for(gate.wait(), WAIT)
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        drain = Drain(app.clock)
-        second = asyncio.create_task(engine.worker.work(drain))
-        try:
+        async with interrupted(app, gate) as engine:
             started = await run.result(WAIT)
             assert await child.handle(started).result(WAIT) == "hello"
-        finally:
-            drain.begin()
-            await second
         assert len(await engine.runs(limit=10)) == 2
     assert set(seen) == {"child 7"}
 
@@ -320,16 +319,6 @@ async def test_equal_arguments_are_equal_by_value() -> None:
 
     async with workflows(flows, serve=False) as app:
         run = await looks.start(1, id="r")
-        engine = app.get(WorkflowEngine)
-        first = asyncio.create_task(engine.worker.work(Drain(app.clock)))
-        await asyncio.wait_for(gate.wait(), WAIT)
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        drain = Drain(app.clock)
-        second = asyncio.create_task(engine.worker.work(drain))
-        try:
+        async with interrupted(app, gate):
             assert await run.result(WAIT) == 1
-        finally:
-            drain.begin()
-            await second
     assert turn == [2]

@@ -229,7 +229,7 @@ class CircuitBreaker(_Ruled):
         self.circuit.force_open(reason, retry_after_seconds=retry_after_seconds)
 
     def disable(self, reason: str = "disabled by hand") -> None:
-        """Let every call through, whatever its outcome, until `reset`."""
+        """Let every call through and draw no conclusion from its outcome, until `reset`."""
         self.circuit.disable(reason)
 
     def reset(self, reason: str = "reset by hand") -> None:

@@ -103,7 +103,7 @@ class Circuit:
         self._move(State.FORCED_OPEN, reason, retry_after_seconds)
 
     def disable(self, reason: str = "disabled by hand") -> None:
-        """Let every call through, whatever its outcome, until `reset`."""
+        """Let every call through and draw no conclusion from its outcome, until `reset`."""
         self._move(State.DISABLED, reason)
 
     def reset(self, reason: str = "reset by hand") -> None:

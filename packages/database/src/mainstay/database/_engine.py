@@ -405,9 +405,9 @@ def begin_events(engine: AsyncEngine) -> None:
     """Make SQLite's transactions begin with the statement in the execution option `mainstay_begin`.
 
     A transaction that starts with a read and then writes would fail at once when another has written in between,
-    whatever the busy timeout; so a transaction that will write says so at the start, with `BEGIN IMMEDIATE`. The empty
-    string is for a single read, which is its own snapshot. The driver's own idea of when a transaction begins is turned
-    off by `SQLITE_ARGUMENTS`.
+    however long the busy timeout; so a transaction that will write says so at the start, with `BEGIN IMMEDIATE`. The
+    empty string is for a single read, which is its own snapshot. The driver's own idea of when a transaction begins is
+    turned off by `SQLITE_ARGUMENTS`.
     """
 
     def begin(connection: sa.Connection) -> None:

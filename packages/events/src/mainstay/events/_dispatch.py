@@ -4,7 +4,7 @@ The benchmark row is `events/dispatch`: microseconds an event beyond validating 
 taught:
 
 - **Callers, not a task for each event.** A task with a fresh context costs more than reading the event. A few
-  long-lived callers take *chains* from a queue; a chain is what waits for one key, and whoever takes it works it off.
+  long-lived callers take *chains* from a queue; a chain is what waits for one key, and one caller works it off.
   So equal keys are serial, different keys never wait for each other, and there are never more calls at once than
   callers.
 - **A chain is a linked list through the deliveries**, and its tail is in a dict by key. A deque for each key costs as
@@ -453,7 +453,7 @@ class Dispatcher:
 
 
 def _own_cancellation() -> Exception:
-    """A cancellation that nobody asked the caller for came from inside the handler: a failure, not an end."""
+    """A cancellation that was not asked of the caller came from inside the handler: a failure, not an end."""
     task = asyncio.current_task()
     while task is not None and task.cancelling():
         task.uncancel()

@@ -803,7 +803,7 @@ class Run:
         except FenceLost:
             raise Lost from None
         except Exception as error:
-            # A commit whose end nobody saw: only the history knows.
+            # A commit whose end was not seen: only the history knows.
             found = await self._recording.find(row["seq"]) if written else None
             if found is None:
                 if isinstance(error, CommitUnknown):
