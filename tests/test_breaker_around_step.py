@@ -29,7 +29,7 @@ async def test_a_rejection_around_a_step_is_waited_out(policy: Callable[[Circuit
     """Its own code was never entered: no attempt is spent, however long the breaker is open by hand."""
     breaker, flows, calls = CircuitBreaker("payments"), WorkflowRouter(), list[int]()
 
-    @flows.step(retry=Retry(attempts=1), compensation=None)
+    @flows.step(retry=Retry(attempts=1), harmless=True)
     @policy(breaker)
     async def charge(n: int) -> int:
         calls.append(n)

@@ -43,7 +43,7 @@ async def test_prototype_05_nothing_that_lives_on_carries_the_context_of_who_sta
     async def hear(_event: Told) -> None:
         seen.append((FIRST.get(), current().correlation_id, current().actor))
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def tell(name: str) -> str:
         seen.append((FIRST.get(), current().correlation_id, current().actor))
         return name
@@ -111,7 +111,7 @@ async def test_prototype_07_step_timeouts_around_a_breaker_open_its_circuit() ->
     clock = VirtualClock()
     reached = 0
 
-    @flows.step(retry=Retry(attempts=1), timeout_seconds=10, compensation=None)
+    @flows.step(retry=Retry(attempts=1), timeout_seconds=10, harmless=True)
     @payments
     async def charge(n: int) -> int:
         nonlocal reached

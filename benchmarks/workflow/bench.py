@@ -24,19 +24,19 @@ flows = WorkflowRouter()
 _ledger: list[int] = []
 
 
-@flows.step(compensation=None)
+@flows.step(harmless=True)
 async def first(n: int) -> int:
     note()
     return n + 1
 
 
-@flows.step(compensation=None)
+@flows.step(harmless=True)
 async def second(n: int) -> int:
     note()
     return n + 1
 
 
-@flows.step(compensation=None)
+@flows.step(harmless=True)
 async def third(n: int) -> int:
     note()
     return n + 1

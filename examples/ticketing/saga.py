@@ -165,7 +165,7 @@ async def refund(
             await _book(db, order, key, "refund", settled.refunded_cents)
 
 
-@flows.step(transactional=True, compensation=None)
+@flows.step(transactional=True, harmless=True)
 async def book(order: Order, charged: Charged, *, db: Database = given(Database)) -> None:
     """Into the office's ledger; `refund` is what undoes it."""
     await _book(db, order, charged.key, "charge", charged.amount_cents)
@@ -173,7 +173,7 @@ async def book(order: Order, charged: Charged, *, db: Database = given(Database)
         await _set_state(session, order, "charged")
 
 
-@flows.step(transactional=True, compensation=None)
+@flows.step(transactional=True, harmless=True)
 @audit.record("tickets.issued", resource=_resource)
 async def issue(order: Order, *, db: Database = given(Database)) -> None:
     """From here they are the customer's; `release` takes them back in any state."""
@@ -182,7 +182,7 @@ async def issue(order: Order, *, db: Database = given(Database)) -> None:
         await _set_state(session, order, "issued")
 
 
-@flows.step(transactional=True, compensation=None)
+@flows.step(transactional=True, harmless=True)
 @audit.record("purchase.completed", resource=_resource)
 async def send_receipt(order: Order, *, db: Database = given(Database)) -> None:
     """The purchase is complete with the event from which the receipt is written."""
@@ -198,7 +198,7 @@ async def send_receipt(order: Order, *, db: Database = given(Database)) -> None:
     )
 
 
-@flows.step(transactional=True, compensation=None)
+@flows.step(transactional=True, harmless=True)
 async def note_reason(order: Order, reason: str, *, db: Database = given(Database)) -> None:
     async with db.transaction() as session:
         await session.execute(update(purchases).where(purchases.c.order_id == order.id).values(reason=reason))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from mainstay.core import App, ConfigurationError, NotBoundError
+from mainstay.core import App, ConfigurationError, NotBoundError, Retry
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.workflow import Done, Failed, NotInRun, Unknown, WorkflowModule, WorkflowRouter, current_step
 
@@ -28,7 +28,7 @@ def test_trap_19_a_missing_compensation_stops_the_construction_of_the_app():
         return n
 
     with pytest.raises(
-        ConfigurationError, match=r"charge has no compensation: add @charge\.compensation.*compensation=None"
+        ConfigurationError, match=r"charge has no compensation: add @charge\.compensation.*harmless=True"
     ):
         app_with(flows)
 
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_async_is_refused():
     flows = WorkflowRouter()
     with pytest.raises(TypeError, match="step charge must be an `async def`"):
 
-        @flows.step(compensation=None)  # type: ignore[arg-type]  # what the test is about
+        @flows.step(harmless=True)  # type: ignore[arg-type]  # what the test is about
         def charge(n: int) -> int:
             return n
 
@@ -78,7 +78,7 @@ def test_star_arguments_are_refused():
     flows = WorkflowRouter()
     with pytest.raises(TypeError, match=r"takes \*args: name each parameter"):
 
-        @flows.step(compensation=None)
+        @flows.step(harmless=True)
         async def charge(*args: int) -> int:
             return len(args)
 
@@ -92,7 +92,7 @@ def test_a_missing_annotation_is_named(missing):
         return n
 
     del charge.__annotations__["n" if missing == "parameter" else "return"]
-    flows.step(compensation=None)(charge)
+    flows.step(harmless=True)(charge)
     with pytest.raises(ConfigurationError, match=f"step charge: annotate its {missing}"):
         app_with(flows)
 
@@ -105,7 +105,7 @@ def test_an_annotation_that_names_nothing_is_named():
         return n
 
     charge.__annotations__["n"] = "Nowhere"
-    flows.step(compensation=None)(charge)
+    flows.step(harmless=True)(charge)
     with pytest.raises(ConfigurationError, match="name 'Nowhere', which its module does not define"):
         app_with(flows)
 
@@ -121,7 +121,7 @@ def test_a_type_that_is_no_json_is_named():
         return 1
 
     charge.__annotations__["n"] = Opaque
-    flows.step(compensation=None)(charge)
+    flows.step(harmless=True)(charge)
     with pytest.raises(ConfigurationError, match="step charge: its parameters cannot be kept as JSON"):
         app_with(flows)
 
@@ -133,9 +133,9 @@ def test_names_are_unique_within_a_router():
     async def charge(n: int) -> int:
         return n
 
-    flows.step(compensation=None)(charge)
+    flows.step(harmless=True)(charge)
     with pytest.raises(ValueError, match="already has a step charge"):
-        flows.step(compensation=None)(charge)
+        flows.step(harmless=True)(charge)
     flows.workflow(name="buy")(charge)
     flows.workflow(name="buy", version=2)(charge)
     with pytest.raises(ValueError, match="already has version 2 of workflow 'buy'"):
@@ -149,8 +149,8 @@ def test_names_are_unique_within_an_app():
     async def charge(n: int) -> int:
         return n
 
-    one.step(compensation=None)(charge)
-    two.step(compensation=None)(charge)
+    one.step(harmless=True)(charge)
+    two.step(harmless=True)(charge)
     with pytest.raises(ConfigurationError, match="two routers have a step charge"):
         app_with(one, two)
     three, four = WorkflowRouter(), WorkflowRouter()
@@ -175,7 +175,7 @@ def test_a_long_step_name_is_refused():
 
     charge.__name__ = "x" * 101
     with pytest.raises(ValueError, match="longer than 100"):
-        WorkflowRouter().step(compensation=None)(charge)
+        WorkflowRouter().step(harmless=True)(charge)
 
 
 def test_options_that_contradict_each_other_are_refused():
@@ -183,12 +183,37 @@ def test_options_that_contradict_each_other_are_refused():
     flows = WorkflowRouter()
     with pytest.raises(TypeError, match="a pivot cannot be undone"):
         flows.step(pivot=True)
-    with pytest.raises(TypeError, match="a pivot cannot be undone"):
-        flows.step(pivot=True, compensation=None)
+    with pytest.raises(TypeError, match="harmless=True and pivot=True: each says why"):
+        flows.step(pivot=True, harmless=True, on_unknown="park")
+    with pytest.raises(TypeError, match="harmless=True and after_pivot=True: each says why"):
+        flows.step(after_pivot=True, harmless=True)
+    flows.step(pivot=True, transactional=True)
     with pytest.raises(TypeError, match="never unknown"):
         flows.step(transactional=True, on_unknown="park")
     with pytest.raises(ValueError, match="timeout_seconds=0"):
         flows.step(timeout_seconds=0)
+
+
+@pytest.mark.parametrize("reason", ["harmless", "pivot", "after_pivot"])
+def test_a_step_says_why_nothing_undoes_it(reason):
+    """Each of the three words stands for a compensation, and is in the step's policy."""
+    flows = WorkflowRouter()
+
+    @flows.step(
+        transactional=True,
+        retry=Retry(attempts=8),
+        exhausted="park",
+        harmless=reason == "harmless",
+        pivot=reason == "pivot",
+        after_pivot=reason == "after_pivot",
+    )
+    async def note(n: int) -> int:
+        return n
+
+    app = app_with(flows)
+    assert note.policy.uncompensated == (reason,)
+    (said,) = next(module for module in app.modules if isinstance(module, WorkflowModule)).describe()["steps"]
+    assert said == f"note: 8 attempts, transactional, then parked, {reason}"
 
 
 def test_a_compensation_fits_its_step():
@@ -212,10 +237,10 @@ def test_a_compensation_fits_its_step():
     with pytest.raises(TypeError, match="already has a compensation"):
         charge.compensation(right)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def notify(n: int) -> None: ...
 
-    with pytest.raises(TypeError, match="needs no compensation"):
+    with pytest.raises(TypeError, match=r"nothing undoes it: remove harmless=True, or right"):
         notify.compensation(right)  # type: ignore[arg-type]  # what the test is about
 
 
@@ -223,7 +248,7 @@ def test_a_probe_is_needed_and_fits():
     """`on_unknown="probe"` asks for a probe when the App is built, and a probe for `on_unknown="probe"`."""
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None, on_unknown="probe")
+    @flows.step(harmless=True, on_unknown="probe")
     async def charge(n: int) -> int:
         return n
 
@@ -242,7 +267,7 @@ def test_a_probe_is_needed_and_fits():
 
     app_with(flows)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def notify(n: int) -> int:
         return n
 
@@ -254,7 +279,7 @@ async def test_outside_a_run_the_remedy_is_named():
     """A workflow, a step, a gather and `current_step` outside a run say what to call instead."""
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def charge(n: int) -> int:
         return n
 
@@ -281,7 +306,7 @@ def test_definitions_show_what_they_are():
     """Steps and workflows say their names, and keep the function's documentation."""
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def charge(n: int) -> int:
         """Charge."""
         return n
@@ -314,7 +339,7 @@ def test_decorated_functions_keep_their_types():
         return [order]
 
     charge.__annotations__ |= {"order": Order, "return": list[Order]}
-    step = WorkflowRouter().step(compensation=None)(guarded(charge))
+    step = WorkflowRouter().step(harmless=True)(guarded(charge))
     step.check()
     signature = step.signature
     text = signature.dump_arguments(signature.bind((Order(1),), {"note": "x"}))
@@ -332,7 +357,7 @@ def test_a_secret_is_refused_where_the_app_is_built():
     """It would be kept as asterisks, and the step would run with those."""
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def sign_in(password: SecretStr) -> None: ...
 
     with pytest.raises((ConfigurationError, TypeError), match=r"sign_in: its parameters hold a secret"):

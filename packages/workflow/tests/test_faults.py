@@ -114,7 +114,7 @@ async def test_trap_2_a_recording_error_is_not_a_step_error(url):
     async def release(outcome: Done[int] | Unknown, n: int) -> None:
         executed[current_step().key] += 1
 
-    @flows.step(transactional=True, compensation=None, retry=Retry(10, QUICK))
+    @flows.step(transactional=True, harmless=True, retry=Retry(10, QUICK))
     async def book(n: int) -> int:
         async with app.get(Database).transaction() as session:
             await session.execute(sa.insert(ledger).values(n=n))
@@ -145,7 +145,7 @@ async def test_the_database_restarts_under_load(own_postgres):
     flows = WorkflowRouter()
     executed: Counter[str] = Counter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         executed[current_step().key] += 1
         await asyncio.sleep(0.001)
@@ -187,7 +187,7 @@ async def test_behind_a_transaction_pooler(pgbouncer):
     async def unbook(outcome: Done[int] | Unknown, n: int) -> None:
         await app.get(Database).write(sa.delete(ledger).where(ledger.c.id == n))
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def ship(n: int) -> int:
         if n % 2:
             raise LookupError(n)
@@ -215,7 +215,7 @@ async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
     blocked = asyncio.Event()
 
     def define(router, who):
-        @router.step(compensation=None)
+        @router.step(harmless=True)
         async def block(n: int) -> int:
             executed.append(who)
             blocked.set()
@@ -249,7 +249,7 @@ async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):
     executed: list[int] = []
     done = asyncio.Event()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         executed.append(n)
         if n == 1:
@@ -293,7 +293,7 @@ async def test_a_step_cut_off_by_the_end_of_the_drain_is_repeated(url):
     keys: list[str] = []
     begun = asyncio.Event()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         keys.append(current_step().key)
         begun.set()
@@ -390,7 +390,7 @@ async def test_trap_12_one_of_many_resumes_wins(url):
     flows = WorkflowRouter()
     tried: list[int] = []
 
-    @flows.step(compensation=None, on_unknown="park")
+    @flows.step(harmless=True, on_unknown="park")
     async def work(n: int) -> int:
         tried.append(n)
         if len(tried) == 1:
@@ -418,7 +418,7 @@ async def test_a_long_sleep_leaves_memory_and_comes_back(url):
     flows = WorkflowRouter()
     log: list[str] = []
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         log.append(f"work {n}")
         return n
@@ -453,7 +453,7 @@ async def test_a_virtual_clock_moves_every_wait():
     clock = VirtualClock()
     tried: list[float] = []
 
-    @flows.step(compensation=None, retry=Retry(2, wait=lambda _state: 1800.0))
+    @flows.step(harmless=True, retry=Retry(2, wait=lambda _state: 1800.0))
     async def work(n: int) -> int:
         tried.append(clock.monotonic())
         if len(tried) == 1:

@@ -130,7 +130,7 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
     flows = WorkflowRouter()
     tried: list[int] = []
 
-    @flows.step(compensation=None, on_unknown="park")
+    @flows.step(harmless=True, on_unknown="park")
     async def charge(n: int) -> int:
         tried.append(n)
         if len(tried) < 3:

@@ -88,11 +88,11 @@ async def changed(before: str, after: str, expected: str) -> None:
     ledger, gate, form = Ledger(), asyncio.Event(), [before]
     charge, hang = ledger.charge(), hanging(gate)
 
-    @ledger.flows.step(compensation=None)
+    @ledger.flows.step(harmless=True)
     async def price(of: str) -> str:
         return f"price of {of}"
 
-    @ledger.flows.step(compensation=None)
+    @ledger.flows.step(harmless=True)
     async def ship(n: int) -> int:
         await hang()
         return n
@@ -143,7 +143,7 @@ async def test_a_database_that_is_away_is_no_failure_of_a_transactional_step(err
     ledger = Ledger()
     charge = ledger.charge()
 
-    @ledger.flows.step(transactional=True, compensation=None, retry=Retry(attempts=1))
+    @ledger.flows.step(transactional=True, harmless=True, retry=Retry(attempts=1))
     async def book(n: int) -> int:
         ledger.lines.append("book")
         return n
@@ -255,7 +255,7 @@ async def test_a_replay_starts_and_sends_nothing_again() -> None:
     told = flows.signal("told", str)
     hang = hanging(gate)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def wait_a_while() -> None:
         await hang()
 
@@ -301,11 +301,11 @@ async def test_equal_arguments_are_equal_by_value() -> None:
     flows, gate, turn = WorkflowRouter(), asyncio.Event(), [0]
     hang = hanging(gate)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def look(names: list[str], by: Plain, of: dict[str, int]) -> int:
         return len(names)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def wait_a_while() -> None:
         await hang()
 

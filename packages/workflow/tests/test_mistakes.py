@@ -30,7 +30,7 @@ def without_compensation() -> WorkflowRouter:
 def without_probe() -> WorkflowRouter:
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None, on_unknown="probe")
+    @flows.step(harmless=True, on_unknown="probe")
     async def charge(amount: int) -> int:
         return amount
 
@@ -40,7 +40,7 @@ def without_probe() -> WorkflowRouter:
 def with_a_name_that_is_nowhere() -> WorkflowRouter:
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def charge(amount: "Amount") -> int:  # type: ignore[name-defined]  # noqa: F821  that is the test
         return amount  # type: ignore[no-any-return]  # a type that is nowhere is Any
 
@@ -60,7 +60,7 @@ def named(name: str = "order") -> WorkflowRouter:
 def stepping() -> WorkflowRouter:
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def reserve(number: int) -> int:
         return number
 
@@ -70,7 +70,7 @@ def stepping() -> WorkflowRouter:
 def asking() -> WorkflowRouter:
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def reserve(number: int, *, ledger: Ledger = given(Ledger)) -> int:
         return number
 
@@ -80,7 +80,7 @@ def asking() -> WorkflowRouter:
 def using_a_step_of(other: WorkflowRouter) -> WorkflowRouter:
     flows = WorkflowRouter()
 
-    @other.step(compensation=None)
+    @other.step(harmless=True)
     async def ship(number: int) -> int:
         return number
 

@@ -138,7 +138,7 @@ async def test_trap_4_exactly_once_at_every_moment(kind, tmp_path, request):
     async def unbook(outcome: Done[int] | Unknown, n: int) -> None:
         await databases[-1].write(insert, {"what": f"unbook {n}"})
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def look(n: int) -> int:
         return n
 
@@ -189,7 +189,7 @@ async def test_trap_3_a_probe_at_every_moment():
     flows = WorkflowRouter()
     charged: list[int] = []
 
-    @flows.step(compensation=None, on_unknown="probe", retry=Retry(3, QUICK))
+    @flows.step(harmless=True, on_unknown="probe", retry=Retry(3, QUICK))
     async def charge(n: int) -> int:
         charged.append(n)
         if len(charged) == 1:
@@ -228,7 +228,7 @@ async def test_another_way_at_every_moment():
     async def undo_first(outcome: Done[int] | Unknown, n: int) -> None:
         assert isinstance(outcome, Unknown), "only an attempt that a death cut off may have happened"
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def second(n: int) -> int:
         provider.charge(n)
         return n
@@ -257,7 +257,7 @@ async def test_trap_20_a_run_of_three_steps_costs_five_commits():
     """The claim, an intent for each step with the result of the one before, and the end: nothing else is written."""
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         return n + 1
 

@@ -11,7 +11,7 @@ async def test_starting_many_at_once_takes_no_more_places_than_there_are(url):
     flows = WorkflowRouter()
     busy = most = 0
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def be_busy(n: int) -> int:
         nonlocal busy, most
         busy += 1

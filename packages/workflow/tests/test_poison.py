@@ -20,7 +20,7 @@ flows = WorkflowRouter()
 ledger = Path()
 
 
-@flows.step(compensation=None)
+@flows.step(harmless=True)
 async def crash(n: int) -> int:
     """Note that it began, and end the process."""
     number = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -28,7 +28,7 @@ async def crash(n: int) -> int:
     os._exit(9)
 
 
-@flows.step(compensation=None)
+@flows.step(harmless=True)
 async def work(n: int) -> int:
     """Do no harm."""
     return n

@@ -81,7 +81,7 @@ class Shop:
         async def refund(outcome: Done[int] | Unknown, n: int) -> None:
             await self.act("refund", outcome)
 
-        @flows.step(compensation=None, retry=Retry(attempts=2, wait=QUICK))
+        @flows.step(harmless=True, retry=Retry(attempts=2, wait=QUICK))
         async def ship(n: int) -> int:
             return int(await self.act("ship", n))
 
@@ -355,7 +355,7 @@ async def test_a_pivot_allows_no_way_back(url):
     shop = Shop()
     flows = shop.flows
 
-    @flows.step(compensation=None, on_unknown="park", pivot=True)
+    @flows.step(on_unknown="park", pivot=True)
     async def commit(n: int) -> int:
         return int(await shop.act("commit", n))
 
@@ -580,7 +580,7 @@ async def test_any_text_can_be_the_reason(url):
     """An error with characters that a database refuses parks the run like any other."""
     shop = Shop()
 
-    @shop.flows.step(compensation=None, on_unknown="park")
+    @shop.flows.step(harmless=True, on_unknown="park")
     async def odd(n: int) -> int:
         text = "nul \0 and a lone surrogate \ud800"
         raise OSError(text)

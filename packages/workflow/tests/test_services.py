@@ -31,7 +31,7 @@ async def test_steps_and_compensations_are_given_the_services_of_their_app() -> 
     async def refund(outcome: Done[int] | Unknown, amount: int, *, db: Database = given(Database)) -> None:
         seen.append(db)
 
-    @flows.step(compensation=None, failed_on=(Refused,))
+    @flows.step(harmless=True, failed_on=(Refused,))
     async def deliver() -> None:
         raise Refused
 
@@ -52,7 +52,7 @@ async def test_a_probe_is_given_the_services_of_its_app() -> None:
     flows = WorkflowRouter()
     seen: list[object] = []
 
-    @flows.step(on_unknown="probe", compensation=None)
+    @flows.step(on_unknown="probe", harmless=True)
     async def send(letter: str, *, db: Database = given(Database)) -> str:
         raise TimeoutError
 
@@ -84,7 +84,7 @@ def test_a_step_of_a_forgotten_router_is_an_error_at_construction() -> None:
     """The App finds it in the workflow's code."""
     flows, forgotten = WorkflowRouter(), WorkflowRouter()
 
-    @forgotten.step(compensation=None)
+    @forgotten.step(harmless=True)
     async def charge(amount: int) -> int:
         return amount
 
@@ -119,7 +119,7 @@ async def test_a_mistake_in_the_configuration_parks_and_never_compensates(where:
     async def refund(outcome: Done[int] | Unknown, amount: int) -> None:
         log.append("refund")
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def deliver() -> None:
         if where == "step":
             fail_if_broken()

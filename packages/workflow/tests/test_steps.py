@@ -65,7 +65,7 @@ async def test_a_retry_may_look_at_results(url):
     flows = WorkflowRouter()
     answers = [0, 0, 7]
 
-    @flows.step(compensation=None, retry=Retry(5, QUICK, retry=lambda state: state.outcome.result() == 0))
+    @flows.step(harmless=True, retry=Retry(5, QUICK, retry=lambda state: state.outcome.result() == 0))
     async def ask(n: int) -> int:
         return answers.pop(0)
 
@@ -83,7 +83,7 @@ async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
     flows = WorkflowRouter()
     broken = [True]
 
-    @flows.step(compensation=None, on_unknown="park", pivot=True)
+    @flows.step(on_unknown="park", pivot=True)
     async def commit(n: int) -> int:
         return n
 
@@ -151,7 +151,7 @@ async def test_on_unknown_probe_asks_first(url, answer):
     flows = WorkflowRouter()
     log: list[str] = []
 
-    @flows.step(compensation=None, on_unknown="probe", retry=Retry(attempts=3, wait=QUICK))
+    @flows.step(harmless=True, on_unknown="probe", retry=Retry(attempts=3, wait=QUICK))
     async def charge(n: int) -> int:
         log.append("charge")
         if log.count("charge") == 1:
@@ -193,7 +193,7 @@ async def test_branches_run_side_by_side_with_numbers_of_their_own(url):
     keys: set[str] = set()
     together = asyncio.Barrier(3)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def part(n: int) -> int:
         keys.add(current_step().key)
         if n < 10:
@@ -255,7 +255,7 @@ async def test_the_starters_context_goes_along(url):
     flows = WorkflowRouter()
     seen: list[object] = []
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def look(n: int) -> int:
         context = current()
         seen.append((context.correlation_id, context.actor, context.tenant, context.causation_id, remaining_seconds()))
@@ -283,7 +283,7 @@ async def test_effects_of_other_packages_are_recorded(url):
     async def plain(key):
         seen.append(key)
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def inner(n: int) -> int:
         await once("publish", plain, transactional=False)
         return n
@@ -362,11 +362,11 @@ async def test_what_cannot_be_kept_parks_the_run(url):
     """A result or an input that is not of its type is a bug, not a reason to undo anything."""
     flows = WorkflowRouter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def wrong_result(n: int) -> int:
         return "text"  # type: ignore[return-value]  # what the test is about
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def fine(n: int) -> int:
         return n
 
@@ -391,7 +391,7 @@ async def test_more_runs_than_a_worker_takes_wait_in_the_queue(url):
     flows = WorkflowRouter()
     now, most = 0, 0
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def busy(n: int) -> int:
         nonlocal now, most
         now += 1
@@ -415,7 +415,7 @@ async def test_prototype_9_unrecorded_steps_are_bounded(url):
     flows = WorkflowRouter()
     now, most = 0, 0
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def busy(n: int) -> int:
         nonlocal now, most
         now += 1
@@ -453,7 +453,7 @@ async def test_prototype_6_a_step_with_a_limit_stays_in_the_task_of_its_run(url)
         return n
 
     @flows.step(
-        transactional=True, timeout_seconds=0.5, retry=Retry(attempts=2, wait=lambda _state: 0.0), compensation=None
+        transactional=True, timeout_seconds=0.5, retry=Retry(attempts=2, wait=lambda _state: 0.0), harmless=True
     )
     async def take(n: int) -> int:
         tasks.append(asyncio.current_task())

@@ -59,7 +59,7 @@ async def refund(outcome: Done[int] | Unknown, n: int) -> None:
     note("undo", str(current_step().undoes))
 
 
-@flows.step(compensation=None, failed_on=(LookupError,))
+@flows.step(harmless=True, failed_on=(LookupError,))
 async def ship(n: int) -> int:
     """Ship, if it can be."""
     if n % 3 == 0:
@@ -75,7 +75,7 @@ async def buy(n: int) -> int:
     return await ship(await charge(n))
 
 
-@flows.step(compensation=None)
+@flows.step(harmless=True)
 async def gate(name: str) -> str:
     """Say that it is here, and stay until the file `open` is there."""
     note("at", name)

@@ -60,7 +60,7 @@ def steps_of(
     steps: list[Step[[Any], Any]] = []
     for function in functions:
         undo = compensations.get(getattr(function, "__name__", ""))
-        steps.append(flows.step(compensation=None if undo is None else "required")(function))
+        steps.append(flows.step(harmless=undo is None)(function))
         if undo is not None:
             steps[-1].compensation(undo)
     return steps

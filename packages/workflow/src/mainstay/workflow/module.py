@@ -115,9 +115,8 @@ def _said(step: AnyStep) -> str:
     said = [f"{policy.retry.attempts} attempts"]
     if policy.timeout_seconds is not None:
         said.append(f"{policy.timeout_seconds:g} s each")
-    if policy.transactional:
-        said.append("transactional")
-    if policy.pivot:
-        said.append("pivot")
-    said.append("no compensation" if step.uncompensated else f"unknown: {policy.on_unknown}")
+    said.append("transactional" if policy.transactional else f"unknown: {policy.on_unknown}")
+    if policy.exhausted == "park":
+        said.append("then parked")
+    said.extend(policy.uncompensated)
     return f"{step.name}: {', '.join(said)}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, TypeVarTuple, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overload
 
 from mainstay.core import Binding, Retry
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
-from mainstay.workflow.step import COMPENSATION_RETRY, OnUnknown, Step, StepPolicy, _scope
+from mainstay.workflow.step import COMPENSATION_RETRY, Exhausted, OnUnknown, Step, StepPolicy, _scope
 from mainstay.workflow.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class WorkflowRouter:
         timeout_seconds: float | None = None,
         failed_on: tuple[type[Exception], ...] = (),
         on_unknown: OnUnknown = "compensate",
-        compensation: Literal["required"] | None = "required",
+        exhausted: Exhausted = "compensate",
+        harmless: bool = False,
+        after_pivot: bool = False,
         compensation_retry: Retry = COMPENSATION_RETRY,
         transactional: bool = False,
         pivot: bool = False,
@@ -62,16 +64,23 @@ class WorkflowRouter:
             on_unknown: what to do about an attempt of which nobody knows whether it took effect (an error, a timeout, a
                 crash). `compensate`: attempt it again while `retry` allows, then fail, and compensate. `probe`: ask
                 `@step.probe` before any other attempt. `park`: never attempt it again without a person.
-            compensation: None says that the step leaves nothing that would have to be undone.
+            exhausted: what to do once `retry` allows no further attempt. `compensate`: the step ends, failed or
+                unknown; unless the function catches that, the run is compensated. `park`: the run waits for a
+                person, and `resume` gives the step all of its attempts again. "Retry, then park" is
+                `retry=Retry(attempts=8), exhausted="park"`. An error of `failed_on` ends the step all the same.
+            harmless: the step leaves nothing to undo: it only reads, or what it leaves behind does no harm.
+            after_pivot: the step is executed only after a pivot, when there is no way back, so it has no compensation.
             compensation_retry: attempts and waits of the compensation, before the run is parked as
                 `compensation_failed`; by default 30 attempts over ten minutes or so.
             transactional: the step writes to the App's database and does nothing else. It runs inside
                 `db.transaction()` and shares the commit with its record: exactly once. Its compensation does, too.
             pivot: once this step is done there is no way back: whatever fails later parks the run instead of undoing
-                it.
+                it. It has no compensation, and is either `transactional`, or `on_unknown` probes or parks.
             one_call: the step makes one call to the other side and nothing before or after it, so an error of that call
                 that is `no_effect` says that the step did nothing. In any other step it speaks for its own call only,
                 and the step may have done something.
+
+        Each step has a compensation (`@step.compensation`), or is one of `harmless`, `pivot` and `after_pivot`.
 
         Raises:
             TypeError: the function is not async, or options contradict each other.
@@ -80,21 +89,22 @@ class WorkflowRouter:
         if timeout_seconds is not None and not timeout_seconds > 0:
             msg = f"timeout_seconds={timeout_seconds!r}: it is more than 0, or None for no limit"
             raise ValueError(msg)
-        if pivot and (compensation is not None or on_unknown == "compensate"):
-            msg = 'a pivot cannot be undone: write compensation=None and on_unknown="probe" or "park" beside pivot=True'
-            raise TypeError(msg)
-        if transactional and on_unknown != "compensate":
-            msg = f"a transactional step is never unknown: on_unknown={on_unknown!r} would never be used"
-            raise TypeError(msg)
-        if transactional and one_call:
-            msg = "a transactional step that fails has done nothing in any case: leave one_call out"
-            raise TypeError(msg)
         policy = StepPolicy(
-            retry or Retry(), timeout_seconds, tuple(failed_on), on_unknown, transactional, pivot, one_call
+            retry=retry or Retry(),
+            timeout_seconds=timeout_seconds,
+            failed_on=tuple(failed_on),
+            on_unknown=on_unknown,
+            transactional=transactional,
+            pivot=pivot,
+            one_call=one_call,
+            exhausted=exhausted,
+            harmless=harmless,
+            after_pivot=after_pivot,
         )
+        _check_policy(policy)
 
         def declare(function: Callable[P, Awaitable[T]]) -> Step[P, T]:
-            step = Step(function, policy, compensation_retry, uncompensated=compensation is None, binding=self.binding)
+            step = Step(function, policy, compensation_retry, binding=self.binding)
             self._add(step)
             return step
 
@@ -206,3 +216,27 @@ class WorkflowRouter:
             step.check()
         for workflow in self.workflows.values():
             workflow.signature.check()
+
+
+def _check_policy(policy: StepPolicy) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        TypeError: they do; the message says what to write.
+    """
+    if len(policy.uncompensated) > 1:
+        named = " and ".join(f"{name}=True" for name in policy.uncompensated)
+        msg = f"{named}: each says why nothing undoes the step; keep one"
+        raise TypeError(msg)
+    if policy.pivot and not policy.transactional and policy.on_unknown == "compensate":
+        msg = (
+            'a pivot cannot be undone: write on_unknown="probe" or "park" beside pivot=True, or transactional=True '
+            "where it only writes to the App's database"
+        )
+        raise TypeError(msg)
+    if policy.transactional and policy.on_unknown != "compensate":
+        msg = f"a transactional step is never unknown: on_unknown={policy.on_unknown!r} would never be used"
+        raise TypeError(msg)
+    if policy.transactional and policy.one_call:
+        msg = "a transactional step that fails has done nothing in any case: leave one_call out"
+        raise TypeError(msg)

@@ -24,6 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 OnUnknown = Literal["compensate", "probe", "park"]
+Exhausted = Literal["compensate", "park"]
 
 
 def any_error(retry_state: RetryState, /) -> bool:
@@ -37,7 +38,7 @@ COMPENSATION_RETRY = Retry(attempts=30, wait=FullJitter(initial_seconds=0.2, max
 
 @dataclass(frozen=True, slots=True)
 class StepPolicy:
-    """How one kind of work is attempted; see `WorkflowRouter.step` for the fields."""
+    """How one kind of work is attempted, and what undoes it; see `WorkflowRouter.step` for the fields."""
 
     retry: Retry = field(default_factory=Retry)
     timeout_seconds: float | None = None
@@ -46,6 +47,14 @@ class StepPolicy:
     transactional: bool = False
     pivot: bool = False
     one_call: bool = False
+    exhausted: Exhausted = "compensate"
+    harmless: bool = False
+    after_pivot: bool = False
+
+    @property
+    def uncompensated(self) -> tuple[str, ...]:
+        """The options that say that no compensation undoes the step; without any it needs one."""
+        return tuple(name for name in ("harmless", "pivot", "after_pivot") if getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,6 @@ class Step(Generic[P, T]):
         policy: StepPolicy,
         undo_retry: Retry,
         *,
-        uncompensated: bool,
         binding: Binding[Any],
     ) -> None:
         self.signature = Signature(function, kind="step")
@@ -109,7 +117,6 @@ class Step(Generic[P, T]):
             retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional, one_call=True
         )
         self.own_code = _own_code(function)
-        self.uncompensated = uncompensated
         self.undo: Callable[..., Awaitable[None]] | None = None
         self.ask: Callable[..., Awaitable[Done[T] | Failed | Unknown]] | None = None
         self.binding = binding
@@ -152,8 +159,9 @@ class Step(Generic[P, T]):
         Raises:
             TypeError: it does not fit the step, or the step has one, or says that it needs none.
         """
-        if self.uncompensated:
-            msg = f"step {self.name} says that it needs no compensation: remove compensation=None, or {_name(function)}"
+        if self.policy.uncompensated:
+            (why,) = self.policy.uncompensated
+            msg = f"step {self.name} says that nothing undoes it: remove {why}=True, or {_name(function)}"
             raise TypeError(msg)
         if self.undo is not None:
             msg = f"step {self.name} already has a compensation"
@@ -222,10 +230,10 @@ class Step(Generic[P, T]):
             TypeError: an annotation does not resolve, or a compensation or probe is missing.
         """
         self.signature.check()
-        if self.undo is None and not self.uncompensated:
+        if self.undo is None and not self.policy.uncompensated:
             msg = (
-                f"step {self.name} has no compensation: add @{self.name}.compensation, "
-                "or say @….step(compensation=None) if it leaves nothing to undo"
+                f"step {self.name} has no compensation: add @{self.name}.compensation, say @….step(harmless=True) if "
+                "it leaves nothing to undo, or after_pivot=True if it is executed only after a pivot"
             )
             raise TypeError(msg)
         if self.policy.on_unknown == "probe" and self.ask is None:
