@@ -29,7 +29,7 @@ from mainstay.database.schema import Schema, migrate, require
 __all__ = ["Database"]
 
 T = TypeVar("T")
-Row = sa.Row[Any]
+Row = sa.Row[*tuple[Any, ...]]  # any number of columns: `Row[Any]` has exactly one
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 _log = logging.getLogger("mainstay.database")
