@@ -1,12 +1,15 @@
 """The other forms of workflows, and the command for people."""
 
 import asyncio
+import json
+from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
 
 from mainstay.cli import main
 from mainstay.core import NotBoundError
+from mainstay.core.testing import eventually
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
@@ -181,6 +184,36 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
     assert "run 'order-8' cannot be cancelled: it is cancelled" in capsys.readouterr().err
     assert await command("--url", url, "show", "nobody") == 2
     assert "there is no run 'nobody'" in capsys.readouterr().err
+
+
+async def test_the_list_says_why_a_run_failed_and_how_long_another_one_waits(capsys, tmp_path):
+    """A run that sleeps is queued until its time has come; the list tells it from one that no worker takes."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'runs.db'}"
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="sleep")
+    async def sleep(n: int) -> None:
+        if n < 0:
+            raise ValueError(n)
+        await flows.sleep(n * 86_400)
+
+    async with workflows(flows, url=url) as app:
+        await sleep.start(14, id="asleep")
+        with pytest.raises(WorkflowFailed):
+            await (await sleep.start(-1, id="failed")).result(WAIT)
+
+        async def put_to_sleep() -> bool:
+            view = await app.get(WorkflowEngine).run("asleep")
+            return view.due_at is not None and view.due_at - view.created_at > timedelta(days=13)
+
+        await eventually(put_to_sleep)
+    async with workflows(flows, url=url, serve=False):
+        await sleep.start(1, id="awake")
+    assert await command("--url", url, "list", "--json") == 0
+    notes = {row["id"]: row["note"] for row in json.loads(capsys.readouterr().out)}
+    assert notes["failed"] == "ValueError: -1"
+    assert notes["asleep"].startswith("waits, until ")
+    assert notes["awake"] is None
 
 
 async def test_the_command_shows_what_waits_to_be_undone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -88,8 +89,18 @@ def _row(view: RunView) -> dict[str, Any]:
         "status": str(view.status),
         "workflow": f"{view.workflow} v{view.version}",
         "id": view.id,
-        "note": view.note,
+        "note": view.note or _failure(view) or _waits(view),
     }
+
+
+def _failure(view: RunView) -> str | None:
+    return None if view.failure is None else f"{view.failure['type']}: {view.failure['detail']}"
+
+
+def _waits(view: RunView) -> str | None:
+    if view.due_at is None or view.due_at <= datetime.now(UTC):
+        return None
+    return f"waits, until {view.due_at:%Y-%m-%d %H:%M:%S} UTC at the latest"
 
 
 def _facts(view: RunView) -> dict[str, Any]:
@@ -98,7 +109,8 @@ def _facts(view: RunView) -> dict[str, Any]:
         "workflow": f"{view.workflow} version {view.version}",
         "status": f"{view.status}{' (cancellation asked for)' if view.cancel_requested else ''}",
         "why": view.note,
-        "failure": None if view.failure is None else f"{view.failure['type']}: {view.failure['detail']}",
+        "failure": _failure(view),
+        "waits": _waits(view),
         "started": f"{view.created_at:%Y-%m-%d %H:%M:%S} UTC",
         "ended": None if view.ended_at is None else f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC",
         "context": view.context or None,

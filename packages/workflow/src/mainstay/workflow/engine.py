@@ -59,6 +59,7 @@ class RunView:
         note: why it is parked.
         failure: the exception that sent it back, `type` and `detail`.
         output: the result as JSON.
+        due_at: when a worker takes a queued run at the latest; a signal or a cancellation makes it due at once.
     """
 
     id: str
@@ -74,6 +75,7 @@ class RunView:
     context: dict[str, Any]
     created_at: datetime
     ended_at: datetime | None
+    due_at: datetime | None
 
 
 class WorkflowEngine:
@@ -393,4 +395,5 @@ def _view(row: Any) -> RunView:
         context=json.loads(row.context),
         created_at=datetime.fromtimestamp(row.created_at, UTC),
         ended_at=None if row.ended_at is None else datetime.fromtimestamp(row.ended_at, UTC),
+        due_at=datetime.fromtimestamp(row.wake_at, UTC) if row.status == RunStatus.QUEUED else None,
     )
