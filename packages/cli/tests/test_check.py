@@ -1,7 +1,9 @@
 """`mainstay check` finds each planted fault before traffic does, and names the remedy."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -38,6 +40,22 @@ app = App(
     EventsModule.for_root(),
     EventsModule.for_feature(events),
     WorkflowModule.for_root(),
+)
+"""
+
+AUDITED = """
+from mainstay.audit import AuditModule, AuditTrail
+from mainstay.core import App
+from mainstay.database import DatabaseModule
+from mainstay.events import EventsModule
+from mainstay.workflow import WorkflowModule
+
+app = App(
+    DatabaseModule.for_root(),
+    EventsModule.for_root(),
+    WorkflowModule.for_root(),
+    AuditModule.for_root(),
+    AuditModule.for_feature(AuditTrail()),
 )
 """
 
@@ -137,6 +155,44 @@ async def test_a_clock_that_is_off(checked, monkeypatch, tmp_path):
     (finding,) = await checked(1)
     assert "90 s behind" in finding
     assert "NTP" in finding
+
+
+@pytest.mark.parametrize("command", ["check", "health"])
+async def test_a_look_changes_nothing_that_is_stored(command, service, monkeypatch, tmp_path):
+    """Before the first start: no row is written, and no file is made, such as a key for development."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'library.db'}"
+    await upgrade(url, installed())
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", url)
+    place = service(AUDITED)
+    before = stored(tmp_path)
+    assert await asyncio.to_thread(main, [command, "--app", place]) == 0
+    assert stored(tmp_path) == before
+
+
+def stored(place):
+    """The names of all files, and all rows of the database."""
+    with contextlib.closing(sqlite3.connect(place / "library.db")) as connection:
+        rows = list(connection.iterdump())
+    return {path.name for path in place.iterdir() if "-wal" not in path.name and "-shm" not in path.name}, rows
+
+
+async def test_topics_are_not_created_by_being_looked_for(checked, kafka, monkeypatch, tmp_path):
+    """A broker creates what it is asked for, with one partition, and the service would then go on with that."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'library.db'}"
+    await upgrade(url, installed())
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", url)
+    monkeypatch.setenv("MAINSTAY_EVENTS_TRANSPORT", "kafka")
+    monkeypatch.setenv("MAINSTAY_EVENTS_KAFKA_SERVERS", kafka)
+    topic = f"check-{uuid4().hex}"
+    monkeypatch.setenv("MAINSTAY_EVENTS_TOPICS", json.dumps({"book.lent": topic}))
+    assert await checked(0) == []
+    assert await checked(0) == []
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin.start()
+    try:
+        assert topic not in await admin.list_topics()
+    finally:
+        await admin.close()
 
 
 @pytest.mark.parametrize("create", [False, True])

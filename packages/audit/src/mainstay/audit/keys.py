@@ -86,13 +86,19 @@ def development_key_file(database: Database) -> Path:
     return Path(f"{database.engine.url.database}.audit-key")
 
 
-def development_keys(settings: AuditSettings, database: Database) -> Keys:
+def development_keys(settings: AuditSettings, database: Database, *, keep: bool = True) -> Keys:
     """A key of a process that states none; kept beside the database, and made where there is none.
+
+    Args:
+        settings: the former keys.
+        database: where the file lies.
+        keep: write a key that had to be made; without, it is forgotten with the process.
 
     Raises:
         ConfigurationError: the file holds no key.
     """
-    key = _development_key(development_key_file(database))
+    file = development_key_file(database)
+    key = _development_key(file) if keep or file.exists() else SigningKey.generate(_DEVELOPMENT)
     return Keys(key, key, (key.verifier, *(VerifierKey.parse(text) for text in settings.former_keys)))
 
 

@@ -58,7 +58,7 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
         await database.ensure_schema(SCHEMA)
         keys = self._stated_keys()
         if keys is None:
-            keys = await asyncio.to_thread(development_keys, self.settings, database)
+            keys = await asyncio.to_thread(development_keys, self.settings, database, keep=not self.looking)
         sealer = Sealer(database, keys, self.settings, app.clock)
         if keys.signing is not None:
             app.serve("sealer", sealer.serve)

@@ -52,6 +52,8 @@ class Module(ABC, Generic[S, P]):
         settings: the ones that `for_root` was given, or read from the environment.
         parts: everything that the App's `for_feature` entries added, in order; set by the App before anything is asked.
         modules: all modules of the App, in the order in which they start; set by the App before `check`.
+        looking: whether the App is started to be looked at, by `mainstay check` and `health`; `running` then changes
+            nothing that is stored.
 
     Raises:
         TypeError: a subclass has no `name`, or one that is not a lower-case word.
@@ -77,6 +79,7 @@ class Module(ABC, Generic[S, P]):
         self.settings = settings
         self.parts: tuple[P, ...] = ()
         self.modules: tuple[Module[Any, Any], ...] = ()
+        self.looking = False
 
     @classmethod
     def for_root(cls, settings: S | None = None) -> Self:
@@ -142,7 +145,8 @@ class Module(ABC, Generic[S, P]):
         return {}
 
     def only_looking(self) -> None:
-        """Prepare for a start by a command that looks and changes nothing that is stored, such as a migration."""
+        """Prepare for a start that changes nothing that is stored, such as by `mainstay check`: set `looking`."""
+        self.looking = True
 
     async def inspect(self, app: App) -> Sequence[str]:
         """Look for what will go wrong once there is traffic, for `mainstay check`.

@@ -50,6 +50,7 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
 
     def only_looking(self) -> None:
         """Leave old tables in SQLite as they are, and make no file."""
+        super().only_looking()
         self.settings = self.settings.model_copy(update={"migrate": False})
 
     async def inspect(self, app: App) -> Sequence[str]:

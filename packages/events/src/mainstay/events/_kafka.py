@@ -272,22 +272,25 @@ class KafkaTransport:
         admin = AIOKafkaAdminClient(**self._connection())
         try:
             await admin.start()
-            answers = cast("list[dict[str, Any]]", await admin.describe_topics(list(topics)) if topics else [])
+            # Only what is there is asked for: by being asked, a broker creates a topic, with partitions of its own.
+            there = set(await admin.list_topics()).intersection(topics)
+            answers = cast("list[dict[str, Any]]", await admin.describe_topics(sorted(there)) if there else [])
         except KafkaError as error:
             return [f"Kafka at {self._settings.kafka_servers} does not answer ({type(error).__name__}: {error})"]
         finally:
             await _ended("the Kafka admin client", admin.close(), admin._client)
         found: list[str] = []
         settings = self._settings
-        for answer in answers:
-            name, there = answer["topic"], len(answer.get("partitions", ()))
-            if answer["error_code"] or not there:
+        widths = {answer["topic"]: len(answer["partitions"]) for answer in answers}
+        for name in topics:
+            width = widths.get(name, 0)
+            if not width:
                 if not settings.kafka_create_topics:
                     found.append(f"topic {name} does not exist: create it, or set kafka_create_topics")
-            elif settings.kafka_create_topics and there < settings.partitions:
+            elif settings.kafka_create_topics and width < settings.partitions:
                 found.append(
-                    f"topic {name} has {there} partitions where the settings say {settings.partitions}: widen it, or "
-                    f"set {settings.variable('partitions')}={there}"
+                    f"topic {name} has {width} partitions where the settings say {settings.partitions}: widen it, or "
+                    f"set {settings.variable('partitions')}={width}"
                 )
         return found
 

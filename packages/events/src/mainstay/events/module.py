@@ -118,6 +118,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         services: list[object] = []
         async with AsyncExitStack() as stack:
             send, transport, letters = await _transport(app, settings, database, services, stack)
+            if isinstance(transport, SqlTransport) and not self.looking:
+                await transport.note_partitions()
             consumers = [
                 Consumer(
                     group,
@@ -159,7 +161,6 @@ async def _transport(
             log_days=settings.log_days,
             clock=app.clock,
         )
-        await log.note_partitions()
         app.serve("log", log.sweep)
         services.append(log)
         return log.send, log, SqlDeadLetters(database, log, app.clock)
