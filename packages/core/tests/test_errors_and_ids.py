@@ -2,10 +2,20 @@
 
 import threading
 import time
+from enum import StrEnum
 
 import pytest
 
-from mainstay.core import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError, derived_id, uuid7
+from mainstay.core import (
+    ConfigurationError,
+    DeadlineExceeded,
+    MainstayError,
+    NotBoundError,
+    checked_id,
+    derived_id,
+    is_id,
+    uuid7,
+)
 
 
 def test_an_error_keeps_detail_and_public_message_apart():
@@ -96,3 +106,37 @@ def test_a_derived_id_depends_on_its_key_alone():
     assert derived_id("run-1:publish:1") != derived_id("run-1:publish:2")
     assert str(derived_id("a")) == str(derived_id("a"))
     assert derived_id("a").version == 5
+
+
+class Kind(StrEnum):
+    """Identifiers as members of an enum."""
+
+    ORDER = "order-1"
+
+
+def test_an_identifier_is_plain_text_of_one_alphabet():
+    """What passes is a `str` itself, whatever it was given as."""
+    for good in ("a", "Order-7/2:x@y.z+_=", "x" * 128):
+        assert is_id(good)
+        assert checked_id(good, "the id") == good
+    assert type(checked_id(Kind.ORDER, "the id")) is str
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "x" * 129, " a", "a b", "a\n", "\0", "\x1b[31m", "é", "e\u0301", "\ud800", "\u202e", "%s", "'", "😀"]
+)
+def test_another_identifier_is_refused_by_a_printable_message(bad):
+    """The message names what was given and the rule, and moves no cursor."""
+    assert not is_id(bad)
+    with pytest.raises(ValueError, match=r"^the id is 1 to 128 ASCII letters, digits and .*, not ") as found:
+        checked_id(bad, "the id")
+    assert str(found.value).isascii()
+    assert str(found.value).isprintable()
+
+
+@pytest.mark.parametrize("bad", [5, b"x", None, True])
+def test_what_is_no_text_is_no_identifier(bad):
+    """The message names the type."""
+    assert not is_id(bad)
+    with pytest.raises(TypeError, match=rf"the id is text \(str\), not .* \({type(bad).__name__}\)"):
+        checked_id(bad, "the id")

@@ -15,7 +15,7 @@ from mainstay.core.drain import Drain
 from mainstay.core.errors import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError
 from mainstay.core.given import given, given_kinds
 from mainstay.core.health import HasHealth, Health
-from mainstay.core.ids import derived_id, uuid7
+from mainstay.core.ids import ID_RULE, checked_id, derived_id, is_id, uuid7
 from mainstay.core.journal import Effect, Journal, bind_journal, once
 from mainstay.core.module import Binding, Feature, Module
 from mainstay.core.retry import (
@@ -32,6 +32,7 @@ from mainstay.core.settings import Settings, stray_variables
 from mainstay.core.tasks import cancelled_from_outside, spawn
 
 __all__ = [
+    "ID_RULE",
     "SYSTEM_CLOCK",
     "App",
     "Binding",
@@ -63,12 +64,14 @@ __all__ = [
     "bind",
     "bind_journal",
     "cancelled_from_outside",
+    "checked_id",
     "current",
     "deadline_error",
     "deadline_fired",
     "derived_id",
     "given",
     "given_kinds",
+    "is_id",
     "note_attempts",
     "once",
     "rebind",

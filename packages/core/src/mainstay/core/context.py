@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import quote, unquote
 
+from mainstay.core.ids import ID_RULE, is_id
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -23,7 +25,6 @@ __all__ = ["Context", "Later", "bind", "current", "rebind"]
 # What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped. An
 # actor and a tenant come from the authentication, and have the names that they have there.
 _LONGEST_NAME = 256
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}", re.ASCII)
 
@@ -98,8 +99,8 @@ def _well_formed(name: str, value: object) -> bool:
         return False
     if name in _NAMES:
         return 0 < len(value) <= _LONGEST_NAME and value.isprintable()
-    pattern = {"traceparent": _TRACEPARENT, "tracestate": _TRACESTATE}.get(name, _SAFE_ID)
-    return pattern.fullmatch(value) is not None
+    pattern = {"traceparent": _TRACEPARENT, "tracestate": _TRACESTATE}.get(name)
+    return is_id(value) if pattern is None else pattern.fullmatch(value) is not None
 
 
 def _explain(name: str) -> str:
@@ -107,7 +108,7 @@ def _explain(name: str) -> str:
         return f"1 to {_LONGEST_NAME} printable characters"
     if name in {"traceparent", "tracestate"}:
         return "as W3C Trace Context says"
-    return "1 to 128 ASCII letters, digits and . _ : @ / + = -"
+    return f"1 to 128 {ID_RULE}"
 
 
 class Later:

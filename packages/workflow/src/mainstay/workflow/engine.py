@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
-from mainstay.workflow import _metrics
+from mainstay.workflow import _metrics, _names
 from mainstay.workflow._history import RESUMED, History, recall
 from mainstay.workflow._run import AnyStep, AnyWorkflow
 from mainstay.workflow._worker import Worker
@@ -26,7 +26,6 @@ from mainstay.workflow.tables import (
     CANCEL_PARKED,
     ENTRIES,
     FIND,
-    ID_LENGTH,
     NEXT_SEQ,
     RESUME,
     ROUSE,
@@ -103,10 +102,7 @@ class WorkflowEngine:
 
     async def start(self, name: str, version: int, input: str, id: str | None) -> str:
         """Begin a run of a workflow with its input as JSON; returns its id. See `Workflow.start`."""
-        run_id = str(uuid7()) if id is None else id
-        if not 0 < len(run_id) <= ID_LENGTH:
-            msg = f"the id of a run has 1 to {ID_LENGTH} characters, not {len(run_id)}"
-            raise ValueError(msg)
+        run_id = str(uuid7()) if id is None else _names.run_id(id)
         identity = self.worker.takes()
         row: dict[str, Any] = {
             "id": run_id,
@@ -182,7 +178,9 @@ class WorkflowEngine:
 
     async def send(self, run_id: str, name: str, body: str, id: str | None) -> None:
         """Store a message for a run, and wake the run if it sleeps. See `Signal.send`."""
-        message = {"run_id": run_id, "id": str(uuid7()) if id is None else id, "name": name, "body": body}
+        run_id = _names.run_id(run_id)
+        message_id = str(uuid7()) if id is None else _names.signal_id(id)
+        message = {"run_id": run_id, "id": message_id, "name": name, "body": body}
         async with self._database.batch(route=run_id):
             await self._database.write(SEND[self._database.dialect], message)
             await self._database.write(ROUSE, {"run": run_id})
@@ -192,6 +190,7 @@ class WorkflowEngine:
 
     async def ended(self, id: str, timeout_seconds: float | None) -> str:
         """Wait for the run to end; its result as JSON. See `Handle.result`."""
+        _names.run_id(id)
         if timeout_seconds is None:
             state = await self._ended_state(id)
         else:
@@ -282,7 +281,7 @@ class WorkflowEngine:
         Raises:
             RunNotFound: it does not exist.
         """
-        found = await self._database.read(FIND, {"run": id})
+        found = await self._database.read(FIND, {"run": _names.run_id(id)})
         if not found:
             msg = f"there is no run {id!r}"
             raise RunNotFound(msg)
@@ -301,7 +300,7 @@ class WorkflowEngine:
 
     async def history(self, id: str) -> History:
         """What the run's history adds up to."""
-        entries = await self._database.read(ENTRIES, {"ids": [id]})
+        entries = await self._database.read(ENTRIES, {"ids": [_names.run_id(id)]})
         return recall(dict(entry._mapping) for entry in entries)
 
     async def cancel(self, id: str) -> None:
@@ -311,6 +310,7 @@ class WorkflowEngine:
             RunStateError: it has ended, or is stuck on its way back.
             RunNotFound: it does not exist.
         """
+        _names.run_id(id)
         async with self._database.transaction() as session:
             changed = _changed(await session.execute(CANCEL, {"run": id})) or _changed(
                 await session.execute(CANCEL_PARKED, {"run": id})
@@ -331,6 +331,7 @@ class WorkflowEngine:
             RunStateError: it is not parked.
             RunNotFound: it does not exist.
         """
+        _names.run_id(id)
         async with self._database.transaction() as session:
             if not _changed(await session.execute(RESUME, {"run": id})):
                 await self._refuse(id, "resumed")

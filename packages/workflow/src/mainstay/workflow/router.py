@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overload
 
 from mainstay.core import Binding, Retry
+from mainstay.workflow import _names
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import COMPENSATION_RETRY, Exhausted, OnUnknown, Step, StepPolicy, _scope
@@ -24,8 +25,6 @@ T1 = TypeVar("T1")
 T2 = TypeVar("T2")
 T3 = TypeVar("T3")
 T4 = TypeVar("T4")
-
-_NAME_LIMIT = 100
 
 
 class WorkflowRouter:
@@ -111,11 +110,9 @@ class WorkflowRouter:
         return declare
 
     def _add(self, step: Step[..., Any]) -> None:
+        _names.step_name(step.name)
         if step.name in self.steps:
             msg = f"this router already has a step {step.name}: a step's name is part of its records, so it is unique"
-            raise ValueError(msg)
-        if len(step.name) > _NAME_LIMIT:
-            msg = f"the step's name {step.name} is longer than {_NAME_LIMIT} characters"
             raise ValueError(msg)
         self.steps[step.name] = step
 
@@ -133,11 +130,9 @@ class WorkflowRouter:
             TypeError: the function is not async.
             ValueError: the router has this name and version, or they are out of range.
         """
-        if not 0 < len(name) <= _NAME_LIMIT or version < 1:
-            msg = (
-                f"workflow {name!r} version {version!r}: a name has 1 to {_NAME_LIMIT} characters, "
-                "a version is 1 or more"
-            )
+        name = _names.name_of("workflow", name)
+        if version < 1:
+            msg = f"workflow {name!r} version {version!r}: a version is 1 or more"
             raise ValueError(msg)
 
         def declare(function: Callable[[*Ts], Awaitable[T]]) -> Workflow[*Ts, T]:
@@ -198,10 +193,11 @@ class WorkflowRouter:
         """Declare a kind of message: `await approved.wait()` in a workflow function, `await approved.send(run_id, …)`.
 
         Raises:
-            ValueError: the name is taken, or too long.
+            ValueError: the name is taken, or breaks the rule for identifiers.
         """
-        if name in self.signals or not 0 < len(name) <= _NAME_LIMIT:
-            msg = f"signal {name!r}: a name has 1 to {_NAME_LIMIT} characters, and no other signal of the router has it"
+        name = _names.name_of("signal", name)
+        if name in self.signals:
+            msg = f"this router already has a signal {name!r}"
             raise ValueError(msg)
         self.signals.add(name)
         return Signal(name, kind, self.binding)

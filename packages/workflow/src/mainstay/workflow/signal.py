@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError
 
 from mainstay.core import Binding, derived_id, once
+from mainstay.workflow import _names
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.step import _scope
 
@@ -46,9 +47,12 @@ class Signal(Generic[T]):
             id: names the message within the run: sent again with the same id, it is the same message.
 
         Raises:
-            TypeError: the value is not of the signal's type.
+            TypeError: the value is not of the signal's type, or an id is no text.
+            ValueError: an id breaks the rule for identifiers, 1 to 128 of the characters in `mainstay.core.ID_RULE`.
             NotBoundError: the router is not part of a running App.
         """
+        run_id = _names.run_id(run_id)
+        chosen = None if id is None else _names.signal_id(id)
         try:
             text = self._adapter.serializer.to_json(value, warnings="error")
             self._adapter.validate_json(text)
@@ -59,7 +63,7 @@ class Signal(Generic[T]):
 
         async def send(key: str | None) -> None:
             of_step = None if key is None else str(derived_id(key))
-            await engine.send(run_id, self.name, text.decode(), of_step if id is None else id)
+            await engine.send(run_id, self.name, text.decode(), of_step if chosen is None else chosen)
 
         await once(f"send:{self.name}", send, transactional=False)
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple, cast
 
 from mainstay.core import Binding, derived_id, once
+from mainstay.workflow import _names
 from mainstay.workflow._signature import Signature
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.step import _scope
@@ -132,30 +133,37 @@ class Workflow(Generic[*Ts, T]):
         Args:
             args: the input, kept as JSON.
             id: names the run for ever: starting again with the same id and the same input returns the same run.
-                Without one, the run is a new one. At most 200 characters.
+                Without one, the run is a new one. 1 to 128 of the characters in `mainstay.core.ID_RULE`.
 
         Inside a workflow function it is a recorded step, from whose key the id derives: a replay starts nothing again.
 
         Raises:
             RunConflict: the id belongs to another workflow or to another input.
-            TypeError: the arguments do not fit.
+            TypeError: the arguments do not fit, or the id is no text.
+            ValueError: the id breaks the rule for identifiers.
             NotBoundError: the router is not part of a running App.
         """
+        chosen = None if id is None else _names.run_id(id)
         engine = self.binding.get()
         text = self.signature.dump_arguments(self.signature.bind(args, {}))
         started: list[str] = []
 
         async def begin(key: str | None) -> None:
-            started.append(await engine.start(self.name, self.version, text, _id_of(key) if id is None else id))
+            started.append(await engine.start(self.name, self.version, text, _id_of(key) if chosen is None else chosen))
 
         key = await once(f"start:{self.name}", begin, transactional=False)
         # On a replay nothing is begun: the id is the one that was asked for, or that of the step.
-        run_id = started[0] if started else _id_of(key) if id is None else id
+        run_id = started[0] if started else _id_of(key) if chosen is None else chosen
         return Handle(cast("str", run_id), self.signature, engine)
 
     def handle(self, id: str) -> Handle[T]:
-        """The run with this id, which may exist or not."""
-        return Handle(id, self.signature, self.binding.get())
+        """The run with this id, which may exist or not.
+
+        Raises:
+            TypeError: the id is no text.
+            ValueError: it breaks the rule for identifiers.
+        """
+        return Handle(_names.run_id(id), self.signature, self.binding.get())
 
 
 def _id_of(key: str | None) -> str | None:
