@@ -3,6 +3,7 @@
 import asyncio
 import math
 import threading
+from datetime import datetime
 
 import pytest
 
@@ -30,6 +31,23 @@ async def test_a_pause_ends_when_the_drain_begins():
     assert log == [0]
     assert drain.begun
     await drain.pause(math.inf)  # and no pause begins after that
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+async def test_a_clock_is_moved_forward_by_a_finite_time(seconds):
+    """With anything else it would never stop, or never move again; it stands where it was."""
+    clock = VirtualClock()
+    with pytest.raises(ValueError, match="cannot be moved"):
+        await asyncio.wait_for(clock.advance(seconds), 5)
+    with pytest.raises(ValueError, match="cannot be moved"):
+        clock.tick(seconds)
+    assert clock.monotonic() == 0
+
+
+def test_a_clock_starts_at_a_moment_with_a_timezone():
+    """A naive one would be compared with aware ones, somewhere else and later."""
+    with pytest.raises(ValueError, match="tzinfo=UTC"):
+        VirtualClock(datetime(2026, 1, 1))  # noqa: DTZ001  the mistake
 
 
 async def test_a_wake_ends_the_pause_or_the_next_one():

@@ -88,12 +88,18 @@ class VirtualClock(Clock):
 
     Args:
         start: the answer of `now()` at the beginning, timezone-aware.
+
+    Raises:
+        ValueError: `start` is naive.
     """
 
     __slots__ = ("_elapsed", "_order", "_polls", "_start", "_timers", "_work")
     virtual: ClassVar[bool] = True
 
     def __init__(self, start: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> None:
+        if start.tzinfo is None:
+            msg = f"VirtualClock starts at a moment with a timezone, not at {start!r}: give it tzinfo=UTC"
+            raise ValueError(msg)
         self._start = start
         self._elapsed = 0.0
         self._timers: list[tuple[float, int, VirtualTimer]] = []
@@ -150,8 +156,12 @@ class VirtualClock(Clock):
         self.tick(seconds)
 
     def tick(self, seconds: float) -> None:
-        """Move the clock and fire the timers that fall due, in order; woken tasks run when the caller next awaits."""
-        end = self._elapsed + seconds
+        """Move the clock and fire the timers that fall due, in order; woken tasks run when the caller next awaits.
+
+        Raises:
+            ValueError: `seconds` is negative, or no finite number.
+        """
+        end = self._elapsed + _forward(seconds)
         while (at := self._due(self._timers)) is not None and at <= end:
             self._move(at)
         self._move(end)
@@ -164,8 +174,9 @@ class VirtualClock(Clock):
 
         Raises:
             TimeoutError: real work goes on for more than half a minute of real time; says which.
+            ValueError: `seconds` is negative, or no finite number.
         """
-        end = self._elapsed + seconds
+        end = self._elapsed + _forward(seconds)
         await self.settle()
         while True:
             # Also at the very end: what the last stop woke may have set a timer for the same moment.
@@ -209,6 +220,13 @@ class VirtualClock(Clock):
         while queue and not queue[0][2].pending:
             heapq.heappop(queue)
         return queue[0][0] if queue else None
+
+
+def _forward(seconds: float) -> float:
+    if not 0 <= seconds < float("inf"):
+        msg = f"a clock cannot be moved by {seconds!r} s: time goes forward, by a finite number of seconds"
+        raise ValueError(msg)
+    return seconds
 
 
 def _wake(sleeper: asyncio.Future[None]) -> None:
