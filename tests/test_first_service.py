@@ -5,9 +5,11 @@ Comments in the page say what a block is: `<!-- file: path -->` a file, `<!-- ru
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,3 +119,6 @@ async def test_the_page_makes_a_service_that_survives_a_kill(reader: Reader) -> 
             return bool((await http.get("/readers/ann/loans")).json() == ["Moby Dick"])
 
         await eventually(is_lent, seconds=60)
+    with contextlib.closing(sqlite3.connect(reader.place / "mainstay.db")) as database:
+        (copies,) = database.execute("SELECT copies FROM loans_books").fetchone()
+    assert copies == 1  # of two, however often the App was started

@@ -88,9 +88,9 @@ def _end(outcome: Any) -> Any:
 
 @contextmanager
 def forced(of: CircuitBreaker | Circuit, state: State, *, reason: str = "forced by a test") -> Generator[Circuit]:
-    """Hold the circuit of a breaker, or of one key, in `state`; it is closed and empty before and after the block.
+    """Put the circuit of a breaker, or of one key, into `state`; it is closed and empty before and after the block.
 
-    A half-open or ramping circuit goes on from there as it would by itself.
+    It goes on from there as it would by itself: an open one is half open once its break is over.
     """
     circuit = of.circuit if isinstance(of, CircuitBreaker) else of
     circuit.reset(reason)
