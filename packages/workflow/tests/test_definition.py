@@ -122,7 +122,7 @@ def test_a_type_that_is_no_json_is_named():
 
     charge.__annotations__["n"] = Opaque
     flows.step(harmless=True)(charge)
-    with pytest.raises(ConfigurationError, match="step charge: its parameters cannot be kept as JSON"):
+    with pytest.raises(ConfigurationError, match="step charge: its arguments cannot be kept as JSON"):
         app_with(flows)
 
 
@@ -332,7 +332,7 @@ def test_decorated_functions_keep_their_types():
     signature = step.signature
     text = signature.dump_arguments(signature.bind((Order(1),), {"note": "x"}))
     assert text == '{"order":{"n":1},"note":"x"}'
-    assert signature.load_arguments('{"order":{"n":2}}') == {"order": Order(2)}
+    assert signature.load_arguments('{"order":{"n":2}}') == {"order": Order(2), "note": "none"}
     assert signature.keep_result([Order(3)]) == ('[{"n":3}]', [Order(3)])
     assert signature.load_result('[{"n":3}]') == [Order(3)]
     with pytest.raises(TypeError, match="step charge: missing a required argument: 'order'"):
@@ -348,5 +348,7 @@ def test_a_secret_is_refused_where_the_app_is_built():
     @flows.step(harmless=True)
     async def sign_in(password: SecretStr) -> None: ...
 
-    with pytest.raises((ConfigurationError, TypeError), match=r"sign_in: its parameters hold a secret"):
+    with pytest.raises(
+        (ConfigurationError, TypeError), match=r"sign_in: its arguments cannot be kept: password holds a secret"
+    ):
         app_with(flows)

@@ -176,7 +176,7 @@ async def test_no_wake_up_is_lost():
 async def test_mistakes_are_said():
     """A wrong value, a wait outside a run, a negative limit and a name that is taken name the remedy."""
     async with workflows(flows):
-        with pytest.raises(TypeError, match="signal order/approved: the value cannot be kept"):
+        with pytest.raises(TypeError, match="signal order/approved: its value cannot be kept"):
             await approved.send("r", "yes")  # type: ignore[arg-type]  # what the test is about
     with pytest.raises(NotInRun, match="only workflow functions wait for signals"):
         await approved.wait()

@@ -30,6 +30,7 @@ from mainstay.core.retry import (
 )
 from mainstay.core.settings import Settings, stray_variables
 from mainstay.core.tasks import cancelled_from_outside, spawn
+from mainstay.core.values import Kept
 
 __all__ = [
     "ID_RULE",
@@ -49,6 +50,7 @@ __all__ = [
     "HasHealth",
     "Health",
     "Journal",
+    "Kept",
     "Later",
     "MainstayError",
     "Module",

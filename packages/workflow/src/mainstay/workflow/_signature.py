@@ -1,23 +1,19 @@
 """What a function takes and returns, as JSON text: the form in which inputs and results are kept.
 
 Every value is written through the type that the function states for it and read back through the same type, also the
-first time: code that sees a result live sees what it will see on replay.
+first time (`mainstay.core.values`): code that sees a result live sees what it will see on replay.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
-from typing import Any, Literal, NotRequired, cast, get_type_hints
+from typing import Any, Literal, NotRequired, get_type_hints
 
-from pydantic import TypeAdapter
-from pydantic.errors import PydanticUserError
-from pydantic_core import PydanticSerializationError
 from typing_extensions import TypedDict
 
-from mainstay.core import given_kinds
+from mainstay.core import Kept, given_kinds
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -55,6 +51,11 @@ class Signature:
                 msg = f"{kind} {self.name} takes *{parameter.name}: name each parameter, so that its input can be kept"
                 raise TypeError(msg)
         self.parameters = tuple(self._signature.parameters)
+        self._defaults = {
+            name: parameter.default
+            for name, parameter in self._signature.parameters.items()
+            if parameter.default is not parameter.empty
+        }
         self._positional = tuple(p.name for p in self._signature.parameters.values() if p.kind in _POSITIONAL)
 
     @cached_property
@@ -73,46 +74,38 @@ class Signature:
         return hints
 
     @cached_property
-    def _arguments(self) -> TypeAdapter[Any]:
-        optional = {p.name for p in self._signature.parameters.values() if p.default is not p.empty}
+    def _arguments(self) -> Kept[Mapping[str, Any]]:
         fields: dict[str, Any] = {
-            name: NotRequired[self._hints[name]] if name in optional else self._hints[name] for name in self.parameters
+            name: NotRequired[self._hints[name]] if name in self._defaults else self._hints[name]
+            for name in self.parameters
         }
-        return self._adapter(TypedDict(f"{self.name}_arguments", fields), "parameters")  # type: ignore[operator]  # built from a signature
+        kind: Any = TypedDict(f"{self.name}_arguments", fields)  # type: ignore[misc]  # built from a signature
+        return Kept(kind, f"{self.kind} {self.name}: its arguments")
 
     @cached_property
-    def _result(self) -> TypeAdapter[Any]:
-        return self._adapter(self._hints["return"], "result")
-
-    def _adapter(self, kind: Any, what: str) -> TypeAdapter[Any]:
-        try:
-            adapter: TypeAdapter[Any] = TypeAdapter(kind)
-        except PydanticUserError as error:
-            msg = f"{self.kind} {self.name}: its {what} cannot be kept as JSON: {error.message}"
-            raise TypeError(msg) from error
-        with contextlib.suppress(PydanticUserError):  # a type that JSON Schema cannot describe
-            if _hides(adapter.json_schema(mode="serialization")):
-                msg = (
-                    f"{self.kind} {self.name}: its {what} hold a secret, which would be kept as asterisks: pass a "
-                    "reference to it, and look it up in the step"
-                )
-                raise TypeError(msg)
-        return adapter
+    def _result(self) -> Kept[Any]:
+        return Kept(self._hints["return"], f"{self.kind} {self.name}: its result")
 
     def hint(self, of: int | Literal["return"]) -> Any:
         """The type of a parameter, by its place, or of the result."""
         return self._hints[of if isinstance(of, str) else self.parameters[of]]
 
     def check(self) -> None:
-        """Resolve every annotation.
+        """Resolve every annotation, and refuse types and defaults that would not come back equal.
 
         Raises:
-            TypeError: one is missing, names nothing, or is of a type that cannot be kept as JSON.
+            TypeError: an annotation is missing, names nothing, or is of a type that cannot be kept as JSON.
         """
-        _ = self._arguments, self._result
+        self._arguments.check()
+        self._result.check()
+        for name, default in self._defaults.items():
+            kept: Kept[object] = Kept(
+                self._hints[name], f"{self.kind} {self.name}: the default of its parameter {name}"
+            )
+            kept.keep(default)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments by name.
+        """The arguments by name, defaults among them: a run keeps those that it was started with.
 
         Raises:
             TypeError: they do not fit the function.
@@ -120,44 +113,48 @@ class Signature:
         if not kwargs and len(args) == len(self._positional) == len(self.parameters):
             return dict(zip(self._positional, args, strict=True))
         try:
-            return self._signature.bind(*args, **kwargs).arguments
+            bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
             msg = f"{self.kind} {self.name}: {error}"
             raise TypeError(msg) from None
+        bound.apply_defaults()
+        return bound.arguments
 
     def dump_arguments(self, arguments: Mapping[str, Any]) -> str:
         """Arguments by name as a JSON object.
 
         Raises:
-            TypeError: a value is not of its parameter's type.
+            TypeError: a value would not come back equal as its parameter's type.
         """
-        return self._keep(self._arguments, arguments, "arguments")[0]
+        return self._arguments.write(arguments)
 
     def load_arguments(self, text: str) -> dict[str, Any]:
-        """What `dump_arguments` wrote."""
-        arguments: dict[str, Any] = self._arguments.validate_json(text)
-        return arguments
+        """What `dump_arguments` wrote, possibly by a release whose function had fewer parameters.
+
+        Raises:
+            ValueError: it does not fit the parameters.
+        """
+        return {**self._defaults, **self._arguments.read(text)}
+
+    def same_arguments(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether arguments by name are equal by value, whatever the order in which a set or a mapping was written."""
+        return self._arguments.same(one, other)
 
     def keep_result(self, value: object) -> tuple[str, Any]:
         """A result as JSON, and what `load_result` will make of that.
 
         Raises:
-            TypeError: it is not of the type that the function states.
+            TypeError: it would not come back equal as the type that the function states.
         """
-        return self._keep(self._result, value, "result")
+        return self._result.keep(value)
 
     def load_result(self, text: str) -> Any:
-        """What `keep_result` wrote."""
-        return self._result.validate_json(text)
+        """What `keep_result` wrote.
 
-    def _keep(self, adapter: TypeAdapter[Any], value: object, what: str) -> tuple[str, Any]:
-        try:
-            text = adapter.serializer.to_json(value, warnings="error")
-            # Not every wrong value is noticed when it is written, and a record that cannot be read is worth nothing.
-            return text.decode(), adapter.validator.validate_json(text)
-        except (PydanticSerializationError, ValueError) as error:
-            msg = f"{self.kind} {self.name}: its {what} cannot be kept as its annotation says: {error}"
-            raise TypeError(msg) from None
+        Raises:
+            ValueError: it does not fit the type that the function states.
+        """
+        return self._result.read(text)
 
     def call(
         self, arguments: Mapping[str, Any], *leading: object, function: Callable[..., Awaitable[Any]] | None = None
@@ -171,11 +168,3 @@ class Signature:
             positional.append(arguments.pop(name))
         called: Awaitable[Any] = (function or self.function)(*leading, *positional, **arguments)
         return called
-
-
-def _hides(schema: object) -> bool:
-    """Whether a JSON schema has a part that is never written out, as pydantic's `SecretStr` is not."""
-    if isinstance(schema, dict):
-        parts = cast("dict[str, object]", schema)
-        return parts.get("writeOnly") is True or any(map(_hides, parts.values()))
-    return isinstance(schema, list) and any(map(_hides, cast("list[object]", schema)))

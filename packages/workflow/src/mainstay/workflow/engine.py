@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
 
 import sqlalchemy as sa
 
@@ -91,6 +91,7 @@ class WorkflowEngine:
     ) -> None:
         self._database = database
         self._clock = clock
+        self._workflows = workflows
         self._waiters: dict[str, list[asyncio.Future[Mapping[str, Any]]]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
@@ -166,11 +167,32 @@ class WorkflowEngine:
         if not found:
             return True  # a batch only collects, so it is not there yet
         there = found[0]
-        if (there.workflow, there.input) != (row["workflow"], row["input"]):
-            what = "another input" if there.workflow == row["workflow"] else f"workflow {there.workflow!r}"
-            msg = f"run {row['id']!r} exists, with {what}: an id names one run for ever"
-            raise RunConflict(msg)
+        if there.workflow != row["workflow"]:
+            self._conflict(row, f"with workflow {there.workflow!r}")
+        if there.input != row["input"]:
+            self._same_input(row, there.input)
         return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
+
+    def _same_input(self, row: Mapping[str, Any], stored: str) -> None:
+        """Compare two inputs by value, as today's types read them: a set or a default is written in more than one way.
+
+        Raises:
+            RunConflict: they are not equal, or the stored one cannot be read any more.
+        """
+        workflow = self._workflows.get((row["workflow"], row["version"]))
+        if workflow is None:
+            self._conflict(row, "with another input")
+        signature = workflow.signature
+        try:
+            there = signature.load_arguments(stored)
+        except ValueError:
+            self._conflict(row, f"with an input that {workflow!r} cannot read today")
+        if not signature.same_arguments(there, signature.load_arguments(row["input"])):
+            self._conflict(row, "with another input")
+
+    def _conflict(self, row: Mapping[str, Any], what: str) -> NoReturn:
+        msg = f"run {row['id']!r} exists, {what}: an id names one run for ever"
+        raise RunConflict(msg)
 
     async def execute(self, workflow: Workflow[*Ts, T], *args: *Ts, id: str | None = None) -> T:
         """Start a run and wait for its result: `Workflow.start` and `Handle.result`."""

@@ -36,7 +36,7 @@ class WorkflowRouter:
     def __init__(self) -> None:
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
-        self.signals: set[str] = set()
+        self.signals: dict[str, Signal[Any]] = {}
         self.binding: Binding[WorkflowEngine] = Binding("WorkflowRouter", remedy="WorkflowModule.for_feature(router)")
 
     def step(
@@ -199,19 +199,23 @@ class WorkflowRouter:
         if name in self.signals:
             msg = f"this router already has a signal {name!r}"
             raise ValueError(msg)
-        self.signals.add(name)
-        return Signal(name, kind, self.binding)
+        signal = Signal(name, kind, self.binding)
+        self.signals[name] = signal
+        return signal
 
     def check(self) -> None:
         """What can be said only when everything is defined.
 
         Raises:
-            TypeError: an annotation does not resolve, or a step has no compensation.
+            TypeError: an annotation does not resolve, a type's values would not come back equal, or a step has no
+                compensation.
         """
         for step in self.steps.values():
             step.check()
         for workflow in self.workflows.values():
             workflow.signature.check()
+        for signal in self.signals.values():
+            signal.check()
 
 
 def _check_policy(policy: StepPolicy) -> None:

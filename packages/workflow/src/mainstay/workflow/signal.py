@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from pydantic import TypeAdapter
-from pydantic_core import PydanticSerializationError
-
-from mainstay.core import Binding, derived_id, once
+from mainstay.core import Binding, Kept, derived_id, once
 from mainstay.workflow import _names
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.step import _scope
@@ -29,8 +26,16 @@ class Signal(Generic[T]):
 
     def __init__(self, name: str, kind: type[T], binding: Binding[WorkflowEngine]) -> None:
         self.name = name
-        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        self._kept: Kept[T] = Kept(kind, f"signal {name}: its value")
         self._binding = binding
+
+    def check(self) -> None:
+        """Refuse a type whose values would not come back equal.
+
+        Raises:
+            TypeError: the message names the field, and the remedy.
+        """
+        self._kept.check()
 
     def __repr__(self) -> str:
         return f"<signal {self.name}>"
@@ -47,23 +52,18 @@ class Signal(Generic[T]):
             id: names the message within the run: sent again with the same id, it is the same message.
 
         Raises:
-            TypeError: the value is not of the signal's type, or an id is no text.
+            TypeError: the value would not come back equal as the signal's type, or an id is no text.
             ValueError: an id breaks the rule for identifiers, 1 to 128 of the characters in `mainstay.core.ID_RULE`.
             NotBoundError: the router is not part of a running App.
         """
         run_id = _names.run_id(run_id)
         chosen = None if id is None else _names.signal_id(id)
-        try:
-            text = self._adapter.serializer.to_json(value, warnings="error")
-            self._adapter.validate_json(text)
-        except (PydanticSerializationError, ValueError) as error:
-            msg = f"signal {self.name}: the value cannot be kept as the signal's type says: {error}"
-            raise TypeError(msg) from None
+        text = self._kept.write(value)
         engine = self._binding.get()
 
         async def send(key: str | None) -> None:
             of_step = None if key is None else str(derived_id(key))
-            await engine.send(run_id, self.name, text.decode(), of_step if chosen is None else chosen)
+            await engine.send(run_id, self.name, text, of_step if chosen is None else chosen)
 
         await once(f"send:{self.name}", send, transactional=False)
 
@@ -82,5 +82,5 @@ class Signal(Generic[T]):
         if scope is None:
             msg = f"signal {self.name} was waited for outside a run: only workflow functions wait for signals"
             raise NotInRun(msg)
-        result: T = await scope.run.receive(scope, self.name, self._adapter.validate_json, timeout_seconds)
+        result: T = await scope.run.receive(scope, self.name, self._kept.read, timeout_seconds)
         return result

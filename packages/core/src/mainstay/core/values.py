@@ -1,0 +1,160 @@
+"""Values that cross a boundary come back equal: kept as JSON, read back and compared, or refused by name.
+
+What is written to a record and read by another process passes through a type's serializer and its validator, which
+agree less often than one thinks: a field and its alias, a subclass with fields of its own, `bytes` that are no UTF-8, a
+`datetime` in an `Any`. `Kept` is the one place that looks. The *type* is looked at where it is declared, as far as it
+says that its values can never come back equal; each *value* is read back when it is first written, and compared.
+
+Fields are written and read by their own names, so that aliases, which are for other people's JSON, change nothing here.
+Computed fields are not written. inf, nan and bytes have a form in JSON, except where a model has a config of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from functools import cached_property
+from typing import Any, Generic, TypeVar, cast
+
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic_core import PydanticSerializationError, SchemaSerializer, SchemaValidator
+
+from mainstay.core._equality import Found, differ
+from mainstay.core._value_types import READ, WRITE, Look, Schema, article, secret_in
+
+__all__ = ["Kept"]
+
+T = TypeVar("T")
+
+# What a type has no config of its own for.
+_CONFIG = ConfigDict(ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
+
+
+class Kept(Generic[T]):
+    """A type whose values are kept as JSON.
+
+    Args:
+        kind: the type, with `Annotated` and everything that pydantic understands.
+        what: what it is the type of, for messages: "step charge: its result".
+    """
+
+    def __init__(self, kind: type[T], what: str) -> None:
+        self._kind: Any = kind
+        self._what = what
+
+    def check(self) -> None:
+        """Refuse a type whose values can never come back equal.
+
+        Raises:
+            TypeError: the message names the field, and the remedy.
+        """
+        with contextlib.suppress(PydanticUserError):  # a type that JSON Schema cannot describe
+            if (name := secret_in(self._adapter.json_schema(mode="serialization"))) is not None:
+                msg = (
+                    f"{self._what} cannot be kept: {name} holds a secret, which would be kept as asterisks; pass a "
+                    "reference to it, and look it up where it is used"
+                )
+                raise TypeError(msg)
+        config = cast("Schema", _CONFIG)
+        for path, reason in Look().at(self._adapter.core_schema, "", config, config):
+            msg = f"{self._what} cannot be kept: {path.removeprefix('.') or 'it'} {reason}"
+            raise TypeError(msg)
+
+    def write(self, value: T) -> str:
+        """The value as JSON. Raises what `keep` does."""
+        return self.keep(value)[0]
+
+    def keep(self, value: T) -> tuple[str, T]:
+        """The value as JSON, and what `read` makes of that.
+
+        Raises:
+            TypeError: it would not come back equal; the message names the field and both types, never the value.
+        """
+        try:
+            written = self._serializer.to_json(value, **WRITE)
+            back: T = self._validator.validate_json(written, **READ)
+            text = written.decode()
+        except ValidationError as error:
+            (first, *_) = error.errors(include_input=False, include_url=False, include_context=False)
+            msg = f"{self._what} cannot be kept: {_at(_hidden(first['loc']))}{first['msg']}"
+            raise TypeError(msg) from None
+        except (PydanticSerializationError, ValueError, RecursionError) as error:
+            said = str(error).partition("\n")[0].partition(" [input_value")[0]
+            msg = f"{self._what} cannot be kept: {said}"
+            raise TypeError(msg) from None
+        if (found := self._difference(value, back, written)) is not None:
+            path, here, there = found
+            name, other = type(here).__name__, type(there).__name__
+            back_as = f"another {other}" if name == other else article(other)
+            msg = (
+                f"{self._what} cannot be kept as annotated: {_at(path)}{article(name)} comes back as {back_as}; "
+                "convert it first, or annotate it as what it is"
+            )
+            raise TypeError(msg)
+        return text, back
+
+    def read(self, text: str) -> T:
+        """What `keep` wrote, possibly by another release.
+
+        Raises:
+            ValueError: it does not fit the type.
+        """
+        value: T = self._validator.validate_json(text, **READ)
+        return value
+
+    def same(self, one: T, other: T) -> bool:
+        """Whether two values are equal; those without an equality of their own by what is written of them."""
+        return self._difference(one, other, None) is None
+
+    def _difference(self, one: T, other: T, written: bytes | None) -> Found | None:
+        opaque: list[Found] = []
+        found = differ(one, other, "", opaque)
+        if found is None and opaque:
+            written = self._serializer.to_json(one, **WRITE) if written is None else written
+            if written != self._serializer.to_json(other, **WRITE):
+                return opaque[0]
+        return found
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        kind = self._kind
+
+        class Wrapped:
+            """The type, in a form that lets a config be given from outside for what has none of its own."""
+
+            @classmethod
+            def __get_pydantic_core_schema__(cls, _source: object, handler: GetCoreSchemaHandler) -> Any:
+                return handler.generate_schema(kind)
+
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(Wrapped, config=_CONFIG)
+            adapter.rebuild()
+        except PydanticUserError as error:
+            reason = error.message.partition("\n")[0]
+            msg = f"{self._what} cannot be kept as JSON: {reason}"
+            raise TypeError(msg) from error
+        return adapter
+
+    @cached_property
+    def _serializer(self) -> SchemaSerializer:
+        return self._adapter.serializer
+
+    @cached_property
+    def _validator(self) -> SchemaValidator:
+        return cast("SchemaValidator", self._adapter.validator)
+
+
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
+
+
+def _hidden(location: tuple[int | str, ...]) -> str:
+    """A place as pydantic names it, without the keys of mappings that are no names."""
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" if _IDENTIFIER.fullmatch(part) else "[*]"
+        for part in location
+    )
+
+
+def _at(path: str) -> str:
+    return f"{path.removeprefix('.')}: " if path else ""
