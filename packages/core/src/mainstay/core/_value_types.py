@@ -218,8 +218,7 @@ def secret_in(schema: Any, name: str = "it") -> str | None:
             named = key == "properties" and isinstance(part, dict)
             inner += cast("dict[str, Any]", part).items() if named else [(name, part)]
     elif isinstance(schema, list):
-        items: list[Any] = schema
-        inner = [(name, part) for part in items]
+        inner = [(name, part) for part in cast("list[Any]", cast("object", schema))]
     return next((found for name, part in inner if (found := secret_in(part, name)) is not None), None)
 
 

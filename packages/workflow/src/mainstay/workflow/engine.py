@@ -8,17 +8,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import sqlalchemy as sa
 
 from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
+from mainstay.workflow._again import same_run
 from mainstay.workflow._history import RESUMED, History, recall
 from mainstay.workflow._run import AnyStep, AnyWorkflow
 from mainstay.workflow._worker import Worker
-from mainstay.workflow.errors import RunConflict, RunNotFound, RunParked, RunStateError, WorkflowFailed
+from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError, WorkflowFailed
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import (
     APPEND_ONCE,
@@ -167,32 +168,8 @@ class WorkflowEngine:
         if not found:
             return True  # a batch only collects, so it is not there yet
         there = found[0]
-        if there.workflow != row["workflow"]:
-            self._conflict(row, f"with workflow {there.workflow!r}")
-        if there.input != row["input"]:
-            self._same_input(row, there.input)
+        same_run(row, there.workflow, there.input, self._workflows.get((row["workflow"], row["version"])))
         return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
-
-    def _same_input(self, row: Mapping[str, Any], stored: str) -> None:
-        """Compare two inputs by value, as today's types read them: a set or a default is written in more than one way.
-
-        Raises:
-            RunConflict: they are not equal, or the stored one cannot be read any more.
-        """
-        workflow = self._workflows.get((row["workflow"], row["version"]))
-        if workflow is None:
-            self._conflict(row, "with another input")
-        signature = workflow.signature
-        try:
-            there = signature.load_arguments(stored)
-        except ValueError:
-            self._conflict(row, f"with an input that {workflow!r} cannot read today")
-        if not signature.same_arguments(there, signature.load_arguments(row["input"])):
-            self._conflict(row, "with another input")
-
-    def _conflict(self, row: Mapping[str, Any], what: str) -> NoReturn:
-        msg = f"run {row['id']!r} exists, {what}: an id names one run for ever"
-        raise RunConflict(msg)
 
     async def execute(self, workflow: Workflow[*Ts, T], *args: *Ts, id: str | None = None) -> T:
         """Start a run and wait for its result: `Workflow.start` and `Handle.result`."""
