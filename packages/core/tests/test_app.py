@@ -30,6 +30,7 @@ from mainstay.core import (
     given,
     stray_variables,
 )
+from mainstay.core._work import ended_by
 from mainstay.core.testing import VirtualClock
 
 
@@ -638,7 +639,7 @@ def test_run_passes_on_the_crash_of_a_worker():
 
 
 WORKER = """
-    import asyncio, sys, time
+    import asyncio, sys, threading, time
     from contextlib import asynccontextmanager
     from typing import Any, Never, cast
     from pydantic_settings import SettingsConfigDict
@@ -656,6 +657,8 @@ WORKER = """
                 print("serving", flush=True)
                 if "crash" in sys.argv:
                     raise OSError("boom")
+                if "exits" in sys.argv:
+                    sys.exit(0)
                 await drain.wait()
                 print("draining", flush=True)
                 if "stuck" in sys.argv:
@@ -670,12 +673,44 @@ WORKER = """
                     except asyncio.CancelledError:
                         pass
             getattr(app, "background" if "background" in sys.argv else "serve")("worker", worker)
+            if "own-thread" in sys.argv:
+                threading.Thread(target=time.sleep, args=(1000,), name="own").start()
             try:
                 yield ()
             finally:
                 print("down", flush=True)
 
-    app = App(ToyModule.for_root(), drain_seconds=0.2)
+    class LateSettings(Settings):
+        model_config = SettingsConfigDict(env_prefix="MAINSTAY_LATEST_")
+
+    class LateModule(Module[LateSettings, Never]):
+        name = "late"
+
+        @asynccontextmanager
+        async def running(self, app):
+            async def swallow(drain):
+                while True:
+                    try:
+                        await asyncio.sleep(1000)
+                    except asyncio.CancelledError:
+                        pass
+            if "fails" in sys.argv:
+                app.background("swallow", swallow)
+                await asyncio.sleep(0)
+                raise OSError("no start")
+            if "hangs" in sys.argv:
+                print("serving", flush=True)
+                await asyncio.Event().wait()
+            try:
+                yield ()
+            finally:
+                if "stays" in sys.argv:
+                    await asyncio.Event().wait()
+
+    if "impatient" in sys.argv:  # to wait for less where the end has to be forced
+        from mainstay.core import _process, _work, app as _app
+        _process._ENDING_SECONDS, _work._GRACE_SECONDS, _app._STOP_SECONDS = 3.0, 1.0, 1.0
+    app = App(ToyModule.for_root(), LateModule.for_root(), drain_seconds=0.2)
 
     async def serve():  # what an ASGI server does
         asyncio.get_running_loop().add_signal_handler(15, asyncio.current_task().cancel)
@@ -753,7 +788,7 @@ def test_a_second_signal_ends_the_process_at_once(how):
 )
 def test_a_stop_ends(how, said):
     """Work that ends by no means is named in the log, and the process ends with a status other than 0."""
-    with start_worker(how) as process:
+    with start_worker(how, "impatient") as process:
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
@@ -763,7 +798,7 @@ def test_a_stop_ends(how, said):
 
 def test_a_stop_ends_in_a_server_that_is_not_ours():
     """The server cancels all tasks at its end, and would wait for one that swallows that for ever."""
-    with start_worker("swallows", "server") as process:
+    with start_worker("swallows", "server", "impatient") as process:
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
@@ -793,6 +828,89 @@ async def test_a_loop_that_goes_on_is_left_alone(monkeypatch):
     await asyncio.sleep(0.2)  # time in which nothing happens
     assert not ended
     over.set()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("thread", "the process does not end: thread asyncio_0 is at"),
+        ("own-thread", "the process does not end: thread own is at"),
+    ],
+)
+@pytest.mark.parametrize("where", ["server", "worker"])
+def test_a_thread_that_does_not_end_does_not_keep_the_process(how, said, where):
+    """Neither one of the loop's, nor one that the App knows nothing of; in a worker and in a server alike."""
+    with start_worker(how, where, "impatient") as process:
+        assert process.stdout.readline() == "serving\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said in err
+
+
+@pytest.mark.parametrize("where", ["server", "worker"])
+def test_a_start_that_fails_ends_also_with_a_task_that_does_not(where):
+    """What the module had started is named, and the process ends."""
+    with start_worker("fails", where, "impatient") as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "late.swallow does not end, although it was cancelled" in err
+    assert "the process does not end: task late.swallow" in err
+
+
+def test_a_signal_ends_a_start_that_hangs():
+    """At once, what had started is stopped, and the status says that all is as it was asked for."""
+    with start_worker("hangs", "background") as process:
+        lines = {process.stdout.readline(), process.stdout.readline()}
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert lines == {"serving\n"}  # of the work of the first module, and of the one that hangs
+    assert (out, process.returncode, err) == ("draining\ndown\n", 0, "")
+
+
+@pytest.mark.parametrize(("where", "status"), [("worker", 1), ("server", 0)])
+def test_a_module_that_does_not_stop_holds_up_no_other(where, status):
+    """It is cancelled and named, and those before it stop in order."""
+    with start_worker("stays", where, "impatient") as process:
+        assert process.stdout.readline() == "serving\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert out == "draining\ndown\n"
+    assert process.returncode == status
+    assert "the module late did not stop within 1.2 s" in err
+
+
+def test_work_that_exits_does_not_end_the_process_as_if_all_were_well():
+    """`sys.exit(0)` in background work is a crash like any other return of it."""
+    with start_worker("exits") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "toy.worker was stopped by SystemExit" in err
+
+
+async def test_run_says_where_it_belongs(capsys):
+    """Inside an event loop and in another thread there are no signals to wait for."""
+    with pytest.raises(SystemExit) as inside:
+        App().run()
+    assert "is for the main thread" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as elsewhere:
+        await asyncio.to_thread(App().run)
+    assert "is for the main thread" in capsys.readouterr().err
+    assert inside.value.code == elsewhere.value.code == 2
+
+
+async def test_the_end_of_a_block_that_comes_too_late_ends_nothing():
+    """A start that has just been done when the signal comes is stopped as any other, not cancelled."""
+    event = asyncio.Event()
+    async with ended_by(event):
+        event.set()
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert asyncio.current_task().cancelling() == 0
+    with pytest.raises(TimeoutError, match="mine"):
+        async with ended_by(asyncio.Event()):
+            msg = "mine"
+            raise TimeoutError(msg)
 
 
 def test_work_that_is_cancelled_at_the_end_of_the_drain_is_no_failure():

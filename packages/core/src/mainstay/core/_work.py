@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from mainstay.core.clock import Clock
 from mainstay.core.drain import Drain
@@ -53,9 +54,9 @@ class Crew:
             _log.critical("%s stopped: the App no longer does all of its work", name, exc_info=error)
             self._crashed(name, error)
 
-    async def cancel(self) -> None:
-        """End the tasks at once."""
-        await ended(list(self._tasks), _GRACE_SECONDS)
+    async def cancel(self) -> list[str]:
+        """End the tasks at once; the names of those that have not ended a short while after that."""
+        return await ended(list(self._tasks), _GRACE_SECONDS)
 
     async def end(self, seconds: float) -> list[str]:
         """Drain for `seconds`, then cancel; the names of the tasks that have not ended a short while after that.
@@ -74,6 +75,27 @@ class Crew:
         finally:
             stuck = await ended(tasks, _GRACE_SECONDS)
         return stuck
+
+
+@asynccontextmanager
+async def ended_by(event: asyncio.Event) -> AsyncGenerator[None, None]:
+    """Cancel the block when the event is set; the code behind the block goes on either way."""
+
+    async def wait() -> None:
+        await event.wait()
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            waiting = spawn(wait(), name="mainstay.core end of the start")
+            try:
+                yield
+                await asyncio.sleep(0)  # takes a cancellation that came too late, which would end what comes next
+            finally:
+                waiting.cancel()
+    except TimeoutError:
+        if not limit.expired():
+            raise
 
 
 async def ended(tasks: list[asyncio.Task[None]], seconds: float) -> list[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial, wraps
 from math import inf
-from typing import Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, cast, overload
 
 from mainstay.core import _process
 from mainstay.core._composition import AnyModule, composed
 from mainstay.core._health_round import HealthRound
-from mainstay.core._work import Crew, Work
+from mainstay.core._work import Crew, Work, ended_by
 from mainstay.core.clock import SYSTEM_CLOCK, Clock
 from mainstay.core.errors import ConfigurationError, NotBoundError
 from mainstay.core.given import given_kinds
@@ -25,7 +26,10 @@ __all__ = ["App", "Work"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger("mainstay.core")
+
 _LEAST_DRAIN_SECONDS = 1.0  # for work that is drained after other work has used up the drain time
+_STOP_SECONDS = 5.0  # after the drain time: for the modules' own stops
 
 
 class App:
@@ -65,7 +69,7 @@ class App:
         self._crashes: dict[str, BaseException] = {}
         self._stuck: list[str] = []
         self._until: asyncio.Event | None = None
-        self._drained_at = inf
+        self._drained_at = self._stopped_at = inf
         self._serving: list[tuple[str, Work]] = []
         self._crew: Crew | None = None  # of the module that is starting, afterwards of the App itself
         self._starting: str | None = None
@@ -185,18 +189,22 @@ class App:
             async with self.running(serve=serve):
                 yield
         finally:
-            if self._stuck:
-                _process.watch_the_end(asyncio.get_running_loop())
+            # A server that is not ours waits for ever: for threads, and for tasks that swallow their cancellation.
+            loop = asyncio.get_running_loop()
+            left = max(0.0, self._drained_at - loop.time()) if self._drained_at < inf else 0.0
+            _process.watch_the_end(left, loop, stuck=bool(self._stuck))
 
     def run(self) -> None:
         """Run as a worker, on the main thread: start, serve until SIGTERM or SIGINT, drain, stop.
 
-        The stop ends: a task or a thread that does not is named in the log some seconds after the drain time, and the
-        process exits with status 1. A second signal ends the process at once.
+        A signal during the start ends the start, and what had started is stopped. The stop ends: a task or a thread
+        that does not is named in the log some seconds after the drain time, and the process exits with status 1. A
+        second signal ends the process at once.
 
         Raises:
-            SystemExit: a mistake in the configuration kept it from starting: status 2, with the message on standard
-                error and no traceback, which would say nothing more.
+            SystemExit: a mistake in the configuration kept it from starting, or it was called elsewhere than on the
+                main thread outside of an event loop: status 2, with the message on standard error and no traceback,
+                which would say nothing more.
             Exception: the crash of a piece of background work; so the process ends with a status other than 0 and its
                 supervisor starts it again.
         """
@@ -207,12 +215,18 @@ class App:
             raise SystemExit(2) from error
 
     async def _work(self, stopping: asyncio.Event) -> None:
-        async with self.running(serve=True, until=stopping):
+        async with AsyncExitStack() as stack:
+            async with ended_by(stopping):  # a start may hang, such as on a database that does
+                await stack.enter_async_context(self.running(serve=True, until=stopping))
             await stopping.wait()
         if self._stuck:
             raise _process.Stuck
-        for error in self._crashes.values():
-            raise error
+        for name, error in self._crashes.items():
+            if isinstance(error, Exception):
+                raise error
+            # `sys.exit(0)` in a piece of work must not end the process as if all were well.
+            msg = f"{name} was stopped by {type(error).__name__}"
+            raise RuntimeError(msg) from error
 
     @asynccontextmanager
     async def running(self, *, serve: bool = False, until: asyncio.Event | None = None) -> AsyncGenerator[Self, None]:
@@ -232,7 +246,7 @@ class App:
         self._running = True
         self._crashes.clear()
         self._stuck = []
-        self._drained_at = inf
+        self._drained_at = self._stopped_at = inf
         self._until = until
         try:
             async with AsyncExitStack() as stack:
@@ -274,15 +288,17 @@ class App:
     async def _start(self, module: AnyModule, stack: AsyncExitStack) -> None:
         crew = self._crew = Crew(self.clock, self._crashed)
         self._starting = module.name
+        context = module.running(self)
         try:
-            services = await stack.enter_async_context(module.running(self))
+            services = await context.__aenter__()
         except BaseException as error:
-            await crew.cancel()
+            self._stuck += await crew.cancel()
             if isinstance(error, Exception):
                 error.add_note(f"while starting {type(module).__name__}")
             raise
         finally:
             self._starting = None
+        stack.push_async_exit(partial(self._stop, module.name, context))
         stack.push_async_callback(self._end, crew)  # so it ends just before the module's own stop
         for service in services:
             self._add(service, module)
@@ -290,6 +306,21 @@ class App:
         if missing:
             msg = f"{type(module).__name__} states that it yields {', '.join(sorted(missing))}, and did not"
             raise ConfigurationError(msg)
+
+    async def _stop(self, name: str, context: AbstractAsyncContextManager[object], *details: Any) -> bool | None:
+        """Let a module stop, for as long as the App has; then it is cancelled, and those before it still stop."""
+        now = asyncio.get_running_loop().time()
+        self._stopped_at = min(self._stopped_at, now + self._drain_seconds + _STOP_SECONDS)
+        seconds = max(_LEAST_DRAIN_SECONDS, self._stopped_at - now)
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await context.__aexit__(*details)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            _log.error("the module %s did not stop within %g s and was cancelled", name, seconds, exc_info=error)
+            self._stuck.append(name)
+            return None
 
     def _add(self, service: object, module: AnyModule) -> None:
         kind, name = type(service), type(module).__name__
