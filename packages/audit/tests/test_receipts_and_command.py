@@ -120,6 +120,8 @@ async def test_the_command(db, url, capsys, tmp_path, monkeypatch):
     entries = [json.loads(line) for line in out.splitlines()]
     assert status == 0
     assert [entry["detail"]["n"] for entry in entries] == list(range(690, 700))
+    status, out, _ = await run(capsys, "export", "--url", url, "--first", "690", "--json")
+    assert (status, json.loads(out)) == (0, entries)
     status, out, _ = await run(capsys, "prove", entries[0]["id"], "--url", url)
     file.write_text(out)
     assert status == 0
@@ -292,7 +294,7 @@ async def test_the_command_with_a_memory_that_is_none(db, url, capsys, tmp_path)
     memory.unlink()
     status, out, _ = await run(capsys, *check, "--max-age", "3600")
     assert (status, " s old; nothing remembered" in out) == (0, True)
-    status, out, _ = await run(capsys, *check, "--max-age", "-1")
+    status, out, _ = await run(capsys, *check, "--max-age", "0")
     assert (status, "PROBLEM stale" in out) == (1, True)
 
 

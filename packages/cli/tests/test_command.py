@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from mainstay.cli import main, say, shown, table
@@ -66,6 +67,12 @@ def test_an_app_is_described_with_the_origin_of_each_setting(service, capsys, mo
         (["no-such-command"], "no-such-command"),
         (["db", "status", "--url", "mysql://x/y"], "mysql"),
         (["run", "service:app"], "service"),
+        (["describe", "--app"], "--app needs a value"),
+        (["describe", "--app", ".main:app"], "module:name"),
+        (["db", "status", "--url", "postgresql://u:hunter2@x@y/z"], "--url"),
+        (["audit", "verify", "--max-age", "-1"], "--max-age"),
+        (["workflow", "list", "--limit", "9999999999999999999"], "--limit"),
+        (["events", "dead-letters", "list", "--limit", "9999999999999999999"], "--limit"),
     ],
 )
 def test_wrong_use_is_one_message_and_status_2(arguments, named, service, capsys):
@@ -75,6 +82,7 @@ def test_wrong_use_is_one_message_and_status_2(arguments, named, service, capsys
     assert named in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+    assert "hunter2" not in captured.err
 
 
 def test_a_mistake_in_the_configuration_is_one_message(service):
@@ -267,3 +275,189 @@ def test_settings_come_from_the_app_where_one_is_named(service, capsys, tmp_path
     capsys.readouterr()
     assert main(["db", "status", "--app", place]) == 2
     assert "DatabaseModule.for_root()" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("raise ValueError('no number')", "ValueError: no number"),
+        ("raise OSError('no file')", "OSError: no file"),
+        ("raise RuntimeError('boom\\x1b[2J')", "RuntimeError: boom\\x1b[2J"),
+        ("def f(:", "SyntaxError"),
+        ("class Held:\n    @property\n    def app(self): return 1 / 0\napp = Held()", "ZeroDivisionError"),
+    ],
+)
+def test_an_error_of_the_services_own_code_keeps_its_traceback(text, named, service, capsys):
+    """Whatever its class is; the status is not that of a finding, and a message cannot act on the terminal."""
+    service(text)
+    assert main(["check", "--json", "--app", "service:app.app"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" in captured.err
+    assert "service.py" in captured.err
+    assert named in captured.err
+    assert "\x1b" not in captured.err
+    assert captured.err.splitlines()[-1] == "mainstay: 'service:app.app': the import of service failed"
+
+
+@pytest.mark.parametrize("code", ["", "0", "'the database has no name'"])
+def test_an_import_that_exits_is_not_taken_for_success(code, service, capsys):
+    """`check` would be done, with nothing checked, or would end with nothing said."""
+    service(f"import sys\nsys.exit({code})\n")
+    assert main(["check", "--app", "service:app"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "the import of service exits" in captured.err
+    assert code.strip("'") in captured.err
+
+
+TALKS = """
+from contextlib import asynccontextmanager
+from typing import Never
+from pydantic_settings import SettingsConfigDict
+from mainstay.core import App, Module, Settings
+
+print("a banner")
+
+class TalksSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="MAINSTAY_TALKS_")
+    seconds: float = float("inf")
+    fails: bool = False
+
+class Talks(Module[TalksSettings, Never]):
+    name = "talks"
+
+    def describe(self):
+        return {"places": ["Bj\u00f6rk"]}
+
+    @asynccontextmanager
+    async def running(self, app):
+        print("a greeting")
+        if self.settings.fails:
+            raise OSError("no start")
+        yield ()
+
+app = App(Talks.for_root())
+"""
+
+
+@pytest.mark.parametrize("command", ["describe", "check", "health"])
+def test_what_the_service_prints_does_not_get_into_the_output(command, service, capsys):
+    """Standard output is one JSON document of numbers that JSON has, whatever the App says at its import and start."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    assert main([command, "--json", "--app", service(TALKS)]) == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out, parse_constant=refuse)
+    assert "a banner" in captured.err
+    assert ("a greeting" in captured.err) is (command != "describe")
+
+
+def test_a_start_that_fails_is_a_finding_in_whichever_way_it_does(service, capsys, monkeypatch):
+    """An error of a module's own too, which no mistake in the configuration is."""
+    monkeypatch.setenv("MAINSTAY_TALKS_FAILS", "true")
+    assert main(["check", "--json", "--app", service(TALKS)]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert finding == {"module": "start", "finding": "OSError: no start (while starting Talks)"}
+    assert main(["health", "--app", service(TALKS)]) == 2
+
+
+def test_a_worker_prints_where_it_will_and_keeps_the_traceback_of_its_end(service):
+    """Standard output is the service's own there, and the error is shown as `python main.py` would."""
+    service(TALKS)
+    done = subprocess.run(
+        [MAINSTAY, "run", "service:app"],
+        env=os.environ | {"MAINSTAY_TALKS_FAILS": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "a banner\na greeting\n"
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "OSError: no start" in done.stderr
+
+
+def test_streams_that_are_closed_full_or_know_few_characters(service):
+    """A closed one is nothing to fail for; what could not be written is; a character that it lacks is escaped."""
+    service(TALKS)
+    describe = f"{MAINSTAY} describe --app service:app"
+
+    def shell(command, **variables):
+        return subprocess.run(
+            ["sh", "-c", command], env=os.environ | variables, capture_output=True, text=True, check=False
+        )
+
+    done = shell(f"{describe} >&-")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    done = shell(f"{describe} >/dev/full")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "mainstay: [Errno 28] No space left on device")
+    done = shell(f"{MAINSTAY} describe --app nothing:app 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+    done = shell(describe, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "Bj\\xf6rk" in done.stdout
+
+
+def test_a_reader_that_has_gone_is_no_finding(service):
+    """The status is the one that a shell gives to a program that was ended so, and nothing is said."""
+    service(TALKS)
+    for arguments in (["describe", "--app", "service:app"], ["--help"]):
+        with subprocess.Popen([MAINSTAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read().decode() in {"", "a banner\n"}
+            assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["db", "upgrade"],
+        ["db", "upgrade", "--sql"],
+        ["db", "status"],
+        ["events", "dead-letters", "list"],
+        ["events", "dead-letters", "redrive", "--all"],
+        ["workflow", "list"],
+        ["audit", "export"],
+    ],
+)
+def test_what_was_done_is_one_json_document(arguments, capsys, tmp_path, monkeypatch):
+    """Also where people are told a line, or statements, and where there is nothing."""
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", f"sqlite:///{tmp_path / 'library.db'}")
+    assert main(["db", "upgrade", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"up to date": ["audit", "database", "events", "workflow"]}
+    assert main([*arguments, "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [["status"], ["upgrade"]])
+def test_a_file_that_is_no_database_is_no_finding(command, capsys, tmp_path):
+    """One message that names it, on status 2: a finding would say that `db upgrade` helps."""
+    (tmp_path / "notes.txt").write_text("no database at all, but long enough to be looked at" * 100)
+    assert main(["db", *command, "--url", f"sqlite:///{tmp_path / 'notes.txt'}"]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert "notes.txt" in captured.err
+
+
+async def test_ctrl_c_ends_an_upgrade_that_waits(postgres):
+    """Another upgrade holds the lock; the database undoes what was begun."""
+    connection = await asyncpg.connect(postgres.replace("+asyncpg", ""))
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock(7261153904017)")
+            upgrade = await asyncio.create_subprocess_exec(MAINSTAY, "db", "upgrade", "--url", postgres)
+            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            async with asyncio.timeout(60):
+                while not await connection.fetchval(waiting):  # noqa: ASYNC110  another process's statement
+                    await asyncio.sleep(0.05)
+            upgrade.send_signal(signal.SIGINT)
+            async with asyncio.timeout(60):
+                assert await upgrade.wait() == -signal.SIGINT  # of which a shell makes 130
+        assert await connection.fetchval("SELECT to_regclass('mainstay_events_version')") is None
+    finally:
+        await connection.close()

@@ -906,7 +906,9 @@ async def test_the_end_of_a_block_that_comes_too_late_ends_nothing():
         event.set()
         await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert asyncio.current_task().cancelling() == 0
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
     with pytest.raises(TimeoutError, match="mine"):
         async with ended_by(asyncio.Event()):
             msg = "mine"

@@ -1,6 +1,7 @@
 """The command `mainstay events`, and the metrics."""
 
 import asyncio
+import json
 from typing import Any
 from uuid import uuid4
 
@@ -69,6 +70,56 @@ async def test_dead_letters_are_listed_shown_and_redriven(
         assert await _run("redrive", "--all") == 0
         assert capsys.readouterr().out.count("sent again") == 2
         await eventually(lambda: sorted(handled) == ["ann", "bob", "cy"])
+
+
+async def test_two_who_send_all_again_and_what_an_error_says(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A letter that another has sent meanwhile is passed over; one by name is an error, after those that were sent.
+
+    The list shows the error with its class: the last line of a message may be anything.
+    """
+    events = EventRouter()
+
+    @events.on(Broken, group="scanner", retry=Retry(attempts=1))
+    async def handle(event: Broken) -> None:
+        msg = "out of paper\nKeyError: nothing to see here"
+        raise RuntimeError(msg)
+
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(database_url)))
+    app = App(database, EventsModule.for_root(EventsSettings()), EventsModule.for_feature(events))
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", database_url)
+    async with app.running(serve=True):
+        for name in ("ann", "bob", "cy"):
+            await events.publish(Broken(name=name))
+        letters: Any = []
+        while len(letters) < 3:
+            letters = await app.get(DeadLetters).list()
+            await asyncio.sleep(0.02)
+    assert await _run("list") == 0
+    assert "RuntimeError: out of paper\\nKeyError" in capsys.readouterr().out
+    listed = DeadLetters.list
+
+    async def late(store: DeadLetters, *args: Any, **options: Any) -> Any:
+        found = await listed(store, *args, **options)
+        await store.redrive(found[0].id)  # by another, once both have looked
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeadLetters, "list", late)
+        assert await _run("redrive", "--all", "--json") == 0
+    sent = [each["id"] for each in json.loads(capsys.readouterr().out)]
+    assert sent == [str(letter.id) for letter in letters[1:]]
+    async with app:
+        assert await app.get(DeadLetters).list() == []
+    async with app.running(serve=True):
+        while len(letters) < 6:
+            letters = [*letters[:3], *await app.get(DeadLetters).list()]
+            await asyncio.sleep(0.02)
+    assert await _run("redrive", "--json", str(letters[3].id), str(letters[0].id)) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == [{"id": str(letters[3].id), "group": "scanner"}]
+    assert "no dead letter" in captured.err
 
 
 async def test_the_memory_transport_has_nothing_to_look_at(

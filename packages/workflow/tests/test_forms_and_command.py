@@ -170,8 +170,8 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
         assert await command("--url", url, "resume", "order-7") == 0
         assert "order-7 goes on" in capsys.readouterr().out
         assert await run.result(WAIT) == 7
-        assert await command("--url", url, "cancel", "order-8") == 0
-        assert "order-8 will be cancelled" in capsys.readouterr().out
+        assert await command("--url", url, "cancel", "order-8", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["run"] == "order-8"
         with pytest.raises(WorkflowFailed):
             await other.result(WAIT)
         assert await other.status() is RunStatus.CANCELLED

@@ -55,6 +55,7 @@ def verify_log(  # noqa: PLR0917  typer passes them by name
         float | None,
         typer.Option(
             metavar="SECONDS",
+            min=0,
             help="A problem if the newest checkpoint is older; sealers sign one a minute even when nothing happens.",
         ),
     ] = None,
@@ -84,14 +85,18 @@ def verify_log(  # noqa: PLR0917  typer passes them by name
 def export_entries(
     first: Annotated[int, typer.Option(min=0, metavar="N", help="Begin with this entry.")] = 0, url: Url = ""
 ) -> None:
-    """Print the entries, one a line, exactly as they are hashed."""
+    """Print the entries, one a line, exactly as they are hashed; with --json as one list."""
 
     async def export(database: Database) -> None:
         latest = await _tree.latest_checkpoint(database)
         size = 0 if latest is None else size_in(latest[1])
+        if as_json():
+            typer.echo("[")
         for low in range(first, size, _CHUNK):
-            for data in await _tree.leaves(database, low, min(low + _CHUNK, size)):
-                typer.echo(data.decode())
+            for place, data in enumerate(await _tree.leaves(database, low, min(low + _CHUNK, size)), low):
+                typer.echo(("," if as_json() and place > first else "") + data.decode())
+        if as_json():
+            typer.echo("]")
 
     _with(url, export)
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, SecretBytes, SecretStr
 
-from mainstay.cli.target import APP, VARIABLE, needed_app
-from mainstay.cli.terminal import as_json, document, say, table
-from mainstay.core import App, ConfigurationError, Module, Settings, stray_variables
+from mainstay.cli.target import APP, VARIABLE, ServiceError, app_to_run, needed_app
+from mainstay.cli.terminal import as_json, aside, document, say, table
+from mainstay.core import App, MainstayError, Module, Settings, stray_variables
 
 __all__ = ["check", "describe", "health", "run"]
 
@@ -19,7 +19,12 @@ def run(app: Annotated[str, typer.Argument(metavar="[MODULE:NAME]", help="The Ap
     """Run the App as a worker until SIGTERM or Ctrl-C: consumers, relays, workflows, sealers."""
     if app:
         APP.set(app)
-    needed_app().run()
+    worker = app_to_run()
+    try:
+        worker.run()
+    except Exception as error:  # as `python main.py` would show it
+        msg = "the worker ended with an error"
+        raise ServiceError(msg, 1) from error
 
 
 def describe() -> None:
@@ -56,7 +61,9 @@ def _strays() -> list[str]:
 
 def check() -> None:
     """Look for what would go wrong once there is traffic; each finding names its remedy. Nothing stored is changed."""
-    findings = asyncio.run(_findings(needed_app()))
+    app = needed_app()
+    with aside():
+        findings = asyncio.run(_findings(app))
     if as_json():
         document([{"module": module, "finding": text} for module, text in findings])
     else:
@@ -69,25 +76,35 @@ async def _findings(app: App) -> list[tuple[str, str]]:
     for module in app.modules:
         module.only_looking()
     found: list[tuple[str, str]] = []
+    phase = "start"
     try:
         async with app:
+            phase = "stop"
             for module in app.modules:
                 found += [(module.name, text) for text in await _inspected(module, app)]
-    except ConfigurationError as error:  # the modules after it have not been looked at
-        found.append(("start", str(error)))
+    except Exception as error:  # noqa: BLE001  a start that fails is a finding, in whichever way it does
+        found.append((phase, _text(error)))
     return found
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, MainstayError):
+        return str(error)
+    return " ".join([f"{type(error).__name__}: {error}", *(f"({note})" for note in getattr(error, "__notes__", ()))])
 
 
 async def _inspected(module: Module[Any, Any], app: App) -> list[str]:
     try:
         return list(await module.inspect(app))
     except Exception as error:  # noqa: BLE001  a check that cannot be made is a finding, and the others still are made
-        return [f"could not be checked: {type(error).__name__}: {error}"]
+        return [f"could not be checked: {_text(error)}"]
 
 
 def health() -> None:
     """Start the App without serving, and say how each of its parts is; 1 where one is down."""
-    report = asyncio.run(_health(needed_app()))
+    app = needed_app()
+    with aside():
+        report = asyncio.run(_health(app))
     table(("part", "status", "detail"), report)
     if any(row["status"] == "down" for row in report):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ import typer
 from typer.core import TyperGroup
 
 from mainstay.cli import commands, target, terminal
-from mainstay.core import MainstayError
+from mainstay.core import ConfigurationError, MainstayError
 
 __all__ = ["main"]
 
 GROUP = "mainstay.commands"
 _WRONG = 2
 _INTERRUPTED = 130
+_READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended; 1 would be a finding
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,26 +31,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 1 a finding, 2 where the command was used wrongly or could not do its work; one
-        message on standard error then says why. 130 after Ctrl-C.
+        message on standard error then says why. 130 after Ctrl-C, 141 where the reader of the output has gone.
     """
-    rest, app, as_json = _common(list(sys.argv[1:] if arguments is None else arguments))
-    named, wanted = target.APP.set(app), terminal.JSON.set(as_json)
+    named, wanted = target.APP.set(None), terminal.JSON.set(False)
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+        out.reconfigure(errors="backslashreplace")  # not every terminal knows every character of an id
     try:
-        typer.main.get_command(_root).main(args=rest, prog_name="mainstay")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else _WRONG
+        status = _status(list(sys.argv[1:] if arguments is None else arguments))
+        # typer answers a broken pipe with status 1, and other streams that no longer break.
+        broken = sys.stdout is not out
+        if out is not None and not broken:  # pyright: ignore[reportUnnecessaryComparison]  None where it is closed
+            out.flush()
     except BrokenPipeError:
-        # The reader has gone, such as `head`. What Python would still flush at its end must go somewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        broken = True
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except target.ServiceError as error:
+        terminal.complain(error, traced=error.__cause__)
+        return error.status
     except (MainstayError, OSError, ValueError) as error:
-        print(f"mainstay: {terminal.shown(error)}", file=sys.stderr)
+        terminal.complain(error)
+        return _WRONG
+    except Exception as error:  # noqa: BLE001  status 1 would be a finding
+        terminal.complain(error, traced=error)
         return _WRONG
     finally:
         target.APP.reset(named)
         terminal.JSON.reset(wanted)
+    if broken:
+        # What Python would still flush at its end must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        sys.stdout = out
+        return _READER_GONE
+    return status
+
+
+def _status(arguments: list[str]) -> int:
+    rest, app, as_json = _common(arguments)
+    target.APP.set(app)
+    terminal.JSON.set(as_json)
+    try:
+        typer.main.get_command(_root).main(args=rest, prog_name="mainstay")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else _WRONG
     return 0
 
 
@@ -63,7 +89,10 @@ def _common(arguments: list[str]) -> tuple[list[str], str | None, bool]:
             break
         if word == "--json":
             as_json = True
-        elif word == "--app" and arguments:
+        elif word == "--app":
+            if not arguments:
+                msg = "--app needs a value, such as orders.main:app"
+                raise ConfigurationError(msg)
             app = arguments.pop(0)
         elif word.startswith("--app="):
             app = word.removeprefix("--app=")

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from math import isfinite
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["as_json", "document", "say", "shown", "table"]
+__all__ = ["as_json", "aside", "complain", "document", "say", "shown", "table"]
 
 JSON: ContextVar[bool] = ContextVar("mainstay_cli_json", default=False)
 
@@ -39,8 +42,39 @@ def say(*lines: object) -> None:
 
 
 def document(value: object) -> None:
-    """Print a JSON document; the one thing on standard output where JSON was asked for."""
-    print(json.dumps(value, indent=2, ensure_ascii=True, default=str))
+    """Print a JSON document; the one thing on standard output where JSON was asked for.
+
+    What JSON does not know is printed as text, an infinite number too.
+    """
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=True, allow_nan=False, default=str))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def complain(error: BaseException, *, traced: BaseException | None = None) -> None:
+    """Print an error on standard error, on one line, below the traceback of `traced`."""
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]  closed; `print` would take the other stream
+        return
+    if traced is not None:
+        for line in "".join(traceback.format_exception(traced)).rstrip("\n").split("\n"):
+            print(shown(line), file=sys.stderr)
+    text = str(error) or type(error).__name__
+    print(f"mainstay: {shown(text)}", file=sys.stderr)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let what the service's own code prints go to standard error."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, empty: str = "nothing") -> None:
@@ -55,7 +89,7 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, empty
         document([dict(row) for row in rows])
     elif not rows:
         say(empty)
-    elif sys.stdout.isatty():
+    elif sys.stdout is not None and sys.stdout.isatty():  # pyright: ignore[reportUnnecessaryComparison]  or closed
         drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for column in columns:
             drawn.add_column(column, overflow="fold")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+import signal
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
 
 import typer
+from sqlalchemy.exc import SQLAlchemyError
 
 from mainstay.cli import as_json, document, object_at, say, settings_of, table
+from mainstay.database._translation import translate
+from mainstay.database.errors import DatabaseError
 from mainstay.database.module import DatabaseModule
 from mainstay.database.schema import Schema, downgrade, installed, revision, status, upgrade, upgrade_command
-from mainstay.database.settings import parse_url, variable_of_url
+from mainstay.database.settings import parse_url, shown, variable_of_url
 
 __all__ = ["commands"]
+
+T = TypeVar("T")
 
 commands = typer.Typer(no_args_is_help=True, help="The tables of packages and of applications.")
 
@@ -36,18 +45,28 @@ def upgrade_tables(
     if sql:
         dialect = parse_url(_url(url)).get_backend_name()
         statements = {each.package: each.sql(dialect) for each in schemas}
+        if as_json():
+            document(statements)
+            return
         for text in statements.values():
             typer.echo(text)
         return
-    asyncio.run(upgrade(_url(url), schemas))
-    say("up to date: " + ", ".join(each.package for each in schemas))
+    address = _url(url)
+    with _ended_by_ctrl_c():
+        _done(address, upgrade(address, schemas))
+    names = [each.package for each in schemas]
+    if as_json():
+        document({"up to date": names})
+    else:
+        say("up to date: " + ", ".join(names))
 
 
 @commands.command("status")
 def status_of_tables(url: Url = "", schema: SchemaOption = "") -> None:
     """Say which tables are not up to date; 1 where some are not. Nothing is changed."""
     schemas = _schemas(schema)
-    found = asyncio.run(status(_url(url), schemas))
+    address = _url(url)
+    found = _done(address, status(address, schemas))
     rows = [
         {
             "schema": package,
@@ -70,7 +89,8 @@ def new_revision(
     empty: Annotated[bool, typer.Option("--empty", help="Do not compare; the functions are left empty.")] = False,
 ) -> None:
     """Write a revision file with what the database lacks of a schema."""
-    path = asyncio.run(revision(_url(url), _named(schema), message, autogenerate=not empty))
+    address = _url(url)
+    path = _done(address, revision(address, _named(schema), message, autogenerate=not empty))
     if as_json():
         document({"file": str(path)})
     else:
@@ -84,12 +104,45 @@ def downgrade_tables(
     url: Url = "",
 ) -> None:
     """Take the tables of a schema back to an older revision."""
-    asyncio.run(downgrade(_url(url), _named(schema), target))
-    say(f"{schema} is at {target}")
+    address, named = _url(url), _named(schema)
+    with _ended_by_ctrl_c():
+        _done(address, downgrade(address, named, target))
+    if as_json():
+        document({"schema": named.package, "revision": target})
+    else:
+        say(f"{schema} is at {target}")
 
 
 def _url(url: str) -> str:
-    return url or settings_of(DatabaseModule).url.get_secret_value()
+    address = url or settings_of(DatabaseModule).url.get_secret_value()
+    try:
+        parse_url(address)
+    except ValueError as error:
+        msg = f"it {error}"
+        raise typer.BadParameter(msg, param_hint="'--url'") from None
+    return address
+
+
+def _done(url: str, work: Coroutine[Any, Any, T]) -> T:
+    """Do it, with an error of the driver's as one of ours that names the database."""
+    try:
+        return asyncio.run(work)
+    except SQLAlchemyError as error:
+        msg = f"{shown(parse_url(url))}: {translate(error)}"
+        raise DatabaseError(msg) from error
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """End the process at once at Ctrl-C: a migration in a thread would go on, and the database undoes half of one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _named(place: str) -> Schema:

@@ -13,6 +13,7 @@ from mainstay.cli import as_json, document, say, settings_of, table
 from mainstay.core import App, ConfigurationError
 from mainstay.database import DatabaseModule
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
+from mainstay.events.errors import RedriveError
 from mainstay.events.module import EventsModule
 
 __all__ = ["commands"]
@@ -20,6 +21,7 @@ __all__ = ["commands"]
 T = TypeVar("T")
 
 _ALL = 1_000_000
+_MOST = 2**31 - 1  # no database takes a number without a limit
 
 commands = typer.Typer(no_args_is_help=True, help="Events: what could not be handled, and sending it again.")
 dead_letters = typer.Typer(no_args_is_help=True, help="Events that could not be handled.")
@@ -30,7 +32,7 @@ Group = Annotated[str | None, typer.Option(help="Of this consumer group only.")]
 
 @dead_letters.command("list")
 def list_letters(
-    group: Group = None, limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100
+    group: Group = None, limit: Annotated[int, typer.Option(min=1, max=_MOST, help="At most so many.")] = 100
 ) -> None:
     """The dead letters, the oldest first."""
     letters = _with(lambda store: store.list(group, limit=limit))
@@ -61,18 +63,25 @@ def redrive_letters(
         msg = "name the dead letters to send again, or pass --all"
         raise typer.BadParameter(msg)
 
-    async def redrive(store: DeadLetters) -> list[DeadLetter]:
+    sent: list[DeadLetter] = []
+
+    async def redrive(store: DeadLetters) -> None:
         chosen = [letter.id for letter in await store.list(group, limit=_ALL)] if every else ids or []
-        sent: list[DeadLetter] = []
         for letter_id in chosen:
-            letter = await store.redrive(letter_id)
+            try:
+                letter = await store.redrive(letter_id)
+            except RedriveError:
+                if not every:
+                    raise
+                continue  # another did it meanwhile, which is all that was asked for
             sent.append(letter)
             say(f"sent again: {letter.id} to group {letter.group}")
-        return sent
 
-    sent = _with(redrive)
-    if as_json():
-        document([{"id": letter.id, "group": letter.group} for letter in sent])
+    try:
+        _with(redrive)
+    finally:  # also what was sent before one could not be
+        if as_json():
+            document([{"id": letter.id, "group": letter.group} for letter in sent])
 
 
 def _with(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
@@ -98,8 +107,15 @@ def _row(letter: DeadLetter) -> dict[str, Any]:
         "time": f"{letter.time:%Y-%m-%d %H:%M:%S}",
         "group": letter.group,
         "type": letter.type or "(no type)",
-        "error": letter.error.rpartition("\n")[2],
+        "error": _last_words(letter.error),
     }
+
+
+def _last_words(error: str) -> str:
+    """The exception below its traceback, all lines of its message: the last one alone may be anything."""
+    lines = error.split("\n")
+    below = max((number for number, line in enumerate(lines, 1) if line.startswith("  ")), default=0)
+    return "\n".join(lines[below:]) or lines[-1]
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:

@@ -23,6 +23,8 @@ __all__ = ["commands"]
 
 T = TypeVar("T")
 
+_MOST = 2**31 - 1  # no database takes a number without a limit
+
 commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel.")
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
@@ -32,7 +34,7 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="The run.")]
 @commands.command("list")
 def list_runs(
     status: Annotated[RunStatus | None, typer.Option(help="Only runs in this state.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=_MOST, help="At most so many.")] = 50,
     url: Url = "",
 ) -> None:
     """The newest runs."""
@@ -62,14 +64,21 @@ def show_run(id: Id, url: Url = "") -> None:
 def resume_run(id: Id, url: Url = "") -> None:
     """Let a parked run go on where it stopped."""
     _with(url, lambda engine: engine.resume(id))
-    say(f"{id} goes on as soon as a worker takes it")
+    _tell(id, f"{id} goes on as soon as a worker takes it")
 
 
 @commands.command("cancel")
 def cancel_run(id: Id, url: Url = "") -> None:
     """Stop a run at its next boundary and undo what it did."""
     _with(url, lambda engine: engine.cancel(id))
-    say(f"{id} will be cancelled at its next boundary between steps")
+    _tell(id, f"{id} will be cancelled at its next boundary between steps")
+
+
+def _tell(id: str, what: str) -> None:
+    if as_json():
+        document({"run": id, "detail": what})
+    else:
+        say(what)
 
 
 def _with(url: str, work: Callable[[WorkflowEngine], Awaitable[T]]) -> T:
