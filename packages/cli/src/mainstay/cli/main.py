@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -34,17 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message on standard error then says why. 130 after Ctrl-C, 141 where the reader of the output has gone.
     """
     named, wanted = target.APP.set(None), terminal.JSON.set(False)
-    out = sys.stdout
-    if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
-        out.reconfigure(errors="backslashreplace")  # not every terminal knows every character of an id
+    out: TextIO | None = sys.stdout  # None where it is closed
+    _escape_what_it_lacks(out)
     try:
         status = _status(list(sys.argv[1:] if arguments is None else arguments))
-        # typer answers a broken pipe with status 1, and other streams that no longer break.
-        broken = sys.stdout is not out
-        if out is not None and not broken:  # pyright: ignore[reportUnnecessaryComparison]  None where it is closed
+        if sys.stdout is not out:  # so typer answers a broken pipe: with other streams, and status 1
+            return _reader_gone(out)
+        if out is not None:
             out.flush()
     except BrokenPipeError:
-        broken = True
+        return _reader_gone(out)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except target.ServiceError as error:
@@ -59,12 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         target.APP.reset(named)
         terminal.JSON.reset(wanted)
-    if broken:
+    return status
+
+
+def _escape_what_it_lacks(out: object) -> None:
+    # Not every terminal knows every character of an id.
+    if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+        out.reconfigure(errors="backslashreplace")
+
+
+def _reader_gone(out: TextIO | None) -> int:
+    if out is not None:
         # What Python would still flush at its end must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         sys.stdout = out
-        return _READER_GONE
-    return status
+    return _READER_GONE
 
 
 def _status(arguments: list[str]) -> int:

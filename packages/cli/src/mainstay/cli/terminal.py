@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from math import isfinite
+from typing import cast
 
 from rich import box
 from rich.console import Console
@@ -53,9 +54,9 @@ def _plain(value: object) -> object:
     if isinstance(value, float) and not isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(each) for key, each in cast("Mapping[object, object]", value).items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(each) for each in cast("Sequence[object]", value)]
     return value
 
 
@@ -71,7 +72,7 @@ def complain(error: BaseException, *, traced: BaseException | None = None) -> No
 
 
 @contextmanager
-def aside() -> Iterator[None]:
+def aside() -> Generator[None, None, None]:
     """Let what the service's own code prints go to standard error."""
     with redirect_stdout(sys.stderr):
         yield

@@ -85,8 +85,9 @@ async def ended_by(event: asyncio.Event) -> AsyncGenerator[None, None]:
         await event.wait()
         limit.reschedule(asyncio.get_running_loop().time())
 
+    limit = asyncio.timeout(None)
     try:
-        async with asyncio.timeout(None) as limit:
+        async with limit:
             waiting = spawn(wait(), name="mainstay.core end of the start")
             try:
                 yield

@@ -312,8 +312,9 @@ class App:
         now = asyncio.get_running_loop().time()
         self._stopped_at = min(self._stopped_at, now + self._drain_seconds + _STOP_SECONDS)
         seconds = max(_LEAST_DRAIN_SECONDS, self._stopped_at - now)
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 return await context.__aexit__(*details)
         except TimeoutError as error:
             if not limit.expired():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -133,7 +133,7 @@ def _done(url: str, work: Coroutine[Any, Any, T]) -> T:
 
 
 @contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
+def _ended_by_ctrl_c() -> Generator[None, None, None]:
     """End the process at once at Ctrl-C: a migration in a thread would go on, and the database undoes half of one."""
     if threading.current_thread() is not threading.main_thread():
         yield
