@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from prometheus_client import REGISTRY
 from sqlalchemy.dialects import postgresql, sqlite
 
-from mainstay.database import Conflict, DatabaseError, FenceLost, UnitOfWorkError
+from mainstay.database import Conflict, DatabaseError, FenceLost, FenceOn, UnitOfWorkError
 from mainstay.database._statements import _by_column
 
 
@@ -23,6 +23,14 @@ class Colour(enum.Enum):
     BLUE = "b"
 
 
+jobs = sa.Table(
+    "jobs",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("owner", sa.String(50)),
+    sa.Column("state", sa.String(20), nullable=False),
+)
 kinds = sa.Table(
     "kinds",
     sa.MetaData(),
@@ -246,6 +254,39 @@ async def test_workflow_5_a_zombie_writes_nothing(db, tables, count):
         await db.write(tables.add, {"id": 303, "text": "x"}, fence=good)
         await db.write(tables.add, {"id": 304, "text": "x"}, fence=good)
     assert await count(db) == 23
+
+
+async def test_a_fence_may_hold_an_owner_and_a_state(db, tables):
+    """With an owner and a condition, the right epoch alone is not enough, in writes, batches and units."""
+    async with db.transaction() as session:
+        await (await session.connection()).run_sync(jobs.metadata.create_all)
+    fences = FenceOn(jobs, jobs.c.id, jobs.c.epoch, owner_column=jobs.c.owner, where=jobs.c.state == "open")
+    for number, owner, state in ((1, "me", "open"), (2, "other", "open"), (3, None, "open"), (4, "me", "closed")):
+        await db.write(sa.insert(jobs), {"id": number, "epoch": 1, "owner": owner, "state": state})
+    lost = [fences.at(2, 1, "me"), fences.at(3, 1, "me"), fences.at(4, 1, "me"), fences.at(1, 2, "me")]
+    results = await asyncio.gather(
+        *(db.write(tables.add, {"id": i, "text": "x"}, fence=fence) for i, fence in enumerate(lost)),
+        db.write(tables.add, {"id": 9, "text": "x"}, fence=fences.at(1, 1, "me")),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [*[FenceLost] * 4, type(None)]
+    for fence in lost:
+        with pytest.raises(FenceLost, match="epoch"):
+            async with db.transaction():
+                await db.write(tables.add, {"id": 10, "text": "x"}, fence=fence)
+        with pytest.raises(FenceLost):
+            await db.write(tables.add, {"id": 11, "text": "x"}, fence=fence)
+    async with db.transaction():
+        await db.write(tables.add, {"id": 12, "text": "x"}, fence=fences.at(1, 1, "me"))
+    assert {row.id for row in await db.read(sa.select(tables.notes.c.id))} == {9, 12}
+
+
+def test_an_owner_is_named_where_the_fence_has_one(tables):
+    """A fence that forgot its owner would let the wrong one through."""
+    with pytest.raises(ValueError, match="lacks an owner"):
+        FenceOn(jobs, jobs.c.id, jobs.c.epoch, owner_column=jobs.c.owner).at(1, 1)
+    with pytest.raises(ValueError, match="which no column has"):
+        tables.fences.at(1, 1, "me")
 
 
 async def test_a_batch_has_one_fence(db, tables):

@@ -405,7 +405,7 @@ class SQLiteWriter:
             if fence not in lost:
                 form = self._statements.prepared(fence.on.one, ("id",))
                 row = connection.execute(form.sql, form.arguments({"id": fence.id})).fetchone()
-                lost[fence] = row is None or row[0] != fence.epoch
+                lost[fence] = not fence.holds(row)
             if lost[fence]:
                 errors[id(write)] = FenceLost(fence.lost())
         return errors
@@ -652,15 +652,15 @@ class PostgresWriter:
         for write in writes:
             if write.fence is not None:
                 tables.setdefault(write.fence.on, set()).add(write.fence.id)
-        epochs: dict[tuple[FenceOn, Hashable], int] = {}
+        found: dict[tuple[FenceOn, Hashable], Sequence[Any]] = {}
         for on, ids in tables.items():
             form = self._statements.prepared(on.many, ("ids",))
             rows = await connection.fetch(form.sql, *form.arguments({"ids": list(ids)}))
-            epochs |= {(on, row[0]): row[1] for row in rows}
+            found |= {(on, row[0]): row[1:] for row in rows}
         return {
             id(write): FenceLost(fence.lost())
             for write in writes
-            if (fence := write.fence) is not None and epochs.get((fence.on, fence.id)) != fence.epoch
+            if (fence := write.fence) is not None and not fence.holds(found.get((fence.on, fence.id)))
         }
 
 

@@ -501,10 +501,10 @@ class Database:
         else:
             connection = await self._connection(unit)
             try:
-                epoch = (await connection.execute(fence.on.one, {"id": fence.id})).scalar()
+                found = (await connection.execute(fence.on.one, {"id": fence.id})).one_or_none()
             except _REFUSED as error:
                 raise translate(error) from error
-            if epoch != fence.epoch:
+            if not fence.holds(found):
                 raise FenceLost(fence.lost())
             if unit.session.in_nested_transaction():
                 return  # going back to the savepoint gives up the lock that the check took: the next write asks again

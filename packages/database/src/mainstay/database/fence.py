@@ -8,7 +8,7 @@ writer's transaction), so that no other can take over between check and commit.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,28 +25,48 @@ class FenceOn:
         table: the table of the owners' rows.
         id_column: identifies a row, unique.
         epoch_column: a number that every takeover raises.
+        owner_column: names the owner; a row that names another one, or none, refuses.
+        where: what must hold of the row besides; a constant condition, such as a state in which rows have owners.
     """
 
-    __slots__ = ("_name", "many", "one")
+    __slots__ = ("_name", "_owned", "many", "one")
 
-    def __init__(self, table: sa.Table, id_column: sa.Column[Any], epoch_column: sa.Column[Any]) -> None:
+    def __init__(
+        self,
+        table: sa.Table,
+        id_column: sa.Column[Any],
+        epoch_column: sa.Column[Any],
+        *,
+        owner_column: sa.Column[Any] | None = None,
+        where: sa.ColumnElement[bool] | None = None,
+    ) -> None:
         self._name = table.name
+        self._owned = owner_column is not None
+        seen = [epoch_column] if owner_column is None else [epoch_column, owner_column]
+        conditions = [] if where is None else [where]
         # Locked in the order of ids, or two batches could wait for each other.
         self.many = (
-            sa.select(id_column, epoch_column)
-            .where(id_column == sa.any_(sa.bindparam("ids", type_=ARRAY(id_column.type))))
+            sa.select(id_column, *seen)
+            .where(id_column == sa.any_(sa.bindparam("ids", type_=ARRAY(id_column.type))), *conditions)
             .order_by(id_column)
             .with_for_update(read=True)
         )
         self.one = (
-            sa.select(epoch_column)
-            .where(id_column == sa.bindparam("id", type_=id_column.type))
+            sa.select(*seen)
+            .where(id_column == sa.bindparam("id", type_=id_column.type), *conditions)
             .with_for_update(read=True)
         )
 
-    def at(self, id: Hashable, epoch: int) -> Fence:
-        """The fence of the owner who took the row `id` at `epoch`."""
-        return Fence(self, id, epoch)
+    def at(self, id: Hashable, epoch: int, owner: str | None = None) -> Fence:
+        """The fence of the owner who took the row `id` at `epoch`.
+
+        Raises:
+            ValueError: an owner is named and the table has no column for it, or the other way round.
+        """
+        if (owner is not None) != self._owned:
+            msg = f"{self!r}.at({id!r}, …) {'lacks an owner' if self._owned else 'names an owner, which no column has'}"
+            raise ValueError(msg)
+        return Fence(self, id, epoch, owner)
 
     def __repr__(self) -> str:
         return f"<FenceOn {self._name}>"
@@ -59,7 +79,13 @@ class Fence:
     on: FenceOn
     id: Hashable
     epoch: int
+    owner: str | None = None
+
+    def holds(self, found: Sequence[Any] | None) -> bool:
+        """Whether the row that the fence's statement found, if any, is still this owner's."""
+        return found is not None and found[0] == self.epoch and (self.owner is None or found[1] == self.owner)
 
     def lost(self) -> str:
         """The sentence for `FenceLost`."""
-        return f"{self.on._name} {self.id!r} is no longer at epoch {self.epoch}: another owner has taken over"
+        mine = f"epoch {self.epoch}" if self.owner is None else f"epoch {self.epoch} of {self.owner}"
+        return f"{self.on._name} {self.id!r} is no longer at {mine}: another owner has taken over, or it has ended"

@@ -291,7 +291,7 @@ class Worker:
         self._ended(row["id"], None, None, None)
 
     def _launch(self, identity: Identity, row: Mapping[str, Any], history: History) -> None:
-        fence = RUN_FENCE.at(row["id"], row["epoch"])
+        fence = RUN_FENCE.at(row["id"], row["epoch"], identity.lease.name)
         run = Run(
             id=row["id"],
             epoch=row["epoch"],

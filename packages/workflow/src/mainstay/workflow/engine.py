@@ -105,7 +105,11 @@ class WorkflowEngine:
     async def start(self, name: str, version: int, input: str, id: str | None) -> str:
         """Begin a run of a workflow with its input as JSON; returns its id. See `Workflow.start`."""
         run_id = str(uuid7()) if id is None else _names.run_id(id)
-        identity = self.worker.takes()
+        # Inside a unit of work nobody knows yet whether, and when, there will be a run: it takes no place here, and is
+        # claimed after the commit like any other. The claim asks the database, so a run that was there already, or that
+        # another process has executed meanwhile, is not begun a second time.
+        joins = self._database.in_unit_of_work()
+        identity = None if joins else self.worker.takes()
         row: dict[str, Any] = {
             "id": run_id,
             "workflow": name,
@@ -127,7 +131,7 @@ class WorkflowEngine:
                 self.worker.begin(identity, row)
             _metrics.count_start(name)
 
-        if self._database.in_unit_of_work():
+        if joins:
             await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)
             if await self._is_new(row):
                 self._database.after_commit(begin)

@@ -100,7 +100,8 @@ signals = sa.Table(
     sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
 )
 
-RUN_FENCE = FenceOn(runs, runs.c.id, runs.c.epoch)
+# A run that has ended, or waits, has no owner: then its last one cannot write either.
+RUN_FENCE = FenceOn(runs, runs.c.id, runs.c.epoch, owner_column=runs.c.worker, where=runs.c.status == "running")
 
 SCHEMA = Schema("workflow", metadata, Path(__file__).parent / "migrations")
 
