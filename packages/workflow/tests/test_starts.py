@@ -21,7 +21,7 @@ async def test_starts_in_one_unit_of_work_obey_max_runs(url, kind):
     flows = WorkflowRouter()
     now = most = 0
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def busy(n: int) -> int:
         nonlocal now, most
         now += 1
@@ -47,7 +47,7 @@ async def test_a_run_that_ended_before_the_batch_was_committed_is_not_executed_a
     flows = WorkflowRouter()
     executed: Counter[str] = Counter()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         executed[current_step().key] += 1
         return n
@@ -80,7 +80,7 @@ async def test_what_is_rolled_back_is_not_begun(url, kind):
     flows = WorkflowRouter()
     executed: list[int] = []
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         executed.append(n)
         return n
@@ -106,7 +106,7 @@ async def test_a_run_that_has_ended_or_has_another_owner_cannot_be_written_to(ur
     flows = WorkflowRouter()
     gate = asyncio.Event()
 
-    @flows.step(compensation=None)
+    @flows.step(harmless=True)
     async def work(n: int) -> int:
         await gate.wait()
         return n

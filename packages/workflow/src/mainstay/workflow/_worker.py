@@ -1,8 +1,9 @@
-"""The worker: claims runs, executes them, and takes over those of workers that died.
+"""The worker: claims runs and executes them.
 
-A worker is one lease. Its runs name it, and nothing else keeps them: when the lease ends, whoever gets it next puts the
-runs back into the queue with a new epoch, so that the old worker, should it only have been asleep, can write nothing
-more. That is a loop in every worker, not something that happens at a start.
+A worker serves under one lease at a time. Its runs name it, and nothing else keeps them: when the lease ends, whoever
+gets it next puts the runs back into the queue with a new epoch (`_takeover.py`), so that the old worker, should it only
+have been asleep, can write nothing more. Once that has happened the worker serves on under a new lease at once. What it
+was executing is stopped; a step that is in the middle of something ends when it ends, and takes a place until then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mainstay.workflow import _metrics
 from mainstay.workflow._history import History, recall
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._run import AnyStep, AnyWorkflow, Run
+from mainstay.workflow._takeover import Takeover
 from mainstay.workflow.errors import Lost, Released
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import (
@@ -29,9 +31,7 @@ from mainstay.workflow.tables import (
     PARK,
     PARKED,
     REQUEUE,
-    REQUEUE_OF_WORKER,
     RUN_FENCE,
-    WORKERS,
     Claims,
 )
 from mainstay.workflow.workflow import RunStatus
@@ -49,6 +49,7 @@ class Identity:
     """One lease, and the runs that are executed under it."""
 
     lease: Lease
+    slots: asyncio.Semaphore
     runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
     reserved: int = 0
     """Places that a claim on its way may fill."""
@@ -80,8 +81,9 @@ class Worker:
         self._steps = steps
         self._ended = ended
         self._claims = Claims(list(workflows))
-        self._slots = asyncio.Semaphore(settings.max_unrecorded)
         self._identity: Identity | None = None
+        self._lost: list[Identity] = []  # their leases are others' by now, and some of their steps have yet to end
+        self._takeover = Takeover(database=database, settings=settings, mine=self._name, wake=self.wake)
         self._draining = False
         self._full = False
         self._drain: Drain | None = None
@@ -144,24 +146,29 @@ class Worker:
         """Serve until the drain begins, then give back the runs that are not finished."""
         self._draining, self._drain = False, drain
         watch = spawn(self._watch(drain), name="workflow.worker.drain")
+        takeover = spawn(self._takeover.work(drain), name="workflow.worker.takeover")
         try:
             while not drain.begun:
                 lease = await self._safely(self._take_lease, drain)
                 if lease is None:
                     await drain.pause(self._settings.poll_seconds)
                     continue
-                self._identity = identity = Identity(lease)
-                try:
-                    await self._serve(identity, drain)
-                finally:
-                    await self._leave(identity)
+                # Steps of a lost lease keep their places, but not those of results that are yet to be recorded.
+                self._identity = Identity(lease, asyncio.Semaphore(self._settings.max_unrecorded))
+                if await self._serve(self._identity, drain):
+                    self._lost.append(self._identity)
                     self._identity = None
         finally:
-            self._drain = None
-            if self._due is not None:
-                self._due.cancel()
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            try:
+                await self._leave()
+            finally:
+                self._drain = None
+                if self._due is not None:
+                    self._due.cancel()
+                watch.cancel()
+                if not drain.begun or cancelled_from_outside():
+                    takeover.cancel()  # else it ends by itself, and not in the middle of a transaction
+                await asyncio.gather(watch, takeover, return_exceptions=True)
 
     async def _watch(self, drain: Drain) -> None:
         await drain.wait()
@@ -173,12 +180,13 @@ class Worker:
     async def _take_lease(self) -> Lease | None:
         return await self._database.lease(f"{_LEASE}{uuid7()}", seconds=self._settings.lease_seconds)
 
-    async def _serve(self, identity: Identity, drain: Drain) -> None:
+    async def _serve(self, identity: Identity, drain: Drain) -> bool:
+        """Claim and look around until the drain begins, or the lease is lost; whether it is."""
         look_at = float("-inf")
         while not drain.begun:
             if not identity.lease.held:
                 if await self._safely(lambda: self._is_lost(identity), drain):
-                    return
+                    return True
             else:
                 more = await self._safely(lambda: self._claim(identity), drain)
                 if self._clock.monotonic() >= look_at:
@@ -188,6 +196,7 @@ class Worker:
                     continue
                 await self._safely(self._expect_the_next, drain)
             await drain.pause(self._settings.poll_seconds, wakeable=True)
+        return False
 
     async def _expect_the_next(self) -> None:
         """Look again at the moment at which the next run is due, where that is sooner than the next look."""
@@ -213,31 +222,43 @@ class Worker:
         try:
             await self._database.write(REQUEUE, nothing, fence=identity.lease.fence)
         except FenceLost:
-            _log.error("this worker's lease is lost, its %d runs belong to others by now", len(identity.runs))
+            _log.error(
+                "this worker's lease is lost, its %d runs belong to others by now: it goes on under a new one",
+                len(identity.runs),
+            )
             for run, _ in identity.runs.values():
                 run.stop(Lost())
             return True
         return False
 
-    async def _leave(self, identity: Identity) -> None:
+    async def _leave(self) -> None:
         """Let every execution end: released at its next boundary, or cancelled with this task."""
         self._draining = True
-        for run, _ in identity.runs.values():
+        for run, _ in self._executing():
             run.stop(Released())
         try:
             if cancelled_from_outside():
                 raise asyncio.CancelledError  # the time to drain is over already
-            while tasks := [task for _, task in identity.runs.values()]:
+            while tasks := [task for _, task in self._executing()]:
                 await asyncio.wait(tasks)
         except asyncio.CancelledError:
-            tasks = [task for _, task in identity.runs.values()]
+            tasks = [task for _, task in self._executing()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
         finally:
             self._draining = False
-            await identity.lease.release()
+            identity, self._identity, self._lost = self._identity, None, []
+            if identity is not None:
+                await identity.lease.release()
+
+    def _executing(self) -> list[tuple[Run, asyncio.Task[None]]]:
+        mine = [] if self._identity is None else [self._identity]
+        return [each for identity in (*self._lost, *mine) for each in identity.runs.values()]
+
+    def _name(self) -> str | None:
+        return None if self._identity is None else self._identity.lease.name
 
     # Claiming
 
@@ -254,7 +275,8 @@ class Worker:
             identity.reserved -= room
 
     def _room(self, identity: Identity) -> int:
-        return self._settings.max_runs - len(identity.runs) - identity.reserved
+        lost = sum(len(each.runs) for each in self._lost)
+        return self._settings.max_runs - len(identity.runs) - identity.reserved - lost
 
     async def _fill(self, identity: Identity, room: int) -> bool:
         if not await self._database.read(self._claims.waiting):
@@ -302,7 +324,7 @@ class Worker:
             cancel_requested=row["cancel_requested"],
             database=self._database,
             clock=self._clock,
-            recording=Recording(self._database, self._clock, row["id"], fence, history.last_seq, slots=self._slots),
+            recording=Recording(self._database, self._clock, row["id"], fence, history.last_seq, slots=identity.slots),
             held=lambda: identity.lease.held,
             suspend_after_seconds=self._settings.suspend_after_seconds,
             steps=self._steps,
@@ -329,6 +351,7 @@ class Worker:
         finally:
             _metrics.RUNS_ACTIVE.dec()
             del identity.runs[run.id]
+            self._lost = [each for each in self._lost if each.runs]
             # Another run waits for this place, or this one was put to sleep, and when it is due must be seen at once: a
             # virtual clock would go past that moment before the next look.
             if self._full or end is None:
@@ -339,7 +362,6 @@ class Worker:
 
     async def _look_around(self, identity: Identity) -> None:
         await self._look_at_mine(identity)
-        await self._look_at_others(identity)
         self.parked = (await self._database.read(PARKED))[0][0]
         _metrics.RUNS_PARKED.set(self.parked)
         unknown = await self._database.read(self._claims.unknown)
@@ -364,21 +386,6 @@ class Worker:
                 await self._database.write(REQUEUE, {"run": run_id, "owner": identity.lease.name, "at_epoch": epoch})
                 self.wake()
         identity.strays = strays
-
-    async def _look_at_others(self, identity: Identity) -> None:
-        for (name,) in await self._database.read(WORKERS):
-            if name == identity.lease.name:
-                continue
-            lease = await self._database.lease(name, seconds=self._settings.lease_seconds)
-            if lease is None:
-                continue  # it lives
-            try:
-                await self._database.write(REQUEUE_OF_WORKER, {"dead": name}, fence=lease.fence)
-                _log.warning("worker %s is dead: its runs are back in the queue", name)
-                _metrics.WORKERS_BURIED.inc()
-                self.wake()
-            finally:
-                await lease.release()
 
 
 def _seen(task: asyncio.Task[None]) -> None:

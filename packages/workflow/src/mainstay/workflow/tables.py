@@ -173,11 +173,20 @@ RELEASE = (
         ),
     )
 )
-# Its last worker is dead; should it only be asleep, it wakes up at an epoch that is over.
-REQUEUE_OF_WORKER = (
-    sa.update(runs)
+# The worker is dead; should it only be asleep, it wakes up at an epoch that is over. Rows that are held are left out.
+_of_dead = (
+    sa.select(runs.c.id)
     .where(runs.c.worker == sa.bindparam("dead"), runs.c.status == "running")
+    .order_by(runs.c.id)
+    .limit(sa.bindparam("most"))
+    .with_for_update(skip_locked=True)
+    .cte("of_dead")
+)
+TAKE_OVER = (
+    sa.update(runs)
+    .where(runs.c.id.in_(sa.select(_of_dead.c.id)), runs.c.worker == sa.bindparam("dead"), runs.c.status == "running")
     .values(status="queued", worker=None, epoch=runs.c.epoch + 1)
+    .returning(runs.c.id)
 )
 # A run that this worker owns and does not execute: nobody would ever take it over from a living worker.
 REQUEUE = (
