@@ -19,10 +19,11 @@ from typing import Any
 from mainstay.core import Clock, Context, Drain, Timer, bind, cancelled_from_outside, spawn, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.workflow import _metrics
-from mainstay.workflow._history import History, recall
+from mainstay.workflow._history import History, describe, recall
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._run import AnyStep, AnyWorkflow, Run
 from mainstay.workflow._takeover import Takeover
+from mainstay.workflow._verdict import error_text, plain_text
 from mainstay.workflow.errors import Lost, Released
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import (
@@ -55,6 +56,8 @@ class Identity:
     """Places that a claim on its way may fill."""
     strays: set[tuple[str, int]] = field(default_factory=set)
     """Runs that the database says are executed here, and are not: after a start whose commit nobody saw."""
+    broken: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Epoch of the runs that broke off and are not back in the queue yet, and how."""
 
 
 class Worker:
@@ -218,7 +221,7 @@ class Worker:
 
     async def _is_lost(self, identity: Identity) -> bool:
         """Whether somebody else has the lease; without an answer from the database, nobody knows."""
-        nothing = {"run": "", "owner": "", "at_epoch": -1}
+        nothing = {"run": "", "owner": "", "at_epoch": -1, "note": None}
         try:
             await self._database.write(REQUEUE, nothing, fence=identity.lease.fence)
         except FenceLost:
@@ -241,6 +244,7 @@ class Worker:
                 raise asyncio.CancelledError  # the time to drain is over already
             while tasks := [task for _, task in self._executing()]:
                 await asyncio.wait(tasks)
+            await self._give_back_broken()
         except asyncio.CancelledError:
             tasks = [task for _, task in self._executing()]
             for task in tasks:
@@ -252,6 +256,17 @@ class Worker:
             identity, self._identity, self._lost = self._identity, None, []
             if identity is not None:
                 await identity.lease.release()
+
+    async def _give_back_broken(self) -> None:
+        """Keep how runs broke off; without this they would be those of a worker that died."""
+        identity = self._identity
+        if identity is None:
+            return
+        for run_id, (epoch, _) in list(identity.broken.items()):
+            try:
+                await self._give_back(identity, run_id, epoch)
+            except Exception as error:  # noqa: BLE001  another worker takes it over
+                _log.warning("run %s broke off and could not be given back: %s", run_id, error)
 
     def _executing(self) -> list[tuple[Run, asyncio.Task[None]]]:
         mine = [] if self._identity is None else [self._identity]
@@ -303,8 +318,9 @@ class Worker:
         return {run_id: recall(own) for run_id, own in by_run}
 
     async def _park(self, row: Mapping[str, Any]) -> None:
+        why = row["note"] or "how these claims ended is not on record"
         note = (
-            f"claimed {row['attempts'] - 1} times without getting any further: its worker died each time. "
+            f"claimed {row['attempts'] - 1} times without getting any further: {why}. "
             "Find out why, then resume or cancel it"
         )
         _log.error("run %s is parked: %s", row["id"], note)
@@ -345,9 +361,11 @@ class Worker:
                 _metrics.count_end(run.workflow.name, end[0])
         except asyncio.CancelledError:
             raise
-        except Exception:  # noqa: BLE001  a bug of ours; it must not end the worker
+        except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001  a bug of ours; it must not end the worker
             # The run stays ours in the database, and is put back into the queue as a stray.
             _log.exception("run %s broke off", run.id)
+            note = plain_text(f"the last that broke off did so with {error_text(describe(error))}")
+            identity.broken[run.id] = (run.epoch, note)
         finally:
             _metrics.RUNS_ACTIVE.dec()
             del identity.runs[run.id]
@@ -383,9 +401,15 @@ class Worker:
         for run_id, epoch in strays & identity.strays:
             if run_id not in identity.runs:
                 _log.warning("run %s is ours and not executed: back into the queue", run_id)
-                await self._database.write(REQUEUE, {"run": run_id, "owner": identity.lease.name, "at_epoch": epoch})
+                await self._give_back(identity, run_id, epoch)
                 self.wake()
         identity.strays = strays
+
+    async def _give_back(self, identity: Identity, run_id: str, epoch: int) -> None:
+        _, note = identity.broken.get(run_id, (epoch, "its worker had it and did not execute it"))
+        values = {"run": run_id, "owner": identity.lease.name, "at_epoch": epoch, "note": note}
+        await self._database.write(REQUEUE, values)
+        identity.broken.pop(run_id, None)
 
 
 def _seen(task: asyncio.Task[None]) -> None:

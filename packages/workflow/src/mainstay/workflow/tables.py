@@ -173,6 +173,8 @@ RELEASE = (
         ),
     )
 )
+# How the claims of a run ended since it last got further. One that broke off says so, also where its worker died later.
+DIED = "its worker died each time"
 # The worker is dead; should it only be asleep, it wakes up at an epoch that is over. Rows that are held are left out.
 _of_dead = (
     sa.select(runs.c.id)
@@ -185,7 +187,7 @@ _of_dead = (
 TAKE_OVER = (
     sa.update(runs)
     .where(runs.c.id.in_(sa.select(_of_dead.c.id)), runs.c.worker == sa.bindparam("dead"), runs.c.status == "running")
-    .values(status="queued", worker=None, epoch=runs.c.epoch + 1)
+    .values(status="queued", worker=None, epoch=runs.c.epoch + 1, note=sa.func.coalesce(runs.c.note, DIED))
     .returning(runs.c.id)
 )
 # A run that this worker owns and does not execute: nobody would ever take it over from a living worker.
@@ -197,7 +199,7 @@ REQUEUE = (
         runs.c.epoch == sa.bindparam("at_epoch"),
         runs.c.status == "running",
     )
-    .values(status="queued", worker=None, epoch=runs.c.epoch + 1)
+    .values(status="queued", worker=None, epoch=runs.c.epoch + 1, note=sa.bindparam("note"))
 )
 CANCEL = (
     sa.update(runs)
@@ -315,6 +317,7 @@ class Claims:
                 worker=sa.bindparam("owner"),
                 attempts=sa.case((reached > runs.c.progress, 1), else_=runs.c.attempts + 1),
                 progress=reached,
+                note=sa.case((reached > runs.c.progress, None), else_=runs.c.note),
             )
             .returning(*runs.c)
         )
