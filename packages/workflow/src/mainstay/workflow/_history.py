@@ -5,25 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from mainstay.core import MainstayError
+from enum import StrEnum
+from typing import Any
 
 Row = dict[str, Any]
 
-INTENT = "intent"
-"""An attempt may begin from here on. The first one of a step holds its input."""
-ATTEMPT = "attempt"
-"""An attempt ended without a result, and another may follow."""
-DONE = "done"
-FAILED = "failed"
-UNKNOWN = "unknown"
-RESUMED = "resumed"
-"""A person let the parked run go on: open steps may be attempted again, with all their attempts."""
-
 COMPENSATION = ":compensation"
-SLEEP = "@sleep"
-SIGNAL = "@signal "
+
+
+class Kind(StrEnum):
+    """What an entry of a history says."""
+
+    INTENT = "intent"
+    """An attempt may begin from here on. The first one of a step holds its input."""
+    WAIT = "wait"
+    """A wait began: for a time, a signal or a child."""
+    ATTEMPT = "attempt"
+    """An attempt ended without a result, and another may follow."""
+    DONE = "done"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+    REOPENED = "reopened"
+    """The step failed where there is no way back: it is attempted again when a person resumes the run."""
+    RESUMED = "resumed"
+    """A person let the parked run go on: open steps may be attempted again, with all their attempts."""
+
+
+class StepState(StrEnum):
+    """What a record adds up to."""
+
+    OPEN = "open"
+    DONE = "done"
+    FAILED = "failed"
+    """Certainly nothing happened."""
+    UNKNOWN = "unknown"
+    """Something may have happened."""
+
+
+_SETTLED = {Kind.DONE: StepState.DONE, Kind.FAILED: StepState.FAILED, Kind.UNKNOWN: StepState.UNKNOWN}
 
 
 def step_of(key: str) -> str:
@@ -31,9 +50,14 @@ def step_of(key: str) -> str:
     return key.removesuffix(COMPENSATION).rpartition("/")[2].rpartition(":")[0]
 
 
+def branch_of(key: str) -> str:
+    """The branch part of a key: empty for the workflow function itself, `1.0/` for a branch of a gather."""
+    return key[: key.rfind("/") + 1]
+
+
 @dataclass(slots=True)
 class StepRecord:
-    """What is known about one step of a run.
+    """What is known about one step, effect or wait of a run.
 
     Attributes:
         key: branch, name and occurrence: `charge:1`, or `1.0/charge:1` in the first branch of the first gather.
@@ -41,29 +65,46 @@ class StepRecord:
         state: `open` until it is settled.
         seq: of the entry that settled it, or of the last intent.
         input, output: JSON.
+        pivot: it is a pivot, and an attempt at it began.
+        waits: it is a wait, which has no effect that could be repeated.
         attempts: how many ended without a result.
-        began: how many attempts began.
+        began: how many attempts began, without those that certainly did nothing.
         dangling: an attempt began whose end nobody saw.
         maybe: an attempt may have taken effect.
         rest_seconds: how much is left of the wait before the next attempt.
         error: of the last attempt.
+        rejected: the numbers of the entries of an attempt that was rejected. They say only that nothing happened, and
+            give way to those of the next one, so that an open circuit does not grow the history.
         in_doubt: the entry of an attempt whose commit may have happened, or may yet. Whoever attempts again writes the
             same entry, so that one of the two is refused. In memory only: another worker's fence settles it too.
     """
 
     key: str
     position: int | None
-    state: Literal["open", "done", "failed", "unknown"] = "open"
+    state: StepState = StepState.OPEN
     seq: int = 0
     input: str | None = None
     output: str | None = None
+    pivot: bool = False
+    waits: bool = False
     attempts: int = 0
     began: int = 0
     dangling: bool = False
     maybe: bool = False
     rest_seconds: float = 0.0
     error: dict[str, Any] = field(default_factory=dict)
+    rejected: tuple[int, ...] = ()
     in_doubt: Row | None = None
+
+    @property
+    def in_question(self) -> bool:
+        """Whether it is not known if it took effect."""
+        return self.dangling or self.maybe or self.state is StepState.UNKNOWN
+
+    @property
+    def may_have_happened(self) -> bool:
+        """Whether it has to be undone on the way back."""
+        return self.state is StepState.DONE or (self.state is not StepState.FAILED and self.in_question)
 
     @property
     def maybe_twice(self) -> bool:
@@ -87,13 +128,26 @@ class History:
     last_seq: int = 0
     pivoted: bool = False
 
+    @property
+    def pivot_in_question(self) -> StepRecord | None:
+        """A pivot of which it is not known whether it took effect."""
+        found = (record for record in self.records.values() if record.pivot and record.state is not StepState.DONE)
+        return next((record for record in found if record.in_question), None)
+
+    def put(self, key: str, position: int | None) -> StepRecord:
+        """A new record, in its place."""
+        record = self.records[key] = StepRecord(key, position)
+        if position is not None:
+            self.places[branch_of(key), position] = key
+        return record
+
 
 def recall(entries: Iterable[Mapping[str, Any]]) -> History:
     """Add up the entries of one run, in the order of `seq`."""
     history = History()
     for entry in entries:
         history.last_seq = max(history.last_seq, entry["seq"])
-        if entry["kind"] == RESUMED:
+        if entry["kind"] == Kind.RESUMED:
             _resume(history)
         else:
             _add(history, entry)
@@ -102,7 +156,7 @@ def recall(entries: Iterable[Mapping[str, Any]]) -> History:
 
 def _resume(history: History) -> None:
     for record in history.records.values():
-        if record.state == "open" and not step_of(record.key).startswith((SLEEP, SIGNAL)):
+        if record.state is StepState.OPEN and not record.waits:
             record.maybe = record.maybe or record.dangling
             record.dangling = False
             record.attempts = 0
@@ -110,49 +164,35 @@ def _resume(history: History) -> None:
 
 
 def _add(history: History, entry: Mapping[str, Any]) -> None:
-    key, kind, position = entry["step"], entry["kind"], entry["position"]
-    record = history.records.get(key)
-    if record is None:
-        record = history.records[key] = StepRecord(key, position)
-        if position is not None:
-            history.places[branch_of(key), position] = key
+    key, kind = entry["step"], Kind(entry["kind"])
+    record = history.records.get(key) or history.put(key, entry["position"])
     info: dict[str, Any] = json.loads(entry["info"]) if entry["info"] else {}
     if record.input is None and "input" in info:
         record.input = info["input"]
-    if kind == INTENT:
-        record.seq = entry["seq"]
-        record.began += 1
-        record.dangling = "rest_seconds" not in info
+    if kind in {Kind.INTENT, Kind.WAIT, Kind.ATTEMPT}:
         record.rest_seconds = max(0.0, info.get("rest_seconds", 0.0) - (entry["now"] - entry["at"]))
+    if kind in {Kind.INTENT, Kind.WAIT}:
+        record.seq = entry["seq"]
+        record.waits = kind is Kind.WAIT
+        record.dangling = not record.waits
+        record.began += record.dangling
+        record.pivot = bool(info.get("pivot"))
+        record.rejected = ()
         if entry["body"] is not None:
             record.input = entry["body"]
-    elif kind == ATTEMPT:
+    elif kind is Kind.ATTEMPT:
+        record.began -= record.dangling and not info.get("happened", True)
         record.dangling = False
         record.attempts = info["attempts"]
         record.maybe = info["maybe"]
         record.error = info["error"]
-        record.rest_seconds = max(0.0, info["rest_seconds"] - (entry["now"] - entry["at"]))
+        record.rejected = (record.seq, entry["seq"]) if info.get("rejected") else ()
+    elif kind is Kind.REOPENED:
+        record.state = StepState.OPEN
     else:
-        record.state = kind
+        record.state = _SETTLED[kind]
         record.seq = entry["seq"]
         record.dangling = False
         record.output = entry["body"]
         record.error = info.get("error", {})
         history.pivoted = history.pivoted or bool(info.get("pivot"))
-
-
-def branch_of(key: str) -> str:
-    """The branch part of a key: empty for the workflow function itself, `1.0/` for a branch of a gather."""
-    return key[: key.rfind("/") + 1]
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """What is kept of an exception."""
-    try:
-        detail = str(error)[:2_000]
-    except Exception:  # noqa: BLE001  an error's own code may fail as well
-        detail = "(its text could not be made)"
-    kept: dict[str, Any] = {"type": type(error).__name__, "detail": detail}
-    if isinstance(error, MainstayError):
-        kept["code"] = error.code
-    return kept

@@ -11,8 +11,8 @@ effect. Done plainly that is two commits a step. Three things make it cheap:
 - **Writes are one statement.** Entries of all kinds have the same columns and go through the same insert, so that those
   of hundreds of runs become one statement of one group commit.
 
-The price is a window: steps executed and not yet recorded are executed again after a kill. `Slots` bounds it for the
-whole worker, whatever the number of its runs.
+The price is a window: steps executed and not yet recorded are executed again after a kill. The worker's
+`Places` for unrecorded results bound it, whatever the number of its runs: while none is free, no further step begins.
 
 Benchmark rows: `workflow/three steps, 1,000 at once` and `workflow/steps repeated by a kill`.
 """
@@ -27,17 +27,55 @@ from typing import Any
 import sqlalchemy as sa
 
 from mainstay.core import Clock, FullJitter, Outcome, RetryState
-from mainstay.database import CommitUnknown, Database, Fence, FenceLost
-from mainstay.workflow._history import Row
+from mainstay.database import CommitUnknown, Conflict, Database, Fence, FenceLost
+from mainstay.workflow._execution import Wait
+from mainstay.workflow._history import Kind, Row
 from mainstay.workflow.errors import Lost, Parked
-from mainstay.workflow.tables import APPEND, APPEND_ONCE, ENTRY
+from mainstay.workflow.tables import APPEND, APPEND_ONCE, ENTRY, FORGET
 
 _log = logging.getLogger("mainstay.workflow")
 _BACKOFF = FullJitter(initial_seconds=0.05, max_seconds=2.0)
 
 _GRACE_SECONDS = 5.0  # how long a write may keep a cancelled run
 
-Slots = asyncio.Semaphore
+
+class Places:
+    """A number of places that the runs of one worker share.
+
+    Attributes:
+        limit: how many there are. More may be taken where that is not to be prevented.
+        taken: how many are.
+        waiting: the waits of those who want one, in their order.
+    """
+
+    __slots__ = ("_waking", "limit", "taken", "waiting")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self.waiting: dict[Wait, None] = {}
+        self._waking = False
+
+    @property
+    def full(self) -> bool:
+        """Whether none is free; who wants one then waits by `Execution.turn`."""
+        return self.taken >= self.limit
+
+    def give_back(self, number: int = 1) -> None:
+        """Free places."""
+        self.taken -= number
+        if self.waiting and not self._waking:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake as many as there are places, turn by turn: one that needs its place only later is not waited for."""
+        free = self.limit - self.taken
+        self._waking = free > 0 and bool(self.waiting)
+        if self._waking:
+            for wait in list(self.waiting)[:free]:
+                del self.waiting[wait]
+                wait.end()
+            asyncio.get_running_loop().call_soon(self._wake)
 
 
 def worth_repeating(error: Exception) -> bool:
@@ -61,22 +99,23 @@ class Recording:
         fence: Fence,
         last_seq: int,
         *,
-        slots: Slots,
+        unrecorded: Places,
     ) -> None:
         self.run_id = run_id
         self._database = database
         self._clock = clock
         self._fence = fence
         self._seq = last_seq
-        self._slots = slots
+        self._unrecorded = unrecorded
         self._append = APPEND[database.dialect]
         self._buffer: list[Row] = []
+        self._outdated: list[int] = []
         self._held = 0
         self._turn = asyncio.Lock()
         self._flusher: asyncio.Task[None] | None = None
 
     def row(
-        self, kind: str, step: str, *, position: int | None = None, body: str | None = None, info: str | None = None
+        self, kind: Kind, step: str, *, position: int | None = None, body: str | None = None, info: str | None = None
     ) -> Row:
         """An entry with the next number."""
         self._seq += 1
@@ -90,21 +129,21 @@ class Recording:
             "info": info,
         }
 
-    # Slots: steps that a kill would repeat
+    def settle(self, row: Row, *, executed: bool) -> None:
+        """Keep an outcome, to be durable before the next effect.
 
-    async def take_slot(self) -> None:
-        """Wait until this worker may execute one more step whose result is not recorded."""
-        await self._slots.acquire()
-
-    def drop_slot(self) -> None:
-        """The step ended without a result to record."""
-        self._slots.release()
-
-    def settle(self, row: Row, *, slot: bool) -> None:
-        """Keep an outcome, to be durable before the next effect; its slot is free once it is."""
+        Args:
+            row: the entry.
+            executed: a kill before it is durable makes the next worker execute the step again; it takes a place.
+        """
         self._buffer.append(row)
-        self._held += slot
+        self._held += executed
+        self._unrecorded.taken += executed
         asyncio.get_running_loop().call_soon(self._flush_soon)
+
+    def outdate(self, numbers: Sequence[int]) -> None:
+        """Leave these entries out of the history: the next one says all that they say."""
+        self._outdated.extend(numbers)
 
     # Writing
 
@@ -124,8 +163,8 @@ class Recording:
         while self._buffer and self._buffer[0]["seq"] <= last:
             await self._insist(self._write_buffer)
 
-    async def end(self, statement: Any, values: Mapping[str, Any], row: Row | None = None) -> None:
-        """Write what is waiting, `row` and another table's new state in one commit."""
+    async def end(self, *changes: tuple[Any, Mapping[str, Any]], row: Row | None = None) -> None:
+        """Write what is waiting, `row` and changes of other tables in one commit."""
 
         async def write() -> None:
             async with self._turn:
@@ -133,7 +172,8 @@ class Recording:
                 async with self._database.batch(fence=self._fence, route=self.run_id):
                     if rows or row is not None:
                         await self._database.write(self._append, rows if row is None else [*rows, row])
-                    await self._database.write(statement, [values])
+                    for statement, values in changes:
+                        await self._database.write(statement, [values])
                 self._written(rows, held)
 
         await self._insist(write)
@@ -163,6 +203,23 @@ class Recording:
             else:
                 self._written(rows, held)
 
+    async def claim(self, row: Row) -> bool:
+        """Write an entry under a number that another writer may use; whether it is there now, and not that writer's."""
+        taken = False
+
+        async def write() -> None:
+            nonlocal taken
+            try:
+                await self._database.write(APPEND_ONCE, [row], fence=self._fence, route=self.run_id)
+            except Conflict:
+                taken = True
+
+        await self._insist(write)
+        if not taken:
+            return True
+        found = await self.find(row["seq"])
+        return found is not None and found.kind == row["kind"]
+
     async def within_transaction(self, row: Row) -> None:
         """Write an entry on the unit of work that is open, holding the run's fence until its commit."""
         try:
@@ -187,16 +244,22 @@ class Recording:
 
     async def _write_buffer(self) -> None:
         async with self._turn:
-            rows, held = list(self._buffer), self._held
-            if rows:
+            rows, held, outdated = list(self._buffer), self._held, list(self._outdated)
+            if outdated:
+                async with self._database.batch(fence=self._fence, route=self.run_id):
+                    await self._database.write(self._append, rows)
+                    await self._database.write(FORGET, [{"run": self.run_id, "number": seq} for seq in outdated])
+                del self._outdated[: len(outdated)]
+                self._written(rows, held)
+            elif rows:
                 await self._database.write(self._append, rows, fence=self._fence, route=self.run_id)
                 self._written(rows, held)
 
     def _written(self, rows: Sequence[Row], held: int) -> None:
         del self._buffer[: len(rows)]
-        self._held -= held
-        for _ in range(held):
-            self._slots.release()
+        if held:
+            self._held -= held
+            self._unrecorded.give_back(held)
         if self._buffer:  # kept while this was on its way
             asyncio.get_running_loop().call_soon(self._flush_soon)
 
@@ -247,12 +310,12 @@ class Recording:
             self._flusher = None
 
     async def close(self) -> None:
-        """End the callback's task, and free the slots of what was never written."""
+        """End the callback's task, and free the places of what was never written."""
         flusher = self._flusher
         if flusher is not None:
             flusher.cancel()
             await asyncio.gather(flusher, return_exceptions=True)
-        for _ in range(self._held):
-            self._slots.release()
-        self._held = 0
+        if self._held:
+            self._unrecorded.give_back(self._held)
+            self._held = 0
         self._buffer.clear()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from types import CodeType
-from typing import Any, Literal
+from typing import Any
 
 from mainstay.core import DeadlineExceeded, MainstayError
 from mainstay.database import CommitUnknown
-from mainstay.workflow._history import DONE, UNKNOWN, StepRecord
-from mainstay.workflow.errors import Parked, StepFailed
+from mainstay.workflow._history import StepState
+from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, WorkflowFailed
 from mainstay.workflow.step import StepPolicy
 
 SHORTEST_WAIT = 0.01
+GIVEN_UP = "given up"
+"""The `type` of the error of a step for whose end the function did not wait."""
+CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
+UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end"}
 
 
 class NoException(Exception):
@@ -32,12 +36,12 @@ def rejection_seconds(policy: StepPolicy, error: BaseException, own: CodeType | 
         error: the end of the attempt.
         own: the code of the step below policies of ours; None where there are none.
     """
-    if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, policy.failed_on):
-        return None
-    if error.retry_after_seconds is None or not nothing_happened(policy, error, own):
+    rejections = [found for found in _leaves(error) if isinstance(found, MainstayError) and found.no_effect]
+    waits = [found.retry_after_seconds for found in rejections if found.retry_after_seconds is not None]
+    if not waits or isinstance(error, policy.failed_on) or not nothing_happened(policy, error, own):
         return None
     # The spread keeps those who were rejected together apart.
-    return max(SHORTEST_WAIT, error.retry_after_seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
+    return max(SHORTEST_WAIT, *waits) * (1 + random.random() / 4)  # noqa: S311  guards nothing
 
 
 def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | None) -> bool:
@@ -46,11 +50,25 @@ def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | N
         return True
     if policy.transactional:
         return not isinstance(error, CommitUnknown)
+    leaves = _leaves(error)
+    if all(isinstance(leaf, policy.failed_on) for leaf in leaves):
+        return True
     # A deadline that had passed before something began says what the step's code did not do last; but that code spent
     # the time before on something.
-    if not isinstance(error, MainstayError) or not error.no_effect or isinstance(error, DeadlineExceeded):
+    if not all(
+        isinstance(leaf, MainstayError) and leaf.no_effect and not isinstance(leaf, DeadlineExceeded) for leaf in leaves
+    ):
         return False
-    return policy.one_call or (own is not None and not _entered(own, error))
+    # A group tells of several calls, and of those that ended well it tells nothing.
+    return (policy.one_call and len(leaves) == 1) or (own is not None and not _entered(own, error))
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The errors of a group, or the one."""
+    if isinstance(error, BaseExceptionGroup):
+        members: tuple[BaseException, ...] = error.exceptions
+        return [leaf for member in members for leaf in _leaves(member)]
+    return [error]
 
 
 def _entered(own: CodeType, error: BaseException) -> bool:
@@ -63,9 +81,20 @@ def _entered(own: CodeType, error: BaseException) -> bool:
     return False
 
 
-def may_have_happened(record: StepRecord) -> bool:
-    """Whether the step has to be undone."""
-    return record.state in {DONE, UNKNOWN} or (record.state == "open" and (record.dangling or record.maybe))
+def describe(error: BaseException) -> dict[str, Any]:
+    """What is kept of an exception."""
+    if isinstance(error, NoException):
+        error = error.error
+    try:
+        detail = str(error)[:2_000]
+    except Exception:  # noqa: BLE001  an error's own code may fail as well
+        detail = "(its text could not be made)"
+    kept: dict[str, Any] = {"type": type(error).__name__, "detail": detail}
+    if isinstance(error, StepFailed):  # the error behind it is what others have to know
+        kept |= {"step": error.step, "code": error.error_code or error.code, "public": error.public_message}
+    elif isinstance(error, MainstayError):
+        kept |= {"code": error.code, "public": error.public_message}
+    return kept
 
 
 def error_text(error: Mapping[str, Any]) -> str:
@@ -79,17 +108,35 @@ def misconfigured(place: str, error: Mapping[str, Any]) -> Parked:
     return Parked(msg)
 
 
-def step_failed(name: str, state: Literal["failed", "unknown"], error: Mapping[str, Any]) -> StepFailed:
-    """The exception that the workflow function sees."""
-    return StepFailed(
-        step=name.removeprefix("@"),
-        outcome=state,
+def step_failed(label: str, key: str, state: StepState, error: Mapping[str, Any]) -> StepFailed | WorkflowFailed:
+    """The exception that the workflow function sees, live and on every replay."""
+    if "run" in error:
+        return workflow_failed(f"child {error['run']} ended", error)
+    kind = StepCancelled if error["type"] == GIVEN_UP else StepFailed
+    failure = kind(
+        step=label.removeprefix("@"),
+        outcome="failed" if state is StepState.FAILED else "unknown",
         error_type=error["type"],
         error_code=error.get("code"),
         detail=error["detail"],
+        public_message=error.get("public"),
+    )
+    failure.key = key
+    return failure
+
+
+def workflow_failed(how: str, failure: Mapping[str, Any]) -> WorkflowFailed:
+    """The exception for the end of a run."""
+    return WorkflowFailed(
+        f"{how} with {error_text(failure)}",
+        error_type=failure["type"],
+        detail=failure["detail"],
+        error_code=failure.get("code"),
+        step=failure.get("step"),
+        public_message=failure.get("public"),
     )
 
 
 def plain_text(text: str) -> str:
     """What every database takes as text: exceptions may carry anything."""
-    return text[:4_000].encode(errors="replace").decode().replace("\0", "?")
+    return text[:4_000].encode(errors="replace").decode().replace("\\0", "?")

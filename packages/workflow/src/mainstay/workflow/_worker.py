@@ -19,11 +19,12 @@ from typing import Any
 from mainstay.core import Clock, Context, Drain, Timer, bind, cancelled_from_outside, spawn, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.workflow import _metrics
-from mainstay.workflow._history import History, describe, recall
-from mainstay.workflow._recording import Recording
-from mainstay.workflow._run import AnyStep, AnyWorkflow, Run
+from mainstay.workflow._history import History, recall
+from mainstay.workflow._recording import Places, Recording
+from mainstay.workflow._run import AnyWorkflow, Run, Surroundings
 from mainstay.workflow._takeover import Takeover
-from mainstay.workflow._verdict import error_text, plain_text
+from mainstay.workflow._verdict import describe, error_text, plain_text
+from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow.errors import Lost, Released
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import (
@@ -50,7 +51,7 @@ class Identity:
     """One lease, and the runs that are executed under it."""
 
     lease: Lease
-    slots: asyncio.Semaphore
+    surroundings: Surroundings
     runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
     reserved: int = 0
     """Places that a claim on its way may fill."""
@@ -81,9 +82,9 @@ class Worker:
         self._clock = clock
         self._settings = settings
         self._workflows = workflows
-        self._steps = steps
         self._ended = ended
         self._claims = Claims(list(workflows))
+        self._steps = steps
         self._identity: Identity | None = None
         self._lost: list[Identity] = []  # their leases are others' by now, and some of their steps have yet to end
         self._takeover = Takeover(database=database, settings=settings, mine=self._name, wake=self.wake)
@@ -93,6 +94,19 @@ class Worker:
         self._due: Timer | None = None
         self.unknown: list[str] = []
         self.parked = 0
+
+    def _surroundings(self) -> Surroundings:
+        """What the runs of one identity share: steps of a lost one keep no places from those of the next."""
+        return Surroundings(
+            database=self._database,
+            clock=self._clock,
+            executing=Places(self._settings.max_executing),
+            unrecorded=Places(self._settings.max_unrecorded),
+            suspend_after_seconds=self._settings.suspend_after_seconds,
+            steps=self._steps,
+            wake=self.signal,
+            cancel=self.cancel,
+        )
 
     # What the engine asks
 
@@ -157,7 +171,7 @@ class Worker:
                     await drain.pause(self._settings.poll_seconds)
                     continue
                 # Steps of a lost lease keep their places, but not those of results that are yet to be recorded.
-                self._identity = Identity(lease, asyncio.Semaphore(self._settings.max_unrecorded))
+                self._identity = Identity(lease, self._surroundings())
                 if await self._serve(self._identity, drain):
                     self._lost.append(self._identity)
                     self._identity = None
@@ -330,20 +344,16 @@ class Worker:
 
     def _launch(self, identity: Identity, row: Mapping[str, Any], history: History) -> None:
         fence = RUN_FENCE.at(row["id"], row["epoch"], identity.lease.name)
+        around = identity.surroundings
         run = Run(
-            id=row["id"],
-            epoch=row["epoch"],
+            row,
             workflow=self._workflows[row["workflow"], row["version"]],
-            input=row["input"],
             history=history,
-            failure=json.loads(row["failure"]) if row.get("failure") else None,
-            cancel_requested=row["cancel_requested"],
-            database=self._database,
-            clock=self._clock,
-            recording=Recording(self._database, self._clock, row["id"], fence, history.last_seq, slots=identity.slots),
+            recording=Recording(
+                self._database, self._clock, row["id"], fence, history.last_seq, unrecorded=around.unrecorded
+            ),
             held=lambda: identity.lease.held,
-            suspend_after_seconds=self._settings.suspend_after_seconds,
-            steps=self._steps,
+            surroundings=around,
         )
         task = spawn(self._execute(identity, run, row["context"]), name=f"run {row['id']}")
         identity.runs[row["id"]] = (run, task)

@@ -16,13 +16,16 @@ from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout,
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
 from mainstay.workflow._again import same_run
-from mainstay.workflow._history import RESUMED, History, recall
-from mainstay.workflow._run import AnyStep, AnyWorkflow
+from mainstay.workflow._history import History, Kind, recall
+from mainstay.workflow._run import AnyWorkflow
+from mainstay.workflow._verdict import UNDONE, workflow_failed
+from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow._worker import Worker
-from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError, WorkflowFailed
+from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.tables import (
     APPEND_ONCE,
+    ASLEEP,
     CANCEL,
     CANCEL_PARKED,
     ENTRIES,
@@ -34,6 +37,8 @@ from mainstay.workflow.tables import (
     START,
     START_QUIETLY,
     STATES,
+    UNDO_ENDED,
+    VIEW,
     runs,
 )
 from mainstay.workflow.workflow import RunStatus, Workflow
@@ -122,6 +127,7 @@ class WorkflowEngine:
             "cancel_requested": False,
             "input": input,
             "context": json.dumps(current().to_dict()),
+            "parent": None,
         }
 
         def begin() -> None:
@@ -183,6 +189,10 @@ class WorkflowEngine:
         """Store a message for a run, and wake the run if it sleeps. See `Signal.send`."""
         run_id = _names.run_id(run_id)
         message_id = str(uuid7()) if id is None else _names.signal_id(id)
+        found = await self._database.read(FIND, {"run": run_id})
+        if found and (status := RunStatus(found[0].status)).terminal:
+            msg = f"signal {name} for run {run_id!r}: it is {status}, so nobody would ever receive it"
+            raise RunStateError(msg)
         message = {"run_id": run_id, "id": message_id, "name": name, "body": body}
         async with self._database.batch(route=run_id):
             await self._database.write(SEND[self._database.dialect], message)
@@ -205,9 +215,8 @@ class WorkflowEngine:
         if status.waits_for_a_person:
             msg = f"run {id} is {status}: {state['note']}"
             raise RunParked(msg)
-        failure = state["failure"] or {"type": "Unknown", "detail": ""}
-        msg = f"run {id} {status} with {failure['type']}: {failure['detail']}"
-        raise WorkflowFailed(msg, error_type=failure["type"], detail=failure["detail"])
+        how = f"run {id} {status}"
+        raise workflow_failed(how, state["failure"] or {"type": "Unknown", "detail": ""})
 
     async def _ended_state(self, id: str) -> Mapping[str, Any]:
         future: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
@@ -292,11 +301,15 @@ class WorkflowEngine:
 
     async def runs(self, status: RunStatus | None = None, *, limit: int = 100) -> list[RunView]:
         """The newest runs, or those with this status."""
-        query = sa.select(runs).order_by(runs.c.created_at.desc()).limit(limit)
+        query = VIEW.order_by(runs.c.created_at.desc()).limit(limit)
         if status is RunStatus.COMPENSATING:
             query = query.where(runs.c.status.in_(["queued", "running"]), runs.c.failure.is_not(None))
-        elif status in {RunStatus.QUEUED, RunStatus.RUNNING}:
-            query = query.where(runs.c.status == str(status), runs.c.failure.is_(None))
+        elif status is RunStatus.WAITING:
+            query = query.where(ASLEEP, runs.c.failure.is_(None))
+        elif status is RunStatus.QUEUED:
+            query = query.where(runs.c.status == "queued", sa.not_(ASLEEP), runs.c.failure.is_(None))
+        elif status is RunStatus.RUNNING:
+            query = query.where(runs.c.status == "running", runs.c.failure.is_(None))
         elif status is not None:
             query = query.where(runs.c.status == str(status))
         return [_view(row) for row in await self._database.read(query)]
@@ -310,22 +323,37 @@ class WorkflowEngine:
         """What `Handle.cancel` does; a parked run is compensated right away.
 
         Raises:
-            RunStateError: it has ended, or is stuck on its way back.
+            RunStateError: it has ended, is stuck on its way back, or a pivot of it is done or may be.
             RunNotFound: it does not exist.
         """
         _names.run_id(id)
         async with self._database.transaction() as session:
-            changed = _changed(await session.execute(CANCEL, {"run": id})) or _changed(
-                await session.execute(CANCEL_PARKED, {"run": id})
-            )
-            if not changed:
-                await self._refuse(id, "cancelled")
-        self.worker.cancel(id)
-        self.worker.wake()
+            past = await self.history(id)
+            if past.pivoted:
+                await self._refuse(id, "cancelled", "it is past its pivot")
+            if not _changed(await session.execute(CANCEL, {"run": id})):
+                pivot = past.pivot_in_question
+                if pivot is not None:
+                    why = f"its pivot {pivot.key} may have taken effect: resume it, and its pivot is attempted again"
+                    await self._refuse(id, "cancelled", why)
+                if not _changed(await session.execute(CANCEL_PARKED, {"run": id})):
+                    await self._refuse(id, "cancelled")
+            self._database.after_commit(lambda: self.worker.cancel(id))
 
     async def compensate(self, id: str) -> None:
-        """Undo a run that has not ended: `cancel` by another name."""
-        await self.cancel(id)
+        """Undo a run: cancel one that has not ended, and take one that is completed back.
+
+        Raises:
+            RunStateError: a pivot of it is done or may be, or everything of it is undone already.
+            RunNotFound: it does not exist.
+        """
+        async with self._database.transaction() as session:
+            if (await self.history(id)).pivoted:
+                await self._refuse(id, "compensated", "it is past its pivot")
+            undone = _changed(await session.execute(UNDO_ENDED, {"run": id, "failure": json.dumps(UNDONE)}))
+            self._database.after_commit(self.worker.wake)
+        if not undone:
+            await self.cancel(id)
 
     async def resume(self, id: str) -> None:
         """Let a parked run go on where it stopped, forward or back, with all attempts of the step that was stuck.
@@ -342,7 +370,7 @@ class WorkflowEngine:
             entry = {
                 "run_id": id,
                 "seq": seq,
-                "kind": RESUMED,
+                "kind": Kind.RESUMED,
                 "step": "",
                 "position": None,
                 "body": None,
@@ -351,9 +379,9 @@ class WorkflowEngine:
             await session.execute(APPEND_ONCE, entry)
         self.worker.wake()
 
-    async def _refuse(self, id: str, what: str) -> None:
+    async def _refuse(self, id: str, what: str, why: str = "") -> None:
         view = await self.run(id)
-        msg = f"run {id!r} cannot be {what}: it is {view.status}"
+        msg = f"run {id!r} cannot be {what}: {why or f'it is {view.status}'}"
         raise RunStateError(msg)
 
     async def health(self) -> Health:
@@ -385,6 +413,8 @@ def _view(row: Any) -> RunView:
     status = RunStatus(row.status)
     if row.failure and status in {RunStatus.QUEUED, RunStatus.RUNNING}:
         status = RunStatus.COMPENSATING
+    elif row.asleep:
+        status = RunStatus.WAITING
     return RunView(
         id=row.id,
         workflow=row.workflow,

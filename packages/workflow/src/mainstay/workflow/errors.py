@@ -9,13 +9,15 @@ MainstayError
     ├── RunParked           SYS_RUN_PARKED          the run waits for a person
     ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed or was cancelled, and is compensated
     └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
+        └── StepCancelled   BIZ_STEP_FAILED         … because the function did not wait for it (also a TimeoutError)
 
 BaseException
 └── ControlFlow             never seen by `except Exception`: it is about who runs a workflow, not about what it does
     ├── Lost                another worker owns the run now: give up silently, record nothing
     ├── Released            this worker stops: the run goes back to the queue
     ├── Suspended           the run waits for long: back into the queue until then
-    ├── CancelRequested     somebody asked for the run to be cancelled: compensate
+    ├── CancelRequested     the run is to be cancelled: compensate
+    ├── Ended               the function has ended, and this is a task that outlived it
     ├── Parked              the run cannot go on without a person
     └── CompensationExhausted   a compensation used up its attempts
 """
@@ -30,6 +32,7 @@ __all__ = [
     "CancelRequested",
     "CompensationExhausted",
     "ControlFlow",
+    "Ended",
     "Lost",
     "NotInRun",
     "Parked",
@@ -38,6 +41,7 @@ __all__ = [
     "RunNotFound",
     "RunParked",
     "RunStateError",
+    "StepCancelled",
     "StepFailed",
     "Suspended",
     "WorkflowError",
@@ -93,14 +97,28 @@ class WorkflowFailed(WorkflowError):
 
     Attributes:
         error_type: the name of the exception that ended the workflow function, `Cancelled` if the run was cancelled.
+        error_code: its code, where it was a `MainstayError`; where a step failed, that of the error behind the failure.
+        step: the name of the step that failed, where it was one.
         detail: that exception's text; internal.
+        public_message: that exception's own, where it has one.
     """
 
     code = "BIZ_WORKFLOW_FAILED"
 
-    def __init__(self, message: str, *, error_type: str, detail: str) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        *,
+        error_type: str,
+        detail: str,
+        error_code: str | None = None,
+        step: str | None = None,
+        public_message: str | None = None,
+    ) -> None:
+        super().__init__(message, public_message=public_message)
         self.error_type = error_type
+        self.error_code = error_code
+        self.step = step
         self.detail = detail
 
 
@@ -114,9 +132,12 @@ class StepFailed(WorkflowError):
         error_type: the name of the last attempt's exception.
         error_code: its code, where it was a `MainstayError`.
         detail: its text; internal.
+        public_message: its own, where it has one.
+        key: names the step within its run; empty where none is known.
     """
 
     code = "BIZ_STEP_FAILED"
+    key: str = ""
 
     def __init__(
         self,
@@ -126,14 +147,28 @@ class StepFailed(WorkflowError):
         error_type: str,
         error_code: str | None,
         detail: str,
+        public_message: str | None = None,
     ) -> None:
         nothing = "nothing happened" if outcome == "failed" else "it may have happened"
-        super().__init__(f"step {step} ended with {error_type}: {detail} ({nothing})", no_effect=outcome == "failed")
+        super().__init__(
+            f"step {step} ended with {error_type}: {detail} ({nothing})",
+            no_effect=outcome == "failed",
+            public_message=public_message,
+        )
         self.step = step
         self.outcome: Literal["failed", "unknown"] = outcome
         self.error_type = error_type
         self.error_code = error_code
         self.detail = detail
+
+
+class StepCancelled(StepFailed, TimeoutError):
+    """The workflow function did not wait for the end of a step or wait, by `asyncio.timeout` for example.
+
+    The step's code was cancelled. This is recorded, and raised in place of the cancellation, so that a replay takes the
+    same way: `except TimeoutError` around the time limit sees it live and on every replay. A limit that says so itself
+    is `@flows.step(timeout_seconds=…)`.
+    """
 
 
 class ControlFlow(BaseException):
@@ -162,6 +197,10 @@ class Suspended(ControlFlow):
 
 class CancelRequested(ControlFlow):
     """The run is to be cancelled at this boundary between steps."""
+
+
+class Ended(ControlFlow):
+    """The workflow function has ended; a task that it began and did not wait for may do nothing more."""
 
 
 class Parked(ControlFlow):

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
-from mainstay.workflow._run import AnyStep, AnyWorkflow
+from mainstay.workflow._run import AnyWorkflow
+from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings

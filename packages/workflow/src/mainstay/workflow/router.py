@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overloa
 
 from mainstay.core import Binding, Retry
 from mainstay.workflow import _names
+from mainstay.workflow._branch import current_branch
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
-from mainstay.workflow.step import COMPENSATION_RETRY, Exhausted, OnUnknown, Step, StepPolicy, _scope
+from mainstay.workflow.step import COMPENSATION_RETRY, Exhausted, OnUnknown, Step, StepPolicy
 from mainstay.workflow.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -155,11 +156,11 @@ class WorkflowRouter:
         if not 0 <= seconds < float("inf"):
             msg = f"sleep({seconds!r}): a finite number of seconds, 0 or more"
             raise ValueError(msg)
-        scope = _scope.get()
-        if scope is None:
+        branch = current_branch.get()
+        if branch is None:
             msg = "sleep was called outside a run: it is for workflow functions; elsewhere use asyncio.sleep"
             raise NotInRun(msg)
-        await scope.run.sleep(scope, seconds)
+        await branch.run.sleep(branch, seconds)
 
     @overload
     async def gather(self, one: Awaitable[T1], two: Awaitable[T2], /) -> tuple[T1, T2]: ...
@@ -180,14 +181,14 @@ class WorkflowRouter:
         Raises:
             NotInRun: this is no workflow function.
         """
-        scope = _scope.get()
-        if scope is None:
-            for branch in branches:
-                if asyncio.iscoroutine(branch):
-                    branch.close()
+        branch = current_branch.get()
+        if branch is None:
+            for awaitable in branches:
+                if asyncio.iscoroutine(awaitable):
+                    awaitable.close()
             msg = "gather was called outside a run: it is for workflow functions; elsewhere use asyncio.gather"
             raise NotInRun(msg)
-        return await scope.run.gather(scope, branches)
+        return await branch.run.gather(branch, branches)
 
     def signal(self, name: str, kind: type[T]) -> Signal[T]:
         """Declare a kind of message: `await approved.wait()` in a workflow function, `await approved.send(run_id, …)`.

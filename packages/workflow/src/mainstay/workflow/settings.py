@@ -15,7 +15,9 @@ class WorkflowSettings(Settings):
 
     Attributes:
         max_runs: the most runs that are executed at once; the others wait in the queue.
-        max_unrecorded: the most steps that are executed and not yet recorded: what a kill makes the next worker repeat.
+        max_executing: the most steps that are executed at once, over all runs.
+        max_unrecorded: with so many steps executed and not yet recorded, no further one begins: beside those that are
+            being executed, they are what a kill makes the next worker repeat.
         max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no
             attempt.
         lease_seconds: how long after the death of a worker others take over its runs, at most.
@@ -27,6 +29,7 @@ class WorkflowSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_WORKFLOW_")
 
     max_runs: int = Field(default=1_000, ge=1)
+    max_executing: int = Field(default=1_000, ge=1)
     max_unrecorded: int = Field(default=128, ge=1)
     max_attempts: int = Field(default=10, ge=1)
     lease_seconds: float = Field(default=5.0, ge=0.5)

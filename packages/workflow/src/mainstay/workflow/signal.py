@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mainstay.core import Binding, Kept, derived_id, once
 from mainstay.workflow import _names
+from mainstay.workflow._branch import current_branch
 from mainstay.workflow.errors import NotInRun
-from mainstay.workflow.step import _scope
 
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
@@ -78,9 +78,9 @@ class Signal(Generic[T]):
         if timeout_seconds is not None and not timeout_seconds >= 0:
             msg = f"wait({timeout_seconds!r}): seconds must not be negative"
             raise ValueError(msg)
-        scope = _scope.get()
-        if scope is None:
+        branch = current_branch.get()
+        if branch is None:
             msg = f"signal {self.name} was waited for outside a run: only workflow functions wait for signals"
             raise NotInRun(msg)
-        result: T = await scope.run.receive(scope, self.name, self._kept.read, timeout_seconds)
+        result: T = await branch.run.receive(branch, self.name, self._kept.read, timeout_seconds)
         return result

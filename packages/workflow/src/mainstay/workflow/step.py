@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from mainstay.core import App, Binding, FullJitter, Retry, RetryState
+from mainstay.workflow._branch import current_branch
 from mainstay.workflow._signature import Signature
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.outcome import Done, Failed, Unknown
-
-if TYPE_CHECKING:
-    from mainstay.workflow._run import Scope
 
 __all__ = ["Step", "StepInfo", "current_step"]
 
@@ -76,8 +74,7 @@ class StepInfo:
     undoes: str | None = None
 
 
-_step: ContextVar[StepInfo | None] = ContextVar("mainstay_workflow_step", default=None)
-_scope: ContextVar[Scope | None] = ContextVar("mainstay_workflow_scope", default=None)
+current_info: ContextVar[StepInfo | None] = ContextVar("mainstay_workflow_step", default=None)
 
 
 def current_step() -> StepInfo:
@@ -86,7 +83,7 @@ def current_step() -> StepInfo:
     Raises:
         NotInRun: none is.
     """
-    info = _step.get()
+    info = current_info.get()
     if info is None:
         msg = "current_step() was called outside the code of a step or of a compensation"
         raise NotInRun(msg)
@@ -134,19 +131,15 @@ class Step(Generic[P, T]):
             NotInRun: there is none around it.
             StepFailed: the step ended without a result.
         """
-        return self._execute(args, kwargs)
-
-    async def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-        scope = _scope.get()
-        if scope is None:
-            where = "inside the code of another step" if _step.get() is not None else "outside a run"
+        branch = current_branch.get()
+        if branch is None:
+            where = "inside the code of another step" if current_info.get() is not None else "outside a run"
             msg = (
                 f"step {self.name} was called {where}: steps are called by workflow functions; "
                 f"{self.name}.function is the plain function"
             )
             raise NotInRun(msg)
-        result: T = await scope.run.step(scope, self, args, kwargs)
-        return result
+        return branch.run.step(branch, self, args, kwargs)
 
     def compensation(
         self, function: Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mainstay.database import FenceOn, Schema, database_now
-from mainstay.workflow._history import INTENT
+from mainstay.workflow._history import Kind
 
 __all__ = ["SCHEMA"]
 
@@ -42,8 +42,11 @@ runs = sa.Table(
     # claimed not before this moment of the database's clock, and in this order
     sa.Column("wake_at", sa.Double, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
-    # messages sent to it; raised with each, so that going to sleep and being woken cannot miss each other
-    sa.Column("signalled", sa.Integer, nullable=False, server_default="0"),
+    # raised by a signal, the end of a child, a cancellation: a run that goes to sleep says what it has seen of that, so
+    # that going to sleep and being woken cannot miss each other
+    sa.Column("news", sa.Integer, nullable=False, server_default="0"),
+    # the run that waits for this one
+    sa.Column("parent", sa.String(ID_LENGTH)),
     sa.Column("input", sa.Text, nullable=False),
     sa.Column("output", sa.Text),
     sa.Column("failure", sa.Text),
@@ -78,7 +81,7 @@ history = sa.Table(
     metadata,
     sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
     sa.Column("seq", sa.Integer, primary_key=True),
-    # intent, attempt, done, failed, unknown, resumed
+    # see `_history.Kind`
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("step", sa.String(STEP_LENGTH), nullable=False),
     # the place in its branch at which the workflow function asked for the step; null for a compensation
@@ -92,12 +95,16 @@ history = sa.Table(
 signals = sa.Table(
     "mainstay_workflow_signals",
     metadata,
-    sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
-    sa.Column("id", sa.String(ID_LENGTH), primary_key=True),
+    # their order; the id is the sender's
+    sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("run_id", sa.String(ID_LENGTH), nullable=False),
+    sa.Column("id", sa.String(ID_LENGTH), nullable=False),
     sa.Column("name", sa.String(100), nullable=False),
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("received_by", sa.String(STEP_LENGTH)),
     sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
+    sa.UniqueConstraint("run_id", "id", name="mainstay_workflow_signals_once"),
+    sqlite_autoincrement=True,
 )
 
 # A run that has ended, or waits, has no owner: then its last one cannot write either.
@@ -116,6 +123,9 @@ APPEND = {
 # Where the entry shares its commit with somebody's effect, finding it there must undo the second effect.
 APPEND_ONCE = sa.insert(history).values(_entry_values)
 
+# What a later entry says, too.
+FORGET = sa.delete(history).where(history.c.run_id == sa.bindparam("run"), history.c.seq == sa.bindparam("number"))
+
 _RUN = (
     "id",
     "workflow",
@@ -128,6 +138,7 @@ _RUN = (
     "cancel_requested",
     "input",
     "context",
+    "parent",
 )
 _run_values: dict[str, Any] = {**{name: sa.bindparam(name) for name in _RUN}, "wake_at": database_now()}
 START = sa.insert(runs).values(_run_values)
@@ -166,9 +177,7 @@ RELEASE = (
         worker=None,
         attempts=sa.case((runs.c.attempts > 0, runs.c.attempts - 1), else_=0),
         wake_at=sa.case(
-            (runs.c.signalled > sa.bindparam("seen", type_=sa.Integer), database_now()),
-            # a cancellation that came while this execution was ending has set it to now, and must not be put off
-            (sa.and_(runs.c.cancel_requested, sa.not_(sa.bindparam("knows", type_=sa.Boolean))), database_now()),
+            (runs.c.news > sa.bindparam("seen", type_=sa.Integer), database_now()),
             else_=database_now() + sa.bindparam("delay", type_=sa.Double),
         ),
     )
@@ -204,7 +213,21 @@ REQUEUE = (
 CANCEL = (
     sa.update(runs)
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["queued", "running"]))
-    .values(cancel_requested=True, wake_at=database_now())
+    .values(cancel_requested=True, news=runs.c.news + 1, wake_at=database_now())
+)
+# A run that has ended well, and is to be undone all the same: it goes back from there.
+UNDO_ENDED = (
+    sa.update(runs)
+    .where(runs.c.id == sa.bindparam("run"), runs.c.status == "completed")
+    .values(
+        status="queued",
+        failure=sa.bindparam("failure"),
+        output=None,
+        ended_at=None,
+        epoch=runs.c.epoch + 1,
+        attempts=0,
+        wake_at=database_now(),
+    )
 )
 CANCEL_PARKED = (
     sa.update(runs)
@@ -234,15 +257,15 @@ SEND = {
 ROUSE = (
     sa.update(runs)
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["queued", "running"]))
-    .values(signalled=runs.c.signalled + 1, wake_at=database_now())
+    .values(news=runs.c.news + 1, wake_at=database_now())
 )
 RECEIVE = (
     sa.update(signals)
-    .where(signals.c.run_id == sa.bindparam("run"), signals.c.id == sa.bindparam("signal"))
+    .where(signals.c.run_id == sa.bindparam("run"), signals.c.number == sa.bindparam("number"))
     .values(received_by=sa.bindparam("by"))
 )
 NEXT_SIGNAL = (
-    sa.select(runs.c.signalled, signals.c.id, signals.c.body)
+    sa.select(runs.c.news, signals.c.number, signals.c.body)
     .select_from(
         runs.outerjoin(
             signals,
@@ -254,11 +277,19 @@ NEXT_SIGNAL = (
         )
     )
     .where(runs.c.id == sa.bindparam("run"))
-    .order_by(signals.c.at, signals.c.id)
+    .order_by(signals.c.number)
     .limit(1)
 )
+_children = runs.alias("children")
+CHILD = (
+    sa.select(runs.c.news, _children.c.status, _children.c.output, _children.c.failure)
+    .select_from(runs.outerjoin(_children, _children.c.id == sa.bindparam("child")))
+    .where(runs.c.id == sa.bindparam("run"))
+)
 
-FIND = sa.select(runs).where(runs.c.id == sa.bindparam("run"))
+ASLEEP = sa.and_(runs.c.status == "queued", runs.c.wake_at > database_now() + _ROUNDING_SECONDS)
+VIEW = sa.select(runs, ASLEEP.label("asleep"))
+FIND = VIEW.where(runs.c.id == sa.bindparam("run"))
 STATES = sa.select(runs.c.id, runs.c.status, runs.c.output, runs.c.failure, runs.c.note).where(
     runs.c.id.in_(sa.bindparam("ids", expanding=True))
 )
@@ -271,7 +302,9 @@ ENTRIES = (
     .where(history.c.run_id.in_(sa.bindparam("ids", expanding=True)))
     .order_by(history.c.run_id, history.c.seq)
 )
-ENTRY = sa.select(history.c.body).where(history.c.run_id == sa.bindparam("run"), history.c.seq == sa.bindparam("seq"))
+ENTRY = sa.select(history.c.kind, history.c.body).where(
+    history.c.run_id == sa.bindparam("run"), history.c.seq == sa.bindparam("seq")
+)
 
 
 class Claims:
@@ -295,7 +328,7 @@ class Claims:
         )
         reached = (
             sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0))
-            .where(history.c.run_id == runs.c.id, history.c.kind != INTENT)
+            .where(history.c.run_id == runs.c.id, history.c.kind.not_in([Kind.INTENT, Kind.WAIT]))
             .scalar_subquery()
         )
         taken = (

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple, cast
 
 from mainstay.core import Binding, derived_id, once
 from mainstay.workflow import _names
+from mainstay.workflow._branch import current_branch
 from mainstay.workflow._signature import Signature
 from mainstay.workflow.errors import NotInRun
-from mainstay.workflow.step import _scope
 
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
@@ -26,7 +26,9 @@ class RunStatus(StrEnum):
     """Where a run is."""
 
     QUEUED = "queued"
-    """It waits for a worker, or for its time."""
+    """It waits for a worker."""
+    WAITING = "waiting"
+    """It waits for a time, a signal, a child, or the end of a pause before another attempt; a worker takes it then."""
     RUNNING = "running"
     COMPENSATING = "compensating"
     """It failed or was cancelled, and what it did is being undone."""
@@ -113,19 +115,22 @@ class Workflow(Generic[*Ts, T]):
         return f"<workflow {self.name} version {self.version}>"
 
     def __call__(self, *args: *Ts) -> Coroutine[Any, Any, T]:
-        """Inside a run: execute the function as a part of that run.
+        """Inside a workflow function: execute it as a run of its own, a child, and wait for its result.
+
+        The child is started once, whatever happens to its parent, and executed by any worker; the parent waits for it
+        without memory. Where the parent is undone, the child is, too.
 
         Raises:
             NotInRun: there is no run around it; `start` begins one.
+            WorkflowFailed: the child failed or was cancelled.
         """
-        return self._inline(args)
-
-    async def _inline(self, args: tuple[*Ts]) -> T:
-        if _scope.get() is None:
+        branch = current_branch.get()
+        if branch is None:
             name = self.signature.name
             msg = f"{name}(…) was called outside a run: `await {name}.start(…, id=…)` begins one"
             raise NotInRun(msg)
-        return await self.function(*args)
+        text = self.signature.dump_arguments(self.signature.bind(args, {}))
+        return branch.run.child(branch, cast("Any", self), text)
 
     async def start(self, *args: *Ts, id: str | None = None) -> Handle[T]:
         """Begin a run; durable when this returns, or, inside `db.transaction()`, with its commit.

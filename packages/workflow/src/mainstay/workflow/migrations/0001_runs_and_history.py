@@ -27,7 +27,8 @@ def upgrade() -> None:
         sa.Column("progress", sa.Integer, nullable=False),
         sa.Column("wake_at", sa.Double, nullable=False),
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
-        sa.Column("signalled", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("news", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("parent", sa.String(200)),
         sa.Column("input", sa.Text, nullable=False),
         sa.Column("output", sa.Text),
         sa.Column("failure", sa.Text),
@@ -61,10 +62,13 @@ def upgrade() -> None:
     )
     op.create_table(
         "mainstay_workflow_signals",
-        sa.Column("run_id", sa.String(200), primary_key=True),
-        sa.Column("id", sa.String(200), primary_key=True),
+        sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+        sa.Column("run_id", sa.String(200), nullable=False),
+        sa.Column("id", sa.String(200), nullable=False),
         sa.Column("name", sa.String(100), nullable=False),
         sa.Column("body", sa.Text, nullable=False),
         sa.Column("received_by", sa.String(300)),
         sa.Column("at", sa.Double, nullable=False, server_default=now),
+        sa.UniqueConstraint("run_id", "id", name="mainstay_workflow_signals_once"),
+        sqlite_autoincrement=True,
     )

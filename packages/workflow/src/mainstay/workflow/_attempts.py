@@ -1,0 +1,492 @@
+"""Getting work done durably: a step, a compensation, or another package's effect, attempt by attempt.
+
+An attempt is done, or it failed, or nobody knows. What came of it is decided by `_verdict`; here it is recorded, and
+then repeated, asked about, or given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, TypeVar
+
+from mainstay.core import (
+    Clock,
+    ConfigurationError,
+    FullJitter,
+    MainstayError,
+    Outcome,
+    Retry,
+    RetryState,
+    bind_journal,
+    retry_if_retryable,
+    timeout,
+)
+from mainstay.database import CommitUnknown, Database, DatabaseError, FenceLost
+from mainstay.workflow._branch import current_branch
+from mainstay.workflow._execution import Execution
+from mainstay.workflow._history import History, Kind, Row, StepRecord, StepState
+from mainstay.workflow._metrics import STEP_SECONDS, count_step
+from mainstay.workflow._recording import Places, Recording, worth_repeating
+from mainstay.workflow._verdict import (
+    GIVEN_UP,
+    SHORTEST_WAIT,
+    NoException,
+    describe,
+    error_text,
+    misconfigured,
+    nothing_happened,
+    rejection_seconds,
+    step_failed,
+)
+from mainstay.workflow.errors import ControlFlow, Lost, Parked
+from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.step import StepInfo, StepPolicy, any_error, current_info
+
+_log = logging.getLogger("mainstay.workflow")
+
+T = TypeVar("T")
+
+
+def _if_retryable_ours(retry_state: RetryState, /) -> bool:
+    error = retry_state.outcome.exception()
+    return isinstance(error, MainstayError) and error.retryable
+
+
+# An effect of another package, such as a publish: its errors are typed, so a bug is not tried ten times.
+EFFECT = StepPolicy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours), one_call=True)
+_PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
+_NEVER_AGAIN = (retry_if_retryable, any_error, _if_retryable_ours)  # no result is worth another attempt to these
+_EXECUTED_BY_NOBODY = "a worker died, or was stopped, during an attempt"
+
+
+class Exhausted(Exception):
+    """Work ended without a result; whether it may have happened, and its last error."""
+
+    def __init__(self, cause: BaseException | None, error: dict[str, Any], *, maybe: bool) -> None:
+        super().__init__(error)
+        self.cause = cause
+        self.error = error
+        self.maybe = maybe
+
+
+@dataclass(slots=True)
+class Work:
+    """One thing to get done durably.
+
+    Attributes:
+        name: for metrics and messages.
+        policy: how it is attempted.
+        call: one attempt.
+        keep: makes JSON of a result, and what reading that JSON gives.
+        load: reads a result.
+        input: JSON; kept with the first intent.
+        undoes: in a compensation, the key of the step that it undoes.
+        ask: asks the other side what became of an attempt.
+        entry: the work only writes to the database, and shares one commit with its record.
+        own: the code of the step below policies of ours.
+    """
+
+    name: str
+    policy: StepPolicy
+    call: Callable[[], Awaitable[Any]]
+    keep: Callable[[Any], tuple[str, Any]]
+    load: Callable[[str], Any] | None = None
+    input: str | None = None
+    undoes: str | None = None
+    ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
+    entry: bool = False
+    own: CodeType | None = None
+
+
+class Attempts:
+    """The attempts of one execution of a run."""
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        execution: Execution,
+        recording: Recording,
+        history: History,
+        database: Database,
+        clock: Clock,
+        executing: Places,
+        unrecorded: Places,
+    ) -> None:
+        self._run_id = run_id
+        self._execution = execution
+        self._recording = recording
+        self._history = history
+        self._database = database
+        self._clock = clock
+        self._executing = executing
+        self._unrecorded = unrecorded
+
+    async def settle(self, work: Work, record: StepRecord) -> Any:
+        """Do the work of a step and record its outcome.
+
+        Raises:
+            StepFailed: it ended without a result.
+            ControlFlow: the execution ends here.
+        """
+        try:
+            if work.entry:
+                return await self._as_entry(work, record)
+            return await self.until_done(work, record)
+        except Exhausted as end:
+            state = StepState.UNKNOWN if end.maybe else StepState.FAILED
+            self.give_up(record, state, end.error, input=work.input)
+            count_step(work.name, state)
+            raise step_failed(work.name, record.key, state, end.error) from end.cause
+
+    def give_up(self, record: StepRecord, state: StepState, error: dict[str, Any], *, input: str | None = None) -> None:
+        """Record that a step ended without a result."""
+        info = {"error": error, **({"input": input} if record.seq == 0 and input else {})}
+        row = self._recording.row(Kind(state), record.key, position=record.position, info=json.dumps(info))
+        record.state, record.seq, record.error, record.dangling = state, row["seq"], error, False
+        self._recording.settle(row, executed=False)
+
+    async def given_up(self, label: str, record: StepRecord) -> Exception | None:
+        """The function does not wait for this any longer; on replay it will see the same. None where it is done.
+
+        Raises:
+            Parked: it is a pivot of which nobody knows whether it took effect.
+        """
+        if record.pivot and record.in_question:
+            msg = (
+                f"the function gave up waiting for {record.key}, a pivot, and nobody knows whether it took effect. "
+                "Resume the run to go on with it"
+            )
+            raise Parked(msg)
+        error = {"type": GIVEN_UP, "detail": "the function did not wait for its end"}
+        row = record.in_doubt
+        if row is not None:  # a write of ours may be on its way, so one of the two is refused
+            refusal = row | {"kind": Kind.FAILED, "body": None, "info": json.dumps({"error": error})}
+            if not await self._recording.claim(refusal):
+                found = await self._recording.find(row["seq"])
+                record.state, record.seq = StepState.DONE, row["seq"]
+                record.output = None if found is None else found.body
+                return None
+            record.state, record.seq, record.error = StepState.FAILED, row["seq"], error
+        else:
+            goes_on = record.seq > 0 and label.startswith("@child ")
+            state = StepState.UNKNOWN if record.in_question or goes_on else StepState.FAILED
+            self.give_up(record, state, error, input=record.input)
+        return step_failed(label, record.key, record.state, error)
+
+    async def until_done(self, work: Work, record: StepRecord) -> Any:
+        """Attempt the work until it is done, or until its policy says that it is enough.
+
+        Raises:
+            Exhausted: it is enough.
+        """
+        policy = work.policy
+        began, waited, repeated = self._clock.monotonic(), 0.0, 0
+        if record.dangling or (record.maybe and policy.on_unknown == "probe"):
+            found = await self._resolve(work, record, _EXECUTED_BY_NOBODY)
+            if found is not None:
+                return self._done(work, record, found.result, executed=False)
+        while True:
+            if record.rest_seconds > 0:
+                await self._execution.pause(record.rest_seconds)
+                record.rest_seconds = 0.0
+            await self._execution.boundary()
+            try:
+                if policy.transactional:
+                    with self._execution.at_work():
+                        return await self._in_the_database(work, record)
+                result = await self._outside(work, record)
+            except (Exception, asyncio.CancelledError) as error:
+                if _not_ours(error):
+                    raise
+                kept = describe(error)
+                if isinstance(error, ConfigurationError):
+                    raise misconfigured(record.key, kept) from error
+                if policy.transactional and isinstance(error, DatabaseError) and worth_repeating(error):
+                    repeated += 1
+                    await self._repeat(record, error, repeated)
+                    continue
+                delay = rejection_seconds(policy, error, work.own)
+                rejected = delay is not None
+                if delay is None:
+                    record.attempts += 1
+                    if not nothing_happened(policy, error, work.own):
+                        found = await self._resolve(work, record, error_text(kept))
+                        if found is not None:
+                            return self._done(work, record, found.result, executed=False)
+                    delay = self._delay(work, record, Outcome.of_error(error), began, waited)
+                    if delay is None:
+                        record.dangling = False
+                        raise Exhausted(error, kept, maybe=record.maybe) from error
+            else:
+                again = self._asks_again(work, record, result, began, waited)
+                if again is None:
+                    return self._done(work, record, result, executed=True)
+                record.attempts += 1
+                delay, kept, rejected = again, {"type": "Result", "detail": "asks for another attempt"}, False
+                record.maybe = True
+            waited += delay
+            await self._note(work, record, kept, delay, rejected=rejected)
+
+    async def _repeat(self, record: StepRecord, error: Exception, times: int) -> None:
+        """Wait before the database is asked again: its being away is no outcome of the work."""
+        _log.warning("run %s: %s could not be written and will be again: %s", self._run_id, record.key, error)
+        state = RetryState(times, Outcome.of_error(error), 0.0)
+        await self._execution.pause(max(SHORTEST_WAIT, EFFECT.retry.wait(state)))
+
+    def _delay(
+        self, work: Work, record: StepRecord, outcome: Outcome, began: float, waited: float, *, more: int = 0
+    ) -> float | None:
+        if isinstance(outcome.exception(), work.policy.failed_on):
+            return None
+        elapsed = self._clock.monotonic() - began
+        return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, waited))
+
+    def _asks_again(self, work: Work, record: StepRecord, result: Any, began: float, waited: float) -> float | None:
+        """How long to wait before another attempt where a result asks for one, by the policy's `retry`."""
+        if work.policy.retry.retry in _NEVER_AGAIN:
+            return None
+        return self._delay(work, record, Outcome.of_result(result), began, waited, more=1)
+
+    async def _note(
+        self, work: Work, record: StepRecord, error: dict[str, Any], delay: float, *, rejected: bool
+    ) -> None:
+        """Make it durable that an attempt ended, so that a crash during the wait neither shortens nor forgets it."""
+        info: dict[str, Any] = {
+            "attempts": record.attempts,
+            "maybe": record.maybe,
+            "error": error,
+            "rest_seconds": delay,
+        }
+        if (record.seq == 0 or rejected) and work.input:
+            info["input"] = work.input
+        if rejected:
+            info |= {"rejected": True, "happened": False}
+            record.began -= record.dangling
+        _log.info("run %s: %s ended with %s; again in %.3g s", self._run_id, record.key, error_text(error), delay)
+        record.error, record.dangling, record.rest_seconds = error, False, delay
+        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
+        self._outdate(record)
+        record.rejected = (record.seq, row["seq"]) if rejected else ()
+        await self._recording.append(row)
+
+    def _outdate(self, record: StepRecord) -> None:
+        if record.rejected:
+            self._recording.outdate(record.rejected)
+            record.rejected = ()
+
+    # What became of it
+
+    async def _resolve(self, work: Work, record: StepRecord, why: str) -> Done[Any] | None:
+        """Face an attempt that may have taken effect: what it came to, if that can be known, or None to attempt again.
+
+        Raises:
+            Parked: the step must not be attempted again without a person.
+        """
+        record.dangling, record.maybe = False, True
+        if work.policy.on_unknown == "compensate":
+            return None
+        if work.ask is None:
+            way = (
+                "resume the run to attempt it again with the same key"
+                if work.policy.pivot
+                else "resume the run to attempt it again with the same key, or cancel it to compensate"
+            )
+            msg = (
+                f'nobody knows whether {record.key} took effect ({why}), and it says on_unknown="park". Find out; '
+                f"then {way}"
+            )
+            raise Parked(msg)
+        answer = await self._ask(work, record, work.ask)
+        if isinstance(answer, Done):
+            return answer
+        if isinstance(answer, Unknown):
+            msg = (
+                f"nobody knows whether {record.key} took effect ({why}), and its probe does not either: {answer.detail}"
+            )
+            raise Parked(msg)
+        record.maybe = False
+        return None
+
+    async def _ask(
+        self, work: Work, record: StepRecord, ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]]
+    ) -> Done[Any] | Failed | Unknown:
+        attempt = 0
+        while True:
+            await self._execution.boundary()
+            attempt += 1
+            answer: Done[Any] | Failed | Unknown
+            try:
+                with self._execution.at_work():
+                    answer = await self.attempt(work, record, attempt, ask)
+                outcome = Outcome.of_result(answer)
+                detail = answer.detail if isinstance(answer, Unknown) else ""
+            except Exception as error:  # noqa: BLE001  a probe that raises does not know
+                outcome = Outcome.of_error(error)
+                detail = error_text(describe(error))
+                answer = Unknown(detail)
+            if not isinstance(answer, Unknown):
+                return answer
+            if attempt >= _PROBE.attempts:
+                return Unknown(detail)
+            await self._execution.pause(_PROBE.wait(RetryState(attempt, outcome, 0.0)))
+
+    # One attempt
+
+    async def _outside(self, work: Work, record: StepRecord) -> Any:
+        """One attempt at something whose effect is elsewhere."""
+        execution = self._execution
+        while self._executing.full:
+            await execution.turn(self._executing.waiting)
+            await execution.boundary()
+        self._executing.taken += 1
+        try:
+            with execution.at_work():
+                await self._recording.append(self._intent(work, record))
+                # From here on nobody knows, until a result or an attempt's end is recorded.
+                record.dangling = True
+                record.began += 1
+                while self._unrecorded.full and execution.stopped is None:
+                    await execution.turn(self._unrecorded.waiting)
+                if execution.stopped is None:
+                    return await self.attempt(work, record, record.attempts + 1, work.call)
+                self._not_begun(record)
+            raise await execution.told()
+        finally:
+            self._executing.give_back()
+
+    def _not_begun(self, record: StepRecord) -> None:
+        """The run was told to stop just after the intent was written; the attempt did not happen, and that is said."""
+        info = {
+            "attempts": record.attempts,
+            "maybe": record.maybe,
+            "error": record.error,
+            "rest_seconds": 0.0,
+            "happened": False,
+        }
+        record.began, record.dangling = record.began - 1, False
+        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
+        self._recording.settle(row, executed=False)
+
+    def _intent(self, work: Work, record: StepRecord) -> Row:
+        body = work.input if record.seq == 0 or record.rejected else None
+        info = json.dumps({"pivot": True}) if work.policy.pivot else None
+        row = self._recording.row(Kind.INTENT, record.key, position=record.position, body=body, info=info)
+        self._outdate(record)
+        record.seq, record.pivot = row["seq"], work.policy.pivot
+        return row
+
+    async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Run user code once, outside the run's own branch."""
+        info = current_info.set(StepInfo(self._run_id, work.name, f"{self._run_id}:{record.key}", number, work.undoes))
+        branch = current_branch.set(None)
+        seconds = work.policy.timeout_seconds
+        started = time.perf_counter()
+        try:
+            with bind_journal(None):
+                if seconds is None:
+                    return await call()
+                async with timeout(seconds, clock=self._clock):
+                    return await call()
+        except (Exception, asyncio.CancelledError, ControlFlow, GeneratorExit):
+            raise
+        except BaseException as error:
+            if self._execution.ended_from_outside():
+                raise asyncio.CancelledError from error  # the worker's own end, in a group with others
+            _log.warning("run %s: %s raised what is no Exception", self._run_id, record.key, exc_info=True)
+            raise NoException(error) from error
+        finally:
+            STEP_SECONDS.observe(time.perf_counter() - started)
+            current_branch.reset(branch)
+            current_info.reset(info)
+
+    async def _in_the_database(self, work: Work, record: StepRecord) -> Any:
+        """One attempt at a transactional step: its writes and its record share one commit."""
+        await self._recording.flush()
+        written, kept = record.in_doubt is not None, None
+        row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
+        record.in_doubt = row  # a cancellation may come while the commit is on its way
+        try:
+            async with self._database.transaction():
+                result = await self.attempt(work, record, record.attempts + 1, work.call)
+                body, kept = or_parked(work.keep, result)
+                info = {"input": work.input, **({"pivot": True} if work.policy.pivot else {})}
+                row |= {"body": body, "info": json.dumps(info)}
+                written = True
+                await self._recording.within_transaction(row)
+        except FenceLost:
+            raise Lost from None
+        except Exception as error:
+            # A commit whose end was not seen: only the history knows.
+            found = await self._recording.find(row["seq"]) if written else None
+            if found is None:
+                if not isinstance(error, CommitUnknown):
+                    record.in_doubt = None
+                raise
+            row["body"] = found.body
+            kept = None if work.load is None else work.load(found.body)
+        record.state, record.seq, record.output, record.in_doubt = StepState.DONE, row["seq"], row["body"], None
+        self._history.pivoted = self._history.pivoted or work.policy.pivot
+        count_step(work.name, StepState.DONE)
+        return kept
+
+    async def _as_entry(self, work: Work, record: StepRecord) -> None:
+        """An effect that only writes to the database: its rows and its record are one entry, tried until it is there.
+
+        Raises:
+            Exhausted: the effect itself cannot be carried out.
+        """
+        while True:
+            await self._execution.boundary()
+            row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
+            record.in_doubt = row
+            try:
+                with self._execution.at_work():
+                    await self._recording.with_effect(
+                        row, lambda: self.attempt(work, record, record.attempts + 1, work.call)
+                    )
+                break
+            except Exception as error:
+                if not isinstance(error, CommitUnknown):
+                    record.in_doubt = None
+                if not worth_repeating(error):
+                    raise Exhausted(error, describe(error), maybe=False) from error
+                record.attempts += 1
+                await self._repeat(record, error, record.attempts)
+        record.state, record.seq, record.in_doubt = StepState.DONE, row["seq"], None
+        count_step(work.name, StepState.DONE)
+
+    def _done(self, work: Work, record: StepRecord, result: Any, *, executed: bool) -> Any:
+        body, kept = or_parked(work.keep, result)
+        info = json.dumps({"pivot": True}) if work.policy.pivot else None
+        row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body, info=info)
+        record.state, record.seq, record.output, record.dangling = StepState.DONE, row["seq"], body, False
+        self._recording.settle(row, executed=executed)
+        count_step(work.name, StepState.DONE)
+        self._history.pivoted = self._history.pivoted or work.policy.pivot
+        return kept
+
+
+def or_parked(keep: Callable[..., T], *args: Any) -> T:
+    """What cannot be kept as its annotation says is a bug: repaired, the run goes on."""
+    try:
+        return keep(*args)
+    except TypeError as error:
+        raise Parked(str(error)) from error
+
+
+def nothing(_result: object) -> tuple[str, Any]:
+    """The result of work that has none, as JSON."""
+    return "null", None
+
+
+def _not_ours(error: BaseException) -> bool:
+    """Whether a cancellation is of the task, and not the end of the attempt: made up by the step's code."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0

@@ -1,0 +1,34 @@
+"""Where in a run code executes: the workflow function itself, or one branch of a gather."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mainstay.workflow._run import Run
+
+
+class Branch:
+    """One line of execution of a run. It numbers what happens in it, so that a replay finds its own records.
+
+    Attributes:
+        prefix: of the keys in this branch: empty for the function itself, `1.0/` for the first branch of gather 1.
+        position: how many primitives were called in it.
+        gathers: how many of them were gathers.
+        occurrences: how often each label was called.
+        busy: a primitive of it is running, so that no other may begin.
+    """
+
+    __slots__ = ("busy", "gathers", "occurrences", "position", "prefix", "run")
+
+    def __init__(self, run: Run, prefix: str) -> None:
+        self.run = run
+        self.prefix = prefix
+        self.position = 0
+        self.gathers = 0
+        self.occurrences: dict[str, int] = {}
+        self.busy = False
+
+
+current_branch: ContextVar[Branch | None] = ContextVar("mainstay_workflow_branch", default=None)

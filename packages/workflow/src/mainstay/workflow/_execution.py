@@ -1,0 +1,286 @@
+"""One execution of a run: who told it to stop, what is at work, and for what it waits.
+
+User code can catch, wrap or outlive an exception that ends an execution. So what ends it is kept here first and raised
+second: every primitive that is called later raises the same again, and what the function makes of it decides nothing.
+
+Three rules:
+
+- A stop is raised only when no step is being executed: a `TaskGroup` in the function cancels the siblings of a branch
+  that raises, and a cancelled step is one of which nobody knows whether it happened.
+- The run leaves the worker's memory only when all of its branches wait, and each of them for long. A branch that wakes
+  goes on whatever the others do.
+- A function that does not end although it was told to is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from mainstay.core import Clock, Timer, cancelled_from_outside
+from mainstay.workflow.errors import CancelRequested, ControlFlow, Ended, Lost, Suspended
+
+T = TypeVar("T")
+
+_LEASE_LOOK_SECONDS = 0.05
+_GRACE_SECONDS = 5.0  # how long a function may take to clean up
+_REPEATS = 1_000  # so often a function may swallow a stop
+_NEVER = float("inf")
+
+
+class Wait:
+    """One wait of one branch.
+
+    Attributes:
+        due: when it ends by itself, on the clock's monotonic time.
+        leaves: from when on the run need not stay in memory for it.
+        news: whether something new for the run ends it, too.
+    """
+
+    __slots__ = ("due", "ended", "leaves", "news")
+
+    def __init__(self, due: float, leaves: float, *, news: bool) -> None:
+        self.due = due
+        self.leaves = leaves
+        self.news = news
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self) -> None:
+        """Let the branch go on."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+class Execution:
+    """What may begin, wait and end in one execution of a run.
+
+    Args:
+        held: whether the worker's lease is good, by this machine's monotonic clock.
+        may_cancel: whether a cancellation that was asked for can be carried out at this moment.
+
+    Attributes:
+        stopped: what ends this execution, once there is something.
+        active: the branches that do not wait.
+        overdue: the function has had all the time that it gets to end.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        held: Callable[[], bool],
+        may_cancel: Callable[[], bool],
+        suspend_after_seconds: float,
+    ) -> None:
+        self.stopped: ControlFlow | None = None
+        self.active = 1
+        self._clock = clock
+        self._held = held
+        self._may_cancel = may_cancel
+        self._suspend_after_seconds = suspend_after_seconds
+        self._at_work = 0
+        self._repeats = 0
+        self.overdue = False
+        self._waits: set[Wait] = set()
+        self._quiet: set[asyncio.Future[None]] = set()
+        self._leaving: Timer | None = None
+        self._grace: Timer | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    # Being told
+
+    def stop(self, signal: ControlFlow) -> None:
+        """End this execution at the next boundary; waits end at once. The first signal counts, or a lost lease."""
+        if self.stopped is None or isinstance(signal, Lost):
+            self.stopped = signal
+        for wait in self._waits:
+            wait.end()
+
+    def look(self) -> None:
+        """There is something new for the run: the waits that it may concern look again."""
+        for wait in self._waits:
+            if wait.news:
+                wait.end()
+
+    def wake(self) -> None:
+        """Let every wait see whether it is still to be waited for."""
+        for wait in self._waits:
+            wait.end()
+
+    def ended_from_outside(self, error: BaseException | None = None) -> bool:
+        """Whether the worker cancelled the run's task: it tells the run to stop first, and the function does not."""
+        return self.stopped is not None and cancelled_from_outside(error)
+
+    # Boundaries
+
+    async def boundary(self) -> None:
+        """Raise what ends this execution, before anything new begins.
+
+        While the worker's lease may have ended, nobody knows whose the run is: nothing new begins until that is
+        settled.
+        """
+        while self.stopped is None:
+            if self._may_cancel():
+                self.stop(CancelRequested())
+            elif self._held():
+                return
+            else:
+                await self._nap(_LEASE_LOOK_SECONDS)
+        raise await self.told()
+
+    async def told(self) -> ControlFlow:
+        """What was told, as soon as no step is being executed any more."""
+        assert self.stopped is not None  # noqa: S101  asked by those who know
+        await self.quiet()
+        if self._grace is None and not isinstance(self.stopped, Ended):
+            self._grace = self._clock.call_later(_GRACE_SECONDS, self._insist)
+        self._repeats += 1
+        if self._repeats > _REPEATS:  # it would never end, and keep the loop from everybody else
+            await asyncio.get_running_loop().create_future()
+        return self.stopped
+
+    async def quiet(self) -> None:
+        """Wait until no step is being executed."""
+        while self._at_work:
+            quiet: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._quiet.add(quiet)
+            try:
+                await quiet
+            finally:
+                self._quiet.discard(quiet)
+
+    @contextmanager
+    def at_work(self) -> Generator[None, None, None]:
+        """A step is being executed, or is about to be: whatever stops the run waits for its end."""
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                for quiet in self._quiet:
+                    if not quiet.done():
+                        quiet.set_result(None)
+
+    # Waiting
+
+    async def pause(self, seconds: float) -> None:
+        """Wait between two attempts."""
+        await self.wait(seconds)
+
+    async def wait(self, seconds: float, *, since: float | None = None, look_seconds: float = _NEVER) -> None:
+        """Let time pass in one branch, and let the run leave the memory where all branches wait for long.
+
+        Args:
+            seconds: until the wait is over.
+            since: when a wait for something new began, on the clock's monotonic time. Something new ends it, and the
+                run stays in memory for a while, since nobody knows how long that will take.
+            look_seconds: how long at most this call lasts.
+        """
+        await self.boundary()
+        now = self._clock.monotonic()
+        wait = Wait(now + seconds, self._leaves(now, now + seconds, since), news=since is not None)
+        self._waits.add(wait)
+        self.active -= 1
+        timer = self._clock.call_later(min(seconds, look_seconds), wait.end)
+        try:
+            self.consider_leaving()
+            await wait.ended
+        finally:
+            timer.cancel()
+            self._waits.discard(wait)
+            self.active += 1
+        await self.boundary()
+
+    def _leaves(self, now: float, due: float, since: float | None) -> float:
+        at = now if since is None else max(now, since + self._suspend_after_seconds)
+        return at if due - at > self._suspend_after_seconds else _NEVER
+
+    def consider_leaving(self) -> None:
+        """Give the run back to the queue once all of its branches wait, and each for long."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+        if self.active or self.stopped is not None or not self._waits:
+            return
+        at, now = max(wait.leaves for wait in self._waits), self._clock.monotonic()
+        if at <= now:
+            self.stop(Suspended(min(wait.due for wait in self._waits)))
+        elif at < _NEVER:
+            self._leaving = self._clock.call_later(at - now, self.consider_leaving)
+
+    async def turn(self, waiting: dict[Wait, None]) -> None:
+        """Wait for a place of the worker's: until a wait of `waiting` is ended, or the run is told something."""
+        wait = Wait(_NEVER, _NEVER, news=False)
+        waiting[wait] = None
+        self._waits.add(wait)
+        try:
+            await wait.ended
+        finally:
+            waiting.pop(wait, None)
+            self._waits.discard(wait)
+
+    async def _nap(self, seconds: float) -> None:
+        wait = Wait(_NEVER, _NEVER, news=False)
+        self._waits.add(wait)
+        timer = self._clock.call_later(seconds, wait.end)
+        try:
+            await wait.ended
+        finally:
+            timer.cancel()
+            self._waits.discard(wait)
+
+    # Ending
+
+    async def drive(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Await the function; where it does not end although it was told to, close it."""
+        self._task = asyncio.current_task()
+        return await self.closable(coroutine)
+
+    def closable(self, coroutine: Coroutine[Any, Any, T]) -> Awaitable[T]:
+        """Await user code in any task, and close it where the function does not end although it was told to."""
+        return _closable(coroutine, self)
+
+    def _insist(self) -> None:
+        self.overdue = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def end(self) -> None:
+        """The function has ended, by itself or closed: whatever of it is left may begin nothing any more."""
+        if self.stopped is None:
+            self.stopped = Ended()
+        for wait in self._waits:
+            wait.end()
+        for timer in (self._grace, self._leaving):
+            if timer is not None:
+                timer.cancel()
+        if self.overdue and self._task is not None:
+            self._task.uncancel()
+            self._task = None
+
+
+@types.coroutine
+def _closable(coroutine: Coroutine[Any, Any, T], execution: Execution) -> Generator[Any, Any, T]:
+    """`await coroutine`, but close it instead of cancelling it where it is overdue."""
+    try:
+        yielded = coroutine.send(None)
+        while True:
+            try:
+                sent = yield yielded
+            except GeneratorExit:
+                coroutine.close()
+                raise
+            except BaseException as error:
+                if execution.overdue:
+                    coroutine.close()
+                    raise
+                yielded = coroutine.throw(error)
+            else:
+                yielded = coroutine.send(sent)
+    except StopIteration as end:
+        result: T = end.value
+        return result

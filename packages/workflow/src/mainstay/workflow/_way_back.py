@@ -1,0 +1,120 @@
+"""The way back of a run: what it did, or may have done, is undone in reverse order of completion."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from mainstay.workflow._attempts import Attempts, Exhausted, Work, nothing
+from mainstay.workflow._history import COMPENSATION, History, StepRecord, StepState, step_of
+from mainstay.workflow._metrics import count_step
+from mainstay.workflow._verdict import error_text
+from mainstay.workflow.errors import CompensationExhausted, Parked
+from mainstay.workflow.outcome import Done, Unknown
+from mainstay.workflow.step import Step
+
+AnyStep = Step[..., Any]
+
+
+class WayBack:
+    """Undoes the steps of one run.
+
+    Args:
+        steps: every step of the App, by name: compensations are found through it.
+        undo_child: cancels or compensates a child, and waits until that is done.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        history: History,
+        attempts: Attempts,
+        steps: Mapping[str, AnyStep],
+        undo_child: Callable[[StepRecord], Awaitable[None]],
+    ) -> None:
+        self._run_id = run_id
+        self._history = history
+        self._attempts = attempts
+        self._steps = steps
+        self._undo_child = undo_child
+
+    async def undo(self, *, only_unknown: bool) -> None:
+        """Undo all that was done or may have been, or only what nobody knows about.
+
+        Raises:
+            CompensationExhausted: one of the compensations used up its attempts.
+            Parked: one cannot be executed as things are.
+        """
+        taken = [
+            record
+            for record in self._history.records.values()
+            if not record.key.endswith(COMPENSATION)
+            and (record.state is StepState.UNKNOWN if only_unknown else self._counts(record))
+        ]
+        for record in sorted(taken, key=lambda record: record.seq, reverse=True):
+            if step_of(record.key).startswith("@child "):
+                await self._undo_child(record)
+            elif not step_of(record.key).startswith("@"):  # another package's effect has no way back of its own
+                await self._undo(record)
+
+    def _counts(self, record: StepRecord) -> bool:
+        return record.may_have_happened or (step_of(record.key).startswith("@child ") and record.seq > 0)
+
+    async def _undo(self, record: StepRecord) -> None:
+        name = step_of(record.key)
+        step = self._steps.get(name)
+        if step is None:
+            msg = f"no step {name} is known here, so {record.key} cannot be undone: bring it back under its name"
+            raise CompensationExhausted(msg)
+        if step.undo is None:
+            return
+        key = record.key + COMPENSATION
+        mine = self._history.records.get(key) or self._history.put(key, None)
+        if mine.state is StepState.DONE:
+            return
+        outcome: Done[Any] | Unknown
+        if record.state is StepState.DONE:
+            outcome = Done(load(step.signature.load_result, record))
+        else:
+            outcome = Unknown(error_text(record.error) if record.error else "its end was never recorded")
+        arguments = arguments_of(step, record)
+        work = Work(
+            name=f"{name}{COMPENSATION}",
+            policy=step.undo_policy,
+            call=lambda: step.call_undo(arguments, outcome),
+            keep=nothing,
+            undoes=f"{self._run_id}:{record.key}",
+        )
+        try:
+            await self._attempts.until_done(work, mine)
+        except Exhausted as end:
+            count_step(work.name, StepState.FAILED)
+            msg = f"{key} used up its {mine.attempts} attempts: {error_text(end.error)}"
+            raise CompensationExhausted(msg) from end.cause
+
+
+def load(read: Callable[[str], Any], record: StepRecord) -> Any:
+    """The recorded result, as today's code reads it.
+
+    Raises:
+        Parked: it cannot.
+    """
+    try:
+        return read(record.output or "null")
+    except ValueError as error:
+        msg = f"the recorded result of {record.key} does not fit any more: {error}"
+        raise Parked(msg) from error
+
+
+def arguments_of(step: AnyStep, record: StepRecord) -> dict[str, Any]:
+    """The recorded input of a step, as today's code reads it.
+
+    Raises:
+        Parked: it cannot.
+    """
+    try:
+        return step.signature.load_arguments(record.input or "{}")
+    except ValueError as error:
+        msg = f"the recorded input of {record.key} does not fit its step any more: {error}"
+        raise Parked(msg) from error
