@@ -122,7 +122,7 @@ async def test_a_run_that_waits_for_long_leaves_memory_and_is_woken(url, tmp_pat
         for run in sleeping:
             await waits(app, run.id)
         async with asyncio.timeout(WAIT):
-            while any([await run.status() is not RunStatus.QUEUED for run in sleeping]):  # noqa: ASYNC110  it lets go
+            while any([await run.status() is not RunStatus.WAITING for run in sleeping]):  # noqa: ASYNC110  it lets go
                 await asyncio.sleep(0.01)
         assert not any(worker.executes(run.id) for run in sleeping)
         await asyncio.to_thread(asyncio.run, _send_from_elsewhere(address))

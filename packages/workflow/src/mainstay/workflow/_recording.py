@@ -248,7 +248,7 @@ class Recording:
             if outdated:
                 async with self._database.batch(fence=self._fence, route=self.run_id):
                     await self._database.write(self._append, rows)
-                    await self._database.write(FORGET, [{"run": self.run_id, "number": seq} for seq in outdated])
+                    await self._database.write(FORGET, [{"run": self.run_id, "outdated": seq} for seq in outdated])
                 del self._outdated[: len(outdated)]
                 self._written(rows, held)
             elif rows:

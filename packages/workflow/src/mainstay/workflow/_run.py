@@ -184,7 +184,6 @@ class Run:
     async def _to_its_end(self) -> End:
         output: str | None = None
         if self._failure is None:
-            await self._execution.boundary()
             output = await self._forward()
         if self._failure is None:
             # A step of which nobody knows is not left behind, even where the function found another way.
@@ -197,6 +196,8 @@ class Run:
 
     async def _forward(self) -> str | None:
         """Execute the function; its result as JSON, or None and a failure that is durable."""
+        if self._told is not None or self._may_cancel():
+            return await self._decide(None, None, self._told)
         signature = self.workflow.signature
         try:
             arguments = signature.load_arguments(self._input)

@@ -71,7 +71,7 @@ class Waits:
                 if found.number is None:
                     return False
                 row = self._recording.row(Kind.DONE, record.key, position=record.position, body=found.body)
-                taken = {"run": self._run_id, "number": found.number, "by": record.key}
+                taken = {"run": self._run_id, "message": found.number, "by": record.key}
                 await self._recording.end((RECEIVE, taken), row=row)
                 record.state, record.seq, record.output = StepState.DONE, row["seq"], found.body
                 return True

@@ -131,7 +131,10 @@ class Step(Generic[P, T]):
             NotInRun: there is none around it.
             StepFailed: the step ended without a result.
         """
-        branch = current_branch.get()
+        return self._execute(args, kwargs)
+
+    async def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        branch = current_branch.get()  # asked when awaited: a gather awaits it in a branch of its own
         if branch is None:
             where = "inside the code of another step" if current_info.get() is not None else "outside a run"
             msg = (
@@ -139,7 +142,8 @@ class Step(Generic[P, T]):
                 f"{self.name}.function is the plain function"
             )
             raise NotInRun(msg)
-        return branch.run.step(branch, self, args, kwargs)
+        result: T = await branch.run.step(branch, self, args, kwargs)
+        return result
 
     def compensation(
         self, function: Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]

@@ -124,7 +124,7 @@ APPEND = {
 APPEND_ONCE = sa.insert(history).values(_entry_values)
 
 # What a later entry says, too.
-FORGET = sa.delete(history).where(history.c.run_id == sa.bindparam("run"), history.c.seq == sa.bindparam("number"))
+FORGET = sa.delete(history).where(history.c.run_id == sa.bindparam("run"), history.c.seq == sa.bindparam("outdated"))
 
 _RUN = (
     "id",
@@ -261,7 +261,7 @@ ROUSE = (
 )
 RECEIVE = (
     sa.update(signals)
-    .where(signals.c.run_id == sa.bindparam("run"), signals.c.number == sa.bindparam("number"))
+    .where(signals.c.run_id == sa.bindparam("run"), signals.c.number == sa.bindparam("message"))
     .values(received_by=sa.bindparam("by"))
 )
 NEXT_SIGNAL = (

@@ -124,13 +124,17 @@ class Workflow(Generic[*Ts, T]):
             NotInRun: there is no run around it; `start` begins one.
             WorkflowFailed: the child failed or was cancelled.
         """
+        return self._as_child(args)
+
+    async def _as_child(self, args: tuple[*Ts]) -> T:
         branch = current_branch.get()
         if branch is None:
             name = self.signature.name
             msg = f"{name}(…) was called outside a run: `await {name}.start(…, id=…)` begins one"
             raise NotInRun(msg)
         text = self.signature.dump_arguments(self.signature.bind(args, {}))
-        return branch.run.child(branch, cast("Any", self), text)
+        result: T = await branch.run.child(branch, cast("Any", self), text)
+        return result
 
     async def start(self, *args: *Ts, id: str | None = None) -> Handle[T]:
         """Begin a run; durable when this returns, or, inside `db.transaction()`, with its commit.
