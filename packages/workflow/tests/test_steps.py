@@ -411,13 +411,15 @@ async def test_more_runs_than_a_worker_takes_wait_in_the_queue(url):
 
 
 async def test_prototype_9_unrecorded_steps_are_bounded(url):
-    """With two slots no more than two steps are executed and unrecorded, whatever the number of runs."""
+    """No step begins while two results are unrecorded, whatever the number of runs; five are executed at once."""
     flows = WorkflowRouter()
     now, most = 0, 0
+    before: list[int] = []
 
     @flows.step(harmless=True)
     async def busy(n: int) -> int:
         nonlocal now, most
+        before.append(unrecorded.taken)
         now += 1
         most = max(most, now)
         await asyncio.sleep(0.001)
@@ -429,10 +431,12 @@ async def test_prototype_9_unrecorded_steps_are_bounded(url):
         await flows.gather(busy(n), busy(n))
         return await busy(n)
 
-    async with workflows(flows, url=url, max_unrecorded=2):
+    async with workflows(flows, url=url, max_unrecorded=2, max_executing=5) as app:
+        unrecorded = app.get(WorkflowEngine).worker.surroundings.unrecorded
         started = await asyncio.gather(*(being_busy.start(n) for n in range(20)))
         assert [await run.result(WAIT) for run in started] == list(range(20))
-    assert most == 2
+    assert most == 5
+    assert max(before, default=2) < 2
 
 
 async def test_prototype_6_a_step_with_a_limit_stays_in_the_task_of_its_run(url):

@@ -222,6 +222,13 @@ class Attempts:
                             return self._done(work, record, found.result, executed=False)
                     delay = self._delay(work, record, Outcome.of_error(error), began, waited)
                     if delay is None:
+                        if policy.exhausted == "park" and not isinstance(error, policy.failed_on):
+                            await self._note(work, record, kept, 0.0, rejected=False)
+                            msg = (
+                                f"{record.key} used up its {record.attempts} attempts: {error_text(kept)}. Resume the "
+                                "run to give it all of them again"
+                            )
+                            raise Parked(msg) from error
                         record.dangling = False
                         raise Exhausted(error, kept, maybe=record.maybe) from error
             else:

@@ -351,6 +351,12 @@ class Run:
         async def perform(record: StepRecord) -> Any:
             if record.state is StepState.DONE:
                 return load(step.signature.load_result, record)
+            if step.policy.after_pivot and not self._history.pivoted:
+                msg = (
+                    f"{record.key} is declared after_pivot, and no pivot is done yet: nothing would undo it. Call it "
+                    "after the pivot, or declare its compensation"
+                )
+                raise Parked(msg)
             arguments = arguments_of(step, record)  # what was begun is carried on with the input that it began with
             work = Work(
                 name=step.name,

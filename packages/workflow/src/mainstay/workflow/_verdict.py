@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 from mainstay.core import DeadlineExceeded, MainstayError
 from mainstay.database import CommitUnknown
@@ -66,7 +66,7 @@ def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | N
 def _leaves(error: BaseException) -> list[BaseException]:
     """The errors of a group, or the one."""
     if isinstance(error, BaseExceptionGroup):
-        members: tuple[BaseException, ...] = error.exceptions
+        members = cast("BaseExceptionGroup[BaseException]", error).exceptions
         return [leaf for member in members for leaf in _leaves(member)]
     return [error]
 
