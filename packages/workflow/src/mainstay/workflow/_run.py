@@ -340,7 +340,7 @@ class Run:
         """Execute a step, or recall what came of it."""
 
         def same(record: StepRecord, arguments: str) -> bool:
-            return _equal_by_value(step, arguments, arguments_of(step, record))
+            return step.signature.same_arguments(step.signature.load_arguments(arguments), arguments_of(step, record))
 
         def written() -> str:
             if self._around.steps.get(step.name) is not step:
@@ -416,7 +416,7 @@ class Run:
 
         def same(record: StepRecord, arguments: str) -> bool:
             read = workflow.signature.load_arguments
-            return bool(read(record.input or "{}") == read(arguments))
+            return workflow.signature.same_arguments(read(record.input or "{}"), read(arguments))
 
         async def perform(record: StepRecord) -> Any:
             if record.state is not StepState.DONE:
@@ -603,15 +603,3 @@ class Run:
         except ControlFlow as signal:
             execution.stop(signal)
             raise await execution.told() from None
-
-
-def _equal_by_value(step: AnyStep, now: str, recorded: dict[str, Any]) -> bool:
-    """Whether arguments are those on record, as today's types see both.
-
-    A set or a mapping may have been written in another order, and a field may have got a default since. A value without
-    an equality of its own is compared by what is written of it.
-    """
-    here, dump = step.signature.load_arguments(now), step.signature.dump_arguments
-    return here.keys() == recorded.keys() and all(
-        value == recorded[name] or dump(recorded | {name: value}) == dump(recorded) for name, value in here.items()
-    )
