@@ -106,7 +106,8 @@ async def test_killed_again_and_again(url, workers, tmp_path, there):
             assert not undone & steps
         else:
             assert undone >= steps
-    assert sum(done.values()) - len(done) <= kills * 8, "more was repeated than may be unrecorded"
+    most = kills * (8 + 8)
+    assert sum(done.values()) - len(done) <= most, "more was repeated than may be executing and unrecorded"
     assert len({process for _, _, process in lines(tmp_path)}) > 1
     _no_original_after_its_compensation(lines(tmp_path))
 

@@ -547,13 +547,14 @@ async def test_a_timeout_of_the_function_itself_leaves_an_unknown_step(url):
     shop.behave |= {"hold": hang, "charge": hang}
     async with workflows(shop.flows, url=url) as app:
         run = await impatient.start(1, id="r")
-        with pytest.raises(WorkflowFailed, match="DeadlineExceeded"):
+        with pytest.raises(WorkflowFailed, match="StepCancelled"):
             await run.result(WAIT)
         history = await app.get(WorkflowEngine).history("r")
         assert {record.state for record in history.records.values()} == {"unknown", "done"}
     assert sorted(shop.log[:2], key=str) == ["charge", "hold"]
     undone = sorted((entry for entry in shop.log[2:] if isinstance(entry, tuple)), key=str)
-    assert undone == [("refund", Unknown("CancelledError: ")), ("release", Unknown("CancelledError: "))]
+    unknown = Unknown("StepCancelled: the function did not wait for its end")
+    assert undone == [("refund", unknown), ("release", unknown)]
 
 
 async def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(url):
@@ -627,7 +628,7 @@ async def test_a_step_inside_an_open_transaction_parks_the_run(url):
 
 
 async def test_a_workflow_may_be_part_of_another(url):
-    """Called inside a run, a workflow function is a part of that run."""
+    """Called inside a run, a workflow is a run of its own, a child, and the parent waits for its result."""
     shop = Shop()
 
     @shop.flows.workflow(name="outer")
@@ -636,7 +637,7 @@ async def test_a_workflow_may_be_part_of_another(url):
 
     async with workflows(shop.flows, url=url) as app:
         assert await (await outer.start(1)).result(WAIT) == 8
-        assert len(await app.get(WorkflowEngine).runs()) == 1
+        assert len(await app.get(WorkflowEngine).runs()) == 3
     assert shop.log == ["hold", "charge", "ship"] * 2
 
 

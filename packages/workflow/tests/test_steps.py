@@ -432,7 +432,9 @@ async def test_prototype_9_unrecorded_steps_are_bounded(url):
         return await busy(n)
 
     async with workflows(flows, url=url, max_unrecorded=2, max_executing=5) as app:
-        unrecorded = app.get(WorkflowEngine).worker.surroundings.unrecorded
+        identity = app.get(WorkflowEngine).worker.takes()
+        assert identity is not None
+        unrecorded = identity.surroundings.unrecorded
         started = await asyncio.gather(*(being_busy.start(n) for n in range(20)))
         assert [await run.result(WAIT) for run in started] == list(range(20))
     assert most == 5

@@ -97,7 +97,7 @@ def app_for(url: str) -> App:
     return App(
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
         WorkflowModule.for_root(
-            WorkflowSettings(lease_seconds=1.0, poll_seconds=0.02, max_unrecorded=8, max_attempts=50)
+            WorkflowSettings(lease_seconds=1.0, poll_seconds=0.02, max_executing=8, max_unrecorded=8, max_attempts=50)
         ),
         WorkflowModule.for_feature(flows),
         drain_seconds=10.0,

@@ -12,6 +12,7 @@ Computed fields are not written. inf, nan and bytes have a form in JSON, except 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from functools import cached_property
 from typing import Any, Generic, TypeVar, cast
@@ -112,7 +113,8 @@ class Kept(Generic[T]):
         found = differ(one, other, "", opaque)
         if found is None and opaque:
             written = self._serializer.to_json(one, **WRITE) if written is None else written
-            if written != self._serializer.to_json(other, **WRITE):
+            # Read again, since a mapping may have been written in another order.
+            if json.loads(written) != json.loads(self._serializer.to_json(other, **WRITE)):
                 return opaque[0]
         return found
 

@@ -14,7 +14,7 @@ from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, Workflow
 from mainstay.workflow.step import StepPolicy
 
 SHORTEST_WAIT = 0.01
-GIVEN_UP = "given up"
+GIVEN_UP = "StepCancelled"
 """The `type` of the error of a step for whose end the function did not wait."""
 CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
 UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end"}
@@ -139,4 +139,4 @@ def workflow_failed(how: str, failure: Mapping[str, Any]) -> WorkflowFailed:
 
 def plain_text(text: str) -> str:
     """What every database takes as text: exceptions may carry anything."""
-    return text[:4_000].encode(errors="replace").decode().replace("\\0", "?")
+    return text[:4_000].encode(errors="replace").decode().replace("\0", "?")
