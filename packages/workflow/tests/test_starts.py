@@ -127,7 +127,7 @@ async def test_a_run_that_has_ended_or_has_another_owner_cannot_be_written_to(ur
             with pytest.raises(FenceLost):
                 async with database.transaction():
                     await database.write(APPEND_ONCE, entry, fence=wrong)
-        await database.write(sa.update(runs).values(signalled=0), fence=own)  # its own is let through
+        await database.write(sa.update(runs).values(news=0), fence=own)  # its own is let through
         gate.set()
         assert await run.result(WAIT) == 1
         with pytest.raises(FenceLost):
