@@ -322,3 +322,33 @@ async def test_equal_arguments_are_equal_by_value() -> None:
         async with interrupted(app, gate):
             assert await run.result(WAIT) == 1
     assert turn == [2]
+
+
+class Declined(Exception):
+    """The provider says no."""
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_an_error_that_fails_the_step_does_so_in_a_group_as_well(grouped: bool) -> None:
+    """`failed_on` ends the step at once, whether the error comes alone or out of a TaskGroup; nothing is undone."""
+    ledger = Ledger()
+
+    async def declines() -> None:
+        raise Declined
+
+    async def body() -> None:
+        if not grouped:
+            await declines()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(declines())
+
+    charge = ledger.charge(body, failed_on=(Declined,))
+
+    @ledger.flows.workflow(name="sell", version=1)
+    async def sell(n: int) -> int:
+        return int(await charge(n))
+
+    async with workflows(ledger.flows):
+        with pytest.raises(WorkflowFailed, match="nothing happened"):
+            await (await sell.start(1)).result(WAIT)
+    assert ledger.lines == ["charge"]

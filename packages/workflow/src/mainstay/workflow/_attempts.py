@@ -39,6 +39,7 @@ from mainstay.workflow._verdict import (
     NoException,
     describe,
     error_text,
+    failed_for_good,
     misconfigured,
     nothing_happened,
     rejection_seconds,
@@ -222,7 +223,7 @@ class Attempts:
                             return self._done(work, record, found.result, executed=False)
                     delay = self._delay(work, record, Outcome.of_error(error), began, waited)
                     if delay is None:
-                        if policy.exhausted == "park" and not isinstance(error, policy.failed_on):
+                        if policy.exhausted == "park" and not failed_for_good(policy, error):
                             await self._note(work, record, kept, 0.0, rejected=False)
                             msg = (
                                 f"{record.key} used up its {record.attempts} attempts: {error_text(kept)}. Resume the "
@@ -250,7 +251,8 @@ class Attempts:
     def _delay(
         self, work: Work, record: StepRecord, outcome: Outcome, began: float, waited: float, *, more: int = 0
     ) -> float | None:
-        if isinstance(outcome.exception(), work.policy.failed_on):
+        error = outcome.exception()
+        if error is not None and failed_for_good(work.policy, error):
             return None
         elapsed = self._clock.monotonic() - began
         return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, waited))

@@ -38,7 +38,7 @@ def rejection_seconds(policy: StepPolicy, error: BaseException, own: CodeType | 
     """
     rejections = [found for found in _leaves(error) if isinstance(found, MainstayError) and found.no_effect]
     waits = [found.retry_after_seconds for found in rejections if found.retry_after_seconds is not None]
-    if not waits or isinstance(error, policy.failed_on) or not nothing_happened(policy, error, own):
+    if not waits or failed_for_good(policy, error) or not nothing_happened(policy, error, own):
         return None
     # The spread keeps those who were rejected together apart.
     return max(SHORTEST_WAIT, *waits) * (1 + random.random() / 4)  # noqa: S311  guards nothing
@@ -46,13 +46,11 @@ def rejection_seconds(policy: StepPolicy, error: BaseException, own: CodeType | 
 
 def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | None) -> bool:
     """Whether it is certain that the attempt had no effect: the whole step, and not only the call that failed."""
-    if isinstance(error, policy.failed_on):
+    if failed_for_good(policy, error):
         return True
     if policy.transactional:
         return not isinstance(error, CommitUnknown)
     leaves = _leaves(error)
-    if all(isinstance(leaf, policy.failed_on) for leaf in leaves):
-        return True
     # A deadline that had passed before something began says what the step's code did not do last; but that code spent
     # the time before on something.
     if not all(
@@ -61,6 +59,11 @@ def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | N
         return False
     # A group tells of several calls, and of those that ended well it tells nothing.
     return (policy.one_call and len(leaves) == 1) or (own is not None and not _entered(own, error))
+
+
+def failed_for_good(policy: StepPolicy, error: BaseException) -> bool:
+    """Whether the step said by an error of `failed_on` that nothing happened, and nothing will."""
+    return isinstance(error, policy.failed_on) or all(isinstance(leaf, policy.failed_on) for leaf in _leaves(error))
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

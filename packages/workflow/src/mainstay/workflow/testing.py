@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
-from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, spawn
-from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
+from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, Feature, Module, spawn
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, Schema, upgrade
 from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.engine import WorkflowEngine
@@ -34,22 +35,32 @@ async def workflows(
     url: str = _MEMORY,
     serve: bool = True,
     clock: Clock = SYSTEM_CLOCK,
+    modules: Sequence[Module[Any, Any] | Feature] = (),
+    schemas: Sequence[Schema] = (),
     **settings: Any,
 ) -> AsyncGenerator[App, None]:
     """A running App with a database, its tables, and these routers.
 
     Args:
         routers: what to execute.
+        modules: what else the App has, for sagas that publish, audit or use the service's own module. A
+            `DatabaseModule` or a `WorkflowModule` among them takes the place of the one that this would make.
+        schemas: the tables of those modules, made at `url` where that is no SQLite, which makes its own.
         url: where; by default in memory.
         serve: whether it executes runs, or only starts them.
         clock: what retries and waits are measured with.
         settings: of `WorkflowSettings`; leases and polling are short unless they say otherwise.
     """
     if not url.startswith("sqlite"):
-        await upgrade(url, [DATABASE, SCHEMA])
-    app = App(
+        await upgrade(url, [DATABASE, SCHEMA, *schemas])
+    given = {type(module) for module in modules}
+    mine: list[Module[Any, Any]] = [
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
         WorkflowModule.for_root(WorkflowSettings(**{**_QUICK, **settings})),
+    ]
+    app = App(
+        *(module for module in mine if type(module) not in given),
+        *modules,
         *([WorkflowModule.for_feature(*routers)] if routers else []),
         clock=clock,
     )
@@ -145,6 +156,7 @@ async def explore(
     start: Callable[[App], Awaitable[Handle[Any]]],
     check: Callable[[Handle[Any], App], Awaitable[None]],
     url: Callable[[], str] = lambda: _MEMORY,
+    modules: Callable[[], Sequence[Module[Any, Any] | Feature]] = tuple,
     timeout_seconds: float = 20.0,
 ) -> int:
     """Let a worker die at every moment of a run, and another one take the run over.
@@ -158,36 +170,51 @@ async def explore(
         start: starts the run.
         check: asserts what must hold, whenever the worker died.
         url: makes the address of a fresh database for each moment; by default in memory.
+        modules: makes what else the App has, as in `workflows`, for each moment.
         timeout_seconds: how long one run may take.
 
     Returns:
         How many moments there were.
+
+    Raises:
+        Exception: what `start` or `check` raised; a note says at which moment the worker died.
     """
     at, explored = 1, 0
     while True:
         reached = False
         for after in (False, True):
-            reached = await _die_at(routers, start, check, url(), at, after=after, seconds=timeout_seconds)
+            moment = _Moment(at=at, after=after, url=url(), modules=modules(), seconds=timeout_seconds)
+            try:
+                reached = await _die_at(routers, start, check, moment)
+            except BaseException as error:
+                error.add_note(f"the worker died just {'after' if after else 'before'} write {at} became durable")
+                raise
             explored += reached
         if not reached:
             return explored
         at += 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moment:
+    at: int
+    after: bool
+    url: str
+    modules: Sequence[Module[Any, Any] | Feature]
+    seconds: float
+
+
 async def _die_at(
     routers: tuple[WorkflowRouter, ...],
     start: Callable[[App], Awaitable[Handle[Any]]],
     check: Callable[[Handle[Any], App], Awaitable[None]],
-    url: str,
-    at: int,
-    *,
-    after: bool,
-    seconds: float,
+    moment: _Moment,
 ) -> bool:
-    async with workflows(*routers, url=url, serve=False) as app, asyncio.timeout(seconds):
+    app_of = workflows(*routers, url=moment.url, serve=False, modules=moment.modules)
+    async with app_of as app, asyncio.timeout(moment.seconds):
         handle = await start(app)
         database = app.get(Database)
-        dying = DyingDatabase(database, at, after=after)
+        dying = DyingDatabase(database, moment.at, after=moment.after)
         drain = Drain()
         first = spawn(_worker(routers, dying, app.clock).work(drain), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
         dead = spawn(dying.dead.wait(), name="its death")
