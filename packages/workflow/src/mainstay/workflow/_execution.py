@@ -15,6 +15,7 @@ Three rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
@@ -23,12 +24,15 @@ from typing import Any, TypeVar
 from mainstay.core import Clock, Timer, cancelled_from_outside
 from mainstay.workflow.errors import CancelRequested, ControlFlow, Ended, Lost, Suspended
 
+_log = logging.getLogger("mainstay.workflow")
+
 T = TypeVar("T")
 
 _LEASE_LOOK_SECONDS = 0.05
 _GRACE_SECONDS = 5.0  # how long a function may take to clean up
 _REPEATS = 1_000  # so often a function may swallow a stop
 _NEVER = float("inf")
+_abandoned: list[object] = []
 
 
 class Wait:
@@ -263,6 +267,18 @@ class Execution:
             self._task = None
 
 
+def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Close what does not end; what swallows even that is kept, or the interpreter would try again and again."""
+    chain: list[object] = [coroutine]
+    while (inner := getattr(chain[-1], "cr_await", None)) is not None:
+        chain.append(inner)
+    try:
+        coroutine.close()
+    except RuntimeError:
+        _abandoned.extend(chain)
+        _log.error("%s catches every exception in a loop and could not be ended: it is left where it is", coroutine)
+
+
 @types.coroutine
 def _closable(coroutine: Coroutine[Any, Any, T], execution: Execution) -> Generator[Any, Any, T]:
     """`await coroutine`, but close it instead of cancelling it where it is overdue."""
@@ -276,7 +292,7 @@ def _closable(coroutine: Coroutine[Any, Any, T], execution: Execution) -> Genera
                 raise
             except BaseException as error:
                 if execution.overdue:
-                    coroutine.close()
+                    _close(coroutine)
                     raise
                 yielded = coroutine.throw(error)
             else:
