@@ -385,8 +385,12 @@ async def test_a_transactional_pivot_and_what_comes_after_it(url) -> None:
         broken[0] = False
         await engine.resume("r")
         assert await run.result(WAIT) == "2"
-        run = await early.start(1, id="early")
-        await until(parked)
+        before = await early.start(1, id="early")
+
+        async def refused() -> bool:
+            return await before.status() is RunStatus.PARKED
+
+        await until(refused)
         assert "no pivot is done yet" in ((await engine.run("early")).note or "")
 
 
