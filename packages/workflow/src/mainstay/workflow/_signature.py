@@ -6,6 +6,7 @@ first time (`mainstay.core.values`): code that sees a result live sees what it w
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
@@ -26,14 +27,20 @@ class Signature:
         kind: what the function is, for messages.
 
     Raises:
-        TypeError: it is no async function, or takes `*args` or `**kwargs`. Annotations are looked at by `check`, when
-            everything that they name is defined.
+        TypeError: it is no plain async function, or takes `*args` or `**kwargs`. Annotations are looked at by `check`,
+            when everything that they name is defined.
     """
 
     def __init__(self, function: Callable[..., Any], *, kind: str) -> None:
         self.function = function
         self.name: str = getattr(function, "__name__", type(function).__name__)
         self.kind = kind
+        if kind in {"step", "workflow"} and _no_plain_function(function):
+            msg = (
+                f"a {kind} is a plain `async def` function, and not a {type(function).__name__}: its name and its "
+                "parameters are part of records. Write a function that calls it"
+            )
+            raise TypeError(msg)
         if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))):
             msg = f"{kind} {self.name} must be an `async def` function"
             raise TypeError(msg)
@@ -168,3 +175,7 @@ class Signature:
             positional.append(arguments.pop(name))
         called: Awaitable[Any] = (function or self.function)(*leading, *positional, **arguments)
         return called
+
+
+def _no_plain_function(function: object) -> bool:
+    return isinstance(function, functools.partial | classmethod | staticmethod) or inspect.ismethod(function)
