@@ -8,7 +8,7 @@ import pytest
 
 from mainstay.circuit_breaker import Bulkhead, CircuitBreaker, Pipeline
 from mainstay.core import Retry
-from mainstay.workflow import Done, Unknown, WorkflowEngine, WorkflowFailed, WorkflowRouter
+from mainstay.workflow import Done, Unknown, WorkflowEngine, WorkflowFailed, WorkflowRouter, class_step, saga
 from mainstay.workflow.testing import workflows
 
 WAIT = 30.0
@@ -49,6 +49,30 @@ async def test_a_rejection_around_a_step_is_waited_out(policy: Callable[[Circuit
         assert await run.result(WAIT) == 1
         record = (await app.get(WorkflowEngine).history("r")).records["charge:1"]
         assert record.attempts == 0
+    assert calls == [1]
+
+
+async def test_a_rejection_around_the_method_of_a_step_class_is_waited_out() -> None:
+    """What makes a step of the object stands between, and tries nothing."""
+    breaker, flows, calls = CircuitBreaker("payments"), WorkflowRouter(), list[int]()
+
+    class Charge:
+        @breaker
+        async def execute(self, n: int) -> int:
+            calls.append(n)
+            return n
+
+    step = class_step(Charge(), flows.step(retry=Retry(attempts=1), harmless=True))
+    sell = saga(flows, "sell", step)
+    breaker.force_open(retry_after_seconds=0.01)
+    async with workflows(flows) as app:
+        run = await sell.start(1, id="r")
+        async with asyncio.timeout(WAIT):
+            while breaker.totals()["rejected"] < 5:  # noqa: ASYNC110  the worker's doing
+                await asyncio.sleep(0.01)
+        breaker.reset()
+        assert await run.result(WAIT) == 1
+        assert (await app.get(WorkflowEngine).history("r")).records["Charge:1"].attempts == 0
     assert calls == [1]
 
 

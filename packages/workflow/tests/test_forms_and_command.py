@@ -1,4 +1,4 @@
-"""The other forms of workflows, and the command for people."""
+"""The command for people, and what it shares with the engine."""
 
 import asyncio
 import json
@@ -20,73 +20,10 @@ from mainstay.workflow import (
     WorkflowFailed,
     WorkflowRouter,
 )
-from mainstay.workflow.forms import class_step, declare, steps_of
 from mainstay.workflow.tables import runs
 from mainstay.workflow.testing import workflows
 
 WAIT = 15.0
-
-
-async def test_a_list_of_steps_with_a_map_of_compensations():
-    """Each step gets the result of the one before; what the map names is undone, in reverse."""
-    flows = WorkflowRouter()
-    log: list[object] = []
-
-    async def hold(n: int) -> int:
-        log.append("hold")
-        return n + 1
-
-    async def charge(n: int) -> int:
-        log.append("charge")
-        return n + 1
-
-    async def ship(n: int) -> str:
-        if n > 5:
-            raise LookupError(n)
-        return f"shipped {n}"
-
-    async def release(outcome: Done[int] | Unknown, n: int) -> None:
-        log.append(("release", outcome))
-
-    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
-        log.append(("refund", outcome))
-
-    steps = steps_of(flows, [hold, charge, ship], {"hold": release, "charge": refund})
-    buy = declare(flows, "buy", steps, version=2)
-    with pytest.raises(ValueError, match="workflow 'none' has no steps"):
-        declare(flows, "none", [])
-    async with workflows(flows) as app:
-        engine = app.get(WorkflowEngine)
-        assert await engine.execute(buy, 1, id="one") == "shipped 3"
-        log.clear()
-        with pytest.raises(WorkflowFailed, match="LookupError"):
-            await engine.execute(buy, 10)
-    assert log == ["hold", "charge", ("refund", Done(12)), ("release", Done(11))]
-
-
-async def test_steps_as_classes():
-    """`execute` is the step, `compensate` undoes it, and a class without it leaves nothing to undo."""
-    flows = WorkflowRouter()
-    log: list[object] = []
-
-    class Hold:
-        async def execute(self, value: int) -> int:
-            log.append(value)
-            return value + 1
-
-        async def compensate(self, outcome: Done[int] | Unknown, value: int) -> None:
-            log.append((outcome, value))
-
-    class Fail:
-        async def execute(self, value: int) -> int:
-            raise LookupError(value)
-
-    buy = declare(flows, "buy", [class_step(flows, Hold()), class_step(flows, Fail())])
-    assert list(flows.steps) == ["Hold", "Fail"]
-    async with workflows(flows):
-        with pytest.raises(WorkflowFailed, match="step Fail ended with LookupError"):
-            await (await buy.start(1)).result(WAIT)
-    assert log == [1, (Done(2), 1)]
 
 
 async def test_compensate_undoes_a_parked_run():

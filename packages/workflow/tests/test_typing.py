@@ -8,7 +8,8 @@ import pytest
 
 _HEADER = """
 from typing import assert_type
-from mainstay.workflow import Done, Failed, Handle, Unknown, WorkflowRouter
+from mainstay.workflow import Done, Failed, Handle, Unknown, Workflow, WorkflowRouter
+from mainstay.workflow import Group, class_step, diagram, parallel, saga, sequence, when
 
 flows = WorkflowRouter()
 
@@ -29,6 +30,29 @@ async def buy(order: str, amount: int) -> float:
     return await charge(order, amount)
 
 
+async def hold(order: str) -> int:
+    return 1
+
+
+async def release(outcome: Done[int] | Unknown, order: str) -> None: ...
+
+
+class Pay:
+    async def execute(self, amount: int) -> float:
+        return 1.0
+
+    async def compensate(self, outcome: Done[float] | Unknown, amount: int) -> None: ...
+
+
+def large(amount: int) -> bool:
+    return amount > 10
+
+
+@flows.step(harmless=True)
+async def note(amount: int) -> bytes:
+    return b""
+
+
 """
 _GOOD = """
 async def main() -> None:
@@ -37,6 +61,19 @@ async def main() -> None:
     assert_type(await run.result(), float)
     assert_type(await charge("a"), float)
     assert_type(await flows.gather(charge("a"), buy("a", 2)), tuple[float, float])
+
+
+sell = saga(flows, "sell", sequence(hold, parallel(Pay(), note)), compensations={"hold": release})
+assert_type(sell, Workflow[str, tuple[float, bytes]])
+assert_type(sequence(hold, when(large, Pay())), Group[str, int | float])
+assert_type(sequence(hold, when(lambda amount: amount > 1, Pay(), otherwise=note)), Group[str, float | bytes])
+paid = class_step(Pay(), flows.step(timeout_seconds=2))
+assert_type(saga(flows, "pay", paid), Workflow[int, float])
+assert_type(diagram(sell), str)
+
+
+async def sold() -> None:
+    assert_type(await (await sell.start("a")).result(), tuple[float, bytes])
 """
 _BAD = {
     "a missing argument of start": 'async def main() -> None:\n    await buy.start("a")\n',
@@ -52,6 +89,15 @@ _BAD = {
     "a step that is not async": "@flows.step()\ndef plain(order: str) -> float:\n    return 1.0\n",
     "a probe that answers otherwise": (
         "@charge.probe\nasync def ask(order: str, amount: int = 1) -> bool:\n    return True\n"
+    ),
+    "a step of a saga that takes another type": "sequence(Pay(), note)\n",
+    "branches of a saga that take different types": "sequence(hold, parallel(note, hold))\n",
+    "a condition for another type": "sequence(hold, when(lambda order: order.upper() == order, note))\n",
+    "an input of another type": 'async def main() -> None:\n    await saga(flows, "x", note).start("a")\n',
+    "a class without execute": "class Nothing: ...\n\n\nsequence(hold, Nothing())\n",
+    "a misspelt word of a compensation": 'saga(flows, "x", hold, compensations={"hold": "harmles"})\n',
+    "a compensation that is not async": (
+        'def undo(outcome: object, order: str) -> None: ...\n\n\nsaga(flows, "x", hold, compensations={"hold": undo})\n'
     ),
 }
 

@@ -12,6 +12,7 @@ from mainstay.workflow.errors import (
     WorkflowError,
     WorkflowFailed,
 )
+from mainstay.workflow.forms import Group, StepClass, class_step, diagram, parallel, saga, sequence, when
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.router import WorkflowRouter
@@ -23,6 +24,7 @@ from mainstay.workflow.workflow import Handle, RunStatus, Workflow
 __all__ = [
     "Done",
     "Failed",
+    "Group",
     "Handle",
     "NotInRun",
     "RunConflict",
@@ -34,6 +36,7 @@ __all__ = [
     "Signal",
     "Step",
     "StepCancelled",
+    "StepClass",
     "StepFailed",
     "StepInfo",
     "Unknown",
@@ -44,5 +47,11 @@ __all__ = [
     "WorkflowModule",
     "WorkflowRouter",
     "WorkflowSettings",
+    "class_step",
     "current_step",
+    "diagram",
+    "parallel",
+    "saga",
+    "sequence",
+    "when",
 ]

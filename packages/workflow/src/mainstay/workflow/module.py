@@ -78,7 +78,7 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
         """The workflows, and the steps with what is done about a failure."""
         workflows, steps = self._collect()
         return {
-            "workflows": [f"{name} version {version}" for name, version in sorted(workflows)],
+            "workflows": [_planned(workflow) for _, workflow in sorted(workflows.items())],
             "steps": [_said(step) for _, step in sorted(steps.items())],
         }
 
@@ -109,6 +109,11 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
 
 def _where(step: AnyStep) -> str:
     return f"{step.function.__module__}.{step.name}"
+
+
+def _planned(workflow: AnyWorkflow) -> str:
+    steps = "" if workflow.plan is None else f": {workflow.plan}"
+    return f"{workflow.name} version {workflow.version}{steps}"
 
 
 def _said(step: AnyStep) -> str:

@@ -113,7 +113,7 @@ class Step(Generic[P, T]):
         self.undo_policy = StepPolicy(
             retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional, one_call=True
         )
-        self.own_code = _own_code(function)
+        self.own_code = own_code(function)
         self.undo: Callable[..., Awaitable[None]] | None = None
         self.ask: Callable[..., Awaitable[Done[T] | Failed | Unknown]] | None = None
         self.binding = binding
@@ -238,7 +238,7 @@ class Step(Generic[P, T]):
             raise TypeError(msg)
 
 
-def _own_code(function: Callable[..., Any]) -> CodeType | None:
+def own_code(function: Callable[..., Any]) -> CodeType | None:
     """The code of a function below policies of ours, which say truly whether they entered it.
 
     None without such policies, and where anything else stands between: what that has tried before is not known.

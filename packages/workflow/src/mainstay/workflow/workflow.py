@@ -15,6 +15,7 @@ from mainstay.workflow.errors import NotInRun
 
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
+    from mainstay.workflow.forms import Group
 
 __all__ = ["Handle", "RunStatus", "Workflow"]
 
@@ -98,6 +99,7 @@ class Workflow(Generic[*Ts, T]):
     Attributes:
         name, version: what a run's record names; both stay as long as there are runs of it.
         function: the plain function.
+        plan: its steps as data, where `saga` declared it.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Workflow(Generic[*Ts, T]):
         self.version = version
         self.function = function
         self.binding = binding
+        self.plan: Group[Any, Any] | None = None
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
