@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from datetime import datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -10,6 +11,7 @@ from mainstay.core import Drain, FullJitter, MainstayError, Retry
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
+    NotInRun,
     RunStateError,
     RunStatus,
     StepFailed,
@@ -448,3 +450,67 @@ async def test_a_function_that_swallows_every_stop_is_closed() -> None:
             await run.result(WAIT)
         assert not app.get(WorkflowEngine).worker.executes("r")
     assert rounds
+
+
+async def test_a_run_that_does_not_end_in_its_time_fails_and_is_undone(url) -> None:
+    """Asleep or executing, in memory or not; and one that is past its pivot goes on."""
+    flows, did = WorkflowRouter(), []
+
+    @flows.step()
+    async def book(n: int) -> int:
+        return n
+
+    @book.compensation
+    async def free(outcome: Done[int] | Unknown, n: int) -> None:
+        did.append(n)
+
+    @flows.step(pivot=True, transactional=True)
+    async def commit(n: int) -> int:
+        return n
+
+    @flows.workflow(name="slow", timeout_seconds=0.3)
+    async def slow(n: int) -> int:
+        await (commit(n) if n == 0 else book(n))
+        await flows.sleep(0.6 if n == 0 else 3600.0)
+        return n
+
+    for suspend_after_seconds in (0.05, 7200.0):
+        did.clear()
+        async with workflows(flows, url=url, suspend_after_seconds=suspend_after_seconds):
+            run = await slow.start(1, id=f"late-{suspend_after_seconds}")
+            with pytest.raises(WorkflowFailed, match=r"DeadlineExceeded: the run did not end within 0\.3 s") as caught:
+                await run.result(WAIT)
+            assert caught.value.error_code == "EXT_DEADLINE"
+            assert await run.status() is RunStatus.FAILED
+            assert await (await slow.start(0, id=f"past-{suspend_after_seconds}")).result(WAIT) == 0
+        assert did == [1]
+
+
+async def test_the_time_an_id_and_a_number_are_the_same_on_replay() -> None:
+    """`now`, `uuid` and `random` are recorded, and `sleep_until` waits for a moment of the clock."""
+    flows, seen = WorkflowRouter(), []
+
+    @flows.workflow(name="w")
+    async def w(n: int) -> int:
+        began = await flows.now()
+        seen.append((began, await flows.uuid(), await flows.random()))
+        await flows.sleep_until(began + timedelta(seconds=0.3))
+        await flows.sleep_until(began)
+        return int(((await flows.now()) - began).total_seconds() >= 0.3)
+
+    async with workflows(flows, suspend_after_seconds=0.05):
+        assert await (await w.start(1)).result(WAIT) == 1
+    assert len(seen) >= 2
+    assert len(set(seen)) == 1
+
+
+async def test_what_makes_no_sense_outside_a_run_or_without_a_zone_is_refused() -> None:
+    """The message names what to use instead."""
+    flows = WorkflowRouter()
+    for call, remedy in ((flows.now, "datetime.now"), (flows.uuid, "uuid.uuid4"), (flows.random, "random.random")):
+        with pytest.raises(NotInRun, match=remedy):
+            await call()
+    with pytest.raises(ValueError, match="with a time zone"):
+        await flows.sleep_until(datetime(2026, 1, 1))  # noqa: DTZ001  that is the mistake
+    with pytest.raises(ValueError, match="more than 0"):
+        flows.workflow(name="w", timeout_seconds=0)

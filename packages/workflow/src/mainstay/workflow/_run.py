@@ -23,6 +23,7 @@ from mainstay.workflow._recording import Places, Recording
 from mainstay.workflow._replay import Replay, SameArguments, same_text
 from mainstay.workflow._verdict import (
     CANCELLED,
+    EXPIRED,
     UNDONE,
     NoException,
     describe,
@@ -114,6 +115,8 @@ class Run:
         self._parent: str | None = row.get("parent")
         self._failure: dict[str, Any] | None = json.loads(row["failure"]) if row.get("failure") else None
         self._cancel = bool(row["cancel_requested"])
+        self._why = CANCELLED
+        self._deadline = _deadline(surroundings.clock, row.get("left_seconds"))
         self._history = history
         self._recording = recording
         self._around = surroundings
@@ -163,12 +166,29 @@ class Run:
         if self._may_cancel():
             self._execution.wake()
 
+    def _expire(self) -> None:
+        """The run has had its time: it fails at the next boundary where it could be cancelled."""
+        self._why = EXPIRED | {"detail": f"the run did not end within {self.workflow.timeout_seconds:g} s"}
+        self.cancel()
+
+    @property
+    def clock(self) -> Clock:
+        """The App's."""
+        return self._around.clock
+
     def look(self) -> None:
         """There is something new for the run."""
         self._execution.look()
 
     async def execute(self) -> End | None:
         """Take the run as far as it goes: status, result as JSON and failure of its end, or None if it has none yet."""
+        timer = None
+        if self._deadline is not None:
+            left = self._deadline - self._around.clock.monotonic()
+            if left > 0:
+                timer = self._around.clock.call_later(left, self._expire)
+            else:
+                self._expire()
         try:
             return await self._to_its_end()
         except ControlFlow as signal:
@@ -178,6 +198,8 @@ class Run:
             await self._leave(Released())
             raise
         finally:
+            if timer is not None:
+                timer.cancel()
             self._execution.end()
             await self._recording.close()
 
@@ -235,7 +257,7 @@ class Run:
         if stopped is None and self._may_cancel():
             stopped = CancelRequested()
         if isinstance(stopped, CancelRequested):
-            await self._fail(CANCELLED)
+            await self._fail(self._why)
             return None
         if stopped is not None:
             raise stopped
@@ -315,6 +337,8 @@ class Run:
         self.status = status
 
     async def _release(self, delay: float) -> None:
+        if self._deadline is not None:
+            delay = min(delay, max(0.0, self._deadline - self._around.clock.monotonic()))
         values = {"run": self.id, "at_epoch": self.epoch, "delay": delay, "seen": self._waits.seen}
         await self._last_word(RELEASE, values)
 
@@ -390,14 +414,29 @@ class Run:
 
         return await self._primitive(branch, label, str, perform)
 
-    async def sleep(self, branch: Branch, seconds: float) -> None:
+    async def sleep(self, branch: Branch, seconds: float, until: str | None = None) -> None:
         """Let time pass, by the database's clock from the moment that is recorded."""
 
         async def perform(record: StepRecord) -> None:
             if record.state is not StepState.DONE:
                 await self._waits.sleep(record, seconds)
 
-        await self._primitive(branch, "@sleep", lambda: json.dumps(seconds), perform)
+        label = "@sleep" if until is None else "@sleep_until"
+        await self._primitive(branch, label, lambda: json.dumps(seconds if until is None else until), perform)
+
+    async def value(self, branch: Branch, kind: str, make: Callable[[], str]) -> str:
+        """What `make` returns the first time: it is recorded, and a replay sees the same."""
+
+        async def perform(record: StepRecord) -> str:
+            if record.state is not StepState.DONE:
+                body = json.dumps(make())
+                row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
+                record.state, record.seq, record.output = StepState.DONE, row["seq"], body
+                self._recording.settle(row, executed=False)
+            made: str = load(json.loads, record)
+            return made
+
+        return await self._primitive(branch, f"@{kind}", str, perform)
 
     async def receive(self, branch: Branch, name: str, read: Callable[[str], T], seconds: float | None) -> T:
         """Wait for a message and take it."""
@@ -442,6 +481,7 @@ class Run:
                 "input": record.input,
                 "context": json.dumps(current().to_dict()),
                 "parent": self.id,
+                "left_seconds": workflow.timeout_seconds,
             }
             record.seq, record.waits = row["seq"], True
             await self._recording.end((START_QUIETLY[self._around.database.dialect], child), row=row)
@@ -603,3 +643,7 @@ class Run:
         except ControlFlow as signal:
             execution.stop(signal)
             raise await execution.told() from None
+
+
+def _deadline(clock: Clock, left_seconds: float | None) -> float | None:
+    return None if left_seconds is None else clock.monotonic() + left_seconds

@@ -17,6 +17,7 @@ SHORTEST_WAIT = 0.01
 GIVEN_UP = "StepCancelled"
 """The `type` of the error of a step for whose end the function did not wait."""
 CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
+EXPIRED = {"type": "DeadlineExceeded", "code": DeadlineExceeded.code, "public": DeadlineExceeded.public_message}
 UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end"}
 
 

@@ -107,7 +107,9 @@ class WorkflowEngine:
 
     # Starting
 
-    async def start(self, name: str, version: int, input: str, id: str | None) -> str:
+    async def start(
+        self, name: str, version: int, input: str, id: str | None, *, timeout_seconds: float | None = None
+    ) -> str:
         """Begin a run of a workflow with its input as JSON; returns its id. See `Workflow.start`."""
         run_id = str(uuid7()) if id is None else _names.run_id(id)
         # Inside a unit of work nobody knows yet whether, and when, there will be a run: it takes no place here, and is
@@ -128,6 +130,7 @@ class WorkflowEngine:
             "input": input,
             "context": json.dumps(current().to_dict()),
             "parent": None,
+            "left_seconds": timeout_seconds,
         }
 
         def begin() -> None:

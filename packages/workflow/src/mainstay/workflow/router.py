@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overload
+from uuid import UUID
 
-from mainstay.core import Binding, Retry
+from mainstay.core import Binding, Retry, uuid7
 from mainstay.workflow import _names
-from mainstay.workflow._branch import current_branch
+from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import COMPENSATION_RETRY, Exhausted, OnUnknown, Step, StepPolicy
@@ -86,9 +89,7 @@ class WorkflowRouter:
             TypeError: the function is not async, or options contradict each other.
             ValueError: `timeout_seconds` is not positive, or the name is taken.
         """
-        if timeout_seconds is not None and not timeout_seconds > 0:
-            msg = f"timeout_seconds={timeout_seconds!r}: it is more than 0, or None for no limit"
-            raise ValueError(msg)
+        _check_limit(timeout_seconds)
         policy = StepPolicy(
             retry=retry or Retry(),
             timeout_seconds=timeout_seconds,
@@ -117,7 +118,9 @@ class WorkflowRouter:
             raise ValueError(msg)
         self.steps[step.name] = step
 
-    def workflow(self, *, name: str, version: int = 1) -> Callable[[Callable[[*Ts], Awaitable[T]]], Workflow[*Ts, T]]:
+    def workflow(
+        self, *, name: str, version: int = 1, timeout_seconds: float | None = None
+    ) -> Callable[[Callable[[*Ts], Awaitable[T]]], Workflow[*Ts, T]]:
         """Declare a workflow function.
 
         It is executed again from the start after a crash, and every step that is recorded returns at once. So it must
@@ -126,6 +129,8 @@ class WorkflowRouter:
         Args:
             name: what records call it, for ever.
             version: raise it when steps come, go or change places, and keep the old function until its runs have ended.
+            timeout_seconds: how long after its start a run that has not ended fails and is compensated, as by a
+                cancellation; once a pivot is done it goes on. None for no limit.
 
         Raises:
             TypeError: the function is not async.
@@ -135,12 +140,13 @@ class WorkflowRouter:
         if version < 1:
             msg = f"workflow {name!r} version {version!r}: a version is 1 or more"
             raise ValueError(msg)
+        _check_limit(timeout_seconds)
 
         def declare(function: Callable[[*Ts], Awaitable[T]]) -> Workflow[*Ts, T]:
             if (name, version) in self.workflows:
                 msg = f"this router already has version {version} of workflow {name!r}"
                 raise ValueError(msg)
-            workflow = Workflow(function, name, version, self.binding)
+            workflow = Workflow(function, name, version, self.binding, timeout_seconds=timeout_seconds)
             self.workflows[name, version] = workflow
             return workflow
 
@@ -156,11 +162,50 @@ class WorkflowRouter:
         if not 0 <= seconds < float("inf"):
             msg = f"sleep({seconds!r}): a finite number of seconds, 0 or more"
             raise ValueError(msg)
-        branch = current_branch.get()
-        if branch is None:
-            msg = "sleep was called outside a run: it is for workflow functions; elsewhere use asyncio.sleep"
-            raise NotInRun(msg)
+        branch = _running("sleep", "asyncio.sleep")
         await branch.run.sleep(branch, seconds)
+
+    async def sleep_until(self, moment: datetime) -> None:
+        """Wait durably until a moment; one that is past is not waited for.
+
+        Raises:
+            NotInRun: this is no workflow function.
+            ValueError: the moment has no time zone.
+        """
+        if moment.tzinfo is None:
+            msg = f"sleep_until({moment!r}): a moment with a time zone"
+            raise ValueError(msg)
+        branch = _running("sleep_until", "asyncio.sleep")
+        seconds = max(0.0, (moment - branch.run.clock.now()).total_seconds())
+        await branch.run.sleep(branch, seconds, until=moment.isoformat())
+
+    async def now(self) -> datetime:
+        """The time in UTC, recorded: a replay sees the same.
+
+        Raises:
+            NotInRun: this is no workflow function.
+        """
+        branch = _running("now", "datetime.now")
+        made = await branch.run.value(branch, "now", lambda: branch.run.clock.now().isoformat())
+        return datetime.fromisoformat(made)
+
+    async def uuid(self) -> UUID:
+        """A new id (UUIDv7), recorded: a replay sees the same.
+
+        Raises:
+            NotInRun: this is no workflow function.
+        """
+        branch = _running("uuid", "uuid.uuid4")
+        return UUID(await branch.run.value(branch, "uuid", lambda: str(uuid7())))
+
+    async def random(self) -> float:
+        """A random number from 0 to 1, recorded: a replay sees the same. It guards nothing.
+
+        Raises:
+            NotInRun: this is no workflow function.
+        """
+        branch = _running("random", "random.random")
+        return float(await branch.run.value(branch, "random", lambda: repr(random.random())))  # noqa: S311  see above
 
     @overload
     async def gather(self, one: Awaitable[T1], two: Awaitable[T2], /) -> tuple[T1, T2]: ...
@@ -241,3 +286,22 @@ def _check_policy(policy: StepPolicy) -> None:
     if policy.transactional and policy.one_call:
         msg = "a transactional step that fails has done nothing in any case: leave one_call out"
         raise TypeError(msg)
+
+
+def _check_limit(timeout_seconds: float | None) -> None:
+    if timeout_seconds is not None and not timeout_seconds > 0:
+        msg = f"timeout_seconds={timeout_seconds!r}: it is more than 0, or None for no limit"
+        raise ValueError(msg)
+
+
+def _running(what: str, elsewhere: str) -> Branch:
+    """The branch of the run whose function is running.
+
+    Raises:
+        NotInRun: none is.
+    """
+    branch = current_branch.get()
+    if branch is None:
+        msg = f"{what} was called outside a run: it is for workflow functions; elsewhere use {elsewhere}"
+        raise NotInRun(msg)
+    return branch

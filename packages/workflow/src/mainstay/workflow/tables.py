@@ -45,6 +45,8 @@ runs = sa.Table(
     # raised by a signal, the end of a child, a cancellation: a run that goes to sleep says what it has seen of that, so
     # that going to sleep and being woken cannot miss each other
     sa.Column("news", sa.Integer, nullable=False, server_default="0"),
+    # past this moment of the database's clock the run fails, unless it is past its pivot
+    sa.Column("deadline", sa.Double),
     # the run that waits for this one
     sa.Column("parent", sa.String(ID_LENGTH)),
     sa.Column("input", sa.Text, nullable=False),
@@ -140,7 +142,11 @@ _RUN = (
     "context",
     "parent",
 )
-_run_values: dict[str, Any] = {**{name: sa.bindparam(name) for name in _RUN}, "wake_at": database_now()}
+_run_values: dict[str, Any] = {
+    **{name: sa.bindparam(name) for name in _RUN},
+    "wake_at": database_now(),
+    "deadline": database_now() + sa.bindparam("left_seconds", type_=sa.Double),
+}
 START = sa.insert(runs).values(_run_values)
 # Inside somebody's transaction a conflict would end that transaction.
 START_QUIETLY = {
@@ -352,7 +358,7 @@ class Claims:
                 progress=reached,
                 note=sa.case((reached > runs.c.progress, None), else_=runs.c.note),
             )
-            .returning(*runs.c)
+            .returning(*runs.c, (runs.c.deadline - database_now()).label("left_seconds"))
         )
         self.unknown = (
             sa.select(runs.c.workflow, runs.c.version, sa.func.count().label("waiting"))

@@ -98,16 +98,24 @@ class Workflow(Generic[*Ts, T]):
 
     Attributes:
         name, version: what a run's record names; both stay as long as there are runs of it.
+        timeout_seconds: how long after its start a run fails that has not ended; None for no limit.
         function: the plain function.
         plan: its steps as data, where `saga` declared it.
     """
 
     def __init__(
-        self, function: Callable[[*Ts], Awaitable[T]], name: str, version: int, binding: Binding[WorkflowEngine]
+        self,
+        function: Callable[[*Ts], Awaitable[T]],
+        name: str,
+        version: int,
+        binding: Binding[WorkflowEngine],
+        *,
+        timeout_seconds: float | None = None,
     ) -> None:
         self.signature = Signature(function, kind="workflow")
         self.name = name
         self.version = version
+        self.timeout_seconds = timeout_seconds
         self.function = function
         self.binding = binding
         self.plan: Group[Any, Any] | None = None
@@ -161,7 +169,10 @@ class Workflow(Generic[*Ts, T]):
         started: list[str] = []
 
         async def begin(key: str | None) -> None:
-            started.append(await engine.start(self.name, self.version, text, _id_of(key) if chosen is None else chosen))
+            run_id = _id_of(key) if chosen is None else chosen
+            started.append(
+                await engine.start(self.name, self.version, text, run_id, timeout_seconds=self.timeout_seconds)
+            )
 
         key = await once(f"start:{self.name}", begin, transactional=False)
         # On a replay nothing is begun: the id is the one that was asked for, or that of the step.

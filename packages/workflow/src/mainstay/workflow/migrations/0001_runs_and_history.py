@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("wake_at", sa.Double, nullable=False),
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
         sa.Column("news", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("deadline", sa.Double),
         sa.Column("parent", sa.String(200)),
         sa.Column("input", sa.Text, nullable=False),
         sa.Column("output", sa.Text),
