@@ -327,7 +327,7 @@ async def test_a_sick_server_is_spared_and_found_well_again(server: SickServer) 
             while True:
                 began, ended = await load(http, 0.5)
                 offered = sum(began <= at < ended for at, _ in outcomes)
-                if breaker.state is State.CLOSED and count("fine", began, ended) >= 0.9 * offered:
+                if breaker.snapshot().state is State.CLOSED and count("fine", began, ended) >= 0.9 * offered:
                     break
         first = next(at for at, outcome in outcomes if outcome == "fine" and at >= well_at)
         # Gentle: in the first quarter second after it was found well, far less than everything came.
