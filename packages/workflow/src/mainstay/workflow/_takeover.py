@@ -15,7 +15,7 @@ from mainstay.core import Drain
 from mainstay.database import Database, Lease
 from mainstay.workflow import _metrics
 from mainstay.workflow.settings import WorkflowSettings
-from mainstay.workflow.tables import TAKE_OVER, WORKERS
+from mainstay.workflow.tables import COMPANY, TAKE_OVER, WORKERS
 
 _log = logging.getLogger("mainstay.workflow")
 
@@ -44,7 +44,7 @@ class Takeover:
         self._seconds = settings.lease_seconds
         self._mine = mine
         self._wake = wake
-        self._buried: set[str] = set()
+        self._buried: dict[str, int] = {}  # the dead, and how many runs each was executing
 
     async def work(self, drain: Drain) -> None:
         """Look for dead workers three times in a lease, until the drain begins."""
@@ -57,11 +57,12 @@ class Takeover:
             for name in names:
                 if not drain.begun:
                     await self._look_at(name)
-            self._buried &= set(names)
+            self._buried = {name: company for name, company in self._buried.items() if name in names}
             await drain.pause(self._seconds / 3)
 
     async def _look_at(self, name: str) -> None:
         """Take over the worker's runs if it is dead; one that fails must not keep the others from it."""
+        known = name in self._buried
         try:
             lease = await self._database.lease(name, seconds=self._seconds)
             if lease is None:
@@ -73,8 +74,7 @@ class Takeover:
         except Exception as error:  # noqa: BLE001  as above
             _log.warning("the runs of worker %s could not be taken over, and will be again: %s", name, error)
             return
-        if name not in self._buried:
-            self._buried.add(name)
+        if not known:
             _metrics.WORKERS_BURIED.inc()
             _log.warning("worker %s is dead: %d of its runs are back in the queue", name, taken)
         elif taken:
@@ -82,10 +82,13 @@ class Takeover:
 
     async def _take(self, name: str, lease: Lease) -> int:
         """Put back every run whose row is free; how many."""
+        if name not in self._buried:  # what a later look comes to is only what was passed over
+            self._buried[name] = (await self._database.read(COMPANY, {"dead": name}))[0][0]
+        values = {"dead": name, "most": _AT_ONCE, "together": self._buried[name]}
         taken = 0
         while True:
             async with self._database.transaction() as session, self._database.batch(fence=lease.fence):
-                rows = (await session.execute(TAKE_OVER, {"dead": name, "most": _AT_ONCE})).all()
+                rows = (await session.execute(TAKE_OVER, values)).all()
             taken += len(rows)
             if rows:
                 self._wake()

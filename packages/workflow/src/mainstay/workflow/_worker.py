@@ -16,10 +16,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import sqlalchemy as sa
+
 from mainstay.core import Clock, Context, Drain, Timer, bind, cancelled_from_outside, spawn, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.workflow import _metrics
 from mainstay.workflow._history import History, recall
+from mainstay.workflow._isolation import Isolation
 from mainstay.workflow._recording import Places, Recording
 from mainstay.workflow._run import AnyWorkflow, Run, Surroundings
 from mainstay.workflow._takeover import Takeover
@@ -52,6 +55,9 @@ class Identity:
 
     lease: Lease
     surroundings: Surroundings
+    isolation: Isolation
+    closed: bool = False
+    """Nothing else is begun: suspects are executed, or wait until nothing is."""
     runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
     reserved: int = 0
     """Places that a claim on its way may fill."""
@@ -108,6 +114,9 @@ class Worker:
             cancel=self.cancel,
         )
 
+    def _isolation(self) -> Isolation:
+        return Isolation(database=self._database, clock=self._clock, seconds=self._settings.lease_seconds)
+
     # What the engine asks
 
     def executes(self, id: str) -> bool:
@@ -146,7 +155,7 @@ class Worker:
         identity = self._identity
         if identity is None or self._draining or not identity.lease.held:
             return None
-        if self._room(identity) > 0:
+        if self._room(identity) > 0 and not identity.closed:
             return identity
         self._full = True
         return None
@@ -171,7 +180,7 @@ class Worker:
                     await drain.pause(self._settings.poll_seconds)
                     continue
                 # Steps of a lost lease keep their places, but not those of results that are yet to be recorded.
-                self._identity = Identity(lease, self._surroundings())
+                self._identity = Identity(lease, self._surroundings(), self._isolation())
                 if await self._serve(self._identity, drain):
                     self._lost.append(self._identity)
                     self._identity = None
@@ -293,13 +302,26 @@ class Worker:
 
     async def _claim(self, identity: Identity) -> bool:
         """Take what is due, as far as there is room; whether there may be more."""
+        if await identity.isolation.lasts(identity.runs):
+            self._full = True
+            return False
+        (queue,) = await self._database.read(self._claims.waiting)
         room = min(self._room(identity), _AT_ONCE)
+        values: dict[str, Any] = {"owner": identity.lease.name}
+        identity.closed = queue.company is not None
+        if identity.closed:
+            # Whoever is busy takes no others, or a worker that always has something to do would never get to these.
+            if identity.runs or identity.reserved:
+                room = 0
+            room = min(room, Isolation.most(queue.company))
+            values["together"] = queue.company
         self._full = room <= 0
-        if self._full:
+        if self._full or not (queue.others or identity.closed):
             return False
         identity.reserved += room
         try:
-            return await self._fill(identity, room)
+            claim = self._claims.claim_suspects if identity.closed else self._claims.claim
+            return await self._fill(identity, claim, {**values, "most": room})
         finally:
             identity.reserved -= room
 
@@ -307,12 +329,12 @@ class Worker:
         lost = sum(len(each.runs) for each in self._lost)
         return self._settings.max_runs - len(identity.runs) - identity.reserved - lost
 
-    async def _fill(self, identity: Identity, room: int) -> bool:
-        if not await self._database.read(self._claims.waiting):
-            return False
+    async def _fill(self, identity: Identity, claim: sa.UpdateBase, values: Mapping[str, Any]) -> bool:
         async with self._database.transaction() as session:
-            result = await session.execute(self._claims.claim, {"most": room, "owner": identity.lease.name})
+            result = await session.execute(claim, values)
             rows = [dict(row) for row in result.mappings()]
+        if suspects := identity.isolation.begin(rows):
+            _log.warning("workers died under %d runs without these getting further: executed by themselves", suspects)
         histories = await self._histories([row["id"] for row in rows if row["epoch"] > 1])
         for row in rows:
             try:
@@ -322,7 +344,7 @@ class Worker:
                     self._launch(identity, row, histories.get(row["id"], History()))
             except Exception:  # noqa: BLE001  one run that cannot be begun must not keep the others from it
                 _log.exception("run %s could not be begun", row["id"])
-        return len(rows) == room
+        return bool(len(rows) == values["most"])
 
     async def _histories(self, ids: Sequence[str]) -> dict[str, History]:
         if not ids:

@@ -39,6 +39,9 @@ runs = sa.Table(
     # claims since anything came of a step, and the number of the entry that said so
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("progress", sa.Integer, nullable=False),
+    # workers that died under it since then, and how many runs the last of them was executing: see `_isolation.py`
+    sa.Column("deaths", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("company", sa.Integer, nullable=False, server_default="0"),
     # claimed not before this moment of the database's clock, and in this order
     sa.Column("wake_at", sa.Double, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
@@ -62,6 +65,12 @@ runs = sa.Table(
         "wake_at",
         postgresql_where=sa.text("status = 'queued'"),
         sqlite_where=sa.text("status = 'queued'"),
+    ),
+    sa.Index(
+        "mainstay_workflow_runs_suspects",
+        "company",
+        postgresql_where=sa.text("status = 'queued' and deaths >= 2"),
+        sqlite_where=sa.text("status = 'queued' and deaths >= 2"),
     ),
     sa.Index(
         "mainstay_workflow_runs_worker",
@@ -188,8 +197,24 @@ RELEASE = (
         ),
     )
 )
+# The last entry by which the run got further. That an attempt began is no progress: a step that kills its worker begins
+# at every claim.
+_reached = (
+    sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0))
+    .where(history.c.run_id == runs.c.id, history.c.kind.not_in([Kind.INTENT, Kind.WAIT]))
+    .scalar_subquery()
+)
+_further = _reached > runs.c.progress
+GOT_FURTHER = sa.select(runs.c.id).where(runs.c.id.in_(sa.bindparam("ids", expanding=True)), _further)
+# As many deaths make a run a suspect. Literal, so that the partial index serves every plan.
+SUSPECT_DEATHS = 2
+_suspect = runs.c.deaths >= sa.literal_column(str(SUSPECT_DEATHS))
+
 # How the claims of a run ended since it last got further. One that broke off says so, also where its worker died later.
 DIED = "its worker died each time"
+# How many runs the dead worker was executing.
+COMPANY = sa.select(sa.func.count()).where(runs.c.worker == sa.bindparam("dead"), runs.c.status == "running")
+_in_company = sa.bindparam("together", type_=sa.Integer) > 1
 # The worker is dead; should it only be asleep, it wakes up at an epoch that is over. Rows that are held are left out.
 _of_dead = (
     sa.select(runs.c.id)
@@ -202,7 +227,16 @@ _of_dead = (
 TAKE_OVER = (
     sa.update(runs)
     .where(runs.c.id.in_(sa.select(_of_dead.c.id)), runs.c.worker == sa.bindparam("dead"), runs.c.status == "running")
-    .values(status="queued", worker=None, epoch=runs.c.epoch + 1, note=sa.func.coalesce(runs.c.note, DIED))
+    .values(
+        status="queued",
+        worker=None,
+        epoch=runs.c.epoch + 1,
+        deaths=sa.case((_further, 0), else_=runs.c.deaths + 1),
+        company=sa.bindparam("together", type_=sa.Integer),
+        # In company another run may have killed the worker, so the claim's count goes back.
+        attempts=sa.case((sa.and_(_in_company, runs.c.attempts > 0), runs.c.attempts - 1), else_=runs.c.attempts),
+        note=sa.case((_in_company, runs.c.note), else_=sa.func.coalesce(runs.c.note, DIED)),
+    )
     .returning(runs.c.id)
 )
 # A run that this worker owns and does not execute: nobody would ever take it over from a living worker.
@@ -221,6 +255,8 @@ CANCEL = (
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["queued", "running"]))
     .values(cancel_requested=True, news=runs.c.news + 1, wake_at=database_now())
 )
+# A person has looked at the run: what its claims came to before does not count any more.
+_anew: dict[str, Any] = {"attempts": 0, "deaths": 0, "company": 0}
 # A run that has ended well, and is to be undone all the same: it goes back from there.
 UNDO_ENDED = (
     sa.update(runs)
@@ -231,8 +267,8 @@ UNDO_ENDED = (
         output=None,
         ended_at=None,
         epoch=runs.c.epoch + 1,
-        attempts=0,
         wake_at=database_now(),
+        **_anew,
     )
 )
 CANCEL_PARKED = (
@@ -242,15 +278,15 @@ CANCEL_PARKED = (
         cancel_requested=True,
         status="queued",
         epoch=runs.c.epoch + 1,
-        attempts=0,
         note=None,
         wake_at=database_now(),
+        **_anew,
     )
 )
 RESUME = (
     sa.update(runs)
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["parked", "compensation_failed"]))
-    .values(status="queued", epoch=runs.c.epoch + 1, attempts=0, note=None, wake_at=database_now())
+    .values(status="queued", epoch=runs.c.epoch + 1, note=None, wake_at=database_now(), **_anew)
 )
 NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0) + 1).where(history.c.run_id == sa.bindparam("run"))
 
@@ -325,46 +361,52 @@ class Claims:
             sa.false(), *(sa.and_(runs.c.workflow == name, runs.c.version == version) for name, version in known)
         )
         due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now() + _ROUNDING_SECONDS)
-        self.waiting = sa.select(runs.c.id).where(due).limit(1)
+        # Whether runs wait that may be claimed together, and the largest company of the suspects that wait, if any do.
+        self.waiting = sa.select(
+            sa.exists().where(due, sa.not_(_suspect)).label("others"),
+            sa.select(sa.func.max(runs.c.company)).where(due, _suspect).scalar_subquery().label("company"),
+        )
         self.next_due = (
             sa.select((runs.c.wake_at - database_now()).label("seconds"))
             .where(runs.c.status == "queued", mine, runs.c.wake_at > database_now() + _ROUNDING_SECONDS)
             .order_by(runs.c.wake_at)
             .limit(1)
         )
-        reached = (
-            sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0))
-            .where(history.c.run_id == runs.c.id, history.c.kind.not_in([Kind.INTENT, Kind.WAIT]))
-            .scalar_subquery()
-        )
-        taken = (
-            sa.select(runs.c.id)
-            .where(due)
-            .order_by(runs.c.wake_at)
-            .limit(sa.bindparam("most"))
-            .with_for_update(skip_locked=True)
-            .cte("taken")
-        )
-        # The attempt is counted here, so that a crash counts; what came of a step since the last claim makes it the
-        # first. That an attempt began is no progress: a step that kills its worker begins at every claim.
-        self.claim = (
-            sa.update(runs)
-            .where(runs.c.id.in_(sa.select(taken.c.id)), runs.c.status == "queued")
-            .values(
-                status="running",
-                epoch=runs.c.epoch + 1,
-                worker=sa.bindparam("owner"),
-                attempts=sa.case((reached > runs.c.progress, 1), else_=runs.c.attempts + 1),
-                progress=reached,
-                note=sa.case((reached > runs.c.progress, None), else_=runs.c.note),
-            )
-            .returning(*runs.c, (runs.c.deadline - database_now()).label("left_seconds"))
-        )
+        self.claim = _claim(due, sa.not_(_suspect))
+        # Those of one company: a group of half of it is then smaller than what any of them died in.
+        self.claim_suspects = _claim(due, _suspect, runs.c.company == sa.bindparam("together", type_=sa.Integer))
         self.unknown = (
             sa.select(runs.c.workflow, runs.c.version, sa.func.count().label("waiting"))
             .where(runs.c.status == "queued", sa.not_(mine))
             .group_by(runs.c.workflow, runs.c.version)
         )
+
+
+def _claim(*which: sa.ColumnElement[bool]) -> sa.UpdateBase:
+    taken = (
+        sa.select(runs.c.id)
+        .where(*which)
+        .order_by(runs.c.wake_at)
+        .limit(sa.bindparam("most"))
+        .with_for_update(skip_locked=True)
+        .cte("taken")
+    )
+    # The attempt is counted here, so that a crash counts; what came of a step since the last claim makes it the first.
+    return (
+        sa.update(runs)
+        .where(runs.c.id.in_(sa.select(taken.c.id)), runs.c.status == "queued")
+        .values(
+            status="running",
+            epoch=runs.c.epoch + 1,
+            worker=sa.bindparam("owner"),
+            attempts=sa.case((_further, 1), else_=runs.c.attempts + 1),
+            progress=_reached,
+            deaths=sa.case((_further, 0), else_=runs.c.deaths),
+            company=sa.case((_further, 0), else_=runs.c.company),
+            note=sa.case((_further, None), else_=runs.c.note),
+        )
+        .returning(*runs.c, (runs.c.deadline - database_now()).label("left_seconds"))
+    )
 
 
 PARKED = sa.select(sa.func.count()).where(runs.c.status.in_(["parked", "compensation_failed"]))

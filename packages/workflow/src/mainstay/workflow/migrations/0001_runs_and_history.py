@@ -25,6 +25,8 @@ def upgrade() -> None:
         sa.Column("worker", sa.String(100)),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("progress", sa.Integer, nullable=False),
+        sa.Column("deaths", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("company", sa.Integer, nullable=False, server_default="0"),
         sa.Column("wake_at", sa.Double, nullable=False),
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
         sa.Column("news", sa.Integer, nullable=False, server_default="0"),
@@ -40,6 +42,7 @@ def upgrade() -> None:
     )
     for name, columns, condition in (
         ("queue", ["wake_at"], "status = 'queued'"),
+        ("suspects", ["company"], "status = 'queued' and deaths >= 2"),
         ("worker", ["worker"], "status = 'running'"),
         ("parked", ["status", "created_at"], "status in ('parked', 'compensation_failed')"),
     ):
