@@ -91,7 +91,7 @@ async def two_weeks() -> list[tuple[timedelta, str]]:
         handle = await library.remind.start("loan-1", id="loan-1")
         await clock.advance(13 * DAY)
         assert library.happened == []
-        assert (await handle.status()) == "queued"
+        assert (await handle.status()) == "waiting"
         await clock.advance(DAY + 7200.0)
         assert await handle.result() == "loan-1"
     return library.happened
