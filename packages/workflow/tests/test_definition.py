@@ -53,16 +53,6 @@ def test_the_module_requires_the_database():
         App(WorkflowModule.for_root())
 
 
-def test_a_step_that_is_not_async_is_refused():
-    """A plain function cannot be a step."""
-    flows = WorkflowRouter()
-    with pytest.raises(TypeError, match="step charge must be an `async def`"):
-
-        @flows.step(harmless=True)  # type: ignore[arg-type]  # what the test is about
-        def charge(n: int) -> int:
-            return n
-
-
 def test_a_workflow_that_is_not_async_is_refused():
     """A plain function cannot be a workflow."""
     flows = WorkflowRouter()

@@ -293,10 +293,6 @@ async def _two(a: int, b: int) -> int:
     return a + b
 
 
-def _plain(n: int) -> int:
-    return n
-
-
 async def _ask(n: int) -> bool:
     return n > 1
 
@@ -304,7 +300,6 @@ async def _ask(n: int) -> bool:
 WRONG: dict[str, tuple[Any, Any]] = {
     "no parameter": (_none, "hands each step one value"),
     "two parameters": (_two, "hands each step one value"),
-    "no async function": (_plain, "must be an `async def` function"),
     "a partial": (functools.partial(_two, 1), "a step is a plain `async def` function, and not a partial"),
     "a list": ([_two], "objects with `execute` and groups of them, and no [<function"),
     "a class": (Hold, "Hold is a class: write Hold(…)"),

@@ -72,7 +72,17 @@ assert_type(saga(flows, "pay", paid), Workflow[int, float])
 assert_type(diagram(sell), str)
 
 
+@flows.step()
+def weigh(order: str) -> int:
+    return len(order)
+
+
+@weigh.compensation
+def unweigh(outcome: Done[int] | Unknown, order: str) -> None: ...
+
+
 async def sold() -> None:
+    assert_type(await weigh("a"), int)
     assert_type(await (await sell.start("a")).result(), tuple[float, bytes])
 """
 _BAD = {
@@ -86,7 +96,10 @@ _BAD = {
     "a compensation for another result": (
         "@charge.compensation\nasync def undo(outcome: Done[str] | Unknown, order: str, amount: int = 1) -> None: ...\n"
     ),
-    "a step that is not async": "@flows.step()\ndef plain(order: str) -> float:\n    return 1.0\n",
+    "a wrong argument of a plain step": (
+        "@flows.step()\ndef plain(order: str) -> float:\n    return 1.0\n\n\n"
+        "async def main() -> None:\n    await plain(1)\n"
+    ),
     "a probe that answers otherwise": (
         "@charge.probe\nasync def ask(order: str, amount: int = 1) -> bool:\n    return True\n"
     ),

@@ -20,14 +20,14 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 class Signature:
-    """The parameters and the result of an async function.
+    """The parameters and the result of a function.
 
     Args:
         function: may be wrapped by decorators that keep `__wrapped__`, as `functools.wraps` does.
         kind: what the function is, for messages.
 
     Raises:
-        TypeError: it is no plain async function, or takes `*args` or `**kwargs`. Annotations are looked at by `check`,
+        TypeError: it is no function of its kind, or takes `*args` or `**kwargs`. Annotations are looked at by `check`,
             when everything that they name is defined.
     """
 
@@ -41,8 +41,9 @@ class Signature:
                 "parameters are part of records. Write a function that calls it"
             )
             raise TypeError(msg)
-        if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))):
-            msg = f"{kind} {self.name} must be an `async def` function"
+        if not is_async(function) and (kind == "workflow" or not _may_be_in_a_thread(function)):
+            which = "an `async def`" if kind == "workflow" else "an `async def` or a `def`"
+            msg = f"{kind} {self.name} must be {which} function"
             raise TypeError(msg)
         self.given = given_kinds(function)
         if self.given and kind == "workflow":
@@ -179,3 +180,14 @@ class Signature:
 
 def _no_plain_function(function: object) -> bool:
     return isinstance(function, functools.partial | classmethod | staticmethod) or inspect.ismethod(function)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function, or what is inside its decorators, is an `async def`."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))
+
+
+def _may_be_in_a_thread(function: Callable[..., Any]) -> bool:
+    inner = inspect.unwrap(function)
+    generates = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
+    return inspect.isfunction(inner) and not generates

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
 from mainstay.workflow._run import AnyWorkflow
+from mainstay.workflow._threads import Threads
 from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
@@ -96,11 +97,13 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
             database=database, clock=app.clock, settings=self.settings, workflows=workflows, steps=steps
         )
         app.serve("worker", engine.worker.work)
+        threads = Threads(self.settings.max_threads)
         with ExitStack() as bound:
+            bound.callback(threads.close)
             for router in self.parts:
                 bound.enter_context(router.binding.to(engine))
             for step in steps.values():
-                bound.enter_context(step.filled_by(app))
+                bound.enter_context(step.filled_by(app, threads))
             try:
                 yield [engine]
             finally:

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
 from mainstay.core import Binding, Retry, uuid7
@@ -14,7 +14,7 @@ from mainstay.workflow import _names
 from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
-from mainstay.workflow.step import COMPENSATION_RETRY, Exhausted, OnUnknown, Step, StepPolicy
+from mainstay.workflow.step import COMPENSATION_RETRY, DeclareStep, Exhausted, OnUnknown, Step, StepPolicy
 from mainstay.workflow.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -57,12 +57,13 @@ class WorkflowRouter:
         transactional: bool = False,
         pivot: bool = False,
         one_call: bool = False,
-    ) -> Callable[[Callable[P, Awaitable[T]]], Step[P, T]]:
-        """Declare a step.
+    ) -> DeclareStep:
+        """Declare a step: an `async def` function, or a plain one, which is executed in a thread.
 
         Args:
             retry: attempts and waits; by default `Retry()`. Every attempt has the same `current_step().key`.
-            timeout_seconds: the limit for one attempt; None for no limit.
+            timeout_seconds: the limit for one attempt; None for no limit. It cannot stop the thread of a plain
+                function, which runs on beside the next attempt; its wait for a free thread counts.
             failed_on: exceptions that mean that nothing happened, and nothing will: the step *fails*, at once.
             on_unknown: what to do about an attempt of which nobody knows whether it took effect (an error, a timeout, a
                 crash). `compensate`: attempt it again while `retry` allows, then fail, and compensate. `probe`: ask
@@ -86,7 +87,7 @@ class WorkflowRouter:
         Each step has a compensation (`@step.compensation`), or is one of `harmless`, `pivot` and `after_pivot`.
 
         Raises:
-            TypeError: the function is not async, or options contradict each other.
+            TypeError: the function is none that can be a step, or options contradict each other.
             ValueError: `timeout_seconds` is not positive, or the name is taken.
         """
         _check_limit(timeout_seconds)
@@ -104,12 +105,12 @@ class WorkflowRouter:
         )
         _check_policy(policy)
 
-        def declare(function: Callable[P, Awaitable[T]]) -> Step[P, T]:
-            step = Step(function, policy, compensation_retry, binding=self.binding)
+        def declare(function: Callable[..., Any], /) -> Step[..., Any]:
+            step = Step[..., Any](function, policy, compensation_retry, binding=self.binding)
             self._add(step)
             return step
 
-        return declare
+        return cast("DeclareStep", declare)
 
     def _add(self, step: Step[..., Any]) -> None:
         _names.step_name(step.name)

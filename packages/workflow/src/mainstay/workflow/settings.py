@@ -16,6 +16,7 @@ class WorkflowSettings(Settings):
     Attributes:
         max_runs: the most runs that are executed at once; the others wait in the queue.
         max_executing: the most steps that are executed at once, over all runs.
+        max_threads: the most plain `def` steps that are executed at once; the others wait for a thread.
         max_unrecorded: with so many steps executed and not yet recorded, no further one begins: beside those that are
             being executed, they are what a kill makes the next worker repeat.
         max_attempts: how often a run is claimed without making progress before it is parked; a graceful stop is no
@@ -30,6 +31,7 @@ class WorkflowSettings(Settings):
 
     max_runs: int = Field(default=1_000, ge=1)
     max_executing: int = Field(default=1_000, ge=1)
+    max_threads: int = Field(default=32, ge=1)
     max_unrecorded: int = Field(default=128, ge=1)
     max_attempts: int = Field(default=10, ge=1)
     lease_seconds: float = Field(default=5.0, ge=0.5)

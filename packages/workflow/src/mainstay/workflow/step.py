@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from mainstay.core import App, Binding, FullJitter, Retry, RetryState
 from mainstay.workflow._branch import current_branch
-from mainstay.workflow._signature import Signature
+from mainstay.workflow._signature import Signature, is_async
+from mainstay.workflow._threads import Threads
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.outcome import Done, Failed, Unknown
 
@@ -100,15 +101,16 @@ class Step(Generic[P, T]):
 
     def __init__(
         self,
-        function: Callable[P, Awaitable[T]],
+        function: Callable[P, Awaitable[T]] | Callable[P, T],
         policy: StepPolicy,
         undo_retry: Retry,
         *,
         binding: Binding[Any],
     ) -> None:
         self.signature = Signature(function, kind="step")
+        _check_thread(function, policy)
         self.name = self.signature.name
-        self.function = function
+        self.function: Callable[P, Any] = function  # async or plain
         self.policy = policy
         self.undo_policy = StepPolicy(
             retry=undo_retry, timeout_seconds=policy.timeout_seconds, transactional=policy.transactional, one_call=True
@@ -145,9 +147,15 @@ class Step(Generic[P, T]):
         result: T = await branch.run.step(branch, self, args, kwargs)
         return result
 
+    @overload
     def compensation(
         self, function: Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]
-    ) -> Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]:
+    ) -> Callable[Concatenate[Done[T] | Unknown, P], Awaitable[None]]: ...
+    @overload
+    def compensation(
+        self, function: Callable[Concatenate[Done[T] | Unknown, P], None]
+    ) -> Callable[Concatenate[Done[T] | Unknown, P], None]: ...
+    def compensation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate the function that undoes the step; its first parameter is the outcome, the others are the step's.
 
         It runs when a later step fails for good, in reverse order of completion, until it succeeds. It is repeated
@@ -164,12 +172,17 @@ class Step(Generic[P, T]):
             msg = f"step {self.name} already has a compensation"
             raise TypeError(msg)
         self._fits(function, "compensation", leading=1)
+        _check_thread(function, self.undo_policy)
         self.undo = function
         return function
 
+    @overload
     def probe(
         self, function: Callable[P, Awaitable[Done[T] | Failed | Unknown]]
-    ) -> Callable[P, Awaitable[Done[T] | Failed | Unknown]]:
+    ) -> Callable[P, Awaitable[Done[T] | Failed | Unknown]]: ...
+    @overload
+    def probe(self, function: Callable[P, Done[T] | Failed | Unknown]) -> Callable[P, Done[T] | Failed | Unknown]: ...
+    def probe(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate the function that asks the other side what became of an attempt whose end nobody saw.
 
         Raises:
@@ -198,9 +211,13 @@ class Step(Generic[P, T]):
         return [function for function in (self.function, self.undo, self.ask) if function is not None]
 
     @contextmanager
-    def filled_by(self, app: App) -> Generator[None, None, None]:
-        """Give the step's functions the services of `app` within the block."""
-        self._filled = app.fill
+    def filled_by(self, app: App, threads: Threads) -> Generator[None, None, None]:
+        """Give the step's functions the services of `app` within the block, and plain ones a thread."""
+
+        def filled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return app.fill(function) if is_async(function) else threads.awaitable(app.fill(function))
+
+        self._filled = filled
         try:
             yield
         finally:
@@ -236,6 +253,29 @@ class Step(Generic[P, T]):
         if self.policy.on_unknown == "probe" and self.ask is None:
             msg = f'step {self.name} says on_unknown="probe": add @{self.name}.probe'
             raise TypeError(msg)
+
+
+class DeclareStep(Protocol):
+    """Makes a step of an `async def` function, or of a plain one that is executed in a thread."""
+
+    @overload
+    def __call__(self, function: Callable[P, Awaitable[T]], /) -> Step[P, T]: ...
+    @overload
+    def __call__(self, function: Callable[P, T], /) -> Step[P, T]: ...
+
+
+def _check_thread(function: Callable[..., Any], policy: StepPolicy) -> None:
+    """Refuse a thread for what writes in the loop's own transaction.
+
+    Raises:
+        TypeError: the function is plain, and the step transactional.
+    """
+    if policy.transactional and not is_async(function):
+        msg = (
+            f"{_name(function)} must be an `async def` function: a plain one is executed in a thread, where the "
+            "transaction of its step is not"
+        )
+        raise TypeError(msg)
 
 
 def own_code(function: Callable[..., Any]) -> CodeType | None:
