@@ -143,6 +143,7 @@ class Execution:
             self._grace = self._clock.call_later(_GRACE_SECONDS, self._insist)
         self._repeats += 1
         if self._repeats > _REPEATS:  # it would never end, and keep the loop from everybody else
+            self._insist()
             await asyncio.get_running_loop().create_future()
         return self.stopped
 
@@ -184,20 +185,24 @@ class Execution:
                 run stays in memory for a while, since nobody knows how long that will take.
             look_seconds: how long at most this call lasts.
         """
-        await self.boundary()
-        now = self._clock.monotonic()
-        wait = Wait(now + seconds, self._leaves(now, now + seconds, since), news=since is not None)
-        self._waits.add(wait)
-        self.active -= 1
-        timer = self._clock.call_later(min(seconds, look_seconds), wait.end)
-        try:
-            self.consider_leaving()
-            await wait.ended
-        finally:
-            timer.cancel()
-            self._waits.discard(wait)
-            self.active += 1
-        await self.boundary()
+        due = self._clock.monotonic() + seconds
+        while True:
+            await self.boundary()
+            now = self._clock.monotonic()
+            wait = Wait(due, self._leaves(now, due, since), news=since is not None)
+            self._waits.add(wait)
+            self.active -= 1
+            timer = self._clock.call_later(min(due - now, look_seconds), wait.end)
+            try:
+                self.consider_leaving()
+                await wait.ended
+            finally:
+                timer.cancel()
+                self._waits.discard(wait)
+                self.active += 1
+            await self.boundary()
+            if since is not None or self._clock.monotonic() >= due:
+                return  # a time that was cut short, by a cancellation that then was not to be, goes on
 
     def _leaves(self, now: float, due: float, since: float | None) -> float:
         at = now if since is None else max(now, since + self._suspend_after_seconds)
@@ -215,6 +220,13 @@ class Execution:
             self.stop(Suspended(min(wait.due for wait in self._waits)))
         elif at < _NEVER:
             self._leaving = self._clock.call_later(at - now, self.consider_leaving)
+
+    def make_room(self) -> None:
+        """Leave at once where the run would leave later: all of its branches wait, for news that may take long."""
+        if self.active or self.stopped is not None or not self._waits:
+            return
+        if all(wait.leaves < _NEVER for wait in self._waits):
+            self.stop(Suspended(min(wait.due for wait in self._waits)))
 
     async def turn(self, waiting: dict[Wait, None]) -> None:
         """Wait for a place of the worker's: until a wait of `waiting` is ended, or the run is told something."""
@@ -264,7 +276,7 @@ class Execution:
                 timer.cancel()
         if self.overdue and self._task is not None:
             self._task.uncancel()
-            self._task = None
+        self._task = None  # it goes on, with the way back: what is left of the function has no hold on it
 
 
 def _close(coroutine: Coroutine[Any, Any, Any]) -> None:

@@ -205,6 +205,7 @@ class Recording:
 
     async def claim(self, row: Row) -> bool:
         """Write an entry under a number that another writer may use; whether it is there now, and not that writer's."""
+        await self.flush()
         taken = False
 
         async def write() -> None:

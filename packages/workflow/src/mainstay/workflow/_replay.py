@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mainstay.workflow._branch import Branch
-from mainstay.workflow._history import History, StepRecord
+from mainstay.workflow._history import History, StepRecord, StepState
 from mainstay.workflow.errors import Parked
 
 _REMEDY = (
@@ -70,7 +70,7 @@ class Replay:
         return record
 
     def ended(self, how: str) -> None:
-        """The function ended; that counts only where it has read all of its record.
+        """The function ended; that counts only where it has read all of its record, and nothing of it is pending.
 
         Raises:
             Parked: something is left.
@@ -78,4 +78,9 @@ class Replay:
         if self._unread:
             left = min(self._unread, key=lambda key: self.history.records[key].seq)
             msg = f"{how} before {left}, which is in its record: {_REMEDY}"
+            raise Parked(msg)
+        records = self.history.records.values()
+        pending = [each.key for each in records if each.position is not None and each.state is StepState.OPEN]
+        if pending:
+            msg = f"{how} while {min(pending)} was going on, begun in a task of its own: await what the function begins"
             raise Parked(msg)

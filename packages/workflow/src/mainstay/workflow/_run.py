@@ -46,6 +46,7 @@ from mainstay.workflow.errors import (
 )
 from mainstay.workflow.tables import (
     CANCEL,
+    CANCEL_LATER,
     CANCEL_PARKED,
     CHILD,
     END,
@@ -176,6 +177,10 @@ class Run:
         """The App's."""
         return self._around.clock
 
+    def make_room(self) -> None:
+        """Others want this run's place: it leaves the memory where all of it waits for what may take long."""
+        self._execution.make_room()
+
     def look(self) -> None:
         """There is something new for the run."""
         self._execution.look()
@@ -257,6 +262,8 @@ class Run:
         if stopped is None and self._may_cancel():
             stopped = CancelRequested()
         if isinstance(stopped, CancelRequested):
+            if not self._may_cancel():  # a pivot beside the branch that was told was done meanwhile: only forward
+                raise Released
             await self._fail(self._why)
             return None
         if stopped is not None:
@@ -333,7 +340,7 @@ class Run:
     async def _park(self, status: RunStatus, note: str) -> None:
         _log.error("run %s of %r is %s: %s", self.id, self.workflow, status, note)
         values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": plain_text(note)}
-        await self._last_word(PARK, values)
+        await self._last_word(PARK, {**values, "cancellable": self._has_way_back()})
         self.status = status
 
     async def _release(self, delay: float) -> None:
@@ -349,12 +356,10 @@ class Run:
             _log.warning("run %s could not be given back (%s): another worker will take it over", self.id, signal)
 
     def _may_cancel(self) -> bool:
-        return (
-            self._cancel
-            and not self._going_back
-            and not self._history.pivoted
-            and self._history.pivot_in_question is None
-        )
+        return self._cancel and self._has_way_back()
+
+    def _has_way_back(self) -> bool:
+        return not self._going_back and not self._history.pivoted and self._history.pivot_in_question is None
 
     # What workflow functions call, by way of the branch they run in
 
@@ -516,10 +521,10 @@ class Run:
             if found.status == RunStatus.COMPLETED:
                 change = UNDO_ENDED, {"run": child_id, "failure": json.dumps(UNDONE)}
             elif found.status == RunStatus.PARKED:
-                change = CANCEL_PARKED, {"run": child_id}
+                change = (CANCEL_PARKED if past.pivot_in_question is None else CANCEL_LATER), {"run": child_id}
             else:
                 change = CANCEL, {"run": child_id}
-            if found.status != RunStatus.COMPENSATION_FAILED and not (past.pivoted or past.pivot_in_question):
+            if not past.pivoted:  # while a pivot is in question the child keeps in mind that it is to be cancelled
                 await self._recording.end(change)
                 self._around.cancel(child_id)
                 self._around.wake(child_id)

@@ -72,8 +72,10 @@ class Waits:
                     return False
                 row = self._recording.row(Kind.DONE, record.key, position=record.position, body=found.body)
                 taken = {"run": self._run_id, "message": found.number, "by": record.key}
+                record.in_doubt = row  # a cancellation may come while the commit is on its way
                 await self._recording.end((RECEIVE, taken), row=row)
                 record.state, record.seq, record.output = StepState.DONE, row["seq"], found.body
+                record.in_doubt = None
                 return True
 
         await self._begin(record, seconds)

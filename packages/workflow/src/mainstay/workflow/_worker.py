@@ -63,6 +63,8 @@ class Identity:
     """Places that a claim on its way may fill."""
     strays: set[tuple[str, int]] = field(default_factory=set)
     """Runs that the database says are executed here, and are not: after a start whose commit nobody saw."""
+    leaving: list[tuple[Run, asyncio.Task[None]]] = field(default_factory=list)
+    """Executions that have given their run back, do not know it yet, and of whose run this worker has the next one."""
     broken: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Epoch of the runs that broke off and are not back in the queue yet, and how."""
 
@@ -293,7 +295,7 @@ class Worker:
 
     def _executing(self) -> list[tuple[Run, asyncio.Task[None]]]:
         mine = [] if self._identity is None else [self._identity]
-        return [each for identity in (*self._lost, *mine) for each in identity.runs.values()]
+        return [each for identity in (*self._lost, *mine) for each in (*identity.runs.values(), *identity.leaving)]
 
     def _name(self) -> str | None:
         return None if self._identity is None else self._identity.lease.name
@@ -316,7 +318,10 @@ class Worker:
             room = min(room, Isolation.most(queue.company))
             values["together"] = queue.company
         self._full = room <= 0
-        if self._full or not (queue.others or identity.closed):
+        if not (queue.others or identity.closed):
+            return False
+        if self._full:
+            self._make_room(identity)
             return False
         identity.reserved += room
         try:
@@ -324,6 +329,11 @@ class Worker:
             return await self._fill(identity, claim, {**values, "most": room})
         finally:
             identity.reserved -= room
+
+    def _make_room(self, identity: Identity) -> None:
+        """Let runs that only wait leave for those in the queue, such as the children that they wait for."""
+        for run, _ in list(identity.runs.values())[:_AT_ONCE]:
+            run.make_room()
 
     def _room(self, identity: Identity) -> int:
         lost = sum(len(each.runs) for each in self._lost)
@@ -361,7 +371,7 @@ class Worker:
         )
         _log.error("run %s is parked: %s", row["id"], note)
         values = {"run": row["id"], "at_epoch": row["epoch"], "status": RunStatus.PARKED, "note": note}
-        await self._database.write(PARK, values, route=row["id"])
+        await self._database.write(PARK, {**values, "cancellable": False}, route=row["id"])
         self._ended(row["id"], None, None, None)
 
     def _launch(self, identity: Identity, row: Mapping[str, Any], history: History) -> None:
@@ -378,6 +388,8 @@ class Worker:
             surroundings=around,
         )
         task = spawn(self._execute(identity, run, row["context"]), name=f"run {row['id']}")
+        if row["id"] in identity.runs:
+            identity.leaving.append(identity.runs[row["id"]])
         identity.runs[row["id"]] = (run, task)
         task.add_done_callback(_seen)
         _metrics.RUNS_ACTIVE.inc()
@@ -400,7 +412,10 @@ class Worker:
             identity.broken[run.id] = (run.epoch, note)
         finally:
             _metrics.RUNS_ACTIVE.dec()
-            del identity.runs[run.id]
+            entry = identity.runs.get(run.id)
+            if entry is not None and entry[0] is run:
+                del identity.runs[run.id]
+            identity.leaving = [each for each in identity.leaving if each[0] is not run]
             self._lost = [each for each in self._lost if each.runs]
             # Another run waits for this place, or this one was put to sleep, and when it is due must be seen at once: a
             # virtual clock would go past that moment before the next look.

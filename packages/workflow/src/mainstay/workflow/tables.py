@@ -182,7 +182,18 @@ END = (
     )
 )
 FAIL = sa.update(runs).where(*_mine).values(failure=sa.bindparam("failure"))
-PARK = sa.update(runs).where(*_mine).values(status=sa.bindparam("status"), note=sa.bindparam("note"), worker=None)
+# A run for which a cancellation was accepted does not wait for a person where there is a way back.
+_cancels = sa.and_(runs.c.cancel_requested, sa.bindparam("cancellable", type_=sa.Boolean))
+PARK = (
+    sa.update(runs)
+    .where(*_mine)
+    .values(
+        status=sa.case((_cancels, "queued"), else_=sa.bindparam("status", type_=sa.String)),
+        note=sa.bindparam("note"),
+        worker=None,
+        wake_at=sa.case((_cancels, database_now()), else_=runs.c.wake_at),
+    )
+)
 # A stop that was asked for is no attempt, so the claim's count goes back.
 RELEASE = (
     sa.update(runs)
@@ -282,6 +293,10 @@ CANCEL_PARKED = (
         wake_at=database_now(),
         **_anew,
     )
+)
+# A parked run whose pivot may have taken effect: only a resume settles that, and then it is cancelled or past it.
+CANCEL_LATER = (
+    sa.update(runs).where(runs.c.id == sa.bindparam("run"), runs.c.status == "parked").values(cancel_requested=True)
 )
 RESUME = (
     sa.update(runs)
