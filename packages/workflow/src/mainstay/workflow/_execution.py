@@ -261,9 +261,9 @@ class Execution:
         return _closable(coroutine, self)
 
     def _insist(self) -> None:
-        self.overdue = True
-        if self._task is not None:
+        if not self.overdue and self._task is not None:
             self._task.cancel()
+        self.overdue = True
 
     def end(self) -> None:
         """The function has ended, by itself or closed: whatever of it is left may begin nothing any more."""
