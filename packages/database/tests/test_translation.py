@@ -121,16 +121,19 @@ async def test_what_is_final_stays_final(failing, tables, way, state, kind):
         (sqlite3.SQLITE_BUSY, DatabaseBusy, True),
         (sqlite3.SQLITE_BUSY_SNAPSHOT, DatabaseBusy, True),
         (sqlite3.SQLITE_LOCKED, DatabaseBusy, True),
-        (sqlite3.SQLITE_FULL, DatabaseError, True),
+        (sqlite3.SQLITE_FULL, DatabaseUnavailable, True),
+        (sqlite3.SQLITE_READONLY, DatabaseUnavailable, True),
+        (sqlite3.SQLITE_READONLY_DBMOVED, DatabaseUnavailable, True),
+        (sqlite3.SQLITE_ERROR, DatabaseError, True),
         (sqlite3.SQLITE_IOERR_FSYNC, DatabaseError, False),
     ],
 )
 def test_results_of_sqlite(code, kind, no_effect):
-    """Locked by another is passing; after a disk that failed nothing is certain."""
+    """Locked by another, full or only to be read is passing; after a disk that failed nothing is certain."""
     error = sqlite3.OperationalError("as asked")
     error.sqlite_errorcode = code
     mine = translate(error)
-    assert (type(mine), mine.retryable, mine.no_effect) == (kind, kind is DatabaseBusy, no_effect)
+    assert (type(mine), mine.retryable, mine.no_effect) == (kind, kind is not DatabaseError, no_effect)
     assert mine.__cause__ is error
 
 

@@ -37,6 +37,9 @@ PASSING = {
 }
 """SQLSTATEs, or their classes, that the next attempt may not meet; the connection goes on."""
 
+_SQLITE_CANNOT_WRITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY}
+"""Result codes of a full disk, and of a file or its file system that may only be read: somebody can mend that."""
+
 _IN_DOUBT = "40003"  # "statement completion unknown"
 _CONFLICT = "23"
 _READ_ONLY = "25006"
@@ -117,6 +120,8 @@ def _of_sqlite(error: sqlite3.Error, text: str) -> DatabaseError:
         return Conflict(text)
     if is_busy(error):
         return DatabaseBusy(f"SQLite stayed locked by another writer: {text}")
+    if code in _SQLITE_CANNOT_WRITE:
+        return DatabaseUnavailable(f"SQLite cannot write at the moment: {text}")
     # After a disk has failed to sync, what was written may or may not come back with the next start.
     return DatabaseError(f"SQLite refused the statement: {text}", no_effect=code != sqlite3.SQLITE_IOERR)
 

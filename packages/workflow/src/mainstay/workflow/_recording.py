@@ -31,7 +31,7 @@ from mainstay.database import CommitUnknown, Conflict, Database, Fence, FenceLos
 from mainstay.workflow._execution import Wait
 from mainstay.workflow._history import Kind, Row
 from mainstay.workflow.errors import Lost, Parked
-from mainstay.workflow.tables import APPEND, APPEND_ONCE, ENTRY, FORGET
+from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET
 
 _log = logging.getLogger("mainstay.workflow")
 _BACKOFF = FullJitter(initial_seconds=0.05, max_seconds=2.0)
@@ -176,7 +176,12 @@ class Recording:
                         await self._database.write(statement, [values])
                 self._written(rows, held)
 
-        await self._insist(write)
+        await self._insist(write, landed=self._has_left)
+
+    async def _has_left(self) -> bool:
+        """Whether this claim's last word is in the database: the run is at its epoch, and nobody executes it."""
+        found = await self.read(CLAIM, {"run": self.run_id})
+        return bool(found) and found[0].epoch == self._fence.epoch and found[0].status != "running"
 
     async def with_effect(self, row: Row, effect: Callable[[], Awaitable[None]]) -> None:
         """Run an effect that only writes to the database; its rows, `row` and what is waiting share one commit.
@@ -264,7 +269,16 @@ class Recording:
         if self._buffer:  # kept while this was on its way
             asyncio.get_running_loop().call_soon(self._flush_soon)
 
-    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+    async def _insist(
+        self, write: Callable[[], Awaitable[None]], *, landed: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
+        """Repeat a write until it is durable.
+
+        Args:
+            write: may be repeated as often as is needed.
+            landed: whether it is durable, asked where an earlier try ended in doubt: a write that takes the run from
+                this worker ends the fence of its own repetition.
+        """
         cancelled: asyncio.CancelledError | None = None
         give_up_at = float("inf")
         attempt = 0
@@ -277,6 +291,8 @@ class Recording:
                 cancelled = error  # what has happened is written first; then the cancellation goes on its way
                 give_up_at = min(give_up_at, self._clock.monotonic() + _GRACE_SECONDS)
             except FenceLost:
+                if attempt > 1 and landed is not None and await landed():
+                    break
                 raise Lost from None
             except Exception as error:
                 if cancelled is not None and self._clock.monotonic() > give_up_at:
