@@ -11,6 +11,7 @@ from mainstay.core import Drain, FullJitter, MainstayError, Retry
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
+    Handle,
     NotInRun,
     RunStateError,
     RunStatus,
@@ -514,3 +515,25 @@ async def test_what_makes_no_sense_outside_a_run_or_without_a_zone_is_refused() 
         await flows.sleep_until(datetime(2026, 1, 1))  # noqa: DTZ001  that is the mistake
     with pytest.raises(ValueError, match="more than 0"):
         flows.workflow(name="w", timeout_seconds=0)
+
+
+async def test_a_cancellation_that_is_rolled_back_cancels_nothing(url) -> None:
+    """It joins the caller's transaction: what that leaves out has not been asked for, in memory neither."""
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="w")
+    async def w(n: int) -> int:
+        await flows.sleep(0.5)
+        return n
+
+    async with workflows(flows, url=url) as app:
+        run = await w.start(1, id="r")
+        with pytest.raises(LookupError):
+            await _cancel_and_fail(app.get(Database), run)
+        assert await run.result(WAIT) == 1
+
+
+async def _cancel_and_fail(database: Database, run: Handle[int]) -> None:
+    async with database.transaction():
+        await run.cancel()
+        raise LookupError
