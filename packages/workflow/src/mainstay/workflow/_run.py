@@ -301,6 +301,9 @@ class Run:
         await self._recording.end((FAIL, {"run": self.id, "at_epoch": self.epoch, "failure": kept}))
 
     async def _back(self, *, only_unknown: bool) -> None:
+        records = self._history.records.values()
+        if only_unknown and not any(record.state is StepState.UNKNOWN for record in records):
+            return
         self._going_back = True
         self._begin()
         way_back = WayBack(
