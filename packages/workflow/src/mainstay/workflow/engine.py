@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -12,11 +11,12 @@ from typing import Any, TypeVar, TypeVarTuple, cast
 
 import sqlalchemy as sa
 
-from mainstay.core import Clock, Health, NotBoundError, current, spawn, timeout, uuid7
+from mainstay.core import Clock, Health, current, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
 from mainstay.workflow._again import same_run
 from mainstay.workflow._history import History, Kind, recall
+from mainstay.workflow._results import Results
 from mainstay.workflow._run import AnyWorkflow
 from mainstay.workflow._verdict import UNDONE, workflow_failed
 from mainstay.workflow._way_back import AnyStep
@@ -36,7 +36,6 @@ from mainstay.workflow.tables import (
     SEND,
     START,
     START_QUIETLY,
-    STATES,
     UNDO_ENDED,
     VIEW,
     runs,
@@ -51,9 +50,6 @@ T = TypeVar("T")
 _log = logging.getLogger("mainstay.workflow")
 
 _START_TRIES = 5  # a commit whose end nobody saw is looked up by trying again
-_ASK_AT_ONCE = 500
-_FIRST_LOOK_SECONDS = 0.05
-_SLOWEST_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +94,18 @@ class WorkflowEngine:
         self._database = database
         self._clock = clock
         self._workflows = workflows
-        self._waiters: dict[str, list[asyncio.Future[Mapping[str, Any]]]] = {}
-        self._looking: asyncio.Task[None] | None = None
-        self._look_now = asyncio.Event()
+
+        def executes(run_id: str) -> bool:
+            return self.worker.executes(run_id)
+
+        self._results = Results(database, clock, executes=executes)
         self.worker = Worker(
-            database=database, clock=clock, settings=settings, workflows=workflows, steps=steps, ended=self._ended
+            database=database,
+            clock=clock,
+            settings=settings,
+            workflows=workflows,
+            steps=steps,
+            ended=self._results.ended,
         )
 
     # Starting
@@ -208,10 +211,10 @@ class WorkflowEngine:
         """Wait for the run to end; its result as JSON. See `Handle.result`."""
         _names.run_id(id)
         if timeout_seconds is None:
-            state = await self._ended_state(id)
+            state = await self._results.of(id)
         else:
             async with timeout(timeout_seconds, clock=self._clock):
-                state = await self._ended_state(id)
+                state = await self._results.of(id)
         status = RunStatus(state["status"])
         if status is RunStatus.COMPLETED:
             return str(state["output"])
@@ -220,65 +223,6 @@ class WorkflowEngine:
             raise RunParked(msg)
         how = f"run {id} {status}"
         raise workflow_failed(how, state["failure"] or {"type": "Unknown", "detail": ""})
-
-    async def _ended_state(self, id: str) -> Mapping[str, Any]:
-        future: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters.setdefault(id, [])
-        waiters.append(future)
-        self._look_now.set()
-        if self._looking is None or self._looking.done():
-            self._looking = spawn(self._look(), name="workflow.results")
-        try:
-            return await future
-        finally:
-            waiters.remove(future)
-            if not waiters and self._waiters.get(id) is waiters:
-                del self._waiters[id]
-
-    def _ended(self, id: str, status: RunStatus | None, output: str | None, failure: dict[str, Any] | None) -> None:
-        """A run left this process's worker; without a status the database has to be asked what it is now."""
-        if status is None:
-            if id in self._waiters:
-                self._look_now.set()
-            return
-        self._tell(id, {"status": status, "output": output, "failure": failure, "note": None})
-
-    def _tell(self, id: str, state: Mapping[str, Any] | BaseException) -> None:
-        for future in self._waiters.get(id, ()):
-            if future.done():
-                continue
-            if isinstance(state, BaseException):
-                future.set_exception(state)
-            else:
-                future.set_result(state)
-
-    async def _look(self) -> None:
-        """While anybody waits for runs that other processes execute, ask the database about all of them together."""
-        seconds = _FIRST_LOOK_SECONDS
-        while self._waiters:
-            self._look_now.clear()
-            ids = [waited for waited in self._waiters if not self.worker.executes(waited)]
-            try:
-                for at in range(0, len(ids), _ASK_AT_ONCE):
-                    await self._look_at(ids[at : at + _ASK_AT_ONCE])
-            except Exception as error:  # noqa: BLE001  it is asked again; who waits has a timeout of their own
-                _log.warning("the results of runs could not be looked up and will be again: %s", error)
-            timer = self._clock.call_later(seconds, self._look_now.set)
-            try:
-                await self._look_now.wait()
-            finally:
-                timer.cancel()
-            seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
-
-    async def _look_at(self, ids: list[str]) -> None:
-        found = {row.id: row for row in await self._database.read(STATES, {"ids": ids})}
-        for asked in ids:
-            row = found.get(asked)
-            if row is None:
-                self._tell(asked, RunNotFound(f"there is no run {asked!r}"))
-            elif row.status not in {"queued", "running"}:
-                failure = json.loads(row.failure) if row.failure else None
-                self._tell(asked, {"status": row.status, "output": row.output, "failure": failure, "note": row.note})
 
     # For people
 
@@ -400,12 +344,7 @@ class WorkflowEngine:
 
     async def close(self) -> None:
         """End what waits for results."""
-        looking, self._looking = self._looking, None
-        if looking is not None:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
-        for waited in list(self._waiters):
-            self._tell(waited, NotBoundError("the App stopped before the run ended; it goes on elsewhere"))
+        await self._results.close()
 
 
 def _changed(result: sa.Result[Any]) -> bool:

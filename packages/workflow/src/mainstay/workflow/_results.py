@@ -1,0 +1,111 @@
+"""Who waits for the ends of runs, in whatever process these are executed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mainstay.core import Clock, NotBoundError, spawn
+from mainstay.database import Database
+from mainstay.workflow.errors import RunNotFound
+from mainstay.workflow.tables import STATES
+from mainstay.workflow.workflow import RunStatus
+
+_log = logging.getLogger("mainstay.workflow")
+
+_ASK_AT_ONCE = 500
+_FIRST_LOOK_SECONDS = 0.05
+_SLOWEST_LOOK_SECONDS = 1.0
+
+
+class Results:
+    """Tells those who wait: at once about runs of this process, by looking about the others.
+
+    Args:
+        executes: whether this process executes the run, and so will tell by itself.
+    """
+
+    def __init__(self, database: Database, clock: Clock, *, executes: Callable[[str], bool]) -> None:
+        self._database = database
+        self._clock = clock
+        self._executes = executes
+        self._waiters: dict[str, list[asyncio.Future[Mapping[str, Any]]]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._look_now = asyncio.Event()
+
+    async def of(self, id: str) -> Mapping[str, Any]:
+        """Wait for the run to end or to need a person: its status, output, failure and note.
+
+        Raises:
+            RunNotFound: it does not exist.
+            NotBoundError: the App stopped meanwhile.
+        """
+        future: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(id, [])
+        waiters.append(future)
+        self._look_now.set()
+        if self._looking is None or self._looking.done():
+            self._looking = spawn(self._look(), name="workflow.results")
+        try:
+            return await future
+        finally:
+            waiters.remove(future)
+            if not waiters and self._waiters.get(id) is waiters:
+                del self._waiters[id]
+
+    def ended(self, id: str, status: RunStatus | None, output: str | None, failure: dict[str, Any] | None) -> None:
+        """A run left this process's worker; without a status the database has to be asked what it is now."""
+        if status is None:
+            if id in self._waiters:
+                self._look_now.set()
+            return
+        self._tell(id, {"status": status, "output": output, "failure": failure, "note": None})
+
+    def _tell(self, id: str, state: Mapping[str, Any] | BaseException) -> None:
+        for future in self._waiters.get(id, ()):
+            if future.done():
+                continue
+            if isinstance(state, BaseException):
+                future.set_exception(state)
+            else:
+                future.set_result(state)
+
+    async def _look(self) -> None:
+        """While anybody waits for runs that other processes execute, ask the database about all of them together."""
+        seconds = _FIRST_LOOK_SECONDS
+        while self._waiters:
+            self._look_now.clear()
+            ids = [waited for waited in self._waiters if not self._executes(waited)]
+            try:
+                for at in range(0, len(ids), _ASK_AT_ONCE):
+                    await self._look_at(ids[at : at + _ASK_AT_ONCE])
+            except Exception as error:  # noqa: BLE001  it is asked again; who waits has a timeout of their own
+                _log.warning("the results of runs could not be looked up and will be again: %s", error)
+            timer = self._clock.call_later(seconds, self._look_now.set)
+            try:
+                await self._look_now.wait()
+            finally:
+                timer.cancel()
+            seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
+
+    async def _look_at(self, ids: list[str]) -> None:
+        found = {row.id: row for row in await self._database.read(STATES, {"ids": ids})}
+        for asked in ids:
+            row = found.get(asked)
+            if row is None:
+                self._tell(asked, RunNotFound(f"there is no run {asked!r}"))
+            elif row.status not in {"queued", "running"}:
+                failure = json.loads(row.failure) if row.failure else None
+                self._tell(asked, {"status": row.status, "output": row.output, "failure": failure, "note": row.note})
+
+    async def close(self) -> None:
+        """Stop looking, and say so to those who wait."""
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        for waited in list(self._waiters):
+            self._tell(waited, NotBoundError("the App stopped before the run ended; it goes on elsewhere"))
