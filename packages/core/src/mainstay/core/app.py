@@ -73,8 +73,7 @@ class App:
         self._serving: list[tuple[str, Work]] = []
         self._crew: Crew | None = None  # of the module that is starting, afterwards of the App itself
         self._starting: str | None = None
-        self._running = False
-        self._started = False
+        self._running = self._started = False
         self._stack: AsyncExitStack | None = None
 
     # What modules and applications use while it runs

@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from types import CodeType
 from typing import Any, TypeVar
 
 from mainstay.core import (
@@ -23,20 +20,17 @@ from mainstay.core import (
     Outcome,
     Retry,
     RetryState,
-    bind_journal,
     retry_if_retryable,
-    timeout,
 )
-from mainstay.database import CommitUnknown, Database, DatabaseError, FenceLost
-from mainstay.workflow._branch import current_branch
+from mainstay.database import CommitUnknown, DatabaseError
+from mainstay.workflow._effects import Effects, Work, or_parked
 from mainstay.workflow._execution import Execution
-from mainstay.workflow._history import History, Kind, Row, StepRecord, StepState
-from mainstay.workflow._metrics import STEP_SECONDS, count_step
-from mainstay.workflow._recording import Places, Recording, worth_repeating
+from mainstay.workflow._history import History, Kind, StepRecord, StepState
+from mainstay.workflow._metrics import count_step
+from mainstay.workflow._recording import Recording, worth_repeating
 from mainstay.workflow._verdict import (
     GIVEN_UP,
     SHORTEST_WAIT,
-    NoException,
     describe,
     error_text,
     failed_for_good,
@@ -45,9 +39,9 @@ from mainstay.workflow._verdict import (
     rejection_seconds,
     step_failed,
 )
-from mainstay.workflow.errors import ControlFlow, Lost, Parked
+from mainstay.workflow.errors import Parked
 from mainstay.workflow.outcome import Done, Failed, Unknown
-from mainstay.workflow.step import StepInfo, StepPolicy, any_error, current_info
+from mainstay.workflow.step import StepPolicy, any_error
 
 _log = logging.getLogger("mainstay.workflow")
 
@@ -76,35 +70,6 @@ class Exhausted(Exception):
         self.maybe = maybe
 
 
-@dataclass(slots=True)
-class Work:
-    """One thing to get done durably.
-
-    Attributes:
-        name: for metrics and messages.
-        policy: how it is attempted.
-        call: one attempt.
-        keep: makes JSON of a result, and what reading that JSON gives.
-        load: reads a result.
-        input: JSON; kept with the first intent.
-        undoes: in a compensation, the key of the step that it undoes.
-        ask: asks the other side what became of an attempt.
-        entry: the work only writes to the database, and shares one commit with its record.
-        own: the code of the step below policies of ours.
-    """
-
-    name: str
-    policy: StepPolicy
-    call: Callable[[], Awaitable[Any]]
-    keep: Callable[[Any], tuple[str, Any]]
-    load: Callable[[str], Any] | None = None
-    input: str | None = None
-    undoes: str | None = None
-    ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
-    entry: bool = False
-    own: CodeType | None = None
-
-
 class Attempts:
     """The attempts of one execution of a run."""
 
@@ -115,19 +80,15 @@ class Attempts:
         execution: Execution,
         recording: Recording,
         history: History,
-        database: Database,
         clock: Clock,
-        executing: Places,
-        unrecorded: Places,
+        effects: Effects,
     ) -> None:
         self._run_id = run_id
         self._execution = execution
         self._recording = recording
         self._history = history
-        self._database = database
         self._clock = clock
-        self._executing = executing
-        self._unrecorded = unrecorded
+        self._effects = effects
 
     async def settle(self, work: Work, record: StepRecord) -> Any:
         """Do the work of a step and record its outcome.
@@ -201,8 +162,8 @@ class Attempts:
             try:
                 if policy.transactional:
                     with self._execution.at_work():
-                        return await self._in_the_database(work, record)
-                result = await self._outside(work, record)
+                        return await self._effects.in_the_database(work, record)
+                result = await self._effects.outside(work, record)
             except (Exception, asyncio.CancelledError) as error:
                 if _not_ours(error):
                     raise
@@ -281,14 +242,9 @@ class Attempts:
         _log.info("run %s: %s ended with %s; again in %.3g s", self._run_id, record.key, error_text(error), delay)
         record.error, record.dangling, record.rest_seconds = error, False, delay
         row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
-        self._outdate(record)
+        self._effects.outdate(record)
         record.rejected = (record.seq, row["seq"]) if rejected else ()
         await self._recording.append(row)
-
-    def _outdate(self, record: StepRecord) -> None:
-        if record.rejected:
-            self._recording.outdate(record.rejected)
-            record.rejected = ()
 
     # What became of it
 
@@ -333,7 +289,7 @@ class Attempts:
             answer: Done[Any] | Failed | Unknown
             try:
                 with self._execution.at_work():
-                    answer = await self.attempt(work, record, attempt, ask)
+                    answer = await self._effects.attempt(work, record, attempt, ask)
                 outcome = Outcome.of_result(answer)
                 detail = answer.detail if isinstance(answer, Unknown) else ""
             except Exception as error:  # noqa: BLE001  a probe that raises does not know
@@ -345,105 +301,6 @@ class Attempts:
             if attempt >= _PROBE.attempts:
                 return Unknown(detail)
             await self._execution.pause(_PROBE.wait(RetryState(attempt, outcome, 0.0)))
-
-    # One attempt
-
-    async def _outside(self, work: Work, record: StepRecord) -> Any:
-        """One attempt at something whose effect is elsewhere."""
-        execution = self._execution
-        while self._executing.full:
-            await execution.turn(self._executing.waiting)
-            await execution.boundary()
-        self._executing.taken += 1
-        try:
-            with execution.at_work():
-                await self._recording.append(self._intent(work, record))
-                # From here on nobody knows, until a result or an attempt's end is recorded.
-                record.dangling = True
-                record.began += 1
-                while self._unrecorded.full and execution.stopped is None:
-                    await execution.turn(self._unrecorded.waiting)
-                if execution.stopped is None:
-                    return await self.attempt(work, record, record.attempts + 1, work.call)
-                self._not_begun(record)
-            raise await execution.told()
-        finally:
-            self._executing.give_back()
-
-    def _not_begun(self, record: StepRecord) -> None:
-        """The run was told to stop just after the intent was written; the attempt did not happen, and that is said."""
-        info = {
-            "attempts": record.attempts,
-            "maybe": record.maybe,
-            "error": record.error,
-            "rest_seconds": 0.0,
-            "happened": False,
-        }
-        record.began, record.dangling = record.began - 1, False
-        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
-        self._recording.settle(row, executed=False)
-
-    def _intent(self, work: Work, record: StepRecord) -> Row:
-        body = work.input if record.seq == 0 or record.rejected else None
-        info = json.dumps({"pivot": True}) if work.policy.pivot else None
-        row = self._recording.row(Kind.INTENT, record.key, position=record.position, body=body, info=info)
-        self._outdate(record)
-        record.seq, record.pivot = row["seq"], work.policy.pivot
-        return row
-
-    async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Run user code once, outside the run's own branch."""
-        info = current_info.set(StepInfo(self._run_id, work.name, f"{self._run_id}:{record.key}", number, work.undoes))
-        branch = current_branch.set(None)
-        seconds = work.policy.timeout_seconds
-        started = time.perf_counter()
-        try:
-            with bind_journal(None):
-                if seconds is None:
-                    return await call()
-                async with timeout(seconds, clock=self._clock):
-                    return await call()
-        except (Exception, asyncio.CancelledError, ControlFlow, GeneratorExit):
-            raise
-        except BaseException as error:
-            if self._execution.ended_from_outside():
-                raise asyncio.CancelledError from error  # the worker's own end, in a group with others
-            _log.warning("run %s: %s raised what is no Exception", self._run_id, record.key, exc_info=True)
-            raise NoException(error) from error
-        finally:
-            STEP_SECONDS.observe(time.perf_counter() - started)
-            current_branch.reset(branch)
-            current_info.reset(info)
-
-    async def _in_the_database(self, work: Work, record: StepRecord) -> Any:
-        """One attempt at a transactional step: its writes and its record share one commit."""
-        await self._recording.flush()
-        written, kept = record.in_doubt is not None, None
-        row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
-        record.in_doubt = row  # a cancellation may come while the commit is on its way
-        try:
-            async with self._database.transaction():
-                result = await self.attempt(work, record, record.attempts + 1, work.call)
-                body, kept = or_parked(work.keep, result)
-                info = {"input": work.input, **({"pivot": True} if work.policy.pivot else {})}
-                row |= {"body": body, "info": json.dumps(info)}
-                written = True
-                await self._recording.within_transaction(row)
-        except FenceLost:
-            raise Lost from None
-        except Exception as error:
-            # A commit whose end was not seen: only the history knows.
-            found = await self._recording.find(row["seq"]) if written else None
-            if found is None:
-                if not isinstance(error, CommitUnknown):
-                    record.in_doubt = None
-                raise
-            row["body"] = found.body
-            kept = None if work.load is None else work.load(found.body)
-        record.state, record.seq, record.output, record.in_doubt = StepState.DONE, row["seq"], row["body"], None
-        self._history.pivoted = self._history.pivoted or work.policy.pivot
-        count_step(work.name, StepState.DONE)
-        return kept
 
     async def _as_entry(self, work: Work, record: StepRecord) -> None:
         """An effect that only writes to the database: its rows and its record are one entry, tried until it is there.
@@ -458,7 +315,7 @@ class Attempts:
             try:
                 with self._execution.at_work():
                     await self._recording.with_effect(
-                        row, lambda: self.attempt(work, record, record.attempts + 1, work.call)
+                        row, lambda: self._effects.attempt(work, record, record.attempts + 1, work.call)
                     )
                 break
             except Exception as error:
@@ -480,14 +337,6 @@ class Attempts:
         count_step(work.name, StepState.DONE)
         self._history.pivoted = self._history.pivoted or work.policy.pivot
         return kept
-
-
-def or_parked(keep: Callable[..., T], *args: Any) -> T:
-    """What cannot be kept as its annotation says is a bug: repaired, the run goes on."""
-    try:
-        return keep(*args)
-    except TypeError as error:
-        raise Parked(str(error)) from error
 
 
 def nothing(_result: object) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mainstay.workflow._run import Run
+    from mainstay.workflow._primitives import Primitives
 
 
 class Branch:
@@ -20,10 +20,10 @@ class Branch:
         busy: a primitive of it is running, so that no other may begin.
     """
 
-    __slots__ = ("busy", "gathers", "occurrences", "position", "prefix", "run")
+    __slots__ = ("busy", "gathers", "occurrences", "position", "prefix", "primitives")
 
-    def __init__(self, run: Run, prefix: str) -> None:
-        self.run = run
+    def __init__(self, primitives: Primitives, prefix: str) -> None:
+        self.primitives = primitives
         self.prefix = prefix
         self.position = 0
         self.gathers = 0

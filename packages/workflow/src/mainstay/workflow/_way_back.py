@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from mainstay.workflow._attempts import Attempts, Exhausted, Work, nothing
+from mainstay.workflow._attempts import Attempts, Exhausted, nothing
+from mainstay.workflow._effects import Work
 from mainstay.workflow._history import COMPENSATION, History, StepRecord, StepState, step_of
 from mainstay.workflow._metrics import count_step
 from mainstay.workflow._verdict import error_text
 from mainstay.workflow.errors import CompensationExhausted, Parked
 from mainstay.workflow.outcome import Done, Unknown
-from mainstay.workflow.step import Step
-
-AnyStep = Step[..., Any]
+from mainstay.workflow.step import AnyStep
 
 
 class WayBack:

@@ -24,12 +24,13 @@ from mainstay.workflow import _metrics
 from mainstay.workflow._history import History, recall
 from mainstay.workflow._isolation import Isolation
 from mainstay.workflow._recording import Places, Recording
-from mainstay.workflow._run import AnyWorkflow, Run, Surroundings
+from mainstay.workflow._run import Run
+from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._takeover import Takeover
 from mainstay.workflow._verdict import describe, error_text, plain_text
-from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow.errors import Lost, Released
 from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
     ENTRIES,
     OF_WORKER,
@@ -39,7 +40,7 @@ from mainstay.workflow.tables import (
     RUN_FENCE,
     Claims,
 )
-from mainstay.workflow.workflow import RunStatus
+from mainstay.workflow.workflow import AnyWorkflow, RunStatus
 
 _log = logging.getLogger("mainstay.workflow")
 

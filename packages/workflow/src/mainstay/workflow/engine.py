@@ -17,12 +17,11 @@ from mainstay.workflow import _metrics, _names
 from mainstay.workflow._again import same_run
 from mainstay.workflow._history import History, Kind, recall
 from mainstay.workflow._results import Results
-from mainstay.workflow._run import AnyWorkflow
 from mainstay.workflow._verdict import UNDONE, workflow_failed
-from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError
 from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
     APPEND_ONCE,
     ASLEEP,
@@ -40,7 +39,7 @@ from mainstay.workflow.tables import (
     VIEW,
     runs,
 )
-from mainstay.workflow.workflow import RunStatus, Workflow
+from mainstay.workflow.workflow import AnyWorkflow, RunStatus, Workflow
 
 __all__ = ["RunView", "WorkflowEngine"]
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
-from mainstay.workflow._run import AnyWorkflow
 from mainstay.workflow._threads import Threads
-from mainstay.workflow._way_back import AnyStep
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import SCHEMA
+from mainstay.workflow.workflow import AnyWorkflow
 
 __all__ = ["WorkflowModule"]
 

@@ -164,7 +164,7 @@ class WorkflowRouter:
             msg = f"sleep({seconds!r}): a finite number of seconds, 0 or more"
             raise ValueError(msg)
         branch = _running("sleep", "asyncio.sleep")
-        await branch.run.sleep(branch, seconds)
+        await branch.primitives.sleep(branch, seconds)
 
     async def sleep_until(self, moment: datetime) -> None:
         """Wait durably until a moment; one that is past is not waited for.
@@ -177,8 +177,8 @@ class WorkflowRouter:
             msg = f"sleep_until({moment!r}): a moment with a time zone"
             raise ValueError(msg)
         branch = _running("sleep_until", "asyncio.sleep")
-        seconds = max(0.0, (moment - branch.run.clock.now()).total_seconds())
-        await branch.run.sleep(branch, seconds, until=moment.isoformat())
+        seconds = max(0.0, (moment - branch.primitives.clock.now()).total_seconds())
+        await branch.primitives.sleep(branch, seconds, until=moment.isoformat())
 
     async def now(self) -> datetime:
         """The time in UTC, recorded: a replay sees the same.
@@ -187,7 +187,7 @@ class WorkflowRouter:
             NotInRun: this is no workflow function.
         """
         branch = _running("now", "datetime.now")
-        made = await branch.run.value(branch, "now", lambda: branch.run.clock.now().isoformat())
+        made = await branch.primitives.value(branch, "now", lambda: branch.primitives.clock.now().isoformat())
         return datetime.fromisoformat(made)
 
     async def uuid(self) -> UUID:
@@ -197,7 +197,7 @@ class WorkflowRouter:
             NotInRun: this is no workflow function.
         """
         branch = _running("uuid", "uuid.uuid4")
-        return UUID(await branch.run.value(branch, "uuid", lambda: str(uuid7())))
+        return UUID(await branch.primitives.value(branch, "uuid", lambda: str(uuid7())))
 
     async def random(self) -> float:
         """A random number from 0 to 1, recorded: a replay sees the same. It guards nothing.
@@ -206,7 +206,7 @@ class WorkflowRouter:
             NotInRun: this is no workflow function.
         """
         branch = _running("random", "random.random")
-        return float(await branch.run.value(branch, "random", lambda: repr(random.random())))  # noqa: S311  see above
+        return float(await branch.primitives.value(branch, "random", lambda: repr(random.random())))  # noqa: S311  see above
 
     @overload
     async def gather(self, one: Awaitable[T1], two: Awaitable[T2], /) -> tuple[T1, T2]: ...
@@ -234,7 +234,7 @@ class WorkflowRouter:
                     awaitable.close()
             msg = "gather was called outside a run: it is for workflow functions; elsewhere use asyncio.gather"
             raise NotInRun(msg)
-        return await branch.run.gather(branch, branches)
+        return await branch.primitives.gather(branch, branches)
 
     def signal(self, name: str, kind: type[T]) -> Signal[T]:
         """Declare a kind of message: `await approved.wait()` in a workflow function, `await approved.send(run_id, …)`.

@@ -82,5 +82,5 @@ class Signal(Generic[T]):
         if branch is None:
             msg = f"signal {self.name} was waited for outside a run: only workflow functions wait for signals"
             raise NotInRun(msg)
-        result: T = await branch.run.receive(branch, self.name, self._kept.read, timeout_seconds)
+        result: T = await branch.primitives.receive(branch, self.name, self._kept.read, timeout_seconds)
         return result

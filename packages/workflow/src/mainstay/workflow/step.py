@@ -144,7 +144,7 @@ class Step(Generic[P, T]):
                 f"{self.name}.function is the plain function"
             )
             raise NotInRun(msg)
-        result: T = await branch.run.step(branch, self, args, kwargs)
+        result: T = await branch.primitives.step(branch, self, args, kwargs)
         return result
 
     @overload
@@ -298,3 +298,6 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(inspect.unwrap(function), "__name__", repr(function))
+
+
+AnyStep = Step[..., Any]

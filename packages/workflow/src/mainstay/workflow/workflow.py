@@ -144,7 +144,7 @@ class Workflow(Generic[*Ts, T]):
             msg = f"{name}(…) was called outside a run: `await {name}.start(…, id=…)` begins one"
             raise NotInRun(msg)
         text = self.signature.dump_arguments(self.signature.bind(args, {}))
-        result: T = await branch.run.child(branch, cast("Any", self), text)
+        result: T = await branch.primitives.child(branch, cast("Any", self), text)
         return result
 
     async def start(self, *args: *Ts, id: str | None = None) -> Handle[T]:
@@ -192,3 +192,6 @@ class Workflow(Generic[*Ts, T]):
 def _id_of(key: str | None) -> str | None:
     """The id of a run that a step starts; None outside a run, where each is a new one."""
     return None if key is None else str(derived_id(key))
+
+
+AnyWorkflow = Workflow[*tuple[Any, ...], Any]

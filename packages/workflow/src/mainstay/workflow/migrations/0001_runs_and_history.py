@@ -53,6 +53,10 @@ def upgrade() -> None:
             postgresql_where=sa.text(condition),
             sqlite_where=sa.text(condition),
         )
+    _create_history_and_signals(now)
+
+
+def _create_history_and_signals(now: sa.TextClause) -> None:
     op.create_table(
         "mainstay_workflow_history",
         sa.Column("run_id", sa.String(200), primary_key=True),

@@ -1,0 +1,187 @@
+"""One attempt at a step: user code runs once, between an intent and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, TypeVar
+
+from mainstay.core import (
+    bind_journal,
+    timeout,
+)
+from mainstay.database import CommitUnknown, FenceLost
+from mainstay.workflow._branch import current_branch
+from mainstay.workflow._execution import Execution
+from mainstay.workflow._history import History, Kind, Row, StepRecord, StepState
+from mainstay.workflow._metrics import STEP_SECONDS, count_step
+from mainstay.workflow._recording import Recording
+from mainstay.workflow._surroundings import Surroundings
+from mainstay.workflow._verdict import (
+    NoException,
+)
+from mainstay.workflow.errors import ControlFlow, Lost, Parked
+from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.step import StepInfo, StepPolicy, current_info
+
+_log = logging.getLogger("mainstay.workflow")
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Work:
+    """One thing to get done durably.
+
+    Attributes:
+        name: for metrics and messages.
+        policy: how it is attempted.
+        call: one attempt.
+        keep: makes JSON of a result, and what reading that JSON gives.
+        load: reads a result.
+        input: JSON; kept with the first intent.
+        undoes: in a compensation, the key of the step that it undoes.
+        ask: asks the other side what became of an attempt.
+        entry: the work only writes to the database, and shares one commit with its record.
+        own: the code of the step below policies of ours.
+    """
+
+    name: str
+    policy: StepPolicy
+    call: Callable[[], Awaitable[Any]]
+    keep: Callable[[Any], tuple[str, Any]]
+    load: Callable[[str], Any] | None = None
+    input: str | None = None
+    undoes: str | None = None
+    ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
+    entry: bool = False
+    own: CodeType | None = None
+
+
+class Effects:
+    """Runs user code, elsewhere or inside the service's own database."""
+
+    def __init__(
+        self, run_id: str, *, execution: Execution, recording: Recording, history: History, around: Surroundings
+    ) -> None:
+        self._run_id = run_id
+        self._execution = execution
+        self._recording = recording
+        self._history = history
+        self._around = around
+
+    async def outside(self, work: Work, record: StepRecord) -> Any:
+        """One attempt at something whose effect is elsewhere."""
+        execution = self._execution
+        while self._around.executing.full:
+            await execution.turn(self._around.executing.waiting)
+            await execution.boundary()
+        self._around.executing.taken += 1
+        try:
+            with execution.at_work():
+                await self._recording.append(self._intent(work, record))
+                # From here on nobody knows, until a result or an attempt's end is recorded.
+                record.dangling = True
+                record.began += 1
+                while self._around.unrecorded.full and execution.stopped is None:
+                    await execution.turn(self._around.unrecorded.waiting)
+                if execution.stopped is None:
+                    return await self.attempt(work, record, record.attempts + 1, work.call)
+                self._not_begun(record)
+            raise await execution.told()
+        finally:
+            self._around.executing.give_back()
+
+    def _not_begun(self, record: StepRecord) -> None:
+        """The run was told to stop just after the intent was written; the attempt did not happen, and that is said."""
+        info = {
+            "attempts": record.attempts,
+            "maybe": record.maybe,
+            "error": record.error,
+            "rest_seconds": 0.0,
+            "happened": False,
+        }
+        record.began, record.dangling = record.began - 1, False
+        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
+        self._recording.settle(row, executed=False)
+
+    def _intent(self, work: Work, record: StepRecord) -> Row:
+        body = work.input if record.seq == 0 or record.rejected else None
+        info = json.dumps({"pivot": True}) if work.policy.pivot else None
+        row = self._recording.row(Kind.INTENT, record.key, position=record.position, body=body, info=info)
+        self.outdate(record)
+        record.seq, record.pivot = row["seq"], work.policy.pivot
+        return row
+
+    async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Run user code once, outside the run's own branch."""
+        info = current_info.set(StepInfo(self._run_id, work.name, f"{self._run_id}:{record.key}", number, work.undoes))
+        branch = current_branch.set(None)
+        seconds = work.policy.timeout_seconds
+        started = time.perf_counter()
+        try:
+            with bind_journal(None):
+                if seconds is None:
+                    return await call()
+                async with timeout(seconds, clock=self._around.clock):
+                    return await call()
+        except (Exception, asyncio.CancelledError, ControlFlow, GeneratorExit):
+            raise
+        except BaseException as error:
+            if self._execution.ended_from_outside():
+                raise asyncio.CancelledError from error  # the worker's own end, in a group with others
+            _log.warning("run %s: %s raised what is no Exception", self._run_id, record.key, exc_info=True)
+            raise NoException(error) from error
+        finally:
+            STEP_SECONDS.observe(time.perf_counter() - started)
+            current_branch.reset(branch)
+            current_info.reset(info)
+
+    async def in_the_database(self, work: Work, record: StepRecord) -> Any:
+        """One attempt at a transactional step: its writes and its record share one commit."""
+        await self._recording.flush()
+        written, kept = record.in_doubt is not None, None
+        row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
+        record.in_doubt = row  # a cancellation may come while the commit is on its way
+        try:
+            async with self._around.database.transaction():
+                result = await self.attempt(work, record, record.attempts + 1, work.call)
+                body, kept = or_parked(work.keep, result)
+                info = {"input": work.input, **({"pivot": True} if work.policy.pivot else {})}
+                row |= {"body": body, "info": json.dumps(info)}
+                written = True
+                await self._recording.within_transaction(row)
+        except FenceLost:
+            raise Lost from None
+        except Exception as error:
+            # A commit whose end was not seen: only the history knows.
+            found = await self._recording.find(row["seq"]) if written else None
+            if found is None:
+                if not isinstance(error, CommitUnknown):
+                    record.in_doubt = None
+                raise
+            row["body"] = found.body
+            kept = None if work.load is None else work.load(found.body)
+        record.state, record.seq, record.output, record.in_doubt = StepState.DONE, row["seq"], row["body"], None
+        self._history.pivoted = self._history.pivoted or work.policy.pivot
+        count_step(work.name, StepState.DONE)
+        return kept
+
+    def outdate(self, record: StepRecord) -> None:
+        """Leave the entries of a rejection out of the history: the next one says all that they say."""
+        if record.rejected:
+            self._recording.outdate(record.rejected)
+            record.rejected = ()
+
+
+def or_parked(keep: Callable[..., T], *args: Any) -> T:
+    """What cannot be kept as its annotation says is a bug: repaired, the run goes on."""
+    try:
+        return keep(*args)
+    except TypeError as error:
+        raise Parked(str(error)) from error

@@ -1,0 +1,288 @@
+"""What a workflow function may call; each takes its place in the record the same way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from mainstay.core import Clock, Effect
+from mainstay.workflow._attempts import EFFECT, Attempts, nothing
+from mainstay.workflow._branch import Branch, current_branch
+from mainstay.workflow._children import Children
+from mainstay.workflow._effects import Work, or_parked
+from mainstay.workflow._execution import Execution
+from mainstay.workflow._history import Kind, StepRecord, StepState
+from mainstay.workflow._recording import Recording
+from mainstay.workflow._replay import Replay, SameArguments, same_text
+from mainstay.workflow._surroundings import Surroundings
+from mainstay.workflow._verdict import (
+    NoException,
+    step_failed,
+)
+from mainstay.workflow._waits import Waits
+from mainstay.workflow._way_back import arguments_of, load
+from mainstay.workflow.errors import (
+    ControlFlow,
+    Parked,
+)
+from mainstay.workflow.step import AnyStep
+from mainstay.workflow.workflow import AnyWorkflow
+
+T = TypeVar("T")
+
+
+class Primitives:
+    """The primitives of one execution of a function. They end with it, also for tasks that outlive it."""
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        replay: Replay,
+        execution: Execution,
+        recording: Recording,
+        attempts: Attempts,
+        waits: Waits,
+        children: Children,
+        around: Surroundings,
+    ) -> None:
+        self._run_id = run_id
+        self._replay = replay
+        self._execution = execution
+        self._recording = recording
+        self._attempts = attempts
+        self._waits = waits
+        self._children = children
+        self._around = around
+
+    @property
+    def clock(self) -> Clock:
+        """The App's."""
+        return self._around.clock
+
+    def step(
+        self, branch: Branch, step: AnyStep, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
+        """Execute a step, or recall what came of it."""
+
+        def same(record: StepRecord, arguments: str) -> bool:
+            return step.signature.same_arguments(step.signature.load_arguments(arguments), arguments_of(step, record))
+
+        def written() -> str:
+            if self._around.steps.get(step.name) is not step:
+                msg = f"the router of step {step.name} is not part of this App: add it with WorkflowModule.for_feature"
+                raise Parked(msg)
+            return or_parked(step.signature.dump_arguments, or_parked(step.signature.bind, args, kwargs))
+
+        async def perform(record: StepRecord) -> Any:
+            if record.state is StepState.DONE:
+                return load(step.signature.load_result, record)
+            if step.policy.after_pivot and not self._replay.history.pivoted:
+                msg = (
+                    f"{record.key} is declared after_pivot, and no pivot is done yet: nothing would undo it. Call it "
+                    "after the pivot, or declare its compensation"
+                )
+                raise Parked(msg)
+            arguments = arguments_of(step, record)  # what was begun is carried on with the input that it began with
+            work = Work(
+                name=step.name,
+                policy=step.policy,
+                call=lambda: step.call(arguments),
+                keep=step.signature.keep_result,
+                load=step.signature.load_result,
+                input=record.input,
+                ask=None if step.ask is None else lambda: step.call_probe(arguments),
+                own=step.own_code,
+            )
+            return await self._attempts.settle(work, record)
+
+        return self._primitive(branch, step.name, written, perform, same)
+
+    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
+        """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
+        branch = current_branch.get()
+        if branch is None:
+            msg = f"{name}: the history of run {self._run_id} was used outside the run's own code"
+            self._execution.stop(Parked(msg))
+            raise await self._execution.told()
+        label = "@" + name.replace("/", "_")
+
+        async def perform(record: StepRecord) -> str:
+            key = f"{self._run_id}:{record.key}"
+            if record.state is not StepState.DONE:
+                work = Work(name=label, policy=EFFECT, call=lambda: effect(key), keep=nothing, entry=transactional)
+                await self._attempts.settle(work, record)
+            return key
+
+        return await self._primitive(branch, label, str, perform)
+
+    async def sleep(self, branch: Branch, seconds: float, until: str | None = None) -> None:
+        """Let time pass, by the database's clock from the moment that is recorded."""
+
+        async def perform(record: StepRecord) -> None:
+            if record.state is not StepState.DONE:
+                await self._waits.sleep(record, seconds)
+
+        label = "@sleep" if until is None else "@sleep_until"
+        await self._primitive(branch, label, lambda: json.dumps(seconds if until is None else until), perform)
+
+    async def value(self, branch: Branch, kind: str, make: Callable[[], str]) -> str:
+        """What `make` returns the first time: it is recorded, and a replay sees the same."""
+
+        async def perform(record: StepRecord) -> str:
+            if record.state is not StepState.DONE:
+                body = json.dumps(make())
+                row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
+                record.state, record.seq, record.output = StepState.DONE, row["seq"], body
+                self._recording.settle(row, executed=False)
+            made: str = load(json.loads, record)
+            return made
+
+        return await self._primitive(branch, f"@{kind}", str, perform)
+
+    async def receive(self, branch: Branch, name: str, read: Callable[[str], T], seconds: float | None) -> T:
+        """Wait for a message and take it."""
+
+        async def perform(record: StepRecord) -> T:
+            if record.state is not StepState.DONE:
+                await self._waits.receive(record, name, seconds)
+            result: T = load(read, record)
+            return result
+
+        return await self._primitive(branch, f"@signal {name.replace('/', '_')}", lambda: json.dumps(seconds), perform)
+
+    async def child(self, branch: Branch, workflow: AnyWorkflow, input: str) -> Any:
+        """Execute another workflow as a run of its own, and wait for its end without taking anybody's place."""
+        label = f"@child {workflow.name.replace('/', '_')}"
+
+        def same(record: StepRecord, arguments: str) -> bool:
+            read = workflow.signature.load_arguments
+            return workflow.signature.same_arguments(read(record.input or "{}"), read(arguments))
+
+        async def perform(record: StepRecord) -> Any:
+            if record.state is not StepState.DONE:
+                await self._children.result(workflow, record)
+            return load(workflow.signature.load_result, record)
+
+        return await self._primitive(branch, label, lambda: input, perform, same)
+
+    async def gather(self, branch: Branch, awaitables: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
+        """Execute branches side by side, each with numbers of its own; all of them end before this does."""
+        number, branch.gathers = branch.gathers, branch.gathers + 1
+
+        async def perform(record: StepRecord) -> tuple[Any, ...]:
+            if record.state is not StepState.DONE:  # how many there are is part of the record
+                info = json.dumps({"input": record.input})
+                row = self._recording.row(Kind.DONE, record.key, position=record.position, info=info)
+                record.state, record.seq = StepState.DONE, row["seq"]
+                self._recording.settle(row, executed=False)
+            branches = [Branch(self, f"{branch.prefix}{number}.{place}/") for place in range(len(awaitables))]
+            return await self._side_by_side(branches, awaitables)
+
+        try:
+            return await self._primitive(branch, "@gather", lambda: str(len(awaitables)), perform)
+        finally:
+            for awaitable in awaitables:
+                if asyncio.iscoroutine(awaitable):
+                    awaitable.close()  # one that was never begun
+
+    async def _side_by_side(self, branches: list[Branch], awaitables: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
+        execution, loop = self._execution, asyncio.get_running_loop()
+        execution.active += len(branches) - 1
+        tasks = [
+            loop.create_task(self._branch(inner, awaitable), name=f"{self._run_id} {inner.prefix}")
+            for inner, awaitable in zip(branches, awaitables, strict=True)
+        ]
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            while pending := [task for task in tasks if not task.done()]:
+                try:
+                    await asyncio.wait(pending)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                    for task in pending:
+                        task.cancel()
+        finally:
+            for task in tasks:
+                task.cancel()
+            execution.active += 1
+        if execution.stopped is not None:
+            if cancelled is not None and execution.ended_from_outside():
+                raise cancelled
+            raise await execution.told()
+        ends = [task.result() for task in tasks if not task.cancelled()]
+        errors = [error for error, _ in ends if error is not None]
+        if errors:
+            raise errors[0]
+        if len(ends) < len(tasks):
+            raise cancelled or asyncio.CancelledError
+        return tuple(result for _, result in ends)
+
+    async def _branch(self, branch: Branch, awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
+        """The error or the result of one branch. Nothing but a cancellation is raised: it would end the loop."""
+        current_branch.set(branch)
+
+        async def run() -> Any:
+            return await awaitable
+
+        try:
+            return None, await self._execution.closable(run())
+        except asyncio.CancelledError:
+            raise
+        except (Exception, ControlFlow) as error:  # noqa: BLE001  the gather raises it
+            return error, None
+        except BaseException as error:  # noqa: BLE001  the same
+            return NoException(error), None
+        finally:
+            self._execution.active -= 1
+            self._execution.consider_leaving()
+
+    # The one way in and out of every primitive
+
+    async def _primitive(
+        self,
+        branch: Branch,
+        label: str,
+        arguments: Callable[[], str],
+        perform: Callable[[StepRecord], Coroutine[Any, Any, T]],
+        same: SameArguments = same_text,
+    ) -> T:
+        """Take a place in the record, do what is to be done there, and remember what ends the execution.
+
+        Args:
+            branch: in which it is called.
+            label: what is called.
+            arguments: makes JSON of what it is called with.
+            perform: the work, or recalls what came of it.
+            same: whether arguments are those on record.
+        """
+        execution = self._execution
+        if execution.stopped is not None:
+            raise await execution.told()
+        try:
+            if self._around.database.in_unit_of_work():
+                msg = (
+                    f"{label} was called inside db.transaction(): a workflow function may be executed again, so what "
+                    "it writes belongs into a transactional step"
+                )
+                raise Parked(msg)
+            record = self._replay.enter(branch, label, arguments(), same)
+            try:
+                if record.state in {StepState.FAILED, StepState.UNKNOWN}:
+                    raise step_failed(label, record.key, record.state, record.error)
+                return await perform(record)
+            except asyncio.CancelledError:
+                if execution.ended_from_outside() or record.state is StepState.DONE:
+                    raise
+                # The function's own doing, by a time limit of its own for example: a replay has to see the same.
+                given_up = await self._attempts.given_up(label, record)
+                if given_up is None:
+                    return await perform(record)
+                raise given_up from None
+            finally:
+                branch.busy = False
+        except ControlFlow as signal:
+            execution.stop(signal)
+            raise await execution.told() from None
