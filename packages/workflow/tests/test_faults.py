@@ -219,7 +219,7 @@ async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
         async def block(n: int) -> int:
             executed.append(who)
             blocked.set()
-            time.sleep(1.5)  # noqa: ASYNC251  what the test is about
+            time.sleep(3.0)  # noqa: ASYNC251  what the test is about
             return n
 
         @router.workflow(name="block")
@@ -230,7 +230,7 @@ async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
 
     blocking = define(flows, "first")
     define(there, "second")
-    async with workflows(flows, url=address):
+    async with workflows(flows, url=address, lease_seconds=1.0):
         run = await blocking.start(1)
         peer = asyncio.create_task(asyncio.to_thread(asyncio.run, _look_for_the_dead(there, address)))
         assert await run.result(WAIT) == 1
@@ -239,8 +239,8 @@ async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
 
 
 async def _look_for_the_dead(router, address):
-    async with workflows(router, url=address):
-        await asyncio.sleep(1.2)
+    async with workflows(router, url=address, lease_seconds=1.0):
+        await asyncio.sleep(2.5)
 
 
 async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):

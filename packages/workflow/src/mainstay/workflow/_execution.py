@@ -144,7 +144,7 @@ class Execution:
         self._repeats += 1
         if self._repeats > _REPEATS:  # it would never end, and keep the loop from everybody else
             self._insist()
-            await asyncio.get_running_loop().create_future()
+            await _unending()
         return self.stopped
 
     async def quiet(self) -> None:
@@ -277,6 +277,17 @@ class Execution:
         if self.overdue and self._task is not None:
             self._task.uncancel()
         self._task = None  # it goes on, with the way back: what is left of the function has no hold on it
+
+
+@types.coroutine
+def _unending() -> Generator[Any, Any, None]:
+    """Wait for what never comes. Without a loop, when the interpreter ends, there is nothing to wait with either."""
+    try:
+        waiting = asyncio.get_running_loop().create_future()
+    except RuntimeError:
+        while True:
+            yield
+    yield from waiting
 
 
 def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
