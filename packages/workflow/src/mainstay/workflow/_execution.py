@@ -15,6 +15,7 @@ Three rules:
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -32,7 +33,6 @@ _LEASE_LOOK_SECONDS = 0.05
 _GRACE_SECONDS = 5.0  # how long a function may take to clean up
 _REPEATS = 1_000  # so often a function may swallow a stop
 _NEVER = float("inf")
-_abandoned: list[object] = []
 
 
 class Wait:
@@ -144,7 +144,7 @@ class Execution:
         self._repeats += 1
         if self._repeats > _REPEATS:  # it would never end, and keep the loop from everybody else
             self._insist()
-            await _unending()
+            await asyncio.get_running_loop().create_future()
         return self.stopped
 
     async def quiet(self) -> None:
@@ -279,26 +279,16 @@ class Execution:
         self._task = None  # it goes on, with the way back: what is left of the function has no hold on it
 
 
-@types.coroutine
-def _unending() -> Generator[Any, Any, None]:
-    """Wait for what never comes. Without a loop, when the interpreter ends, there is nothing to wait with either."""
-    try:
-        waiting = asyncio.get_running_loop().create_future()
-    except RuntimeError:
-        while True:
-            yield
-    yield from waiting
-
-
 def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Close what does not end; what swallows even that is kept, or the interpreter would try again and again."""
+    """Close what does not end; what swallows even that is left where it is."""
     chain: list[object] = [coroutine]
     while (inner := getattr(chain[-1], "cr_await", None)) is not None:
         chain.append(inner)
     try:
         coroutine.close()
     except RuntimeError:
-        _abandoned.extend(chain)
+        for each in chain:  # never freed: the interpreter's own end would close it again, for ever
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
         _log.error("%s catches every exception in a loop and could not be ended: it is left where it is", coroutine)
 
 
