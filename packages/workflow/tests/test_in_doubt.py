@@ -70,7 +70,7 @@ async def test_a_last_word_that_landed_unseen_is_no_lost_run(url, word, taken):
 
         silent = Silent(database, meanwhile)
         fence = RUN_FENCE.at("r", 1, "me")
-        recording = Recording(silent, SYSTEM_CLOCK, "r", fence, 0, unrecorded=Places(1))  # type: ignore[arg-type]
+        recording = Recording(silent, SYSTEM_CLOCK, "r", fence, 0, unrecorded=Places(1))  # type: ignore[arg-type]  # it stands in for a Database
         change = (statement, {"run": "r", "at_epoch": 1, **values})
         if taken:
             with pytest.raises(Lost):

@@ -1,7 +1,6 @@
 """A step that kills its worker, in real processes: its run is found and parked, and takes no others along."""
 
 import asyncio
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,41 +9,19 @@ import pytest
 import sqlalchemy as sa
 
 from mainstay.core.testing import VirtualClock, eventually
-from mainstay.database import Database, upgrade
-from mainstay.database.schema import SCHEMA as DATABASE
+from mainstay.database import Database
 from mainstay.workflow import RunParked, RunStatus, WorkflowEngine, WorkflowRouter
 from mainstay.workflow._isolation import Isolation
-from mainstay.workflow.tables import SCHEMA, TAKE_OVER, Claims, history, runs
+from mainstay.workflow.tables import TAKE_OVER, Claims, history, runs
 from mainstay.workflow.testing import workflows
 
-_SCRIPT = Path(__file__).with_name("poison_process.py")
+SCRIPT = Path(__file__).with_name("poison_process.py")
 WAIT = 30.0
-
-
-@pytest.fixture
-def there():
-    """The module that the worker processes run, loaded anew, since its router binds to one App at a time."""
-    spec = importlib.util.spec_from_file_location("poison_process", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=["file", "postgres"])
-async def shared(request, tmp_path):
-    """The URL of a database that many processes share."""
-    if request.param == "file":
-        return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
-    url = request.getfixturevalue("postgres")
-    await upgrade(url, [DATABASE, SCHEMA])
-    return url
 
 
 async def dies(url, directory):
     """Let a worker serve until a step kills it."""
-    command = [sys.executable, _SCRIPT, url, directory]
+    command = [sys.executable, SCRIPT, url, directory]
     worker = await asyncio.to_thread(subprocess.run, command, timeout=60, check=False, capture_output=True)
     assert worker.returncode == 9, worker.stderr.decode()[-2000:]
 

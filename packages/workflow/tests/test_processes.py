@@ -1,7 +1,6 @@
 """Workers as processes: killed, put to sleep, asked to end, and taken over by others."""
 
 import asyncio
-import importlib.util
 import itertools
 import os
 import signal
@@ -13,35 +12,17 @@ from pathlib import Path
 import pytest
 
 from mainstay.core import App
-from mainstay.database import upgrade
-from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow import RunStatus, WorkflowEngine
-from mainstay.workflow.tables import SCHEMA
 from mainstay_servers.frozen import frozen
 
-_SCRIPT = Path(__file__).with_name("worker_process.py")
+SCRIPT = Path(__file__).with_name("worker_process.py")
 _WAIT = 45.0
 
 
 @pytest.fixture
-def there():
-    """The module that the worker processes run, loaded anew, since its router binds to one App at a time."""
-    spec = importlib.util.spec_from_file_location("worker_process", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=["file", "postgres"])
-async def url(request, tmp_path):
+async def url(shared):
     """A database that processes can share."""
-    if request.param == "file":
-        return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
-    address = request.getfixturevalue("postgres")
-    await upgrade(address, [DATABASE, SCHEMA])
-    return address
+    return shared
 
 
 @pytest.fixture
@@ -51,7 +32,7 @@ def workers(url, tmp_path):
     log = (tmp_path / "log").open("wb")
 
     def start():
-        started.append(subprocess.Popen([sys.executable, _SCRIPT, url, tmp_path], stderr=log))
+        started.append(subprocess.Popen([sys.executable, SCRIPT, url, tmp_path], stderr=log))
         return started[-1]
 
     with log:

@@ -196,10 +196,10 @@ def release(*, new: bool) -> WorkflowRouter:
         async def order(order: Order, express: bool = False) -> None: ...
     else:
 
-        class Line(BaseModel):  # type: ignore[no-redef]
+        class Line(BaseModel):  # type: ignore[no-redef]  # of the next release
             sku: str
 
-        class Order(BaseModel):  # type: ignore[no-redef]
+        class Order(BaseModel):  # type: ignore[no-redef]  # of the next release
             id: str
             lines: list[Line]
 
@@ -207,7 +207,7 @@ def release(*, new: bool) -> WorkflowRouter:
         async def order(order: Order) -> None: ...
 
     order.function.__annotations__["order"] = Order
-    flows.made = lambda sku: Order(id="o", lines=[Line(sku=sku)])  # type: ignore[attr-defined]
+    flows.made = lambda sku: Order(id="o", lines=[Line(sku=sku)])  # type: ignore[attr-defined]  # made above
     return flows
 
 
@@ -216,19 +216,19 @@ async def test_the_same_input_after_a_release_is_the_same_run(url):
     before, after = release(new=False), release(new=True)
     async with workflows(before, url=url, serve=False):
         (order,) = before.workflows.values()
-        await order.start(before.made("a"), id="o")  # type: ignore[attr-defined]
+        await order.start(before.made("a"), id="o")  # type: ignore[attr-defined]  # made above
     if ":memory:" in url:
         return
     async with workflows(after, url=url, serve=False) as app:
         (order,) = after.workflows.values()
-        again = await order.start(after.made("a"), id="o")  # type: ignore[attr-defined]
+        again = await order.start(after.made("a"), id="o")  # type: ignore[attr-defined]  # made above
         assert again.id == "o"
-        await order.start(after.made("a"), False, id="o")  # type: ignore[attr-defined]
+        await order.start(after.made("a"), False, id="o")  # type: ignore[attr-defined]  # made above
         assert len(await app.get(Database).read(runs.select())) == 1
         with pytest.raises(RunConflict, match="run 'o' exists, with another input"):
-            await order.start(after.made("b"), id="o")  # type: ignore[attr-defined]
+            await order.start(after.made("b"), id="o")  # type: ignore[attr-defined]  # made above
         with pytest.raises(RunConflict, match="run 'o' exists, with another input"):
-            await order.start(after.made("a"), True, id="o")  # type: ignore[attr-defined]
+            await order.start(after.made("a"), True, id="o")  # type: ignore[attr-defined]  # made above
 
 
 async def test_the_same_input_is_the_same_run_in_whatever_order_it_is_written(url):

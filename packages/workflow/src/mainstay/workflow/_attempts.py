@@ -1,6 +1,6 @@
 """Getting work done durably: a step, a compensation, or another package's effect, attempt by attempt.
 
-An attempt is done, or it failed, or nobody knows. What came of it is decided by `_verdict`; here it is recorded, and
+An attempt is done, failed or unknown. What came of it is decided by `_verdict`; here it is recorded, and
 then repeated, asked about, or given up.
 """
 
@@ -118,7 +118,7 @@ class Attempts:
         """The function does not wait for this any longer; on replay it will see the same. None where it is done.
 
         Raises:
-            Parked: it is a pivot of which nobody knows whether it took effect.
+            Parked: it is a pivot of which it is unknown whether it took effect.
         """
         if record.pivot and record.in_question:
             msg = (
@@ -156,7 +156,7 @@ class Attempts:
                 return self._done(work, record, found.result, executed=False)
         while True:
             if record.rest_seconds > 0:
-                await self._execution.pause(record.rest_seconds)
+                await self._execution.wait(record.rest_seconds)
                 record.rest_seconds = 0.0
             await self._execution.boundary()
             try:
@@ -207,7 +207,7 @@ class Attempts:
         """Wait before the database is asked again: its being away is no outcome of the work."""
         _log.warning("run %s: %s could not be written and will be again: %s", self._run_id, record.key, error)
         state = RetryState(times, Outcome.of_error(error), 0.0)
-        await self._execution.pause(max(SHORTEST_WAIT, EFFECT.retry.wait(state)))
+        await self._execution.wait(max(SHORTEST_WAIT, EFFECT.retry.wait(state)))
 
     def _delay(
         self, work: Work, record: StepRecord, outcome: Outcome, began: float, waited: float, *, more: int = 0
@@ -300,7 +300,7 @@ class Attempts:
                 return answer
             if attempt >= _PROBE.attempts:
                 return Unknown(detail)
-            await self._execution.pause(_PROBE.wait(RetryState(attempt, outcome, 0.0)))
+            await self._execution.wait(_PROBE.wait(RetryState(attempt, outcome, 0.0)))
 
     async def _as_entry(self, work: Work, record: StepRecord) -> None:
         """An effect that only writes to the database: its rows and its record are one entry, tried until it is there.

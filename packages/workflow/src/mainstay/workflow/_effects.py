@@ -85,7 +85,7 @@ class Effects:
         try:
             with execution.at_work():
                 await self._recording.append(self._intent(work, record))
-                # From here on nobody knows, until a result or an attempt's end is recorded.
+                # From here on the outcome is unknown, until a result or an attempt's end is recorded.
                 record.dangling = True
                 record.began += 1
                 while self._around.unrecorded.full and execution.stopped is None:

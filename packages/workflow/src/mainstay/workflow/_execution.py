@@ -6,9 +6,9 @@ second: every primitive that is called later raises the same again, and what the
 Three rules:
 
 - A stop is raised only when no step is being executed: a `TaskGroup` in the function cancels the siblings of a branch
-  that raises, and a cancelled step is one of which nobody knows whether it happened.
+  that raises, and a cancelled step is one of which it is unknown whether it happened.
 - The run leaves the worker's memory only when all of its branches wait, and each of them for long. A branch that wakes
-  goes on whatever the others do.
+  goes on independently of the others.
 - A function that does not end although it was told to is closed.
 """
 
@@ -114,16 +114,16 @@ class Execution:
         for wait in self._waits:
             wait.end()
 
-    def ended_from_outside(self, error: BaseException | None = None) -> bool:
+    def ended_from_outside(self) -> bool:
         """Whether the worker cancelled the run's task: it tells the run to stop first, and the function does not."""
-        return self.stopped is not None and cancelled_from_outside(error)
+        return self.stopped is not None and cancelled_from_outside()
 
     # Boundaries
 
     async def boundary(self) -> None:
         """Raise what ends this execution, before anything new begins.
 
-        While the worker's lease may have ended, nobody knows whose the run is: nothing new begins until that is
+        While the worker's lease may have ended, the owner of the run is unknown: nothing new begins until that is
         settled.
         """
         while self.stopped is None:
@@ -159,7 +159,7 @@ class Execution:
 
     @contextmanager
     def at_work(self) -> Generator[None, None, None]:
-        """A step is being executed, or is about to be: whatever stops the run waits for its end."""
+        """A step is being executed, or is about to be: a stop of the run waits for its end."""
         self._at_work += 1
         try:
             yield
@@ -172,17 +172,13 @@ class Execution:
 
     # Waiting
 
-    async def pause(self, seconds: float) -> None:
-        """Wait between two attempts."""
-        await self.wait(seconds)
-
     async def wait(self, seconds: float, *, since: float | None = None, look_seconds: float = _NEVER) -> None:
         """Let time pass in one branch, and let the run leave the memory where all branches wait for long.
 
         Args:
             seconds: until the wait is over.
             since: when a wait for something new began, on the clock's monotonic time. Something new ends it, and the
-                run stays in memory for a while, since nobody knows how long that will take.
+                run stays in memory for a while, since that may come soon.
             look_seconds: how long at most this call lasts.
         """
         due = self._clock.monotonic() + seconds
@@ -266,7 +262,7 @@ class Execution:
         self.overdue = True
 
     def end(self) -> None:
-        """The function has ended, by itself or closed: whatever of it is left may begin nothing any more."""
+        """The function has ended, by itself or closed: tasks that it left behind may begin nothing any more."""
         if self.stopped is None:
             self.stopped = Ended()
         for wait in self._waits:

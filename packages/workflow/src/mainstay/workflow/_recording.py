@@ -12,7 +12,7 @@ effect. Done plainly that is two commits a step. Three things make it cheap:
   of hundreds of runs become one statement of one group commit.
 
 The price is a window: steps executed and not yet recorded are executed again after a kill. The worker's
-`Places` for unrecorded results bound it, whatever the number of its runs: while none is free, no further step begins.
+`Places` for unrecorded results bound it for all of its runs together: while none is free, no further step begins.
 
 Benchmark rows: `workflow/three steps, 1,000 at once` and `workflow/steps repeated by a kill`.
 """
@@ -179,7 +179,7 @@ class Recording:
         await self._insist(write, landed=self._has_left)
 
     async def _has_left(self) -> bool:
-        """Whether this claim's last word is in the database: the run is at its epoch, and nobody executes it."""
+        """Whether this claim's last word is in the database: the run is at its epoch, and no worker executes it."""
         found = await self.read(CLAIM, {"run": self.run_id})
         return bool(found) and found[0].epoch == self._fence.epoch and found[0].status != "running"
 

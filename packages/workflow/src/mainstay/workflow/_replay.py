@@ -1,4 +1,4 @@
-"""The record of a run beside its function: whatever the function does otherwise than before is noticed here.
+"""The record of a run beside its function: each difference between the two is noticed here.
 
 Every primitive takes a place in its branch by its label and arguments. A difference parks the run with a note that
 names both sides; it never fails or compensates it.

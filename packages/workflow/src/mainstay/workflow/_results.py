@@ -1,4 +1,4 @@
-"""Who waits for the ends of runs, in whatever process these are executed."""
+"""Callers that wait for the ends of runs, in this process or in others."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class Run:
         if self._failure is None:
             output = await self._forward()
         if self._failure is None:
-            # A step of which nobody knows is not left behind, even where the function found another way.
+            # An unknown step is not left behind, even where the function found another way.
             await self._back(only_unknown=True)
             return await self._end(RunStatus.COMPLETED, output)
         self.status = RunStatus.COMPENSATING
@@ -209,7 +209,7 @@ class Run:
         cause: BaseException | None = None
         try:
             result = await execution.drive(self._call(arguments))
-        except BaseException as error:  # noqa: BLE001  whatever it is, the record decides what it means
+        except BaseException as error:  # noqa: BLE001  the record decides what it means
             cause = error
         stopped = execution.stopped
         execution.end()

@@ -145,7 +145,7 @@ class Signature:
         return {**self._defaults, **self._arguments.read(text)}
 
     def same_arguments(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-        """Whether arguments by name are equal by value, whatever the order in which a set or a mapping was written."""
+        """Whether arguments by name are equal by value, in any order of a set or a mapping."""
         return self._arguments.same(one, other)
 
     def keep_result(self, value: object) -> tuple[str, Any]:

@@ -94,7 +94,7 @@ class Waits:
             raise step_failed(label, record.key, StepState.FAILED, error)
 
     async def child(self, child_id: str, key: str) -> Any:
-        """Wait for a child to end, and return its row. What it came to is recorded by whoever asks."""
+        """Wait for a child to end, and return its row. The caller records its outcome."""
         ended: Any = None
 
         async def look() -> bool:

@@ -39,7 +39,7 @@ class WayBack:
         self._undo_child = undo_child
 
     async def undo(self, *, only_unknown: bool) -> None:
-        """Undo all that was done or may have been, or only what nobody knows about.
+        """Undo all that was done or may have been, or only what is unknown.
 
         Raises:
             CompensationExhausted: one of the compensations used up its attempts.

@@ -128,7 +128,7 @@ class Workflow(Generic[*Ts, T]):
     def __call__(self, *args: *Ts) -> Coroutine[Any, Any, T]:
         """Inside a workflow function: execute it as a run of its own, a child, and wait for its result.
 
-        The child is started once, whatever happens to its parent, and executed by any worker; the parent waits for it
+        The child is started once, also where its parent crashes, and executed by any worker; the parent waits for it
         without memory. Where the parent is undone, the child is, too.
 
         Raises:
