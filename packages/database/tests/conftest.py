@@ -26,6 +26,8 @@ owners = sa.Table(
 )
 
 ADD = sa.insert(notes)
+# Not one that counts once for several rows, so its batch is a transaction of several statements.
+TOUCH = sa.update(notes).where(notes.c.id == sa.bindparam("which")).values(n=notes.c.n + 1)
 COUNT = sa.select(sa.func.count()).select_from(notes)
 
 
@@ -38,6 +40,7 @@ def tables() -> SimpleNamespace:
         owners=owners,
         add=ADD,
         own=sa.insert(owners),
+        touch=TOUCH,
         fences=FenceOn(owners, owners.c.id, owners.c.epoch),
     )
 

@@ -342,11 +342,11 @@ async def test_a_connection_lost_before_the_commit_is_nobodys_concern(postgres, 
         await db.write(tables.add, {"id": 0, "text": "x"})
         for times, first in ((1, 100), (3, 200)):
             wire.cut(b"BEGIN", after=True, times=times)
-            await asyncio.gather(*(db.write(tables.add, {"id": first + i, "text": "x"}) for i in range(50)))
+            adds = (db.write(tables.add, {"id": first + i, "text": "x"}) for i in range(50))
+            await asyncio.gather(*adds, db.write(tables.touch, {"which": 0}))
         wire.cut(b"COMMIT", after=False)
-        results = await asyncio.gather(
-            *(db.write(tables.add, {"id": 300 + i, "text": "x"}) for i in range(50)), return_exceptions=True
-        )
+        adds = (db.write(tables.add, {"id": 300 + i, "text": "x"}) for i in range(50))
+        results = await asyncio.gather(*adds, db.write(tables.touch, {"which": 0}), return_exceptions=True)
         # The word was lost, not its answer; but that cannot be known from here.
         assert {type(result) for result in results} == {CommitUnknown}
         assert await count(direct) == 101
@@ -359,10 +359,11 @@ async def test_a_connection_lost_while_committing_is_unknown(postgres, open_data
         wire.cut(b"COMMIT", after=True)
         results = await asyncio.gather(
             *(db.write(tables.add, {"id": i, "text": "x"}) for i in range(10)),
+            db.write(tables.touch, {"which": 0}),  # takes the whole batch the long way
             db.write(tables.add, {"id": 100, "text": "x"}, fence=tables.fences.at(1, 1)),
             return_exceptions=True,
         )
-        assert [type(result).__name__ for result in results] == ["CommitUnknown"] * 10 + ["FenceLost"]
+        assert [type(result).__name__ for result in results] == ["CommitUnknown"] * 11 + ["FenceLost"]
         assert isinstance(results[0], CommitUnknown)
         assert not results[0].no_effect
         assert await count(direct) == 10
@@ -381,6 +382,28 @@ async def test_a_connection_lost_while_committing_is_unknown(postgres, open_data
         wire.cut(b"", after=True)
         with pytest.raises(CommitUnknown):
             await db.write(tables.add, {"id": 401, "text": "alone, one statement is its own commit"})
+
+
+async def test_a_connection_lost_during_a_batch_of_one_statement_is_unknown(postgres, open_database, tables, count):
+    """Whether it was carried out is not known from here, with its answer lost or with the statement itself."""
+    async with open_database(postgres) as direct, Wire(postgres) as wire, database(wire.url) as db:
+        await db.write(tables.own, {"id": 1, "epoch": 2})
+        for after, there in ((False, 0), (True, 10)):
+            fence = tables.fences.at(1, 2)
+            before = await count(direct)
+            await db.write(tables.add, {"id": 100 + after, "text": "so that it is prepared"}, fence=fence)
+            wire.cut(b"", after=after)
+            adds = (db.write(tables.add, {"id": i, "text": "x"}, fence=fence) for i in range(10))
+            results = await asyncio.gather(*adds, return_exceptions=True)
+            assert {type(result) for result in results} == {CommitUnknown}
+            await until_there(direct, count, before + 1 + there)
+
+
+async def until_there(db, count, number: int) -> None:
+    """The server goes on with a statement whose client is gone."""
+    async with asyncio.timeout(30):
+        while await count(db) != number:  # noqa: ASYNC110  it is another process
+            await asyncio.sleep(0.01)
 
 
 async def test_a_start_without_a_database(tmp_path):

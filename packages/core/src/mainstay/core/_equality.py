@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, cast
 from uuid import UUID
 
@@ -36,9 +37,9 @@ def differ(one: Any, other: Any, path: str, opaque: list[Found]) -> Found | None
         return None
     if kind in _PLAIN:
         return None if one == other else (path, one, other)
-    for base, compare in _COMPARED:
-        if issubclass(kind, base):
-            return compare(one, other, path, opaque)
+    compare = _comparison(cast("Hashable", kind))
+    if compare is not None:
+        return compare(one, other, path, opaque)
     if dataclasses.is_dataclass(kind):
         return _attributes(one, other, [field.name for field in dataclasses.fields(kind)], path, opaque)
     if cast("object", kind.__eq__) is object.__eq__:
@@ -118,8 +119,10 @@ def _attributes(one: object, other: object, names: Any, path: str, opaque: list[
 
 _ABSENT = object()
 
+_Compare = Callable[[Any, Any, str, list[Found]], Found | None]
+
 # Those that a value may be a subclass of; the types themselves are equal already.
-_COMPARED: tuple[tuple[type, Callable[[Any, Any, str, list[Found]], Found | None]], ...] = (
+_COMPARED: tuple[tuple[type, _Compare], ...] = (
     (BaseModel, _models),
     (Mapping, _mappings),
     (list, _sequences),
@@ -130,3 +133,9 @@ _COMPARED: tuple[tuple[type, Callable[[Any, Any, str, list[Found]], Found | None
     (datetime, _moments),
     (time, _moments),
 )
+
+
+@lru_cache(maxsize=1_024)
+def _comparison(kind: type[Any]) -> _Compare | None:
+    """How values of a type are compared; kept, since abstract base classes take long to answer."""
+    return next((compare for base, compare in _COMPARED if issubclass(kind, base)), None)

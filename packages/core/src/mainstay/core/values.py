@@ -43,6 +43,7 @@ class Kept(Generic[T]):
     def __init__(self, kind: type[T], what: str) -> None:
         self._kind: Any = kind
         self._what = what
+        self._checked = False
 
     def check(self) -> None:
         """Refuse a type whose values can never come back equal.
@@ -50,6 +51,8 @@ class Kept(Generic[T]):
         Raises:
             TypeError: the message names the field, and the remedy.
         """
+        if self._checked:  # a router is checked by each App that takes it, and to look at a type takes milliseconds
+            return
         with contextlib.suppress(PydanticUserError):  # a type that JSON Schema cannot describe
             if (name := secret_in(self._adapter.json_schema(mode="serialization"))) is not None:
                 msg = (
@@ -61,6 +64,7 @@ class Kept(Generic[T]):
         for path, reason in Look().at(self._adapter.core_schema, "", config, config):
             msg = f"{self._what} cannot be kept: {path.removeprefix('.') or 'it'} {reason}"
             raise TypeError(msg)
+        self._checked = True
 
     def write(self, value: T) -> str:
         """The value as JSON. Raises what `keep` does."""

@@ -42,6 +42,7 @@ import asyncpg
 from mainstay.core import SYSTEM_CLOCK, Clock, spawn
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, Bounds, postgres_connection, sqlite_connection
+from mainstay.database._one_statement import OneStatements
 from mainstay.database._statements import Arguments, Literal, Operation, Prepared, Statements
 from mainstay.database._translation import (
     DRIVER_ERRORS,
@@ -467,6 +468,7 @@ class PostgresWriter:
         self._pooled = pooled
         self._limits = limits
         self._statements = statements
+        self._one_statements = OneStatements(statements)
         self._seconds = limits.lock_seconds
         self._connection: asyncpg.Connection | None = None
         self._made_at = float("-inf")
@@ -561,31 +563,35 @@ class PostgresWriter:
 
     async def _commit(self, connection: asyncpg.Connection, writes: Sequence[PendingWrite]) -> None:
         errors: Errors = {}
-        first = writes[0]
-        alone = len(writes) == 1 and first.fence is None and len(first.operations) == 1 and not self._pooled
+        # With a pooler the session's lock timeout is not ours, and one that is set needs a transaction.
+        one = None if self._pooled or _is_plain(writes) else self._one_statements.of(writes)
         try:
-            if alone:
-                # One statement is its own transaction, in one message instead of three.
-                self._in_doubt = (writes, errors)
-                statement, rows = first.operations[0]
-                await _execute_many(connection, statement, rows)
-                self._in_doubt = None
-            else:
+            if self._pooled or not (one or _is_plain(writes)):
                 await self._begin(connection, _PATIENCE_SECONDS)
                 errors = await self._fenced_out(connection, writes)
                 for statement, rows in merge([write for write in writes if id(write) not in errors]):
                     await _execute_many(connection, statement, rows)
                 await self._end(connection, writes, errors)
+            else:
+                # A statement is its own transaction, in one message instead of three to five.
+                self._in_doubt = (writes, errors)
+                if one is None:
+                    ((statement, rows),) = writes[0].operations
+                    await _execute_many(connection, statement, rows)
+                else:
+                    held = {number for (number,) in await connection.fetch(one.sql, *one.arguments)}
+                    errors |= _lost(writes, lambda fence: one.fences[fence] in held)
+                self._in_doubt = None
         except Exception as error:
             if connection.is_closed() or connection_is_gone(error):
                 raise
             self._in_doubt = None  # the server has answered: it refused, and nothing is there
-            if not alone:
+            if connection.is_in_transaction():
                 await connection.execute("ROLLBACK")
-            elif not waits_for_others(error):
-                _settle(writes, {id(first): translate(error)})
-                return
-            await self._one_by_one(connection, writes)
+            if len(writes) == 1 and not waits_for_others(error):
+                _settle(writes, {id(writes[0]): translate(error)})
+            else:
+                await self._one_by_one(connection, writes)
         else:
             _settle(writes, errors)
 
@@ -657,11 +663,20 @@ class PostgresWriter:
             form = self._statements.prepared(on.many, ("ids",))
             rows = await connection.fetch(form.sql, *form.arguments({"ids": list(ids)}))
             found |= {(on, row[0]): row[1:] for row in rows}
-        return {
-            id(write): FenceLost(fence.lost())
-            for write in writes
-            if (fence := write.fence) is not None and not fence.holds(found.get((fence.on, fence.id)))
-        }
+        return _lost(writes, lambda fence: fence.holds(found.get((fence.on, fence.id))))
+
+
+def _lost(writes: Sequence[PendingWrite], holds: Callable[[Fence], bool]) -> Errors:
+    return {
+        id(write): FenceLost(fence.lost())
+        for write in writes
+        if (fence := write.fence) is not None and not holds(fence)
+    }
+
+
+def _is_plain(writes: Sequence[PendingWrite]) -> bool:
+    """Whether it is one statement as it stands."""
+    return len(writes) == 1 and writes[0].fence is None and len(writes[0].operations) == 1
 
 
 def _lock_timeout(verb: str, seconds: float) -> str:
@@ -674,6 +689,6 @@ async def _execute_many(
     if len(rows) == 1:
         await connection.execute(statement.sql, *rows[0])
     elif statement.by_column is not None:
-        await connection.execute(statement.by_column, *zip(*rows, strict=True))
+        await connection.execute(statement.by_column.sql(), *zip(*rows, strict=True))
     else:
         await connection.executemany(statement.sql, rows)

@@ -22,28 +22,77 @@ Convert = Callable[[Any], Any]
 
 _CACHED = 1_024
 
-# An insert as SQLAlchemy renders it for asyncpg, if it takes nothing but its rows: `INSERT … VALUES ($1::BIGINT, …)`.
-# Not `DO UPDATE`, which one statement may not do twice to a row.
-_INSERT = re.compile(r"(INSERT INTO [^$]+\)) VALUES \((.*?)\)(| ON CONFLICT[^$]* DO NOTHING)")
-_VALUE = re.compile(r"\$(\d+)::([A-Z][A-Z ]*)(?:\(\d+(?:, ?\d+)?\))?")
+# An execution option of an update: rows of one batch that change the same row of the table may count as one of them.
+BY_COLUMN = "mainstay_by_column"
+
+# An insert and an update as SQLAlchemy renders them for asyncpg: `INSERT INTO t (a) VALUES ($1::BIGINT)`. Not `DO
+# UPDATE`, which one statement may not do twice to a row.
+_INSERT = re.compile(r"INSERT INTO (\S+) (\([^$]+?\)) VALUES \((.*)\)(| ON CONFLICT[^$]* DO NOTHING)", re.DOTALL)
+_UPDATE = re.compile(r"UPDATE (\S+) SET (.+?) WHERE (.+)", re.DOTALL)
+_MORE = re.compile(r"\b(SELECT|RETURNING|DEFAULT VALUES)\b")
 # Types whose Python values cannot be taken for arrays.
-_SCALARS = frozenset(
-    {
-        *(
-            "BIGINT",
-            "INTEGER",
-            "SMALLINT",
-            "NUMERIC",
-            "FLOAT",
-            "DOUBLE PRECISION",
-            "BOOLEAN",
-            "BYTEA",
-            "TEXT",
-            "VARCHAR",
-        ),
-        *("DATE", "INTERVAL", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP WITHOUT TIME ZONE", "JSON", "JSONB", "UUID"),
-    }
+_SCALARS = (
+    *("BIGINT", "INTEGER", "SMALLINT", "NUMERIC", "FLOAT", "DOUBLE PRECISION", "BOOLEAN", "BYTEA", "TEXT", "VARCHAR"),
+    *("DATE", "INTERVAL", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP WITHOUT TIME ZONE", "JSON", "JSONB", "UUID"),
 )
+_VALUE = re.compile(rf"\$(\d+)::({'|'.join(_SCALARS)})(\(\d+(?:, ?\d+)?\))?(?![\w\[])")
+
+
+class ByColumn:
+    """A statement that takes any number of rows, one array for each column: parsed, planned and executed once.
+
+    Attributes:
+        table: what it writes to.
+        updates: it changes rows that are there.
+    """
+
+    __slots__ = ("_text", "_types", "table", "updates")
+
+    def __init__(self, table: str, text: str, types: Sequence[str], *, updates: bool) -> None:
+        self.table = table
+        self.updates = updates
+        self._text = text
+        self._types = types
+
+    def sql(self, first: int = 1, fence: str = "") -> str:
+        """The statement.
+
+        Args:
+            first: the number of its first parameter.
+            fence: where a row belongs to a fence, the number of which is one more column: the rows that may be written,
+                as a condition on `given.f`.
+        """
+        types = [*self._types, "INTEGER"] if fence else self._types
+        arrays = ", ".join(f"${first + place}::{kind}[]" for place, kind in enumerate(types))
+        names = ", ".join([*(f"c{place}" for place in range(1, len(self._types) + 1)), *(["f"] if fence else [])])
+        rows = f"unnest({arrays}) AS given({names})"
+        condition = f" {'AND' if self.updates else 'WHERE'} {fence}" if fence else ""
+        return self._text.replace("\0", rows).replace("\1", condition)
+
+
+def _by_column(sql: str, *, updates: bool = False) -> ByColumn | None:
+    """The form of a statement that takes its rows by column, where it means the same for any number of them."""
+    insert = _INSERT.fullmatch(sql)
+    update = _UPDATE.fullmatch(sql) if updates else None
+    values = [(int(match[1]), f"{match[2]}{match[3] or ''}") for match in _VALUE.finditer(sql)]
+    types = dict(values)
+    if _MORE.search(sql) or sql.count("$") != len(values) or sorted(types) != list(range(1, len(types) + 1)):
+        return None
+    if not types or len(set(values)) != len(types) or "\0" in sql or "\1" in sql:
+        return None
+
+    def named(text: str) -> str:
+        return _VALUE.sub(lambda match: f"given.c{match[1]}", text)
+
+    if insert is not None:
+        table, columns, row, tail = insert.groups()
+        text = f"INSERT INTO {table} {columns} SELECT {named(row)} FROM \0\1{tail}"  # noqa: S608  what SQLAlchemy rendered
+    elif update is not None:
+        table, changes, where = update.groups()
+        text = f"UPDATE {table} SET {named(changes)} FROM \0 WHERE ({named(where)})\1"  # noqa: S608  the same
+    else:
+        return None
+    return ByColumn(table, text, [types[number] for number in sorted(types)], updates=update is not None)
 
 
 class Prepared:
@@ -51,14 +100,15 @@ class Prepared:
 
     Attributes:
         sql: for one row.
-        by_column: for any number of rows on PostgreSQL, one array for each column; None where there is no such form.
+        by_column: for any number of rows on PostgreSQL; None where there is no such form.
     """
 
     __slots__ = ("_compiled", "_convert", "_fixed", "_keys", "_pick", "_plain", "_spread", "by_column", "sql")
 
     def __init__(self, compiled: SQLCompiler, keys: Sequence[str]) -> None:
         self.sql = compiled.string
-        self.by_column = _by_column(compiled.string)
+        options = cast("sa.Executable", compiled.statement).get_execution_options()
+        self.by_column = _by_column(compiled.string, updates=bool(options.get(BY_COLUMN)))
         self._compiled = compiled
         self._spread = bool(compiled.post_compile_params)
         self._keys = frozenset(keys)
@@ -130,7 +180,7 @@ class Literal:
 
     def __init__(self, sql: str) -> None:
         self.sql = sql
-        self.by_column: str | None = None
+        self.by_column: ByColumn | None = None
 
 
 Operation = tuple[Prepared | Literal, list[Arguments]]
@@ -178,22 +228,6 @@ class Statements:
 def _bound(cache: dict[Any, Any]) -> None:
     if len(cache) >= _CACHED:
         del cache[next(iter(cache))]
-
-
-def _by_column(sql: str) -> str | None:
-    """The insert that takes its rows by column: the server parses, plans and executes once for any number of them."""
-    insert = _INSERT.fullmatch(sql)
-    if insert is None:
-        return None
-    head, values, tail = insert.groups()
-    casts = [(match[0], match[1], match[2].rstrip()) for match in _VALUE.finditer(values)]
-    whole = ", ".join(text for text, _, _ in casts) == values
-    if not whole or [int(number) for _, number, _ in casts] != list(range(1, len(casts) + 1)):
-        return None
-    if not _SCALARS.issuperset(kind for _, _, kind in casts):
-        return None
-    arrays = ", ".join(f"{text}[]" for text, _, _ in casts)
-    return f"{head} SELECT * FROM unnest({arrays}){tail}"  # noqa: S608  pieces of what SQLAlchemy rendered
 
 
 def _picker(keys: list[str]) -> Callable[[Mapping[str, Any]], Arguments]:

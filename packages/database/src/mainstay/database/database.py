@@ -313,7 +313,9 @@ class Database:
 
         Args:
             statement: a Core insert, update or delete with `bindparam`s, best a constant of the module: it is compiled
-                once, and grouped with others of the same statement.
+                once, and grouped with others of the same statement. An update that says
+                `.execution_options(mainstay_by_column=True)` is carried out for all rows of a group at once, on
+                PostgreSQL, so that several which change the same row count as one of them.
             rows: the parameters, a mapping or several with the same keys.
             fence: the write happens only while it holds.
             route: writes of the same route take effect in the order of the calls. Writes of different routes, or

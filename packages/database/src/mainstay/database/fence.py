@@ -29,7 +29,7 @@ class FenceOn:
         where: what must hold of the row besides; a constant condition, such as a state in which rows have owners.
     """
 
-    __slots__ = ("_name", "_owned", "many", "one")
+    __slots__ = ("_name", "columns", "many", "one", "owned")
 
     def __init__(
         self,
@@ -41,8 +41,9 @@ class FenceOn:
         where: sa.ColumnElement[bool] | None = None,
     ) -> None:
         self._name = table.name
-        self._owned = owner_column is not None
+        self.owned = owner_column is not None
         seen = [epoch_column] if owner_column is None else [epoch_column, owner_column]
+        self.columns = tuple(column.name for column in (id_column, *seen))
         conditions = [] if where is None else [where]
         # Locked in the order of ids, or two batches could wait for each other.
         self.many = (
@@ -63,8 +64,8 @@ class FenceOn:
         Raises:
             ValueError: an owner is named and the table has no column for it, or the other way round.
         """
-        if (owner is not None) != self._owned:
-            msg = f"{self!r}.at({id!r}, …) {'lacks an owner' if self._owned else 'names an owner, which no column has'}"
+        if (owner is not None) != self.owned:
+            msg = f"{self!r}.at({id!r}, …) {'lacks an owner' if self.owned else 'names an owner, which no column has'}"
             raise ValueError(msg)
         return Fence(self, id, epoch, owner)
 

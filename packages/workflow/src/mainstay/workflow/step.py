@@ -119,7 +119,7 @@ class Step(Generic[P, T]):
         self.undo: Callable[..., Awaitable[None]] | None = None
         self.ask: Callable[..., Awaitable[Done[T] | Failed | Unknown]] | None = None
         self.binding = binding
-        self._filled: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+        self._filled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
@@ -217,25 +217,25 @@ class Step(Generic[P, T]):
         def filled(function: Callable[..., Any]) -> Callable[..., Any]:
             return app.fill(function) if is_async(function) else threads.awaitable(app.fill(function))
 
-        self._filled = filled
+        self._filled = {function: filled(function) for function in self.functions()}
         try:
             yield
         finally:
-            self._filled = _as_it_is
+            self._filled = {}
 
     def call(self, arguments: Mapping[str, Any]) -> Awaitable[T]:
         """Call the step's function with arguments by name, and with the App's services."""
-        return self.signature.call(arguments, function=self._filled(self.function))
+        return self.signature.call(arguments, function=self._filled.get(self.function, self.function))
 
     def call_undo(self, arguments: Mapping[str, Any], outcome: Done[T] | Unknown) -> Awaitable[None]:
         """Call its compensation in the same way."""
         assert self.undo is not None  # noqa: S101  a step without one is never undone
-        return self.signature.call(arguments, outcome, function=self._filled(self.undo))
+        return self.signature.call(arguments, outcome, function=self._filled.get(self.undo, self.undo))
 
     def call_probe(self, arguments: Mapping[str, Any]) -> Awaitable[Done[T] | Failed | Unknown]:
         """Call its probe in the same way."""
         assert self.ask is not None  # noqa: S101  the same
-        return self.signature.call(arguments, function=self._filled(self.ask))
+        return self.signature.call(arguments, function=self._filled.get(self.ask, self.ask))
 
     def check(self) -> None:
         """What can be said only when everything is defined: annotations, and that something undoes the step.
@@ -290,10 +290,6 @@ def own_code(function: Callable[..., Any]) -> CodeType | None:
             return None
         below = inner
     return None if below is function else getattr(below, "__code__", None)
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -170,8 +170,12 @@ _mine = (
     runs.c.status == "running",
 )
 
+# Of one run there is one such row in a batch, or several that say the same.
+_BY_COLUMN = {"mainstay_by_column": True}
+
 END = (
     sa.update(runs)
+    .execution_options(**_BY_COLUMN)
     .where(*_mine)
     .values(
         status=sa.bindparam("status"),
