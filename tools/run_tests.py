@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "tests"
 COVERAGE = 90  # percent of lines and branches of a package
-MEASURED = os.environ.get("COVERAGE") != "no"
+# Not on Python 3.11: where a traced thread with greenlets ends while another one does, the interpreter asks for ever,
+# at the first instruction of a function, for a call that stays pending. 3.12 goes on behind that instruction.
+MEASURED = os.environ.get("COVERAGE") != "no" and sys.version_info >= (3, 12)
 AT_A_TIME = 2
 PATIENCE_SECONDS = 600  # a whole run that takes longer is run less often
 

@@ -117,14 +117,14 @@ class WriteQueue:
         self._wake = asyncio.Event()
         self._task = spawn(self._run(), name="database.recorder")
 
-    async def record(self, write: PendingWrite) -> None:
-        """Hand in a write; returns when it is durable. A cancelled caller takes it back if it has not been begun."""
+    def record(self, write: PendingWrite) -> asyncio.Future[None]:
+        """Hand in a write; done when it is durable. A cancelled caller takes it back if it has not been begun."""
         if self._closed:
             msg = "the database is closing: nothing more can be written"
             raise DatabaseUnavailable(msg, retryable=False)
         self._pending.append(write)
         self._wake.set()
-        await write.durable
+        return write.durable
 
     def waiting(self) -> int:
         """The number of writes not yet begun."""
@@ -195,10 +195,9 @@ class Recorder:
     def __init__(self, queues: Sequence[WriteQueue]) -> None:
         self._queues = queues
 
-    async def record(self, operations: list[Operation], fence: Fence | None, route: Hashable) -> None:
+    def record(self, operations: list[Operation], fence: Fence | None, route: Hashable) -> asyncio.Future[None]:
         """Make the operations durable together; writes of one route in the order in which they come."""
-        write = PendingWrite(operations, fence, route)
-        await self._queue(route).record(write)
+        return self._queue(route).record(PendingWrite(operations, fence, route))
 
     def _queue(self, route: Hashable) -> WriteQueue:
         queues = self._queues

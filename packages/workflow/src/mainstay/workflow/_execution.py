@@ -19,7 +19,6 @@ import ctypes
 import logging
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from mainstay.core import Clock, Timer, cancelled_from_outside
@@ -58,6 +57,21 @@ class Wait:
             self.ended.set_result(None)
 
 
+class _AtWork:
+    """The blocks of one execution in which a step is at work, one for all of them: every step enters it."""
+
+    __slots__ = ("_execution",)
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+
+    def __enter__(self) -> None:
+        self._execution.begin_work()
+
+    def __exit__(self, *_end: object) -> None:
+        self._execution.end_work()
+
+
 class Execution:
     """What may begin, wait and end in one execution of a run.
 
@@ -86,6 +100,7 @@ class Execution:
         self._may_cancel = may_cancel
         self._suspend_after_seconds = suspend_after_seconds
         self._at_work = 0
+        self._work = _AtWork(self)
         self._repeats = 0
         self.overdue = False
         self._waits: set[Wait] = set()
@@ -157,18 +172,21 @@ class Execution:
             finally:
                 self._quiet.discard(quiet)
 
-    @contextmanager
-    def at_work(self) -> Generator[None, None, None]:
-        """A step is being executed, or is about to be: a stop of the run waits for its end."""
+    def at_work(self) -> _AtWork:
+        """A step is being executed, or is about to be, within the block: a stop of the run waits for its end."""
+        return self._work
+
+    def begin_work(self) -> None:
+        """Begin such a block."""
         self._at_work += 1
-        try:
-            yield
-        finally:
-            self._at_work -= 1
-            if not self._at_work:
-                for quiet in self._quiet:
-                    if not quiet.done():
-                        quiet.set_result(None)
+
+    def end_work(self) -> None:
+        """End it."""
+        self._at_work -= 1
+        if not self._at_work:
+            for quiet in self._quiet:
+                if not quiet.done():
+                    quiet.set_result(None)
 
     # Waiting
 

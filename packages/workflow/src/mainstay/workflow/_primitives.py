@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from mainstay.core import Clock, Effect
@@ -70,11 +70,15 @@ class Primitives:
         def same(record: StepRecord, arguments: str) -> bool:
             return step.signature.same_arguments(step.signature.load_arguments(arguments), arguments_of(step, record))
 
+        fresh: Mapping[str, Any] = {}
+
         def written() -> str:
+            nonlocal fresh
             if self._around.steps.get(step.name) is not step:
                 msg = f"the router of step {step.name} is not part of this App: add it with WorkflowModule.for_feature"
                 raise Parked(msg)
-            return or_parked(step.signature.dump_arguments, or_parked(step.signature.bind, args, kwargs))
+            text, fresh = or_parked(step.signature.keep_arguments, or_parked(step.signature.bind, args, kwargs))
+            return text
 
         async def perform(record: StepRecord) -> Any:
             if record.state is StepState.DONE:
@@ -85,7 +89,8 @@ class Primitives:
                     "after the pivot, or declare its compensation"
                 )
                 raise Parked(msg)
-            arguments = arguments_of(step, record)  # what was begun is carried on with the input that it began with
+            # What was begun is carried on with the input that it began with.
+            arguments = arguments_of(step, record) if record.seq else fresh
             work = Work(
                 name=step.name,
                 policy=step.policy,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -147,10 +147,10 @@ class Recording:
 
     # Writing
 
-    async def append(self, row: Row) -> None:
-        """Write an entry and whatever is waiting; durable when this returns."""
+    def append(self, row: Row) -> Coroutine[Any, Any, None]:
+        """Write an entry and whatever is waiting; durable when this returns. Raises what `flush` does."""
         self._buffer.append(row)
-        await self.flush()
+        return self.flush()
 
     async def flush(self) -> None:
         """Everything that was kept before this call is durable when it returns.
@@ -161,7 +161,10 @@ class Recording:
         """
         last = self._seq
         while self._buffer and self._buffer[0]["seq"] <= last:
-            await self._insist(self._write_buffer)
+            try:
+                await self._write_buffer()
+            except BaseException as error:  # noqa: BLE001  judged there
+                await self._insist(self._write_buffer, failed=error)
 
     async def end(self, *changes: tuple[Any, Mapping[str, Any]], row: Row | None = None) -> None:
         """Write what is waiting, `row` and changes of other tables in one commit."""
@@ -270,7 +273,11 @@ class Recording:
             asyncio.get_running_loop().call_soon(self._flush_soon)
 
     async def _insist(
-        self, write: Callable[[], Awaitable[None]], *, landed: Callable[[], Awaitable[bool]] | None = None
+        self,
+        write: Callable[[], Awaitable[None]],
+        *,
+        landed: Callable[[], Awaitable[bool]] | None = None,
+        failed: BaseException | None = None,
     ) -> None:
         """Repeat a write until it is durable.
 
@@ -278,6 +285,7 @@ class Recording:
             write: may be repeated as often as is needed.
             landed: whether it is durable, asked where an earlier try ended in doubt: a write that takes the run from
                 this worker ends the fence of its own repetition.
+            failed: how a first try ended.
         """
         cancelled: asyncio.CancelledError | None = None
         give_up_at = float("inf")
@@ -285,6 +293,8 @@ class Recording:
         while True:
             attempt += 1
             try:
+                if attempt == 1 and failed is not None:
+                    raise failed
                 await write()
                 break
             except asyncio.CancelledError as error:

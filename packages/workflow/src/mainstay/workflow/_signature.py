@@ -129,12 +129,16 @@ class Signature:
         return bound.arguments
 
     def dump_arguments(self, arguments: Mapping[str, Any]) -> str:
-        """Arguments by name as a JSON object.
+        """Arguments by name as a JSON object. Raises what `keep_arguments` does."""
+        return self._arguments.write(arguments)
+
+    def keep_arguments(self, arguments: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Arguments by name as a JSON object, and what `load_arguments` will make of that.
 
         Raises:
             TypeError: a value would not come back equal as its parameter's type.
         """
-        return self._arguments.write(arguments)
+        return self._arguments.keep(arguments)
 
     def load_arguments(self, text: str) -> dict[str, Any]:
         """What `dump_arguments` wrote, possibly by a release whose function had fewer parameters.
