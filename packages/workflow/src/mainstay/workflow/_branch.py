@@ -14,17 +14,19 @@ class Branch:
 
     Attributes:
         prefix: of the keys in this branch: empty for the function itself, `1.0/` for the first branch of gather 1.
+        outer: the branch that called the gather; None for the function itself.
         position: how many primitives were called in it.
         gathers: how many of them were gathers.
         occurrences: how often each label was called.
         busy: a primitive of it is running, so that no other may begin.
     """
 
-    __slots__ = ("busy", "gathers", "occurrences", "position", "prefix", "primitives")
+    __slots__ = ("busy", "gathers", "occurrences", "outer", "position", "prefix", "primitives")
 
-    def __init__(self, primitives: Primitives, prefix: str) -> None:
+    def __init__(self, primitives: Primitives, prefix: str, outer: Branch | None = None) -> None:
         self.primitives = primitives
         self.prefix = prefix
+        self.outer = outer
         self.position = 0
         self.gathers = 0
         self.occurrences: dict[str, int] = {}

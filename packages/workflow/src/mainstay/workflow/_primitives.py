@@ -15,10 +15,12 @@ from mainstay.workflow._effects import Work, or_parked
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
-from mainstay.workflow._replay import Replay, SameArguments, same_text
+from mainstay.workflow._replay import Difference, Replay, other_text, other_values
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._verdict import (
     NoException,
+    describe,
+    error_text,
     step_failed,
 )
 from mainstay.workflow._waits import Waits
@@ -67,8 +69,9 @@ class Primitives:
     ) -> Coroutine[Any, Any, Any]:
         """Execute a step, or recall what came of it."""
 
-        def same(record: StepRecord, arguments: str) -> bool:
-            return step.signature.same_arguments(step.signature.load_arguments(arguments), arguments_of(step, record))
+        def differs(record: StepRecord, arguments: str) -> str | None:
+            there, here = arguments_of(step.signature, record), step.signature.load_arguments(arguments)
+            return other_values(step.signature.differing(there, here))
 
         fresh: Mapping[str, Any] = {}
 
@@ -90,7 +93,7 @@ class Primitives:
                 )
                 raise Parked(msg)
             # What was begun is carried on with the input that it began with.
-            arguments = arguments_of(step, record) if record.seq else fresh
+            arguments = arguments_of(step.signature, record) if record.seq else fresh
             work = Work(
                 name=step.name,
                 policy=step.policy,
@@ -103,7 +106,7 @@ class Primitives:
             )
             return await self._attempts.settle(work, record)
 
-        return self._primitive(branch, step.name, written, perform, same)
+        return self._primitive(branch, step.name, written, perform, differs)
 
     async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
         """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
@@ -162,16 +165,16 @@ class Primitives:
         """Execute another workflow as a run of its own, and wait for its end without taking anybody's place."""
         label = f"@child {workflow.name.replace('/', '_')}"
 
-        def same(record: StepRecord, arguments: str) -> bool:
-            read = workflow.signature.load_arguments
-            return workflow.signature.same_arguments(read(record.input or "{}"), read(arguments))
+        def differs(record: StepRecord, arguments: str) -> str | None:
+            there, here = arguments_of(workflow.signature, record), workflow.signature.load_arguments(arguments)
+            return other_values(workflow.signature.differing(there, here))
 
         async def perform(record: StepRecord) -> Any:
             if record.state is not StepState.DONE:
                 await self._children.result(workflow, record)
             return load(workflow.signature.load_result, record)
 
-        return await self._primitive(branch, label, lambda: input, perform, same)
+        return await self._primitive(branch, label, lambda: input, perform, differs)
 
     async def gather(self, branch: Branch, awaitables: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
         """Execute branches side by side, each with numbers of its own; all of them end before this does."""
@@ -183,7 +186,7 @@ class Primitives:
                 row = self._recording.row(Kind.DONE, record.key, position=record.position, info=info)
                 record.state, record.seq = StepState.DONE, row["seq"]
                 self._recording.settle(row, executed=False)
-            branches = [Branch(self, f"{branch.prefix}{number}.{place}/") for place in range(len(awaitables))]
+            branches = [Branch(self, f"{branch.prefix}{number}.{place}/", branch) for place in range(len(awaitables))]
             return await self._side_by_side(branches, awaitables)
 
         try:
@@ -232,17 +235,32 @@ class Primitives:
         async def run() -> Any:
             return await awaitable
 
+        error: BaseException | None = None
+        result: Any = None
         try:
-            return None, await self._execution.closable(run())
-        except asyncio.CancelledError:
-            raise
-        except (Exception, ControlFlow) as error:  # noqa: BLE001  the gather raises it
-            return error, None
-        except BaseException as error:  # noqa: BLE001  the same
-            return NoException(error), None
+            try:
+                result = await self._execution.closable(run())
+            except asyncio.CancelledError:
+                raise
+            except (Exception, ControlFlow) as raised:  # noqa: BLE001  the gather raises it
+                error = raised
+            except BaseException as raised:  # noqa: BLE001  the same
+                error = NoException(raised)
+            self._end_of(branch, error)
         finally:
             self._execution.active -= 1
             self._execution.consider_leaving()
+        return error, result
+
+    def _end_of(self, branch: Branch, error: BaseException | None) -> None:
+        """Stop at a branch that ends before its record does: no other may go on beside it."""
+        if self._execution.stopped is not None:
+            return
+        by = "" if error is None else f" by {error_text(describe(error))}"
+        try:
+            self._replay.ended(f"branch {branch.prefix} of a gather ended{by}", branch.prefix)
+        except Parked as signal:
+            self._execution.stop(signal)
 
     # The one way in and out of every primitive
 
@@ -252,7 +270,7 @@ class Primitives:
         label: str,
         arguments: Callable[[], str],
         perform: Callable[[StepRecord], Coroutine[Any, Any, T]],
-        same: SameArguments = same_text,
+        differs: Difference = other_text,
     ) -> T:
         """Take a place in the record, do what is to be done there, and remember what ends the execution.
 
@@ -261,7 +279,7 @@ class Primitives:
             label: what is called.
             arguments: makes JSON of what it is called with.
             perform: the work, or recalls what came of it.
-            same: whether arguments are those on record.
+            differs: how arguments differ from those on record, or None.
         """
         execution = self._execution
         if execution.stopped is not None:
@@ -273,7 +291,7 @@ class Primitives:
                     "it writes belongs into a transactional step"
                 )
                 raise Parked(msg)
-            record = self._replay.enter(branch, label, arguments(), same)
+            record = self._replay.enter(branch, label, arguments(), differs)
             try:
                 if record.state in {StepState.FAILED, StepState.UNKNOWN}:
                     raise step_failed(label, record.key, record.state, record.error)

@@ -6,7 +6,7 @@ names both sides; it never fails or compensates it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mainstay.workflow._branch import Branch
 from mainstay.workflow._history import History, StepRecord, StepState
@@ -17,12 +17,17 @@ _REMEDY = (
     "the old code back and resume the run, and it goes on"
 )
 
-SameArguments = Callable[[StepRecord, str], bool]
+Difference = Callable[[StepRecord, str], str | None]
 
 
-def same_text(record: StepRecord, arguments: str) -> bool:
-    """Whether arguments are those on record, letter by letter."""
-    return record.input == arguments
+def other_text(record: StepRecord, arguments: str) -> str | None:
+    """How arguments differ from those on record, letter by letter: those of sleeps, signals and gathers."""
+    return None if record.input == arguments else f"with {arguments} where its record has {record.input}"
+
+
+def other_values(names: Sequence[str]) -> str | None:
+    """How arguments differ that people's data may be a part of: only their names are told."""
+    return f"with another value of its parameter {', '.join(names)} than its record has" if names else None
 
 
 class Replay:
@@ -32,14 +37,14 @@ class Replay:
         self.history = history
         self._unread = {key for key, record in history.records.items() if record.position is not None}
 
-    def enter(self, branch: Branch, label: str, arguments: str, same: SameArguments = same_text) -> StepRecord:
+    def enter(self, branch: Branch, label: str, arguments: str, differs: Difference = other_text) -> StepRecord:
         """Take the next place in a branch.
 
         Args:
             branch: where.
             label: what is called: a step's name, or `@` and the kind of the primitive.
             arguments: JSON; compared with those on record.
-            same: whether arguments are equal to those on record.
+            differs: how arguments differ from those on record, or None.
 
         Raises:
             Parked: the record has something else there, or a primitive of the same branch is still running.
@@ -59,26 +64,55 @@ class Replay:
             msg = f"the function asked for {key} where its record has {expected or 'nothing'}: {_REMEDY}"
             raise Parked(msg)
         if record is None:
+            self._refuse_after_the_end(branch, key)
             record = self.history.put(key, position)
             record.input = arguments or None
         else:
             self._unread.discard(key)
-            if record.input is not None and record.input != arguments and not same(record, arguments):
-                msg = f"the function called {key} with other arguments than its record has: {_REMEDY}"
-                raise Parked(msg)
+            if record.input is not None and record.input != arguments:
+                difference = differs(record, arguments)
+                if difference is not None:
+                    msg = f"the function called {key} {difference}: {_REMEDY}"
+                    raise Parked(msg)
         branch.busy = True
         return record
 
-    def ended(self, how: str) -> None:
-        """The function ended; that counts only where it has read all of its record, and nothing of it is pending.
+    def _refuse_after_the_end(self, branch: Branch, key: str) -> None:
+        """Nothing is begun in a branch whose gather is over: what comes after it is on record."""
+        outer = branch.outer
+        while outer is not None:
+            after = self.history.places.get((outer.prefix, outer.position))
+            if after is not None:
+                msg = (
+                    f"the function asked for {key} where its record has nothing, and goes on after that gather with "
+                    f"{after}: {_REMEDY}"
+                )
+                raise Parked(msg)
+            outer = outer.outer
+
+    def ended(self, how: str, prefix: str = "") -> None:
+        """The function ended, or a branch; that counts only where it has read all of its record.
+
+        Args:
+            how: it ended.
+            prefix: of the branch.
 
         Raises:
             Parked: something is left.
         """
-        if self._unread:
-            left = min(self._unread, key=lambda key: self.history.records[key].seq)
+        unread = [key for key in self._unread if key.startswith(prefix)] if prefix else self._unread
+        if unread:
+            left = min(unread, key=lambda key: self.history.records[key].seq)
             msg = f"{how} before {left}, which is in its record: {_REMEDY}"
             raise Parked(msg)
+
+    def complete(self, how: str) -> None:
+        """The function ended; that counts only where nothing of its record is unread or pending.
+
+        Raises:
+            Parked: something is.
+        """
+        self.ended(how)
         records = self.history.records.values()
         pending = [each.key for each in records if each.position is not None and each.state is StepState.OPEN]
         if pending:

@@ -252,14 +252,14 @@ class Run:
         if stopped is not None:
             raise stopped
         if cause is None:
-            self._replay.ended("the function ended")
+            self._replay.complete("the function ended")
             return or_parked(self.workflow.signature.keep_result, result)[0]
         failure = describe(cause)
         if isinstance(cause, ConfigurationError):
             raise misconfigured(self.workflow.signature.name, failure) from cause
         if not isinstance(cause, Exception | asyncio.CancelledError):
             _log.warning("run %s: its function raised what is no Exception", self.id, exc_info=cause)
-        self._replay.ended(f"the function ended by {error_text(failure)}")
+        self._replay.complete(f"the function ended by {error_text(failure)}")
         if self._history.pivoted:
             self._reopen(cause)
             msg = f"failed after its pivot, so there is no way back: {error_text(failure)}"

@@ -152,6 +152,13 @@ class Signature:
         """Whether arguments by name are equal by value, in any order of a set or a mapping."""
         return self._arguments.same(one, other)
 
+    def differing(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+        """The names of the parameters whose arguments are not equal by value."""
+        if self.same_arguments(one, other):
+            return []
+        names = [name for name in self.parameters if not self.same_arguments(one, {**one, name: other[name]})]
+        return names or list(self.parameters)
+
     def keep_result(self, value: object) -> tuple[str, Any]:
         """A result as JSON, and what `load_result` will make of that.
 

@@ -9,6 +9,7 @@ from mainstay.workflow._attempts import Attempts, Exhausted, nothing
 from mainstay.workflow._effects import Work
 from mainstay.workflow._history import COMPENSATION, History, StepRecord, StepState, step_of
 from mainstay.workflow._metrics import count_step
+from mainstay.workflow._signature import Signature
 from mainstay.workflow._verdict import error_text
 from mainstay.workflow.errors import CompensationExhausted, Parked
 from mainstay.workflow.outcome import Done, Unknown
@@ -77,7 +78,7 @@ class WayBack:
             outcome = Done(load(step.signature.load_result, record))
         else:
             outcome = Unknown(error_text(record.error) if record.error else "its end was never recorded")
-        arguments = arguments_of(step, record)
+        arguments = arguments_of(step.signature, record)
         work = Work(
             name=f"{name}{COMPENSATION}",
             policy=step.undo_policy,
@@ -106,14 +107,14 @@ def load(read: Callable[[str], Any], record: StepRecord) -> Any:
         raise Parked(msg) from error
 
 
-def arguments_of(step: AnyStep, record: StepRecord) -> dict[str, Any]:
-    """The recorded input of a step, as today's code reads it.
+def arguments_of(signature: Signature, record: StepRecord) -> dict[str, Any]:
+    """The recorded input of a step or a child, as today's code reads it.
 
     Raises:
         Parked: it cannot.
     """
     try:
-        return step.signature.load_arguments(record.input or "{}")
+        return signature.load_arguments(record.input or "{}")
     except ValueError as error:
-        msg = f"the recorded input of {record.key} does not fit its step any more: {error}"
+        msg = f"the recorded input of {record.key} does not fit the parameters any more: {error}"
         raise Parked(msg) from error
