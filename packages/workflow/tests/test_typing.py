@@ -44,6 +44,11 @@ class Pay:
     async def compensate(self, outcome: Done[float] | Unknown, amount: int) -> None: ...
 
 
+@flows.workflow(name="poll")
+async def poll(cursor: int) -> float:
+    await poll.continue_with(cursor + 1)
+
+
 def large(amount: int) -> bool:
     return amount > 10
 
@@ -88,6 +93,7 @@ async def sold() -> None:
 _BAD = {
     "a missing argument of start": 'async def main() -> None:\n    await buy.start("a")\n',
     "a wrong argument of start": "async def main() -> None:\n    await buy.start(1, 1)\n",
+    "a wrong argument of continue_with": 'async def main() -> None:\n    await poll.continue_with("a")\n',
     "a wrong argument of a step": "async def main() -> None:\n    await charge(1)\n",
     "a result of another type": 'async def main() -> None:\n    text: str = await (await buy.start("a", 1)).result()\n',
     "a compensation without the outcome": (

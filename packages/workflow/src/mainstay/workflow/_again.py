@@ -14,7 +14,7 @@ def same_run(row: Mapping[str, Any], name: str, stored: str, workflow: Workflow[
 
     Args:
         row: what is started.
-        name, stored: the workflow and the input of the run that there is.
+        name, stored: the workflow of the run that there is, and the input that it was started with.
         workflow: what is started, where this process knows it.
 
     Raises:
@@ -36,5 +36,5 @@ def same_run(row: Mapping[str, Any], name: str, stored: str, workflow: Workflow[
             if signature.same_arguments(there, signature.load_arguments(row["input"])):
                 return
             what = "another input"
-    msg = f"run {row['id']!r} exists, with {what}: an id names one run for ever"
+    msg = f"run {row['id']!r} exists, with {what}: an id names one run for as long as that is kept"
     raise RunConflict(msg)

@@ -39,7 +39,7 @@ from mainstay.workflow._verdict import (
     rejection_seconds,
     step_failed,
 )
-from mainstay.workflow.errors import Parked
+from mainstay.workflow.errors import Parked, StepFailed
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import StepPolicy, any_error
 
@@ -113,6 +113,15 @@ class Attempts:
         row = self._recording.row(Kind(state), record.key, position=record.position, info=json.dumps(info))
         record.state, record.seq, record.error, record.dangling = state, row["seq"], error, False
         self._recording.settle(row, executed=False)
+
+    def reopen(self, cause: BaseException | None) -> None:
+        """Let the step whose failure the function could not deal with be attempted again after a resume."""
+        while cause is not None and not isinstance(cause, StepFailed):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None and cause.key in self._history.records:
+            record = self._history.records[cause.key]
+            row = self._recording.row(Kind.REOPENED, record.key, position=record.position)
+            self._recording.settle(row, executed=False)
 
     async def given_up(self, label: str, record: StepRecord) -> Exception | None:
         """The function does not wait for this any longer; on replay it will see the same. None where it is done.

@@ -8,7 +8,7 @@ from typing import Any
 from mainstay.core import current, derived_id
 from mainstay.workflow._attempts import Attempts
 from mainstay.workflow._execution import Execution
-from mainstay.workflow._history import Kind, StepRecord, StepState, recall
+from mainstay.workflow._history import Keys, Kind, StepRecord, StepState, recall
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._verdict import (
@@ -37,7 +37,7 @@ class Children:
 
     def __init__(
         self,
-        run_id: str,
+        keys: Keys,
         *,
         execution: Execution,
         recording: Recording,
@@ -45,7 +45,7 @@ class Children:
         waits: Waits,
         around: Surroundings,
     ) -> None:
-        self._run_id = run_id
+        self._keys = keys
         self._execution = execution
         self._recording = recording
         self._attempts = attempts
@@ -73,7 +73,8 @@ class Children:
                 "cancel_requested": False,
                 "input": record.input,
                 "context": json.dumps(current().to_dict()),
-                "parent": self._run_id,
+                "parent": self._keys.run_id,
+                "parent_generation": self._keys.generation,
                 "left_seconds": workflow.timeout_seconds,
             }
             record.seq, record.waits = row["seq"], True
@@ -94,7 +95,7 @@ class Children:
         child_id = self._child_of(record)
         while True:
             await self._execution.boundary()
-            (found,) = await self._recording.read(CHILD, {"run": self._run_id, "child": child_id})
+            (found,) = await self._recording.read(CHILD, {"run": self._keys.run_id, "child": child_id})
             if found.status is None or found.status in {RunStatus.FAILED, RunStatus.CANCELLED}:
                 return
             entries = await self._recording.read(ENTRIES, {"ids": [child_id]})
@@ -116,4 +117,4 @@ class Children:
             await self._waits.child(child_id, f"{record.key} undone")
 
     def _child_of(self, record: StepRecord) -> str:
-        return str(derived_id(f"{self._run_id}:{record.key}"))
+        return str(derived_id(self._keys.of(record.key)))

@@ -18,7 +18,7 @@ from mainstay.core import (
 from mainstay.database import CommitUnknown, FenceLost
 from mainstay.workflow._branch import current_branch
 from mainstay.workflow._execution import Execution
-from mainstay.workflow._history import History, Kind, Row, StepRecord, StepState
+from mainstay.workflow._history import History, Keys, Kind, Row, StepRecord, StepState
 from mainstay.workflow._metrics import STEP_SECONDS, count_step
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._surroundings import Surroundings
@@ -67,9 +67,9 @@ class Effects:
     """Runs user code, elsewhere or inside the service's own database."""
 
     def __init__(
-        self, run_id: str, *, execution: Execution, recording: Recording, history: History, around: Surroundings
+        self, keys: Keys, *, execution: Execution, recording: Recording, history: History, around: Surroundings
     ) -> None:
-        self._run_id = run_id
+        self._keys = keys
         self._execution = execution
         self._recording = recording
         self._history = history
@@ -120,7 +120,7 @@ class Effects:
 
     async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
         """Run user code once, outside the run's own branch."""
-        info = current_info.set(StepInfo(self._run_id, work.name, f"{self._run_id}:{record.key}", number, work.undoes))
+        info = current_info.set(StepInfo(self._keys.run_id, work.name, self._keys.of(record.key), number, work.undoes))
         branch = current_branch.set(None)
         seconds = work.policy.timeout_seconds
         started = time.perf_counter()
@@ -135,7 +135,7 @@ class Effects:
         except BaseException as error:
             if self._execution.ended_from_outside():
                 raise asyncio.CancelledError from error  # the worker's own end, in a group with others
-            _log.warning("run %s: %s raised what is no Exception", self._run_id, record.key, exc_info=True)
+            _log.warning("run %s: %s raised what is no Exception", self._keys.run_id, record.key, exc_info=True)
             raise NoException(error) from error
         finally:
             STEP_SECONDS.observe(time.perf_counter() - started)

@@ -55,6 +55,24 @@ def branch_of(key: str) -> str:
     return key[: key.rfind("/") + 1]
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names by which others know the steps of one generation of a run: no two generations have one in common.
+
+    Attributes:
+        run_id: the run's id.
+        generation: 1, and one more each time that the run went on with new input.
+    """
+
+    run_id: str
+    generation: int
+
+    def of(self, key: str) -> str:
+        """The name of a step: `order-7:charge:1`, and `order-7:charge:1@2` in the second generation."""
+        later = f"@{self.generation}" if self.generation > 1 else ""
+        return f"{self.run_id}:{key}{later}"
+
+
 @dataclass(slots=True)
 class StepRecord:
     """What is known about one step, effect or wait of a run.

@@ -8,6 +8,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 RUNS_STARTED = Counter("mainstay_workflow_runs_started", "Runs that were started here.", ["workflow"])
 RUNS_ENDED = Counter("mainstay_workflow_runs_ended", "Runs that this worker took to an end.", ["workflow", "status"])
+RUNS_CONTINUED = Counter("mainstay_workflow_runs_continued", "Runs that went on with new input here.", ["workflow"])
 WORKERS_BURIED = Counter("mainstay_workflow_workers_buried", "Dead workers whose runs went back into the queue.")
 RUNS_ACTIVE = Gauge("mainstay_workflow_runs_active", "Runs that this worker executes.")
 RUNS_PARKED = Gauge("mainstay_workflow_runs_parked", "Runs that wait for a person.")
@@ -21,6 +22,7 @@ STEP_SECONDS = Histogram(
 
 _started = cache(RUNS_STARTED.labels)
 _ended = cache(RUNS_ENDED.labels)
+_continued = cache(RUNS_CONTINUED.labels)
 _steps = cache(STEPS.labels)
 
 
@@ -32,6 +34,11 @@ def count_start(workflow: str) -> None:
 def count_end(workflow: str, status: str) -> None:
     """A run ended."""
     _ended(workflow, status).inc()
+
+
+def count_continued(workflow: str) -> None:
+    """A run went on with new input."""
+    _continued(workflow).inc()
 
 
 def count_step(step: str, outcome: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 from mainstay.core import Clock, Effect
 from mainstay.workflow._attempts import EFFECT, Attempts, nothing
@@ -13,7 +13,7 @@ from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow._children import Children
 from mainstay.workflow._effects import Work, or_parked
 from mainstay.workflow._execution import Execution
-from mainstay.workflow._history import Kind, StepRecord, StepState
+from mainstay.workflow._history import Keys, Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Difference, Replay, other_text, other_values
 from mainstay.workflow._surroundings import Surroundings
@@ -26,6 +26,7 @@ from mainstay.workflow._verdict import (
 from mainstay.workflow._waits import Waits
 from mainstay.workflow._way_back import arguments_of, load
 from mainstay.workflow.errors import (
+    Continued,
     ControlFlow,
     Parked,
 )
@@ -40,7 +41,7 @@ class Primitives:
 
     def __init__(
         self,
-        run_id: str,
+        keys: Keys,
         *,
         replay: Replay,
         execution: Execution,
@@ -50,7 +51,7 @@ class Primitives:
         children: Children,
         around: Surroundings,
     ) -> None:
-        self._run_id = run_id
+        self._keys = keys
         self._replay = replay
         self._execution = execution
         self._recording = recording
@@ -112,13 +113,13 @@ class Primitives:
         """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
         branch = current_branch.get()
         if branch is None:
-            msg = f"{name}: the history of run {self._run_id} was used outside the run's own code"
+            msg = f"{name}: the history of run {self._keys.run_id} was used outside the run's own code"
             self._execution.stop(Parked(msg))
             raise await self._execution.told()
         label = "@" + name.replace("/", "_")
 
         async def perform(record: StepRecord) -> str:
-            key = f"{self._run_id}:{record.key}"
+            key = self._keys.of(record.key)
             if record.state is not StepState.DONE:
                 work = Work(name=label, policy=EFFECT, call=lambda: effect(key), keep=nothing, entry=transactional)
                 await self._attempts.settle(work, record)
@@ -200,7 +201,7 @@ class Primitives:
         execution, loop = self._execution, asyncio.get_running_loop()
         execution.active += len(branches) - 1
         tasks = [
-            loop.create_task(self._branch(inner, awaitable), name=f"{self._run_id} {inner.prefix}")
+            loop.create_task(self._branch(inner, awaitable), name=f"{self._keys.run_id} {inner.prefix}")
             for inner, awaitable in zip(branches, awaitables, strict=True)
         ]
         cancelled: asyncio.CancelledError | None = None
@@ -261,6 +262,24 @@ class Primitives:
             self._replay.ended(f"branch {branch.prefix} of a gather ended{by}", branch.prefix)
         except Parked as signal:
             self._execution.stop(signal)
+
+    async def go_on(self, branch: Branch, workflow: AnyWorkflow, input: str) -> Never:
+        """End this generation of the run; the next one has this input. What the end counts for, the record decides."""
+        execution = self._execution
+        if execution.stopped is None:
+            execution.stop(self._continued(branch, workflow, input))
+        raise await execution.told()
+
+    def _continued(self, branch: Branch, workflow: AnyWorkflow, input: str) -> ControlFlow:
+        name = f"{workflow.signature.name}.continue_with"
+        if branch.prefix or branch.busy:
+            return Parked(
+                f"{name} was called beside what the function is still doing: call it in the function itself, once its "
+                "branches have ended"
+            )
+        if self._around.database.in_unit_of_work():
+            return Parked(f"{name} was called inside db.transaction(): call it after the transaction")
+        return Continued(workflow.name, workflow.version, input)
 
     # The one way in and out of every primitive
 

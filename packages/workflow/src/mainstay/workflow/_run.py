@@ -18,7 +18,8 @@ from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow._children import Children
 from mainstay.workflow._effects import Effects, or_parked
 from mainstay.workflow._execution import Execution
-from mainstay.workflow._history import History, Kind, StepState
+from mainstay.workflow._history import History, Keys, StepState
+from mainstay.workflow._metrics import count_continued
 from mainstay.workflow._primitives import Primitives
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Replay
@@ -36,16 +37,19 @@ from mainstay.workflow._way_back import WayBack
 from mainstay.workflow.errors import (
     CancelRequested,
     CompensationExhausted,
+    Continued,
     ControlFlow,
     Lost,
     Parked,
     Released,
-    StepFailed,
     Suspended,
 )
 from mainstay.workflow.tables import (
+    CONTINUE,
     END,
     FAIL,
+    FORGET_HISTORY,
+    FORGET_RECEIVED,
     PARK,
     RELEASE,
     ROUSE,
@@ -88,6 +92,8 @@ class Run:
         self._why = CANCELLED
         self._deadline = _deadline(surroundings.clock, row.get("left_seconds"))
         self._history = history
+        self._keys = Keys(self.id, row.get("generation", 1))
+        self._next: Continued | None = None
         self._recording = recording
         self._around = surroundings
         self._going_back = self._failure is not None
@@ -109,7 +115,7 @@ class Run:
         if self._told is not None:
             self._execution.stop(self._told)
         effects = Effects(
-            self.id, execution=self._execution, recording=self._recording, history=self._history, around=around
+            self._keys, execution=self._execution, recording=self._recording, history=self._history, around=around
         )
         self._attempts = Attempts(
             self.id,
@@ -123,7 +129,7 @@ class Run:
             self.id, execution=self._execution, recording=self._recording, clock=around.clock, news=self._news
         )
         self._children = Children(
-            self.id,
+            self._keys,
             execution=self._execution,
             recording=self._recording,
             attempts=self._attempts,
@@ -181,13 +187,16 @@ class Run:
             self._execution.end()
             await self._recording.close()
 
-    async def _to_its_end(self) -> End:
+    async def _to_its_end(self) -> End | None:
         output: str | None = None
         if self._failure is None:
             output = await self._forward()
         if self._failure is None:
             # An unknown step is not left behind, even where the function found another way.
             await self._back(only_unknown=True)
+            if self._next is not None:
+                await self._continue(self._next)
+                return None
             return await self._end(RunStatus.COMPLETED, output)
         self.status = RunStatus.COMPENSATING
         await self._back(only_unknown=False)
@@ -220,7 +229,7 @@ class Run:
 
     async def _call(self, arguments: Mapping[str, Any]) -> Any:
         primitives = Primitives(
-            self.id,
+            self._keys,
             replay=self._replay,
             execution=self._execution,
             recording=self._recording,
@@ -242,12 +251,21 @@ class Run:
         Raises:
             ControlFlow: nothing: the execution was told to stop, or the record has more than the function read.
         """
-        if stopped is None and self._may_cancel():
+        if (stopped is None or isinstance(stopped, Continued)) and self._may_cancel():
             stopped = CancelRequested()
         if isinstance(stopped, CancelRequested):
             if not self._may_cancel():  # a pivot beside the branch that was told was done meanwhile: only forward
                 raise Released
             await self._fail(self._why)
+            return None
+        if isinstance(stopped, Continued):
+            self._replay.ended("the function went on with new input")
+            if stopped.workflow != self.workflow.name:
+                msg = (
+                    f"the function went on as workflow {stopped.workflow!r}: a run stays one of {self.workflow.name!r}"
+                )
+                raise Parked(msg)
+            self._next = stopped
             return None
         if stopped is not None:
             raise stopped
@@ -261,20 +279,11 @@ class Run:
             _log.warning("run %s: its function raised what is no Exception", self.id, exc_info=cause)
         self._replay.complete(f"the function ended by {error_text(failure)}")
         if self._history.pivoted:
-            self._reopen(cause)
+            self._attempts.reopen(cause)
             msg = f"failed after its pivot, so there is no way back: {error_text(failure)}"
             raise Parked(msg) from cause
         await self._fail(failure)
         return None
-
-    def _reopen(self, cause: BaseException | None) -> None:
-        """Let the step whose failure the function could not deal with be attempted again after a resume."""
-        while cause is not None and not isinstance(cause, StepFailed):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None and cause.key in self._history.records:
-            record = self._history.records[cause.key]
-            row = self._recording.row(Kind.REOPENED, record.key, position=record.position)
-            self._recording.settle(row, executed=False)
 
     async def _fail(self, failure: dict[str, Any]) -> None:
         """From here on the run only goes back, in whichever process."""
@@ -290,7 +299,7 @@ class Run:
         self._going_back = True
         self._begin()
         way_back = WayBack(
-            self.id,
+            self._keys,
             history=self._history,
             attempts=self._attempts,
             steps=self._around.steps,
@@ -309,6 +318,14 @@ class Run:
         if self._parent is not None:
             self._around.wake(self._parent)
         return status, output, self._failure
+
+    async def _continue(self, following: Continued) -> None:
+        """Begin the next generation of the run: with the new input, and without anything that this one did."""
+        run = {"run": self.id}
+        again = {**run, "at_epoch": self.epoch, "next_version": following.version, "next_input": following.input}
+        kept = {**run, "kept_seconds": self._around.keep_signals_seconds}
+        await self._recording.end((FORGET_HISTORY, run), (FORGET_RECEIVED, kept), (CONTINUE, again))
+        count_continued(self.workflow.name)
 
     async def _leave(self, signal: ControlFlow) -> None:
         """Give the run back in the state that what ended its execution asks for."""

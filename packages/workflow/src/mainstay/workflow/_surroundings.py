@@ -18,6 +18,7 @@ class Surroundings:
     Attributes:
         executing: places for steps that are being executed.
         unrecorded: places for results that are not recorded yet.
+        keep_signals_seconds: how long a signal that was received is known again.
         steps: every step of the App, by name.
         wake: tells the worker of this process that a run may be in the queue, or has news.
         cancel: tells it that a run is to be cancelled.
@@ -28,6 +29,7 @@ class Surroundings:
     executing: Places
     unrecorded: Places
     suspend_after_seconds: float
+    keep_signals_seconds: float
     steps: Mapping[str, AnyStep]
     wake: Callable[[str], None]
     cancel: Callable[[str], None]

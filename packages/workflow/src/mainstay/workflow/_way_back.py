@@ -7,7 +7,7 @@ from typing import Any
 
 from mainstay.workflow._attempts import Attempts, Exhausted, nothing
 from mainstay.workflow._effects import Work
-from mainstay.workflow._history import COMPENSATION, History, StepRecord, StepState, step_of
+from mainstay.workflow._history import COMPENSATION, History, Keys, StepRecord, StepState, step_of
 from mainstay.workflow._metrics import count_step
 from mainstay.workflow._signature import Signature
 from mainstay.workflow._verdict import error_text
@@ -26,14 +26,14 @@ class WayBack:
 
     def __init__(
         self,
-        run_id: str,
+        keys: Keys,
         *,
         history: History,
         attempts: Attempts,
         steps: Mapping[str, AnyStep],
         undo_child: Callable[[StepRecord], Awaitable[None]],
     ) -> None:
-        self._run_id = run_id
+        self._keys = keys
         self._history = history
         self._attempts = attempts
         self._steps = steps
@@ -84,7 +84,7 @@ class WayBack:
             policy=step.undo_policy,
             call=lambda: step.call_undo(arguments, outcome),
             keep=nothing,
-            undoes=f"{self._run_id}:{record.key}",
+            undoes=self._keys.of(record.key),
         )
         try:
             await self._attempts.until_done(work, mine)

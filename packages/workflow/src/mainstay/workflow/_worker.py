@@ -29,7 +29,7 @@ from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._takeover import Takeover
 from mainstay.workflow._verdict import describe, error_text, plain_text
 from mainstay.workflow.errors import Lost, Released
-from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.settings import DAY_SECONDS, WorkflowSettings
 from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
     ENTRIES,
@@ -112,6 +112,7 @@ class Worker:
             executing=Places(self._settings.max_executing),
             unrecorded=Places(self._settings.max_unrecorded),
             suspend_after_seconds=self._settings.suspend_after_seconds,
+            keep_signals_seconds=self._settings.keep_signals_days * DAY_SECONDS,
             steps=self._steps,
             wake=self.signal,
             cancel=self.cancel,

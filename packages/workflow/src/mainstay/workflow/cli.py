@@ -113,9 +113,10 @@ def _waits(view: RunView) -> str | None:
 
 
 def _facts(view: RunView) -> dict[str, Any]:
+    generation = f", generation {view.generation}" if view.generation > 1 else ""
     return {
         "run": view.id,
-        "workflow": f"{view.workflow} version {view.version}",
+        "workflow": f"{view.workflow} version {view.version}{generation}",
         "status": f"{view.status}{' (cancellation asked for)' if view.cancel_requested else ''}",
         "why": view.note,
         "failure": _failure(view),

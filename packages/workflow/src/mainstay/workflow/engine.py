@@ -59,6 +59,7 @@ class RunView:
         note: why it is parked.
         failure: the exception that sent it back, `type` and `detail`.
         output: the result as JSON.
+        generation: 1, and one more each time that the run went on with new input.
         due_at: when a worker takes a queued run at the latest; a signal or a cancellation makes it due at once.
     """
 
@@ -67,6 +68,7 @@ class RunView:
     version: int
     status: RunStatus
     attempts: int
+    generation: int
     cancel_requested: bool
     input: str
     output: str | None
@@ -132,6 +134,7 @@ class WorkflowEngine:
             "input": input,
             "context": json.dumps(current().to_dict()),
             "parent": None,
+            "parent_generation": None,
             "left_seconds": timeout_seconds,
         }
 
@@ -183,7 +186,12 @@ class WorkflowEngine:
         if not found:
             return True  # a batch only collects, so it is not there yet
         there = found[0]
-        same_run(row, there.workflow, there.input, self._workflows.get((row["workflow"], row["version"])))
+        same_run(
+            row,
+            there.workflow,
+            there.first_input or there.input,
+            self._workflows.get((row["workflow"], row["version"])),
+        )
         return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
 
     async def execute(self, workflow: Workflow[*Ts, T], *args: *Ts, id: str | None = None) -> T:
@@ -362,6 +370,7 @@ def _view(row: Any) -> RunView:
         version=row.version,
         status=status,
         attempts=row.attempts,
+        generation=row.generation,
         cancel_requested=row.cancel_requested,
         input=row.input,
         output=row.output,

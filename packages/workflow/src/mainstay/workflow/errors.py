@@ -17,6 +17,7 @@ BaseException
     ├── Released            this worker stops: the run goes back to the queue
     ├── Suspended           the run waits for long: back into the queue until then
     ├── CancelRequested     the run is to be cancelled: compensate
+    ├── Continued           the run goes on with new input and without its history
     ├── Ended               the function has ended, and this is a task that outlived it
     ├── Parked              the run cannot go on without a person
     └── CompensationExhausted   a compensation used up its attempts
@@ -31,6 +32,7 @@ from mainstay.core import MainstayError
 __all__ = [
     "CancelRequested",
     "CompensationExhausted",
+    "Continued",
     "ControlFlow",
     "Ended",
     "Lost",
@@ -197,6 +199,21 @@ class Suspended(ControlFlow):
 
 class CancelRequested(ControlFlow):
     """The run is to be cancelled at this boundary between steps."""
+
+
+class Continued(ControlFlow):
+    """The function has had enough of its history: the run goes on with new input.
+
+    Attributes:
+        workflow, version: what executes it then.
+        input: JSON.
+    """
+
+    def __init__(self, workflow: str, version: int, input: str) -> None:
+        super().__init__(workflow, version)
+        self.workflow = workflow
+        self.version = version
+        self.input = input
 
 
 class Ended(ControlFlow):

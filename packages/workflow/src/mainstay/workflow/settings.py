@@ -10,6 +10,9 @@ from mainstay.core import Settings
 __all__ = ["WorkflowSettings"]
 
 
+DAY_SECONDS = 86_400.0
+
+
 class WorkflowSettings(Settings):
     """Read from `MAINSTAY_WORKFLOW_…`; each concerns one worker, that is one serving process.
 
@@ -24,6 +27,7 @@ class WorkflowSettings(Settings):
         lease_seconds: how long after the death of a worker others take over its runs, at most.
         suspend_after_seconds: a run that waits for longer than this (a sleep, or before a late attempt) leaves the
             worker's memory and comes back through the queue.
+        keep_signals_days: how long a signal that was received is known again, where its run went on with new input.
         poll_seconds: how often the queue is looked into for runs that other processes started.
     """
 
@@ -36,4 +40,5 @@ class WorkflowSettings(Settings):
     max_attempts: int = Field(default=10, ge=1)
     lease_seconds: float = Field(default=5.0, ge=0.5)
     suspend_after_seconds: float = Field(default=10.0, gt=0)
+    keep_signals_days: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0, le=60)

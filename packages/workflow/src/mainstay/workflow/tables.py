@@ -50,9 +50,14 @@ runs = sa.Table(
     sa.Column("news", sa.Integer, nullable=False, server_default="0"),
     # past this moment of the database's clock the run fails, unless it is past its pivot
     sa.Column("deadline", sa.Double),
-    # the run that waits for this one
+    # the run that waits for this one, and its generation then
     sa.Column("parent", sa.String(ID_LENGTH)),
+    sa.Column("parent_generation", sa.Integer),
+    # raised each time that the run goes on with new input and without its history
+    sa.Column("generation", sa.Integer, nullable=False, server_default="1"),
     sa.Column("input", sa.Text, nullable=False),
+    # the input of the first generation, once there is another: a start that is repeated is compared with it
+    sa.Column("first_input", sa.Text),
     sa.Column("output", sa.Text),
     sa.Column("failure", sa.Text),
     # why it is parked
@@ -150,6 +155,7 @@ _RUN = (
     "input",
     "context",
     "parent",
+    "parent_generation",
 )
 _run_values: dict[str, Any] = {
     **{name: sa.bindparam(name) for name in _RUN},
@@ -212,6 +218,26 @@ RELEASE = (
         ),
     )
 )
+# The run goes on with new input: nothing of what it did can be undone any more, so nothing of it needs to be known.
+CONTINUE = (
+    sa.update(runs)
+    .where(*_mine)
+    .values(
+        status="queued",
+        worker=None,
+        version=sa.bindparam("next_version"),
+        first_input=sa.func.coalesce(runs.c.first_input, runs.c.input),
+        input=sa.bindparam("next_input"),
+        generation=runs.c.generation + 1,
+        attempts=0,
+        progress=0,
+        deaths=0,
+        company=0,
+        note=None,
+        wake_at=database_now(),
+    )
+)
+FORGET_HISTORY = sa.delete(history).where(history.c.run_id == sa.bindparam("run"))
 # The last entry by which the run got further. That an attempt began is no progress: a step that kills its worker begins
 # at every claim.
 _reached = (
@@ -324,6 +350,12 @@ RECEIVE = (
     sa.update(signals)
     .where(signals.c.run_id == sa.bindparam("run"), signals.c.number == sa.bindparam("message"))
     .values(received_by=sa.bindparam("by"))
+)
+# A signal that was received is in the history of the step that did; its row only knows it again when it is repeated.
+FORGET_RECEIVED = sa.delete(signals).where(
+    signals.c.run_id == sa.bindparam("run"),
+    signals.c.received_by.is_not(None),
+    signals.c.at < database_now() - sa.bindparam("kept_seconds", type_=sa.Double),
 )
 NEXT_SIGNAL = (
     sa.select(runs.c.news, signals.c.number, signals.c.body)

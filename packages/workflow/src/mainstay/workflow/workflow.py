@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, Never, TypeVar, TypeVarTuple, cast
 
 from mainstay.core import Binding, derived_id, once
 from mainstay.workflow import _names
@@ -147,13 +147,40 @@ class Workflow(Generic[*Ts, T]):
         result: T = await branch.primitives.child(branch, cast("Any", self), text)
         return result
 
+    async def continue_with(self, *args: *Ts) -> Never:
+        """Inside this workflow's function: end its history and go on under the same id, with new input.
+
+        For runs that live for long, such as a subscription or a poller: what they have done would otherwise be read
+        again by each worker that takes them. One commit replaces the input and forgets the history; signals that were
+        not received are kept. What was done before is final: a later failure or cancellation undoes nothing of it.
+        A step of which it is unknown whether it happened is undone first. `timeout_seconds` goes on from the start of
+        the run. Called on another version of the same workflow, the run goes on as one of that version.
+
+        It does not return. What the function does all the same is ignored, as after any end. The run is parked where
+        the function did not read all of its record, or left something going on; a cancellation that was asked for
+        before comes first.
+
+        Args:
+            args: the input, kept as JSON.
+
+        Raises:
+            NotInRun: there is no run around it.
+            TypeError: the arguments do not fit.
+        """
+        branch = current_branch.get()
+        if branch is None:
+            msg = f"{self.signature.name}.continue_with(…) was called outside a run: only its own function goes on"
+            raise NotInRun(msg)
+        text = self.signature.dump_arguments(self.signature.bind(args, {}))
+        await branch.primitives.go_on(branch, cast("Any", self), text)
+
     async def start(self, *args: *Ts, id: str | None = None) -> Handle[T]:
         """Begin a run; durable when this returns, or, inside `db.transaction()`, with its commit.
 
         Args:
             args: the input, kept as JSON.
-            id: names the run for ever: starting again with the same id and the same input returns the same run.
-                Without one, the run is a new one. 1 to 128 of the characters in `mainstay.core.ID_RULE`.
+            id: names the run for as long as it is kept: starting again with the same id and the same input returns the
+                same run. Without one, the run is a new one. 1 to 128 of the characters in `mainstay.core.ID_RULE`.
 
         Inside a workflow function it is a recorded step, from whose key the id derives: a replay starts nothing again.
 
