@@ -93,7 +93,7 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
         assert "parked" in listed
         assert "buy v1" in listed
         assert "order-7" in listed
-        assert "nobody knows whether charge:1 took effect" in listed
+        assert "it is unknown whether charge:1 took effect" in listed
         assert await command("--url", url, "list", "--status", "completed", "--limit", "5") == 0
         assert "order-7" not in capsys.readouterr().out
 

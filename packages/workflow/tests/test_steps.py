@@ -130,7 +130,7 @@ async def test_on_unknown_park_waits_for_a_person(url):
     async with workflows(flows, url=url) as app:
         one, two = await buy.start(1, id="one"), await buy.start(1, id="two")
         for run in (one, two):
-            with pytest.raises(RunParked, match=r"nobody knows whether charge:1 took effect \(OSError: lost\)"):
+            with pytest.raises(RunParked, match=r"it is unknown whether charge:1 took effect \(OSError: lost\)"):
                 await run.result(WAIT)
         assert sorted(keys) == ["one:charge:1", "two:charge:1"]
         fine.append(True)
@@ -179,7 +179,7 @@ async def test_on_unknown_probe_asks_first(url, answer):
     async with workflows(flows, url=url):
         run = await buy.start(1)
         if answer == "unknown":
-            with pytest.raises(RunParked, match="its probe does not either: no idea"):
+            with pytest.raises(RunParked, match="its probe does not know either: no idea"):
                 await run.result(WAIT)
             assert log == ["charge", *["ask"] * 5]
         else:

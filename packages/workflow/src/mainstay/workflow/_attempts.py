@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mainstay.core import (
@@ -57,7 +58,8 @@ def _if_retryable_ours(retry_state: RetryState, /) -> bool:
 EFFECT = StepPolicy(retry=Retry(attempts=10, wait=FullJitter(0.1, 10.0), retry=_if_retryable_ours), one_call=True)
 _PROBE = Retry(attempts=5, wait=FullJitter(0.2, 5.0))
 _NEVER_AGAIN = (retry_if_retryable, any_error, _if_retryable_ours)  # no result is worth another attempt to these
-_EXECUTED_BY_NOBODY = "a worker died, or was stopped, during an attempt"
+_BROKEN_OFF = "a worker died, or was stopped, during an attempt"
+_ASKED_AGAIN: dict[str, Any] = {"type": "Result", "detail": "asks for another attempt"}
 
 
 class Exhausted(Exception):
@@ -68,6 +70,21 @@ class Exhausted(Exception):
         self.cause = cause
         self.error = error
         self.maybe = maybe
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How long the attempts of one execution have taken.
+
+    Attributes:
+        began: when the first one began, on the clock's monotonic time.
+        waited: seconds between them.
+        repeated: how often the database was asked again, which is no attempt.
+    """
+
+    began: float
+    waited: float = 0.0
+    repeated: int = 0
 
 
 class Attempts:
@@ -131,7 +148,7 @@ class Attempts:
         """
         if record.pivot and record.in_question:
             msg = (
-                f"the function gave up waiting for {record.key}, a pivot, and nobody knows whether it took effect. "
+                f"the function gave up waiting for {record.key}, a pivot, and it is unknown whether it took effect. "
                 "Resume the run to go on with it"
             )
             raise Parked(msg)
@@ -157,10 +174,9 @@ class Attempts:
         Raises:
             Exhausted: it is enough.
         """
-        policy = work.policy
-        began, waited, repeated = self._clock.monotonic(), 0.0, 0
-        if record.dangling or (record.maybe and policy.on_unknown == "probe"):
-            found = await self._resolve(work, record, _EXECUTED_BY_NOBODY)
+        pace = _Pace(self._clock.monotonic())
+        if record.dangling or (record.maybe and work.policy.on_unknown == "probe"):
+            found = await self._resolve(work, record, _BROKEN_OFF)
             if found is not None:
                 return self._done(work, record, found.result, executed=False)
         while True:
@@ -169,48 +185,65 @@ class Attempts:
                 record.rest_seconds = 0.0
             await self._execution.boundary()
             try:
-                if policy.transactional:
+                if work.policy.transactional:
                     with self._execution.at_work():
                         return await self._effects.in_the_database(work, record)
                 result = await self._effects.outside(work, record)
             except (Exception, asyncio.CancelledError) as error:
                 if _not_ours(error):
                     raise
-                kept = describe(error)
-                if isinstance(error, ConfigurationError):
-                    raise misconfigured(record.key, kept) from error
-                if policy.transactional and isinstance(error, DatabaseError) and worth_repeating(error):
-                    repeated += 1
-                    await self._repeat(record, error, repeated)
-                    continue
-                delay = rejection_seconds(policy, error, work.own)
-                rejected = delay is not None
-                if delay is None:
-                    record.attempts += 1
-                    if not nothing_happened(policy, error, work.own):
-                        found = await self._resolve(work, record, error_text(kept))
-                        if found is not None:
-                            return self._done(work, record, found.result, executed=False)
-                    delay = self._delay(work, record, Outcome.of_error(error), began, waited)
-                    if delay is None:
-                        if policy.exhausted == "park" and not failed_for_good(policy, error):
-                            await self._note(work, record, kept, 0.0, rejected=False)
-                            msg = (
-                                f"{record.key} used up its {record.attempts} attempts: {error_text(kept)}. Resume the "
-                                "run to give it all of them again"
-                            )
-                            raise Parked(msg) from error
-                        record.dangling = False
-                        raise Exhausted(error, kept, maybe=record.maybe) from error
+                found = await self._failed(work, record, error, pace)
+                if found is not None:
+                    return self._done(work, record, found.result, executed=False)
             else:
-                again = self._asks_again(work, record, result, began, waited)
-                if again is None:
+                delay = self._asks_again(work, record, result, pace)
+                if delay is None:
                     return self._done(work, record, result, executed=True)
                 record.attempts += 1
-                delay, kept, rejected = again, {"type": "Result", "detail": "asks for another attempt"}, False
                 record.maybe = True
-            waited += delay
-            await self._note(work, record, kept, delay, rejected=rejected)
+                await self._note(work, record, _ASKED_AGAIN, delay, pace)
+
+    async def _failed(self, work: Work, record: StepRecord, error: BaseException, pace: _Pace) -> Done[Any] | None:
+        """Face the error of an attempt: the result, where the other side knows one, or None for another attempt.
+
+        Raises:
+            Exhausted: there is none any more.
+            Parked: a person has to look at it.
+        """
+        policy, kept = work.policy, describe(error)
+        if isinstance(error, ConfigurationError):
+            raise misconfigured(record.key, kept) from error
+        if policy.transactional and isinstance(error, DatabaseError) and worth_repeating(error):
+            pace.repeated += 1
+            await self._repeat(record, error, pace.repeated)
+            return None
+        delay = rejection_seconds(policy, error, work.own)
+        if delay is not None:
+            await self._note(work, record, kept, delay, pace, rejected=True)
+            return None
+        record.attempts += 1
+        if not nothing_happened(policy, error, work.own):
+            found = await self._resolve(work, record, error_text(kept))
+            if found is not None:
+                return found
+        delay = self._delay(work, record, Outcome.of_error(error), pace)
+        if delay is None:
+            raise await self._used_up(work, record, error, kept, pace) from error
+        await self._note(work, record, kept, delay, pace)
+        return None
+
+    async def _used_up(
+        self, work: Work, record: StepRecord, error: BaseException, kept: dict[str, Any], pace: _Pace
+    ) -> Exhausted | Parked:
+        """What ends the attempts."""
+        if work.policy.exhausted == "park" and not failed_for_good(work.policy, error):
+            await self._note(work, record, kept, 0.0, pace)
+            return Parked(
+                f"{record.key} used up its {record.attempts} attempts: {error_text(kept)}. Resume the run to give it "
+                "all of them again"
+            )
+        record.dangling = False
+        return Exhausted(error, kept, maybe=record.maybe)
 
     async def _repeat(self, record: StepRecord, error: Exception, times: int) -> None:
         """Wait before the database is asked again: its being away is no outcome of the work."""
@@ -218,25 +251,31 @@ class Attempts:
         state = RetryState(times, Outcome.of_error(error), 0.0)
         await self._execution.wait(max(SHORTEST_WAIT, EFFECT.retry.wait(state)))
 
-    def _delay(
-        self, work: Work, record: StepRecord, outcome: Outcome, began: float, waited: float, *, more: int = 0
-    ) -> float | None:
+    def _delay(self, work: Work, record: StepRecord, outcome: Outcome, pace: _Pace, *, more: int = 0) -> float | None:
         error = outcome.exception()
         if error is not None and failed_for_good(work.policy, error):
             return None
-        elapsed = self._clock.monotonic() - began
-        return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, waited))
+        elapsed = self._clock.monotonic() - pace.began
+        return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, pace.waited))
 
-    def _asks_again(self, work: Work, record: StepRecord, result: Any, began: float, waited: float) -> float | None:
+    def _asks_again(self, work: Work, record: StepRecord, result: Any, pace: _Pace) -> float | None:
         """How long to wait before another attempt where a result asks for one, by the policy's `retry`."""
         if work.policy.retry.retry in _NEVER_AGAIN:
             return None
-        return self._delay(work, record, Outcome.of_result(result), began, waited, more=1)
+        return self._delay(work, record, Outcome.of_result(result), pace, more=1)
 
     async def _note(
-        self, work: Work, record: StepRecord, error: dict[str, Any], delay: float, *, rejected: bool
+        self,
+        work: Work,
+        record: StepRecord,
+        error: dict[str, Any],
+        delay: float,
+        pace: _Pace,
+        *,
+        rejected: bool = False,
     ) -> None:
         """Make it durable that an attempt ended, so that a crash during the wait neither shortens nor forgets it."""
+        pace.waited += delay
         info: dict[str, Any] = {
             "attempts": record.attempts,
             "maybe": record.maybe,
@@ -273,7 +312,7 @@ class Attempts:
                 else "resume the run to attempt it again with the same key, or cancel it to compensate"
             )
             msg = (
-                f'nobody knows whether {record.key} took effect ({why}), and it says on_unknown="park". Find out; '
+                f'it is unknown whether {record.key} took effect ({why}), and it says on_unknown="park". Find out; '
                 f"then {way}"
             )
             raise Parked(msg)
@@ -282,7 +321,7 @@ class Attempts:
             return answer
         if isinstance(answer, Unknown):
             msg = (
-                f"nobody knows whether {record.key} took effect ({why}), and its probe does not either: {answer.detail}"
+                f"it is unknown whether {record.key} took effect ({why}), and its probe does not know either: {answer.detail}"
             )
             raise Parked(msg)
         record.maybe = False

@@ -87,7 +87,7 @@ class StepRecord:
         waits: it is a wait, which has no effect that could be repeated.
         attempts: how many ended without a result.
         began: how many attempts began, without those that certainly did nothing.
-        dangling: an attempt began whose end nobody saw.
+        dangling: an attempt began whose end was not seen.
         maybe: an attempt may have taken effect.
         rest_seconds: how much is left of the wait before the next attempt.
         error: of the last attempt.

@@ -63,7 +63,7 @@ class Identity:
     reserved: int = 0
     """Places that a claim on its way may fill."""
     strays: set[tuple[str, int]] = field(default_factory=set)
-    """Runs that the database says are executed here, and are not: after a start whose commit nobody saw."""
+    """Runs that the database says are executed here, and are not: after a start whose commit was not seen."""
     leaving: list[tuple[Run, asyncio.Task[None]]] = field(default_factory=list)
     """Executions that have given their run back, do not know it yet, and of whose run this worker has the next one."""
     broken: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -241,13 +241,13 @@ class Worker:
         """The loop goes on also when the database does not answer; None then."""
         try:
             return await look()
-        except Exception as error:  # noqa: BLE001  a worker that ends would leave its runs to nobody
+        except Exception as error:  # noqa: BLE001  a worker that ends would leave its runs behind
             _log.warning("the worker's look at the database failed and will be repeated: %s", error)
             await drain.pause(min(1.0, self._settings.poll_seconds))
             return None
 
     async def _is_lost(self, identity: Identity) -> bool:
-        """Whether somebody else has the lease; without an answer from the database, nobody knows."""
+        """Whether somebody else has the lease; without an answer from the database it is unknown."""
         nothing = {"run": "", "owner": "", "at_epoch": -1, "note": None}
         try:
             await self._database.write(REQUEUE, nothing, fence=identity.lease.fence)
@@ -462,6 +462,6 @@ class Worker:
 
 
 def _seen(task: asyncio.Task[None]) -> None:
-    """What ends a run's task is told by the run; asyncio need not complain that nobody awaited it."""
+    """What ends a run's task is told by the run; asyncio need not complain that it was not awaited."""
     if not task.cancelled():
         task.exception()

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.workflow")
 
-_START_TRIES = 5  # a commit whose end nobody saw is looked up by trying again
+_START_TRIES = 5  # a commit whose end was not seen is looked up by trying again
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class WorkflowEngine:
     ) -> str:
         """Begin a run of a workflow with its input as JSON; returns its id. See `Workflow.start`."""
         run_id = str(uuid7()) if id is None else _names.run_id(id)
-        # Inside a unit of work nobody knows yet whether, and when, there will be a run: it takes no place here, and is
+        # Inside a unit of work it is open whether, and when, there will be a run: it takes no place here, and is
         # claimed after the commit like any other. The claim asks the database, so a run that was there already, or that
         # another process has executed meanwhile, is not begun a second time.
         joins = self._database.in_unit_of_work()
@@ -204,7 +204,7 @@ class WorkflowEngine:
         message_id = str(uuid7()) if id is None else _names.signal_id(id)
         found = await self._database.read(FIND, {"run": run_id})
         if found and (status := RunStatus(found[0].status)).terminal:
-            msg = f"signal {name} for run {run_id!r}: it is {status}, so nobody would ever receive it"
+            msg = f"signal {name} for run {run_id!r}: it is {status}, so it would never be received"
             raise RunStateError(msg)
         message = {"run_id": run_id, "id": message_id, "name": name, "body": body}
         async with self._database.batch(route=run_id):

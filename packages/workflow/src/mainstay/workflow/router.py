@@ -65,7 +65,7 @@ class WorkflowRouter:
             timeout_seconds: the limit for one attempt; None for no limit. It cannot stop the thread of a plain
                 function, which runs on beside the next attempt; its wait for a free thread counts.
             failed_on: exceptions that mean that nothing happened, and nothing will: the step *fails*, at once.
-            on_unknown: what to do about an attempt of which nobody knows whether it took effect (an error, a timeout, a
+            on_unknown: what to do about an attempt that may or may not have taken effect (an error, a timeout, a
                 crash). `compensate`: attempt it again while `retry` allows, then fail, and compensate. `probe`: ask
                 `@step.probe` before any other attempt. `park`: never attempt it again without a person.
             exhausted: what to do once `retry` allows no further attempt. `compensate`: the step ends, failed or

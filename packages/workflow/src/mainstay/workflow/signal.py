@@ -68,7 +68,7 @@ class Signal(Generic[T]):
         await once(f"send:{self.name}", send, transactional=False)
 
     async def wait(self, timeout_seconds: float | None = None) -> T:
-        """In a workflow function: wait for the next message that nobody has received, durably and without memory.
+        """In a workflow function: wait for the next message that is not received yet, durably and without memory.
 
         Raises:
             NotInRun: this is no workflow function.

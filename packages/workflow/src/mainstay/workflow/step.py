@@ -183,7 +183,7 @@ class Step(Generic[P, T]):
     @overload
     def probe(self, function: Callable[P, Done[T] | Failed | Unknown]) -> Callable[P, Done[T] | Failed | Unknown]: ...
     def probe(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate the function that asks the other side what became of an attempt whose end nobody saw.
+        """Decorate the function that asks the other side what became of an attempt whose end was not seen.
 
         Raises:
             TypeError: it does not fit the step, or the step does not say `on_unknown="probe"`.

@@ -2,7 +2,7 @@
 
 The history is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
 worker numbers them, and the fence on the run's row keeps everybody else from writing any. So a write that was repeated,
-because nobody knows whether its commit arrived, finds its own rows there and changes nothing.
+because it is unknown whether its commit arrived, finds its own rows there and changes nothing.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ SCHEMA = Schema("workflow", metadata, Path(__file__).parent / "migrations")
 _ENTRY = ("run_id", "seq", "kind", "step", "position", "body", "info")
 _entry_values: dict[str, Any] = {name: sa.bindparam(name) for name in _ENTRY}
 
-# What was written once stays, so repeating it after a commit whose end nobody saw is safe.
+# What was written once stays, so repeating it after a commit whose end was not seen is safe.
 APPEND = {
     "sqlite": sqlite.insert(history).values(_entry_values).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(history).values(_entry_values).on_conflict_do_nothing(),
@@ -280,7 +280,7 @@ TAKE_OVER = (
     )
     .returning(runs.c.id)
 )
-# A run that this worker owns and does not execute: nobody would ever take it over from a living worker.
+# A run that this worker owns and does not execute: it is never taken over from a living worker.
 REQUEUE = (
     sa.update(runs)
     .where(
