@@ -321,7 +321,8 @@ class Attempts:
             return answer
         if isinstance(answer, Unknown):
             msg = (
-                f"it is unknown whether {record.key} took effect ({why}), and its probe does not know either: {answer.detail}"
+                f"it is unknown whether {record.key} took effect ({why}), and its probe does not know either: "
+                f"{answer.detail}"
             )
             raise Parked(msg)
         record.maybe = False
