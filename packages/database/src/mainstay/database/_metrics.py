@@ -21,3 +21,4 @@ WAIT_SECONDS = Histogram(
 POOL_IN_USE = Gauge("mainstay_database_pool_in_use", "Connections in use by units of work and reads.")
 LEASES_HELD = Gauge("mainstay_database_leases_held", "Leases that this process renews.")
 LEASES_LOST = Counter("mainstay_database_leases_lost", "Leases that another owner took over.")
+HEARS = Gauge("mainstay_database_hears_hints", "Whether hints of other processes are heard, 0 or 1.")

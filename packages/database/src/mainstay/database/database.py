@@ -6,7 +6,13 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, cast
 
@@ -18,6 +24,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from mainstay.core import Health
 from mainstay.database import _metrics
 from mainstay.database._engine import REFUSED, Address, Home
+from mainstay.database._hints import CHANNEL_RULE, MOST_BYTES, Heard, Hints
 from mainstay.database._recorder import Recorder, Turn
 from mainstay.database._statements import Operation, Prepared, Statements
 from mainstay.database._translation import DRIVER_ERRORS, translate
@@ -120,6 +127,7 @@ class Database:
     ) -> None:
         self._address = address
         self._home = Home()
+        self._hints = Hints()
         self._migrates = migrates
         self.dialect = cast("Literal['sqlite', 'postgresql']", engine.dialect.name)
         self.engine = engine
@@ -397,6 +405,48 @@ class Database:
             raise UnitOfWorkError(msg)
         return await self._keeper.acquire(name, seconds, holder)
 
+    # Hints
+
+    def notify(self, channel: str, payload: str = "") -> None:
+        """Hint to those who listen that there is something new: once the current unit of work or batch is committed.
+
+        Those of this process are called at once then, those of other processes on PostgreSQL within some milliseconds.
+        A hint may be lost and may come twice; it is never the only way to notice something. Equal ones are sent once.
+
+        Args:
+            channel: 1 to 63 lower-case letters, digits and underscores, the first no digit; with the package's name.
+            payload: what is new, such as an id: up to 1,000 bytes. Empty for "look at everything".
+
+        Raises:
+            ValueError: the channel breaks the rule, or the payload is longer.
+        """
+        _check_channel(channel)
+        if len(payload.encode()) > MOST_BYTES:
+            msg = f"notify({channel!r}): the payload has {len(payload.encode())} bytes, and {MOST_BYTES} are allowed"
+            raise ValueError(msg)
+        self._home.check()
+        self.after_commit(lambda: self._hints.tell(channel, payload))
+
+    def listen(self, channel: str, heard: Heard) -> AbstractContextManager[None]:
+        """Call `heard` with the payload of every hint on the channel while the block runs, on this event loop.
+
+        On PostgreSQL also those of other processes, by a connection that the Database owns, makes when it is first
+        needed, and makes again when it is lost. Each time it is there `heard` is called with an empty payload, since
+        hints may have been missed. On SQLite, and behind a pooler without `direct_url`, others are not heard: so look
+        now and then all the same, more seldom while `hears_others`.
+
+        Raises:
+            ValueError: the channel breaks the rule of `notify`.
+        """
+        _check_channel(channel)
+        self._home.check()
+        return self._hints.listening(channel, heard)
+
+    @property
+    def hears_others(self) -> bool:
+        """Whether hints of other processes arrive at the moment."""
+        return self._hints.heard
+
     async def ensure_schema(self, schema: Schema) -> None:
         """Bring SQLite to the newest revision of a package's tables; make sure that PostgreSQL is there.
 
@@ -518,6 +568,14 @@ def _task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # a thread, which has a copy of the context but no loop
         return None
+
+
+def _check_channel(channel: str) -> None:
+    if CHANNEL_RULE.fullmatch(channel) is None:
+        msg = (
+            f"{channel!r} is no channel: it has 1 to 63 lower-case letters, digits and underscores, the first no digit"
+        )
+        raise ValueError(msg)
 
 
 def _unfit(statement: sa.UpdateBase, error: Exception) -> DatabaseError:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from mainstay.core import SYSTEM_CLOCK, App, ConfigurationError, Module
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, Home, behind_pooler, bounds, make_engine, unreachable, write_ahead
+from mainstay.database._hints import Messenger
 from mainstay.database._recorder import PostgresWriter, Recorder, SQLiteWriter, Turn, WriteQueue, Writer
 from mainstay.database._statements import Statements
 from mainstay.database._virtual_time import DriverCalls
@@ -131,6 +132,10 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
             address, engine, recorder, keeper, statements, turn=turn, pooled=pooled, migrates=settings.migrate
         )
         await database.ensure_schema(SCHEMA)
+        if address.dialect == "postgresql":
+            direct = settings.direct_url
+            past = address if direct is None else Address(parse_url(direct.get_secret_value()))
+            app.background("hints", Messenger(database._hints, past, limits).work)
         with app.clock.held_by(under_way):
             yield database
     finally:

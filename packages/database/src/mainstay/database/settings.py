@@ -20,6 +20,8 @@ class DatabaseSettings(Settings):
     Attributes:
         url: `sqlite+aiosqlite:///path`, `sqlite+aiosqlite:///:memory:` or `postgresql+asyncpg://user:pass@host/name`.
             The driver may be left out. A secret, because of the password in it.
+        direct_url: the same PostgreSQL past a pooler, where `url` leads by way of one: hints between processes
+            (`Database.listen`) need a server of their own. A secret, too.
         pool_size: connections for units of work and reads, at most; 1 or more.
         pool_timeout_seconds: how long a unit of work or a read waits for one of them before `DatabaseBusy`.
         recorder_connections: further connections (PostgreSQL) on which the writes outside units of work are committed
@@ -38,6 +40,7 @@ class DatabaseSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_DATABASE_")
 
     url: SecretStr = SecretStr("sqlite+aiosqlite:///mainstay.db")
+    direct_url: SecretStr | None = None
     pool_size: int = Field(default=10, ge=1)
     pool_timeout_seconds: float = Field(default=5.0, gt=0)
     recorder_connections: int = Field(default=1, ge=1, le=16)
@@ -50,6 +53,14 @@ class DatabaseSettings(Settings):
     @classmethod
     def _supported(cls, value: SecretStr) -> SecretStr:
         parse_url(value.get_secret_value())
+        return value
+
+    @field_validator("direct_url")
+    @classmethod
+    def _a_server(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and parse_url(value.get_secret_value()).get_backend_name() != "postgresql":
+            msg = "is no address of a PostgreSQL: only there do hints between processes need one"
+            raise ValueError(msg)
         return value
 
     @property
