@@ -3,7 +3,7 @@
 A package is measured by its own tests and must reach the bound by them; what other suites happen to execute of it does
 not count. The suites that are about all packages have no bound of their own.
 
-Two run at a time, since most of them wait most of the time: for servers to come back, leases to end, processes to die.
+Three run at a time, since most of them wait most of the time: for servers to come back, leases to end, processes to die.
 """
 
 import json
@@ -22,7 +22,7 @@ COVERAGE = 90  # percent of lines and branches of a package
 # Not on Python 3.11: where a traced thread with greenlets ends while another one does, the interpreter asks for ever,
 # at the first instruction of a function, for a call that stays pending. 3.12 goes on behind that instruction.
 MEASURED = os.environ.get("COVERAGE") != "no" and sys.version_info >= (3, 12)
-AT_A_TIME = 2
+AT_A_TIME = 3
 PATIENCE_SECONDS = 600  # a whole run that takes longer is run less often
 
 
