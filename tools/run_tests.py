@@ -3,7 +3,8 @@
 A package is measured by its own tests and must reach the bound by them; what other suites happen to execute of it does
 not count. The suites that are about all packages have no bound of their own.
 
-Three run at a time, since most of them wait most of the time: for servers to come back, leases to end, processes to die.
+Three run at a time, since most of them wait most of the time: for servers to come back, leases to end, processes to
+die.
 """
 
 import json

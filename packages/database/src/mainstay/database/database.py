@@ -179,16 +179,13 @@ class Database:
         if session is not None and session is not unit.session:
             msg = "transaction(session=…) inside a unit of work of another session: one commit cannot cover both"
             raise UnitOfWorkError(msg)
-        return self._join(unit, unit.session)
+        return _join(unit, unit.session)
 
     @asynccontextmanager
     async def _begin(self) -> AsyncGenerator[AsyncSession, None]:
         session = AsyncSession(self._writing, expire_on_commit=False)
-        async with self._writers_turn(), self._own(session, end=session.close):
+        async with _writers(self._turn), self._own(session, end=session.close):
             yield session
-
-    def _writers_turn(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext() if self._turn is None else self._turn.mine()
 
     @asynccontextmanager
     async def _own(
@@ -227,7 +224,7 @@ class Database:
     @asynccontextmanager
     async def _adopt(self, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
         if not session.in_transaction():
-            async with self._writers_turn(), self._own(session, end=session.rollback):
+            async with _writers(self._turn), self._own(session, end=session.rollback):
                 yield session
             return
         # Its owner commits it. It may hold SQLite's lock already: to queue for the turn with it could be for ever.
@@ -245,11 +242,6 @@ class Database:
             raise
         if unit.callbacks:
             _when_committed(session.sync_session, unit)
-
-    @asynccontextmanager
-    async def _join(self, unit: Unit, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
-        with unit.inner():
-            yield session
 
     def in_unit_of_work(self) -> bool:
         """Whether a write would join a unit of work or a batch of this task.
@@ -568,6 +560,16 @@ def _task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # a thread, which has a copy of the context but no loop
         return None
+
+
+def _writers(turn: Turn | None) -> AbstractAsyncContextManager[None]:
+    return nullcontext() if turn is None else turn.mine()
+
+
+@asynccontextmanager
+async def _join(unit: Unit, session: AsyncSession) -> AsyncGenerator[AsyncSession, None]:
+    with unit.inner():
+        yield session
 
 
 def _check_channel(channel: str) -> None:
