@@ -351,7 +351,7 @@ class Worker:
         for row in rows:
             try:
                 if row["attempts"] > self._settings.max_attempts:
-                    await self._park(row)
+                    await self._park(identity, row)
                 else:
                     self._launch(identity, row, histories.get(row["id"], History()))
             except Exception:  # noqa: BLE001  one run that cannot be begun must not keep the others from it
@@ -365,7 +365,7 @@ class Worker:
         by_run = groupby((dict(entry._mapping) for entry in entries), key=lambda entry: entry["run_id"])
         return {run_id: recall(own) for run_id, own in by_run}
 
-    async def _park(self, row: Mapping[str, Any]) -> None:
+    async def _park(self, identity: Identity, row: Mapping[str, Any]) -> None:
         why = row["note"] or "how these claims ended is not on record"
         note = (
             f"claimed {row['attempts'] - 1} times without getting any further: {why}. "
@@ -373,7 +373,8 @@ class Worker:
         )
         _log.error("run %s is parked: %s", row["id"], note)
         values = {"run": row["id"], "at_epoch": row["epoch"], "status": RunStatus.PARKED, "note": note}
-        await self._database.write(PARK, {**values, "cancellable": False}, route=row["id"])
+        fence = RUN_FENCE.at(row["id"], row["epoch"], identity.lease.name)
+        await self._database.write(PARK, {**values, "cancellable": False}, fence=fence, route=row["id"])
         self._ended(row["id"], None, None, None)
 
     def _launch(self, identity: Identity, row: Mapping[str, Any], history: History) -> None:
