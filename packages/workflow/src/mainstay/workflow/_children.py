@@ -96,6 +96,9 @@ class Children:
         while True:
             await self._execution.boundary()
             (found,) = await self._recording.read(CHILD, {"run": self._keys.run_id, "child": child_id})
+            if found.status is None and record.state is StepState.DONE:
+                msg = f"child {child_id} is kept no longer, so it cannot be undone here: undo by hand what it did"
+                raise CompensationExhausted(msg)
             if found.status is None or found.status in {RunStatus.FAILED, RunStatus.CANCELLED}:
                 return
             entries = await self._recording.read(ENTRIES, {"ids": [child_id]})

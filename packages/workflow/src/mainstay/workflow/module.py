@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
+from mainstay.workflow._retention import Retention
 from mainstay.workflow._threads import Threads
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
@@ -97,6 +98,7 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
             database=database, clock=app.clock, settings=self.settings, workflows=workflows, steps=steps
         )
         app.serve("worker", engine.worker.work)
+        app.serve("retention", Retention(database=database, settings=self.settings).work)
         threads = Threads(self.settings.max_threads)
         with ExitStack() as bound:
             bound.callback(threads.close)

@@ -90,6 +90,20 @@ runs = sa.Table(
         postgresql_where=sa.text("status in ('parked', 'compensation_failed')"),
         sqlite_where=sa.text("status in ('parked', 'compensation_failed')"),
     ),
+    sa.Index(
+        "mainstay_workflow_runs_ended",
+        "status",
+        "ended_at",
+        "id",
+        postgresql_where=sa.text("ended_at is not null"),
+        sqlite_where=sa.text("ended_at is not null"),
+    ),
+    sa.Index(
+        "mainstay_workflow_runs_parent",
+        "parent",
+        postgresql_where=sa.text("parent is not null"),
+        sqlite_where=sa.text("parent is not null"),
+    ),
 )
 
 history = sa.Table(
@@ -120,6 +134,12 @@ signals = sa.Table(
     sa.Column("received_by", sa.String(STEP_LENGTH)),
     sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
     sa.UniqueConstraint("run_id", "id", name="mainstay_workflow_signals_once"),
+    sa.Index(
+        "mainstay_workflow_signals_unclaimed",
+        "at",
+        postgresql_where=sa.text("received_by is null"),
+        sqlite_where=sa.text("received_by is null"),
+    ),
     sqlite_autoincrement=True,
 )
 

@@ -48,6 +48,8 @@ def upgrade() -> None:
         ("suspects", ["company"], "status = 'queued' and deaths >= 2"),
         ("worker", ["worker"], "status = 'running'"),
         ("parked", ["status", "created_at"], "status in ('parked', 'compensation_failed')"),
+        ("ended", ["status", "ended_at", "id"], "ended_at is not null"),
+        ("parent", ["parent"], "parent is not null"),
     ):
         op.create_index(
             f"mainstay_workflow_runs_{name}",
@@ -82,4 +84,11 @@ def _create_history_and_signals(now: sa.TextClause) -> None:
         sa.Column("at", sa.Double, nullable=False, server_default=now),
         sa.UniqueConstraint("run_id", "id", name="mainstay_workflow_signals_once"),
         sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "mainstay_workflow_signals_unclaimed",
+        "mainstay_workflow_signals",
+        ["at"],
+        postgresql_where=sa.text("received_by is null"),
+        sqlite_where=sa.text("received_by is null"),
     )
