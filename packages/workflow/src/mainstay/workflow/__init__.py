@@ -19,6 +19,7 @@ from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import Step, StepInfo, current_step
+from mainstay.workflow.value import Published, Value, ValueView
 from mainstay.workflow.workflow import Handle, RunStatus, Workflow
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Group",
     "Handle",
     "NotInRun",
+    "Published",
     "RunConflict",
     "RunNotFound",
     "RunParked",
@@ -40,6 +42,8 @@ __all__ = [
     "StepFailed",
     "StepInfo",
     "Unknown",
+    "Value",
+    "ValueView",
     "Workflow",
     "WorkflowEngine",
     "WorkflowError",

@@ -22,6 +22,7 @@ from mainstay.workflow._history import History, Keys, Kind, Row, StepRecord, Ste
 from mainstay.workflow._metrics import STEP_SECONDS, count_step
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._surroundings import Surroundings
+from mainstay.workflow._values import Voice, current_voice
 from mainstay.workflow._verdict import (
     NoException,
 )
@@ -122,6 +123,8 @@ class Effects:
         """Run user code once, outside the run's own branch."""
         info = current_info.set(StepInfo(self._keys.run_id, work.name, self._keys.of(record.key), number, work.undoes))
         branch = current_branch.set(None)
+        voice = Voice(self._recording.values, record.key)
+        silent = current_voice.set(voice)
         seconds = work.policy.timeout_seconds
         started = time.perf_counter()
         try:
@@ -139,6 +142,8 @@ class Effects:
             raise NoException(error) from error
         finally:
             STEP_SECONDS.observe(time.perf_counter() - started)
+            voice.end()
+            current_voice.reset(silent)
             current_branch.reset(branch)
             current_info.reset(info)
 

@@ -7,22 +7,18 @@ import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Never, TypeVar
 
-from mainstay.core import Clock, Effect
+from mainstay.core import Clock, Effect, Kept
 from mainstay.workflow._attempts import EFFECT, Attempts, nothing
 from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow._children import Children
 from mainstay.workflow._effects import Work, or_parked
 from mainstay.workflow._execution import Execution
+from mainstay.workflow._gather import side_by_side
 from mainstay.workflow._history import Keys, Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Difference, Replay, other_text, other_values
 from mainstay.workflow._surroundings import Surroundings
-from mainstay.workflow._verdict import (
-    NoException,
-    describe,
-    error_text,
-    step_failed,
-)
+from mainstay.workflow._verdict import step_failed
 from mainstay.workflow._waits import Waits
 from mainstay.workflow._way_back import arguments_of, load
 from mainstay.workflow.errors import (
@@ -151,6 +147,20 @@ class Primitives:
 
         return await self._primitive(branch, f"@{kind}", str, perform)
 
+    async def publish(self, branch: Branch, name: str, kept: Kept[T], value: T) -> None:
+        """Set a value of the run, in one commit with its place in the record."""
+
+        def differs(record: StepRecord, arguments: str) -> str | None:
+            same = kept.same(kept.read(record.input or "null"), kept.read(arguments))
+            return None if same else "with another value than its record has"
+
+        async def perform(record: StepRecord) -> None:
+            if record.state is not StepState.DONE:
+                await self._recording.publish(record, name)
+
+        label = f"@value {name.replace('/', '_')}"
+        await self._primitive(branch, label, lambda: or_parked(kept.write, value), perform, differs)
+
     async def receive(self, branch: Branch, name: str, read: Callable[[str], T], seconds: float | None) -> T:
         """Wait for a message and take it."""
 
@@ -188,7 +198,7 @@ class Primitives:
                 record.state, record.seq = StepState.DONE, row["seq"]
                 self._recording.settle(row, executed=False)
             branches = [Branch(self, f"{branch.prefix}{number}.{place}/", branch) for place in range(len(awaitables))]
-            return await self._side_by_side(branches, awaitables)
+            return await side_by_side(branches, awaitables, execution=self._execution, replay=self._replay)
 
         try:
             return await self._primitive(branch, "@gather", lambda: str(len(awaitables)), perform)
@@ -196,72 +206,6 @@ class Primitives:
             for awaitable in awaitables:
                 if asyncio.iscoroutine(awaitable):
                     awaitable.close()  # one that was never begun
-
-    async def _side_by_side(self, branches: list[Branch], awaitables: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
-        execution, loop = self._execution, asyncio.get_running_loop()
-        execution.active += len(branches) - 1
-        tasks = [
-            loop.create_task(self._branch(inner, awaitable), name=f"{self._keys.run_id} {inner.prefix}")
-            for inner, awaitable in zip(branches, awaitables, strict=True)
-        ]
-        cancelled: asyncio.CancelledError | None = None
-        try:
-            while pending := [task for task in tasks if not task.done()]:
-                try:
-                    await asyncio.wait(pending)
-                except asyncio.CancelledError as error:
-                    cancelled = error
-                    for task in pending:
-                        task.cancel()
-        finally:
-            for task in tasks:
-                task.cancel()
-            execution.active += 1
-        if execution.stopped is not None:
-            if cancelled is not None and execution.ended_from_outside():
-                raise cancelled
-            raise await execution.told()
-        ends = [task.result() for task in tasks if not task.cancelled()]
-        errors = [error for error, _ in ends if error is not None]
-        if errors:
-            raise errors[0]
-        if len(ends) < len(tasks):
-            raise cancelled or asyncio.CancelledError
-        return tuple(result for _, result in ends)
-
-    async def _branch(self, branch: Branch, awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
-        """The error or the result of one branch. Nothing but a cancellation is raised: it would end the loop."""
-        current_branch.set(branch)
-
-        async def run() -> Any:
-            return await awaitable
-
-        error: BaseException | None = None
-        result: Any = None
-        try:
-            try:
-                result = await self._execution.closable(run())
-            except asyncio.CancelledError:
-                raise
-            except (Exception, ControlFlow) as raised:  # noqa: BLE001  the gather raises it
-                error = raised
-            except BaseException as raised:  # noqa: BLE001  the same
-                error = NoException(raised)
-            self._end_of(branch, error)
-        finally:
-            self._execution.active -= 1
-            self._execution.consider_leaving()
-        return error, result
-
-    def _end_of(self, branch: Branch, error: BaseException | None) -> None:
-        """Stop at a branch that ends before its record does: no other may go on beside it."""
-        if self._execution.stopped is not None:
-            return
-        by = "" if error is None else f" by {error_text(describe(error))}"
-        try:
-            self._replay.ended(f"branch {branch.prefix} of a gather ended{by}", branch.prefix)
-        except Parked as signal:
-            self._execution.stop(signal)
 
     async def go_on(self, branch: Branch, workflow: AnyWorkflow, input: str) -> Never:
         """End this generation of the run; the next one has this input. What the end counts for, the record decides."""

@@ -20,6 +20,7 @@ Benchmark rows: `workflow/three steps, 1,000 at once` and `workflow/steps repeat
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -29,9 +30,10 @@ import sqlalchemy as sa
 from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, Conflict, Database, Fence, FenceLost
 from mainstay.workflow._execution import Wait
-from mainstay.workflow._history import Kind, Row
+from mainstay.workflow._history import Kind, Row, StepRecord, StepState
+from mainstay.workflow._values import Values
 from mainstay.workflow.errors import Lost, Parked
-from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET
+from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET, SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
 _BACKOFF = FullJitter(initial_seconds=0.05, max_seconds=2.0)
@@ -84,7 +86,7 @@ def worth_repeating(error: Exception) -> bool:
 
 
 class Recording:
-    """The history of one run, as its worker writes it.
+    """The history of one run, and the values that it publishes, as its worker writes them.
 
     A write is repeated until it is durable, however long the database is away: only the write, never the effect. The
     fence makes that safe at any time. It gives up when the run belongs to somebody else; and a cancellation waits for
@@ -113,6 +115,7 @@ class Recording:
         self._held = 0
         self._turn = asyncio.Lock()
         self._flusher: asyncio.Task[None] | None = None
+        self.values = Values(run_id, clock, self._publish)
 
     def row(
         self, kind: Kind, step: str, *, position: int | None = None, body: str | None = None, info: str | None = None
@@ -167,7 +170,7 @@ class Recording:
                 await self._insist(self._write_buffer, failed=error)
 
     async def end(self, *changes: tuple[Any, Mapping[str, Any]], row: Row | None = None) -> None:
-        """Write what is waiting, `row` and changes of other tables in one commit."""
+        """Write what is waiting, `row`, changes of other tables and the steps' newest values in one commit."""
 
         async def write() -> None:
             async with self._turn:
@@ -175,11 +178,32 @@ class Recording:
                 async with self._database.batch(fence=self._fence, route=self.run_id):
                     if rows or row is not None:
                         await self._database.write(self._append, rows if row is None else [*rows, row])
-                    for statement, values in changes:
+                    for statement, values in [*changes, *self.values.left()]:
                         await self._database.write(statement, [values])
                 self._written(rows, held)
 
         await self._insist(write, landed=self._has_left)
+
+    async def publish(self, record: StepRecord, name: str) -> None:
+        """Set a value of the run to the input of a record, in one commit with the entry that says so."""
+        body = record.input or "null"
+        row = self.row(Kind.DONE, record.key, position=record.position, info=json.dumps({"input": body}))
+        record.in_doubt = row  # a cancellation may come while the commit is on its way
+        self.values.forget(name)
+        await self.end((SET_VALUE, self.values.row(name, body, record.key)), row=row)
+        record.state, record.seq, record.in_doubt = StepState.DONE, row["seq"], None
+
+    async def _publish(self, rows: Sequence[Mapping[str, Any]]) -> Exception | None:
+        """Write values of steps, beside the record; the error, where it is worth trying again."""
+        try:
+            await self._database.write(SET_VALUE, rows, fence=self._fence, route=self.run_id)
+        except FenceLost:
+            return None  # they are another worker's to write by now
+        except Exception as error:  # noqa: BLE001  a value fails nothing
+            if worth_repeating(error):
+                return error
+            _log.error("run %s: its values cannot be written: %s", self.run_id, error)
+        return None
 
     async def _has_left(self) -> bool:
         """Whether this claim's last word is in the database: the run is at its epoch, and no worker executes it."""
@@ -337,7 +361,8 @@ class Recording:
             self._flusher = None
 
     async def close(self) -> None:
-        """End the callback's task, and free the places of what was never written."""
+        """End the tasks that write, and free the places of what was never written."""
+        await self.values.close()
         flusher = self._flusher
         if flusher is not None:
             flusher.cancel()

@@ -17,6 +17,7 @@ from mainstay.workflow._history import StepRecord
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.settings import WorkflowSettings
+from mainstay.workflow.value import ValueView
 from mainstay.workflow.workflow import RunStatus
 
 __all__ = ["commands"]
@@ -46,18 +47,24 @@ def list_runs(
 def show_run(id: Id, url: Url = "") -> None:
     """One run, its steps, and which of them may have happened twice."""
 
-    async def look(engine: WorkflowEngine) -> tuple[RunView, list[StepRecord]]:
+    async def look(engine: WorkflowEngine) -> tuple[RunView, list[StepRecord], list[ValueView]]:
         history = await engine.history(id)
-        return await engine.run(id), sorted(history.records.values(), key=lambda record: record.seq)
+        records = sorted(history.records.values(), key=lambda record: record.seq)
+        return await engine.run(id), records, await engine.values(id)
 
-    view, records = _with(url, look)
+    view, records, values = _with(url, look)
     facts = _facts(view)
-    steps = [_step(record) for record in records]
+    said = {value.set_by: value.at for value in sorted(values, key=lambda value: value.at)}
+    steps = [_step(record, said.get(record.key)) for record in records]
+    published = [_value(value) for value in values]
     if as_json():
-        document({**facts, "steps": steps})
+        document({**facts, "steps": steps, "values": published})
         return
     say(*(f"{name:9} {value}" for name, value in facts.items() if value is not None), "")
     table(("step", "state", "attempts", "note"), steps, empty="no steps yet")
+    if published:
+        say("")
+        table(("value", "content", "set", "by"), published)
 
 
 @commands.command("resume")
@@ -129,12 +136,22 @@ def _facts(view: RunView) -> dict[str, Any]:
     }
 
 
-def _step(record: StepRecord) -> dict[str, Any]:
+def _value(view: ValueView) -> dict[str, Any]:
+    return {"value": view.name, "content": view.body, "set": _moment(view.at), "by": view.set_by}
+
+
+def _moment(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _step(record: StepRecord, said_at: datetime | None) -> dict[str, Any]:
     notes: list[str] = []
     if record.maybe_twice:
         notes.append("may have happened more than once, unless the other side honours the key")
     if record.state == "open" and record.dangling:
         notes.append("the end of the last attempt was not seen")
+    if record.state == "open" and said_at is not None:
+        notes.append(f"last set a value at {_moment(said_at)}")
     if record.error:
         notes.append(f"{record.error['type']}: {record.error['detail']}")
     return {

@@ -36,9 +36,12 @@ from mainstay.workflow.tables import (
     START,
     START_QUIETLY,
     UNDO_ENDED,
+    VALUE,
+    VALUES,
     VIEW,
     runs,
 )
+from mainstay.workflow.value import ValueView
 from mainstay.workflow.workflow import AnyWorkflow, RunStatus, Workflow
 
 __all__ = ["RunView", "WorkflowEngine"]
@@ -272,6 +275,23 @@ class WorkflowEngine:
         """What the run's history adds up to."""
         entries = await self._database.read(ENTRIES, {"ids": [_names.run_id(id)]})
         return recall(dict(entry._mapping) for entry in entries)
+
+    async def values(self, id: str, name: str | None = None) -> list[ValueView]:
+        """The values that the run has published, or the one of this name.
+
+        Raises:
+            RunNotFound: it does not exist.
+        """
+        asked = (VALUES, {"run": _names.run_id(id)}) if name is None else (VALUE, {"run": id, "name": name})
+        found = await self._database.read(*asked)
+        if not found:
+            msg = f"there is no run {id!r}"
+            raise RunNotFound(msg)
+        return [
+            ValueView(row.name, row.body, datetime.fromtimestamp(row.at, UTC), row.set_by)
+            for row in found
+            if row.name is not None
+        ]
 
     async def cancel(self, id: str) -> None:
         """What `Handle.cancel` does; a parked run is compensated right away.

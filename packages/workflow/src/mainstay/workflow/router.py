@@ -15,6 +15,7 @@ from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import COMPENSATION_RETRY, DeclareStep, Exhausted, OnUnknown, Step, StepPolicy
+from mainstay.workflow.value import Value
 from mainstay.workflow.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class WorkflowRouter:
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
         self.signals: dict[str, Signal[Any]] = {}
+        self.values: dict[str, Value[Any]] = {}
         self.binding: Binding[WorkflowEngine] = Binding("WorkflowRouter", remedy="WorkflowModule.for_feature(router)")
 
     def step(
@@ -250,6 +252,20 @@ class WorkflowRouter:
         self.signals[name] = signal
         return signal
 
+    def value(self, name: str, kind: type[T]) -> Value[T]:
+        """Declare a value that runs publish: `await progress.set(…)` in a run, `await progress.of(run_id)` elsewhere.
+
+        Raises:
+            ValueError: the name is taken, or breaks the rule for identifiers.
+        """
+        name = _names.name_of("value", name)
+        if name in self.values:
+            msg = f"this router already has a value {name!r}"
+            raise ValueError(msg)
+        value = Value(name, kind, self.binding)
+        self.values[name] = value
+        return value
+
     def check(self) -> None:
         """What can be said only when everything is defined.
 
@@ -263,6 +279,8 @@ class WorkflowRouter:
             workflow.signature.check()
         for signal in self.signals.values():
             signal.check()
+        for value in self.values.values():
+            value.check()
 
 
 def _check_policy(policy: StepPolicy) -> None:

@@ -1,4 +1,4 @@
-"""The tables: runs, the history of what each run did, and the signals sent to runs.
+"""The tables: runs, the history of what each run did, the signals sent to runs, and the values that runs publish.
 
 The history is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
 worker numbers them, and the fence on the run's row keeps everybody else from writing any. So a write that was repeated,
@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from mainstay.database import FenceOn, Schema, database_now
+from mainstay.database import FenceOn, Schema, database_now, upsert
 from mainstay.workflow._history import Kind
 
 __all__ = ["SCHEMA"]
@@ -141,6 +141,18 @@ signals = sa.Table(
         sqlite_where=sa.text("received_by is null"),
     ),
     sqlite_autoincrement=True,
+)
+
+# What a run says of itself while it runs; only the newest of each name.
+values = sa.Table(
+    "mainstay_workflow_values",
+    metadata,
+    sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("name", sa.String(100), primary_key=True),
+    sa.Column("body", sa.Text, nullable=False),
+    # the key of the step, or of the place in the function
+    sa.Column("set_by", sa.String(STEP_LENGTH), nullable=False),
+    sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
 )
 
 # A run that has ended, or waits, has no owner: then its last one cannot write either.
@@ -397,6 +409,19 @@ _children = runs.alias("children")
 CHILD = (
     sa.select(runs.c.news, _children.c.status, _children.c.output, _children.c.failure)
     .select_from(runs.outerjoin(_children, _children.c.id == sa.bindparam("child")))
+    .where(runs.c.id == sa.bindparam("run"))
+)
+
+SET_VALUE = upsert(values, lambda new: {"body": new.body, "set_by": new.set_by, "at": new.at})
+VALUES = (
+    sa.select(values.c.name, values.c.body, values.c.set_by, values.c.at)
+    .select_from(runs.outerjoin(values, values.c.run_id == runs.c.id))
+    .where(runs.c.id == sa.bindparam("run"))
+    .order_by(values.c.name)
+)
+VALUE = (
+    sa.select(values.c.name, values.c.body, values.c.set_by, values.c.at)
+    .select_from(runs.outerjoin(values, sa.and_(values.c.run_id == runs.c.id, values.c.name == sa.bindparam("name"))))
     .where(runs.c.id == sa.bindparam("run"))
 )
 

@@ -16,11 +16,13 @@ from mainstay.workflow.errors import NotInRun
 if TYPE_CHECKING:
     from mainstay.workflow.engine import WorkflowEngine
     from mainstay.workflow.forms import Group
+    from mainstay.workflow.value import Published, Value
 
 __all__ = ["Handle", "RunStatus", "Workflow"]
 
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 class RunStatus(StrEnum):
@@ -82,6 +84,14 @@ class Handle(Generic[T]):
             RunNotFound: it does not exist.
         """
         return await self._engine.status(self.id)
+
+    async def value(self, value: Value[V]) -> Published[V] | None:
+        """The value that the run has set last: `Value.of`.
+
+        Raises:
+            RunNotFound: it does not exist.
+        """
+        return await value.of(self.id)
 
     async def cancel(self) -> None:
         """Ask for the run to be cancelled: it stops at the next boundary between steps, and compensates.

@@ -1,4 +1,4 @@
-"""Runs, their history, and signals."""
+"""Runs, their history, signals and values."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -59,6 +59,18 @@ def upgrade() -> None:
             sqlite_where=sa.text(condition),
         )
     _create_history_and_signals(now)
+    _create_values(now)
+
+
+def _create_values(now: sa.TextClause) -> None:
+    op.create_table(
+        "mainstay_workflow_values",
+        sa.Column("run_id", sa.String(200), primary_key=True),
+        sa.Column("name", sa.String(100), primary_key=True),
+        sa.Column("body", sa.Text, nullable=False),
+        sa.Column("set_by", sa.String(300), nullable=False),
+        sa.Column("at", sa.Double, nullable=False, server_default=now),
+    )
 
 
 def _create_history_and_signals(now: sa.TextClause) -> None:
