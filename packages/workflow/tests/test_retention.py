@@ -22,7 +22,7 @@ from mainstay.workflow import (
     WorkflowSettings,
 )
 from mainstay.workflow._retention import Retention
-from mainstay.workflow.tables import history, runs, signals
+from mainstay.workflow.tables import history, runs, signals, values
 from mainstay.workflow.testing import DyingDatabase, Killed, workflows
 
 WAIT = 60.0
@@ -34,6 +34,8 @@ def service() -> tuple[WorkflowRouter, Any, Any]:
     """A workflow that ends in every way, and a signal that it waits for where it is told to."""
     flows = WorkflowRouter()
     told = flows.signal("told", str)
+
+    stage = flows.value("stage", str)
 
     @flows.step(retry=Retry(attempts=1), failed_on=(LookupError,), on_unknown="park")
     async def step(how: str) -> str:
@@ -48,6 +50,7 @@ def service() -> tuple[WorkflowRouter, Any, Any]:
 
     @flows.workflow(name="work")
     async def work(how: str) -> str:
+        await stage.set(how)
         await step("first")
         if how in {"waits", "cancelled"}:
             return await told.wait()
@@ -80,7 +83,7 @@ async def there(app: App) -> list[str]:
     """The ids of the runs that are kept; of none that is not there is anything left."""
     database = app.get(Database)
     ids = sorted(row.id for row in await database.read(sa.select(runs.c.id)))
-    for column in (history.c.run_id, signals.c.run_id):
+    for column in (history.c.run_id, signals.c.run_id, values.c.run_id):
         left = {row.run_id for row in await database.read(sa.select(column).distinct())}
         assert left <= set(ids)
     return ids

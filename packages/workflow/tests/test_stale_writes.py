@@ -113,10 +113,11 @@ class Rejected(MainstayError):
 def everything() -> tuple[WorkflowRouter, list[Any]]:
     """Workflows that make a worker write all that it ever writes."""
     flows, rejections = WorkflowRouter(), [3]
-    told = flows.signal("told", int)
+    told, stage = flows.signal("told", int), flows.value("stage", int)
 
     @flows.step(retry=QUICK)
     async def charge(n: int) -> int:
+        await stage.set(n)
         return n
 
     @charge.compensation
@@ -150,6 +151,7 @@ def everything() -> tuple[WorkflowRouter, list[Any]]:
 
     @flows.workflow(name="sells")
     async def sells(n: int) -> int:
+        await stage.set(n)
         await flows.gather(charge(n), charge(n))
         await book(n)
         await rejected(n)

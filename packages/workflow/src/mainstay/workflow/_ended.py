@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.database import database_now
-from mainstay.workflow.tables import history, runs, signals
+from mainstay.workflow.tables import history, runs, signals, values
 from mainstay.workflow.workflow import RunStatus
 
 # A subquery, so that PostgreSQL asks once, and may look the answer up in an index.
@@ -41,7 +41,12 @@ EXPIRE = (
 
 OF_RUNS = tuple(
     sa.delete(table).where(column.in_(sa.bindparam("ids", expanding=True)))
-    for table, column in ((history, history.c.run_id), (signals, signals.c.run_id), (runs, runs.c.id))
+    for table, column in (
+        (history, history.c.run_id),
+        (signals, signals.c.run_id),
+        (values, values.c.run_id),
+        (runs, runs.c.id),
+    )
 )
 
 
