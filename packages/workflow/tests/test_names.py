@@ -64,7 +64,7 @@ async def test_an_id_that_breaks_the_rule_is_refused_at_each_door(bad):
         engine = app.get(WorkflowEngine)
         for door in (
             lambda: listen.start(id=bad),
-            lambda: engine.execute(listen, id=bad),
+            lambda: engine.execute(listen.input().named(bad)),
             lambda: told.send(bad, "v"),
             lambda: told.send("r", "v", id=bad),
             lambda: engine.status(bad),

@@ -76,7 +76,7 @@ def test_a_workflow_function_is_given_nothing() -> None:
     flows = WorkflowRouter()
     with pytest.raises(TypeError, match="is given db, which a replay must not depend on: give it to its steps"):
 
-        @flows.workflow(name="buy")  # type: ignore[arg-type]  # type checkers see it, too
+        @flows.workflow(name="buy")
         async def buy(amount: int, *, db: Database = given(Database)) -> None: ...
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+_RULES = "# pyright: strict, reportUnusedFunction=false, reportUnusedImport=false\n"
 _HEADER = """
 from typing import assert_type
-from mainstay.workflow import Done, Failed, Handle, Unknown, Workflow, WorkflowRouter
+from mainstay.workflow import Done, Failed, Handle, RunInput, Unknown, Workflow, WorkflowEngine, WorkflowRouter
 from mainstay.workflow import Group, class_step, diagram, parallel, saga, sequence, when
 
 flows = WorkflowRouter()
@@ -28,6 +29,15 @@ async def refund(outcome: Done[float] | Unknown, order: str, amount: int = 1) ->
 @flows.workflow(name="buy")
 async def buy(order: str, amount: int) -> float:
     return await charge(order, amount)
+
+
+@flows.workflow(name="send")
+async def send(order: str, gifts: int = 0, *, express: bool = False) -> bytes:
+    return b""
+
+
+@flows.workflow(name="sweep")
+async def sweep() -> None: ...
 
 
 async def hold(order: str) -> int:
@@ -68,12 +78,37 @@ async def main() -> None:
     assert_type(await flows.gather(charge("a"), buy("a", 2)), tuple[float, float])
 
 
+async def starts(engine: WorkflowEngine, name: str | None) -> None:
+    assert_type(await send.start("a"), Handle[bytes])
+    assert_type(await send.start("a", 2), Handle[bytes])
+    assert_type(await send.start("a", express=True), Handle[bytes])
+    assert_type(await send.start(order="a", gifts=2, express=True), Handle[bytes])
+    assert_type(await send.start("a", id="x"), Handle[bytes])
+    assert_type(await send.start("a", 2, id=name), Handle[bytes])
+    assert_type(await sweep.start(), Handle[None])
+    assert_type(await sweep.start(id="x"), Handle[None])
+    assert_type(send.input("a", express=True).named("x"), RunInput[bytes])
+    assert_type(await send.input("a", express=True).named("x").start(), Handle[bytes])
+    assert_type(await engine.execute(send, "a", express=True), bytes)
+    assert_type(await engine.execute(send.input("a", 2)), bytes)
+
+
+@flows.workflow(name="parent")
+async def parent() -> bytes:
+    return await send("a", express=True) + await send("a") + await send(order="a", gifts=1)
+
+
+@flows.workflow(name="again")
+async def again(order: str, *, count: int = 0) -> None:
+    await again.continue_with(order, count=count + 1)
+
+
 sell = saga(flows, "sell", sequence(hold, parallel(Pay(), note)), compensations={"hold": release})
-assert_type(sell, Workflow[str, tuple[float, bytes]])
+assert_type(sell, Workflow[[str], tuple[float, bytes]])
 assert_type(sequence(hold, when(large, Pay())), Group[str, int | float])
 assert_type(sequence(hold, when(lambda amount: amount > 1, Pay(), otherwise=note)), Group[str, float | bytes])
 paid = class_step(Pay(), flows.step(timeout_seconds=2))
-assert_type(saga(flows, "pay", paid), Workflow[int, float])
+assert_type(saga(flows, "pay", paid), Workflow[[int], float])
 assert_type(diagram(sell), str)
 
 
@@ -92,6 +127,23 @@ async def sold() -> None:
 """
 _BAD = {
     "a missing argument of start": 'async def main() -> None:\n    await buy.start("a")\n',
+    "a wrong argument beside an id": 'async def main() -> None:\n    await buy.start(1, 1, id="x")\n',
+    "a missing argument beside an id": 'async def main() -> None:\n    await buy.start("a", id="x")\n',
+    "an argument too many beside an id": 'async def main() -> None:\n    await buy.start("a", 1, 2, id="x")\n',
+    "an argument too many": 'async def main() -> None:\n    await buy.start("a", 1, 2)\n',
+    "an argument where there is no parameter": 'async def main() -> None:\n    await sweep.start(1, id="x")\n',
+    "an id that is no text": 'async def main() -> None:\n    await buy.start("a", 1, id=3)\n',
+    "a wrong default": 'async def main() -> None:\n    await send.start("a", "b", id="x")\n',
+    "a wrong keyword": 'async def main() -> None:\n    await send.start("a", express="yes")\n',
+    "a keyword that is no parameter": 'async def main() -> None:\n    await send.start("a", fast=True)\n',
+    "a keyword-only parameter by its place": 'async def main() -> None:\n    await send.start("a", 1, True)\n',
+    "a wrong keyword of a child": (
+        '@flows.workflow(name="p")\nasync def p() -> bytes:\n    return await send("a", express="yes")\n'
+    ),
+    "a wrong keyword of an input": 'send.input("a", express="yes")\n',
+    "a wrong argument of execute": (
+        "async def main(engine: WorkflowEngine) -> None:\n    await engine.execute(send, 1)\n"
+    ),
     "a wrong argument of start": "async def main() -> None:\n    await buy.start(1, 1)\n",
     "a wrong argument of continue_with": 'async def main() -> None:\n    await poll.continue_with("a")\n',
     "a wrong argument of a step": "async def main() -> None:\n    await charge(1)\n",
@@ -121,18 +173,27 @@ _BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def findings(tmp_path_factory):
-    """The lines with errors, by case, of one run of the type checker over all of them."""
+CHECKERS = {
+    "mypy": (["mypy", "--config-file", "pyproject.toml"], ": error:"),
+    "pyright": (["basedpyright", "--level", "error"], " - error: "),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(CHECKERS))
+def findings(request, tmp_path_factory):
+    """The lines with errors, by case, of one run of a type checker over all of them."""
     directory = tmp_path_factory.mktemp("typing")
     cases = {"good": _GOOD, **_BAD}
     paths = {case: directory / f"case_{number}.py" for number, case in enumerate(cases)}
     for case, path in paths.items():
-        path.write_text(_HEADER + cases[case])
+        path.write_text(
+            "# pyright: strict, reportUnusedFunction=false, reportUnusedImport=false" + _HEADER + cases[case]
+        )
     root = Path(__file__).parents[3]
-    command = [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", *paths.values()]
+    (name, *options), mark = CHECKERS[request.param]
+    command = [sys.executable, "-m", name, *options, *paths.values()]
     output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
-    lines = [line for line in output.splitlines() if ": error:" in line]
+    lines = [line for line in output.splitlines() if mark in line]
     return {case: [line for line in lines if path.name in line] for case, path in paths.items()}
 
 

@@ -241,14 +241,14 @@ async def test_the_same_input_is_the_same_run_in_whatever_order_it_is_written(ur
     one, other = {0, 8}, {8, 0}
     assert list(one) != list(other)
     async with workflows(flows, url=url, serve=False) as app:
-        await look.start(one, {"a": 1.0, "b": 2.0}, id="r")  # type: ignore[call-arg]  # defaults
+        await look.start(one, {"a": 1.0, "b": 2.0}, id="r")
         await look.start(other, {"b": 2, "a": 1}, False, id="r")
         async with app.get(Database).transaction():
             await look.start(other, {"b": 2, "a": 1}, False, id="r")
         with pytest.raises(RunConflict, match="with another input"):
             await look.start(other, {"b": 2, "a": 1}, True, id="r")
         with pytest.raises(RunConflict, match="with another input"):
-            await look.start({0}, {"b": 2, "a": 1}, id="r")  # type: ignore[call-arg]  # defaults
+            await look.start({0}, {"b": 2, "a": 1}, id="r")
         assert len(await app.get(Database).read(runs.select())) == 1
 
 
@@ -284,6 +284,6 @@ async def test_a_run_keeps_the_defaults_that_it_was_started_with(tmp_path):
 
     url = f"sqlite+aiosqlite:///{tmp_path}/t.db"
     async with workflows(before, url=url, serve=False):
-        await old.start(id="r")  # type: ignore[call-arg]  # defaults
+        await old.start(id="r")
     async with workflows(after, url=url):
         assert await new.handle("r").result(WAIT) == 1

@@ -20,7 +20,7 @@ from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import Step, StepInfo, current_step
 from mainstay.workflow.value import Published, Value, ValueView
-from mainstay.workflow.workflow import Handle, RunStatus, Workflow
+from mainstay.workflow.workflow import Handle, RunInput, RunStatus, Workflow
 
 __all__ = [
     "Done",
@@ -30,6 +30,7 @@ __all__ = [
     "NotInRun",
     "Published",
     "RunConflict",
+    "RunInput",
     "RunNotFound",
     "RunParked",
     "RunStateError",

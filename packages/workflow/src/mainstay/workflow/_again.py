@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mainstay.workflow.errors import RunConflict
-from mainstay.workflow.workflow import Workflow
+from mainstay.workflow.workflow import AnyWorkflow
 
 
-def same_run(row: Mapping[str, Any], name: str, stored: str, workflow: Workflow[*tuple[Any, ...], Any] | None) -> None:
+def same_run(row: Mapping[str, Any], name: str, stored: str, workflow: AnyWorkflow | None) -> None:
     """Refuse another run than the one that has the id. Inputs are compared by value, as today's types read both.
 
     Args:

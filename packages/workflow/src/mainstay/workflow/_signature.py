@@ -65,6 +65,7 @@ class Signature:
             if parameter.default is not parameter.empty
         }
         self._positional = tuple(p.name for p in self._signature.parameters.values() if p.kind in _POSITIONAL)
+        self.keywords = tuple(p.name for p in self._signature.parameters.values() if p.kind is not p.POSITIONAL_ONLY)
 
     @cached_property
     def _hints(self) -> dict[str, Any]:

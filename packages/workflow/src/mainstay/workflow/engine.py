@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import sqlalchemy as sa
 
@@ -42,11 +42,11 @@ from mainstay.workflow.tables import (
     runs,
 )
 from mainstay.workflow.value import ValueView
-from mainstay.workflow.workflow import AnyWorkflow, RunStatus, Workflow
+from mainstay.workflow.workflow import AnyWorkflow, RunInput, RunStatus, Workflow
 
 __all__ = ["RunView", "WorkflowEngine"]
 
-Ts = TypeVarTuple("Ts")
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.workflow")
@@ -197,9 +197,18 @@ class WorkflowEngine:
         )
         return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
 
-    async def execute(self, workflow: Workflow[*Ts, T], *args: *Ts, id: str | None = None) -> T:
-        """Start a run and wait for its result: `Workflow.start` and `Handle.result`."""
-        return await (await workflow.start(*args, id=id)).result()
+    @overload
+    async def execute(self, workflow: Workflow[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    @overload
+    async def execute(self, input: RunInput[T], /) -> T: ...
+    async def execute(self, what: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Start a run and wait for its result: `Workflow.start` and `Handle.result`.
+
+        Args:
+            what: the workflow, with its arguments behind it, or what `workflow.input(…).named(id)` made.
+            args, kwargs: the input, kept as JSON.
+        """
+        return await (await what.start(*args, **kwargs)).result()
 
     async def send(self, run_id: str, name: str, body: str, id: str | None) -> None:
         """Store a message for a run, and wake the run if it sleeps. See `Signal.send`."""

@@ -195,7 +195,7 @@ def saga(
     *,
     compensations: Mapping[str, Undo] | None = None,
     version: int = 1,
-) -> Workflow[V, R]:
+) -> Workflow[[V], R]:
     """Declare a workflow by its steps.
 
     Args:
@@ -217,7 +217,7 @@ def saga(
     steps = _Steps(flows, what, undos)
     plan: Group[Any, Any] = Group("sequence", (_planned(part, steps),))
 
-    async def execute(value: V) -> R:
+    async def execute(value: V, /) -> R:
         result: R = await _execute(flows, plan, value)
         return result
 
@@ -394,7 +394,7 @@ def _type(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
-def diagram(workflow: Workflow[*tuple[Any, ...], Any]) -> str:
+def diagram(workflow: Workflow[..., Any]) -> str:
     """The steps of a saga as a Mermaid flowchart; what undoes each stands beside it.
 
     Raises:

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, overload
 from uuid import UUID
 
 from mainstay.core import Binding, Retry, uuid7
@@ -25,7 +25,6 @@ __all__ = ["WorkflowRouter"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 T1 = TypeVar("T1")
 T2 = TypeVar("T2")
 T3 = TypeVar("T3")
@@ -40,7 +39,7 @@ class WorkflowRouter:
 
     def __init__(self) -> None:
         self.steps: dict[str, Step[..., Any]] = {}
-        self.workflows: dict[tuple[str, int], Workflow[*tuple[Any, ...], Any]] = {}
+        self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
         self.signals: dict[str, Signal[Any]] = {}
         self.values: dict[str, Value[Any]] = {}
         self.binding: Binding[WorkflowEngine] = Binding("WorkflowRouter", remedy="WorkflowModule.for_feature(router)")
@@ -123,7 +122,7 @@ class WorkflowRouter:
 
     def workflow(
         self, *, name: str, version: int = 1, timeout_seconds: float | None = None
-    ) -> Callable[[Callable[[*Ts], Awaitable[T]]], Workflow[*Ts, T]]:
+    ) -> Callable[[Callable[P, Awaitable[T]]], Workflow[P, T]]:
         """Declare a workflow function.
 
         It is executed again from the start after a crash, and every step that is recorded returns at once. So it must
@@ -136,7 +135,7 @@ class WorkflowRouter:
                 cancellation; once a pivot is done it goes on. None for no limit.
 
         Raises:
-            TypeError: the function is not async.
+            TypeError: the function is not async, or has a parameter `id`, which is the run's.
             ValueError: the router has this name and version, or they are out of range.
         """
         name = _names.name_of("workflow", name)
@@ -145,7 +144,7 @@ class WorkflowRouter:
             raise ValueError(msg)
         _check_limit(timeout_seconds)
 
-        def declare(function: Callable[[*Ts], Awaitable[T]]) -> Workflow[*Ts, T]:
+        def declare(function: Callable[P, Awaitable[T]]) -> Workflow[P, T]:
             if (name, version) in self.workflows:
                 msg = f"this router already has version {version} of workflow {name!r}"
                 raise ValueError(msg)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, Never, TypeVar, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, Never, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 from mainstay.core import Binding, derived_id, once
 from mainstay.workflow import _names
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     from mainstay.workflow.forms import Group
     from mainstay.workflow.value import Published, Value
 
-__all__ = ["Handle", "RunStatus", "Workflow"]
+__all__ = ["Handle", "RunInput", "RunStatus", "Workflow"]
 
-Ts = TypeVarTuple("Ts")
+P = ParamSpec("P")
 T = TypeVar("T")
 V = TypeVar("V")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+T5 = TypeVar("T5")
+T6 = TypeVar("T6")
+F_co = TypeVar("F_co", covariant=True)
 
 
 class RunStatus(StrEnum):
@@ -103,7 +110,43 @@ class Handle(Generic[T]):
         await self._engine.cancel(self.id)
 
 
-class Workflow(Generic[*Ts, T]):
+@dataclass(frozen=True, slots=True)
+class RunInput(Generic[T]):
+    """The input of a run that is yet to be started; made by `workflow.input(…)`.
+
+    Attributes:
+        workflow: whose input it is.
+        text: the arguments as JSON.
+        id: of the run; None for one that is given when it is started.
+    """
+
+    workflow: AnyWorkflow
+    text: str = field(repr=False)
+    id: str | None = None
+
+    def named(self, id: str) -> RunInput[T]:
+        """The same input, for the run with this id.
+
+        Raises:
+            TypeError: the id is no text.
+            ValueError: it breaks the rule for identifiers.
+        """
+        return replace(self, id=_names.run_id(id))
+
+    async def start(self) -> Handle[T]:
+        """Begin the run. See `Workflow.start`."""
+        begin: Callable[[str, str | None], Awaitable[Handle[T]]] = self.workflow.begin
+        return await begin(self.text, self.id)
+
+
+class _Of(Protocol[F_co]):
+    """What has a function of this type: a ParamSpec takes no keyword of ours beside its own (docs/adr/0070)."""
+
+    @property
+    def function(self) -> F_co: ...
+
+
+class Workflow(Generic[P, T]):
     """A durable workflow; made by `@flows.workflow(name=…)`.
 
     Attributes:
@@ -115,7 +158,7 @@ class Workflow(Generic[*Ts, T]):
 
     def __init__(
         self,
-        function: Callable[[*Ts], Awaitable[T]],
+        function: Callable[P, Awaitable[T]],
         name: str,
         version: int,
         binding: Binding[WorkflowEngine],
@@ -123,10 +166,13 @@ class Workflow(Generic[*Ts, T]):
         timeout_seconds: float | None = None,
     ) -> None:
         self.signature = Signature(function, kind="workflow")
+        if "id" in self.signature.keywords:
+            msg = f"workflow {self.signature.name} has a parameter id, which `start` takes as the run's: rename it"
+            raise TypeError(msg)
         self.name = name
         self.version = version
         self.timeout_seconds = timeout_seconds
-        self.function = function
+        self.function: Callable[P, Awaitable[T]] = function
         self.binding = binding
         self.plan: Group[Any, Any] | None = None
         self.__doc__ = function.__doc__
@@ -135,7 +181,7 @@ class Workflow(Generic[*Ts, T]):
     def __repr__(self) -> str:
         return f"<workflow {self.name} version {self.version}>"
 
-    def __call__(self, *args: *Ts) -> Coroutine[Any, Any, T]:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         """Inside a workflow function: execute it as a run of its own, a child, and wait for its result.
 
         The child is started once, also where its parent crashes, and executed by any worker; the parent waits for it
@@ -145,19 +191,21 @@ class Workflow(Generic[*Ts, T]):
             NotInRun: there is no run around it; `start` begins one.
             WorkflowFailed: the child failed or was cancelled.
         """
-        return self._as_child(args)
+        return self._as_child(args, kwargs)
 
-    async def _as_child(self, args: tuple[*Ts]) -> T:
+    async def _as_child(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T:
         branch = current_branch.get()
         if branch is None:
             name = self.signature.name
             msg = f"{name}(…) was called outside a run: `await {name}.start(…, id=…)` begins one"
             raise NotInRun(msg)
-        text = self.signature.dump_arguments(self.signature.bind(args, {}))
-        result: T = await branch.primitives.child(branch, cast("Any", self), text)
+        result: T = await branch.primitives.child(branch, self, self._text(args, kwargs))
         return result
 
-    async def continue_with(self, *args: *Ts) -> Never:
+    def _text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        return self.signature.dump_arguments(self.signature.bind(args, kwargs))
+
+    async def continue_with(self, *args: P.args, **kwargs: P.kwargs) -> Never:
         """Inside this workflow's function: end its history and go on under the same id, with new input.
 
         For runs that live for long, such as a subscription or a poller: what they have done would otherwise be read
@@ -171,7 +219,7 @@ class Workflow(Generic[*Ts, T]):
         before comes first.
 
         Args:
-            args: the input, kept as JSON.
+            args, kwargs: the input, kept as JSON.
 
         Raises:
             NotInRun: there is no run around it.
@@ -181,18 +229,62 @@ class Workflow(Generic[*Ts, T]):
         if branch is None:
             msg = f"{self.signature.name}.continue_with(…) was called outside a run: only its own function goes on"
             raise NotInRun(msg)
-        text = self.signature.dump_arguments(self.signature.bind(args, {}))
-        await branch.primitives.go_on(branch, cast("Any", self), text)
+        await branch.primitives.go_on(branch, self, self._text(args, kwargs))
 
-    async def start(self, *args: *Ts, id: str | None = None) -> Handle[T]:
+    @overload
+    async def start(self, *args: P.args, **kwargs: P.kwargs) -> Handle[T]: ...
+    @overload
+    async def start(self: _Of[Callable[[], Awaitable[T]]], *, id: str | None) -> Handle[T]: ...
+    @overload
+    async def start(self: _Of[Callable[[T1], Awaitable[T]]], one: T1, /, *, id: str | None) -> Handle[T]: ...
+    @overload
+    async def start(
+        self: _Of[Callable[[T1, T2], Awaitable[T]]], one: T1, two: T2, /, *, id: str | None
+    ) -> Handle[T]: ...
+    @overload
+    async def start(
+        self: _Of[Callable[[T1, T2, T3], Awaitable[T]]], one: T1, two: T2, three: T3, /, *, id: str | None
+    ) -> Handle[T]: ...
+    @overload
+    async def start(
+        self: _Of[Callable[[T1, T2, T3, T4], Awaitable[T]]], one: T1, two: T2, three: T3, four: T4, /, *, id: str | None
+    ) -> Handle[T]: ...
+    @overload
+    async def start(
+        self: _Of[Callable[[T1, T2, T3, T4, T5], Awaitable[T]]],
+        one: T1,
+        two: T2,
+        three: T3,
+        four: T4,
+        five: T5,
+        /,
+        *,
+        id: str | None,
+    ) -> Handle[T]: ...
+    @overload
+    async def start(
+        self: _Of[Callable[[T1, T2, T3, T4, T5, T6], Awaitable[T]]],
+        one: T1,
+        two: T2,
+        three: T3,
+        four: T4,
+        five: T5,
+        six: T6,
+        /,
+        *,
+        id: str | None,
+    ) -> Handle[T]: ...
+    async def start(self, *args: Any, id: str | None = None, **kwargs: Any) -> Handle[T]:  # type: ignore[misc]  # adr/0070
         """Begin a run; durable when this returns, or, inside `db.transaction()`, with its commit.
 
+        Inside a workflow function it is a recorded step, from whose key the id derives: a replay starts nothing again.
+
         Args:
-            args: the input, kept as JSON.
+            args, kwargs: the input, kept as JSON.
             id: names the run for as long as it is kept: starting again with the same id and the same input returns the
                 same run. Without one, the run is a new one. 1 to 128 of the characters in `mainstay.core.ID_RULE`.
-
-        Inside a workflow function it is a recorded step, from whose key the id derives: a replay starts nothing again.
+                Type checkers take it beside at most six positional arguments; beside keywords, and for more, write
+                `workflow.input(…).named(id).start()`.
 
         Raises:
             RunConflict: the id belongs to another workflow or to another input.
@@ -200,9 +292,19 @@ class Workflow(Generic[*Ts, T]):
             ValueError: the id breaks the rule for identifiers.
             NotBoundError: the router is not part of a running App.
         """
-        chosen = None if id is None else _names.run_id(id)
+        return await self.begin(self._text(args, kwargs), None if id is None else _names.run_id(id))
+
+    def input(self, *args: P.args, **kwargs: P.kwargs) -> RunInput[T]:
+        """The input of a run that is yet to be started: `named` gives it an id, `start` and `start_batch` begin it.
+
+        Raises:
+            TypeError: the arguments do not fit, or a value would not come back equal as its parameter's type.
+        """
+        return RunInput(self, self._text(args, kwargs))
+
+    async def begin(self, text: str, chosen: str | None) -> Handle[T]:
+        """Begin a run with its input as JSON. See `start`."""
         engine = self.binding.get()
-        text = self.signature.dump_arguments(self.signature.bind(args, {}))
         started: list[str] = []
 
         async def begin(key: str | None) -> None:
@@ -231,4 +333,4 @@ def _id_of(key: str | None) -> str | None:
     return None if key is None else str(derived_id(key))
 
 
-AnyWorkflow = Workflow[*tuple[Any, ...], Any]
+AnyWorkflow: TypeAlias = Workflow[..., Any]
