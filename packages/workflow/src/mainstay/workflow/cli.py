@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -12,8 +13,9 @@ from pydantic import SecretStr
 
 from mainstay.cli import as_json, document, say, settings_of, table
 from mainstay.core import App
-from mainstay.database import DatabaseModule, DatabaseSettings
-from mainstay.workflow._history import StepRecord
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.workflow._archive import archive, archived_run
+from mainstay.workflow._history import History, StepRecord
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.settings import WorkflowSettings
@@ -24,9 +26,10 @@ __all__ = ["commands"]
 
 T = TypeVar("T")
 
+_UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 _MOST = 2**31 - 1  # no database takes a number without a limit
 
-commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel.")
+commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel, archive.")
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The run.")]
@@ -44,17 +47,21 @@ def list_runs(
 
 
 @commands.command("show")
-def show_run(id: Id, url: Url = "") -> None:
+def show_run(
+    id: Id,
+    archived: Annotated[Path | None, typer.Option("--archive", help="Look into this file instead.")] = None,
+    url: Url = "",
+) -> None:
     """One run, its steps, and which of them may have happened twice."""
 
-    async def look(engine: WorkflowEngine) -> tuple[RunView, list[StepRecord], list[ValueView]]:
+    async def look(engine: WorkflowEngine) -> tuple[RunView, History, list[ValueView]]:
         history = await engine.history(id)
-        records = sorted(history.records.values(), key=lambda record: record.seq)
-        return await engine.run(id), records, await engine.values(id)
+        return await engine.run(id), history, await engine.values(id)
 
-    view, records, values = _with(url, look)
+    view, history, values = _with(url, look) if archived is None else archived_run(archived, id)
     facts = _facts(view)
     said = {value.set_by: value.at for value in sorted(values, key=lambda value: value.at)}
+    records = sorted(history.records.values(), key=lambda record: record.seq)
     steps = [_step(record, said.get(record.key)) for record in records]
     published = [_value(value) for value in values]
     if as_json():
@@ -81,6 +88,30 @@ def cancel_run(id: Id, url: Url = "") -> None:
     _tell(id, f"{id} will be cancelled at its next boundary between steps")
 
 
+@commands.command("archive")
+def archive_runs(
+    older_than: Annotated[str, typer.Option(metavar="AGE", help="Since their end: 30d, 12h, 90m or 45s.")],
+    to: Annotated[Path, typer.Option(help="The file, which is made, or appended to.")],
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them, once they are in the file.")] = False,
+    url: Url = "",
+) -> None:
+    """Copy ended runs with all that is theirs to a file, one JSON object a line."""
+    seconds = _seconds(older_than)
+    done = _with_app(url, lambda app: archive(app.get(Database), to, older_than_seconds=seconds, deleting=delete))
+    if as_json():
+        document({"written": done.written, "deleted": done.deleted, "file": str(to)})
+    else:
+        say(f"{done.written} runs were written to {to}, {done.deleted} were deleted")
+
+
+def _seconds(age: str) -> float:
+    number, unit = age[:-1], age[-1:]
+    if not (number.isascii() and number.isdigit() and unit in _UNITS):
+        msg = f"{age!r} is no age: write a whole number and d, h, m or s, such as 30d"
+        raise typer.BadParameter(msg, param_hint="'--older-than'")
+    return int(number) * _UNITS[unit]
+
+
 def _tell(id: str, what: str) -> None:
     if as_json():
         document({"run": id, "detail": what})
@@ -89,12 +120,16 @@ def _tell(id: str, what: str) -> None:
 
 
 def _with(url: str, work: Callable[[WorkflowEngine], Awaitable[T]]) -> T:
+    return _with_app(url, lambda app: work(app.get(WorkflowEngine)))
+
+
+def _with_app(url: str, work: Callable[[App], Awaitable[T]]) -> T:
     named = DatabaseSettings(url=SecretStr(url)) if url else settings_of(DatabaseModule)
     database = named.model_copy(update={"migrate": False})
 
     async def run() -> T:
         async with App(DatabaseModule.for_root(database), WorkflowModule.for_root(WorkflowSettings())) as app:
-            return await work(app.get(WorkflowEngine))
+            return await work(app)
 
     return asyncio.run(run())
 

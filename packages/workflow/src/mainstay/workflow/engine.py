@@ -263,7 +263,7 @@ class WorkflowEngine:
         if not found:
             msg = f"there is no run {id!r}"
             raise RunNotFound(msg)
-        return _view(found[0])
+        return view_of(found[0])
 
     async def runs(self, status: RunStatus | None = None, *, limit: int = 100) -> list[RunView]:
         """The newest runs, or those with this status."""
@@ -278,7 +278,7 @@ class WorkflowEngine:
             query = query.where(runs.c.status == "running", runs.c.failure.is_(None))
         elif status is not None:
             query = query.where(runs.c.status == str(status))
-        return [_view(row) for row in await self._database.read(query)]
+        return [view_of(row) for row in await self._database.read(query)]
 
     async def history(self, id: str) -> History:
         """What the run's history adds up to."""
@@ -296,11 +296,7 @@ class WorkflowEngine:
         if not found:
             msg = f"there is no run {id!r}"
             raise RunNotFound(msg)
-        return [
-            ValueView(row.name, row.body, datetime.fromtimestamp(row.at, UTC), row.set_by)
-            for row in found
-            if row.name is not None
-        ]
+        return [value_of(row) for row in found if row.name is not None]
 
     async def cancel(self, id: str) -> None:
         """What `Handle.cancel` does; a parked run is compensated right away.
@@ -387,7 +383,13 @@ def _changed(result: sa.Result[Any]) -> bool:
     return bool(cast("sa.CursorResult[Any]", result).rowcount)
 
 
-def _view(row: Any) -> RunView:
+def value_of(row: Any) -> ValueView:
+    """What the table of values says."""
+    return ValueView(row.name, row.body, datetime.fromtimestamp(row.at, UTC), row.set_by)
+
+
+def view_of(row: Any) -> RunView:
+    """What a row of the table says."""
     status = RunStatus(row.status)
     if row.failure and status in {RunStatus.QUEUED, RunStatus.RUNNING}:
         status = RunStatus.COMPENSATING

@@ -1,0 +1,212 @@
+"""Archives: files to which ended runs are copied, with all that is theirs, before they are deleted.
+
+A line is one run, as JSON: `{"run": …, "history": […], "signals": […], "values": […]}`, with the columns of the tables
+as they are. A run is deleted only after its line is durable, and only as the run that was read. So a kill at any moment
+loses nothing: begun again with the same file, an archive cuts off a line that is not whole, deletes what has its line
+already, and goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import defaultdict
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import sqlalchemy as sa
+
+from mainstay.database import Database
+from mainstay.workflow._ended import FROM_THE_FIRST, Ended, delete
+from mainstay.workflow._history import History, recall
+from mainstay.workflow.engine import RunView, value_of, view_of
+from mainstay.workflow.errors import RunNotFound, WorkflowError
+from mainstay.workflow.tables import history, runs, signals, values
+from mainstay.workflow.value import ValueView
+from mainstay.workflow.workflow import RunStatus
+
+_AT_ONCE = 100  # runs that are read, written and deleted together
+
+_IDS: sa.BindParameter[str] = sa.bindparam("ids", expanding=True)
+_HISTORY = sa.select(history).where(history.c.run_id.in_(_IDS)).order_by(history.c.run_id, history.c.seq)
+_SIGNALS = sa.select(signals).where(signals.c.run_id.in_(_IDS)).order_by(signals.c.number)
+_VALUES = sa.select(values).where(values.c.run_id.in_(_IDS)).order_by(values.c.run_id, values.c.name)
+_RUNS = sa.select(runs).where(runs.c.id.in_(_IDS)).order_by(runs.c.ended_at, runs.c.id)
+_HELD = sa.select(runs.c.id, runs.c.epoch, runs.c.ended_at).where(runs.c.id.in_(_IDS)).with_for_update()
+
+Name = tuple[str, int, float]
+"""An end of a run: its id, epoch and moment. One that was compensated later has another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """What was done.
+
+    Attributes:
+        written: runs that got a line.
+        deleted: runs that were deleted.
+    """
+
+    written: int
+    deleted: int
+
+
+async def archive(database: Database, path: Path, *, older_than_seconds: float, deleting: bool) -> Archived:
+    """Copy the runs that ended so long ago into a file, and delete them where that is asked for.
+
+    Args:
+        database: where they are.
+        path: the file: made where there is none, and appended to where there is. A run that it has gets no second line.
+        older_than_seconds: since the run's end.
+        deleting: also delete them. A run whose parent or child is younger stays for now, and is not written.
+
+    Raises:
+        WorkflowError: the file is no archive, or another process writes to it.
+        OSError: it cannot be written; nothing is deleted then that has no line.
+    """
+    ends = {status: older_than_seconds for status in RunStatus if status.terminal}
+    ended = Ended(ends, alone=not deleting)
+    written = deleted = 0
+    with _opened(path) as (file, known):
+        more = True
+        while more:  # with deleting, a parent's turn comes after its last child's
+            more = False
+            for query in ended.of.values():
+                after: dict[str, Any] = {**FROM_THE_FIRST, "most": _AT_ONCE}
+                while found := await database.read(query, after):
+                    names = {(row.id, row.epoch, row.ended_at) for row in found}
+                    lines = await _lines(database, names - known)
+                    _append(file, lines.values())
+                    written += len(lines)
+                    known.update(lines)
+                    if deleting:
+                        gone = await _delete(database, names & known)
+                        deleted, more = deleted + gone, more or gone > 0
+                    after |= {"after": found[-1].ended_at, "after_id": found[-1].id}
+    return Archived(written, deleted)
+
+
+async def _lines(database: Database, names: AbstractSet[Name]) -> dict[Name, bytes]:
+    """The runs as lines, without those that have begun to go back meanwhile."""
+    if not names:
+        return {}
+    ids = {"ids": [name[0] for name in names]}
+    # The run itself last: where its end is still the one that was found, its history has not changed since.
+    own = {
+        "history": _by_run(await database.read(_HISTORY, ids)),
+        "signals": _by_run(await database.read(_SIGNALS, ids)),
+        "values": _by_run(await database.read(_VALUES, ids)),
+    }
+    lines: dict[Name, bytes] = {}
+    for row in await database.read(_RUNS, ids):
+        name = (row.id, row.epoch, row.ended_at)
+        if name in names:
+            whole = {"run": dict(row._mapping), **{part: rows[row.id] for part, rows in own.items()}}
+            lines[name] = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return lines
+
+
+def _by_run(rows: Iterable[sa.Row[Any]]) -> Mapping[str, list[dict[str, Any]]]:
+    found = defaultdict[str, list[dict[str, Any]]](list)
+    for row in rows:
+        columns = dict(row._mapping)
+        found[columns.pop("run_id")].append(columns)
+    return found
+
+
+async def _delete(database: Database, names: AbstractSet[Name]) -> int:
+    async with database.transaction() as session:
+        held = (await session.execute(_HELD, {"ids": [name[0] for name in names]})).all()
+        ids = [row.id for row in held if (row.id, row.epoch, row.ended_at) in names]
+        await delete(session, ids)
+    return len(ids)
+
+
+# The file
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[tuple[BinaryIO, set[Name]], None, None]:
+    """The file, for this process alone, at its end; and the ends of runs that it has."""
+    new = not path.exists()
+    # It holds what the runs were about: for its owner only.
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"{path} is being written by another process: wait for it, or archive to another file"
+            raise WorkflowError(msg) from None
+        known = set[Name]()
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # a kill came in the middle of it, so its run was not deleted
+            run = _read(path, line)["run"]
+            known.add((run["id"], run["epoch"], run["ended_at"]))
+            end += len(line)
+        file.seek(end)
+        file.truncate()
+        _sync(file)  # the lines that are known may be as new as the kill
+        if new:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        yield file, known
+
+
+def _append(file: BinaryIO, lines: Collection[bytes]) -> None:
+    if lines:
+        file.writelines(lines)
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _read(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        whole: dict[str, Any] = json.loads(line)
+        if {"run", "history", "signals", "values"} <= whole.keys():
+            return whole
+    except (ValueError, AttributeError):
+        pass
+    msg = f"{path} is no archive of runs, since it has a line that is none: {line[:80]!r}"
+    raise WorkflowError(msg)
+
+
+def _whole(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield _read(path, line)
+
+
+def archived_run(path: Path, id: str) -> tuple[RunView, History, list[ValueView]]:
+    """A run in an archive, its history and its values; of several with this id, the last one that was written.
+
+    Raises:
+        RunNotFound: it is not there.
+        WorkflowError: the file is no archive.
+        OSError: it cannot be read.
+    """
+    found: Mapping[str, Any] | None = None
+    for whole in _whole(path):
+        if whole["run"]["id"] == id:
+            found = whole
+    if found is None:
+        msg = f"there is no run {id!r} in {path}"
+        raise RunNotFound(msg)
+    now = found["run"]["ended_at"]
+    entries = [{**entry, "now": now} for entry in found["history"]]
+    published = [value_of(SimpleNamespace(**value)) for value in found["values"]]
+    return view_of(SimpleNamespace(**found["run"], asleep=False)), recall(entries), published
