@@ -25,6 +25,7 @@ from mainstay.workflow import (
     WorkflowSettings,
     current_step,
 )
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.tables import history, runs
 from mainstay.workflow.testing import workflows
@@ -87,6 +88,7 @@ async def worker_on(app, database, flows, **settings):
         settings=WorkflowSettings(**options),
         workflows=flows.workflows,
         steps=flows.steps,
+        payloads=Payloads(),
         ended=nobody,
     )
     task = asyncio.create_task(worker.work(drain))

@@ -6,6 +6,7 @@ import sqlalchemy as sa
 from mainstay.core import SYSTEM_CLOCK
 from mainstay.database import CommitUnknown, Database
 from mainstay.workflow import WorkflowRouter
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._recording import Places, Recording
 from mainstay.workflow.errors import Lost
 from mainstay.workflow.tables import END, PARK, RELEASE, RUN_FENCE, runs
@@ -70,7 +71,15 @@ async def test_a_last_word_that_landed_unseen_is_no_lost_run(url, word, taken):
 
         silent = Silent(database, meanwhile)
         fence = RUN_FENCE.at("r", 1, "me")
-        recording = Recording(silent, SYSTEM_CLOCK, "r", fence, 0, unrecorded=Places(1))  # type: ignore[arg-type]  # it stands in for a Database
+        recording = Recording(
+            silent,  # type: ignore[arg-type]  # it stands in for a Database
+            SYSTEM_CLOCK,
+            "r",
+            fence,
+            0,
+            unrecorded=Places(1),
+            payloads=Payloads(),
+        )
         change = (statement, {"run": "r", "at_epoch": 1, **values})
         if taken:
             with pytest.raises(Lost):

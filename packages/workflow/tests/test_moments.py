@@ -18,6 +18,7 @@ from mainstay.workflow import (
     WorkflowSettings,
     current_step,
 )
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.testing import DyingDatabase, Killed, explore, workflows
 
@@ -275,6 +276,7 @@ async def test_trap_20_a_run_of_three_steps_costs_five_commits():
             settings=WorkflowSettings(),
             workflows=flows.workflows,
             steps=flows.steps,
+            payloads=Payloads(),
             ended=lambda *_: None,
         )
         task = asyncio.create_task(worker.work(drain))

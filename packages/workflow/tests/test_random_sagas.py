@@ -26,6 +26,7 @@ from mainstay.workflow import (
     current_step,
 )
 from mainstay.workflow._history import StepState
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.testing import DyingDatabase, workflows
 
@@ -160,6 +161,7 @@ async def serving(database: Any, provider: Provider, clock: Clock) -> AsyncGener
         settings=WorkflowSettings(lease_seconds=0.5, poll_seconds=0.01, suspend_after_seconds=0.005),
         workflows=provider.flows.workflows,
         steps=provider.flows.steps,
+        payloads=Payloads(),
         ended=_nobody,
     )
     task = asyncio.create_task(worker.work(Drain()))

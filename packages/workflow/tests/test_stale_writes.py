@@ -23,6 +23,7 @@ from mainstay.workflow import (
     WorkflowSettings,
     tables,
 )
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.testing import workflows
 
@@ -92,6 +93,7 @@ async def worker_on(app: Any, database: Listening, flows: WorkflowRouter) -> Asy
         settings=WorkflowSettings(lease_seconds=30.0, poll_seconds=0.02, suspend_after_seconds=0.05, max_attempts=2),
         workflows=flows.workflows,
         steps=flows.steps,
+        payloads=Payloads(),
         ended=lambda *_: None,
     )
     task = asyncio.create_task(worker.work(drain))

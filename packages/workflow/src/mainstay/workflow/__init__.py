@@ -1,8 +1,10 @@
 """Durable sagas: workflow functions whose steps survive a crash and are compensated in reverse."""
 
+from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.errors import (
     NotInRun,
+    PayloadUnreadable,
     RunConflict,
     RunNotFound,
     RunParked,
@@ -28,6 +30,8 @@ __all__ = [
     "Group",
     "Handle",
     "NotInRun",
+    "PayloadCodec",
+    "PayloadUnreadable",
     "Published",
     "RunConflict",
     "RunInput",

@@ -16,6 +16,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ import sqlalchemy as sa
 from mainstay.database import Database
 from mainstay.workflow._ended import FROM_THE_FIRST, Ended, delete
 from mainstay.workflow._history import History, recall
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.engine import RunView, value_of, view_of
 from mainstay.workflow.errors import RunNotFound, WorkflowError
 from mainstay.workflow.tables import history, runs, signals, values
@@ -208,5 +210,7 @@ def archived_run(path: Path, id: str) -> tuple[RunView, History, list[ValueView]
         raise RunNotFound(msg)
     now = found["run"]["ended_at"]
     entries = [{**entry, "now": now} for entry in found["history"]]
-    published = [value_of(SimpleNamespace(**value)) for value in found["values"]]
-    return view_of(SimpleNamespace(**found["run"], asleep=False)), recall(entries), published
+    run_id, stored = found["run"]["id"], Payloads()  # the file holds payloads as the tables do
+    opened = partial(stored.shown, run_id=run_id)
+    published = [value_of(SimpleNamespace(**value), opened(value["body"])) for value in found["values"]]
+    return view_of(SimpleNamespace(**found["run"], asleep=False), stored), recall(entries, opened), published

@@ -7,7 +7,6 @@ then repeated, asked about, or given up.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ class Attempts:
     def give_up(self, record: StepRecord, state: StepState, error: dict[str, Any], *, input: str | None = None) -> None:
         """Record that a step ended without a result."""
         info = {"error": error, **({"input": input} if record.seq == 0 and input else {})}
-        row = self._recording.row(Kind(state), record.key, position=record.position, info=json.dumps(info))
+        row = self._recording.row(Kind(state), record.key, position=record.position, info=info)
         record.state, record.seq, record.error, record.dangling = state, row["seq"], error, False
         self._recording.settle(row, executed=False)
 
@@ -155,11 +154,11 @@ class Attempts:
         error = {"type": GIVEN_UP, "detail": "the function did not wait for its end"}
         row = record.in_doubt
         if row is not None:  # a write of ours may be on its way, so one of the two is refused
-            refusal = row | {"kind": Kind.FAILED, "body": None, "info": json.dumps({"error": error})}
+            refusal = self._recording.filled(row | {"kind": Kind.FAILED}, None, {"error": error})
             if not await self._recording.claim(refusal):
                 found = await self._recording.find(row["seq"])
                 record.state, record.seq = StepState.DONE, row["seq"]
-                record.output = None if found is None else found.body
+                record.output = None if found is None else found[1]
                 return None
             record.state, record.seq, record.error = StepState.FAILED, row["seq"], error
         else:
@@ -289,7 +288,7 @@ class Attempts:
             record.began -= record.dangling
         _log.info("run %s: %s ended with %s; again in %.3g s", self._run_id, record.key, error_text(error), delay)
         record.error, record.dangling, record.rest_seconds = error, False, delay
-        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
+        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=info)
         self._effects.outdate(record)
         record.rejected = (record.seq, row["seq"]) if rejected else ()
         await self._recording.append(row)
@@ -379,7 +378,7 @@ class Attempts:
 
     def _done(self, work: Work, record: StepRecord, result: Any, *, executed: bool) -> Any:
         body, kept = or_parked(work.keep, result)
-        info = json.dumps({"pivot": True}) if work.policy.pivot else None
+        info = {"pivot": True} if work.policy.pivot else None
         row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body, info=info)
         record.state, record.seq, record.output, record.dangling = StepState.DONE, row["seq"], body, False
         self._recording.settle(row, executed=executed)

@@ -71,7 +71,7 @@ class Children:
                 "attempts": 0,
                 "progress": 0,
                 "cancel_requested": False,
-                "input": record.input,
+                "input": self._recording.sealed(record.input, child_id),
                 "context": json.dumps(current().to_dict()),
                 "parent": self._keys.run_id,
                 "parent_generation": self._keys.generation,
@@ -82,8 +82,9 @@ class Children:
             self._around.wake(child_id)
         ended = await self._waits.child(child_id, record.key)
         if ended.status == RunStatus.COMPLETED:
-            row = self._recording.row(Kind.DONE, record.key, position=record.position, body=ended.output)
-            record.state, record.seq, record.output = StepState.DONE, row["seq"], ended.output
+            output = self._recording.opened(ended.output, child_id)
+            row = self._recording.row(Kind.DONE, record.key, position=record.position, body=output)
+            record.state, record.seq, record.output = StepState.DONE, row["seq"], output
             self._recording.settle(row, executed=False)
             return
         error = {"run": child_id, **(json.loads(ended.failure) if ended.failure else CANCELLED)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -108,12 +107,12 @@ class Effects:
             "happened": False,
         }
         record.began, record.dangling = record.began - 1, False
-        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=json.dumps(info))
+        row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=info)
         self._recording.settle(row, executed=False)
 
     def _intent(self, work: Work, record: StepRecord) -> Row:
         body = work.input if record.seq == 0 or record.rejected else None
-        info = json.dumps({"pivot": True}) if work.policy.pivot else None
+        info = {"pivot": True} if work.policy.pivot else None
         row = self._recording.row(Kind.INTENT, record.key, position=record.position, body=body, info=info)
         self.outdate(record)
         record.seq, record.pivot = row["seq"], work.policy.pivot
@@ -150,7 +149,7 @@ class Effects:
     async def in_the_database(self, work: Work, record: StepRecord) -> Any:
         """One attempt at a transactional step: its writes and its record share one commit."""
         await self._recording.flush()
-        written, kept = record.in_doubt is not None, None
+        written, kept, body = record.in_doubt is not None, None, None
         row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
         record.in_doubt = row  # a cancellation may come while the commit is on its way
         try:
@@ -158,7 +157,7 @@ class Effects:
                 result = await self.attempt(work, record, record.attempts + 1, work.call)
                 body, kept = or_parked(work.keep, result)
                 info = {"input": work.input, **({"pivot": True} if work.policy.pivot else {})}
-                row |= {"body": body, "info": json.dumps(info)}
+                self._recording.filled(row, body, info)
                 written = True
                 await self._recording.within_transaction(row)
         except FenceLost:
@@ -170,9 +169,9 @@ class Effects:
                 if not isinstance(error, CommitUnknown):
                     record.in_doubt = None
                 raise
-            row["body"] = found.body
-            kept = None if work.load is None else work.load(found.body)
-        record.state, record.seq, record.output, record.in_doubt = StepState.DONE, row["seq"], row["body"], None
+            body = found[1]
+            kept = None if work.load is None or body is None else work.load(body)
+        record.state, record.seq, record.output, record.in_doubt = StepState.DONE, row["seq"], body, None
         self._history.pivoted = self._history.pivoted or work.policy.pivot
         count_step(work.name, StepState.DONE)
         return kept

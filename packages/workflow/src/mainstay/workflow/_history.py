@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -160,15 +160,20 @@ class History:
         return record
 
 
-def recall(entries: Iterable[Mapping[str, Any]]) -> History:
-    """Add up the entries of one run, in the order of `seq`."""
+def recall(entries: Iterable[Mapping[str, Any]], opened: Callable[[str], str] = str) -> History:
+    """Add up the entries of one run, in the order of `seq`.
+
+    Args:
+        entries: rows of the table.
+        opened: makes a payload of what is stored for it.
+    """
     history = History()
     for entry in entries:
         history.last_seq = max(history.last_seq, entry["seq"])
         if entry["kind"] == Kind.RESUMED:
             _resume(history)
         else:
-            _add(history, entry)
+            _add(history, entry, opened)
     return history
 
 
@@ -181,12 +186,13 @@ def _resume(history: History) -> None:
             record.rest_seconds = 0.0
 
 
-def _add(history: History, entry: Mapping[str, Any]) -> None:
+def _add(history: History, entry: Mapping[str, Any], opened: Callable[[str], str]) -> None:
     key, kind = entry["step"], Kind(entry["kind"])
     record = history.records.get(key) or history.put(key, entry["position"])
     info: dict[str, Any] = json.loads(entry["info"]) if entry["info"] else {}
-    if record.input is None and "input" in info:
-        record.input = info["input"]
+    body = None if entry["body"] is None else opened(entry["body"])
+    if record.input is None and info.get("input") is not None:
+        record.input = opened(info["input"])
     if kind in {Kind.INTENT, Kind.WAIT, Kind.ATTEMPT}:
         record.rest_seconds = max(0.0, info.get("rest_seconds", 0.0) - (entry["now"] - entry["at"]))
     if kind in {Kind.INTENT, Kind.WAIT}:
@@ -196,8 +202,8 @@ def _add(history: History, entry: Mapping[str, Any]) -> None:
         record.began += record.dangling
         record.pivot = bool(info.get("pivot"))
         record.rejected = ()
-        if entry["body"] is not None:
-            record.input = entry["body"]
+        if body is not None:
+            record.input = body
     elif kind is Kind.ATTEMPT:
         record.began -= record.dangling and not info.get("happened", True)
         record.dangling = False
@@ -211,6 +217,6 @@ def _add(history: History, entry: Mapping[str, Any]) -> None:
         record.state = _SETTLED[kind]
         record.seq = entry["seq"]
         record.dangling = False
-        record.output = entry["body"]
+        record.output = body
         record.error = info.get("error", {})
         history.pivoted = history.pivoted or bool(info.get("pivot"))

@@ -193,7 +193,7 @@ class Primitives:
 
         async def perform(record: StepRecord) -> tuple[Any, ...]:
             if record.state is not StepState.DONE:  # how many there are is part of the record
-                info = json.dumps({"input": record.input})
+                info = {"input": record.input}
                 row = self._recording.row(Kind.DONE, record.key, position=record.position, info=info)
                 record.state, record.seq = StepState.DONE, row["seq"]
                 self._recording.settle(row, executed=False)

@@ -31,8 +31,9 @@ from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, Conflict, Database, Fence, FenceLost
 from mainstay.workflow._execution import Wait
 from mainstay.workflow._history import Kind, Row, StepRecord, StepState
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._values import Values
-from mainstay.workflow.errors import Lost, Parked
+from mainstay.workflow.errors import Lost, Parked, PayloadUnreadable
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET, SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
@@ -102,8 +103,10 @@ class Recording:
         last_seq: int,
         *,
         unrecorded: Places,
+        payloads: Payloads,
     ) -> None:
         self.run_id = run_id
+        self._payloads = payloads
         self._database = database
         self._clock = clock
         self._fence = fence
@@ -115,22 +118,45 @@ class Recording:
         self._held = 0
         self._turn = asyncio.Lock()
         self._flusher: asyncio.Task[None] | None = None
-        self.values = Values(run_id, clock, self._publish)
+        self.values = Values(run_id, clock, self._publish, seal=lambda body: payloads.seal(body, run_id))
 
     def row(
-        self, kind: Kind, step: str, *, position: int | None = None, body: str | None = None, info: str | None = None
+        self,
+        kind: Kind,
+        step: str,
+        *,
+        position: int | None = None,
+        body: str | None = None,
+        info: Mapping[str, Any] | None = None,
     ) -> Row:
         """An entry with the next number."""
         self._seq += 1
-        return {
-            "run_id": self.run_id,
-            "seq": self._seq,
-            "kind": kind,
-            "step": step,
-            "position": position,
-            "body": body,
-            "info": info,
-        }
+        return self.filled(
+            {"run_id": self.run_id, "seq": self._seq, "kind": kind, "step": step, "position": position}, body, info
+        )
+
+    def filled(self, row: Row, body: str | None, info: Mapping[str, Any] | None) -> Row:
+        """The entry with its payloads, as they are stored."""
+        if info is not None and info.get("input") is not None:
+            info = {**info, "input": self.sealed(info["input"])}
+        row["body"] = self.sealed(body)
+        row["info"] = None if info is None else json.dumps(info)
+        return row
+
+    def sealed(self, payload: str | None, run_id: str | None = None) -> str | None:
+        """A payload as it is stored, of this run or of another one."""
+        return self._payloads.seal(payload, run_id or self.run_id)
+
+    def opened(self, stored: str | None, run_id: str | None = None) -> str | None:
+        """A stored payload, of this run or of another one.
+
+        Raises:
+            Parked: it cannot be read.
+        """
+        try:
+            return self._payloads.open(stored, run_id or self.run_id)
+        except PayloadUnreadable as error:
+            raise Parked(str(error)) from error
 
     def settle(self, row: Row, *, executed: bool) -> None:
         """Keep an outcome, to be durable before the next effect.
@@ -187,7 +213,7 @@ class Recording:
     async def publish(self, record: StepRecord, name: str) -> None:
         """Set a value of the run to the input of a record, in one commit with the entry that says so."""
         body = record.input or "null"
-        row = self.row(Kind.DONE, record.key, position=record.position, info=json.dumps({"input": body}))
+        row = self.row(Kind.DONE, record.key, position=record.position, info={"input": body})
         record.in_doubt = row  # a cancellation may come while the commit is on its way
         self.values.forget(name)
         await self.end((SET_VALUE, self.values.row(name, body, record.key)), row=row)
@@ -251,7 +277,7 @@ class Recording:
         if not taken:
             return True
         found = await self.find(row["seq"])
-        return found is not None and found.kind == row["kind"]
+        return found is not None and found[0] == row["kind"]
 
     async def within_transaction(self, row: Row) -> None:
         """Write an entry on the unit of work that is open, holding the run's fence until its commit."""
@@ -260,10 +286,10 @@ class Recording:
         except FenceLost:
             raise Lost from None
 
-    async def find(self, seq: int) -> Any | None:
-        """The entry, if it is in the history."""
+    async def find(self, seq: int) -> tuple[str, str | None] | None:
+        """Kind and body of the entry, if it is in the history."""
         found = await self.read(ENTRY, {"run": self.run_id, "seq": seq})
-        return found[0] if found else None
+        return (found[0].kind, self.opened(found[0].body)) if found else None
 
     async def read(self, statement: sa.Executable, parameters: Mapping[str, Any]) -> Sequence[sa.Row[Any]]:
         """The rows of a query, asked until the database answers."""

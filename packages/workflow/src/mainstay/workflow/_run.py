@@ -209,7 +209,7 @@ class Run:
             return await self._decide(None, None, self._told)
         signature = self.workflow.signature
         try:
-            arguments = signature.load_arguments(self._input)
+            arguments = signature.load_arguments(self._recording.opened(self._input) or "{}")
         except ValueError as error:
             msg = f"the input does not fit {self.workflow!r} any more: {error}"
             raise Parked(msg) from error
@@ -311,7 +311,8 @@ class Run:
 
     async def _end(self, status: RunStatus, output: str | None) -> End:
         failure = None if self._failure is None else json.dumps(self._failure)
-        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "output": output, "failure": failure}
+        kept = self._recording.sealed(output)
+        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "output": kept, "failure": failure}
         news = [] if self._parent is None else [(ROUSE, {"run": self._parent})]
         await self._recording.end((END, values), *news)
         self.status = status
@@ -322,7 +323,8 @@ class Run:
     async def _continue(self, following: Continued) -> None:
         """Begin the next generation of the run: with the new input, and without anything that this one did."""
         run = {"run": self.id}
-        again = {**run, "at_epoch": self.epoch, "next_version": following.version, "next_input": following.input}
+        following_input = self._recording.sealed(following.input)
+        again = {**run, "at_epoch": self.epoch, "next_version": following.version, "next_input": following_input}
         kept = {**run, "kept_seconds": self._around.keep_signals_seconds}
         await self._recording.end((FORGET_HISTORY, run), (FORGET_RECEIVED, kept), (CONTINUE, again))
         count_continued(self.workflow.name)

@@ -32,10 +32,12 @@ class Values:
 
     Args:
         publish: writes rows of the table; returns the error after which that is worth trying again.
+        seal: makes what is stored of a value's JSON.
     """
 
-    def __init__(self, run_id: str, clock: Clock, publish: Publish) -> None:
+    def __init__(self, run_id: str, clock: Clock, publish: Publish, *, seal: Callable[[str], str]) -> None:
         self._run_id = run_id
+        self._seal = seal
         self._publish = publish
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -48,7 +50,7 @@ class Values:
 
     def row(self, name: str, body: str, place: str) -> Row:
         """A row of the table; `place` is the key of the step, or of the function's own primitive, that sets it."""
-        return {"run_id": self._run_id, "name": name, "body": body, "set_by": place}
+        return {"run_id": self._run_id, "name": name, "body": self._seal(body), "set_by": place}
 
     def say(self, row: Row) -> None:
         """Keep a step's value, to be written soon; from any thread."""

@@ -8,7 +8,6 @@ wakes it at once. So nothing that arrives between a look and the sleep is missed
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -70,11 +69,12 @@ class Waits:
                 self._looks[record.key] = found.news
                 if found.number is None:
                     return False
-                row = self._recording.row(Kind.DONE, record.key, position=record.position, body=found.body)
+                body = self._recording.opened(found.body)
+                row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
                 taken = {"run": self._run_id, "message": found.number, "by": record.key}
                 record.in_doubt = row  # a cancellation may come while the commit is on its way
                 await self._recording.end((RECEIVE, taken), row=row)
-                record.state, record.seq, record.output = StepState.DONE, row["seq"], found.body
+                record.state, record.seq, record.output = StepState.DONE, row["seq"], body
                 record.in_doubt = None
                 return True
 
@@ -85,9 +85,7 @@ class Waits:
                 "detail": f"no signal {name} within {seconds:g} s",
                 "code": "EXT_DEADLINE",
             }
-            row = self._recording.row(
-                Kind.FAILED, record.key, position=record.position, info=json.dumps({"error": error})
-            )
+            row = self._recording.row(Kind.FAILED, record.key, position=record.position, info={"error": error})
             record.state, record.seq, record.error = StepState.FAILED, row["seq"], error
             self._recording.settle(row, executed=False)
             label = f"@signal {name}"
@@ -109,7 +107,7 @@ class Waits:
     async def _begin(self, record: StepRecord, seconds: float | None) -> None:
         if record.seq == 0:
             record.rest_seconds = _DAY_SECONDS if seconds is None else seconds
-            info = json.dumps({"rest_seconds": record.rest_seconds})
+            info = {"rest_seconds": record.rest_seconds}
             row = self._recording.row(Kind.WAIT, record.key, position=record.position, body=record.input, info=info)
             record.seq, record.waits = row["seq"], True
             await self._recording.append(row)

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -23,12 +24,13 @@ from mainstay.database import Database, FenceLost, Lease
 from mainstay.workflow import _metrics
 from mainstay.workflow._history import History, recall
 from mainstay.workflow._isolation import Isolation
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._recording import Places, Recording
 from mainstay.workflow._run import Run
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._takeover import Takeover
 from mainstay.workflow._verdict import describe, error_text, plain_text
-from mainstay.workflow.errors import Lost, Released
+from mainstay.workflow.errors import Lost, PayloadUnreadable, Released
 from mainstay.workflow.settings import DAY_SECONDS, WorkflowSettings
 from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
@@ -85,6 +87,7 @@ class Worker:
         settings: WorkflowSettings,
         workflows: Mapping[tuple[str, int], AnyWorkflow],
         steps: Mapping[str, AnyStep],
+        payloads: Payloads,
         ended: Ended,
     ) -> None:
         self._database = database
@@ -94,6 +97,7 @@ class Worker:
         self._ended = ended
         self._claims = Claims(list(workflows))
         self._steps = steps
+        self._payloads = payloads
         self._identity: Identity | None = None
         self._lost: list[Identity] = []  # their leases are others' by now, and some of their steps have yet to end
         self._takeover = Takeover(database=database, settings=settings, mine=self._name, wake=self.wake)
@@ -114,6 +118,7 @@ class Worker:
             suspend_after_seconds=self._settings.suspend_after_seconds,
             keep_signals_seconds=self._settings.keep_signals_days * DAY_SECONDS,
             steps=self._steps,
+            payloads=self._payloads,
             wake=self.signal,
             cancel=self.cancel,
         )
@@ -351,26 +356,24 @@ class Worker:
         for row in rows:
             try:
                 if row["attempts"] > self._settings.max_attempts:
-                    await self._park(identity, row)
+                    await self._park(identity, row, _claimed_in_vain(row))
                 else:
-                    self._launch(identity, row, histories.get(row["id"], History()))
+                    opened = partial(self._payloads.open, run_id=row["id"])
+                    self._launch(identity, row, recall(histories.get(row["id"], ()), opened))
+            except PayloadUnreadable as error:
+                await self._park(identity, row, f"{error}. Then resume it")
             except Exception:  # noqa: BLE001  one run that cannot be begun must not keep the others from it
                 _log.exception("run %s could not be begun", row["id"])
         return bool(len(rows) == values["most"])
 
-    async def _histories(self, ids: Sequence[str]) -> dict[str, History]:
+    async def _histories(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         if not ids:
             return {}
         entries = await self._database.read(ENTRIES, {"ids": ids})
         by_run = groupby((dict(entry._mapping) for entry in entries), key=lambda entry: entry["run_id"])
-        return {run_id: recall(own) for run_id, own in by_run}
+        return {run_id: list(own) for run_id, own in by_run}
 
-    async def _park(self, identity: Identity, row: Mapping[str, Any]) -> None:
-        why = row["note"] or "how these claims ended is not on record"
-        note = (
-            f"claimed {row['attempts'] - 1} times without getting any further: {why}. "
-            "Find out why, then resume or cancel it"
-        )
+    async def _park(self, identity: Identity, row: Mapping[str, Any], note: str) -> None:
         _log.error("run %s is parked: %s", row["id"], note)
         values = {"run": row["id"], "at_epoch": row["epoch"], "status": RunStatus.PARKED, "note": note}
         fence = RUN_FENCE.at(row["id"], row["epoch"], identity.lease.name)
@@ -385,7 +388,13 @@ class Worker:
             workflow=self._workflows[row["workflow"], row["version"]],
             history=history,
             recording=Recording(
-                self._database, self._clock, row["id"], fence, history.last_seq, unrecorded=around.unrecorded
+                self._database,
+                self._clock,
+                row["id"],
+                fence,
+                history.last_seq,
+                unrecorded=around.unrecorded,
+                payloads=self._payloads,
             ),
             held=lambda: identity.lease.held,
             surroundings=around,
@@ -460,6 +469,12 @@ class Worker:
         values = {"run": run_id, "owner": identity.lease.name, "at_epoch": epoch, "note": note}
         await self._database.write(REQUEUE, values)
         identity.broken.pop(run_id, None)
+
+
+def _claimed_in_vain(row: Mapping[str, Any]) -> str:
+    times = row["attempts"] - 1
+    why = row["note"] or "how these claims ended is not on record"
+    return f"claimed {times} times without getting any further: {why}. Find out why, then resume or cancel it"
 
 
 def _seen(task: asyncio.Task[None]) -> None:

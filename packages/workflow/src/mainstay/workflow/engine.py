@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
 from mainstay.workflow._again import same_run
 from mainstay.workflow._history import History, Kind, recall
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._results import Results
 from mainstay.workflow._verdict import UNDONE, workflow_failed
 from mainstay.workflow._worker import Worker
@@ -94,10 +96,12 @@ class WorkflowEngine:
         settings: WorkflowSettings,
         workflows: Mapping[tuple[str, int], AnyWorkflow],
         steps: Mapping[str, AnyStep],
+        payloads: Payloads,
     ) -> None:
         self._database = database
         self._clock = clock
         self._workflows = workflows
+        self._payloads = payloads
 
         def executes(run_id: str) -> bool:
             return self.worker.executes(run_id)
@@ -109,6 +113,7 @@ class WorkflowEngine:
             settings=settings,
             workflows=workflows,
             steps=steps,
+            payloads=payloads,
             ended=self._results.ended,
         )
 
@@ -134,7 +139,7 @@ class WorkflowEngine:
             "attempts": 0 if identity is None else 1,
             "progress": 0,
             "cancel_requested": False,
-            "input": input,
+            "input": self._payloads.seal(input, run_id),
             "context": json.dumps(current().to_dict()),
             "parent": None,
             "parent_generation": None,
@@ -165,7 +170,7 @@ class WorkflowEngine:
                 begin()
         return run_id
 
-    async def _insert(self, row: Mapping[str, Any]) -> bool:
+    async def _insert(self, row: dict[str, Any]) -> bool:
         """Whether the run is a new one."""
         for attempt in range(1, _START_TRIES + 1):
             try:
@@ -179,7 +184,7 @@ class WorkflowEngine:
                     raise
         raise AssertionError
 
-    async def _is_new(self, row: Mapping[str, Any]) -> bool:
+    async def _is_new(self, row: dict[str, Any]) -> bool:
         """Whether what the table has is what was just written inside a unit of work.
 
         Raises:
@@ -190,9 +195,9 @@ class WorkflowEngine:
             return True  # a batch only collects, so it is not there yet
         there = found[0]
         same_run(
-            row,
+            row | {"input": self._payloads.open(row["input"], row["id"])},
             there.workflow,
-            there.first_input or there.input,
+            self._payloads.open(there.first_input or there.input, row["id"]),
             self._workflows.get((row["workflow"], row["version"])),
         )
         return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
@@ -218,7 +223,7 @@ class WorkflowEngine:
         if found and (status := RunStatus(found[0].status)).terminal:
             msg = f"signal {name} for run {run_id!r}: it is {status}, so it would never be received"
             raise RunStateError(msg)
-        message = {"run_id": run_id, "id": message_id, "name": name, "body": body}
+        message = {"run_id": run_id, "id": message_id, "name": name, "body": self._payloads.seal(body, run_id)}
         async with self._database.batch(route=run_id):
             await self._database.write(SEND[self._database.dialect], message)
             await self._database.write(ROUSE, {"run": run_id})
@@ -236,7 +241,7 @@ class WorkflowEngine:
                 state = await self._results.of(id)
         status = RunStatus(state["status"])
         if status is RunStatus.COMPLETED:
-            return str(state["output"])
+            return self._payloads.open(str(state["output"]), id)
         if status.waits_for_a_person:
             msg = f"run {id} is {status}: {state['note']}"
             raise RunParked(msg)
@@ -263,7 +268,7 @@ class WorkflowEngine:
         if not found:
             msg = f"there is no run {id!r}"
             raise RunNotFound(msg)
-        return view_of(found[0])
+        return view_of(found[0], self._payloads)
 
     async def runs(self, status: RunStatus | None = None, *, limit: int = 100) -> list[RunView]:
         """The newest runs, or those with this status."""
@@ -278,25 +283,27 @@ class WorkflowEngine:
             query = query.where(runs.c.status == "running", runs.c.failure.is_(None))
         elif status is not None:
             query = query.where(runs.c.status == str(status))
-        return [view_of(row) for row in await self._database.read(query)]
+        return [view_of(row, self._payloads) for row in await self._database.read(query)]
 
     async def history(self, id: str) -> History:
-        """What the run's history adds up to."""
+        """What the run's history adds up to; of a payload that cannot be read here it says so."""
         entries = await self._database.read(ENTRIES, {"ids": [_names.run_id(id)]})
-        return recall(dict(entry._mapping) for entry in entries)
+        return recall((dict(entry._mapping) for entry in entries), partial(self._payloads.shown, run_id=id))
 
     async def values(self, id: str, name: str | None = None) -> list[ValueView]:
-        """The values that the run has published, or the one of this name.
+        """The values that the run has published, for people, or the one of this name.
 
         Raises:
             RunNotFound: it does not exist.
+            PayloadUnreadable: the one of this name was stored by a codec that this App does not have.
         """
+        read = self._payloads.shown if name is None else self._payloads.open
         asked = (VALUES, {"run": _names.run_id(id)}) if name is None else (VALUE, {"run": id, "name": name})
         found = await self._database.read(*asked)
         if not found:
             msg = f"there is no run {id!r}"
             raise RunNotFound(msg)
-        return [value_of(row) for row in found if row.name is not None]
+        return [value_of(row, read(row.body, id)) for row in found if row.name is not None]
 
     async def cancel(self, id: str) -> None:
         """What `Handle.cancel` does; a parked run is compensated right away.
@@ -383,13 +390,13 @@ def _changed(result: sa.Result[Any]) -> bool:
     return bool(cast("sa.CursorResult[Any]", result).rowcount)
 
 
-def value_of(row: Any) -> ValueView:
+def value_of(row: Any, body: str) -> ValueView:
     """What the table of values says."""
-    return ValueView(row.name, row.body, datetime.fromtimestamp(row.at, UTC), row.set_by)
+    return ValueView(row.name, body, datetime.fromtimestamp(row.at, UTC), row.set_by)
 
 
-def view_of(row: Any) -> RunView:
-    """What a row of the table says."""
+def view_of(row: Any, payloads: Payloads) -> RunView:
+    """What a row of the table says, with its payloads opened where they can be read here."""
     status = RunStatus(row.status)
     if row.failure and status in {RunStatus.QUEUED, RunStatus.RUNNING}:
         status = RunStatus.COMPENSATING
@@ -403,8 +410,8 @@ def view_of(row: Any) -> RunView:
         attempts=row.attempts,
         generation=row.generation,
         cancel_requested=row.cancel_requested,
-        input=row.input,
-        output=row.output,
+        input=payloads.shown(row.input, row.id),
+        output=None if row.output is None else payloads.shown(row.output, row.id),
         failure=json.loads(row.failure) if row.failure else None,
         note=row.note,
         context=json.loads(row.context),

@@ -7,6 +7,7 @@ MainstayError
     ├── RunNotFound         RES_RUN_NOT_FOUND       no run has this id
     ├── RunStateError       RES_RUN_STATE           the run is not in a state in which this can be done
     ├── RunParked           SYS_RUN_PARKED          the run waits for a person
+    ├── PayloadUnreadable   SYS_PAYLOAD_UNREADABLE  a stored payload cannot be read by this App's codec
     ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed or was cancelled, and is compensated
     └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
         └── StepCancelled   BIZ_STEP_FAILED         … because the function did not wait for it (also a TimeoutError)
@@ -38,6 +39,7 @@ __all__ = [
     "Lost",
     "NotInRun",
     "Parked",
+    "PayloadUnreadable",
     "Released",
     "RunConflict",
     "RunNotFound",
@@ -70,6 +72,13 @@ class RunConflict(WorkflowError):
     code = "RES_RUN_CONFLICT"
     no_effect = True
     public_message = "This was already requested with other content."
+
+
+class PayloadUnreadable(WorkflowError):
+    """A stored payload cannot be read: its codec is not part of this App, or lacks the key."""
+
+    code = "SYS_PAYLOAD_UNREADABLE"
+    no_effect = True
 
 
 class RunNotFound(WorkflowError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
 from mainstay.database import Database, DatabaseModule
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._retention import Retention
 from mainstay.workflow._threads import Threads
+from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
@@ -19,9 +22,13 @@ from mainstay.workflow.workflow import AnyWorkflow
 
 __all__ = ["WorkflowModule"]
 
+_NAME = re.compile(r"[A-Za-z0-9-]{1,40}")
 
-class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
+
+class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
     """`WorkflowModule.for_root()` yields the `WorkflowEngine`; `WorkflowModule.for_feature(flows)` adds a router.
+
+    `for_feature` also takes the one `PayloadCodec` through which payloads are stored.
 
     Every process of the App can start runs and wait for results; those that serve execute them.
     """
@@ -52,11 +59,26 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
                 nothing; the message says what to write.
         """
         self._collect()
+        self._payloads()
+
+    def _routers(self) -> list[WorkflowRouter]:
+        return [part for part in self.parts if isinstance(part, WorkflowRouter)]
+
+    def _payloads(self) -> Payloads:
+        codecs = [part for part in self.parts if isinstance(part, PayloadCodec)]
+        if len(codecs) > 1:
+            names = " and ".join(codec.name for codec in codecs)
+            msg = f"two payload codecs, {names}: an App has one, which reads what its keys of before have written"
+            raise ConfigurationError(msg)
+        if codecs and not _NAME.fullmatch(codecs[0].name):
+            msg = f"the name of a payload codec is letters, digits and '-', not {codecs[0].name!r}"
+            raise ConfigurationError(msg)
+        return Payloads(codecs[0] if codecs else None)
 
     def _collect(self) -> tuple[dict[tuple[str, int], AnyWorkflow], dict[str, AnyStep]]:
         workflows: dict[tuple[str, int], AnyWorkflow] = {}
         steps: dict[str, AnyStep] = {}
-        for router in self.parts:
+        for router in self._routers():
             try:
                 router.check()
             except TypeError as error:
@@ -95,14 +117,19 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter]):
         await database.ensure_schema(SCHEMA)
         workflows, steps = self._collect()
         engine = WorkflowEngine(
-            database=database, clock=app.clock, settings=self.settings, workflows=workflows, steps=steps
+            database=database,
+            clock=app.clock,
+            settings=self.settings,
+            workflows=workflows,
+            steps=steps,
+            payloads=self._payloads(),
         )
         app.serve("worker", engine.worker.work)
         app.serve("retention", Retention(database=database, settings=self.settings).work)
         threads = Threads(self.settings.max_threads)
         with ExitStack() as bound:
             bound.callback(threads.close)
-            for router in self.parts:
+            for router in self._routers():
                 bound.enter_context(router.binding.to(engine))
             for step in steps.values():
                 bound.enter_context(step.filled_by(app, threads))

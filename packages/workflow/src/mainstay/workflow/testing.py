@@ -13,7 +13,9 @@ from pydantic import SecretStr
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Drain, Feature, Module, spawn
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, Schema, upgrade
 from mainstay.database.schema import SCHEMA as DATABASE
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._worker import Worker
+from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.router import WorkflowRouter
@@ -31,7 +33,7 @@ _QUICK: dict[str, Any] = {"lease_seconds": 0.5, "poll_seconds": 0.02}
 
 @asynccontextmanager
 async def workflows(
-    *routers: WorkflowRouter,
+    *parts: WorkflowRouter | PayloadCodec,
     url: str = _MEMORY,
     serve: bool = True,
     clock: Clock = SYSTEM_CLOCK,
@@ -39,10 +41,10 @@ async def workflows(
     schemas: Sequence[Schema] = (),
     **settings: Any,
 ) -> AsyncGenerator[App, None]:
-    """A running App with a database, its tables, and these routers.
+    """A running App with a database, its tables, and these parts.
 
     Args:
-        routers: what to execute.
+        parts: what to execute, and the codec of its payloads, if any.
         modules: what else the App has, for sagas that publish, audit or use the service's own module. A
             `DatabaseModule` or a `WorkflowModule` among them takes the place of the one that this would make.
         schemas: the tables of those modules, made at `url` where that is no SQLite, which makes its own.
@@ -61,7 +63,7 @@ async def workflows(
     app = App(
         *(module for module in mine if type(module) not in given),
         *modules,
-        *([WorkflowModule.for_feature(*routers)] if routers else []),
+        *([WorkflowModule.for_feature(*parts)] if parts else []),
         clock=clock,
     )
     async with app.running(serve=serve):
@@ -152,7 +154,7 @@ class DyingDatabase:
 
 
 async def explore(
-    *routers: WorkflowRouter,
+    *parts: WorkflowRouter | PayloadCodec,
     start: Callable[[App], Awaitable[Handle[Any]]],
     check: Callable[[Handle[Any], App], Awaitable[None]],
     url: Callable[[], str] = lambda: _MEMORY,
@@ -166,7 +168,8 @@ async def explore(
     ended or is parked, `check` is called.
 
     Args:
-        routers: what the run is made of. What its steps do outside must be reset by `start`.
+        parts: what the run is made of, and the codec of its payloads, if any. What its steps do outside must be reset
+            by `start`.
         start: starts the run.
         check: asserts what must hold, whenever the worker died.
         url: makes the address of a fresh database for each moment; by default in memory.
@@ -185,7 +188,7 @@ async def explore(
         for after in (False, True):
             moment = _Moment(at=at, after=after, url=url(), modules=modules(), seconds=timeout_seconds)
             try:
-                reached = await _die_at(routers, start, check, moment)
+                reached = await _die_at(parts, start, check, moment)
             except BaseException as error:
                 error.add_note(f"the worker died just {'after' if after else 'before'} write {at} became durable")
                 raise
@@ -205,18 +208,18 @@ class _Moment:
 
 
 async def _die_at(
-    routers: tuple[WorkflowRouter, ...],
+    parts: tuple[WorkflowRouter | PayloadCodec, ...],
     start: Callable[[App], Awaitable[Handle[Any]]],
     check: Callable[[Handle[Any], App], Awaitable[None]],
     moment: _Moment,
 ) -> bool:
-    app_of = workflows(*routers, url=moment.url, serve=False, modules=moment.modules)
+    app_of = workflows(*parts, url=moment.url, serve=False, modules=moment.modules)
     async with app_of as app, asyncio.timeout(moment.seconds):
         handle = await start(app)
         database = app.get(Database)
         dying = DyingDatabase(database, moment.at, after=moment.after)
         drain = Drain()
-        first = spawn(_worker(routers, dying, app.clock).work(drain), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
+        first = spawn(_worker(parts, dying, app.clock).work(drain), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
         dead = spawn(dying.dead.wait(), name="its death")
         ended = spawn(_settled(handle), name="the end")
         second: asyncio.Task[None] | None = None
@@ -225,7 +228,7 @@ async def _die_at(
             if dying.dead.is_set():
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
-                second = spawn(_worker(routers, database, app.clock).work(drain), name="the one that takes over")
+                second = spawn(_worker(parts, database, app.clock).work(drain), name="the one that takes over")
             await ended
             await check(handle, app)
         finally:
@@ -236,13 +239,16 @@ async def _die_at(
         return second is not None
 
 
-def _worker(routers: tuple[WorkflowRouter, ...], database: Database, clock: Clock) -> Worker:
+def _worker(parts: tuple[WorkflowRouter | PayloadCodec, ...], database: Database, clock: Clock) -> Worker:
+    routers = [part for part in parts if isinstance(part, WorkflowRouter)]
+    codec = next((part for part in parts if isinstance(part, PayloadCodec)), None)
     return Worker(
         database=database,
         clock=clock,
         settings=WorkflowSettings(**_QUICK),
         workflows={key: workflow for router in routers for key, workflow in router.workflows.items()},
         steps={name: step for router in routers for name, step in router.steps.items()},
+        payloads=Payloads(codec),
         ended=_nobody_waits,
     )
 

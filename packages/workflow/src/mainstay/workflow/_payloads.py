@@ -1,0 +1,66 @@
+"""Payloads as they are stored: JSON, or what a codec makes of it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import overload
+
+from mainstay.workflow.codec import PayloadCodec
+from mainstay.workflow.errors import PayloadUnreadable
+
+_MARK = "~"  # no JSON begins with it
+
+
+class Payloads:
+    """Seals and opens payloads by the App's codec; without one they stay as they are."""
+
+    def __init__(self, codec: PayloadCodec | None = None) -> None:
+        self._codec = codec
+
+    @overload
+    def seal(self, payload: str, run_id: str) -> str: ...
+    @overload
+    def seal(self, payload: str | None, run_id: str) -> str | None: ...
+    def seal(self, payload: str | None, run_id: str) -> str | None:
+        """The text to store."""
+        if self._codec is None or payload is None:
+            return payload
+        encoded = self._codec.encode(payload.encode(), run_id)
+        return f"{_MARK}{self._codec.name}:{base64.b64encode(encoded).decode()}"
+
+    @overload
+    def open(self, stored: str, run_id: str) -> str: ...
+    @overload
+    def open(self, stored: str | None, run_id: str) -> str | None: ...
+    def open(self, stored: str | None, run_id: str) -> str | None:
+        """The payload again.
+
+        Raises:
+            PayloadUnreadable: there is no such codec here, or it cannot read the text.
+        """
+        if stored is None or not stored.startswith(_MARK):
+            return stored
+        name, _, text = stored[len(_MARK) :].partition(":")
+        if self._codec is None or self._codec.name != name:
+            msg = (
+                f"a payload of run {run_id!r} was stored by the codec {name!r}, which this App does not have: add it "
+                "with WorkflowModule.for_feature(…)"
+            )
+            raise PayloadUnreadable(msg)
+        try:
+            return self._codec.decode(base64.b64decode(text, validate=True), run_id).decode()
+        except (binascii.Error, UnicodeDecodeError) as error:
+            msg = f"a payload of run {run_id!r} is not what the codec {name!r} stored ({type(error).__name__})"
+            raise PayloadUnreadable(msg) from None
+        except Exception as error:  # noqa: BLE001  the codec's own
+            # Its message might hold some of the payload.
+            msg = f"the codec {name!r} cannot read a payload of run {run_id!r} ({type(error).__name__})"
+            raise PayloadUnreadable(msg) from None
+
+    def shown(self, stored: str, run_id: str) -> str:
+        """The payload for people, or in words that it cannot be read here."""
+        try:
+            return self.open(stored, run_id)
+        except PayloadUnreadable as error:
+            return f"({error})"
