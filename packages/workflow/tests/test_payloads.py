@@ -107,7 +107,7 @@ def of_everything() -> SimpleNamespace:
 async def stored(app: App) -> str:
     """All that the tables of this package hold."""
     database = app.get(Database)
-    found: list[object] = []
+    found: list[sa.Row[tuple[object, ...]]] = []
     for table in (
         "mainstay_workflow_runs",
         "mainstay_workflow_history",
