@@ -2,16 +2,19 @@
 
 import asyncio
 import os
+import sys
 import zlib
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pydantic import SecretStr
 
+from mainstay.cli import main
 from mainstay.core import App, ConfigurationError
-from mainstay.database import Database, DatabaseModule
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow import (
     PayloadCodec,
     PayloadUnreadable,
@@ -229,3 +232,29 @@ def test_an_app_has_one_codec():
                 WorkflowModule.for_root(),
                 WorkflowModule.for_feature(WorkflowRouter(), *codecs),
             )
+
+
+def test_the_command_opens_the_payloads_of_a_named_app(tmp_path, monkeypatch, capsys):
+    """`show --app` has the App's codec; without it the command says that it cannot read them."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+    there = of_everything()
+
+    async def one_run() -> None:
+        async with workflows(there.flows, Small(), url=url, serve=False):
+            await there.everything.start(SECRET, id="one")
+
+    asyncio.run(one_run())
+    module = ModuleType("service_with_codec")
+    module.app = App(  # type: ignore[attr-defined]  # a module made here
+        DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
+        WorkflowModule.for_root(),
+        WorkflowModule.for_feature(there.flows, Small()),
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["--app", "service_with_codec:app", "workflow", "show", "one"]) == 0
+    assert SECRET in capsys.readouterr().out
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", url)
+    assert main(["workflow", "show", "one"]) == 0
+    said = capsys.readouterr().out
+    assert SECRET not in said
+    assert "stored by the codec 'small'" in said

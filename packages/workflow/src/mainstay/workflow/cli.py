@@ -11,11 +11,12 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import SecretStr
 
-from mainstay.cli import as_json, document, say, settings_of, table
+from mainstay.cli import as_json, document, named_app, say, settings_of, table
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow._archive import archive, archived_run
 from mainstay.workflow._history import History, StepRecord
+from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
 from mainstay.workflow.settings import WorkflowSettings
@@ -128,10 +129,18 @@ def _with_app(url: str, work: Callable[[App], Awaitable[T]]) -> T:
     database = named.model_copy(update={"migrate": False})
 
     async def run() -> T:
-        async with App(DatabaseModule.for_root(database), WorkflowModule.for_root(WorkflowSettings())) as app:
+        modules = DatabaseModule.for_root(database), WorkflowModule.for_root(WorkflowSettings())
+        async with App(*modules, WorkflowModule.for_feature(*_codec())) as app:
             return await work(app)
 
     return asyncio.run(run())
+
+
+def _codec() -> list[PayloadCodec]:
+    """What reads the payloads of the named App."""
+    app = named_app()
+    modules = [] if app is None else [module for module in app.modules if isinstance(module, WorkflowModule)]
+    return [part for module in modules for part in module.parts if isinstance(part, PayloadCodec)]
 
 
 def _row(view: RunView) -> dict[str, Any]:
