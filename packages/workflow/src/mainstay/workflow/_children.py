@@ -31,6 +31,9 @@ from mainstay.workflow.tables import (
 )
 from mainstay.workflow.workflow import AnyWorkflow, RunStatus
 
+# What a terminated child did is left to the person who ended it so.
+_NOTHING_LEFT = frozenset({RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.TERMINATED})
+
 
 class Children:
     """Starts children, waits for them, and undoes them."""
@@ -56,7 +59,7 @@ class Children:
         """Start a child, wait for its end and record that.
 
         Raises:
-            WorkflowFailed: it failed or was cancelled.
+            WorkflowFailed: it failed, was cancelled or was terminated.
         """
         child_id = self._child_of(record)
         if record.seq == 0:
@@ -88,8 +91,9 @@ class Children:
             self._recording.settle(row, executed=False)
             return
         error = {"run": child_id, **(json.loads(ended.failure) if ended.failure else CANCELLED)}
-        self._attempts.give_up(record, StepState.FAILED, error)
-        raise step_failed(workflow.name, record.key, StepState.FAILED, error)
+        state = StepState.UNKNOWN if ended.status == RunStatus.TERMINATED else StepState.FAILED
+        self._attempts.give_up(record, state, error)
+        raise step_failed(workflow.name, record.key, state, error)
 
     async def undo(self, record: StepRecord) -> None:
         """Cancel a child that goes on, compensate one that is completed, and wait until that is done."""
@@ -100,7 +104,7 @@ class Children:
             if found.status is None and record.state is StepState.DONE:
                 msg = f"child {child_id} is kept no longer, so it cannot be undone here: undo by hand what it did"
                 raise CompensationExhausted(msg)
-            if found.status is None or found.status in {RunStatus.FAILED, RunStatus.CANCELLED}:
+            if found.status is None or found.status in _NOTHING_LEFT:
                 return
             entries = await self._recording.read(ENTRIES, {"ids": [child_id]})
             past = recall(dict(entry._mapping) for entry in entries)

@@ -7,7 +7,7 @@ from functools import cache
 from prometheus_client import Counter, Gauge, Histogram
 
 RUNS_STARTED = Counter("mainstay_workflow_runs_started", "Runs that were started here.", ["workflow"])
-RUNS_ENDED = Counter("mainstay_workflow_runs_ended", "Runs that this worker took to an end.", ["workflow", "status"])
+RUNS_ENDED = Counter("mainstay_workflow_runs_ended", "Runs that ended in this process.", ["workflow", "status"])
 RUNS_CONTINUED = Counter("mainstay_workflow_runs_continued", "Runs that went on with new input here.", ["workflow"])
 RUNS_DELETED = Counter("mainstay_workflow_runs_deleted", "Ended runs that were kept no longer.", ["status"])
 SIGNALS_EXPIRED = Counter("mainstay_workflow_signals_expired", "Signals for runs that there never were.")

@@ -37,6 +37,7 @@ class Retention:
             RunStatus.COMPLETED: settings.keep_completed_days,
             RunStatus.FAILED: settings.keep_failed_days,
             RunStatus.CANCELLED: settings.keep_cancelled_days,
+            RunStatus.TERMINATED: settings.keep_terminated_days,
         }
         self._ended = Ended({status: kept * DAY_SECONDS for status, kept in days.items() if kept is not None})
 

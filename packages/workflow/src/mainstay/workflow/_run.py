@@ -99,7 +99,7 @@ class Run:
         self._going_back = self._failure is not None
         self._held = held
         self._news: int = row.get("news", 0)
-        self._told: ControlFlow | None = None
+        self.told: ControlFlow | None = None
         self._replay = Replay(history)
         self._begin()
 
@@ -112,8 +112,8 @@ class Run:
             may_cancel=self._may_cancel,
             suspend_after_seconds=around.suspend_after_seconds,
         )
-        if self._told is not None:
-            self._execution.stop(self._told)
+        if self.told is not None:
+            self._execution.stop(self.told)
         effects = Effects(
             self._keys, execution=self._execution, recording=self._recording, history=self._history, around=around
         )
@@ -141,8 +141,8 @@ class Run:
 
     def stop(self, signal: ControlFlow) -> None:
         """End the execution at its next boundary between attempts; waits end at once."""
-        if self._told is None or isinstance(signal, Lost):
-            self._told = signal
+        if self.told is None or isinstance(signal, Lost):
+            self.told = signal
         self._execution.stop(signal)
 
     def cancel(self) -> None:
@@ -205,8 +205,8 @@ class Run:
 
     async def _forward(self) -> str | None:
         """Execute the function; its result as JSON, or None and a failure that is durable."""
-        if self._told is not None or self._may_cancel():
-            return await self._decide(None, None, self._told)
+        if self.told is not None or self._may_cancel():
+            return await self._decide(None, None, self.told)
         signature = self.workflow.signature
         try:
             arguments = signature.load_arguments(self._recording.opened(self._input) or "{}")

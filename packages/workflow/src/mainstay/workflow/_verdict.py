@@ -18,6 +18,8 @@ GIVEN_UP = "StepCancelled"
 """The `type` of the error of a step for whose end the function did not wait."""
 CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
 EXPIRED = {"type": "DeadlineExceeded", "code": DeadlineExceeded.code, "public": DeadlineExceeded.public_message}
+TERMINATED = "Terminated"
+"""The `type` of the failure of a run that a person ended as it was."""
 UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end"}
 
 

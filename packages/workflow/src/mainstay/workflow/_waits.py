@@ -17,6 +17,7 @@ from mainstay.workflow._history import Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._verdict import step_failed
 from mainstay.workflow.tables import CHILD, NEXT_SIGNAL, RECEIVE
+from mainstay.workflow.workflow import ENDS
 
 _LOOK_SECONDS = 0.5  # news from other processes
 _DAY_SECONDS = 86_400.0
@@ -99,7 +100,7 @@ class Waits:
             nonlocal ended
             (ended,) = await self._recording.read(CHILD, {"run": self._run_id, "child": child_id})
             self._looks[key] = ended.news
-            return ended.status in {"completed", "failed", "cancelled"}
+            return ended.status in ENDS
 
         await self._until(look, StepRecord(key, None), limited=False)
         return ended

@@ -129,8 +129,9 @@ class Worker:
     # What the engine asks
 
     def executes(self, id: str) -> bool:
-        """Whether the run is executed here at the moment."""
-        return self._identity is not None and id in self._identity.runs
+        """Whether the run is executed here at the moment, and so its end will be told here."""
+        entry = None if self._identity is None else self._identity.runs.get(id)
+        return entry is not None and not isinstance(entry[0].told, Lost)
 
     @property
     def serving(self) -> bool:
@@ -151,6 +152,11 @@ class Worker:
         """The run is to be cancelled; where it is not executed here, the next look at the database finds out."""
         if self._identity is not None and id in self._identity.runs:
             self._identity.runs[id][0].cancel()
+
+    def lose(self, id: str) -> None:
+        """The run was ended by a person: its execution stops at its next boundary, and writes nothing more."""
+        if self._identity is not None and id in self._identity.runs:
+            self._identity.runs[id][0].stop(Lost())
 
     def signal(self, id: str) -> None:
         """A message for the run has arrived."""
@@ -450,7 +456,14 @@ class Worker:
 
     async def _look_at_mine(self, identity: Identity) -> None:
         strays: set[tuple[str, int]] = set()
-        for row in await self._database.read(OF_WORKER, {"owner": identity.lease.name}):
+        before = {run_id: run for run_id, (run, _) in identity.runs.items()}
+        rows = await self._database.read(OF_WORKER, {"owner": identity.lease.name})
+        # A run that was ours before the question and is not in the answer has been ended by a person, or just left.
+        for run_id in before.keys() - {row.id for row in rows}:
+            if run_id in identity.runs and identity.runs[run_id][0] is before[run_id]:
+                before[run_id].stop(Lost())
+                self._ended(run_id, None, None, None)
+        for row in rows:
             entry = identity.runs.get(row.id)
             if entry is None:
                 strays.add((row.id, row.epoch))

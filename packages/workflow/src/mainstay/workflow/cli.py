@@ -12,7 +12,7 @@ import typer
 from pydantic import SecretStr
 
 from mainstay.cli import as_json, document, named_app, say, settings_of, table
-from mainstay.core import App
+from mainstay.core import App, bind
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow._archive import archive, archived_run
 from mainstay.workflow._history import History, StepRecord
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 _MOST = 2**31 - 1  # no database takes a number without a limit
 
-commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel, archive.")
+commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel, terminate, archive.")
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The run.")]
@@ -87,6 +87,23 @@ def cancel_run(id: Id, url: Url = "") -> None:
     """Stop a run at its next boundary and undo what it did."""
     _with(url, lambda engine: engine.cancel(id))
     _tell(id, f"{id} will be cancelled at its next boundary between steps")
+
+
+@commands.command("terminate")
+def terminate_run(
+    id: Id,
+    reason: Annotated[str, typer.Option(help="Why; it is kept.")],
+    actor: Annotated[str, typer.Option("--as", help="Who decides; it is kept.")],
+    url: Url = "",
+) -> None:
+    """End a run and its children at once, and undo nothing: the last resort."""
+
+    async def end(engine: WorkflowEngine) -> None:
+        with bind(actor=actor):
+            await engine.terminate(id, reason=reason)
+
+    _with(url, end)
+    _tell(id, f"{id} is terminated: what it did is not undone")
 
 
 @commands.command("archive")

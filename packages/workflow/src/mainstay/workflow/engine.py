@@ -8,36 +8,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
 
 from mainstay.core import Clock, Health, current, timeout, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
-from mainstay.workflow import _metrics, _names
+from mainstay.workflow import _decisions, _metrics, _names
 from mainstay.workflow._again import same_run
-from mainstay.workflow._history import History, Kind, recall
+from mainstay.workflow._history import History, recall
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._results import Results
-from mainstay.workflow._verdict import UNDONE, workflow_failed
+from mainstay.workflow._verdict import plain_text, workflow_failed
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
-    APPEND_ONCE,
     ASLEEP,
-    CANCEL,
-    CANCEL_PARKED,
     ENTRIES,
     FIND,
-    NEXT_SEQ,
-    RESUME,
     ROUSE,
     SEND,
     START,
     START_QUIETLY,
-    UNDO_ENDED,
     VALUE,
     VALUES,
     VIEW,
@@ -312,18 +306,8 @@ class WorkflowEngine:
             RunStateError: it has ended, is stuck on its way back, or a pivot of it is done or may be.
             RunNotFound: it does not exist.
         """
-        _names.run_id(id)
         async with self._database.transaction() as session:
-            past = await self.history(id)
-            if past.pivoted:
-                await self._refuse(id, "cancelled", "it is past its pivot")
-            if not _changed(await session.execute(CANCEL, {"run": id})):
-                pivot = past.pivot_in_question
-                if pivot is not None:
-                    why = f"its pivot {pivot.key} may have taken effect: resume it, and its pivot is attempted again"
-                    await self._refuse(id, "cancelled", why)
-                if not _changed(await session.execute(CANCEL_PARKED, {"run": id})):
-                    await self._refuse(id, "cancelled")
+            await _decisions.cancel(session, _names.run_id(id))
             self._database.after_commit(lambda: self.worker.cancel(id))
 
     async def compensate(self, id: str) -> None:
@@ -334,12 +318,9 @@ class WorkflowEngine:
             RunNotFound: it does not exist.
         """
         async with self._database.transaction() as session:
-            if (await self.history(id)).pivoted:
-                await self._refuse(id, "compensated", "it is past its pivot")
-            undone = _changed(await session.execute(UNDO_ENDED, {"run": id, "failure": json.dumps(UNDONE)}))
+            await _decisions.compensate(session, _names.run_id(id))
+            self._database.after_commit(lambda: self.worker.cancel(id))
             self._database.after_commit(self.worker.wake)
-        if not undone:
-            await self.cancel(id)
 
     async def resume(self, id: str) -> None:
         """Let a parked run go on where it stopped, forward or back, with all attempts of the step that was stuck.
@@ -348,27 +329,39 @@ class WorkflowEngine:
             RunStateError: it is not parked.
             RunNotFound: it does not exist.
         """
-        _names.run_id(id)
         async with self._database.transaction() as session:
-            if not _changed(await session.execute(RESUME, {"run": id})):
-                await self._refuse(id, "resumed")
-            seq = (await session.execute(NEXT_SEQ, {"run": id})).scalar_one()
-            entry = {
-                "run_id": id,
-                "seq": seq,
-                "kind": Kind.RESUMED,
-                "step": "",
-                "position": None,
-                "body": None,
-                "info": None,
-            }
-            await session.execute(APPEND_ONCE, entry)
-        self.worker.wake()
+            await _decisions.resume(session, _names.run_id(id))
+            self._database.after_commit(self.worker.wake)
 
-    async def _refuse(self, id: str, what: str, why: str = "") -> None:
-        view = await self.run(id)
-        msg = f"run {id!r} cannot be {what}: {why or f'it is {view.status}'}"
-        raise RunStateError(msg)
+    async def terminate(self, id: str, *, reason: str) -> None:
+        """End a run at once and undo nothing: the last resort, where `cancel` and `resume` do not help.
+
+        What the run did is left to whom it may concern. It writes nothing more and begins nothing more; a step that is
+        being executed goes on to its end, which is not recorded. The children that it waits for are terminated with
+        it. A parent that waits for it gets `WorkflowFailed`, and does not undo it either.
+
+        Args:
+            id: the run.
+            reason: why; kept, with the actor of the context, in the run's failure.
+
+        Raises:
+            RunStateError: it has ended.
+            RunNotFound: it does not exist.
+            ValueError: there is no reason.
+        """
+        async with self._database.transaction() as session:
+            ended = await _decisions.terminate(session, _names.run_id(id), plain_text(reason))
+            self._database.after_commit(lambda: self._terminated(ended, reason))
+
+    def _terminated(self, ended: Mapping[str, str], reason: str) -> None:
+        for run_id, workflow in ended.items():
+            _log.warning(
+                "run %s of %s was terminated by %s: %s", run_id, workflow, current().actor or "a person", reason
+            )
+            _metrics.count_end(workflow, RunStatus.TERMINATED)
+            self.worker.lose(run_id)
+            self._results.ended(run_id, None, None, None)
+        self.worker.wake()
 
     async def health(self) -> Health:
         """Degraded while runs wait for a worker that knows their workflow, or this worker's lease may be lost."""
@@ -384,10 +377,6 @@ class WorkflowEngine:
     async def close(self) -> None:
         """End what waits for results."""
         await self._results.close()
-
-
-def _changed(result: sa.Result[Any]) -> bool:
-    return bool(cast("sa.CursorResult[Any]", result).rowcount)
 
 
 def value_of(row: Any, body: str) -> ValueView:

@@ -8,7 +8,7 @@ MainstayError
     ├── RunStateError       RES_RUN_STATE           the run is not in a state in which this can be done
     ├── RunParked           SYS_RUN_PARKED          the run waits for a person
     ├── PayloadUnreadable   SYS_PAYLOAD_UNREADABLE  a stored payload cannot be read by this App's codec
-    ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed or was cancelled, and is compensated
+    ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed, was cancelled or was terminated
     └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
         └── StepCancelled   BIZ_STEP_FAILED         … because the function did not wait for it (also a TimeoutError)
 
@@ -104,10 +104,11 @@ class RunParked(WorkflowError):
 
 
 class WorkflowFailed(WorkflowError):
-    """The run failed or was cancelled; everything that it did, and that has a compensation, is undone.
+    """The run failed or was cancelled, and is compensated; or a person terminated it, and nothing is undone.
 
     Attributes:
-        error_type: the name of the exception that ended the workflow function, `Cancelled` if the run was cancelled.
+        error_type: the name of the exception that ended the workflow function, `Cancelled` if the run was cancelled,
+            `Terminated` if it was terminated.
         error_code: its code, where it was a `MainstayError`; where a step failed, that of the error behind the failure.
         step: the name of the step that failed, where it was one.
         detail: that exception's text; internal.

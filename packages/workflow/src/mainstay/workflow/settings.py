@@ -27,9 +27,9 @@ class WorkflowSettings(Settings):
         lease_seconds: how long after the death of a worker others take over its runs, at most.
         suspend_after_seconds: a run that waits for longer than this (a sleep, or before a late attempt) leaves the
             worker's memory and comes back through the queue.
-        keep_completed_days, keep_failed_days, keep_cancelled_days: how long after its end a run that ended so is kept,
-            with its history and signals; without one, for ever. A child is kept as long as its parent. When the run is
-            deleted, its id is free for another run.
+        keep_completed_days, keep_failed_days, keep_cancelled_days, keep_terminated_days: how long after its end a run
+            that ended so is kept, with its history and signals; without one, for ever. A child is kept as long as its
+            parent. When the run is deleted, its id is free for another run.
         keep_signals_days: for how long a signal is kept whose run was never started, or is deleted; and at least how
             long one that was received is known again, where its run went on with new input.
         poll_seconds: how often the queue is looked into for runs that other processes started.
@@ -47,5 +47,6 @@ class WorkflowSettings(Settings):
     keep_completed_days: float | None = Field(default=None, gt=0)
     keep_failed_days: float | None = Field(default=None, gt=0)
     keep_cancelled_days: float | None = Field(default=None, gt=0)
+    keep_terminated_days: float | None = Field(default=None, gt=0)
     keep_signals_days: float = Field(default=30.0, gt=0)
     poll_seconds: float = Field(default=0.2, gt=0, le=60)

@@ -365,6 +365,30 @@ RESUME = (
     .where(runs.c.id == sa.bindparam("run"), runs.c.status.in_(["parked", "compensation_failed"]))
     .values(status="queued", epoch=runs.c.epoch + 1, note=None, wake_at=database_now(), **_anew)
 )
+# Held until the decision about it is committed: its worker, and other decisions, wait for that.
+HOLD = (
+    sa.select(runs.c.status, runs.c.failure, runs.c.parent, runs.c.workflow)
+    .where(runs.c.id == sa.bindparam("run"))
+    .with_for_update()
+)
+_not_ended = runs.c.status.in_(["queued", "running", "parked", "compensation_failed"])
+TERMINATE = (
+    sa.update(runs)
+    .where(runs.c.id == sa.bindparam("run"), _not_ended)
+    .values(
+        status="terminated",
+        failure=sa.bindparam("failure"),
+        worker=None,
+        epoch=runs.c.epoch + 1,
+        ended_at=database_now(),
+    )
+)
+CHILDREN_GOING_ON = (
+    sa.select(runs.c.id, runs.c.failure, runs.c.workflow)
+    .where(runs.c.parent == sa.bindparam("run"), _not_ended)
+    .order_by(runs.c.id)
+    .with_for_update()
+)
 NEXT_SEQ = sa.select(sa.func.coalesce(sa.func.max(history.c.seq), 0) + 1).where(history.c.run_id == sa.bindparam("run"))
 
 _signal_values: dict[str, Any] = {name: sa.bindparam(name) for name in ("run_id", "id", "name", "body")}

@@ -47,6 +47,8 @@ class RunStatus(StrEnum):
     """It failed, and everything that it did is undone."""
     CANCELLED = "cancelled"
     """It was cancelled, and everything that it did is undone."""
+    TERMINATED = "terminated"
+    """A person ended it as it was: nothing is undone."""
     PARKED = "parked"
     """It waits for a person."""
     COMPENSATION_FAILED = "compensation_failed"
@@ -55,12 +57,15 @@ class RunStatus(StrEnum):
     @property
     def terminal(self) -> bool:
         """Whether nothing more will happen to the run."""
-        return self in {RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED}
+        return self in ENDS
 
     @property
     def waits_for_a_person(self) -> bool:
         """Whether only `resume` or `cancel` takes the run on."""
         return self in {RunStatus.PARKED, RunStatus.COMPENSATION_FAILED}
+
+
+ENDS = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.TERMINATED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class Handle(Generic[T]):
         """Wait for the run to end and return what its function returned.
 
         Raises:
-            WorkflowFailed: it failed or was cancelled, and is compensated.
+            WorkflowFailed: it failed or was cancelled, and is compensated; or it was terminated, and is not.
             RunParked: it waits for a person.
             DeadlineExceeded: it has not ended after `timeout_seconds`; it goes on.
             RunNotFound: it does not exist, for example because the transaction that started it was rolled back.

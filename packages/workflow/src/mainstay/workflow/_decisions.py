@@ -1,0 +1,150 @@
+"""What a person decides about a run, each in one transaction that holds the run's row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from mainstay.core import current
+from mainstay.workflow._history import History, Kind, recall
+from mainstay.workflow._verdict import TERMINATED, UNDONE
+from mainstay.workflow.errors import RunNotFound, RunStateError
+from mainstay.workflow.tables import (
+    APPEND_ONCE,
+    CANCEL,
+    CANCEL_PARKED,
+    CHILDREN_GOING_ON,
+    ENTRIES,
+    HOLD,
+    NEXT_SEQ,
+    RESUME,
+    ROUSE,
+    TERMINATE,
+    UNDO_ENDED,
+)
+from mainstay.workflow.workflow import RunStatus
+
+
+async def hold(session: AsyncSession, id: str) -> Any:
+    """The row of a run, held until the end of the transaction.
+
+    Raises:
+        RunNotFound: there is none.
+    """
+    found = (await session.execute(HOLD, {"run": id})).one_or_none()
+    if found is None:
+        msg = f"there is no run {id!r}"
+        raise RunNotFound(msg)
+    return found
+
+
+async def cancel(session: AsyncSession, id: str) -> None:
+    """Ask for a cancellation; a parked run goes back at once.
+
+    Raises:
+        RunStateError: it has ended, is stuck on its way back, or a pivot of it is done or may be.
+        RunNotFound: it does not exist.
+    """
+    row = await hold(session, id)
+    past = await _history(session, id)
+    pivot = past.pivot_in_question
+    if past.pivoted:
+        _refuse(id, "cancelled", "it is past its pivot")
+    elif row.status in {"queued", "running"}:
+        await session.execute(CANCEL, {"run": id})
+    elif pivot is not None:
+        why = f"its pivot {pivot.key} may have taken effect: resume it, and its pivot is attempted again"
+        _refuse(id, "cancelled", why)
+    elif row.status == "parked":
+        await session.execute(CANCEL_PARKED, {"run": id})
+    else:
+        _refuse(id, "cancelled", f"it is {row.status}")
+
+
+async def compensate(session: AsyncSession, id: str) -> None:
+    """Undo a run, also one that is completed. Raises what `cancel` does."""
+    row = await hold(session, id)
+    if row.status != "completed":
+        await cancel(session, id)
+        return
+    if (await _history(session, id)).pivoted:
+        _refuse(id, "compensated", "it is past its pivot")
+    await session.execute(UNDO_ENDED, {"run": id, "failure": json.dumps(UNDONE)})
+
+
+async def resume(session: AsyncSession, id: str) -> None:
+    """Let a parked run go on where it stopped.
+
+    Raises:
+        RunStateError: it is not parked.
+        RunNotFound: it does not exist.
+    """
+    row = await hold(session, id)
+    if not RunStatus(row.status).waits_for_a_person:
+        _refuse(id, "resumed", f"it is {row.status}")
+    await session.execute(RESUME, {"run": id})
+    await _add(session, id, Kind.RESUMED, "")
+
+
+async def terminate(session: AsyncSession, id: str, reason: str) -> Mapping[str, str]:
+    """End a run and the children that it waits for, without undoing anything.
+
+    Returns:
+        The workflow of each run that this ended, by id.
+
+    Raises:
+        RunStateError: it has ended.
+        RunNotFound: it does not exist.
+        ValueError: there is no reason.
+    """
+    if not reason.strip():
+        msg = f"run {id!r} is terminated for a reason: reason={reason!r} is none"
+        raise ValueError(msg)
+    row = await hold(session, id)
+    if RunStatus(row.status).terminal:
+        _refuse(id, "terminated", f"it is {row.status}")
+    by = current().actor
+    told = f"{by}: {reason}" if by else reason
+    ended: dict[str, str] = {}
+    left: list[tuple[str, Any, str]] = [(id, row, told)]
+    while left:
+        run_id, held, detail = left.pop(0)
+        failure = _terminated(held.failure, by, reason, detail)
+        await session.execute(TERMINATE, {"run": run_id, "failure": json.dumps(failure)})
+        ended[run_id] = held.workflow
+        # Asked after its row is held: a worker that is starting a child has done so by now, or does not any more.
+        children = (await session.execute(CHILDREN_GOING_ON, {"run": run_id})).all()
+        left += [(child.id, child, f"with its parent {run_id}, {told}") for child in children]
+    if row.parent is not None:
+        await session.execute(ROUSE, {"run": row.parent})
+    return ended
+
+
+async def _history(session: AsyncSession, id: str) -> History:
+    entries = (await session.execute(ENTRIES, {"ids": [id]})).mappings()
+    return recall(entries)  # type: ignore[arg-type]  # a mapping of columns by name
+
+
+async def _add(session: AsyncSession, id: str, kind: Kind, step: str) -> None:
+    """Add what a person decided to the history of a run that is held, and that no worker executes."""
+    seq = (await session.execute(NEXT_SEQ, {"run": id})).scalar_one()
+    entry = {"run_id": id, "seq": seq, "kind": kind, "step": step, "position": None, "body": None, "info": None}
+    await session.execute(APPEND_ONCE, entry)
+
+
+def _refuse(id: str, what: str, why: str) -> NoReturn:
+    msg = f"run {id!r} cannot be {what}: {why}"
+    raise RunStateError(msg)
+
+
+def _terminated(before: str | None, by: str | None, reason: str, detail: str) -> Mapping[str, Any]:
+    """What is kept: who and why, and the failure that the run was on its way back from."""
+    kept: dict[str, Any] = {"type": TERMINATED, "detail": detail, "reason": reason}
+    if by is not None:
+        kept["by"] = by
+    if before is not None:
+        kept["before"] = json.loads(before)
+    return kept
