@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.core import current
-from mainstay.workflow._history import History, Kind, recall
+from mainstay.workflow._history import COMPENSATION, History, Kind, recall, step_of
 from mainstay.workflow._verdict import TERMINATED, UNDONE
 from mainstay.workflow.errors import RunNotFound, RunStateError
 from mainstay.workflow.tables import (
@@ -87,6 +87,32 @@ async def resume(session: AsyncSession, id: str) -> None:
         _refuse(id, "resumed", f"it is {row.status}")
     await session.execute(RESUME, {"run": id})
     await _add(session, id, Kind.RESUMED, "")
+
+
+async def retry_from(session: AsyncSession, id: str, step: str) -> None:
+    """Let a parked run go on from a step.
+
+    Raises:
+        RunStateError: it is not parked on its way forward, or the step cannot be attempted again.
+        RunNotFound: it does not exist.
+    """
+    what = f"retried from {step}"
+    row = await hold(session, id)
+    if row.status != RunStatus.PARKED or row.failure is not None:
+        _refuse(id, what, "it is on its way back" if row.failure is not None else f"it is {row.status}, and not parked")
+    past = await _history(session, id)
+    record = past.records.get(step)
+    if record is None or record.position is None or step_of(step).startswith("@"):
+        _refuse(id, what, "it has no such step: `show` lists the keys of its steps, such as charge:1")
+    if record.exactly_once:
+        _refuse(id, what, "that step is transactional, and done exactly once: name a later one")
+    for each in past.from_step(step):
+        if each.pivot and each.may_have_happened:
+            _refuse(id, what, f"its pivot {each.key} took effect or may have, and is never attempted twice")
+        if each.key + COMPENSATION in past.records:
+            _refuse(id, what, f"{each.key} is undone already, or in part")
+    await session.execute(RESUME, {"run": id})
+    await _add(session, id, Kind.RETRIED, step)
 
 
 async def terminate(session: AsyncSession, id: str, reason: str) -> Mapping[str, str]:

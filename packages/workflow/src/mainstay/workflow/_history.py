@@ -30,6 +30,9 @@ class Kind(StrEnum):
     RESUMED = "resumed"
     """A person let the parked run go on: open steps may be attempted again, with all their attempts."""
 
+    RETRIED = "retried"
+    """A person let the parked run go on from this step: it, and each step that began later, is attempted again."""
+
 
 class StepState(StrEnum):
     """What a record adds up to."""
@@ -93,6 +96,7 @@ class StepRecord:
         error: of the last attempt.
         rejected: the numbers of the entries of an attempt that was rejected. They say only that nothing happened, and
             give way to those of the next one, so that an open circuit does not grow the history.
+        first: the number of its first entry; 0 for one that began in this execution.
         in_doubt: the entry of an attempt whose commit may have happened, or may yet. Whoever attempts again writes the
             same entry, so that one of the two is refused. In memory only: another worker's fence settles it too.
     """
@@ -113,6 +117,12 @@ class StepRecord:
     error: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[int, ...] = ()
     in_doubt: Row | None = None
+    first: int = 0
+
+    @property
+    def exactly_once(self) -> bool:
+        """Whether it is a transactional step, and done: it shares the commit with its record, and has no intent."""
+        return self.state is StepState.DONE and self.began == 0
 
     @property
     def in_question(self) -> bool:
@@ -152,6 +162,16 @@ class History:
         found = (record for record in self.records.values() if record.pivot and record.state is not StepState.DONE)
         return next((record for record in found if record.in_question), None)
 
+    def from_step(self, key: str) -> list[StepRecord]:
+        """What a retry from a step attempts again: it, and the steps that began later.
+
+        What is certain stays as it is: transactional steps that are done, effects of other packages, signals, children
+        and waits.
+        """
+        first = self.records[key].first
+        steps = (each for each in self.records.values() if each.position is not None and each.first >= first)
+        return [each for each in steps if not step_of(each.key).startswith("@") and not each.exactly_once]
+
     def put(self, key: str, position: int | None) -> StepRecord:
         """A new record, in its place."""
         record = self.records[key] = StepRecord(key, position)
@@ -172,6 +192,8 @@ def recall(entries: Iterable[Mapping[str, Any]], opened: Callable[[str], str] = 
         history.last_seq = max(history.last_seq, entry["seq"])
         if entry["kind"] == Kind.RESUMED:
             _resume(history)
+        elif entry["kind"] == Kind.RETRIED:
+            _retry(history, entry["step"])
         else:
             _add(history, entry, opened)
     return history
@@ -186,9 +208,21 @@ def _resume(history: History) -> None:
             record.rest_seconds = 0.0
 
 
+def _retry(history: History, key: str) -> None:
+    for record in history.from_step(key):
+        record.maybe = record.maybe or record.may_have_happened
+        record.state = StepState.OPEN
+        record.output = None
+        record.dangling = False
+        record.attempts = 0
+        record.rest_seconds = 0.0
+        record.rejected = ()
+
+
 def _add(history: History, entry: Mapping[str, Any], opened: Callable[[str], str]) -> None:
     key, kind = entry["step"], Kind(entry["kind"])
     record = history.records.get(key) or history.put(key, entry["position"])
+    record.first = record.first or entry["seq"]
     info: dict[str, Any] = json.loads(entry["info"]) if entry["info"] else {}
     body = None if entry["body"] is None else opened(entry["body"])
     if record.input is None and info.get("input") is not None:

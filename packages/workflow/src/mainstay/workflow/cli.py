@@ -30,7 +30,9 @@ T = TypeVar("T")
 _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 _MOST = 2**31 - 1  # no database takes a number without a limit
 
-commands = typer.Typer(no_args_is_help=True, help="Runs of workflows: list, show, resume, cancel, terminate, archive.")
+commands = typer.Typer(
+    no_args_is_help=True, help="Runs of workflows: list, show, resume, retry, cancel, terminate, archive."
+)
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The run.")]
@@ -87,6 +89,17 @@ def cancel_run(id: Id, url: Url = "") -> None:
     """Stop a run at its next boundary and undo what it did."""
     _with(url, lambda engine: engine.cancel(id))
     _tell(id, f"{id} will be cancelled at its next boundary between steps")
+
+
+@commands.command("retry")
+def retry_run(
+    id: Id,
+    step: Annotated[str, typer.Option("--from", metavar="STEP", help="The step's key, as `show` lists it: charge:1.")],
+    url: Url = "",
+) -> None:
+    """Let a parked run go on from a step: it and those that began later are attempted again."""
+    _with(url, lambda engine: engine.retry_from(id, step))
+    _tell(id, f"{id} goes on from {step} as soon as a worker takes it")
 
 
 @commands.command("terminate")

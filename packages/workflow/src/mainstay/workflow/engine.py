@@ -96,11 +96,8 @@ class WorkflowEngine:
         self._clock = clock
         self._workflows = workflows
         self._payloads = payloads
-
-        def executes(run_id: str) -> bool:
-            return self.worker.executes(run_id)
-
-        self._results = Results(database, clock, executes=executes)
+        # The worker is made below.
+        self._results = Results(database, clock, executes=lambda run_id: self.worker.executes(run_id))  # noqa: PLW0108
         self.worker = Worker(
             database=database,
             clock=clock,
@@ -267,16 +264,8 @@ class WorkflowEngine:
     async def runs(self, status: RunStatus | None = None, *, limit: int = 100) -> list[RunView]:
         """The newest runs, or those with this status."""
         query = VIEW.order_by(runs.c.created_at.desc()).limit(limit)
-        if status is RunStatus.COMPENSATING:
-            query = query.where(runs.c.status.in_(["queued", "running"]), runs.c.failure.is_not(None))
-        elif status is RunStatus.WAITING:
-            query = query.where(ASLEEP, runs.c.failure.is_(None))
-        elif status is RunStatus.QUEUED:
-            query = query.where(runs.c.status == "queued", sa.not_(ASLEEP), runs.c.failure.is_(None))
-        elif status is RunStatus.RUNNING:
-            query = query.where(runs.c.status == "running", runs.c.failure.is_(None))
-        elif status is not None:
-            query = query.where(runs.c.status == str(status))
+        if status is not None:
+            query = query.where(*_in_state(status))
         return [view_of(row, self._payloads) for row in await self._database.read(query)]
 
     async def history(self, id: str) -> History:
@@ -333,6 +322,26 @@ class WorkflowEngine:
             await _decisions.resume(session, _names.run_id(id))
             self._database.after_commit(self.worker.wake)
 
+    async def retry_from(self, id: str, step: str) -> None:
+        """Let a parked run go on from a step: it and each step that began later is attempted again, under the same key.
+
+        What they did before may have happened: a way back undoes it, also where the new attempt fails. Transactional
+        steps that are done, events, signals, children and waits keep their records. A function that then takes another
+        way is parked, since its record has more than it reads.
+
+        Args:
+            id: the run.
+            step: the step's key within the run, such as `charge:1`; `mainstay workflow show` lists them.
+
+        Raises:
+            RunStateError: it is not parked on its way forward; or it has no such step; or a pivot from there on took
+                effect or may have; or one of the steps is undone already.
+            RunNotFound: it does not exist.
+        """
+        async with self._database.transaction() as session:
+            await _decisions.retry_from(session, _names.run_id(id), step)
+            self._database.after_commit(self.worker.wake)
+
     async def terminate(self, id: str, *, reason: str) -> None:
         """End a run at once and undo nothing: the last resort, where `cancel` and `resume` do not help.
 
@@ -365,18 +374,34 @@ class WorkflowEngine:
 
     async def health(self) -> Health:
         """Degraded while runs wait for a worker that knows their workflow, or this worker's lease may be lost."""
-        worker = self.worker
-        details = [f"{worker.parked} runs wait for a person"] if worker.parked else []
-        if worker.unknown:
-            details.append(f"no worker knows the workflow of {', '.join(worker.unknown)}")
-        if worker.serving and not worker.held:
-            details.append("this worker's lease has run out: nothing new is begun")
-        degraded = bool(worker.unknown) or (worker.serving and not worker.held)
-        return Health("degraded" if degraded else "ok", "; ".join(details))
+        return _health(self.worker)
 
     async def close(self) -> None:
         """End what waits for results."""
         await self._results.close()
+
+
+def _health(worker: Worker) -> Health:
+    details = [f"{worker.parked} runs wait for a person"] if worker.parked else []
+    if worker.unknown:
+        details.append(f"no worker knows the workflow of {', '.join(worker.unknown)}")
+    if worker.serving and not worker.held:
+        details.append("this worker's lease has run out: nothing new is begun")
+    degraded = bool(worker.unknown) or (worker.serving and not worker.held)
+    return Health("degraded" if degraded else "ok", "; ".join(details))
+
+
+def _in_state(status: RunStatus) -> tuple[sa.ColumnElement[bool], ...]:
+    going_on = runs.c.failure.is_(None)
+    if status is RunStatus.COMPENSATING:
+        return runs.c.status.in_(["queued", "running"]), runs.c.failure.is_not(None)
+    if status is RunStatus.WAITING:
+        return ASLEEP, going_on
+    if status is RunStatus.QUEUED:
+        return runs.c.status == "queued", sa.not_(ASLEEP), going_on
+    if status is RunStatus.RUNNING:
+        return runs.c.status == "running", going_on
+    return (runs.c.status == str(status),)
 
 
 def value_of(row: Any, body: str) -> ValueView:
