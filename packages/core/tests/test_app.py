@@ -639,7 +639,7 @@ def test_run_passes_on_the_crash_of_a_worker():
 
 
 WORKER = """
-    import asyncio, sys, threading, time
+    import asyncio, gc, sys, threading, time
     from contextlib import asynccontextmanager
     from typing import Any, Never, cast
     from pydantic_settings import SettingsConfigDict
@@ -659,6 +659,10 @@ WORKER = """
                     raise OSError("boom")
                 if "exits" in sys.argv:
                     sys.exit(0)
+                if "collector" in sys.argv:
+                    while not gc.get_freeze_count():
+                        await asyncio.sleep(0.001)
+                    print(gc.isenabled(), gc.get_threshold()[0], flush=True)
                 await drain.wait()
                 print("draining", flush=True)
                 if "stuck" in sys.argv:
@@ -707,6 +711,8 @@ WORKER = """
                 if "stays" in sys.argv:
                     await asyncio.Event().wait()
 
+    if "own" in sys.argv:
+        gc.set_threshold(1234)
     if "impatient" in sys.argv:  # to wait for less where the end has to be forced
         from mainstay.core import _process, _work, app as _app
         _process._ENDING_SECONDS, _work._GRACE_SECONDS, _app._STOP_SECONDS = 3.0, 1.0, 1.0
@@ -765,6 +771,17 @@ def test_run_drains_on_a_signal(number):
         out, err = process.communicate(timeout=20)
     assert out == "draining\ndown\n"
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize(("own", "threshold"), [([], 50_000), (["own"], 1234)])
+def test_a_worker_spares_the_garbage_collector(own, threshold):
+    """What is there when it serves is frozen; a threshold that the service has set stays."""
+    with start_worker("collector", *own) as process:
+        assert process.stdout.readline() == "serving\n"
+        assert process.stdout.readline() == f"True {threshold}\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "draining\ndown\n", "")
 
 
 @pytest.mark.parametrize("how", ["stuck", "thread", "loop", "swallows"])

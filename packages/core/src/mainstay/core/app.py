@@ -196,6 +196,8 @@ class App:
     def run(self) -> None:
         """Run as a worker, on the main thread: start, serve until SIGTERM or SIGINT, drain, stop.
 
+        Once it serves, the garbage collector leaves alone what is there by then (`gc.freeze`), and looks less often.
+
         A signal during the start ends the start, and what had started is stopped. The stop ends: a task or a thread
         that does not is named in the log some seconds after the drain time, and the process exits with status 1. A
         second signal ends the process at once.
@@ -217,6 +219,7 @@ class App:
         async with AsyncExitStack() as stack:
             async with ended_by(stopping):  # a start may hang, such as on a database that does
                 await stack.enter_async_context(self.running(serve=True, until=stopping))
+            _process.spare_the_collector()
             await stopping.wait()
         if self._stuck:
             raise _process.Stuck

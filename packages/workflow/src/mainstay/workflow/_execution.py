@@ -57,21 +57,6 @@ class Wait:
             self.ended.set_result(None)
 
 
-class _AtWork:
-    """The blocks of one execution in which a step is at work, one for all of them: every step enters it."""
-
-    __slots__ = ("_execution",)
-
-    def __init__(self, execution: Execution) -> None:
-        self._execution = execution
-
-    def __enter__(self) -> None:
-        self._execution.begin_work()
-
-    def __exit__(self, *_end: object) -> None:
-        self._execution.end_work()
-
-
 class Execution:
     """What may begin, wait and end in one execution of a run.
 
@@ -100,7 +85,6 @@ class Execution:
         self._may_cancel = may_cancel
         self._suspend_after_seconds = suspend_after_seconds
         self._at_work = 0
-        self._work = _AtWork(self)
         self._repeats = 0
         self.overdue = False
         self._waits: set[Wait] = set()
@@ -172,16 +156,14 @@ class Execution:
             finally:
                 self._quiet.discard(quiet)
 
-    def at_work(self) -> _AtWork:
+    def at_work(self) -> Execution:
         """A step is being executed, or is about to be, within the block: a stop of the run waits for its end."""
-        return self._work
+        return self  # every step enters it, so it is no object of its own
 
-    def begin_work(self) -> None:
-        """Begin such a block."""
+    def __enter__(self) -> None:
         self._at_work += 1
 
-    def end_work(self) -> None:
-        """End it."""
+    def __exit__(self, *_end: object) -> None:
         self._at_work -= 1
         if not self._at_work:
             for quiet in self._quiet:
@@ -288,9 +270,14 @@ class Execution:
         for timer in (self._grace, self._leaving):
             if timer is not None:
                 timer.cancel()
+        self._may_cancel = _never  # with the run's own method this would be a cycle, which only the collector ends
         if self.overdue and self._task is not None:
             self._task.uncancel()
         self._task = None  # it goes on, with the way back: what is left of the function has no hold on it
+
+
+def _never() -> bool:
+    return False
 
 
 def _close(coroutine: Coroutine[Any, Any, Any]) -> None:

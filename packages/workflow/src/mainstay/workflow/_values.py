@@ -107,9 +107,14 @@ class Values:
         """End the writer. What is said from now on, by a thread that outlives its attempt, is dropped."""
         with self._lock:
             self._closed = True
+        self._publish = _dropped  # no cycle is left, which only the collector would end
         if self._writer is not None:
             self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
+
+
+async def _dropped(_rows: Sequence[Row]) -> None:
+    return None
 
 
 class Voice:
