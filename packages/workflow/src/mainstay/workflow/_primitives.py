@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from datetime import UTC, datetime
 from typing import Any, Never, TypeVar
 
-from mainstay.core import Clock, Effect, Kept
+from mainstay.core import Effect, Kept
 from mainstay.workflow._attempts import EFFECT, Attempts, nothing
 from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow._children import Children
@@ -27,6 +28,7 @@ from mainstay.workflow.errors import (
     Parked,
 )
 from mainstay.workflow.step import AnyStep
+from mainstay.workflow.tables import NOW
 from mainstay.workflow.workflow import AnyWorkflow
 
 T = TypeVar("T")
@@ -55,11 +57,6 @@ class Primitives:
         self._waits = waits
         self._children = children
         self._around = around
-
-    @property
-    def clock(self) -> Clock:
-        """The App's."""
-        return self._around.clock
 
     def step(
         self, branch: Branch, step: AnyStep, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,27 +120,45 @@ class Primitives:
 
         return await self._primitive(branch, label, str, perform)
 
-    async def sleep(self, branch: Branch, seconds: float, until: str | None = None) -> None:
+    async def sleep(self, branch: Branch, seconds: float) -> None:
         """Let time pass, by the database's clock from the moment that is recorded."""
 
         async def perform(record: StepRecord) -> None:
             if record.state is not StepState.DONE:
                 await self._waits.sleep(record, seconds)
 
-        label = "@sleep" if until is None else "@sleep_until"
-        await self._primitive(branch, label, lambda: json.dumps(seconds if until is None else until), perform)
+        await self._primitive(branch, "@sleep", lambda: json.dumps(seconds), perform)
 
-    async def value(self, branch: Branch, kind: str, make: Callable[[], str]) -> str:
+    async def sleep_until(self, branch: Branch, moment: datetime) -> None:
+        """Wait for a moment, by the database's clock: the worker's may be wrong, or set while it waits."""
+
+        async def perform(record: StepRecord) -> None:
+            if record.state is not StepState.DONE:
+                left = 0.0 if record.seq else moment.timestamp() - await self._database_seconds()
+                await self._waits.sleep(record, max(0.0, left))
+
+        await self._primitive(branch, "@sleep_until", lambda: json.dumps(moment.isoformat()), perform)
+
+    async def now(self) -> str:
+        """The time by the database's clock, in ISO 8601."""
+        return datetime.fromtimestamp(await self._database_seconds(), UTC).isoformat()
+
+    async def _database_seconds(self) -> float:
+        ((seconds,),) = await self._recording.read(NOW, {})
+        return float(seconds)
+
+    async def value(self, branch: Branch, kind: str, make: Callable[[], str | Awaitable[str]]) -> str:
         """What `make` returns the first time: it is recorded, and a replay sees the same."""
 
         async def perform(record: StepRecord) -> str:
             if record.state is not StepState.DONE:
-                body = json.dumps(make())
+                made = make()
+                body = json.dumps(made if isinstance(made, str) else await made)
                 row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
                 record.state, record.seq, record.output = StepState.DONE, row["seq"], body
                 self._recording.settle(row, executed=False)
-            made: str = load(json.loads, record)
-            return made
+            value: str = load(json.loads, record)
+            return value
 
         return await self._primitive(branch, f"@{kind}", str, perform)
 

@@ -168,7 +168,7 @@ class WorkflowRouter:
         await branch.primitives.sleep(branch, seconds)
 
     async def sleep_until(self, moment: datetime) -> None:
-        """Wait durably until a moment; one that is past is not waited for.
+        """Wait durably until a moment of the database's clock; one that is past is not waited for.
 
         Raises:
             NotInRun: this is no workflow function.
@@ -178,18 +178,16 @@ class WorkflowRouter:
             msg = f"sleep_until({moment!r}): a moment with a time zone"
             raise ValueError(msg)
         branch = _running("sleep_until", "asyncio.sleep")
-        seconds = max(0.0, (moment - branch.primitives.clock.now()).total_seconds())
-        await branch.primitives.sleep(branch, seconds, until=moment.isoformat())
+        await branch.primitives.sleep_until(branch, moment)
 
     async def now(self) -> datetime:
-        """The time in UTC, recorded: a replay sees the same.
+        """The time in UTC by the database's clock, recorded: a replay sees the same.
 
         Raises:
             NotInRun: this is no workflow function.
         """
         branch = _running("now", "datetime.now")
-        made = await branch.primitives.value(branch, "now", lambda: branch.primitives.clock.now().isoformat())
-        return datetime.fromisoformat(made)
+        return datetime.fromisoformat(await branch.primitives.value(branch, "now", branch.primitives.now))
 
     async def uuid(self) -> UUID:
         """A new id (UUIDv7), recorded: a replay sees the same.

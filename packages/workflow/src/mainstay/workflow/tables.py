@@ -458,6 +458,7 @@ STATES = sa.select(runs.c.id, runs.c.status, runs.c.output, runs.c.failure, runs
 OF_WORKER = sa.select(runs.c.id, runs.c.epoch, runs.c.cancel_requested).where(
     runs.c.worker == sa.bindparam("owner"), runs.c.status == "running"
 )
+NOW = sa.select(database_now())
 CLAIM = sa.select(runs.c.epoch, runs.c.status).where(runs.c.id == sa.bindparam("run"))
 WORKERS = sa.select(runs.c.worker).where(runs.c.status == "running").distinct()
 ENTRIES = (
