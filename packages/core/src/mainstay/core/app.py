@@ -196,11 +196,10 @@ class App:
     def run(self) -> None:
         """Run as a worker, on the main thread: start, serve until SIGTERM or SIGINT, drain, stop.
 
-        Once it serves, the garbage collector leaves alone what is there by then (`gc.freeze`), and looks less often.
-
-        A signal during the start ends the start, and what had started is stopped. The stop ends: a task or a thread
-        that does not is named in the log some seconds after the drain time, and the process exits with status 1. A
-        second signal ends the process at once.
+        While it serves, the garbage collector leaves alone what was there before (`gc.freeze`). A signal during the
+        start ends the start, and what had started is stopped. The stop ends: a task or a thread that does not is named
+        in the log some seconds after the drain time, and the process exits with status 1. A second signal ends the
+        process at once.
 
         Raises:
             SystemExit: a mistake in the configuration kept it from starting, or it was called elsewhere than on the

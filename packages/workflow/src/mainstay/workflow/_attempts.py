@@ -26,8 +26,9 @@ from mainstay.database import CommitUnknown, DatabaseError
 from mainstay.workflow._effects import Effects, Work, or_parked
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import History, Kind, StepRecord, StepState
+from mainstay.workflow._insistence import worth_repeating
 from mainstay.workflow._metrics import count_step
-from mainstay.workflow._recording import Recording, worth_repeating
+from mainstay.workflow._recording import Recording
 from mainstay.workflow._verdict import (
     GIVEN_UP,
     SHORTEST_WAIT,

@@ -27,19 +27,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mainstay.core import Clock, FullJitter, Outcome, RetryState
-from mainstay.database import CommitUnknown, Conflict, Database, Fence, FenceLost
+from mainstay.core import Clock
+from mainstay.database import Conflict, Database, Fence, FenceLost
 from mainstay.workflow._execution import Wait
 from mainstay.workflow._history import Kind, Row, StepRecord, StepState
+from mainstay.workflow._insistence import Insistence, worth_repeating
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._values import Values
 from mainstay.workflow.errors import Lost, Parked, PayloadUnreadable
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET, SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
-_BACKOFF = FullJitter(initial_seconds=0.05, max_seconds=2.0)
-
-_GRACE_SECONDS = 5.0  # how long a write may keep a cancelled run
 
 
 class Places:
@@ -81,11 +79,6 @@ class Places:
             asyncio.get_running_loop().call_soon(self._wake)
 
 
-def worth_repeating(error: Exception) -> bool:
-    """Whether a write that ended so may succeed later, or may even have succeeded."""
-    return isinstance(error, CommitUnknown) or bool(getattr(error, "retryable", False))
-
-
 class Recording:
     """The history of one run, and the values that it publishes, as its worker writes them.
 
@@ -117,6 +110,7 @@ class Recording:
         self._outdated: list[int] = []
         self._held = 0
         self._turn = asyncio.Lock()
+        self._insist = Insistence(run_id, clock)
         self._flusher: asyncio.Task[None] | None = None
         self.values = Values(run_id, clock, self._publish, seal=lambda body: payloads.seal(body, run_id))
 
@@ -193,7 +187,7 @@ class Recording:
             try:
                 await self._write_buffer()
             except BaseException as error:  # noqa: BLE001  judged there
-                await self._insist(self._write_buffer, failed=error)
+                await self._insist.on(self._write_buffer, failed=error)
 
     async def end(self, *changes: tuple[Any, Mapping[str, Any]], row: Row | None = None) -> None:
         """Write what is waiting, `row`, changes of other tables and the steps' newest values in one commit."""
@@ -208,7 +202,7 @@ class Recording:
                         await self._database.write(statement, [values])
                 self._written(rows, held)
 
-        await self._insist(write, landed=self._has_left)
+        await self._insist.on(write, landed=self._has_left)
 
     async def publish(self, record: StepRecord, name: str) -> None:
         """Set a value of the run to the input of a record, in one commit with the entry that says so."""
@@ -273,7 +267,7 @@ class Recording:
             except Conflict:
                 taken = True
 
-        await self._insist(write)
+        await self._insist.on(write)
         if not taken:
             return True
         found = await self.find(row["seq"])
@@ -299,7 +293,7 @@ class Recording:
             try:
                 return await self._database.read(statement, parameters)
             except Exception as error:  # noqa: BLE001  judged by _back_off
-                await self._back_off(error, attempt)
+                await self._insist.back_off(error, attempt)
 
     async def _write_buffer(self) -> None:
         async with self._turn:
@@ -321,58 +315,6 @@ class Recording:
             self._unrecorded.give_back(held)
         if self._buffer:  # kept while this was on its way
             asyncio.get_running_loop().call_soon(self._flush_soon)
-
-    async def _insist(
-        self,
-        write: Callable[[], Awaitable[None]],
-        *,
-        landed: Callable[[], Awaitable[bool]] | None = None,
-        failed: BaseException | None = None,
-    ) -> None:
-        """Repeat a write until it is durable.
-
-        Args:
-            write: may be repeated as often as is needed.
-            landed: whether it is durable, asked where an earlier try ended in doubt: a write that takes the run from
-                this worker ends the fence of its own repetition.
-            failed: how a first try ended.
-        """
-        cancelled: asyncio.CancelledError | None = None
-        give_up_at = float("inf")
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                if attempt == 1 and failed is not None:
-                    raise failed
-                await write()
-                break
-            except asyncio.CancelledError as error:
-                cancelled = error  # what has happened is written first; then the cancellation goes on its way
-                give_up_at = min(give_up_at, self._clock.monotonic() + _GRACE_SECONDS)
-            except FenceLost:
-                if attempt > 1 and landed is not None and await landed():
-                    break
-                raise Lost from None
-            except Exception as error:
-                if cancelled is not None and self._clock.monotonic() > give_up_at:
-                    raise cancelled from error
-                try:
-                    await self._back_off(error, attempt)
-                except asyncio.CancelledError as interrupted:
-                    cancelled = interrupted
-                    give_up_at = min(give_up_at, self._clock.monotonic() + _GRACE_SECONDS)
-        if cancelled is not None:
-            raise cancelled
-
-    async def _back_off(self, error: Exception, attempt: int) -> None:
-        """Wait before a write or read is repeated."""
-        if not worth_repeating(error):
-            msg = f"the history cannot be written: {type(error).__name__}: {error}"
-            raise Parked(msg) from error
-        if attempt == 1:
-            _log.warning("run %s: the history could not be written and will be again: %s", self.run_id, error)
-        await self._clock.sleep(_BACKOFF(RetryState(attempt, Outcome.of_error(error), 0.0)))
 
     def _flush_soon(self) -> None:
         if self._buffer and not self._turn.locked() and self._flusher is None:

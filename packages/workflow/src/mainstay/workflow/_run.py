@@ -19,7 +19,7 @@ from mainstay.workflow._children import Children
 from mainstay.workflow._effects import Effects, or_parked
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import History, Keys, StepState
-from mainstay.workflow._metrics import count_continued
+from mainstay.workflow._last_words import LastWords
 from mainstay.workflow._primitives import Primitives
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Replay
@@ -30,7 +30,6 @@ from mainstay.workflow._verdict import (
     describe,
     error_text,
     misconfigured,
-    plain_text,
 )
 from mainstay.workflow._waits import Waits
 from mainstay.workflow._way_back import WayBack
@@ -43,16 +42,6 @@ from mainstay.workflow.errors import (
     Parked,
     Released,
     Suspended,
-)
-from mainstay.workflow.tables import (
-    CONTINUE,
-    END,
-    FAIL,
-    FORGET_HISTORY,
-    FORGET_RECEIVED,
-    PARK,
-    RELEASE,
-    ROUSE,
 )
 from mainstay.workflow.workflow import AnyWorkflow, RunStatus
 
@@ -86,7 +75,6 @@ class Run:
         self.workflow = workflow
         self.status = RunStatus.RUNNING
         self._input: str = row["input"]
-        self._parent: str | None = row.get("parent")
         self._failure: dict[str, Any] | None = json.loads(row["failure"]) if row.get("failure") else None
         self._cancel = bool(row["cancel_requested"])
         self._why = CANCELLED
@@ -95,6 +83,7 @@ class Run:
         self._keys = Keys(self.id, row.get("generation", 1))
         self._next: Continued | None = None
         self._recording = recording
+        self._last = LastWords(self.id, self.epoch, row.get("parent"), recording=recording, around=surroundings)
         self._around = surroundings
         self._going_back = self._failure is not None
         self._held = held
@@ -195,7 +184,7 @@ class Run:
             # An unknown step is not left behind, even where the function found another way.
             await self._back(only_unknown=True)
             if self._next is not None:
-                await self._continue(self._next)
+                await self._last.go_on(self._next)
                 return None
             return await self._end(RunStatus.COMPLETED, output)
         self.status = RunStatus.COMPENSATING
@@ -289,8 +278,7 @@ class Run:
         """From here on the run only goes back, in whichever process."""
         _log.info("run %s fails with %s and is compensated", self.id, error_text(failure))
         self._failure = failure
-        kept = json.dumps(failure)
-        await self._recording.end((FAIL, {"run": self.id, "at_epoch": self.epoch, "failure": kept}))
+        await self._last.fail(failure)
 
     async def _back(self, *, only_unknown: bool) -> None:
         records = self._history.records.values()
@@ -310,24 +298,9 @@ class Run:
     # How it leaves the worker
 
     async def _end(self, status: RunStatus, output: str | None) -> End:
-        failure = None if self._failure is None else json.dumps(self._failure)
-        kept = self._recording.sealed(output)
-        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "output": kept, "failure": failure}
-        news = [] if self._parent is None else [(ROUSE, {"run": self._parent})]
-        await self._recording.end((END, values), *news)
+        await self._last.end(status, output, self._failure)
         self.status = status
-        if self._parent is not None:
-            self._around.wake(self._parent)
         return status, output, self._failure
-
-    async def _continue(self, following: Continued) -> None:
-        """Begin the next generation of the run: with the new input, and without anything that this one did."""
-        run = {"run": self.id}
-        following_input = self._recording.sealed(following.input)
-        again = {**run, "at_epoch": self.epoch, "next_version": following.version, "next_input": following_input}
-        kept = {**run, "kept_seconds": self._around.keep_signals_seconds}
-        await self._recording.end((FORGET_HISTORY, run), (FORGET_RECEIVED, kept), (CONTINUE, again))
-        count_continued(self.workflow.name)
 
     async def _leave(self, signal: ControlFlow) -> None:
         """Give the run back in the state that what ended its execution asks for."""
@@ -344,21 +317,13 @@ class Run:
 
     async def _park(self, status: RunStatus, note: str) -> None:
         _log.error("run %s of %r is %s: %s", self.id, self.workflow, status, note)
-        values = {"run": self.id, "at_epoch": self.epoch, "status": status, "note": plain_text(note)}
-        await self._last_word(PARK, {**values, "cancellable": self._has_way_back()})
+        await self._last.park(status, note, cancellable=self._has_way_back())
         self.status = status
 
     async def _release(self, delay: float) -> None:
         if self._deadline is not None:
             delay = min(delay, max(0.0, self._deadline - self._around.clock.monotonic()))
-        values = {"run": self.id, "at_epoch": self.epoch, "delay": delay, "seen": self._waits.seen}
-        await self._last_word(RELEASE, values)
-
-    async def _last_word(self, statement: Any, values: Mapping[str, Any]) -> None:
-        try:
-            await self._recording.end((statement, values))
-        except (Lost, Parked) as signal:
-            _log.warning("run %s could not be given back (%s): another worker will take it over", self.id, signal)
+        await self._last.release(delay, seen=self._waits.seen)
 
     def _may_cancel(self) -> bool:
         return self._cancel and self._has_way_back()
