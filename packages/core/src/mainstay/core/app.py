@@ -197,16 +197,14 @@ class App:
         """Run as a worker, on the main thread: start, serve until SIGTERM or SIGINT, drain, stop.
 
         While it serves, the garbage collector leaves alone what was there before (`gc.freeze`). A signal during the
-        start ends the start, and what had started is stopped. The stop ends: a task or a thread that does not is named
-        in the log some seconds after the drain time, and the process exits with status 1. A second signal ends the
-        process at once.
+        start ends the start. The stop ends: a task or a thread that does not is named in the log some seconds after the
+        drain time, and the process exits with status 1. A second signal ends the process at once.
 
         Raises:
             SystemExit: a mistake in the configuration kept it from starting, or it was called elsewhere than on the
                 main thread outside of an event loop: status 2, with the message on standard error and no traceback,
                 which would say nothing more.
-            Exception: the crash of a piece of background work; so the process ends with a status other than 0 and its
-                supervisor starts it again.
+            Exception: the crash of a piece of background work, for the supervisor to start the process again.
         """
         try:
             _process.run(self._work, self._drain_seconds)
