@@ -178,9 +178,9 @@ async def test_whoever_waits_is_told_that_the_app_stops():
     async def buy(n: int) -> int:
         return n
 
-    async with workflows(flows, serve=False):
+    async with workflows(flows, serve=False) as app:
         run = await buy.start(1)
         waiting = asyncio.create_task(run.result())
-        await asyncio.sleep(0.01)
+        await eventually(lambda: run.id in app.get(WorkflowEngine)._results._waiters)
     with pytest.raises(NotBoundError, match="the App stopped before the run ended"):
         await waiting
