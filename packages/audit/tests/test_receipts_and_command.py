@@ -139,7 +139,7 @@ async def test_the_command(db, url, capsys, tmp_path, monkeypatch):
     check = ("verify", "--url", url, "--remember", str(memory))
     status, out, _ = await run(capsys, *check, "--key", key)
     assert status == 0
-    assert "700 entries sealed" in out
+    assert "sealed entries: 700" in out
     assert "the log is intact" in out
     assert size_in(memory.read_text()) == 700
     monkeypatch.setenv("MAINSTAY_AUDIT_SIGNING_KEY", KEY.private_text())
@@ -294,6 +294,9 @@ async def test_the_command_with_a_memory_that_is_none(db, url, capsys, tmp_path)
     memory.unlink()
     status, out, _ = await run(capsys, *check, "--max-age", "3600")
     assert (status, " s old; nothing remembered" in out) == (0, True)
+    for wrong in ("nan", "-1", "inf"):
+        status, _, err = await run(capsys, *check, "--max-age", wrong)
+        assert (status, "is no number of seconds" in err) == (2, True)
     status, out, _ = await run(capsys, *check, "--max-age", "0")
     assert (status, "PROBLEM stale" in out) == (1, True)
 

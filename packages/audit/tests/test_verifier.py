@@ -452,6 +452,9 @@ async def test_trap_07_an_idle_checkpoint_that_is_missed_is_noticed(db):
     note = KEY.sign(replace(newest, time="2020-01-01T00:00:00Z").to_text())
     await db.write(sa.update(tables.checkpoints).where(tables.checkpoints.c.number == number).values(note=note))
     assert (await check(db)).ok
+    for wrong in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="a number of seconds"):
+            await check(db, max_age_seconds=wrong)
     stale = await check(db, max_age_seconds=3600)
     assert kinds(stale) == ["stale"]
     note = KEY.sign(replace(newest, time="long ago").to_text())

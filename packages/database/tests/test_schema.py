@@ -192,6 +192,12 @@ async def test_an_applications_own_tables(lasting, tmp_path):
     assert await status(lasting, [schema]) == [("loans", identifiers[0], identifiers[1])]
     with pytest.raises(ConfigurationError, match="cannot be taken back to revision 'nowhere'"):
         await downgrade(lasting, schema, "nowhere")
+    text = first.read_text()
+    first.write_text(text[: text.index("def downgrade")])
+    with pytest.raises(ConfigurationError, match=rf"migration {first.name} has no function downgrade\(\)"):
+        await downgrade(lasting, schema, "base")
+    assert await status(lasting, [schema]) == [("loans", identifiers[0], identifiers[1])]
+    first.write_text(text)
     await downgrade(lasting, schema, "base")
     with pytest.raises(ConfigurationError, match="nothing to take back"):
         await downgrade(lasting, schema, "base")

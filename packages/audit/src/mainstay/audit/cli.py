@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Annotated, TypeVar
 from uuid import UUID
@@ -40,6 +41,13 @@ Keys = Annotated[
 ]
 
 
+def _age(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 <= seconds < inf:
+        msg = f"{seconds} is no number of seconds: 0 or more"
+        raise typer.BadParameter(msg)
+    return seconds
+
+
 @commands.command("verify")
 def verify_log(  # noqa: PLR0917  typer passes them by name
     receipt: Annotated[
@@ -55,7 +63,7 @@ def verify_log(  # noqa: PLR0917  typer passes them by name
         float | None,
         typer.Option(
             metavar="SECONDS",
-            min=0,
+            callback=_age,
             help="A problem if the newest checkpoint is older; sealers sign one a minute even when nothing happens.",
         ),
     ] = None,
@@ -183,9 +191,9 @@ def _tell(report: Report, remembered: str | None) -> None:
         since = "what is remembered is no checkpoint"
     age = "" if report.age_seconds is None else f", the newest {report.age_seconds:.0f} s old"
     say(
-        f"{report.entries} entries sealed ({report.statements} of them statements of {report.producers} producers), "
-        f"{report.pending} pending, {report.checkpoints} checkpoints{age}; {since}",
-        f"{report.unstated} entries are in no statement yet; {report.unfinished} producers have no final one",
+        f"sealed entries: {report.entries} (statements among them: {report.statements}, of producers: "
+        f"{report.producers}), pending: {report.pending}, checkpoints: {report.checkpoints}{age}; {since}",
+        f"entries in no statement yet: {report.unstated}; producers without a final one: {report.unfinished}",
         *(f"PROBLEM {problem.kind}: {problem.detail}" for problem in report.problems),
         "the log is intact" if report.ok else "THE LOG IS NOT INTACT",
     )

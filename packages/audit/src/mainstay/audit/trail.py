@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 from uuid import UUID
 
 from mainstay.audit import _metrics
@@ -37,6 +37,10 @@ _log = logging.getLogger("mainstay.audit")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOTHING: Mapping[str, Any] = {}
 _PAUSES = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)  # seconds between attempts for which nobody waits
+
+_Find1 = Callable[[Any], str]
+_Find2 = Callable[[Any, Any], str]
+_Find3 = Callable[[Any, Any, Any], str]
 
 
 class AuditTrail:
@@ -90,6 +94,15 @@ class AuditTrail:
 
         await once(f"audit:{action}", effect, transactional=joins)
 
+    # A lambda of a few parameters by itself: pyright knows none of a `Callable[...]`.
+    @overload
+    def record(
+        self, action: str, *, resource: str | _Find1 | _Find2 | _Find3 | None = None
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]: ...
+    @overload
+    def record(  # type: ignore[overload-cannot-match]  # for mypy a `Callable[...]` is one of the above, too
+        self, action: str, *, resource: Callable[..., str]
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]: ...
     def record(
         self, action: str, *, resource: str | Callable[..., str] | None = None
     ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:

@@ -140,8 +140,12 @@ async def verify(
 
     Raises:
         InvalidNote: one of `keys` or `producers` is no verifier key.
+        ValueError: `max_age_seconds` is negative, or not a number, with which no age would ever be too old.
         DatabaseError: the database cannot be read.
     """
+    if max_age_seconds is not None and not max_age_seconds >= 0:
+        msg = f"max_age_seconds={max_age_seconds!r}: a number of seconds, 0 or more"
+        raise ValueError(msg)
     sealers = [_key(key) for key in keys]
     check = _Check(database, sealers, [*sealers, *(_key(key) for key in producers)])
     await check.checkpoints(remembered, max_age_seconds)

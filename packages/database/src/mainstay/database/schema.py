@@ -198,7 +198,7 @@ async def downgrade(url: str, schema: Schema, target: str) -> None:
     Raises:
         ValueError: the URL is of no supported database.
         ConfigurationError: the database cannot be reached, has no tables of the schema, or `target` is no revision
-            before the current one.
+            before the current one, or a migration between the two has no `downgrade`.
         sqlalchemy.exc.DBAPIError: the database refused a statement of a migration.
     """
 
@@ -210,6 +210,15 @@ async def downgrade(url: str, schema: Schema, target: str) -> None:
             _run(schema, connection, lambda script, current: script._downgrade_revs(target, current))
         except CommandError as error:
             msg = f"the schema {schema.package} cannot be taken back to revision {target!r}: {error}"
+            raise ConfigurationError(msg) from error
+        except AttributeError as error:
+            if error.name != "downgrade":
+                raise
+            file = Path(getattr(error.obj, "__file__", "") or "").name
+            msg = (
+                f"the schema {schema.package} cannot be taken back to revision {target!r}: its migration {file} has no "
+                "function downgrade()"
+            )
             raise ConfigurationError(msg) from error
 
     await _changing(Address(parse_url(url)), work)
