@@ -1,7 +1,6 @@
 """Three empty steps, durable: runs a second, and how many steps a kill repeats."""
 
 import asyncio
-import gc
 import itertools
 import os
 import signal
@@ -14,9 +13,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.rows import Peers, Row, compare, row
+from benchmarks.workflow import fleet
+from benchmarks.workflow.fleet import SETTINGS, spare_the_collector
 from mainstay.workflow import WorkflowRouter, current_step
 from mainstay.workflow.testing import workflows
 from mainstay_servers import Postgres, fresh_database
@@ -68,16 +68,6 @@ async def runs(at_once: int, count: int) -> float:
     return count / (time.perf_counter() - started)
 
 
-SETTINGS: dict[str, Any] = {"lease_seconds": 5.0, "poll_seconds": 0.2}
-
-
-def spare_the_collector() -> None:
-    """What `app.run()` does in a worker's process once it serves."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, *gc.get_threshold()[1:])
-
-
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
     rounds = 1 if quick else 5
     sizes = [(1, 50), (32, 100), (1_000, 200)] if quick else [(1, 200), (32, 500), (1_000, 1_000)]
@@ -115,6 +105,8 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
                     better="higher",
                     rounds=rounds,
                 )
+        async for each in fleet.rows(server, quick=quick):
+            yield each
         repeated = [await kill(Path(directory) / f"kill-{n}", 1_000, n) for n in range(1 if quick else 5)]
         yield row(
             "steps repeated by a kill, of 3,000",
