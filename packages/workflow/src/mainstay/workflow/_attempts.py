@@ -28,6 +28,7 @@ from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import History, Kind, StepRecord, StepState
 from mainstay.workflow._insistence import worth_repeating
 from mainstay.workflow._metrics import count_step
+from mainstay.workflow._reach import Interrupted
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._verdict import (
     GIVEN_UP,
@@ -133,10 +134,8 @@ class Attempts:
 
     def reopen(self, cause: BaseException | None) -> None:
         """Let the step whose failure the function could not deal with be attempted again after a resume."""
-        while cause is not None and not isinstance(cause, StepFailed):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None and cause.key in self._history.records:
-            record = self._history.records[cause.key]
+        record = self._history.records.get(_failed_step(cause))
+        if record is not None:
             row = self._recording.row(Kind.REOPENED, record.key, position=record.position)
             self._recording.settle(row, executed=False)
 
@@ -189,12 +188,13 @@ class Attempts:
                     with self._execution.at_work():
                         return await self._effects.in_the_database(work, record)
                 result = await self._effects.outside(work, record)
+            except Interrupted as error:
+                await self._execution.boundary()  # passes where a pivot beside it was done meanwhile: only forward
+                found = await self._resolve(work, record, str(error)) if record.maybe else None
             except (Exception, asyncio.CancelledError) as error:
                 if _not_ours(error):
                     raise
                 found = await self._failed(work, record, error, pace)
-                if found is not None:
-                    return self._done(work, record, found.result, executed=False)
             else:
                 delay = self._asks_again(work, record, result, pace)
                 if delay is None:
@@ -202,6 +202,9 @@ class Attempts:
                 record.attempts += 1
                 record.maybe = True
                 await self._note(work, record, _ASKED_AGAIN, delay, pace)
+                found = None
+            if found is not None:
+                return self._done(work, record, found.result, executed=False)
 
     async def _failed(self, work: Work, record: StepRecord, error: BaseException, pace: _Pace) -> Done[Any] | None:
         """Face the error of an attempt: the result, where the other side knows one, or None for another attempt.
@@ -260,9 +263,8 @@ class Attempts:
 
     def _asks_again(self, work: Work, record: StepRecord, result: Any, pace: _Pace) -> float | None:
         """How long to wait before another attempt where a result asks for one, by the policy's `retry`."""
-        if work.policy.retry.retry in _NEVER_AGAIN:
-            return None
-        return self._delay(work, record, Outcome.of_result(result), pace, more=1)
+        never = work.policy.retry.retry in _NEVER_AGAIN
+        return None if never else self._delay(work, record, Outcome.of_result(result), pace, more=1)
 
     async def _note(
         self,
@@ -391,6 +393,13 @@ class Attempts:
 def nothing(_result: object) -> tuple[str, Any]:
     """The result of work that has none, as JSON."""
     return "null", None
+
+
+def _failed_step(cause: BaseException | None) -> str:
+    """The key of the step whose failure is behind an error; empty where there is none."""
+    while cause is not None and not isinstance(cause, StepFailed):
+        cause = cause.__cause__ or cause.__context__
+    return "" if cause is None else cause.key
 
 
 def _not_ours(error: BaseException) -> bool:

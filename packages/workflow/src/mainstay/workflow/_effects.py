@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType
 from typing import Any, TypeVar
 
@@ -19,13 +20,15 @@ from mainstay.workflow._branch import current_branch
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import History, Keys, Kind, Row, StepRecord, StepState
 from mainstay.workflow._metrics import STEP_SECONDS, count_step
+from mainstay.workflow._reach import Interrupted
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._values import Voice, current_voice
 from mainstay.workflow._verdict import (
     NoException,
+    describe,
 )
-from mainstay.workflow.errors import ControlFlow, Lost, Parked
+from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import StepInfo, StepPolicy, current_info
 
@@ -90,23 +93,30 @@ class Effects:
                 record.began += 1
                 while self._around.unrecorded.full and execution.stopped is None:
                     await execution.turn(self._around.unrecorded.waiting)
+                if work.policy.cancellable and execution.cancelled:
+                    execution.stop(CancelRequested())
                 if execution.stopped is None:
                     return await self.attempt(work, record, record.attempts + 1, work.call)
-                self._not_begun(record)
+                # The attempt did not happen, and that is said.
+                record.began, record.dangling = record.began - 1, False
+                self._stopped(record, happened=False)
             raise await execution.told()
+        except Interrupted as error:
+            record.dangling, record.maybe, record.error = False, True, describe(error)
+            self._stopped(record)
+            raise
         finally:
             self._around.executing.give_back()
 
-    def _not_begun(self, record: StepRecord) -> None:
-        """The run was told to stop just after the intent was written; the attempt did not happen, and that is said."""
+    def _stopped(self, record: StepRecord, *, happened: bool = True) -> None:
+        """The run was told to stop after the intent was written, before the attempt began or while it was executed."""
         info = {
             "attempts": record.attempts,
             "maybe": record.maybe,
             "error": record.error,
             "rest_seconds": 0.0,
-            "happened": False,
+            "happened": happened,
         }
-        record.began, record.dangling = record.began - 1, False
         row = self._recording.row(Kind.ATTEMPT, record.key, position=record.position, info=info)
         self._recording.settle(row, executed=False)
 
@@ -120,6 +130,10 @@ class Effects:
 
     async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
         """Run user code once, outside the run's own branch."""
+        if work.policy.cancellable:
+            if self._execution.cancelled:
+                raise Interrupted
+            call = partial(self._execution.reach.within, call)
         info = current_info.set(StepInfo(self._keys.run_id, work.name, self._keys.of(record.key), number, work.undoes))
         branch = current_branch.set(None)
         voice = Voice(self._recording.values, record.key)

@@ -6,7 +6,8 @@ second: every primitive that is called later raises the same again, and what the
 Three rules:
 
 - A stop is raised only when no step is being executed: a `TaskGroup` in the function cancels the siblings of a branch
-  that raises, and a cancelled step is one of which it is unknown whether it happened.
+  that raises, and a cancelled step is one of which it is unknown whether it happened. A cancellation of the run ends
+  those that say `cancellable`.
 - The run leaves the worker's memory only when all of its branches wait, and each of them for long. A branch that wakes
   goes on independently of the others.
 - A function that does not end although it was told to is closed.
@@ -22,6 +23,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 from mainstay.core import Clock, Timer, cancelled_from_outside
+from mainstay.workflow._reach import Reach
 from mainstay.workflow.errors import CancelRequested, ControlFlow, Ended, Lost, Suspended
 
 _log = logging.getLogger("mainstay.workflow")
@@ -68,6 +70,7 @@ class Execution:
         stopped: what ends this execution, once there is something.
         active: the branches that do not wait.
         overdue: the function has had all the time that it gets to end.
+        reach: the attempts that a cancellation ends at once.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Execution:
         self._at_work = 0
         self._repeats = 0
         self.overdue = False
+        self.reach = Reach()
         self._waits: set[Wait] = set()
         self._quiet: set[asyncio.Future[None]] = set()
         self._leaving: Timer | None = None
@@ -99,8 +103,7 @@ class Execution:
         """End this execution at the next boundary; waits end at once. The first signal counts, or a lost lease."""
         if self.stopped is None or isinstance(signal, Lost):
             self.stopped = signal
-        for wait in self._waits:
-            wait.end()
+        self.wake()
 
     def look(self) -> None:
         """There is something new for the run: the waits that it may concern look again."""
@@ -109,9 +112,16 @@ class Execution:
                 wait.end()
 
     def wake(self) -> None:
-        """Let every wait see whether it is still to be waited for."""
+        """Let every wait see whether it is still to be waited for, and every attempt whether it is to go on."""
         for wait in self._waits:
             wait.end()
+        if self.cancelled:
+            self.reach.interrupt()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run is to be cancelled, or is not this worker's any more."""
+        return self._may_cancel() or isinstance(self.stopped, CancelRequested | Lost)
 
     def ended_from_outside(self) -> bool:
         """Whether the worker cancelled the run's task: it tells the run to stop first, and the function does not."""

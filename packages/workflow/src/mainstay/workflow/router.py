@@ -58,6 +58,7 @@ class WorkflowRouter:
         transactional: bool = False,
         pivot: bool = False,
         one_call: bool = False,
+        cancellable: bool = False,
     ) -> DeclareStep:
         """Declare a step: an `async def` function, or a plain one, which is executed in a thread.
 
@@ -84,6 +85,8 @@ class WorkflowRouter:
             one_call: the step makes one call to the other side and nothing before or after it, so an error of that call
                 that is `no_effect` says that the step did nothing. In any other step it speaks for its own call only,
                 and the step may have done something.
+            cancellable: a cancellation of the run, its `timeout_seconds` and `terminate` end the step's code at once,
+                with a `CancelledError`; the step is unknown then, and compensated. Otherwise they wait for its end.
 
         Each step has a compensation (`@step.compensation`), or is one of `harmless`, `pivot` and `after_pivot`.
 
@@ -103,6 +106,7 @@ class WorkflowRouter:
             exhausted=exhausted,
             harmless=harmless,
             after_pivot=after_pivot,
+            cancellable=cancellable,
         )
         _check_policy(policy)
 
@@ -301,6 +305,9 @@ def _check_policy(policy: StepPolicy) -> None:
         raise TypeError(msg)
     if policy.transactional and policy.one_call:
         msg = "a transactional step that fails has done nothing in any case: leave one_call out"
+        raise TypeError(msg)
+    if policy.cancellable and (policy.pivot or policy.after_pivot):
+        msg = "a run is never cancelled during a pivot or after it: leave cancellable out"
         raise TypeError(msg)
 
 

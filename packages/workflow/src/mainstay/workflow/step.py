@@ -49,6 +49,7 @@ class StepPolicy:
     exhausted: Exhausted = "compensate"
     harmless: bool = False
     after_pivot: bool = False
+    cancellable: bool = False
 
     @property
     def uncompensated(self) -> tuple[str, ...]:
@@ -265,11 +266,17 @@ class DeclareStep(Protocol):
 
 
 def _check_thread(function: Callable[..., Any], policy: StepPolicy) -> None:
-    """Refuse a thread for what writes in the loop's own transaction.
+    """Refuse a thread for what writes in the loop's own transaction, and for what a cancellation is to end.
 
     Raises:
-        TypeError: the function is plain, and the step transactional.
+        TypeError: the function is plain, and the step transactional or cancellable.
     """
+    if policy.cancellable and not is_async(function):
+        msg = (
+            f"{_name(function)} must be an `async def` function: a plain one is executed in a thread, which cannot be "
+            "stopped, so leave cancellable=True out"
+        )
+        raise TypeError(msg)
     if policy.transactional and not is_async(function):
         msg = (
             f"{_name(function)} must be an `async def` function: a plain one is executed in a thread, where the "
