@@ -17,6 +17,7 @@ from mainstay.core import Retry
 from mainstay.database import Database
 from mainstay.workflow import RunNotFound, WorkflowEngine, WorkflowRouter
 from mainstay.workflow._archive import Archived, archive, archived_run
+from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.errors import WorkflowError
 from mainstay.workflow.tables import history, runs, signals, values
 from mainstay.workflow.testing import DyingDatabase, Killed, workflows
@@ -103,7 +104,7 @@ async def test_a_run_is_in_the_file_with_all_that_is_its(url: str, tmp_path: Pat
         whole = {line["run"]["workflow"]: line for line in lines(path) if line["run"]["input"] == '{"n":1}'}
         assert [message["id"] for message in whole["outer"]["signals"]] == ["m"]
         assert whole["inner"]["run"]["parent"] == "o"
-        shown, past, published = archived_run(path, "o")
+        shown, past, published = archived_run(path, "o", Payloads())
         assert (shown, past.records.keys()) == (before[0], before[1].records.keys())
         assert [(value.name, value.body) for value in published] == [("progress", '"half"')]
         left = await database.read(sa.select(runs.c.workflow).order_by(runs.c.workflow))
@@ -220,7 +221,7 @@ async def test_a_file_that_is_none_or_in_use_is_refused(tmp_path: Path) -> None:
         await asyncio.to_thread(process.communicate, "\n")
         assert await archive(database, path, older_than_seconds=1, deleting=True) == Archived(1, 1)
         with pytest.raises(RunNotFound):
-            archived_run(path, "other")
+            archived_run(path, "other", Payloads())
 
 
 async def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

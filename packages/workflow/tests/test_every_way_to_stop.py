@@ -277,7 +277,7 @@ async def stopped(case: Case, app: App, stop: str) -> tuple[list[str], int | Non
     assert status is RunStatus.COMPLETED, stop
     records = (await engine.history(stop)).records.values()
     assert [record.key for record in records if record.state is StepState.OPEN] == [], stop
-    assert not any(record.maybe_twice for record in records), stop
+    assert not any(record.maybe_twice or record.dangling for record in records), stop
     return case.of(stop), await run.result()
 
 

@@ -318,7 +318,7 @@ async def test_a_step_cut_off_by_the_end_of_the_drain_is_repeated(url):
         await asyncio.sleep(0.02)
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
-        assert (await engine.history("r")).records["0.0/work:1"].maybe_twice
+        assert (await engine.history("r")).records["0.0/work:1"].dangling
         again = Drain()
         worker = asyncio.create_task(engine.worker.work(again))
         assert await run.result(WAIT) == 1

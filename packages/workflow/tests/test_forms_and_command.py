@@ -101,8 +101,8 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
         shown = capsys.readouterr().out
         assert "workflow  buy version 1" in shown
         assert 'input     {"n":7}' in shown
-        assert "may have happened more than once" in shown
-        assert "the end of the last attempt was not seen" in shown
+        assert "it is being attempted, or may have happened: no end of its last attempt is recorded" in shown
+        assert "more than once" not in shown  # it was attempted once
 
         assert await command("--url", url, "resume", "order-7") == 0
         assert "order-7 goes on" in capsys.readouterr().out
@@ -149,8 +149,35 @@ async def test_the_list_says_why_a_run_failed_and_how_long_another_one_waits(cap
     assert await command("--url", url, "list", "--json") == 0
     notes = {row["id"]: row["note"] for row in json.loads(capsys.readouterr().out)}
     assert notes["failed"] == "ValueError: -1"
-    assert notes["asleep"].startswith("waits, until ")
+    assert notes["asleep"].startswith("waits until ")
     assert notes["awake"] is None
+    assert await command("--url", url, "show", "asleep", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["waits"] == notes["asleep"].removeprefix("waits ")
+
+
+async def test_the_command_leads_from_parent_to_child_and_back(capsys, tmp_path):
+    """Each names the other; an exception without a text leaves no colon behind."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'runs.db'}"
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="inner")
+    async def inner() -> None:
+        raise LookupError
+
+    @flows.workflow(name="outer")
+    async def outer() -> None:
+        await inner()
+
+    async with workflows(flows, url=url):
+        with pytest.raises(WorkflowFailed, match=r"ended with LookupError$"):
+            await (await outer.start(id="o")).result(WAIT)
+    assert await command("--url", url, "show", "o", "--json") == 0
+    (step,) = json.loads(capsys.readouterr().out)["steps"]
+    child = step["note"].removeprefix("run ").partition(";")[0]
+    assert step["note"] == f"run {child}; LookupError"
+    assert await command("--url", url, "show", child, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["parent"], shown["failure"]) == ("o", "LookupError")
 
 
 async def test_the_command_shows_what_waits_to_be_undone():

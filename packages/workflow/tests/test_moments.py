@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 import sqlalchemy as sa
 
-from mainstay.core import Drain, FullJitter, Retry, once
+from mainstay.core import App, Drain, FullJitter, Retry, once
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
     Failed,
+    Handle,
     RunStatus,
     StepFailed,
     Unknown,
@@ -303,3 +304,22 @@ async def test_the_dead_do_nothing_more():
             assert dying.dead.is_set()
             assert dying.dialect == "sqlite"
         await asyncio.sleep(0)
+
+
+async def test_what_cannot_be_explored_is_named() -> None:
+    """A list of modules, which all moments would share, and a run that waits for longer than the test."""
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="sleep")
+    async def sleep() -> None:
+        await flows.sleep(86_400)
+
+    async def start(_app: App) -> Handle[None]:
+        return await sleep.start(id="long")
+
+    async def check(_run: Handle[None], _app: App) -> None: ...
+
+    with pytest.raises(TypeError, match=r"explore: modules is a function .* modules=lambda: \[\.\.\.\]"):
+        await explore(flows, start=start, check=check, modules=[])  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(TimeoutError, match=r"run 'long' is \w+ after 0.2 seconds: .* timeout_seconds"):
+        await explore(flows, start=start, check=check, timeout_seconds=0.2)

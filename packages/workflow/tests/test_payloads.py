@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import zlib
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -258,3 +259,35 @@ def test_the_command_opens_the_payloads_of_a_named_app(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert SECRET not in said
     assert "stored by the codec 'small'" in said
+    assert "name the App that has it with --app" in said
+
+
+def test_the_command_opens_the_payloads_of_an_archive(tmp_path, monkeypatch, capsys):
+    """`show --archive --app` reads a file with the App's codec, as it reads the tables."""
+    url, path = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}", str(tmp_path / "runs.jsonl")
+    flows = WorkflowRouter()
+
+    @flows.workflow(name="say")
+    async def say(text: str) -> str:
+        return text
+
+    module = ModuleType("service_with_codec")
+    module.app = App(  # type: ignore[attr-defined]  # a module made here
+        DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
+        WorkflowModule.for_root(),
+        WorkflowModule.for_feature(flows, Small()),
+    )
+
+    async def one_run() -> None:
+        async with module.app.running(serve=True):
+            await (await say.start(SECRET, id="one")).result()
+
+    asyncio.run(one_run())
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    named = ["--app", "service_with_codec:app", "workflow"]
+    assert main([*named, "archive", "--older-than", "0s", "--to", path, "--delete"]) == 0
+    assert SECRET not in Path(path).read_text()
+    assert main([*named, "show", "one", "--archive", path]) == 0
+    assert SECRET in capsys.readouterr().out
+    assert main(["workflow", "show", "one", "--archive", path]) == 0
+    assert SECRET not in capsys.readouterr().out

@@ -257,5 +257,6 @@ async def test_a_circuit_that_stays_open_does_not_grow_the_history(seconds: floa
         assert await run.status() is RunStatus.FAILED
         record = (await app.get(WorkflowEngine).history("r")).records["charge:1"]
         assert not record.maybe_twice
+        assert not record.dangling
     assert refused == {"charge": 101, "refund": 101}
     assert max(rows) <= 6

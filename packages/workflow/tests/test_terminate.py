@@ -225,8 +225,9 @@ async def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     """It keeps who decided and why; a run that has ended is an error with exit code 2."""
     url = f"sqlite+aiosqlite:///{tmp_path / 'runs.db'}"
     flows, _, work, _, _ = service()
-    async with workflows(flows, url=url, serve=False):
+    async with workflows(flows, url=url, serve=False) as app:
         await work.start(["one"], id="r")
+        await app.get(Database).write(sa.update(runs).values(status="parked", note="find out; then resume the run"))
 
     def terminate(*options: str) -> int:
         return main(["workflow", "terminate", "r", "--url", url, "--as", "ann", "--reason", "a mistake", *options])
@@ -236,4 +237,9 @@ async def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert await asyncio.to_thread(terminate) == 2
     assert "run 'r' cannot be terminated: it is terminated" in capsys.readouterr().err
     assert await asyncio.to_thread(main, ["workflow", "show", "r", "--url", url]) == 0
-    assert "failure   Terminated: ann: a mistake" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "failure   Terminated: ann: a mistake" in shown
+    assert "resume" not in shown  # what it was parked for is over
+    assert await asyncio.to_thread(main, ["workflow", "list", "--url", url, "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert listed["note"] == "Terminated: ann: a mistake"

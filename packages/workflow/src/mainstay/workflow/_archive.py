@@ -193,8 +193,13 @@ def _whole(path: Path) -> Iterator[dict[str, Any]]:
                 yield _read(path, line)
 
 
-def archived_run(path: Path, id: str) -> tuple[RunView, History, list[ValueView]]:
+def archived_run(path: Path, id: str, payloads: Payloads) -> tuple[RunView, History, list[ValueView]]:
     """A run in an archive, its history and its values; of several with this id, the last one that was written.
+
+    Args:
+        path: the file.
+        id: the run.
+        payloads: opens what the file holds as the tables did.
 
     Raises:
         RunNotFound: it is not there.
@@ -210,7 +215,6 @@ def archived_run(path: Path, id: str) -> tuple[RunView, History, list[ValueView]
         raise RunNotFound(msg)
     now = found["run"]["ended_at"]
     entries = [{**entry, "now": now} for entry in found["history"]]
-    run_id, stored = found["run"]["id"], Payloads()  # the file holds payloads as the tables do
-    opened = partial(stored.shown, run_id=run_id)
+    opened = partial(payloads.shown, run_id=id)
     published = [value_of(SimpleNamespace(**value), opened(value["body"])) for value in found["values"]]
-    return view_of(SimpleNamespace(**found["run"], asleep=False), stored), recall(entries, opened), published
+    return view_of(SimpleNamespace(**found["run"], asleep=False), payloads), recall(entries, opened), published

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mainstay.core import current, derived_id
+from mainstay.core import current
 from mainstay.workflow._attempts import Attempts
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import Keys, Kind, StepRecord, StepState, recall
@@ -125,4 +125,4 @@ class Children:
             await self._waits.child(child_id, f"{record.key} undone")
 
     def _child_of(self, record: StepRecord) -> str:
-        return str(derived_id(self._keys.of(record.key)))
+        return self._keys.of_child(record.key)

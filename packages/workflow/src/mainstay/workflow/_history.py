@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from mainstay.core import derived_id
+
 Row = dict[str, Any]
 
 COMPENSATION = ":compensation"
@@ -53,6 +55,11 @@ def step_of(key: str) -> str:
     return key.removesuffix(COMPENSATION).rpartition("/")[2].rpartition(":")[0]
 
 
+def is_child(key: str) -> bool:
+    """Whether a key, such as `1.0/@child order:1`, is that of a child."""
+    return step_of(key).startswith("@child ")
+
+
 def branch_of(key: str) -> str:
     """The branch part of a key: empty for the workflow function itself, `1.0/` for a branch of a gather."""
     return key[: key.rfind("/") + 1]
@@ -74,6 +81,10 @@ class Keys:
         """The name of a step: `order-7:charge:1`, and `order-7:charge:1@2` in the second generation."""
         later = f"@{self.generation}" if self.generation > 1 else ""
         return f"{self.run_id}:{key}{later}"
+
+    def of_child(self, key: str) -> str:
+        """The id of the run that a child is."""
+        return str(derived_id(self.of(key)))
 
 
 @dataclass(slots=True)
@@ -137,7 +148,7 @@ class StepRecord:
     @property
     def maybe_twice(self) -> bool:
         """Whether the effect may have happened more than once, unless the other side honours the key."""
-        return self.began > 1 or (self.began == 1 and self.dangling)
+        return self.began > 1
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ class Payloads:
         if self._codec is None or self._codec.name != name:
             msg = (
                 f"a payload of run {run_id!r} was stored by the codec {name!r}, which this App does not have: add it "
-                "with WorkflowModule.for_feature(…)"
+                "with WorkflowModule.for_feature(…); for the command, name the App that has it with --app"
             )
             raise PayloadUnreadable(msg)
         try:

@@ -316,7 +316,7 @@ class Run:
             await self._release(0.0)
 
     async def _park(self, status: RunStatus, note: str) -> None:
-        _log.error("run %s of %r is %s: %s", self.id, self.workflow, status, note)
+        _log.error("run %s of %s is %s: %s", self.id, self.workflow.name, status, note)
         await self._last.park(status, note, cancellable=self._has_way_back())
         self.status = status
 

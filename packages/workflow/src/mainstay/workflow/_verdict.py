@@ -10,7 +10,7 @@ from typing import Any, cast
 from mainstay.core import DeadlineExceeded, MainstayError
 from mainstay.database import CommitUnknown
 from mainstay.workflow._history import StepState
-from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, WorkflowFailed
+from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, WorkflowFailed, in_one_line
 from mainstay.workflow.step import StepPolicy
 
 SHORTEST_WAIT = 0.01
@@ -105,7 +105,7 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 def error_text(error: Mapping[str, Any]) -> str:
     """A kept exception in one line."""
-    return f"{error['type']}: {error['detail']}"
+    return in_one_line(error["type"], error["detail"])
 
 
 def misconfigured(place: str, error: Mapping[str, Any]) -> Parked:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mainstay.workflow._attempts import Attempts, Exhausted, nothing
 from mainstay.workflow._effects import Work
-from mainstay.workflow._history import COMPENSATION, History, Keys, StepRecord, StepState, step_of
+from mainstay.workflow._history import COMPENSATION, History, Keys, StepRecord, StepState, is_child, step_of
 from mainstay.workflow._metrics import count_step
 from mainstay.workflow._signature import Signature
 from mainstay.workflow._verdict import error_text
@@ -53,13 +53,13 @@ class WayBack:
             and (record.state is StepState.UNKNOWN if only_unknown else self._counts(record))
         ]
         for record in sorted(taken, key=lambda record: record.seq, reverse=True):
-            if step_of(record.key).startswith("@child "):
+            if is_child(record.key):
                 await self._undo_child(record)
             elif not step_of(record.key).startswith("@"):  # another package's effect has no way back of its own
                 await self._undo(record)
 
     def _counts(self, record: StepRecord) -> bool:
-        return record.may_have_happened or (step_of(record.key).startswith("@child ") and record.seq > 0)
+        return record.may_have_happened or (is_child(record.key) and record.seq > 0)
 
     async def _undo(self, record: StepRecord) -> None:
         name = step_of(record.key)

@@ -15,7 +15,9 @@ from mainstay.cli import as_json, document, named_app, say, settings_of, table
 from mainstay.core import App, bind
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow._archive import archive, archived_run
-from mainstay.workflow._history import History, StepRecord
+from mainstay.workflow._history import History, Keys, StepRecord, is_child
+from mainstay.workflow._payloads import Payloads
+from mainstay.workflow._verdict import error_text
 from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
@@ -61,11 +63,15 @@ def show_run(
         history = await engine.history(id)
         return await engine.run(id), history, await engine.values(id)
 
-    view, history, values = _with(url, look) if archived is None else archived_run(archived, id)
+    if archived is None:
+        view, history, values = _with(url, look)
+    else:
+        view, history, values = archived_run(archived, id, Payloads(next(iter(_codec()), None)))
     facts = _facts(view)
     said = {value.set_by: value.at for value in sorted(values, key=lambda value: value.at)}
     records = sorted(history.records.values(), key=lambda record: record.seq)
-    steps = [_step(record, said.get(record.key)) for record in records]
+    keys = Keys(view.id, view.generation)
+    steps = [_step(record, keys, said.get(record.key)) for record in records]
     published = [_value(value) for value in values]
     if as_json():
         document({**facts, "steps": steps, "values": published})
@@ -179,31 +185,39 @@ def _row(view: RunView) -> dict[str, Any]:
         "status": str(view.status),
         "workflow": f"{view.workflow} v{view.version}",
         "id": view.id,
-        "note": view.note or _failure(view) or _waits(view),
+        "note": _note(view),
     }
 
 
+def _note(view: RunView) -> str | None:
+    if view.status.terminal:  # a run that was terminated has its old note, too
+        return _failure(view)
+    until = _waits(view)
+    return view.note or _failure(view) or (None if until is None else f"waits {until}")
+
+
 def _failure(view: RunView) -> str | None:
-    return None if view.failure is None else f"{view.failure['type']}: {view.failure['detail']}"
+    return None if view.failure is None else error_text(view.failure)
 
 
 def _waits(view: RunView) -> str | None:
     if view.due_at is None or view.due_at <= datetime.now(UTC):
         return None
-    return f"waits, until {view.due_at:%Y-%m-%d %H:%M:%S} UTC at the latest"
+    return f"until {_moment(view.due_at)} at the latest"
 
 
 def _facts(view: RunView) -> dict[str, Any]:
     generation = f", generation {view.generation}" if view.generation > 1 else ""
     return {
         "run": view.id,
+        "parent": view.parent,
         "workflow": f"{view.workflow} version {view.version}{generation}",
         "status": f"{view.status}{' (cancellation asked for)' if view.cancel_requested else ''}",
-        "why": view.note,
+        "why": None if view.status.terminal else view.note,
         "failure": _failure(view),
         "waits": _waits(view),
-        "started": f"{view.created_at:%Y-%m-%d %H:%M:%S} UTC",
-        "ended": None if view.ended_at is None else f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC",
+        "started": _moment(view.created_at),
+        "ended": None if view.ended_at is None else _moment(view.ended_at),
         "context": view.context or None,
         "input": view.input,
         "result": view.output,
@@ -218,16 +232,18 @@ def _moment(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _step(record: StepRecord, said_at: datetime | None) -> dict[str, Any]:
+def _step(record: StepRecord, keys: Keys, said_at: datetime | None) -> dict[str, Any]:
     notes: list[str] = []
     if record.maybe_twice:
         notes.append("may have happened more than once, unless the other side honours the key")
     if record.state == "open" and record.dangling:
-        notes.append("the end of the last attempt was not seen")
+        notes.append("it is being attempted, or may have happened: no end of its last attempt is recorded")
+    if is_child(record.key):
+        notes.append(f"run {keys.of_child(record.key)}")
     if record.state == "open" and said_at is not None:
         notes.append(f"last set a value at {_moment(said_at)}")
     if record.error:
-        notes.append(f"{record.error['type']}: {record.error['detail']}")
+        notes.append(error_text(record.error))
     return {
         "step": record.key,
         "state": record.state,

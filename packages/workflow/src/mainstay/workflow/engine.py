@@ -60,6 +60,7 @@ class RunView:
         output: the result as JSON.
         generation: 1, and one more each time that the run went on with new input.
         due_at: when a worker takes a queued run at the latest; a signal or a cancellation makes it due at once.
+        parent: the id of the run that waits for it as its child, if any.
     """
 
     id: str
@@ -77,6 +78,7 @@ class RunView:
     created_at: datetime
     ended_at: datetime | None
     due_at: datetime | None
+    parent: str | None = None
 
 
 class WorkflowEngine:
@@ -432,4 +434,5 @@ def view_of(row: Any, payloads: Payloads) -> RunView:
         created_at=datetime.fromtimestamp(row.created_at, UTC),
         ended_at=None if row.ended_at is None else datetime.fromtimestamp(row.ended_at, UTC),
         due_at=datetime.fromtimestamp(row.wake_at, UTC) if row.status == RunStatus.QUEUED else None,
+        parent=row.parent,
     )

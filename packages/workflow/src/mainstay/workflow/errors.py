@@ -53,6 +53,11 @@ __all__ = [
 ]
 
 
+def in_one_line(error_type: str, detail: str) -> str:
+    """An exception that was kept, as a log says it; many have no text."""
+    return f"{error_type}: {detail}" if detail else error_type
+
+
 class WorkflowError(MainstayError):
     """Base of this package's errors."""
 
@@ -163,7 +168,7 @@ class StepFailed(WorkflowError):
     ) -> None:
         nothing = "nothing happened" if outcome == "failed" else "it may have happened"
         super().__init__(
-            f"step {step} ended with {error_type}: {detail} ({nothing})",
+            f"step {step} ended with {in_one_line(error_type, detail)} ({nothing})",
             no_effect=outcome == "failed",
             public_message=public_message,
         )

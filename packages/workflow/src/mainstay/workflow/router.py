@@ -179,7 +179,7 @@ class WorkflowRouter:
             ValueError: the moment has no time zone.
         """
         if moment.tzinfo is None:
-            msg = f"sleep_until({moment!r}): a moment with a time zone"
+            msg = f"sleep_until: {moment} has no time zone: give it one, as `await flows.now()` has"
             raise ValueError(msg)
         branch = _running("sleep_until", "asyncio.sleep")
         await branch.primitives.sleep_until(branch, moment)

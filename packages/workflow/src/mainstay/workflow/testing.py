@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -180,8 +181,14 @@ async def explore(
         How many moments there were.
 
     Raises:
+        TypeError: `modules` is no function.
+        TimeoutError: a run took longer than `timeout_seconds`, such as one that sleeps for days: time is real here.
         Exception: what `start` or `check` raised; a note says at which moment the worker died.
     """
+    made_by: object = modules
+    if not callable(made_by):
+        msg = "explore: modules is a function that makes them, one set for each moment: modules=lambda: [...]"
+        raise TypeError(msg)
     at, explored = 1, 0
     while True:
         reached = False
@@ -214,14 +221,14 @@ async def _die_at(
     moment: _Moment,
 ) -> bool:
     app_of = workflows(*parts, url=moment.url, serve=False, modules=moment.modules)
-    async with app_of as app, asyncio.timeout(moment.seconds):
+    async with app_of as app, asyncio.timeout(2 * moment.seconds):  # `start` and `check` have as much again
         handle = await start(app)
         database = app.get(Database)
         dying = DyingDatabase(database, moment.at, after=moment.after)
         drain = Drain()
         first = spawn(_worker(parts, dying, app.clock).work(drain), name="the worker that dies")  # type: ignore[arg-type]  # it stands in for a Database
         dead = spawn(dying.dead.wait(), name="its death")
-        ended = spawn(_settled(handle), name="the end")
+        ended = spawn(_settled(handle, moment.seconds), name="the end")
         second: asyncio.Task[None] | None = None
         try:
             await asyncio.wait([dead, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -256,9 +263,13 @@ def _worker(parts: tuple[WorkflowRouter | PayloadCodec, ...], database: Database
 def _nobody_waits(_id: str, _status: object, _output: object, _failure: object) -> None: ...
 
 
-async def _settled(handle: Handle[Any]) -> None:
-    while True:
-        status = await handle.status()
-        if status.terminal or status.waits_for_a_person:
-            return
+async def _settled(handle: Handle[Any], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not ((status := await handle.status()).terminal or status.waits_for_a_person):
+        if time.monotonic() > until:
+            msg = (
+                f"run {handle.id!r} is {status} after {seconds:g} seconds: let `start` send the signals that it waits "
+                "for, give its waits a length that a test can choose, or explore with a longer timeout_seconds"
+            )
+            raise TimeoutError(msg)
         await asyncio.sleep(0.002)
