@@ -471,6 +471,10 @@ ENTRY = sa.select(history.c.kind, history.c.body).where(
 )
 
 
+# Read once in a statement: a clock that is asked for every row is compared with every row, also those that sleep.
+_NOW = sa.select(database_now() + _ROUNDING_SECONDS).scalar_subquery()
+
+
 class Claims:
     """The statements that depend on which workflows a worker knows.
 
@@ -482,7 +486,7 @@ class Claims:
         mine = sa.or_(
             sa.false(), *(sa.and_(runs.c.workflow == name, runs.c.version == version) for name, version in known)
         )
-        due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= database_now() + _ROUNDING_SECONDS)
+        due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= _NOW)
         # Whether runs wait that may be claimed together, and the largest company of the suspects that wait, if any do.
         self.waiting = sa.select(
             sa.exists().where(due, sa.not_(_suspect)).label("others"),
@@ -490,7 +494,7 @@ class Claims:
         )
         self.next_due = (
             sa.select((runs.c.wake_at - database_now()).label("seconds"))
-            .where(runs.c.status == "queued", mine, runs.c.wake_at > database_now() + _ROUNDING_SECONDS)
+            .where(runs.c.status == "queued", mine, runs.c.wake_at > _NOW)
             .order_by(runs.c.wake_at)
             .limit(1)
         )
