@@ -250,8 +250,29 @@ def test_a_table_in_a_terminal_is_drawn(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "─" in out
     assert out.count("x") == 200
+    table(("id", "note"), [{"id": "a", "note": "short"}, {"id": "b"}], beneath="note")
+    assert "a    short" in capsys.readouterr().out
     table(("id",), [], empty="no ids")
     assert capsys.readouterr().out == "no ids\n"
+
+
+def test_a_long_text_stands_beneath_its_row_in_a_narrow_terminal(monkeypatch, capsys):
+    """An id stays whole, to be copied; no escape of the data reaches the terminal."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    rows: list[dict[str, object]] = [
+        {"id": "one-of-twenty-letters", "note": "it broke \x1b[2J and waits for a person"},
+        {"id": "two", "note": None},
+    ]
+    table(("id", "note"), rows, beneath="note")
+    assert capsys.readouterr().out.splitlines() == [
+        "id",
+        "─" * 30,
+        "one-of-twenty-letters",
+        "    it broke \\x1b[2J and waits",
+        "    for a person",
+        "two",
+    ]
 
 
 def test_an_interrupt_is_status_130(monkeypatch):

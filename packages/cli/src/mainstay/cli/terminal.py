@@ -13,6 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from math import isfinite
+from textwrap import wrap
 from typing import cast
 
 from rich import box
@@ -78,30 +79,63 @@ def aside() -> Generator[None, None, None]:
         yield
 
 
-def table(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, empty: str = "nothing") -> None:
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, object]],
+    *,
+    empty: str = "nothing",
+    beneath: str | None = None,
+) -> None:
     """Print rows: as JSON objects, as a table in a terminal, in aligned columns elsewhere.
 
     Args:
         columns: the keys of the rows, in the order in which they are shown; also the headings.
         rows: what to show. JSON holds every key, also those that are no columns.
         empty: what is said for people where there are no rows.
+        beneath: a column of long texts. Where the terminal is too narrow for a row, they stand beneath it, so that the
+            other columns, such as an id, stay whole.
     """
     if as_json():
         document([dict(row) for row in rows])
     elif not rows:
         say(empty)
     elif sys.stdout is not None and sys.stdout.isatty():  # pyright: ignore[reportUnnecessaryComparison]  or closed
+        console = Console()
+        cells = _cells(columns, rows)
+        if beneath is not None and sum(map(max, _lengths(cells))) + 3 * (len(columns) - 1) > console.width:
+            _stacked(columns, rows, beneath, console.width)
+            return
         drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for column in columns:
             drawn.add_column(column, overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(_cell(row.get(column))) for column in columns))
-        Console().print(drawn)
+        console.print(drawn)
     else:
-        cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-        widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-        for line in cells:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(*_aligned(columns, rows), sep="\n")
+
+
+def _stacked(columns: Sequence[str], rows: Sequence[Mapping[str, object]], beneath: str, width: int) -> None:
+    head, *lines = _aligned([column for column in columns if column != beneath], rows)
+    print(head, "─" * width, sep="\n")
+    for line, row in zip(lines, rows, strict=True):
+        print(line)
+        for part in wrap(_cell(row.get(beneath)), width - 4, break_on_hyphens=False):
+            print(f"    {part}")
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> list[str]:
+    cells = _cells(columns, rows)
+    widths = [max(lengths) for lengths in _lengths(cells)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def _cells(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> list[list[str]]:
+    return [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+
+
+def _lengths(cells: Sequence[Sequence[str]]) -> list[list[int]]:
+    return [[len(cell) for cell in column] for column in zip(*cells, strict=True)]
 
 
 def _cell(value: object) -> str:

@@ -48,7 +48,8 @@ def list_runs(
 ) -> None:
     """The newest runs."""
     views = _with(url, lambda engine: engine.runs(status, limit=limit))
-    table(("started", "status", "workflow", "id", "note"), [_row(view) for view in views], empty="no runs")
+    columns = ("started", "status", "workflow", "id", "note")
+    table(columns, [_row(view) for view in views], empty="no runs", beneath="note")
 
 
 @commands.command("show")
@@ -77,7 +78,7 @@ def show_run(
         document({**facts, "steps": steps, "values": published})
         return
     say(*(f"{name:9} {value}" for name, value in facts.items() if value is not None), "")
-    table(("step", "state", "attempts", "note"), steps, empty="no steps yet")
+    table(("step", "state", "attempts", "note"), steps, empty="no steps yet", beneath="note")
     if published:
         say("")
         table(("value", "content", "set", "by"), published)
