@@ -22,6 +22,7 @@ from mainstay.workflow.tables import (
     NEXT_SEQ,
     RESUME,
     ROUSE,
+    STATES,
     TERMINATE,
     UNDO_ENDED,
 )
@@ -52,16 +53,16 @@ async def cancel(session: AsyncSession, id: str) -> None:
     past = await _history(session, id)
     pivot = past.pivot_in_question
     if past.pivoted:
-        _refuse(id, "cancelled", "it is past its pivot")
+        refuse(id, "cancelled", "it is past its pivot")
     elif row.status in {"queued", "running"}:
         await session.execute(CANCEL, {"run": id})
     elif pivot is not None:
         why = f"its pivot {pivot.key} may have taken effect: resume it, and its pivot is attempted again"
-        _refuse(id, "cancelled", why)
+        refuse(id, "cancelled", why)
     elif row.status == "parked":
         await session.execute(CANCEL_PARKED, {"run": id})
     else:
-        _refuse(id, "cancelled", f"it is {row.status}")
+        refuse(id, "cancelled", f"it is {row.status}")
 
 
 async def compensate(session: AsyncSession, id: str) -> None:
@@ -70,8 +71,13 @@ async def compensate(session: AsyncSession, id: str) -> None:
     if row.status != "completed":
         await cancel(session, id)
         return
-    if (await _history(session, id)).pivoted:
-        _refuse(id, "compensated", "it is past its pivot")
+    past = await _history(session, id)
+    if past.pivoted:
+        refuse(id, "compensated", "it is past its pivot")
+    forks = (await session.execute(STATES, {"ids": sorted(past.forks)})).all() if past.forks else ()
+    standing = [fork.id for fork in forks if fork.status not in {"failed", "cancelled"}]
+    if standing:
+        refuse(id, "compensated", f"{', '.join(standing)} was forked from it and uses its steps: compensate that first")
     await session.execute(UNDO_ENDED, {"run": id, "failure": json.dumps(UNDONE)})
 
 
@@ -84,9 +90,9 @@ async def resume(session: AsyncSession, id: str) -> None:
     """
     row = await hold(session, id)
     if not RunStatus(row.status).waits_for_a_person:
-        _refuse(id, "resumed", f"it is {row.status}")
+        refuse(id, "resumed", f"it is {row.status}")
     await session.execute(RESUME, {"run": id})
-    await _add(session, id, Kind.RESUMED, "")
+    await add(session, id, Kind.RESUMED, "")
 
 
 async def retry_from(session: AsyncSession, id: str, step: str) -> None:
@@ -99,20 +105,22 @@ async def retry_from(session: AsyncSession, id: str, step: str) -> None:
     what = f"retried from {step}"
     row = await hold(session, id)
     if row.status != RunStatus.PARKED or row.failure is not None:
-        _refuse(id, what, "it is on its way back" if row.failure is not None else f"it is {row.status}, and not parked")
+        refuse(id, what, "it is on its way back" if row.failure is not None else f"it is {row.status}, and not parked")
     past = await _history(session, id)
     record = past.records.get(step)
     if record is None or record.position is None or step_of(step).startswith("@"):
-        _refuse(id, what, "it has no such step: `show` lists the keys of its steps, such as charge:1")
+        refuse(id, what, "it has no such step: `show` lists the keys of its steps, such as charge:1")
+    if record.inherited:
+        refuse(id, what, f"it has that step from the run that it was forked from, as {record.inherited}")
     if record.exactly_once:
-        _refuse(id, what, "that step is transactional, and done exactly once: name a later one")
+        refuse(id, what, "that step is transactional, and done exactly once: name a later one")
     for each in past.from_step(step):
         if each.pivot and each.may_have_happened:
-            _refuse(id, what, f"its pivot {each.key} took effect or may have, and is never attempted twice")
+            refuse(id, what, f"its pivot {each.key} took effect or may have, and is never attempted twice")
         if each.key + COMPENSATION in past.records:
-            _refuse(id, what, f"{each.key} is undone already, or in part")
+            refuse(id, what, f"{each.key} is undone already, or in part")
     await session.execute(RESUME, {"run": id})
-    await _add(session, id, Kind.RETRIED, step)
+    await add(session, id, Kind.RETRIED, step)
 
 
 async def terminate(session: AsyncSession, id: str, reason: str) -> Mapping[str, str]:
@@ -131,7 +139,7 @@ async def terminate(session: AsyncSession, id: str, reason: str) -> Mapping[str,
         raise ValueError(msg)
     row = await hold(session, id)
     if RunStatus(row.status).terminal:
-        _refuse(id, "terminated", f"it is {row.status}")
+        refuse(id, "terminated", f"it is {row.status}")
     by = current().actor
     told = f"{by}: {reason}" if by else reason
     ended: dict[str, str] = {}
@@ -154,14 +162,16 @@ async def _history(session: AsyncSession, id: str) -> History:
     return recall(entries)  # type: ignore[arg-type]  # a mapping of columns by name
 
 
-async def _add(session: AsyncSession, id: str, kind: Kind, step: str) -> None:
+async def add(session: AsyncSession, id: str, kind: Kind, step: str, *, info: Mapping[str, Any] | None = None) -> None:
     """Add what a person decided to the history of a run that is held, and that no worker executes."""
     seq = (await session.execute(NEXT_SEQ, {"run": id})).scalar_one()
-    entry = {"run_id": id, "seq": seq, "kind": kind, "step": step, "position": None, "body": None, "info": None}
+    entry = {"run_id": id, "seq": seq, "kind": kind, "step": step, "position": None, "body": None}
+    entry["info"] = None if info is None else json.dumps(info)
     await session.execute(APPEND_ONCE, entry)
 
 
-def _refuse(id: str, what: str, why: str) -> NoReturn:
+def refuse(id: str, what: str, why: str) -> NoReturn:
+    """Refuse a decision, with its reason."""
     msg = f"run {id!r} cannot be {what}: {why}"
     raise RunStateError(msg)
 

@@ -34,6 +34,8 @@ class Kind(StrEnum):
 
     RETRIED = "retried"
     """A person let the parked run go on from this step: it, and each step that began later, is attempted again."""
+    FORKED = "forked"
+    """A person began another run with what this one did before this step."""
 
 
 class StepState(StrEnum):
@@ -108,6 +110,8 @@ class StepRecord:
         rejected: the numbers of the entries of an attempt that was rejected. They say only that nothing happened, and
             give way to those of the next one, so that an open circuit does not grow the history.
         first: the number of its first entry; 0 for one that began in this execution.
+        inherited: the name by which others know the step, where it is another run's that this one was forked from: its
+            outcome counts here, and it is not this run's to undo. Empty for a step of its own.
         in_doubt: the entry of an attempt whose commit may have happened, or may yet. Whoever attempts again writes the
             same entry, so that one of the two is refused. In memory only: another worker's fence settles it too.
     """
@@ -129,6 +133,7 @@ class StepRecord:
     rejected: tuple[int, ...] = ()
     in_doubt: Row | None = None
     first: int = 0
+    inherited: str = ""
 
     @property
     def exactly_once(self) -> bool:
@@ -160,12 +165,14 @@ class History:
         places: the key that each (branch, position) has.
         last_seq: the number of the last entry.
         pivoted: a pivot is done.
+        forks: the runs that were forked from this one: the step before which, by id.
     """
 
     records: dict[str, StepRecord] = field(default_factory=dict)
     places: dict[tuple[str, int], str] = field(default_factory=dict)
     last_seq: int = 0
     pivoted: bool = False
+    forks: dict[str, str] = field(default_factory=dict)
 
     @property
     def pivot_in_question(self) -> StepRecord | None:
@@ -205,6 +212,8 @@ def recall(entries: Iterable[Mapping[str, Any]], opened: Callable[[str], str] = 
             _resume(history)
         elif entry["kind"] == Kind.RETRIED:
             _retry(history, entry["step"])
+        elif entry["kind"] == Kind.FORKED:
+            history.forks[json.loads(entry["info"])["run"]] = entry["step"]
         else:
             _add(history, entry, opened)
     return history
@@ -258,10 +267,12 @@ def _add(history: History, entry: Mapping[str, Any], opened: Callable[[str], str
         record.rejected = (record.seq, entry["seq"]) if info.get("rejected") else ()
     elif kind is Kind.REOPENED:
         record.state = StepState.OPEN
+        record.inherited = ""  # what is attempted again is this run's own
     else:
         record.state = _SETTLED[kind]
         record.seq = entry["seq"]
         record.dangling = False
         record.output = body
         record.error = info.get("error", {})
+        record.inherited = info.get("inherited", "")
         history.pivoted = history.pivoted or bool(info.get("pivot"))

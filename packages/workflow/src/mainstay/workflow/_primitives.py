@@ -112,7 +112,7 @@ class Primitives:
         label = "@" + name.replace("/", "_")
 
         async def perform(record: StepRecord) -> str:
-            key = self._keys.of(record.key)
+            key = record.inherited or self._keys.of(record.key)
             if record.state is not StepState.DONE:
                 work = Work(name=label, policy=EFFECT, call=lambda: effect(key), keep=nothing, entry=transactional)
                 await self._attempts.settle(work, record)

@@ -50,6 +50,7 @@ class WayBack:
             record
             for record in self._history.records.values()
             if not record.key.endswith(COMPENSATION)
+            and not record.inherited
             and (record.state is StepState.UNKNOWN if only_unknown else self._counts(record))
         ]
         for record in sorted(taken, key=lambda record: record.seq, reverse=True):

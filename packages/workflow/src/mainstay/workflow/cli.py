@@ -12,7 +12,7 @@ import typer
 from pydantic import SecretStr
 
 from mainstay.cli import as_json, document, named_app, say, settings_of, table
-from mainstay.core import App, bind
+from mainstay.core import App, bind, derived_id
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow._archive import archive, archived_run
 from mainstay.workflow._history import History, Keys, StepRecord, is_child
@@ -33,7 +33,7 @@ _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 _MOST = 2**31 - 1  # no database takes a number without a limit
 
 commands = typer.Typer(
-    no_args_is_help=True, help="Runs of workflows: list, show, resume, retry, cancel, terminate, archive."
+    no_args_is_help=True, help="Runs of workflows: list, show, resume, retry, fork, cancel, terminate, archive."
 )
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
@@ -107,6 +107,18 @@ def retry_run(
     """Let a parked run go on from a step: it and those that began later are attempted again."""
     _with(url, lambda engine: engine.retry_from(id, step))
     _tell(id, f"{id} goes on from {step} as soon as a worker takes it")
+
+
+@commands.command("fork")
+def fork_run(
+    id: Id,
+    before: Annotated[str, typer.Option(metavar="STEP", help="Its key, such as charge:1; `show` lists them.")],
+    new_id: Annotated[str, typer.Option("--id", metavar="NEW", help="The new run's.")],
+    url: Url = "",
+) -> None:
+    """Begin a new run with the input of one that has ended, and what it did before a step."""
+    _with(url, lambda engine: engine.fork(id, before=before, new_id=new_id))
+    _tell(new_id, f"{new_id} goes on before {before} of {id} as soon as a worker takes it")
 
 
 @commands.command("terminate")
@@ -237,10 +249,12 @@ def _step(record: StepRecord, keys: Keys, said_at: datetime | None) -> dict[str,
     notes: list[str] = []
     if record.maybe_twice:
         notes.append("may have happened more than once, unless the other side honours the key")
+    if record.inherited:
+        notes.append(f"inherited: {record.inherited}")
     if record.state == "open" and record.dangling:
         notes.append("it is being attempted, or may have happened: no end of its last attempt is recorded")
     if is_child(record.key):
-        notes.append(f"run {keys.of_child(record.key)}")
+        notes.append(f"run {derived_id(record.inherited) if record.inherited else keys.of_child(record.key)}")
     if record.state == "open" and said_at is not None:
         notes.append(f"last set a value at {_moment(said_at)}")
     if record.error:

@@ -13,9 +13,10 @@ from typing import Any, ParamSpec, TypeVar, overload
 import sqlalchemy as sa
 
 from mainstay.core import Clock, Health, current, timeout, uuid7
-from mainstay.database import CommitUnknown, Conflict, Database
+from mainstay.database import Database
 from mainstay.workflow import _decisions, _metrics, _names
-from mainstay.workflow._again import same_run
+from mainstay.workflow._again import Beginnings
+from mainstay.workflow._fork import fork
 from mainstay.workflow._history import History, recall
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._results import Results
@@ -30,7 +31,6 @@ from mainstay.workflow.tables import (
     FIND,
     ROUSE,
     SEND,
-    START,
     START_QUIETLY,
     VALUE,
     VALUES,
@@ -46,8 +46,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.workflow")
-
-_START_TRIES = 5  # a commit whose end was not seen is looked up by trying again
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +94,8 @@ class WorkflowEngine:
     ) -> None:
         self._database = database
         self._clock = clock
-        self._workflows = workflows
         self._payloads = payloads
+        self._beginnings = Beginnings(database, payloads, workflows)
         # The worker is made below.
         self._results = Results(database, clock, executes=lambda run_id: self.worker.executes(run_id))  # noqa: PLW0108
         self.worker = Worker(
@@ -148,52 +146,20 @@ class WorkflowEngine:
 
         if joins:
             await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)
-            if await self._is_new(row):
+            if await self._beginnings.is_new(row):
                 self._database.after_commit(begin)
         elif identity is None:
-            if await self._insert(row):
+            if await self._beginnings.insert(row):
                 begin()
         else:
             identity.reserved += 1  # or all who start at once would find the same place free
             try:
-                new = await self._insert(row)
+                new = await self._beginnings.insert(row)
             finally:
                 identity.reserved -= 1
             if new:
                 begin()
         return run_id
-
-    async def _insert(self, row: dict[str, Any]) -> bool:
-        """Whether the run is a new one."""
-        for attempt in range(1, _START_TRIES + 1):
-            try:
-                await self._database.write(START, row, route=row["id"])
-                return True
-            except Conflict:
-                await self._is_new(row)
-                return False
-            except CommitUnknown:
-                if attempt == _START_TRIES:
-                    raise
-        raise AssertionError
-
-    async def _is_new(self, row: dict[str, Any]) -> bool:
-        """Whether what the table has is what was just written inside a unit of work.
-
-        Raises:
-            RunConflict: it is another run.
-        """
-        found = await self._database.read(FIND, {"run": row["id"]})
-        if not found:
-            return True  # a batch only collects, so it is not there yet
-        there = found[0]
-        same_run(
-            row | {"input": self._payloads.open(row["input"], row["id"])},
-            there.workflow,
-            self._payloads.open(there.first_input or there.input, row["id"]),
-            self._workflows.get((row["workflow"], row["version"])),
-        )
-        return bool(there.status == row["status"] and there.worker == row["worker"] and there.epoch == row["epoch"])
 
     @overload
     async def execute(self, workflow: Workflow[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
@@ -340,6 +306,37 @@ class WorkflowEngine:
         async with self._database.transaction() as session:
             await _decisions.retry_from(session, _names.run_id(id), step)
             self._database.after_commit(self.worker.wake)
+
+    async def fork(self, id: str, *, before: str, new_id: str) -> str:
+        """Begin a new run that has the input of one that has ended, and what it did before a step.
+
+        What is inherited is not executed again, and stays the original's: the new run never undoes it. From the step on
+        everything is executed anew, under keys of the new run, whatever the original did there. Steps that were going
+        on beside it are executed anew as well; signals that the original received are inherited.
+
+        Args:
+            id: the original.
+            before: the key of a step or wait of it, such as `charge:1`; `mainstay workflow show` lists them.
+            new_id: the new run's. The same fork again is the same run.
+
+        Returns:
+            `new_id`.
+
+        Raises:
+            RunStateError: the original goes on, or is a child; or it has no such step; or what would be inherited is
+                undone, in part or whole, or is a pivot that may have taken effect.
+            RunNotFound: there is no original.
+            RunConflict: `new_id` is the id of another run.
+            PayloadUnreadable: what would be inherited was stored by a codec that this App does not have.
+            ValueError: `new_id` cannot be an id.
+        """
+        _names.run_id(new_id)
+        async with self._database.transaction() as session:
+            workflow = await fork(session, _names.run_id(id), before, new_id, payloads=self._payloads)
+            if workflow is not None:
+                self._database.after_commit(self.worker.wake)
+                self._database.after_commit(partial(_metrics.count_start, workflow))
+        return new_id
 
     async def terminate(self, id: str, *, reason: str) -> None:
         """End a run at once and undo nothing: the last resort, where `cancel` and `resume` do not help.
