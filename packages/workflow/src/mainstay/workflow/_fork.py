@@ -120,7 +120,7 @@ class _Original:
     def entry(self, record: StepRecord, seq: int, new_id: str, payloads: Payloads) -> dict[str, Any]:
         """The one entry that says of an inherited step all that counts."""
         settled = next(each for each in self.entries if each["seq"] == record.seq)
-        said = json.loads(settled["info"]) if settled["info"] else {}
+        said: dict[str, Any] = json.loads(settled["info"]) if settled["info"] else {}
         info = {name: said[name] for name in ("pivot", "error") if name in said}
         info["inherited"] = record.inherited or Keys(self.row.id, self.row.generation).of(record.key)
         if record.input is not None:
