@@ -121,7 +121,7 @@ class _Original:
         """The one entry that says of an inherited step all that counts."""
         settled = next(each for each in self.entries if each["seq"] == record.seq)
         said: dict[str, Any] = json.loads(settled["info"]) if settled["info"] else {}
-        info = {name: said[name] for name in ("pivot", "error") if name in said}
+        info: dict[str, Any] = {name: said[name] for name in ("pivot", "error") if name in said}
         info["inherited"] = record.inherited or Keys(self.row.id, self.row.generation).of(record.key)
         if record.input is not None:
             info["input"] = payloads.seal(record.input, new_id)
