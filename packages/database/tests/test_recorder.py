@@ -7,7 +7,8 @@ import sqlalchemy as sa
 from prometheus_client import REGISTRY
 
 from mainstay.database import DatabaseBusy, DatabaseError, DatabaseUnavailable
-from mainstay.database._recorder import PendingWrite, merge
+from mainstay.database._pending import PendingWrite
+from mainstay.database._recorder import merge
 from mainstay.database._statements import _CACHED, Literal
 
 

@@ -33,7 +33,7 @@ def service() -> tuple[WorkflowRouter, Any, Any, Any]:
 
     @flows.step(retry=Retry(attempts=1), harmless=True)
     async def step(n: int) -> str:
-        return f"größer als {n}"
+        return f"größer: {n}"
 
     @flows.workflow(name="inner")
     async def inner(n: int) -> str:
@@ -89,7 +89,7 @@ async def test_a_run_is_in_the_file_with_all_that_is_its(url: str, tmp_path: Pat
         database, engine = app.get(Database), app.get(WorkflowEngine)
         run, waits = await outer.start(1, id="o"), await outer.start(2, id="waits")
         await told.send("o", "!", id="m")
-        assert await run.result(WAIT) == "größer als 1!"
+        assert await run.result(WAIT) == "größer: 1!"
         children = sa.select(runs.c.id).where(runs.c.workflow == "inner", runs.c.ended_at.is_not(None))
         async with asyncio.timeout(WAIT):
             while len(await database.read(children)) < 2:  # noqa: ASYNC110  the worker's doing
@@ -110,7 +110,7 @@ async def test_a_run_is_in_the_file_with_all_that_is_its(url: str, tmp_path: Pat
         left = await database.read(sa.select(runs.c.workflow).order_by(runs.c.workflow))
         assert [each.workflow for each in left] == ["inner", "outer"], "the run that waits, and its child"
         await told.send("waits", "?")
-        assert await waits.result(WAIT) == "größer als 2?"
+        assert await waits.result(WAIT) == "größer: 2?"
 
 
 @pytest.mark.parametrize("after", [False, True])

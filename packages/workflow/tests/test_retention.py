@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mainstay.workflow import (
     RunNotFound,
     RunParked,
     RunStatus,
+    StepFailed,
     Unknown,
     WorkflowEngine,
     WorkflowFailed,
@@ -22,7 +24,7 @@ from mainstay.workflow import (
     WorkflowSettings,
 )
 from mainstay.workflow._retention import Retention
-from mainstay.workflow.tables import history, runs, signals, values
+from mainstay.workflow.tables import asks, history, runs, signals, values
 from mainstay.workflow.testing import DyingDatabase, Killed, workflows
 
 WAIT = 60.0
@@ -36,6 +38,7 @@ def service() -> tuple[WorkflowRouter, Any, Any]:
     told = flows.signal("told", str)
 
     stage = flows.value("stage", str)
+    question = flows.approval("question", str, may_decide=lambda _asked, _actor: True)
 
     @flows.step(retry=Retry(attempts=1), failed_on=(LookupError,), on_unknown="park")
     async def step(how: str) -> str:
@@ -51,6 +54,8 @@ def service() -> tuple[WorkflowRouter, Any, Any]:
     @flows.workflow(name="work")
     async def work(how: str) -> str:
         await stage.set(how)
+        with suppress(StepFailed):
+            await question.ask(how, timeout_seconds=0.0)
         await step("first")
         if how in {"waits", "cancelled"}:
             return await told.wait()
@@ -83,7 +88,7 @@ async def there(app: App) -> list[str]:
     """The ids of the runs that are kept; of none that is not there is anything left."""
     database = app.get(Database)
     ids = sorted(row.id for row in await database.read(sa.select(runs.c.id)))
-    for column in (history.c.run_id, signals.c.run_id, values.c.run_id):
+    for column in (history.c.run_id, signals.c.run_id, values.c.run_id, asks.c.run_id):
         left = {row.run_id for row in await database.read(sa.select(column).distinct())}
         assert left <= set(ids)
     return ids

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +115,7 @@ class Rejected(MainstayError):
 def everything() -> tuple[WorkflowRouter, list[Any]]:
     """Workflows that make a worker write all that it ever writes."""
     flows, rejections = WorkflowRouter(), [3]
+    question = flows.approval("question", int, may_decide=lambda _asked, _actor: True)
     told, stage = flows.signal("told", int), flows.value("stage", int)
 
     @flows.step(retry=QUICK)
@@ -154,6 +155,8 @@ def everything() -> tuple[WorkflowRouter, list[Any]]:
     @flows.workflow(name="sells")
     async def sells(n: int) -> int:
         await stage.set(n)
+        with suppress(StepFailed):
+            await question.ask(n, timeout_seconds=0.01, escalate_after_seconds=0.0)
         await flows.gather(charge(n), charge(n))
         await book(n)
         await rejected(n)

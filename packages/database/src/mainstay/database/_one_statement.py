@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mainstay.database._pending import PendingWrite
 from mainstay.database._statements import Arguments, ByColumn, Literal, Prepared, Statements
 from mainstay.database.fence import Fence, FenceOn
-
-if TYPE_CHECKING:
-    from mainstay.database._recorder import PendingWrite
 
 _PARAMETER = re.compile(r"\$(\d+)")
 _ID_TYPE = re.compile(r"\$1::([A-Z ]+)(?:\(\d+\))?\[\]")

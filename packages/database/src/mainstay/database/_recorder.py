@@ -43,6 +43,7 @@ from mainstay.core import SYSTEM_CLOCK, Clock, spawn
 from mainstay.database import _metrics
 from mainstay.database._engine import Address, Bounds, postgres_connection, sqlite_connection
 from mainstay.database._one_statement import OneStatements
+from mainstay.database._pending import PendingWrite
 from mainstay.database._statements import Arguments, Literal, Operation, Prepared, Statements
 from mainstay.database._translation import (
     DRIVER_ERRORS,
@@ -65,28 +66,6 @@ _PATIENCE_SECONDS = 0.2  # how long a whole batch waits for a lock that another 
 _SHORT_PATIENCE_SECONDS = 0.01  # and how long a write that is tried by itself
 _HUNG = 3.0  # times the busy timeout: a server that has not answered by then is taken for gone
 _AGAIN_SECONDS = 0.02  # how soon what was put aside is tried again when there is nothing else to do
-
-
-class PendingWrite:
-    """What one caller wants durable: all of it or nothing."""
-
-    __slots__ = ("durable", "fence", "handed_in", "operations", "route", "rows")
-
-    def __init__(self, operations: list[Operation], fence: Fence | None, route: Hashable) -> None:
-        self.operations = operations
-        self.fence = fence
-        self.route = route
-        self.rows = sum(len(rows) for _, rows in operations)
-        self.handed_in = time.monotonic()
-        self.durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def settle(self, error: Exception | None) -> None:
-        """Tell the caller, if it still waits."""
-        if not self.durable.done():
-            if error is None:
-                self.durable.set_result(None)
-            else:
-                self.durable.set_exception(error)
 
 
 class Writer(Protocol):

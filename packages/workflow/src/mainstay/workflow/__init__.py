@@ -1,8 +1,13 @@
 """Durable sagas: workflow functions whose steps survive a crash and are compensated in reverse."""
 
+from mainstay.workflow.approval import Approval, ApprovalView, Asked, Decision, DecisionAttempt
+from mainstay.workflow.approvals import Approvals
 from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.errors import (
+    ApprovalConflict,
+    ApprovalNotFound,
+    DecisionDenied,
     NotInRun,
     PayloadUnreadable,
     RunConflict,
@@ -25,6 +30,15 @@ from mainstay.workflow.value import Published, Value, ValueView
 from mainstay.workflow.workflow import Handle, RunInput, RunStatus, Workflow
 
 __all__ = [
+    "Approval",
+    "ApprovalConflict",
+    "ApprovalNotFound",
+    "ApprovalView",
+    "Approvals",
+    "Asked",
+    "Decision",
+    "DecisionAttempt",
+    "DecisionDenied",
     "Done",
     "Failed",
     "Group",

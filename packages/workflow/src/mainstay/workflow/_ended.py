@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.database import database_now
-from mainstay.workflow.tables import history, runs, signals, values
+from mainstay.workflow.tables import asks, history, runs, signals, values
 from mainstay.workflow.workflow import RunStatus
 
 # A subquery, so that PostgreSQL asks once, and may look the answer up in an index.
@@ -45,6 +45,7 @@ OF_RUNS = tuple(
         (history, history.c.run_id),
         (signals, signals.c.run_id),
         (values, values.c.run_id),
+        (asks, asks.c.run_id),
         (runs, runs.c.id),
     )
 )

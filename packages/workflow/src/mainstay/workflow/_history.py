@@ -114,6 +114,8 @@ class StepRecord:
             outcome counts here, and it is not this run's to undo. Empty for a step of its own.
         in_doubt: the entry of an attempt whose commit may have happened, or may yet. Whoever attempts again writes the
             same entry, so that one of the two is refused. In memory only: another worker's fence settles it too.
+        closing: what shares the commit by which an ask ends without a decision, so that none comes after it. In memory
+            only, too.
     """
 
     key: str
@@ -132,6 +134,7 @@ class StepRecord:
     error: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[int, ...] = ()
     in_doubt: Row | None = None
+    closing: tuple[tuple[Any, Mapping[str, Any]], ...] = ()
     first: int = 0
     inherited: str = ""
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Never, TypeVar
 
 from mainstay.core import Effect, Kept
+from mainstay.workflow._asks import NO_DECISION, Asks, Limits
 from mainstay.workflow._attempts import EFFECT, Attempts, nothing
 from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow._children import Children
@@ -56,6 +57,7 @@ class Primitives:
         self._attempts = attempts
         self._waits = waits
         self._children = children
+        self._asks = Asks(keys, waits=waits, recording=recording)
         self._around = around
 
     def step(
@@ -187,6 +189,38 @@ class Primitives:
 
         return await self._primitive(branch, f"@signal {name.replace('/', '_')}", lambda: json.dumps(seconds), perform)
 
+    async def ask(
+        self, branch: Branch, name: str, kept: Kept[T], question: T, limits: Limits
+    ) -> tuple[str, str | None]:
+        """Ask people and wait: the key of this place, and the decision as JSON, or None once the ask is escalated."""
+        times = [limits.timeout_seconds, limits.escalate_after_seconds]
+
+        def written() -> str:
+            return json.dumps([or_parked(kept.write, question), *times])
+
+        def differs(record: StepRecord, _arguments: str) -> str | None:
+            there = json.loads(record.input or "[null, null, null]")
+            if there[1:] != times:
+                return f"with the times {times} where its record has {there[1:]}"
+            return None if kept.same(kept.read(there[0]), question) else "with another question than its record has"
+
+        async def perform(record: StepRecord) -> tuple[str, str | None]:
+            if record.state is not StepState.DONE:
+                await self._asks.ask(record, name, json.loads(record.input or "[null]")[0], limits)
+            return record.key, None if record.output == NO_DECISION else record.output
+
+        return await self._primitive(branch, f"@approval {name.replace('/', '_')}", written, perform, differs)
+
+    async def go_on_asking(self, branch: Branch, name: str, key: str, *, limited: bool, withdrawn: bool = False) -> str:
+        """Wait on for the decision of an ask that was escalated; as JSON."""
+
+        async def perform(record: StepRecord) -> str:
+            if record.state is not StepState.DONE:
+                await self._asks.go_on(record, name, key, limited=limited, withdrawn=withdrawn)
+            return record.output or NO_DECISION
+
+        return await self._primitive(branch, f"@escalated {name.replace('/', '_')}", lambda: json.dumps(key), perform)
+
     async def child(self, branch: Branch, workflow: AnyWorkflow, input: str) -> Any:
         """Execute another workflow as a run of its own, and wait for its end without taking anybody's place."""
         label = f"@child {workflow.name.replace('/', '_')}"
@@ -278,7 +312,7 @@ class Primitives:
                 if execution.ended_from_outside() or record.state is StepState.DONE:
                     raise
                 # The function's own doing, by a time limit of its own for example: a replay has to see the same.
-                given_up = await self._attempts.given_up(label, record)
+                given_up = await (self._asks if record.closing else self._attempts).given_up(label, record)
                 if given_up is None:
                     return await perform(record)
                 raise given_up from None

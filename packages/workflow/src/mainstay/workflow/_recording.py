@@ -255,15 +255,18 @@ class Recording:
             else:
                 self._written(rows, held)
 
-    async def claim(self, row: Row) -> bool:
-        """Write an entry under a number that another writer may use; whether it is there now, and not that writer's."""
+    async def claim(self, row: Row, *changes: tuple[Any, Mapping[str, Any]]) -> bool:
+        """Write an entry and changes, which another writer may exclude; whether they are there, not that writer's."""
         await self.flush()
         taken = False
 
         async def write() -> None:
             nonlocal taken
             try:
-                await self._database.write(APPEND_ONCE, [row], fence=self._fence, route=self.run_id)
+                async with self._database.batch(fence=self._fence, route=self.run_id):
+                    await self._database.write(APPEND_ONCE, [row])
+                    for statement, values in changes:
+                        await self._database.write(statement, [values])
             except Conflict:
                 taken = True
 

@@ -8,7 +8,7 @@ wakes it at once. So nothing that arrives between a look and the sleep is missed
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from mainstay.core import Clock
@@ -51,7 +51,7 @@ class Waits:
 
     async def sleep(self, record: StepRecord, seconds: float) -> None:
         """Let time pass, by the database's clock from the moment that is recorded."""
-        await self._begin(record, seconds)
+        await self.begin(record, seconds)
         while record.rest_seconds > 0:
             await self._execution.wait(record.rest_seconds)
             record.rest_seconds = 0.0
@@ -63,24 +63,8 @@ class Waits:
         Raises:
             StepFailed: nothing came in time.
         """
-
-        async def take() -> bool:
-            async with self._receiving:  # or two branches could take the same one
-                (found,) = await self._recording.read(NEXT_SIGNAL, {"run": self._run_id, "name": name})
-                self._looks[record.key] = found.news
-                if found.number is None:
-                    return False
-                body = self._recording.opened(found.body)
-                row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
-                taken = {"run": self._run_id, "message": found.number, "by": record.key}
-                record.in_doubt = row  # a cancellation may come while the commit is on its way
-                await self._recording.end((RECEIVE, taken), row=row)
-                record.state, record.seq, record.output = StepState.DONE, row["seq"], body
-                record.in_doubt = None
-                return True
-
-        await self._begin(record, seconds)
-        if not await self._until(take, record, limited=seconds is not None):
+        await self.begin(record, seconds)
+        if not await self.until(lambda: self.take(record, name), record, limited=seconds is not None):
             error = {
                 "type": "DeadlineExceeded",
                 "detail": f"no signal {name} within {seconds:g} s",
@@ -92,6 +76,22 @@ class Waits:
             label = f"@signal {name}"
             raise step_failed(label, record.key, StepState.FAILED, error)
 
+    async def take(self, record: StepRecord, name: str) -> bool:
+        """Take the next message of a name, if there is one."""
+        async with self._receiving:  # or two branches could take the same one
+            (found,) = await self._recording.read(NEXT_SIGNAL, {"run": self._run_id, "name": name})
+            self._looks[record.key] = found.news
+            if found.number is None:
+                return False
+            body = self._recording.opened(found.body)
+            row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
+            taken = {"run": self._run_id, "message": found.number, "by": record.key}
+            record.in_doubt = row  # a cancellation may come while the commit is on its way
+            await self._recording.end((RECEIVE, taken), row=row)
+            record.state, record.seq, record.output = StepState.DONE, row["seq"], body
+            record.in_doubt = None
+            return True
+
     async def child(self, child_id: str, key: str) -> Any:
         """Wait for a child to end, and return its row. The caller records its outcome."""
         ended: Any = None
@@ -102,23 +102,27 @@ class Waits:
             self._looks[key] = ended.news
             return ended.status in ENDS
 
-        await self._until(look, StepRecord(key, None), limited=False)
+        await self.until(look, StepRecord(key, None), limited=False)
         return ended
 
-    async def _begin(self, record: StepRecord, seconds: float | None) -> None:
+    async def begin(self, record: StepRecord, seconds: float | None, *changes: tuple[Any, Mapping[str, Any]]) -> None:
+        """Record that a wait begins, and make changes with it; nothing where it has begun before."""
         if record.seq == 0:
             record.rest_seconds = _DAY_SECONDS if seconds is None else seconds
             info = {"rest_seconds": record.rest_seconds}
             row = self._recording.row(Kind.WAIT, record.key, position=record.position, body=record.input, info=info)
             record.seq, record.waits = row["seq"], True
-            await self._recording.append(row)
+            if changes:
+                await self._recording.end(*changes, row=row)
+            else:
+                await self._recording.append(row)
 
     def _end(self, record: StepRecord, body: str | None) -> None:
         row = self._recording.row(Kind.DONE, record.key, position=record.position, body=body)
         record.state, record.seq, record.output = StepState.DONE, row["seq"], body
         self._recording.settle(row, executed=False)
 
-    async def _until(self, look: Look, record: StepRecord, *, limited: bool) -> bool:
+    async def until(self, look: Look, record: StepRecord, *, limited: bool) -> bool:
         """Look whenever there may be something new; whether it was there before the wait was over."""
         began = self._clock.monotonic()
         try:

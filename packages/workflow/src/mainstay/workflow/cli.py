@@ -11,13 +11,14 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import SecretStr
 
-from mainstay.cli import as_json, document, named_app, say, settings_of, table
+from mainstay.cli import as_json, document, named_app, needed_app, say, settings_of, table
 from mainstay.core import App, bind, derived_id
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow._archive import archive, archived_run
 from mainstay.workflow._history import History, Keys, StepRecord, is_child
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._verdict import error_text
+from mainstay.workflow.approval import ApprovalView
 from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import RunView, WorkflowEngine
 from mainstay.workflow.module import WorkflowModule
@@ -33,7 +34,7 @@ _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 _MOST = 2**31 - 1  # no database takes a number without a limit
 
 commands = typer.Typer(
-    no_args_is_help=True, help="Runs of workflows: list, show, resume, retry, fork, cancel, terminate, archive."
+    no_args_is_help=True, help="Runs of workflows: list, show, resume, retry, fork, cancel, decide, terminate, archive."
 )
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
@@ -160,6 +161,52 @@ def _seconds(age: str) -> float:
         msg = f"{age!r} is no age: write a whole number and d, h, m or s, such as 30d"
         raise typer.BadParameter(msg, param_hint="'--older-than'")
     return int(number) * _UNITS[unit]
+
+
+@commands.command("approvals")
+def list_approvals(
+    limit: Annotated[int, typer.Option(min=1, max=_MOST, help="At most so many.")] = 50,
+    url: Url = "",
+) -> None:
+    """What runs ask people, the oldest first."""
+    asks = _with(url, lambda engine: engine.approvals.waiting(limit=limit))
+    columns = ("since", "until", "escalated", "run", "approval", "place", "question")
+    table(columns, [_ask(each) for each in asks], empty="nothing waits for a decision")
+
+
+@commands.command("decide")
+def decide(
+    id: Id,
+    *,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The approval.")],
+    approve: Annotated[bool, typer.Option("--approve/--reject", help="The decision.")],
+    actor: Annotated[str, typer.Option("--as", help="Who decides.")],
+    reason: Annotated[str, typer.Option(help="Why.")] = "",
+    place: Annotated[str, typer.Option(help="Which ask, where the run has asked more than once.")] = "",
+) -> None:
+    """Decide what a run asks. The App says who may, so it has to be named by --app or MAINSTAY_APP."""
+    app = needed_app()
+
+    async def run() -> None:
+        with bind(actor=actor):
+            async with app:
+                approvals = app.get(WorkflowEngine).approvals
+                await approvals.decide(id, name, approved=approve, reason=reason, place=place or None)
+
+    asyncio.run(run())
+    _tell(id, f"{name} of {id} is {'approved' if approve else 'rejected'} by {actor}")
+
+
+def _ask(view: ApprovalView) -> dict[str, Any]:
+    return {
+        "since": _moment(view.at),
+        "until": None if view.due_at is None else _moment(view.due_at),
+        "escalated": "yes" if view.escalated else "no",
+        "run": view.run_id,
+        "approval": view.name,
+        "place": view.place,
+        "question": view.question,
+    }
 
 
 def _tell(id: str, what: str) -> None:

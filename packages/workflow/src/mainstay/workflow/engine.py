@@ -22,6 +22,8 @@ from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._results import Results
 from mainstay.workflow._verdict import plain_text, workflow_failed
 from mainstay.workflow._worker import Worker
+from mainstay.workflow.approval import AnyApproval
+from mainstay.workflow.approvals import Approvals
 from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.step import AnyStep
@@ -80,7 +82,7 @@ class RunView:
 
 
 class WorkflowEngine:
-    """Yielded by `WorkflowModule`; `app.get(WorkflowEngine)` finds it."""
+    """Yielded by `WorkflowModule`; `app.get(WorkflowEngine)` finds it. `approvals` is what runs ask people."""
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class WorkflowEngine:
         workflows: Mapping[tuple[str, int], AnyWorkflow],
         steps: Mapping[str, AnyStep],
         payloads: Payloads,
+        approvals: Mapping[str, AnyApproval],
     ) -> None:
         self._database = database
         self._clock = clock
@@ -107,6 +110,7 @@ class WorkflowEngine:
             payloads=payloads,
             ended=self._results.ended,
         )
+        self.approvals = Approvals(database, approvals, payloads=payloads, told=self.worker.signal)
 
     # Starting
 

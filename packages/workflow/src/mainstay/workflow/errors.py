@@ -6,6 +6,9 @@ MainstayError
     ├── RunConflict         RES_RUN_CONFLICT        the id belongs to a run with another input
     ├── RunNotFound         RES_RUN_NOT_FOUND       no run has this id
     ├── RunStateError       RES_RUN_STATE           the run is not in a state in which this can be done
+    ├── ApprovalNotFound    RES_APPROVAL_NOT_FOUND  the run does not ask for this
+    ├── ApprovalConflict    RES_APPROVAL_CONFLICT   it is decided already, or not asked any more
+    ├── DecisionDenied      AUTH_DECISION_DENIED    who wants to decide may not
     ├── RunParked           SYS_RUN_PARKED          the run waits for a person
     ├── PayloadUnreadable   SYS_PAYLOAD_UNREADABLE  a stored payload cannot be read by this App's codec
     ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed, was cancelled or was terminated
@@ -31,10 +34,13 @@ from typing import Literal
 from mainstay.core import MainstayError
 
 __all__ = [
+    "ApprovalConflict",
+    "ApprovalNotFound",
     "CancelRequested",
     "CompensationExhausted",
     "Continued",
     "ControlFlow",
+    "DecisionDenied",
     "Ended",
     "Lost",
     "NotInRun",
@@ -100,6 +106,30 @@ class RunStateError(WorkflowError):
     code = "RES_RUN_STATE"
     no_effect = True
     public_message = "The run is not in a state that allows this."
+
+
+class ApprovalNotFound(WorkflowError):
+    """The run does not ask for this."""
+
+    code = "RES_APPROVAL_NOT_FOUND"
+    no_effect = True
+    public_message = "There is no such question."
+
+
+class ApprovalConflict(WorkflowError):
+    """What was to be decided is decided otherwise, is not asked any more, or is asked more than once."""
+
+    code = "RES_APPROVAL_CONFLICT"
+    no_effect = True
+    public_message = "This is decided already, or cannot be decided any more."
+
+
+class DecisionDenied(WorkflowError):
+    """The actor of the context may not decide this, or there is none."""
+
+    code = "AUTH_DECISION_DENIED"
+    no_effect = True
+    public_message = "You may not decide this."
 
 
 class RunParked(WorkflowError):

@@ -12,6 +12,7 @@ from mainstay.database import Database, DatabaseModule
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._retention import Retention
 from mainstay.workflow._threads import Threads
+from mainstay.workflow.approval import AnyApproval
 from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.engine import WorkflowEngine
 from mainstay.workflow.router import WorkflowRouter
@@ -44,11 +45,12 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
         return (WorkflowEngine,)
 
     def functions(self) -> Sequence[Callable[..., Any]]:
-        """The workflows' functions, and the steps' with their compensations and probes."""
+        """The functions of the workflows, of the steps with their compensations and probes, and of the approvals."""
         workflows, steps = self._collect()
         return [
             *(workflow.function for workflow in workflows.values()),
             *(function for step in steps.values() for function in step.functions()),
+            *(function for approval in self._approvals(steps).values() for function in approval.functions()),
         ]
 
     def check(self) -> None:
@@ -58,7 +60,8 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
             ConfigurationError: a step without a compensation, a name that two routers have, an annotation that names
                 nothing; the message says what to write.
         """
-        self._collect()
+        _, steps = self._collect()
+        self._approvals(steps)
         self._payloads()
 
     def _routers(self) -> list[WorkflowRouter]:
@@ -98,6 +101,20 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
                 steps[name] = step
         return workflows, steps
 
+    def _approvals(self, steps: Mapping[str, AnyStep]) -> dict[str, AnyApproval]:
+        approvals: dict[str, AnyApproval] = {}
+        for router in self._routers():
+            for name, approval in router.approvals.items():
+                if name in approvals:
+                    msg = f"two routers have an approval {name!r}: decisions name it, so rename one of them"
+                    raise ConfigurationError(msg)
+                step = approval.on_escalation
+                if step is not None and steps.get(step.name) is not step:
+                    msg = f"approval {name!r} escalates by step {step.name}, whose router is not part of this App"
+                    raise ConfigurationError(msg)
+                approvals[name] = approval
+        return approvals
+
     def describe(self) -> Mapping[str, Sequence[str]]:
         """The workflows, and the steps with what is done about a failure."""
         workflows, steps = self._collect()
@@ -116,6 +133,7 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
         database = app.get(Database)
         await database.ensure_schema(SCHEMA)
         workflows, steps = self._collect()
+        approvals = self._approvals(steps)
         engine = WorkflowEngine(
             database=database,
             clock=app.clock,
@@ -123,6 +141,7 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
             workflows=workflows,
             steps=steps,
             payloads=self._payloads(),
+            approvals=approvals,
         )
         app.serve("worker", engine.worker.work)
         app.serve("retention", Retention(database=database, settings=self.settings).work)
@@ -133,6 +152,8 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
                 bound.enter_context(router.binding.to(engine))
             for step in steps.values():
                 bound.enter_context(step.filled_by(app, threads))
+            for approval in approvals.values():
+                bound.enter_context(approval.filled_by(app))
             try:
                 yield [engine]
             finally:

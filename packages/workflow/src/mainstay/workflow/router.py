@@ -12,6 +12,7 @@ from uuid import UUID
 from mainstay.core import Binding, Retry, uuid7
 from mainstay.workflow import _names
 from mainstay.workflow._branch import Branch, current_branch
+from mainstay.workflow.approval import Approval, MayDecide, OnDecision
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
 from mainstay.workflow.step import COMPENSATION_RETRY, DeclareStep, Exhausted, OnUnknown, Step, StepPolicy
@@ -42,6 +43,7 @@ class WorkflowRouter:
         self.workflows: dict[tuple[str, int], Workflow[..., Any]] = {}
         self.signals: dict[str, Signal[Any]] = {}
         self.values: dict[str, Value[Any]] = {}
+        self.approvals: dict[str, Approval[Any]] = {}
         self.binding: Binding[WorkflowEngine] = Binding("WorkflowRouter", remedy="WorkflowModule.for_feature(router)")
 
     def step(
@@ -267,6 +269,39 @@ class WorkflowRouter:
         self.values[name] = value
         return value
 
+    def approval(
+        self,
+        name: str,
+        kind: type[T],
+        *,
+        may_decide: MayDecide[T],
+        on_decision: OnDecision[T] | None = None,
+        on_escalation: Step[[T], Any] | None = None,
+    ) -> Approval[T]:
+        """Declare a question to a person: a workflow function says `await refund.ask(…)`, others `refund.decide(…)`.
+
+        Args:
+            name: what records call it, for ever.
+            kind: the type of the question.
+            may_decide: whether an actor may decide an ask, which says whether it is escalated; async or plain.
+            on_decision: called with each attempt to decide. A decision that is accepted is stored in the transaction
+                in which this is called, so that an audit entry commits with it; for an attempt that is not allowed
+                there is none.
+            on_escalation: the step that is executed with the question once an ask is escalated.
+
+        Raises:
+            ValueError: the name is taken, or breaks the rule for identifiers.
+        """
+        name = _names.name_of("approval", name)
+        if name in self.approvals:
+            msg = f"this router already has an approval {name!r}"
+            raise ValueError(msg)
+        approval = Approval(
+            name, kind, self.binding, may_decide=may_decide, on_decision=on_decision, on_escalation=on_escalation
+        )
+        self.approvals[name] = approval
+        return approval
+
     def check(self) -> None:
         """What can be said only when everything is defined.
 
@@ -282,6 +317,8 @@ class WorkflowRouter:
             signal.check()
         for value in self.values.values():
             value.check()
+        for approval in self.approvals.values():
+            approval.check()
 
 
 def _check_policy(policy: StepPolicy) -> None:

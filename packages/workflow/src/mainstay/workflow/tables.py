@@ -1,4 +1,4 @@
-"""The tables: runs, the history of what each run did, the signals sent to runs, and the values that runs publish.
+"""The tables: runs, their history, the signals sent to them, the values that they publish, and what they ask people.
 
 The history is only ever added to. What a step's record says is the sum of its entries, in the order of `seq`; a run's
 worker numbers them, and the fence on the run's row keeps everybody else from writing any. So a write that was repeated,
@@ -153,6 +153,25 @@ values = sa.Table(
     # the key of the step, or of the place in the function
     sa.Column("set_by", sa.String(STEP_LENGTH), nullable=False),
     sa.Column("at", sa.Double, nullable=False, server_default=database_now()),
+)
+
+# What runs ask people. The decision is a signal of the ask's id, and so is the end of an ask without one: the first of
+# them settles it.
+asks = sa.Table(
+    "mainstay_workflow_asks",
+    metadata,
+    sa.Column("run_id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("id", sa.String(ID_LENGTH), primary_key=True),
+    sa.Column("name", sa.String(100), nullable=False),
+    # the key of the place in the function, as people see it
+    sa.Column("place", sa.String(STEP_LENGTH), nullable=False),
+    sa.Column("question", sa.Text, nullable=False),
+    # it is not settled; its run may have ended all the same
+    sa.Column("open", sa.Boolean, nullable=False),
+    sa.Column("asked_at", sa.Double, nullable=False, server_default=database_now()),
+    sa.Column("due_at", sa.Double),
+    sa.Column("escalated_at", sa.Double),
+    sa.Index("mainstay_workflow_asks_open", "asked_at", postgresql_where=sa.text("open"), sqlite_where=sa.text("open")),
 )
 
 # A run that has ended, or waits, has no owner: then its last one cannot write either.
@@ -447,6 +466,49 @@ VALUE = (
     sa.select(values.c.name, values.c.body, values.c.set_by, values.c.at)
     .select_from(runs.outerjoin(values, sa.and_(values.c.run_id == runs.c.id, values.c.name == sa.bindparam("name"))))
     .where(runs.c.id == sa.bindparam("run"))
+)
+
+_ask_values: dict[str, Any] = {
+    **{name: sa.bindparam(name) for name in ("run_id", "id", "name", "place", "question")},
+    "open": sa.true(),
+    "due_at": database_now() + sa.bindparam("left_seconds", type_=sa.Double),
+}
+ASK = upsert(asks).values(_ask_values)
+_this_ask = sa.and_(asks.c.run_id == sa.bindparam("run"), asks.c.id == sa.bindparam("ask"))
+ASK_LEFT = sa.select((asks.c.due_at - database_now()).label("seconds")).where(_this_ask)
+ESCALATE = sa.update(asks).where(_this_ask, asks.c.escalated_at.is_(None)).values(escalated_at=database_now())
+CLOSE_ASK = sa.update(asks).where(_this_ask).values(open=False)
+# Refused where the ask is settled.
+SETTLE = sa.insert(signals).values({**_signal_values, "received_by": sa.bindparam("received_by")})
+# A run that goes back, or is about to, does not wait for people.
+_waits_for_people = sa.and_(
+    runs.c.status.in_(["queued", "running", "parked"]), runs.c.failure.is_(None), sa.not_(runs.c.cancel_requested)
+)
+_of_runs = asks.join(runs, runs.c.id == asks.c.run_id)
+OPEN_ASKS = (
+    sa.select(asks)
+    .select_from(_of_runs)
+    .where(asks.c.open, _waits_for_people)
+    .order_by(asks.c.asked_at)
+    .limit(sa.bindparam("most"))
+)
+ASKED = (
+    sa.select(asks)
+    .select_from(runs.outerjoin(asks, sa.and_(asks.c.run_id == runs.c.id, asks.c.name == sa.bindparam("name"))))
+    .where(runs.c.id == sa.bindparam("run"))
+    .order_by(asks.c.asked_at)
+)
+HOLD_RUN = sa.select(runs.c.id).where(runs.c.id == sa.bindparam("run")).with_for_update()
+DECIDABLE = (
+    sa.select(
+        asks.c.due_at,
+        asks.c.escalated_at,
+        signals.c.body,
+        _waits_for_people.label("waits"),
+        database_now().label("now"),
+    )
+    .select_from(_of_runs.outerjoin(signals, sa.and_(signals.c.run_id == asks.c.run_id, signals.c.id == asks.c.id)))
+    .where(_this_ask)
 )
 
 ASLEEP = sa.and_(runs.c.status == "queued", runs.c.wake_at > database_now() + _ROUNDING_SECONDS)

@@ -1,4 +1,4 @@
-"""Runs, their history, signals and values."""
+"""Runs, their history, signals, values and asks."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -60,6 +60,29 @@ def upgrade() -> None:
         )
     _create_history_and_signals(now)
     _create_values(now)
+    _create_asks(now)
+
+
+def _create_asks(now: sa.TextClause) -> None:
+    op.create_table(
+        "mainstay_workflow_asks",
+        sa.Column("run_id", sa.String(200), primary_key=True),
+        sa.Column("id", sa.String(200), primary_key=True),
+        sa.Column("name", sa.String(100), nullable=False),
+        sa.Column("place", sa.String(300), nullable=False),
+        sa.Column("question", sa.Text, nullable=False),
+        sa.Column("open", sa.Boolean, nullable=False),
+        sa.Column("asked_at", sa.Double, nullable=False, server_default=now),
+        sa.Column("due_at", sa.Double),
+        sa.Column("escalated_at", sa.Double),
+    )
+    op.create_index(
+        "mainstay_workflow_asks_open",
+        "mainstay_workflow_asks",
+        ["asked_at"],
+        postgresql_where=sa.text("open"),
+        sqlite_where=sa.text("open"),
+    )
 
 
 def _create_values(now: sa.TextClause) -> None:
