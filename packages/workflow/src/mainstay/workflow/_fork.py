@@ -131,6 +131,6 @@ class _Original:
             "kind": str(record.state),
             "step": record.key,
             "position": record.position,
-            "body": payloads.seal(record.output, new_id),
+            "body": None if record.output is None else payloads.seal(record.output, new_id),
             "info": json.dumps(info),
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import overload
 
 from mainstay.workflow.codec import PayloadCodec
 from mainstay.workflow.errors import PayloadUnreadable
@@ -18,28 +17,20 @@ class Payloads:
     def __init__(self, codec: PayloadCodec | None = None) -> None:
         self._codec = codec
 
-    @overload
-    def seal(self, payload: str, run_id: str) -> str: ...
-    @overload
-    def seal(self, payload: str | None, run_id: str) -> str | None: ...
-    def seal(self, payload: str | None, run_id: str) -> str | None:
+    def seal(self, payload: str, run_id: str) -> str:
         """The text to store."""
-        if self._codec is None or payload is None:
+        if self._codec is None:
             return payload
         encoded = self._codec.encode(payload.encode(), run_id)
         return f"{_MARK}{self._codec.name}:{base64.b64encode(encoded).decode()}"
 
-    @overload
-    def open(self, stored: str, run_id: str) -> str: ...
-    @overload
-    def open(self, stored: str | None, run_id: str) -> str | None: ...
-    def open(self, stored: str | None, run_id: str) -> str | None:
+    def open(self, stored: str, run_id: str) -> str:
         """The payload again.
 
         Raises:
             PayloadUnreadable: there is no such codec here, or it cannot read the text.
         """
-        if stored is None or not stored.startswith(_MARK):
+        if not stored.startswith(_MARK):
             return stored
         name, _, text = stored[len(_MARK) :].partition(":")
         if self._codec is None or self._codec.name != name:

@@ -139,7 +139,7 @@ class Recording:
 
     def sealed(self, payload: str | None, run_id: str | None = None) -> str | None:
         """A payload as it is stored, of this run or of another one."""
-        return self._payloads.seal(payload, run_id or self.run_id)
+        return None if payload is None else self._payloads.seal(payload, run_id or self.run_id)
 
     def opened(self, stored: str | None, run_id: str | None = None) -> str | None:
         """A stored payload, of this run or of another one.
@@ -148,7 +148,7 @@ class Recording:
             Parked: it cannot be read.
         """
         try:
-            return self._payloads.open(stored, run_id or self.run_id)
+            return None if stored is None else self._payloads.open(stored, run_id or self.run_id)
         except PayloadUnreadable as error:
             raise Parked(str(error)) from error
 
