@@ -8,7 +8,8 @@ import pytest
 import sqlalchemy as sa
 
 from mainstay.audit import AuditModule, AuditTrail, Entry
-from mainstay.audit.tables import SCHEMA, log, pending
+from mainstay.audit import tables as audit_tables
+from mainstay.audit.tables import SCHEMA
 from mainstay.audit.testing import settings as audit_settings
 from mainstay.core import App, Feature, Module, bind
 from mainstay.core.testing import eventually
@@ -59,7 +60,7 @@ async def asking(url: str, broken: list[str]) -> AsyncGenerator[tuple[App, Appro
 async def entries(app: App) -> list[tuple[str, str, bool]]:
     """Outcome, actor and decision of the entries about the decision, sealed or not."""
     found: dict[Any, Entry] = {}
-    for table in (pending, log):  # an entry moves from the first to the second
+    for table in (audit_tables.pending, audit_tables.log):  # an entry moves from the first to the second
         for row in await app.get(Database).read(sa.select(table.c.entry_id, table.c.data)):
             found[row.entry_id] = Entry.from_bytes(bytes(row.data))
     return sorted(

@@ -8,6 +8,7 @@ under its id must not find the children of the one before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -78,7 +79,7 @@ class Ended:
         }
         """A query for each state: some of its runs in the order of their ends, after one of them."""
 
-    def locked(self, status: RunStatus) -> sa.Select[tuple[str, int, float]]:
+    def locked(self, status: RunStatus) -> sa.Select[Any]:
         """The query for a state that keeps its rows, and passes those over that another transaction has."""
         return self.of[status].with_for_update(skip_locked=True, of=runs)
 

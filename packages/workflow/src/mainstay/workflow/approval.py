@@ -51,8 +51,9 @@ class Decision:
     @classmethod
     def from_text(cls, text: str) -> Decision:
         """What `to_text` wrote."""
-        kept = json.loads(text)
-        return cls(**{**kept, "at": datetime.fromisoformat(kept["at"])})
+        kept: dict[str, Any] = json.loads(text)
+        at = datetime.fromisoformat(kept.pop("at"))
+        return cls(at=at, **kept)
 
 
 @dataclass(frozen=True, slots=True)
