@@ -79,7 +79,7 @@ class Ended:
         }
         """A query for each state: some of its runs in the order of their ends, after one of them."""
 
-    def locked(self, status: RunStatus) -> sa.Select[Any]:
+    def locked(self, status: RunStatus) -> sa.Select[Any, Any, Any]:
         """The query for a state that keeps its rows, and passes those over that another transaction has."""
         return self.of[status].with_for_update(skip_locked=True, of=runs)
 
