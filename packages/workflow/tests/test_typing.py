@@ -175,7 +175,8 @@ _BAD = {
 
 CHECKERS = {
     "mypy": (["mypy", "--config-file", "pyproject.toml"], ": error:"),
-    "pyright": (["basedpyright", "--level", "error"], " - error: "),
+    # By itself it would look for an environment named .venv.
+    "pyright": (["basedpyright", "--pythonpath", sys.executable, "--level", "error"], " - error: "),
 }
 
 
