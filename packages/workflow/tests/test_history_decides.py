@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from pydantic_core import core_schema
 
-from mainstay.core import App, Drain, FullJitter, MainstayError, Retry
+from mainstay.core import App, Drain, FullJitter, MainstayError, Retry, once
+from mainstay.core.testing import VirtualClock
 from mainstay.database import CommitUnknown, Database, DatabaseBusy, DatabaseUnavailable
 from mainstay.workflow import Done, RunStatus, Unknown, WorkflowEngine, WorkflowFailed, WorkflowRouter
+from mainstay.workflow._attempts import EFFECT
 from mainstay.workflow.testing import workflows
 
 WAIT = 30.0
@@ -157,6 +159,37 @@ async def test_a_database_that_is_away_is_no_failure_of_a_transactional_step(err
         with away(app.get(Database), error, 5, lambda: "charge" in ledger.lines):
             run = await sell.start(1, id="r")
             assert await run.result(WAIT) == 1
+    assert "refund Done" not in ledger.lines
+
+
+@pytest.mark.parametrize("error", [DatabaseUnavailable, DatabaseBusy, CommitUnknown])
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_database_that_is_away_is_no_failure_of_an_effect(
+    error: type[MainstayError], transactional: bool
+) -> None:
+    """What a run tells others, a signal or an event, is told again for as long as it takes, under the same key."""
+    ledger = Ledger()
+    charge = ledger.charge()
+    keys: list[str | None] = []
+
+    async def tell(key: str | None) -> None:
+        keys.append(key)
+        if len(keys) <= EFFECT.retry.attempts:
+            msg = "away"
+            raise error(msg)
+
+    @ledger.flows.workflow(name="sell", version=1)
+    async def sell(n: int) -> int:
+        await charge(n)
+        await once("tell", tell, transactional=transactional)
+        return n
+
+    clock = VirtualClock()
+    async with workflows(ledger.flows, clock=clock):
+        run = await sell.start(1, id="r")
+        await clock.advance(600)
+        assert await run.status() is RunStatus.COMPLETED
+    assert keys == [keys[0]] * (EFFECT.retry.attempts + 1)
     assert "refund Done" not in ledger.lines
 
 

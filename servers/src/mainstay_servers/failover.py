@@ -10,6 +10,16 @@ from mainstay_servers.postgres import Postgres, execute_at, look_for
 from mainstay_servers.process import free_port
 
 
+_UNTIL_NOTHING_IS_WRITTEN = """
+DO $$ BEGIN
+  WHILE EXISTS (SELECT FROM pg_stat_activity WHERE backend_xid IS NOT NULL) LOOP
+    PERFORM pg_sleep(0.01);
+    PERFORM pg_stat_clear_snapshot();
+  END LOOP;
+END $$
+"""
+
+
 class Forwarder:
     """A TCP address on 127.0.0.1 whose connections lead to another port; runs in a thread of its own.
 
@@ -228,6 +238,8 @@ class Pair:
         else:
             execute_at(self.primary.url, "ALTER SYSTEM SET default_transaction_read_only = on")
             execute_at(self.primary.url, "SELECT pg_reload_conf()")
+            # A commit that is under way when its standby is promoted would wait for that standby for ever.
+            execute_at(self.primary.url, _UNTIL_NOTHING_IS_WRITTEN)
         self.standby.promote()
 
     def move(self) -> None:

@@ -216,7 +216,9 @@ class Attempts:
         policy, kept = work.policy, describe(error)
         if isinstance(error, ConfigurationError):
             raise misconfigured(record.key, kept) from error
-        if policy.transactional and isinstance(error, DatabaseError) and worth_repeating(error):
+        # An effect has the same ids each time, and so does what a transaction writes.
+        repeatable = policy.transactional or policy is EFFECT
+        if repeatable and isinstance(error, DatabaseError) and worth_repeating(error):
             pace.repeated += 1
             await self._repeat(record, error, pace.repeated)
             return None
