@@ -243,6 +243,19 @@ def test_a_suite_fails_by_its_tests_or_its_coverage(status, failed, coverage, go
     assert (tool.verdict(outcome) is None) is good
 
 
+def test_a_long_suite_is_divided_and_none_of_its_files_is_forgotten():
+    """Each file with tests is run once, and no part is much longer than the others."""
+    tool = _tool("run_tests")
+    for suite, paths in tool.suites().items():
+        parts = tool.parts(suite, paths)
+        if len(parts) > 1:
+            files = sorted(file for part in parts for file in part.paths)
+            assert files == sorted(file for path in paths for file in path.rglob("test_*.py"))
+            assert max(part.size for part in parts) < 1.5 * tool.PART_BYTES
+        else:
+            assert parts[0].paths == paths
+
+
 def test_the_pythons_of_a_machine_are_found_oldest_first(tmp_path):
     """From PATH and from pyenv; a shim that only says where the version would be found is none."""
     programs, kept = tmp_path / "bin", tmp_path / "pyenv" / "versions" / "3.13.9" / "bin"

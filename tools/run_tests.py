@@ -1,10 +1,10 @@
-"""Run every suite in a process of its own and say how many tests passed: `python tools/run_tests.py [PACKAGE …]`.
+"""Run every suite in processes of its own and say how many tests passed: `python tools/run_tests.py [PACKAGE …]`.
 
 A package is measured by its own tests and must reach the bound by them; what other suites happen to execute of it does
 not count. The suites that are about all packages have no bound of their own.
 
-Three run at a time, since most of them wait most of the time: for servers to come back, leases to end, processes to
-die.
+Four processes run at a time, since most of them wait most of the time: for servers to come back, leases to end,
+processes to die. A long suite is divided among several, so that it is not the one that all the others are over before.
 """
 
 import json
@@ -23,7 +23,8 @@ COVERAGE = 90  # percent of lines and branches of a package
 # Not on Python 3.11: where a traced thread with greenlets ends while another one does, the interpreter asks for ever,
 # at the first instruction of a function, for a call that stays pending. 3.12 goes on behind that instruction.
 MEASURED = os.environ.get("COVERAGE") != "no" and sys.version_info >= (3, 12)
-AT_A_TIME = 3
+AT_A_TIME = 4
+PART_BYTES = 150_000  # of test code in one process
 PATIENCE_SECONDS = 600  # a whole run that takes longer is run less often
 
 
@@ -49,20 +50,56 @@ def suites() -> dict[str, list[Path]]:
     return found
 
 
-def run(suite: str, paths: list[Path]) -> Outcome:
-    """Run one suite in a process of its own, and print what it printed when it has ended."""
-    source = ROOT / "packages" / suite / "src"
-    report, junit = BUILD / f"{suite}.json", BUILD / f"{suite}.xml"
-    for old in (report, junit):
+@dataclass(frozen=True)
+class Part:
+    """What one process runs: all of a suite, or some of its files."""
+
+    suite: str
+    number: int
+    paths: list[Path]
+
+    @property
+    def name(self) -> str:
+        """Names its files below `build/tests`."""
+        return f"{self.suite}-{self.number}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of test code."""
+        return sum(_size(file) for path in self.paths for file in _files(path))
+
+    @property
+    def data(self) -> Path:
+        """What coverage notes of it."""
+        return BUILD / f".coverage-{self.name}"
+
+
+def parts(suite: str, paths: list[Path]) -> list[Part]:
+    """Divide a suite into parts of about the same size."""
+    files = sorted((file for path in paths for file in _files(path)), key=_size, reverse=True)
+    count = -(-sum(map(_size, files)) // PART_BYTES)
+    if count == 1:
+        return [Part(suite, 0, paths)]
+    shares: list[list[Path]] = [[] for _ in range(count)]
+    for file in (file for file in files if file.name.startswith("test_")):
+        min(shares, key=lambda share: sum(map(_size, share))).append(file)
+    return [Part(suite, number, sorted(share)) for number, share in enumerate(shares)]
+
+
+def run(part: Part) -> Outcome:
+    """Run a part in a process of its own, and print what it printed when it has ended."""
+    source = ROOT / "packages" / part.suite / "src"
+    junit = BUILD / f"{part.name}.xml"
+    for old in (part.data, junit):
         old.unlink(missing_ok=True)
-    arguments = [sys.executable, "-m", "pytest", "-q", *map(str, paths), f"--junitxml={junit}", "--durations=3"]
+    arguments = [sys.executable, "-m", "pytest", "-q", *map(str, part.paths), f"--junitxml={junit}", "--durations=3"]
     # Two runs at once must not share the notes that pytest keeps of the last one.
-    arguments += ["-o", f"cache_dir={BUILD / f'cache-{suite}'}"]
+    arguments += ["-o", f"cache_dir={BUILD / f'cache-{part.name}'}"]
     if source.is_dir() and MEASURED:
-        arguments += [f"--cov={source}", "--cov-report=term", f"--cov-report=json:{report}"]
+        arguments += [f"--cov={source}", "--cov-report="]
     begun = time.monotonic()
-    environment = os.environ | {"COVERAGE_FILE": str(BUILD / f".coverage-{suite}")}
-    log = BUILD / f"{suite}.log"  # to look at while it runs
+    environment = os.environ | {"COVERAGE_FILE": str(part.data)}
+    log = BUILD / f"{part.name}.log"  # to look at while it runs
     with log.open("w") as output:
         done = subprocess.run(
             arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
@@ -74,12 +111,36 @@ def run(suite: str, paths: list[Path]) -> Outcome:
             for name in counts:
                 counts[name] += int(element.get(name, 0))
     failed = counts["failures"] + counts["errors"]
-    coverage = json.loads(report.read_text())["totals"]["percent_covered"] if report.exists() else None
     passed = max(0, counts["tests"] - failed - counts["skipped"])
-    # One string and one write: the other suite prints too.
-    sys.stdout.write(f"\n== {suite}\n{log.read_text()}")
+    # One string and one write: the other processes print too.
+    sys.stdout.write(f"\n== {part.name}\n{log.read_text()}")
     sys.stdout.flush()
-    return Outcome(suite, passed, failed, counts["skipped"], seconds, coverage, done.returncode)
+    return Outcome(part.suite, passed, failed, counts["skipped"], seconds, None, done.returncode)
+
+
+def together(suite: str, done: list[tuple[Part, Outcome]]) -> Outcome:
+    """The outcome of a suite, from those of its parts."""
+    found = [outcome for _, outcome in done]
+    passed, failed, skipped = (sum(getattr(each, name) for each in found) for name in ("passed", "failed", "skipped"))
+    seconds = sum(each.seconds for each in found)
+    status = next((each.status for each in found if each.status != 0), 0)
+    return Outcome(suite, passed, failed, skipped, seconds, _coverage(suite, [part for part, _ in done]), status)
+
+
+def _coverage(suite: str, of: list[Part]) -> float | None:
+    """Percent of lines and branches that the parts of a suite executed together; None where it is not measured."""
+    data = [str(part.data) for part in of if part.data.exists()]
+    if not data:
+        return None
+    whole, report = f"--data-file={BUILD / f'.coverage-{suite}'}", BUILD / f"{suite}.json"
+    print(f"\n== coverage of {suite}", flush=True)
+    for arguments in (
+        ["combine", "--quiet", whole, *data],
+        ["report", whole],
+        ["json", "--quiet", whole, "-o", report],
+    ):
+        subprocess.run([sys.executable, "-m", "coverage", *map(str, arguments)], cwd=ROOT, check=True)
+    return float(json.loads(report.read_text())["totals"]["percent_covered"])
 
 
 def verdict(outcome: Outcome) -> str | None:
@@ -91,9 +152,12 @@ def verdict(outcome: Outcome) -> str | None:
     return None
 
 
-def _size(paths: list[Path]) -> int:
-    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
-    return sum(file.stat().st_size for file in files)
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.rglob("*.py"))
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
 
 
 def main(names: list[str]) -> int:
@@ -105,12 +169,14 @@ def main(names: list[str]) -> int:
         return 2
     BUILD.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in known if not names or name in names]
+    todo = [part for name in chosen for part in parts(name, known[name])]
     # The long ones begin first, so that none is left alone at the end: those that play the whole, then by their size.
-    chosen.sort(key=lambda name: (name not in {"ticketing", "tests"}, -_size(known[name])))
+    todo.sort(key=lambda part: (part.suite not in {"ticketing", "tests"}, -part.size))
     begun = time.monotonic()
-    print(f"running {', '.join(chosen)}; {AT_A_TIME} at a time", flush=True)
+    print(f"running {', '.join(chosen)}; {AT_A_TIME} processes at a time", flush=True)
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        outcomes = list(pool.map(lambda name: run(name, known[name]), chosen))
+        done = list(zip(todo, pool.map(run, todo), strict=True))
+    outcomes = [together(name, [each for each in done if each[0].suite == name]) for name in chosen]
     outcomes.sort(key=lambda each: list(known).index(each.suite))
     print()
     for each in outcomes:
