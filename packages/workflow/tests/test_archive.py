@@ -13,13 +13,15 @@ import pytest
 import sqlalchemy as sa
 
 from mainstay.cli import main
-from mainstay.core import Retry
+from mainstay.core import Retry, bind
+from mainstay.core.testing import eventually
 from mainstay.database import Database
 from mainstay.workflow import RunNotFound, WorkflowEngine, WorkflowRouter
 from mainstay.workflow._archive import Archived, archive, archived_run
+from mainstay.workflow._ended import OF_A_RUN
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.errors import WorkflowError
-from mainstay.workflow.tables import history, runs, signals, values
+from mainstay.workflow.tables import SCHEMA, history, runs, signals, values
 from mainstay.workflow.testing import DyingDatabase, Killed, workflows
 
 WAIT = 60.0
@@ -111,6 +113,36 @@ async def test_a_run_is_in_the_file_with_all_that_is_its(url: str, tmp_path: Pat
         assert [each.workflow for each in left] == ["inner", "outer"], "the run that waits, and its child"
         await told.send("waits", "?")
         assert await waits.result(WAIT) == "größer: 2?"
+
+
+async def test_every_table_with_rows_of_runs_is_archived(url: str, tmp_path: Path) -> None:
+    """What a person was asked, until when, and that it was escalated, is in the line before it is deleted."""
+    of_runs = {table for table in SCHEMA.metadata.tables.values() if "run_id" in table.c}
+    assert set(OF_A_RUN.values()) == of_runs
+    flows, path = WorkflowRouter(), tmp_path / "runs.jsonl"
+    refund = flows.approval("refund", str, may_decide=lambda _asked, actor: actor == "eva")
+
+    @flows.workflow(name="asks")
+    async def asks(n: int) -> bool:
+        return (await refund.ask(f"refund {n}?", timeout_seconds=600)).approved
+
+    async with workflows(flows, url=url) as app:
+        run = await asks.start(1, id="r")
+        engine = app.get(WorkflowEngine)
+        await eventually(engine.approvals.waiting, seconds=WAIT)
+        with bind(actor="eva"):
+            await refund.decide("r", approved=True, reason="late")
+        assert await run.result(WAIT)
+        assert await archive(app.get(Database), path, older_than_seconds=0, deleting=True) == Archived(1, 1)
+        (line,) = lines(path)
+        assert {part: len(rows) > 0 for part, rows in line.items() if part != "run"} == {
+            "history": True, "signals": True, "values": False, "asks": True
+        }  # fmt: skip
+        (asked,) = line["asks"]
+        assert (asked["name"], json.loads(asked["question"]), asked["open"]) == ("refund", "refund 1?", False)
+        assert asked["due_at"] > asked["asked_at"]
+        for table in of_runs:
+            assert await app.get(Database).read(sa.select(table)) == []
 
 
 @pytest.mark.parametrize("after", [False, True])

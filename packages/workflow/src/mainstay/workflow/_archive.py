@@ -1,9 +1,9 @@
 """Archives: files to which ended runs are copied, with all that is theirs, before they are deleted.
 
-A line is one run, as JSON: `{"run": …, "history": […], "signals": […], "values": […]}`, with the columns of the tables
-as they are. A run is deleted only after its line is durable, and only as the run that was read. So a kill at any moment
-loses nothing: begun again with the same file, an archive cuts off a line that is not whole, deletes what has its line
-already, and goes on.
+A line is one run, as JSON: `{"run": …, "history": […], "signals": […], "values": […], "asks": […]}`, with the columns
+of the tables as they are. A run is deleted only after its line is durable, and only as the run that was read. So a kill
+at any moment loses nothing: begun again with the same file, an archive cuts off a line that is not whole, deletes what
+has its line already, and goes on.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from typing import Any, BinaryIO
 import sqlalchemy as sa
 
 from mainstay.database import Database
-from mainstay.workflow._ended import FROM_THE_FIRST, Ended, delete
+from mainstay.workflow._ended import FROM_THE_FIRST, OF_A_RUN, READ_OF_RUNS, READ_RUNS, Ended, delete
 from mainstay.workflow._history import History, recall
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.engine import RunView, value_of, view_of
 from mainstay.workflow.errors import RunNotFound, WorkflowError
-from mainstay.workflow.tables import history, runs, signals, values
+from mainstay.workflow.tables import runs
 from mainstay.workflow.value import ValueView
 from mainstay.workflow.workflow import RunStatus
 
 _AT_ONCE = 100  # runs that are read, written and deleted together
 
-_IDS: sa.BindParameter[str] = sa.bindparam("ids", expanding=True)
-_HISTORY = sa.select(history).where(history.c.run_id.in_(_IDS)).order_by(history.c.run_id, history.c.seq)
-_SIGNALS = sa.select(signals).where(signals.c.run_id.in_(_IDS)).order_by(signals.c.number)
-_VALUES = sa.select(values).where(values.c.run_id.in_(_IDS)).order_by(values.c.run_id, values.c.name)
-_RUNS = sa.select(runs).where(runs.c.id.in_(_IDS)).order_by(runs.c.ended_at, runs.c.id)
-_HELD = sa.select(runs.c.id, runs.c.epoch, runs.c.ended_at).where(runs.c.id.in_(_IDS)).with_for_update()
+_HELD = (
+    sa.select(runs.c.id, runs.c.epoch, runs.c.ended_at)
+    .where(runs.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .with_for_update()
+)
 
 Name = tuple[str, int, float]
 """An end of a run: its id, epoch and moment. One that was compensated later has another."""
@@ -100,13 +99,9 @@ async def _lines(database: Database, names: AbstractSet[Name]) -> dict[Name, byt
         return {}
     ids = {"ids": [name[0] for name in names]}
     # The run itself last: where its end is still the one that was found, its history has not changed since.
-    own = {
-        "history": _by_run(await database.read(_HISTORY, ids)),
-        "signals": _by_run(await database.read(_SIGNALS, ids)),
-        "values": _by_run(await database.read(_VALUES, ids)),
-    }
+    own = {part: _by_run(await database.read(query, ids)) for part, query in READ_OF_RUNS.items()}
     lines: dict[Name, bytes] = {}
-    for row in await database.read(_RUNS, ids):
+    for row in await database.read(READ_RUNS, ids):
         name = (row.id, row.epoch, row.ended_at)
         if name in names:
             whole = {"run": dict(row._mapping), **{part: rows[row.id] for part, rows in own.items()}}
@@ -178,7 +173,7 @@ def _sync(file: BinaryIO) -> None:
 def _read(path: Path, line: bytes) -> dict[str, Any]:
     try:
         whole: dict[str, Any] = json.loads(line)
-        if {"run", "history", "signals", "values"} <= whole.keys():
+        if {"run", *OF_A_RUN} <= whole.keys():
             return whole
     except (ValueError, AttributeError):
         pass

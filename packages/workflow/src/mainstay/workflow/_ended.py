@@ -40,15 +40,19 @@ EXPIRE = (
     .returning(signals.c.run_id, signals.c.name)
 )
 
-OF_RUNS = tuple(
-    sa.delete(table).where(column.in_(sa.bindparam("ids", expanding=True)))
-    for table, column in (
-        (history, history.c.run_id),
-        (signals, signals.c.run_id),
-        (values, values.c.run_id),
-        (asks, asks.c.run_id),
-        (runs, runs.c.id),
-    )
+OF_A_RUN: Mapping[str, sa.Table] = {"history": history, "signals": signals, "values": values, "asks": asks}
+"""Every table with rows of runs. They are archived and deleted with them, so each of the two knows all of them."""
+
+_IDS: sa.BindParameter[str] = sa.bindparam("ids", expanding=True)
+
+READ_OF_RUNS = {
+    part: sa.select(table).where(table.c.run_id.in_(_IDS)).order_by(*table.primary_key)
+    for part, table in OF_A_RUN.items()
+}
+READ_RUNS = sa.select(runs).where(runs.c.id.in_(_IDS)).order_by(runs.c.ended_at, runs.c.id)
+_DELETE = (
+    *(sa.delete(table).where(table.c.run_id.in_(_IDS)) for table in OF_A_RUN.values()),
+    sa.delete(runs).where(runs.c.id.in_(_IDS)),
 )
 
 
@@ -90,5 +94,5 @@ def _over(table: sa.FromClause, status: RunStatus, seconds: float) -> sa.ColumnE
 
 async def delete(session: AsyncSession, ids: Sequence[str]) -> None:
     """Delete runs that this transaction holds, with everything that is theirs."""
-    for statement in OF_RUNS:
+    for statement in _DELETE:
         await session.execute(statement, {"ids": ids})
