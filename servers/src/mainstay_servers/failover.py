@@ -9,7 +9,6 @@ from mainstay_servers.install import find
 from mainstay_servers.postgres import Postgres, execute_at, look_for
 from mainstay_servers.process import free_port
 
-
 _UNTIL_NOTHING_IS_WRITTEN = """
 DO $$ BEGIN
   WHILE EXISTS (SELECT FROM pg_stat_activity WHERE backend_xid IS NOT NULL) LOOP
