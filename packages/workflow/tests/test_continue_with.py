@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mainstay.core import App, Retry
+from mainstay.core import App, Retry, bind
+from mainstay.core.testing import eventually
 from mainstay.database import Database
 from mainstay.workflow import (
     Done,
@@ -21,7 +22,7 @@ from mainstay.workflow import (
     WorkflowRouter,
     current_step,
 )
-from mainstay.workflow.tables import history, runs, signals
+from mainstay.workflow.tables import asks, history, runs, signals
 from mainstay.workflow.testing import explore, workflows
 
 WAIT = 60.0
@@ -154,6 +155,36 @@ async def test_messages_that_were_received_are_forgotten_after_a_while(url: str)
         assert await run.result(WAIT) == 7
         left = await app.get(Database).read(sa.select(signals.c.id).order_by(signals.c.number))
         assert [row.id for row in left] == ["m2", "m4"]
+
+
+async def test_what_earlier_generations_asked_is_forgotten_with_its_decision(url: str) -> None:
+    """A run that asks people for ever keeps only the asks whose decision somebody may send again."""
+    flows = WorkflowRouter()
+    go_on = flows.approval("go-on", int, may_decide=lambda _asked, _actor: True)
+
+    @flows.workflow(name="ask")
+    async def ask(n: int) -> int:
+        await go_on.ask(n)
+        if n < 4:
+            await ask.continue_with(n + 1)
+        return n
+
+    async with workflows(flows, url=url) as app:
+        database, approvals = app.get(Database), app.get(WorkflowEngine).approvals
+        run = await ask.start(1, id="a")
+        for n in (1, 2, 3, 4):
+
+            async def asked(n: int = n) -> bool:
+                return [view.question for view in await approvals.waiting()] == [str(n)]
+
+            await eventually(asked, seconds=WAIT)
+            await database.write(sa.update(signals).where(signals.c.body != "x").values(at=signals.c.at - 30 * 86_400))
+            with bind(actor="eva"):
+                await go_on.decide("a", approved=True, place="go-on:1")
+        assert await run.result(WAIT) == 4
+        left = await database.read(sa.select(asks.c.question).order_by(asks.c.asked_at))
+        # The commit that forgets a decision may leave its ask to the next one.
+        assert [row.question for row in left] in (["3", "4"], ["2", "3", "4"])
 
 
 async def test_a_step_in_doubt_is_undone_before_the_run_goes_on(url: str) -> None:

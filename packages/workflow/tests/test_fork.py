@@ -11,6 +11,7 @@ import pytest
 
 from mainstay.cli import main
 from mainstay.core import Retry, bind, current, derived_id, once
+from mainstay.core.testing import eventually
 from mainstay.workflow import (
     Done,
     PayloadCodec,
@@ -179,6 +180,49 @@ async def test_a_fork_in_a_branch_and_before_a_wait(url: str) -> None:
         assert "b:reserve:1" not in shop.lines
         records = (await engine.history("d")).records
         assert sorted(record.key for record in records.values() if record.inherited) == sorted(EARLY[:-1])
+
+
+async def test_an_ask_is_inherited_with_its_decision_or_not_at_all(url: str) -> None:
+    """Between its escalation and its decision there is no fork: the new run would have nobody to ask."""
+    flows = WorkflowRouter()
+
+    @flows.step(harmless=True)
+    async def tell(n: int) -> None:
+        return None
+
+    @flows.step(harmless=True)
+    async def after(n: int) -> int:
+        return n
+
+    refund = flows.approval("refund", int, may_decide=lambda _asked, _actor: True, on_escalation=tell)
+
+    @flows.workflow(name="pay")
+    async def pay(n: int) -> bool:
+        decision = await refund.ask(n, escalate_after_seconds=0)
+        await after(n)
+        return decision.approved
+
+    async def decided(run_id: str) -> None:
+        async def escalated() -> bool:
+            return any(view.run_id == run_id and view.escalated for view in await engine.approvals.waiting())
+
+        await eventually(escalated, seconds=WAIT)
+        with bind(actor="eva"):
+            await refund.decide(run_id, approved=True)
+
+    async with workflows(flows, url=url) as app:
+        engine = app.get(WorkflowEngine)
+        run = await pay.start(1, id="o")
+        await decided("o")
+        assert await run.result(WAIT)
+        for step in ("tell:1", "@escalated refund:1"):
+            with pytest.raises(RunStateError, match="fork before @approval refund:1"):
+                await engine.fork("o", before=step, new_id="no")
+        await engine.fork("o", before="after:1", new_id="later")
+        assert await pay.handle("later").result(WAIT)
+        await engine.fork("o", before="@approval refund:1", new_id="again")
+        await decided("again")
+        assert await pay.handle("again").result(WAIT)
 
 
 async def test_values_that_stand_are_inherited(url: str) -> None:

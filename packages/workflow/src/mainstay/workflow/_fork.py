@@ -18,8 +18,19 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from mainstay.workflow._asks import NO_DECISION
 from mainstay.workflow._decisions import add, hold, refuse
-from mainstay.workflow._history import COMPENSATION, History, Keys, Kind, StepRecord, StepState, is_child, recall
+from mainstay.workflow._history import (
+    COMPENSATION,
+    History,
+    Keys,
+    Kind,
+    StepRecord,
+    StepState,
+    is_child,
+    recall,
+    step_of,
+)
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.errors import RunConflict
 from mainstay.workflow.tables import APPEND_ONCE, ENTRIES, FIND, SET_VALUE, START_QUIETLY, VALUES
@@ -112,7 +123,16 @@ class _Original:
                 refuse(run_id, what, f"{each.key}, which it would inherit, is undone, or in part")
             if each.pivot and each.state is not StepState.DONE and each.in_question:
                 refuse(run_id, what, f"its pivot {each.key} may have taken effect, and is never attempted twice")
-        return sorted((each for each in earlier if each.state is not StepState.OPEN), key=lambda each: each.first)
+        settled = sorted((each for each in earlier if each.state is not StepState.OPEN), key=lambda each: each.first)
+        continued = {each.input for each in settled if step_of(each.key).startswith("@escalated ")}
+        for each in settled:
+            if (
+                step_of(each.key).startswith("@approval ")
+                and each.output == NO_DECISION
+                and json.dumps(each.key) not in continued
+            ):
+                refuse(run_id, what, f"{each.key} was escalated, and not decided before that: fork before {each.key}")
+        return settled
 
     def _child(self, record: StepRecord) -> bool:
         return is_child(record.key) and not record.inherited

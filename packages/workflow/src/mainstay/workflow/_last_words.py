@@ -12,7 +12,17 @@ from mainstay.workflow._recording import Recording
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._verdict import plain_text
 from mainstay.workflow.errors import Continued, Lost, Parked
-from mainstay.workflow.tables import CONTINUE, END, FAIL, FORGET_HISTORY, FORGET_RECEIVED, PARK, RELEASE, ROUSE
+from mainstay.workflow.tables import (
+    CONTINUE,
+    END,
+    FAIL,
+    FORGET_HISTORY,
+    FORGET_RECEIVED,
+    FORGET_SETTLED_ASKS,
+    PARK,
+    RELEASE,
+    ROUSE,
+)
 from mainstay.workflow.workflow import RunStatus
 
 _log = logging.getLogger("mainstay.workflow")
@@ -56,7 +66,8 @@ class LastWords:
         following_input = self._recording.sealed(following.input)
         again = {**self._claim, "next_version": following.version, "next_input": following_input}
         kept = {**run, "kept_seconds": self._around.keep_signals_seconds}
-        await self._recording.end((FORGET_HISTORY, run), (FORGET_RECEIVED, kept), (CONTINUE, again))
+        forgotten = ((FORGET_HISTORY, run), (FORGET_RECEIVED, kept), (FORGET_SETTLED_ASKS, run))
+        await self._recording.end(*forgotten, (CONTINUE, again))
         count_continued(following.workflow)
 
     async def park(self, status: RunStatus, note: str, *, cancellable: bool) -> None:

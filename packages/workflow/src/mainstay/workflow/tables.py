@@ -498,6 +498,12 @@ ASKED = (
     .where(runs.c.id == sa.bindparam("run"))
     .order_by(asks.c.asked_at)
 )
+# What an earlier generation asked, once its decision is forgotten: until then the same decision may come again.
+FORGET_SETTLED_ASKS = sa.delete(asks).where(
+    asks.c.run_id == sa.bindparam("run"),
+    sa.not_(asks.c.open),
+    ~sa.exists().where(signals.c.run_id == asks.c.run_id, signals.c.id == asks.c.id),
+)
 HOLD_RUN = sa.select(runs.c.id).where(runs.c.id == sa.bindparam("run")).with_for_update()
 DECIDABLE = (
     sa.select(
