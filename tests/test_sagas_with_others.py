@@ -5,10 +5,20 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mainstay.core import App, Feature, Module
+from mainstay.core import App, Feature, MainstayError, Module
 from mainstay.database import Database
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
-from mainstay.workflow import Handle, RunStatus, WorkflowRouter
+from mainstay.observability.errors import status_of
+from mainstay.workflow import (
+    ApprovalConflict,
+    DecisionDenied,
+    Handle,
+    RunConflict,
+    RunNotFound,
+    RunStateError,
+    RunStatus,
+    WorkflowRouter,
+)
 from mainstay.workflow.testing import explore, workflows
 
 events, flows = EventRouter(), WorkflowRouter()
@@ -72,3 +82,12 @@ async def test_workflows_takes_the_modules_of_the_service() -> None:
     async with workflows(flows, modules=others()) as app:
         assert await (await sell.start(1)).result(10) == 3
         assert app.get(EventPublisher) is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RunNotFound, 404), (RunStateError, 409), (RunConflict, 409), (ApprovalConflict, 409), (DecisionDenied, 403)],
+)
+def test_what_an_engine_refuses_has_its_status_over_http(error: type[MainstayError], status: int) -> None:
+    """A run that is there and cannot be resumed is no run that is missing."""
+    assert status_of(error("refused")) == status

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from mainstay.cli import main
 from mainstay.core import Drain, bind
@@ -243,3 +245,43 @@ async def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert await asyncio.to_thread(main, ["workflow", "list", "--url", url, "--json"]) == 0
     (listed,) = json.loads(capsys.readouterr().out)
     assert listed["note"] == "Terminated: ann: a mistake"
+
+
+async def test_a_child_that_ends_at_the_same_moment(postgres: str) -> None:
+    """The end of a child holds the child and then its parent, terminate the other way round: it is tried again."""
+    flows, inside, gate = WorkflowRouter(), asyncio.Event(), asyncio.Event()
+
+    @flows.step(harmless=True)
+    async def slow() -> None:
+        inside.set()
+        await gate.wait()
+
+    @flows.workflow(name="inner")
+    async def inner() -> None:
+        await slow()
+
+    @flows.workflow(name="outer")
+    async def outer() -> None:
+        await inner()
+
+    held = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'transactionid'"
+    async with workflows(flows, url=postgres) as app:
+        database, engine = app.get(Database), app.get(WorkflowEngine)
+        run = await outer.start(id="o")
+        await asyncio.wait_for(inside.wait(), WAIT)
+
+        async def is_held() -> bool:
+            return (await database.read(sa.text(held)))[0][0] > 0
+
+        async with database.engine.connect() as ending:
+            await ending.execute(sa.update(runs).where(runs.c.parent == "o").values(note=None))
+            terminating = asyncio.create_task(engine.terminate("o", reason="both at once"))
+            await eventually(is_held, seconds=WAIT)
+            with suppress(DBAPIError):  # the database may choose this one
+                await ending.execute(sa.update(runs).where(runs.c.id == "o").values(note=None))
+            await ending.rollback()
+        await terminating
+        assert await run.status() is RunStatus.TERMINATED
+        ended = await database.read(sa.select(runs.c.status).where(runs.c.parent == "o"))
+        assert [row.status for row in ended] == ["terminated"]
+        gate.set()

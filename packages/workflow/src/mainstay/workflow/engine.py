@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from mainstay.core import Clock, Health, current, timeout, uuid7
-from mainstay.database import Database
+from mainstay.core import Clock, FullJitter, Health, Retry, RetryState, current, timeout, uuid7
+from mainstay.database import Database, DatabaseError
 from mainstay.workflow import _decisions, _metrics, _names
 from mainstay.workflow._again import Beginnings
 from mainstay.workflow._fork import fork
@@ -81,6 +82,12 @@ class RunView:
     parent: str | None = None
 
 
+def _was_refused(state: RetryState, /) -> bool:
+    """Whether the database did nothing, and may do it the next time."""
+    error = state.outcome.exception()
+    return isinstance(error, DatabaseError) and error.retryable
+
+
 class WorkflowEngine:
     """Yielded by `WorkflowModule`; `app.get(WorkflowEngine)` finds it. `approvals` is what runs ask people."""
 
@@ -97,6 +104,7 @@ class WorkflowEngine:
     ) -> None:
         self._database = database
         self._clock = clock
+        self._again = Retry(5, FullJitter(0.05, 1.0), retry=_was_refused, clock=clock)
         self._payloads = payloads
         self._beginnings = Beginnings(database, payloads, workflows)
         # The worker is made below.
@@ -264,9 +272,8 @@ class WorkflowEngine:
             RunStateError: it has ended, is stuck on its way back, or a pivot of it is done or may be.
             RunNotFound: it does not exist.
         """
-        async with self._database.transaction() as session:
-            await _decisions.cancel(session, _names.run_id(id))
-            self._database.after_commit(lambda: self.worker.cancel(id))
+        _names.run_id(id)
+        await self._decide(lambda session: _decisions.cancel(session, id), lambda _: self.worker.cancel(id))
 
     async def compensate(self, id: str) -> None:
         """Undo a run: cancel one that has not ended, and take one that is completed back.
@@ -275,10 +282,13 @@ class WorkflowEngine:
             RunStateError: a pivot of it is done or may be, or everything of it is undone already.
             RunNotFound: it does not exist.
         """
-        async with self._database.transaction() as session:
-            await _decisions.compensate(session, _names.run_id(id))
-            self._database.after_commit(lambda: self.worker.cancel(id))
-            self._database.after_commit(self.worker.wake)
+
+        def told(_: None) -> None:
+            self.worker.cancel(id)
+            self.worker.wake()
+
+        _names.run_id(id)
+        await self._decide(lambda session: _decisions.compensate(session, id), told)
 
     async def resume(self, id: str) -> None:
         """Let a parked run go on where it stopped, forward or back, with all attempts of the step that was stuck.
@@ -287,9 +297,8 @@ class WorkflowEngine:
             RunStateError: it is not parked.
             RunNotFound: it does not exist.
         """
-        async with self._database.transaction() as session:
-            await _decisions.resume(session, _names.run_id(id))
-            self._database.after_commit(self.worker.wake)
+        _names.run_id(id)
+        await self._decide(lambda session: _decisions.resume(session, id), lambda _: self.worker.wake())
 
     async def retry_from(self, id: str, step: str) -> None:
         """Let a parked run go on from a step: it and each step that began later is attempted again, under the same key.
@@ -307,9 +316,8 @@ class WorkflowEngine:
                 effect or may have; or one of the steps is undone already.
             RunNotFound: it does not exist.
         """
-        async with self._database.transaction() as session:
-            await _decisions.retry_from(session, _names.run_id(id), step)
-            self._database.after_commit(self.worker.wake)
+        _names.run_id(id)
+        await self._decide(lambda session: _decisions.retry_from(session, id, step), lambda _: self.worker.wake())
 
     async def fork(self, id: str, *, before: str, new_id: str) -> str:
         """Begin a new run that has the input of one that has ended, and what it did before a step.
@@ -334,12 +342,14 @@ class WorkflowEngine:
             PayloadUnreadable: what would be inherited was stored by a codec that this App does not have.
             ValueError: `new_id` cannot be an id.
         """
-        _names.run_id(new_id)
-        async with self._database.transaction() as session:
-            workflow = await fork(session, _names.run_id(id), before, new_id, payloads=self._payloads)
+
+        def told(workflow: str | None) -> None:
             if workflow is not None:
-                self._database.after_commit(self.worker.wake)
-                self._database.after_commit(partial(_metrics.count_start, workflow))
+                self.worker.wake()
+                _metrics.count_start(workflow)
+
+        _names.run_id(id), _names.run_id(new_id)
+        await self._decide(lambda session: fork(session, id, before, new_id, payloads=self._payloads), told)
         return new_id
 
     async def terminate(self, id: str, *, reason: str) -> None:
@@ -358,9 +368,26 @@ class WorkflowEngine:
             RunNotFound: it does not exist.
             ValueError: there is no reason.
         """
-        async with self._database.transaction() as session:
-            ended = await _decisions.terminate(session, _names.run_id(id), plain_text(reason))
-            self._database.after_commit(lambda: self._terminated(ended, reason))
+        why = plain_text(reason)
+        _names.run_id(id)
+        await self._decide(
+            lambda session: _decisions.terminate(session, id, why), lambda ended: self._terminated(ended, reason)
+        )
+
+    async def _decide(self, decision: Callable[[AsyncSession], Awaitable[T]], told: Callable[[T], None]) -> None:
+        """Carry out what a person decides, in one transaction, and tell this process of it after the commit."""
+
+        async def once() -> None:
+            async with self._database.transaction() as session:
+                done = await decision(session)
+                self._database.after_commit(lambda: told(done))
+
+        if self._database.in_unit_of_work():  # its owner repeats it
+            await once()
+        else:
+            # A decision holds a run and then its children, the end of a child holds the child and then its parent:
+            # where two meet the database refuses one of them.
+            await self._again.call(once)
 
     def _terminated(self, ended: Mapping[str, str], reason: str) -> None:
         for run_id, workflow in ended.items():

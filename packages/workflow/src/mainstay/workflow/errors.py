@@ -5,7 +5,7 @@ MainstayError
     ├── NotInRun            SYS_NOT_IN_RUN          a step or a workflow was called where no run executes
     ├── RunConflict         RES_RUN_CONFLICT        the id belongs to a run with another input
     ├── RunNotFound         RES_RUN_NOT_FOUND       no run has this id
-    ├── RunStateError       RES_RUN_STATE           the run is not in a state in which this can be done
+    ├── RunStateError       RES_RUN_STATE_CONFLICT  the run is not in a state in which this can be done
     ├── ApprovalNotFound    RES_APPROVAL_NOT_FOUND  the run does not ask for this
     ├── ApprovalConflict    RES_APPROVAL_CONFLICT   it is decided already, or not asked any more
     ├── DecisionDenied      AUTH_DECISION_DENIED    who wants to decide may not
@@ -103,7 +103,7 @@ class RunNotFound(WorkflowError):
 class RunStateError(WorkflowError):
     """What was asked for cannot be done to a run in its state, such as resuming one that is not parked."""
 
-    code = "RES_RUN_STATE"
+    code = "RES_RUN_STATE_CONFLICT"
     no_effect = True
     public_message = "The run is not in a state that allows this."
 
