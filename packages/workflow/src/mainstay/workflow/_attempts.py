@@ -216,9 +216,7 @@ class Attempts:
         policy, kept = work.policy, describe(error)
         if isinstance(error, ConfigurationError):
             raise misconfigured(record.key, kept) from error
-        # An effect has the same ids each time, and so does what a transaction writes.
-        repeatable = policy.transactional or policy is EFFECT
-        if repeatable and isinstance(error, DatabaseError) and worth_repeating(error):
+        if _to_be_repeated(policy, error):
             pace.repeated += 1
             await self._repeat(record, error, pace.repeated)
             return None
@@ -395,6 +393,12 @@ class Attempts:
 def nothing(_result: object) -> tuple[str, Any]:
     """The result of work that has none, as JSON."""
     return "null", None
+
+
+def _to_be_repeated(policy: StepPolicy, error: BaseException) -> bool:
+    """Whether the database was away, and doing it again does it once: what is written has the same ids each time."""
+    once = policy.transactional or policy is EFFECT
+    return once and isinstance(error, DatabaseError) and worth_repeating(error)
 
 
 def _failed_step(cause: BaseException | None) -> str:
