@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from benchmarks.rows import Peers, Row, compare, row
 from benchmarks.workflow import fleet
 from benchmarks.workflow.fleet import SETTINGS, spare_the_collector
-from mainstay.workflow import WorkflowRouter, current_step
+from mainstay.workflow import WorkflowEngine, WorkflowRouter, current_step
 from mainstay.workflow.testing import workflows
 from mainstay_servers import Postgres, fresh_database
 
@@ -105,6 +106,19 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
                     better="higher",
                     rounds=rounds,
                 )
+        with fresh_database(server.url) as url:
+            async with workflows(flows, url=url, serve=False) as app:
+                engine, number = app.get(WorkflowEngine), 1_000 if quick else 10_000
+                rates = [await batch(engine, number, turn) for turn in range(rounds)]
+                yield row(
+                    f"start_batch of {number:,}, PostgreSQL",
+                    "runs/s",
+                    statistics.median(rates),
+                    low=min(rates),
+                    high=max(rates),
+                    rounds=rounds,
+                    better="higher",
+                )
         async for each in fleet.rows(server, quick=quick):
             yield each
         repeated = [await kill(Path(directory) / f"kill-{n}", 1_000, n) for n in range(1 if quick else 5)]
@@ -116,6 +130,14 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             high=max(repeated),
             rounds=len(repeated),
         )
+
+
+async def batch(engine: WorkflowEngine, number: int, turn: int) -> float:
+    """Start many runs together."""
+    inputs = [three.input(n).named(f"batch-{turn}-{n}") for n in range(number)]
+    started = time.perf_counter()
+    await engine.start_batch(inputs)
+    return number / (time.perf_counter() - started)
 
 
 async def kill(directory: Path, count: int, turn: int) -> float:

@@ -477,3 +477,13 @@ def test_anything_is_kept_equal_or_refused(value):
         return
     assert repr(back) == repr(value)
     assert repr(json.loads(text)) == repr(value)
+
+
+def test_what_cannot_be_read_is_named_without_its_value() -> None:
+    """The message ends up in logs and notes: it has the fields, and none of what was in them."""
+    kept: Kept[dict[str, Place]] = Kept(dict[str, Place], "the places")
+    for text in ('{"alice": ["secret", "secret"]}', '{"alice": "secret"}', "secret"):
+        with pytest.raises(ValueError, match=r"Input|JSON") as refused:
+            kept.read(text)
+        assert "secret" not in str(refused.value)
+        assert refused.value.__cause__ is None

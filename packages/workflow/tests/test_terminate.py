@@ -271,7 +271,7 @@ async def test_a_child_that_ends_at_the_same_moment(postgres: str) -> None:
         await asyncio.wait_for(inside.wait(), WAIT)
 
         async def is_held() -> bool:
-            return (await database.read(sa.text(held)))[0][0] > 0
+            return bool((await database.read(sa.text(held)))[0][0])
 
         async with database.engine.connect() as ending:
             await ending.execute(sa.update(runs).where(runs.c.parent == "o").values(note=None))

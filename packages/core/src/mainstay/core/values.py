@@ -32,6 +32,9 @@ T = TypeVar("T")
 _CONFIG = ConfigDict(ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
 
 
+_MOST_PROBLEMS = 5
+
+
 class Kept(Generic[T]):
     """A type whose values are kept as JSON.
 
@@ -81,8 +84,7 @@ class Kept(Generic[T]):
             back: T = self._validator.validate_json(written, **READ)
             text = written.decode()
         except ValidationError as error:
-            (first, *_) = error.errors(include_input=False, include_url=False, include_context=False)
-            msg = f"{self._what} cannot be kept: {_at(_hidden(first['loc']))}{first['msg']}"
+            msg = f"{self._what} cannot be kept: {_problems(error)[0]}"
             raise TypeError(msg) from None
         except (PydanticSerializationError, ValueError, RecursionError) as error:
             said = str(error).partition("\n")[0].partition(" [input_value")[0]
@@ -103,9 +105,12 @@ class Kept(Generic[T]):
         """What `keep` wrote, possibly by another release.
 
         Raises:
-            ValueError: it does not fit the type.
+            ValueError: it does not fit the type; the message names the fields, never their values.
         """
-        value: T = self._validator.validate_json(text, **READ)
+        try:
+            value: T = self._validator.validate_json(text, **READ)
+        except ValidationError as error:
+            raise ValueError("; ".join(_problems(error))) from None
         return value
 
     def same(self, one: T, other: T) -> bool:
@@ -160,6 +165,12 @@ def _hidden(location: tuple[int | str, ...]) -> str:
         f"[{part}]" if isinstance(part, int) else f".{part}" if _IDENTIFIER.fullmatch(part) else "[*]"
         for part in location
     )
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """What is wrong with which field, the first few of them; never a value, which may be anybody's secret."""
+    found = error.errors(include_input=False, include_url=False, include_context=False)[:_MOST_PROBLEMS]
+    return [f"{_at(_hidden(problem['loc']))}{problem['msg']}" for problem in found]
 
 
 def _at(path: str) -> str:

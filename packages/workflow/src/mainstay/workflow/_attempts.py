@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from mainstay.core import (
     Clock,
@@ -216,7 +216,7 @@ class Attempts:
         policy, kept = work.policy, describe(error)
         if isinstance(error, ConfigurationError):
             raise misconfigured(record.key, kept) from error
-        if _to_be_repeated(policy, error):
+        if _to_be_repeated(error, policy):
             pace.repeated += 1
             await self._repeat(record, error, pace.repeated)
             return None
@@ -395,7 +395,7 @@ def nothing(_result: object) -> tuple[str, Any]:
     return "null", None
 
 
-def _to_be_repeated(policy: StepPolicy, error: BaseException) -> bool:
+def _to_be_repeated(error: BaseException, policy: StepPolicy) -> TypeGuard[DatabaseError]:
     """Whether the database was away, and doing it again does it once: what is written has the same ids each time."""
     once = policy.transactional or policy is EFFECT
     return once and isinstance(error, DatabaseError) and worth_repeating(error)

@@ -28,6 +28,7 @@ from mainstay.workflow.tables import (
     ENTRIES,
     START_QUIETLY,
     UNDO_ENDED,
+    new_run,
 )
 from mainstay.workflow.workflow import AnyWorkflow, RunStatus
 
@@ -64,22 +65,15 @@ class Children:
         child_id = self._child_of(record)
         if record.seq == 0:
             row = self._recording.row(Kind.WAIT, record.key, position=record.position, body=record.input)
-            child = {
-                "id": child_id,
-                "workflow": workflow.name,
-                "version": workflow.version,
-                "status": "queued",
-                "epoch": 0,
-                "worker": None,
-                "attempts": 0,
-                "progress": 0,
-                "cancel_requested": False,
-                "input": self._recording.sealed(record.input, child_id),
-                "context": json.dumps(current().to_dict()),
-                "parent": self._keys.run_id,
-                "parent_generation": self._keys.generation,
-                "left_seconds": workflow.timeout_seconds,
-            }
+            child = new_run(
+                id=child_id,
+                workflow=workflow.name,
+                version=workflow.version,
+                input=self._around.payloads.seal(record.input or "{}", child_id),
+                context=json.dumps(current().to_dict()),
+                parent=(self._keys.run_id, self._keys.generation),
+                left_seconds=workflow.timeout_seconds,
+            )
             record.seq, record.waits = row["seq"], True
             await self._recording.end((START_QUIETLY[self._around.database.dialect], child), row=row)
             self._around.wake(child_id)

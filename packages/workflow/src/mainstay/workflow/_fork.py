@@ -33,7 +33,7 @@ from mainstay.workflow._history import (
 )
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.errors import RunConflict
-from mainstay.workflow.tables import APPEND_ONCE, ENTRIES, FIND, SET_VALUE, START_QUIETLY, VALUES
+from mainstay.workflow.tables import APPEND_ONCE, ENTRIES, FIND, SET_VALUE, START_QUIETLY, VALUES, new_run
 from mainstay.workflow.workflow import RunStatus
 
 _ENDED_BACK = frozenset({RunStatus.FAILED, RunStatus.CANCELLED})
@@ -56,22 +56,15 @@ async def fork(session: AsyncSession, id: str, before: str, new_id: str, *, payl
         return None
     original = _Original(row, past, entries)
     inherited = original.before(before)
-    new = {
-        "id": new_id,
-        "workflow": row.workflow,
-        "version": row.version,
-        "status": "queued",
-        "epoch": 1,  # a run whose first claim is its epoch 1 has no history that would be read
-        "worker": None,
-        "attempts": 0,
-        "progress": 0,
-        "cancel_requested": False,
-        "input": payloads.seal(payloads.open(row.input, id), new_id),
-        "context": row.context,
-        "parent": None,
-        "parent_generation": None,
-        "left_seconds": None if row.deadline is None else row.deadline - row.created_at,
-    }
+    new = new_run(
+        id=new_id,
+        workflow=row.workflow,
+        version=row.version,
+        input=payloads.seal(payloads.open(row.input, id), new_id),
+        context=row.context,
+        left_seconds=None if row.deadline is None else row.deadline - row.created_at,
+    )
+    new["epoch"] = 1  # a run whose first claim is its epoch 1 has no history that would be read
     began: Any = await session.execute(START_QUIETLY[session.get_bind().dialect.name], new)
     if began.rowcount == 0:
         msg = f"run {new_id!r} exists, and is not this fork: an id names one run for as long as that is kept"

@@ -28,9 +28,9 @@ _continued = cache(RUNS_CONTINUED.labels)
 _steps = cache(STEPS.labels)
 
 
-def count_start(workflow: str) -> None:
-    """A run was started."""
-    _started(workflow).inc()
+def count_start(workflow: str, number: int = 1) -> None:
+    """So many runs were started."""
+    _started(workflow).inc(number)
 
 
 def count_end(workflow: str, status: str) -> None:

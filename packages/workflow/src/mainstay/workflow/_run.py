@@ -198,7 +198,7 @@ class Run:
             return await self._decide(None, None, self.told)
         signature = self.workflow.signature
         try:
-            arguments = signature.load_arguments(self._recording.opened(self._input) or "{}")
+            arguments = signature.fit_arguments(self._recording.opened(self._input) or "{}")
         except ValueError as error:
             msg = f"the input does not fit {self.workflow!r} any more: {error}"
             raise Parked(msg) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal, NotRequired, get_type_hints
@@ -148,6 +149,19 @@ class Signature:
             ValueError: it does not fit the parameters.
         """
         return {**self._defaults, **self._arguments.read(text)}
+
+    def fit_arguments(self, text: str) -> dict[str, Any]:
+        """What `load_arguments` gives, where nothing of the text is left over: it may have been written by hand.
+
+        Raises:
+            ValueError: it does not fit the parameters, or has values for others.
+        """
+        arguments = self.load_arguments(text)
+        surplus = json.loads(text).keys() - self.parameters
+        if surplus:
+            msg = f"it has no parameter {', '.join(sorted(surplus))}"
+            raise ValueError(msg)
+        return arguments
 
     def same_arguments(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         """Whether arguments by name are equal by value, in any order of a set or a mapping."""

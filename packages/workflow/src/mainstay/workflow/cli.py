@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from pydantic import SecretStr
@@ -34,7 +36,8 @@ _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 _MOST = 2**31 - 1  # no database takes a number without a limit
 
 commands = typer.Typer(
-    no_args_is_help=True, help="Runs of workflows: list, show, resume, retry, fork, cancel, decide, terminate, archive."
+    no_args_is_help=True,
+    help="Runs of workflows: start, list, show, resume, retry, fork, cancel, decide, terminate, archive.",
 )
 
 Url = Annotated[str, typer.Option(help="The database; without it that of the App, or MAINSTAY_DATABASE_URL.")]
@@ -83,6 +86,46 @@ def show_run(
     if published:
         say("")
         table(("value", "content", "set", "by"), published)
+
+
+@commands.command("start")
+def start_run(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The workflow.")],
+    input: Annotated[str, typer.Option(help="A JSON object of its arguments by name; - reads standard input.")] = "{}",
+    id: Annotated[str, typer.Option(help="The run's; started again with it, it is the same run.")] = "",
+    version: Annotated[int, typer.Option(min=0, help="Of the workflow; without it the newest of the App.")] = 0,
+    url: Url = "",
+) -> None:
+    """Begin a run. With --app its input is checked here, else by the worker that has the code."""
+    arguments = _object(sys.stdin.read() if input == "-" else input)
+
+    async def start(engine: WorkflowEngine) -> str:
+        return await engine.start_by_name(name, arguments, version=version or None, id=id or None)
+
+    app = named_app()
+
+    async def in_the_app() -> str:
+        assert app is not None  # noqa: S101  asked below
+        async with app:
+            return await start(app.get(WorkflowEngine))
+
+    try:
+        run_id = _with(url, start) if app is None else asyncio.run(in_the_app())
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _tell(run_id, f"{run_id} begins as soon as a worker takes it")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found: object = json.loads(text)
+    except ValueError as error:
+        msg = f"no JSON: {error}"
+        raise typer.BadParameter(msg, param_hint="'--input'") from None
+    if not isinstance(found, dict):
+        msg = 'it is a JSON object of arguments by name, such as {"order_id": 7}'
+        raise typer.BadParameter(msg, param_hint="'--input'")
+    return cast("dict[str, Any]", found)
 
 
 @commands.command("resume")

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from mainstay.core import Clock, FullJitter, Health, Retry, RetryState, current, timeout, uuid7
-from mainstay.database import Database, DatabaseError
-from mainstay.workflow import _decisions, _metrics, _names
-from mainstay.workflow._again import Beginnings
-from mainstay.workflow._fork import fork
+from mainstay.core import Clock, Health, derived_id, once, timeout, uuid7
+from mainstay.database import Database
+from mainstay.workflow import _names
 from mainstay.workflow._history import History, recall
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._results import Results
-from mainstay.workflow._verdict import plain_text, workflow_failed
+from mainstay.workflow._starts import Start, Starts
+from mainstay.workflow._verdict import workflow_failed
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.approval import AnyApproval
 from mainstay.workflow.approvals import Approvals
+from mainstay.workflow.control import RunControl
 from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.step import AnyStep
@@ -34,14 +33,13 @@ from mainstay.workflow.tables import (
     FIND,
     ROUSE,
     SEND,
-    START_QUIETLY,
     VALUE,
     VALUES,
     VIEW,
     runs,
 )
 from mainstay.workflow.value import ValueView
-from mainstay.workflow.workflow import AnyWorkflow, RunInput, RunStatus, Workflow
+from mainstay.workflow.workflow import AnyWorkflow, Handle, RunInput, RunStatus, Workflow
 
 __all__ = ["RunView", "WorkflowEngine"]
 
@@ -82,13 +80,7 @@ class RunView:
     parent: str | None = None
 
 
-def _was_refused(state: RetryState, /) -> bool:
-    """Whether the database did nothing, and may do it the next time."""
-    error = state.outcome.exception()
-    return isinstance(error, DatabaseError) and error.retryable
-
-
-class WorkflowEngine:
+class WorkflowEngine(RunControl):
     """Yielded by `WorkflowModule`; `app.get(WorkflowEngine)` finds it. `approvals` is what runs ask people."""
 
     def __init__(
@@ -104,9 +96,7 @@ class WorkflowEngine:
     ) -> None:
         self._database = database
         self._clock = clock
-        self._again = Retry(5, FullJitter(0.05, 1.0), retry=_was_refused, clock=clock)
         self._payloads = payloads
-        self._beginnings = Beginnings(database, payloads, workflows)
         # The worker is made below.
         self._results = Results(database, clock, executes=lambda run_id: self.worker.executes(run_id))  # noqa: PLW0108
         self.worker = Worker(
@@ -118,6 +108,8 @@ class WorkflowEngine:
             payloads=payloads,
             ended=self._results.ended,
         )
+        super().__init__(database, clock, payloads=payloads, worker=self.worker, results=self._results)
+        self._starts = Starts(database, payloads, workflows, self.worker)
         self.approvals = Approvals(database, approvals, payloads=payloads, told=self.worker.signal)
 
     # Starting
@@ -126,52 +118,80 @@ class WorkflowEngine:
         self, name: str, version: int, input: str, id: str | None, *, timeout_seconds: float | None = None
     ) -> str:
         """Begin a run of a workflow with its input as JSON; returns its id. See `Workflow.start`."""
-        run_id = str(uuid7()) if id is None else _names.run_id(id)
-        # Inside a unit of work it is open whether, and when, there will be a run: it takes no place here, and is
-        # claimed after the commit like any other. The claim asks the database, so a run that was there already, or that
-        # another process has executed meanwhile, is not begun a second time.
-        joins = self._database.in_unit_of_work()
-        identity = None if joins else self.worker.takes()
-        row: dict[str, Any] = {
-            "id": run_id,
-            "workflow": name,
-            "version": version,
-            "status": "queued" if identity is None else "running",
-            "epoch": 0 if identity is None else 1,
-            "worker": None if identity is None else identity.lease.name,
-            "attempts": 0 if identity is None else 1,
-            "progress": 0,
-            "cancel_requested": False,
-            "input": self._payloads.seal(input, run_id),
-            "context": json.dumps(current().to_dict()),
-            "parent": None,
-            "parent_generation": None,
-            "left_seconds": timeout_seconds,
-        }
+        chosen = None if id is None else _names.run_id(id)
+        return await self._starts.one(Start(name, version, input, chosen, timeout_seconds))
 
-        def begin() -> None:
-            if identity is None:
-                self.worker.wake()
-            else:
-                self.worker.begin(identity, row)
-            _metrics.count_start(name)
+    async def start_batch(self, inputs: Iterable[RunInput[T]]) -> list[Handle[T]]:
+        """Begin many runs in one commit, all or none: `start_batch(sell.input(n).named(f"sale-{n}") for n in numbers)`.
 
-        if joins:
-            await self._database.write(START_QUIETLY[self._database.dialect], row, route=run_id)
-            if await self._beginnings.is_new(row):
-                self._database.after_commit(begin)
-        elif identity is None:
-            if await self._beginnings.insert(row):
-                begin()
-        else:
-            identity.reserved += 1  # or all who start at once would find the same place free
-            try:
-                new = await self._beginnings.insert(row)
-            finally:
-                identity.reserved -= 1
-            if new:
-                begin()
-        return run_id
+        For each the rules of `Workflow.start` hold. Joins the unit of work around it; inside a workflow function it is
+        one recorded step. Workers take the runs from the queue.
+
+        Args:
+            inputs: of workflows of this App, of one or of several.
+
+        Returns:
+            The runs, in the order of their inputs.
+
+        Raises:
+            RunConflict: some ids belong to other workflows or inputs, or one stands for two inputs here; it names them.
+            NotBoundError: a router is not part of a running App.
+        """
+        chosen = list(inputs)
+        handles: list[Handle[T]] = []
+
+        def named(key: str | None) -> list[Handle[T]]:
+            new = [uuid7() if key is None else derived_id(f"{key}:{number}") for number in range(len(chosen))]
+            return [each.workflow.handle(each.id or str(run_id)) for each, run_id in zip(chosen, new, strict=True)]
+
+        async def begin(key: str | None) -> None:
+            handles[:] = named(key)
+            starts = [
+                Start(of.workflow.name, of.workflow.version, of.text, handle.id, of.workflow.timeout_seconds)
+                for of, handle in zip(chosen, handles, strict=True)
+            ]
+            await self._starts.all(starts)
+
+        if chosen:
+            key = await once("start_batch", begin, transactional=False)
+            handles = handles or named(key)
+        return handles
+
+    async def start_by_name(
+        self,
+        name: str,
+        input: Mapping[str, Any] | None = None,
+        *,
+        version: int | None = None,
+        id: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> str:
+        """Begin a run of a workflow whose code this process may not have; returns its id. See `Workflow.start`.
+
+        Where the App has the workflow, the input is checked against it, and its own time limit counts. Where it has
+        not, the worker that has reads the input; what does not fit parks the run with a note that names the parameter.
+
+        Args:
+            name: of the workflow.
+            input: values by the names of its parameters, as JSON has them.
+            version: of the workflow; without one the newest that this App has.
+            id: names the run for as long as it is kept.
+            timeout_seconds: how long it may take, where the App does not have the workflow.
+
+        Raises:
+            RunConflict: the id belongs to another workflow or to another input.
+            TypeError: the input does not fit, or is nothing that JSON can say.
+            ValueError: a name or an id breaks the rule for identifiers, or the version cannot be known here.
+        """
+        start = self._starts.by_name(name, input or {}, version, id, timeout_seconds)
+        started = [] if start.id is None else [start.id]
+
+        async def begin(key: str | None) -> None:
+            run_id = start.id or (None if key is None else str(derived_id(key)))
+            started[:] = [await self._starts.one(start._replace(id=run_id))]
+
+        key = await once(f"start:{name}", begin, transactional=False)
+        return started[0] if started else str(derived_id(key or ""))
 
     @overload
     async def execute(self, workflow: Workflow[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
@@ -264,140 +284,6 @@ class WorkflowEngine:
             msg = f"there is no run {id!r}"
             raise RunNotFound(msg)
         return [value_of(row, read(row.body, id)) for row in found if row.name is not None]
-
-    async def cancel(self, id: str) -> None:
-        """What `Handle.cancel` does; a parked run is compensated right away.
-
-        Raises:
-            RunStateError: it has ended, is stuck on its way back, or a pivot of it is done or may be.
-            RunNotFound: it does not exist.
-        """
-        _names.run_id(id)
-        await self._decide(lambda session: _decisions.cancel(session, id), lambda _: self.worker.cancel(id))
-
-    async def compensate(self, id: str) -> None:
-        """Undo a run: cancel one that has not ended, and take one that is completed back.
-
-        Raises:
-            RunStateError: a pivot of it is done or may be, or everything of it is undone already.
-            RunNotFound: it does not exist.
-        """
-
-        def told(_: None) -> None:
-            self.worker.cancel(id)
-            self.worker.wake()
-
-        _names.run_id(id)
-        await self._decide(lambda session: _decisions.compensate(session, id), told)
-
-    async def resume(self, id: str) -> None:
-        """Let a parked run go on where it stopped, forward or back, with all attempts of the step that was stuck.
-
-        Raises:
-            RunStateError: it is not parked.
-            RunNotFound: it does not exist.
-        """
-        _names.run_id(id)
-        await self._decide(lambda session: _decisions.resume(session, id), lambda _: self.worker.wake())
-
-    async def retry_from(self, id: str, step: str) -> None:
-        """Let a parked run go on from a step: it and each step that began later is attempted again, under the same key.
-
-        What they did before may have happened: a way back undoes it, also where the new attempt fails. Transactional
-        steps that are done, events, signals, children and waits keep their records. A function that then takes another
-        way is parked, since its record has more than it reads.
-
-        Args:
-            id: the run.
-            step: the step's key within the run, such as `charge:1`; `mainstay workflow show` lists them.
-
-        Raises:
-            RunStateError: it is not parked on its way forward; or it has no such step; or a pivot from there on took
-                effect or may have; or one of the steps is undone already.
-            RunNotFound: it does not exist.
-        """
-        _names.run_id(id)
-        await self._decide(lambda session: _decisions.retry_from(session, id, step), lambda _: self.worker.wake())
-
-    async def fork(self, id: str, *, before: str, new_id: str) -> str:
-        """Begin a new run that has the input of one that has ended, and what it did before a step.
-
-        What is inherited is not executed again, and stays the original's: the new run never undoes it. From the step on
-        everything is executed anew, under keys of the new run, whatever the original did there. Steps that were going
-        on beside it are executed anew as well; signals that the original received are inherited.
-
-        Args:
-            id: the original.
-            before: the key of a step or wait of it, such as `charge:1`; `mainstay workflow show` lists them.
-            new_id: the new run's. The same fork again is the same run.
-
-        Returns:
-            `new_id`.
-
-        Raises:
-            RunStateError: the original goes on, or is a child; or it has no such step; or what would be inherited is
-                undone, in part or whole, or is a pivot that may have taken effect.
-            RunNotFound: there is no original.
-            RunConflict: `new_id` is the id of another run.
-            PayloadUnreadable: what would be inherited was stored by a codec that this App does not have.
-            ValueError: `new_id` cannot be an id.
-        """
-
-        def told(workflow: str | None) -> None:
-            if workflow is not None:
-                self.worker.wake()
-                _metrics.count_start(workflow)
-
-        _names.run_id(id), _names.run_id(new_id)
-        await self._decide(lambda session: fork(session, id, before, new_id, payloads=self._payloads), told)
-        return new_id
-
-    async def terminate(self, id: str, *, reason: str) -> None:
-        """End a run at once and undo nothing: the last resort, where `cancel` and `resume` do not help.
-
-        What the run did is left to whom it may concern. It writes nothing more and begins nothing more; a step that is
-        being executed goes on to its end, which is not recorded. The children that it waits for are terminated with
-        it. A parent that waits for it gets `WorkflowFailed`, and does not undo it either.
-
-        Args:
-            id: the run.
-            reason: why; kept, with the actor of the context, in the run's failure.
-
-        Raises:
-            RunStateError: it has ended.
-            RunNotFound: it does not exist.
-            ValueError: there is no reason.
-        """
-        why = plain_text(reason)
-        _names.run_id(id)
-        await self._decide(
-            lambda session: _decisions.terminate(session, id, why), lambda ended: self._terminated(ended, reason)
-        )
-
-    async def _decide(self, decision: Callable[[AsyncSession], Awaitable[T]], told: Callable[[T], None]) -> None:
-        """Carry out what a person decides, in one transaction, and tell this process of it after the commit."""
-
-        async def once() -> None:
-            async with self._database.transaction() as session:
-                done = await decision(session)
-                self._database.after_commit(lambda: told(done))
-
-        if self._database.in_unit_of_work():  # its owner repeats it
-            await once()
-        else:
-            # A decision holds a run and then its children, the end of a child holds the child and then its parent:
-            # where two meet the database refuses one of them.
-            await self._again.call(once)
-
-    def _terminated(self, ended: Mapping[str, str], reason: str) -> None:
-        for run_id, workflow in ended.items():
-            _log.warning(
-                "run %s of %s was terminated by %s: %s", run_id, workflow, current().actor or "a person", reason
-            )
-            _metrics.count_end(workflow, RunStatus.TERMINATED)
-            self.worker.lose(run_id)
-            self._results.ended(run_id, None, None, None)
-        self.worker.wake()
 
     async def health(self) -> Health:
         """Degraded while runs wait for a worker that knows their workflow, or this worker's lease may be lost."""

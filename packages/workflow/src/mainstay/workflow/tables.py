@@ -213,6 +213,44 @@ _run_values: dict[str, Any] = {
     "wake_at": database_now(),
     "deadline": database_now() + sa.bindparam("left_seconds", type_=sa.Double),
 }
+
+
+def new_run(
+    *,
+    id: str,
+    workflow: str,
+    version: int,
+    input: str,
+    context: str,
+    left_seconds: float | None,
+    worker: str | None = None,
+    parent: tuple[str, int] | None = None,
+) -> dict[str, Any]:
+    """The row of a run that begins: in the queue, or executed at once by a worker.
+
+    Args:
+        left_seconds: until its deadline.
+        parent: its id and generation.
+    """
+    claims = 0 if worker is None else 1
+    return {
+        "id": id,
+        "workflow": workflow,
+        "version": version,
+        "status": "queued" if worker is None else "running",
+        "epoch": claims,
+        "worker": worker,
+        "attempts": claims,
+        "progress": 0,
+        "cancel_requested": False,
+        "input": input,
+        "context": context,
+        "parent": None if parent is None else parent[0],
+        "parent_generation": None if parent is None else parent[1],
+        "left_seconds": left_seconds,
+    }
+
+
 START = sa.insert(runs).values(_run_values)
 # Inside somebody's transaction a conflict would end that transaction.
 START_QUIETLY = {
@@ -520,6 +558,9 @@ DECIDABLE = (
 ASLEEP = sa.and_(runs.c.status == "queued", runs.c.wake_at > database_now() + _ROUNDING_SECONDS)
 VIEW = sa.select(runs, ASLEEP.label("asleep"))
 FIND = VIEW.where(runs.c.id == sa.bindparam("run"))
+FIND_ALL = sa.select(runs.c.id, runs.c.workflow, runs.c.input, runs.c.first_input).where(
+    runs.c.id.in_(sa.bindparam("ids", expanding=True))
+)
 STATES = sa.select(runs.c.id, runs.c.status, runs.c.output, runs.c.failure, runs.c.note).where(
     runs.c.id.in_(sa.bindparam("ids", expanding=True))
 )
