@@ -1,4 +1,8 @@
-"""Callers that wait for the ends of runs, in this process or in others."""
+"""Callers that wait for the ends of runs, in this process or in others.
+
+The end of a run is told at once to those who wait for it where it is executed. Where nobody does, a hint tells other
+processes that it has ended; and in between, those who wait look together.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ _log = logging.getLogger("mainstay.workflow")
 _ASK_AT_ONCE = 500
 _FIRST_LOOK_SECONDS = 0.05
 _SLOWEST_LOOK_SECONDS = 1.0
+_ENDED = "mainstay_workflow_ended"  # the channel of hints; they name the run
 
 
 class Results:
@@ -35,6 +40,9 @@ class Results:
         self._waiters: dict[str, list[asyncio.Future[Mapping[str, Any]]]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
+        self._new: set[str] = set()
+        """Runs to be looked at now: those that are waited for since the last look, or were heard of."""
+        self._look_at_all = False
 
     async def of(self, id: str) -> Mapping[str, Any]:
         """Wait for the run to end or to need a person: its status, output, failure and note.
@@ -46,7 +54,7 @@ class Results:
         future: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(id, [])
         waiters.append(future)
-        self._look_now.set()
+        self._look_soon(id)
         if self._looking is None or self._looking.done():
             self._looking = spawn(self._look(), name="workflow.results")
         try:
@@ -58,11 +66,25 @@ class Results:
 
     def ended(self, id: str, status: RunStatus | None, output: str | None, failure: dict[str, Any] | None) -> None:
         """A run left this process's worker; without a status the database has to be asked what it is now."""
-        if status is None:
-            if id in self._waiters:
-                self._look_now.set()
-            return
-        self._tell(id, {"status": status, "output": output, "failure": failure, "note": None})
+        if id not in self._waiters:
+            if status is not None:
+                self._database.notify(_ENDED, id)
+        elif status is None:
+            self._look_soon(id)
+        else:
+            self._tell(id, {"status": status, "output": output, "failure": failure, "note": None})
+
+    def _heard(self, id: str) -> None:
+        """A run has ended elsewhere; without an id, some may have."""
+        if id in self._waiters:
+            self._look_soon(id)
+        elif not id:
+            self._look_at_all = True
+            self._look_now.set()
+
+    def _look_soon(self, id: str) -> None:
+        self._new.add(id)
+        self._look_now.set()
 
     def _tell(self, id: str, state: Mapping[str, Any] | BaseException) -> None:
         for future in self._waiters.get(id, ()):
@@ -75,21 +97,33 @@ class Results:
 
     async def _look(self) -> None:
         """While anybody waits for runs that other processes execute, ask the database about all of them together."""
-        seconds = _FIRST_LOOK_SECONDS
-        while self._waiters:
-            self._look_now.clear()
-            ids = [waited for waited in self._waiters if not self._executes(waited)]
-            try:
-                for at in range(0, len(ids), _ASK_AT_ONCE):
-                    await self._look_at(ids[at : at + _ASK_AT_ONCE])
-            except Exception as error:  # noqa: BLE001  it is asked again; who waits has a timeout of their own
-                _log.warning("the results of runs could not be looked up and will be again: %s", error)
-            timer = self._clock.call_later(seconds, self._look_now.set)
-            try:
-                await self._look_now.wait()
-            finally:
-                timer.cancel()
-            seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
+        with self._database.listen(_ENDED, self._heard):
+            seconds, at = _FIRST_LOOK_SECONDS, self._clock.monotonic()
+            while self._waiters:
+                self._look_now.clear()
+                new, self._new = self._new, set()
+                everything = self._look_at_all or self._clock.monotonic() >= at
+                ids = [each for each in (self._waiters if everything else new) if self._is_elsewhere(each)]
+                await self._look_at_some(ids)
+                if everything:
+                    self._look_at_all = False
+                    seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
+                    at = self._clock.monotonic() + seconds
+                timer = self._clock.call_later(max(0.0, at - self._clock.monotonic()), self._look_now.set)
+                try:
+                    await self._look_now.wait()
+                finally:
+                    timer.cancel()
+
+    def _is_elsewhere(self, id: str) -> bool:
+        return id in self._waiters and not self._executes(id)
+
+    async def _look_at_some(self, ids: list[str]) -> None:
+        try:
+            for first in range(0, len(ids), _ASK_AT_ONCE):
+                await self._look_at(ids[first : first + _ASK_AT_ONCE])
+        except Exception as error:  # noqa: BLE001  it is asked again; who waits has a timeout of their own
+            _log.warning("the results of runs could not be looked up and will be again: %s", error)
 
     async def _look_at(self, ids: list[str]) -> None:
         found = {row.id: row for row in await self._database.read(STATES, {"ids": ids})}

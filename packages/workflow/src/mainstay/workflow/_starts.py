@@ -69,7 +69,7 @@ class Starts:
 
         def begin() -> None:
             if identity is None:
-                self._worker.wake()
+                self._worker.announce()
             else:
                 self._worker.begin(identity, row)
             _metrics.count_start(start.name)
@@ -111,7 +111,7 @@ class Starts:
         started = Counter(row["workflow"] for row in new)
 
         def begin() -> None:
-            self._worker.wake()
+            self._worker.announce()
             for name, number in started.items():
                 _metrics.count_start(name, number)
 

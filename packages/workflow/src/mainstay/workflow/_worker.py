@@ -48,6 +48,8 @@ _log = logging.getLogger("mainstay.workflow")
 
 _AT_ONCE = 200  # runs in one claim: more would hold the rows, and on SQLite the writer, for longer than it saves
 _LEASE = "mainstay-workflow "
+NEWS = "mainstay_workflow_news"
+"""The channel for hints that there is something in the queue, or news of the run that a hint names."""
 
 Ended = Callable[[str, RunStatus | None, str | None, dict[str, Any] | None], None]
 
@@ -105,6 +107,7 @@ class Worker:
         self._full = False
         self._drain: Drain | None = None
         self._due: Timer | None = None
+        self._look_at = float("-inf")
         self.unknown: list[str] = []
         self.parked = 0
 
@@ -148,10 +151,23 @@ class Worker:
         if self._drain is not None:
             self._drain.wake()
 
+    def announce(self, id: str = "") -> None:
+        """There is something in the queue, or news of a run: this worker and those of other processes look at once."""
+        self._database.notify(NEWS, id)
+
+    def _heard(self, id: str) -> None:
+        """Something was announced, here or by another process."""
+        if self._identity is not None and id in self._identity.runs:
+            self._identity.runs[id][0].look()
+            self._look_at = float("-inf")  # it may be a cancellation
+        self.wake()
+
     def cancel(self, id: str) -> None:
-        """The run is to be cancelled; where it is not executed here, the next look at the database finds out."""
+        """The run is to be cancelled; where it is not executed here, another worker is told to look."""
         if self._identity is not None and id in self._identity.runs:
             self._identity.runs[id][0].cancel()
+        else:
+            self.announce(id)
 
     def lose(self, id: str) -> None:
         """The run was ended by a person: its execution stops at its next boundary, and writes nothing more."""
@@ -163,7 +179,7 @@ class Worker:
         if self._identity is not None and id in self._identity.runs:
             self._identity.runs[id][0].look()
         else:
-            self.wake()
+            self.announce(id)
 
     def takes(self) -> Identity | None:
         """The identity under which a run may be executed here from its start, without going through the queue."""
@@ -185,6 +201,10 @@ class Worker:
 
     async def work(self, drain: Drain) -> None:
         """Serve until the drain begins, then give back the runs that are not finished."""
+        with self._database.listen(NEWS, self._heard):
+            await self._work(drain)
+
+    async def _work(self, drain: Drain) -> None:
         self._draining, self._drain = False, drain
         watch = spawn(self._watch(drain), name="workflow.worker.drain")
         takeover = spawn(self._takeover.work(drain), name="workflow.worker.takeover")
@@ -223,15 +243,15 @@ class Worker:
 
     async def _serve(self, identity: Identity, drain: Drain) -> bool:
         """Claim and look around until the drain begins, or the lease is lost; whether it is."""
-        look_at = float("-inf")
+        self._look_at = float("-inf")
         while not drain.begun:
             if not identity.lease.held:
                 if await self._safely(lambda: self._is_lost(identity), drain):
                     return True
             else:
                 more = await self._safely(lambda: self._claim(identity), drain)
-                if self._clock.monotonic() >= look_at:
-                    look_at = self._clock.monotonic() + self._settings.lease_seconds / 3
+                if self._clock.monotonic() >= self._look_at:
+                    self._look_at = self._clock.monotonic() + self._settings.lease_seconds / 3
                     await self._safely(lambda: self._look_around(identity), drain)
                 if more:
                     continue

@@ -63,7 +63,7 @@ class RunControl:
 
         def told(_: None) -> None:
             self.worker.cancel(id)
-            self.worker.wake()
+            self.worker.announce()
 
         _names.run_id(id)
         await self._decide(lambda session: _decisions.compensate(session, id), told)
@@ -76,7 +76,7 @@ class RunControl:
             RunNotFound: it does not exist.
         """
         _names.run_id(id)
-        await self._decide(lambda session: _decisions.resume(session, id), lambda _: self.worker.wake())
+        await self._decide(lambda session: _decisions.resume(session, id), lambda _: self.worker.announce())
 
     async def retry_from(self, id: str, step: str) -> None:
         """Let a parked run go on from a step: it and each step that began later is attempted again, under the same key.
@@ -95,7 +95,7 @@ class RunControl:
             RunNotFound: it does not exist.
         """
         _names.run_id(id)
-        await self._decide(lambda session: _decisions.retry_from(session, id, step), lambda _: self.worker.wake())
+        await self._decide(lambda session: _decisions.retry_from(session, id, step), lambda _: self.worker.announce())
 
     async def fork(self, id: str, *, before: str, new_id: str) -> str:
         """Begin a new run that has the input of one that has ended, and what it did before a step.
@@ -123,7 +123,7 @@ class RunControl:
 
         def told(workflow: str | None) -> None:
             if workflow is not None:
-                self.worker.wake()
+                self.worker.announce()
                 _metrics.count_start(workflow)
 
         _names.run_id(id)
@@ -176,4 +176,4 @@ class RunControl:
             _metrics.count_end(workflow, RunStatus.TERMINATED)
             self.worker.lose(run_id)
             self._results.ended(run_id, None, None, None)
-        self.worker.wake()
+        self.worker.announce()
