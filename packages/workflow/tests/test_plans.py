@@ -18,6 +18,7 @@ from mainstay.workflow.tables import (
     FIND,
     NEXT_SIGNAL,
     OF_WORKER,
+    PARKED,
     ROUSE,
     STATES,
     TAKE_OVER,
@@ -39,6 +40,7 @@ LOOKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "a claim of suspects": (CLAIMS.claim_suspects, {"owner": "me", "most": 200, "together": 4}),
     "runs of unknown workflows": (CLAIMS.unknown, {}),
     "workers": (WORKERS, {}),
+    "those that wait for a person": (PARKED, {}),
     "the runs of a worker": (OF_WORKER, {"owner": "me"}),
     "the company of a dead worker": (COMPANY, {"dead": "me"}),
     "a take-over": (TAKE_OVER, {"dead": "me", "most": 1_000, "together": 3}),
@@ -137,4 +139,15 @@ async def test_runs_that_sleep_cost_a_look_nothing(session: AsyncSession) -> Non
     """What is due is found by its time in the index, without a look at what is due later."""
     for what in ("what waits", "the next that is due", "a claim"):
         plan = await plan_of(session, *LOOKS[what])
-        assert re.search(r"Index Cond: \(\(?wake_at|\(wake_at[<>]\?\)", plan), f"{what}:\n{plan}"
+        # Each time that the queue is read; what is claimed is then updated by its id.
+        for node in re.findall(
+            r".*USING INDEX mainstay_workflow_runs_queue.*|.* using mainstay_workflow_runs_queue.*\n.*", plan
+        ):
+            assert re.search(r"Index Cond: \(\(?wake_at|\(wake_at[<>]\?\)", node), f"{what}:\n{plan}"
+
+
+async def test_a_claim_looks_once_into_each_history(session: AsyncSession) -> None:
+    """How far a run got is asked for those that are claimed, and of each once."""
+    plan = await plan_of(session, *LOOKS["a claim"])
+    assert len(re.findall(r"(?:SEARCH| on) mainstay_workflow_history", plan)) == 1, plan
+    assert re.search(r"runs_pkey|autoindex_mainstay_workflow_runs_1 \(id=\?\)", plan), plan

@@ -121,4 +121,5 @@ async def test_a_limit_around_each_primitive_is_replayed(url: str, what: str, li
     assert seen[0] == seen[1]
     assert seen[0][2]
     assert len([line for line in lines if not line.startswith("undone")]) <= 1
-    assert ("undone Unknown" in lines) == (what in {"step", "gather"})
+    # On a machine that is very busy the limit may come before the step.
+    assert ("undone Unknown" in lines) == ("hang" in lines)

@@ -34,6 +34,7 @@ from mainstay.workflow.errors import Lost, PayloadUnreadable, Released
 from mainstay.workflow.settings import DAY_SECONDS, WorkflowSettings
 from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
+    CLAIMED_AT_ONCE,
     ENTRIES,
     OF_WORKER,
     PARK,
@@ -46,7 +47,6 @@ from mainstay.workflow.workflow import AnyWorkflow, RunStatus
 
 _log = logging.getLogger("mainstay.workflow")
 
-_AT_ONCE = 200  # runs in one claim: more would hold the rows, and on SQLite the writer, for longer than it saves
 _LEASE = "mainstay-workflow "
 NEWS = "mainstay_workflow_news"
 """The channel for hints that there is something in the queue, or news of the run that a hint names."""
@@ -341,7 +341,7 @@ class Worker:
             self._full = True
             return False
         (queue,) = await self._database.read(self._claims.waiting)
-        room = min(self._room(identity), _AT_ONCE)
+        room = min(self._room(identity), CLAIMED_AT_ONCE)
         values: dict[str, Any] = {"owner": identity.lease.name}
         identity.closed = queue.company is not None
         if identity.closed:
@@ -365,7 +365,7 @@ class Worker:
 
     def _make_room(self, identity: Identity) -> None:
         """Let runs that only wait leave for those in the queue, such as the children that they wait for."""
-        for run, _ in list(identity.runs.values())[:_AT_ONCE]:
+        for run, _ in list(identity.runs.values())[:CLAIMED_AT_ONCE]:
             run.make_room()
 
     def _room(self, identity: Identity) -> int:

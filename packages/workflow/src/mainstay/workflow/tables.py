@@ -26,6 +26,8 @@ STEP_LENGTH = 300
 metadata = sa.MetaData()
 
 
+_WAITS_FOR_A_PERSON = "status in ('parked', 'compensation_failed')"
+
 runs = sa.Table(
     "mainstay_workflow_runs",
     metadata,
@@ -87,8 +89,8 @@ runs = sa.Table(
         "mainstay_workflow_runs_parked",
         "status",
         "created_at",
-        postgresql_where=sa.text("status in ('parked', 'compensation_failed')"),
-        sqlite_where=sa.text("status in ('parked', 'compensation_failed')"),
+        postgresql_where=sa.text(_WAITS_FOR_A_PERSON),
+        sqlite_where=sa.text(_WAITS_FOR_A_PERSON),
     ),
     sa.Index(
         "mainstay_workflow_runs_ended",
@@ -580,6 +582,9 @@ ENTRY = sa.select(history.c.kind, history.c.body).where(
 )
 
 
+CLAIMED_AT_ONCE = 200
+"""The most runs of one claim: more would hold their rows, and on SQLite the writer, for longer than it saves."""
+
 # Read once in a statement: a clock that is asked for every row is compared with every row, also those that sleep.
 _NOW = sa.select(database_now() + _ROUNDING_SECONDS).scalar_subquery()
 
@@ -618,30 +623,34 @@ class Claims:
 
 
 def _claim(*which: sa.ColumnElement[bool]) -> sa.UpdateBase:
-    taken = (
-        sa.select(runs.c.id)
+    due = (
+        sa.select(runs.c.id, _reached.label("reached"))
         .where(*which)
         .order_by(runs.c.wake_at)
         .limit(sa.bindparam("most"))
         .with_for_update(skip_locked=True)
-        .cte("taken")
+        .cte("due")
     )
+    # A limit that PostgreSQL knows when it plans: so few are looked up one by one, however many are due.
+    taken = sa.select(due).limit(sa.literal_column(str(CLAIMED_AT_ONCE))).cte("taken")
     # The attempt is counted here, so that a crash counts; what came of a step since the last claim makes it the first.
+    further = taken.c.reached > runs.c.progress
     return (
         sa.update(runs)
-        .where(runs.c.id.in_(sa.select(taken.c.id)), runs.c.status == "queued")
+        .where(runs.c.id == taken.c.id)
         .values(
             status="running",
             epoch=runs.c.epoch + 1,
             worker=sa.bindparam("owner"),
-            attempts=sa.case((_further, 1), else_=runs.c.attempts + 1),
-            progress=_reached,
-            deaths=sa.case((_further, 0), else_=runs.c.deaths),
-            company=sa.case((_further, 0), else_=runs.c.company),
-            note=sa.case((_further, None), else_=runs.c.note),
+            attempts=sa.case((further, 1), else_=runs.c.attempts + 1),
+            progress=taken.c.reached,
+            deaths=sa.case((further, 0), else_=runs.c.deaths),
+            company=sa.case((further, 0), else_=runs.c.company),
+            note=sa.case((further, None), else_=runs.c.note),
         )
         .returning(*runs.c, (runs.c.deadline - database_now()).label("left_seconds"))
     )
 
 
-PARKED = sa.select(sa.func.count()).where(runs.c.status.in_(["parked", "compensation_failed"]))
+# Literal, so that the partial index serves it.
+PARKED = sa.select(sa.func.count()).select_from(runs).where(sa.text(_WAITS_FOR_A_PERSON))
