@@ -181,8 +181,6 @@ OVER_THE_LIMIT = {
     ("packages/events/src/mainstay/events/migrations/0001_events.py", "upgrade", "lines of a function"),
     ("packages/workflow/src/mainstay/workflow/router.py", "WorkflowRouter.step", "parameters"),
     ("packages/workflow/src/mainstay/workflow/router.py", "WorkflowRouter.step", "lines of a function"),
-    ("packages/workflow/src/mainstay/workflow/_worker.py", "Worker", "lines of a class"),
-    ("packages/workflow/src/mainstay/workflow/_worker.py", "Worker", "methods"),
 }
 
 

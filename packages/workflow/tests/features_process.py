@@ -70,7 +70,7 @@ async def ship(n: int) -> int:
 @flows.workflow(name="pack")
 async def pack(n: int) -> int:
     """A child."""
-    return await reserve(n)
+    return int(await reserve(n))
 
 
 @flows.workflow(name="order")

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from mainstay.core import current, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
+from mainstay.workflow._identity import Identity
 from mainstay.workflow._payloads import Payloads
-from mainstay.workflow._worker import Identity, Worker
+from mainstay.workflow._worker import Worker
 from mainstay.workflow.errors import RunConflict
 from mainstay.workflow.tables import FIND, FIND_ALL, START, START_QUIETLY, new_run
 from mainstay.workflow.workflow import AnyWorkflow

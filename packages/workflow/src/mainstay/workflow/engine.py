@@ -295,12 +295,12 @@ class WorkflowEngine(RunControl):
 
 
 def _health(worker: Worker) -> Health:
-    details = [f"{worker.parked} runs wait for a person"] if worker.parked else []
-    if worker.unknown:
-        details.append(f"no worker knows the workflow of {', '.join(worker.unknown)}")
+    details = [f"{worker.queue.parked} runs wait for a person"] if worker.queue.parked else []
+    if worker.queue.unknown:
+        details.append(f"no worker knows the workflow of {', '.join(worker.queue.unknown)}")
     if worker.serving and not worker.held:
         details.append("this worker's lease has run out: nothing new is begun")
-    degraded = bool(worker.unknown) or (worker.serving and not worker.held)
+    degraded = bool(worker.queue.unknown) or (worker.serving and not worker.held)
     return Health("degraded" if degraded else "ok", "; ".join(details))
 
 
