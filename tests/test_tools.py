@@ -250,7 +250,8 @@ def test_a_long_suite_is_divided_and_none_of_its_files_is_forgotten():
         parts = tool.parts(suite, paths)
         if len(parts) > 1:
             files = sorted(file for part in parts for file in part.paths)
-            assert files == sorted(file for path in paths for file in path.rglob("test_*.py"))
+            of_suite = (file for path in paths for file in ([path] if path.is_file() else path.rglob("test_*.py")))
+            assert files == sorted(of_suite)
             assert max(part.size for part in parts) < 1.5 * tool.PART_BYTES
         else:
             assert parts[0].paths == paths

@@ -148,7 +148,9 @@ async def test_past_the_pooler_hints_are_heard(pgbouncer, postgres):
 
 async def test_what_nobody_needs_is_no_connection(postgres):
     """A service without listeners and hints has none for them."""
-    listening = sa.text("select count(*) from pg_stat_activity where query like 'LISTEN%'")
+    listening = sa.text(
+        "select count(*) from pg_stat_activity where datname = current_database() and query like 'LISTEN%'"
+    )
     async with database(postgres) as db:
         assert (await db.read(listening))[0][0] == 0
         with db.listen("news", print):
