@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from mainstay.core import Clock, NotBoundError, spawn
@@ -43,6 +44,8 @@ class Results:
         self._new: set[str] = set()
         """Runs to be looked at now: those that are waited for since the last look, or were heard of."""
         self._look_at_all = False
+        self._listening = ExitStack()
+        self._listens = False
 
     async def of(self, id: str) -> Mapping[str, Any]:
         """Wait for the run to end or to need a person: its status, output, failure and note.
@@ -97,23 +100,30 @@ class Results:
 
     async def _look(self) -> None:
         """While anybody waits for runs that other processes execute, ask the database about all of them together."""
-        with self._database.listen(_ENDED, self._heard):
-            seconds, at = _FIRST_LOOK_SECONDS, self._clock.monotonic()
-            while self._waiters:
-                self._look_now.clear()
-                new, self._new = self._new, set()
-                everything = self._look_at_all or self._clock.monotonic() >= at
-                ids = [each for each in (self._waiters if everything else new) if self._is_elsewhere(each)]
-                await self._look_at_some(ids)
-                if everything:
-                    self._look_at_all = False
-                    seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
-                    at = self._clock.monotonic() + seconds
-                timer = self._clock.call_later(max(0.0, at - self._clock.monotonic()), self._look_now.set)
-                try:
-                    await self._look_now.wait()
-                finally:
-                    timer.cancel()
+        seconds, at = _FIRST_LOOK_SECONDS, self._clock.monotonic()
+        while self._waiters:
+            self._look_now.clear()
+            new, self._new = self._new, set()
+            everything = self._look_at_all or self._clock.monotonic() >= at
+            ids = [each for each in (self._waiters if everything else new) if self._is_elsewhere(each)]
+            if ids:
+                self._listen()
+            await self._look_at_some(ids)
+            if everything:
+                self._look_at_all = False
+                seconds = min(seconds * 1.5, _SLOWEST_LOOK_SECONDS) if ids else _FIRST_LOOK_SECONDS
+                at = self._clock.monotonic() + seconds
+            timer = self._clock.call_later(max(0.0, at - self._clock.monotonic()), self._look_now.set)
+            try:
+                await self._look_now.wait()
+            finally:
+                timer.cancel()
+
+    def _listen(self) -> None:
+        """From the first run of another process on, hints are listened to: going on costs less than beginning anew."""
+        if not self._listens:
+            self._listens = True
+            self._listening.enter_context(self._database.listen(_ENDED, self._heard))
 
     def _is_elsewhere(self, id: str) -> bool:
         return id in self._waiters and not self._executes(id)
@@ -137,6 +147,7 @@ class Results:
 
     async def close(self) -> None:
         """Stop looking, and say so to those who wait."""
+        self._listening.close()
         looking, self._looking = self._looking, None
         if looking is not None:
             looking.cancel()
