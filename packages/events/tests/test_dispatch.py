@@ -422,3 +422,89 @@ async def test_a_defect_of_the_worker_is_not_silent(assignment: Assignment) -> N
 
 async def _nothing(event: Made) -> None:
     pass
+
+
+async def test_a_handler_that_swallows_its_cancellation_strands_no_other_event() -> None:
+    """Its caller ends with it: what the other partition has is handled by another one, whole."""
+    log: list[str] = []
+    gate = asyncio.Event()
+
+    async def handle(event: Made) -> None:
+        log.append(f"begins {event.name}")
+        if event.name == "a":
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return
+        await gate.wait()
+        log.append(f"ends {event.name}")
+
+    bench = Bench(handle, concurrency=1)
+    going, staying = Assignment("dispatch", 0), Assignment("dispatch", 1)
+    bench.dispatcher.feed(going, [record("a", 0)])
+    await eventually(lambda: "begins a" in log)
+    bench.dispatcher.feed(staying, [record("b", 1), record("c", 2)])
+    await bench.dispatcher.cancel([going])
+    gate.set()
+    assert await bench.dispatcher.settle([staying], None)
+    assert log == ["begins a", "begins b", "ends b", "begins c", "ends c"]
+    assert staying.finished is not None
+    assert staying.finished.offset == 2
+    await bench.dispatcher.stop()
+
+
+async def test_an_events_age_begins_with_its_first_call(assignment: Assignment) -> None:
+    """However long it waited behind others: neither its retries nor the health count that."""
+    calls: list[int] = []
+    gate = asyncio.Event()
+
+    async def handle(event: Made) -> None:
+        calls.append(event.number)
+        if event.number == 1:
+            await gate.wait()
+        elif calls.count(2) < 3:
+            raise LookupError(event.number)
+
+    retry = Retry(attempts=9, wait=FullJitter(1.0, 1.0), stop=lambda state: state.seconds_since_start > 30)
+    bench = Bench(handle, retry=retry)
+    bench.dispatcher.feed(assignment, [record("a", 1), record("a", 2)])
+    await eventually(lambda: calls == [1])
+    await bench.clock.advance(40)
+    assert bench.dispatcher.oldest_seconds([assignment]) == pytest.approx(40)
+    gate.set()
+    await eventually(lambda: calls == [1, 2])
+    assert bench.dispatcher.oldest_seconds([assignment]) == pytest.approx(0)
+    await bench.clock.advance(5)
+    assert await bench.dispatcher.settle([assignment], None)
+    assert calls == [1, 2, 2, 2]
+    assert bench.buried == []
+    assert bench.dispatcher.oldest_seconds([assignment]) == 0.0
+    await bench.dispatcher.stop()
+
+
+async def test_an_outage_is_a_few_lines(assignment: Assignment, caplog: pytest.LogCaptureFixture) -> None:
+    """One with its traceback a minute for each kind, and how many others there were."""
+
+    class Away(MainstayError):
+        code = "EXT_AWAY"
+        no_effect = True
+        retryable = True
+
+    away = True
+
+    async def handle(event: Made) -> None:
+        if away:
+            raise Away
+
+    bench = Bench(handle, concurrency=50)
+    bench.dispatcher.feed(assignment, [record(f"k{n}", n) for n in range(50)])
+    await eventually(lambda: "failed at attempt" in caplog.text)
+    for _ in range(5):
+        await bench.clock.advance(20)
+    away = False
+    await bench.clock.advance(20)
+    assert await bench.dispatcher.settle([assignment], None)
+    lines = [each.getMessage() for each in caplog.records if "failed at attempt" in each.getMessage()]
+    assert 2 <= len(lines) <= 3
+    assert "others meanwhile" in lines[-1]
+    await bench.dispatcher.stop()

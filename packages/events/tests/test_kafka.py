@@ -133,6 +133,43 @@ async def test_trap_06_records_of_others_on_the_topic_stop_nothing(kafka: str, p
         assert {report.status for report in health.values()} == {"ok"}
 
 
+async def test_events_of_kafka_transactions_count_once_they_are_committed(kafka: str, prefix: str) -> None:
+    """What was aborted is never handled, and what is open not before its commit; what comes behind it waits for it."""
+    events, got = EventRouter(), list[str]()
+
+    @events.on(Shipped, group=prefix)
+    async def handle(event: Shipped) -> None:
+        got.append(event.parcel)
+
+    app = service(kafka, prefix, events, partitions=1)
+    foreign = AIOKafkaProducer(bootstrap_servers=kafka, transactional_id=f"{prefix}-foreign")
+    async with app.running(serve=True):
+        await app.get(EventPublisher).publish(Shipped(parcel="ours"))
+        await foreign.start()
+        try:
+            headers = [("ce_type", b"parcel.shipped"), ("ce_id", str(uuid4()).encode())]
+
+            async def send(parcel: str) -> None:
+                value = f'{{"parcel": "{parcel}"}}'.encode()
+                await foreign.send_and_wait(prefix, value, key=parcel.encode(), headers=headers)
+
+            async with foreign.transaction():
+                await send("committed")
+            await foreign.begin_transaction()
+            await send("aborted")
+            await foreign.abort_transaction()
+            await foreign.begin_transaction()
+            await send("open")
+            await eventually(lambda: "committed" in got, seconds=60)
+            await app.get(EventPublisher).publish(Shipped(parcel="behind"))
+            assert got == ["ours", "committed"]
+            await foreign.commit_transaction()
+            await eventually(lambda: "behind" in got, seconds=60)
+        finally:
+            await foreign.stop()
+    assert got == ["ours", "committed", "open", "behind"]
+
+
 async def test_trap_01_offsets_are_committed_only_for_what_is_finished(kafka: str, prefix: str) -> None:
     """A stop with the first event still at work commits nothing, although all after it were handed out and handled."""
     gate = asyncio.Event()

@@ -29,13 +29,13 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from time import perf_counter
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from mainstay.core import Clock, ConfigurationError, Later, MainstayError, Outcome, Retry, RetryState, rebind, spawn
 from mainstay.events._metrics import FAILED, SKIPPED, handler_seconds
+from mainstay.events._sparing import Sparing
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
@@ -70,12 +70,12 @@ class Assignment:
 class Delivery:
     """One record on its way through a group."""
 
-    __slots__ = ("assignment", "attempt", "done", "fed_at", "next", "postponed", "record", "verdict", "waited")
+    __slots__ = ("assignment", "attempt", "began_at", "done", "next", "postponed", "record", "verdict", "waited")
 
-    def __init__(self, assignment: Assignment, record: Record, fed_at: float) -> None:
+    def __init__(self, assignment: Assignment, record: Record) -> None:
         self.assignment = assignment
         self.record = record
-        self.fed_at = fed_at
+        self.began_at: float | None = None  # when its first call began, known once that has failed
         self.next: Delivery | None = None
         self.done = False
         self.attempt = 1
@@ -134,9 +134,10 @@ class Route:
 
 
 class _Caller:
-    __slots__ = ("delivery", "stopping", "task")
+    __slots__ = ("began_at", "delivery", "stopping", "task")
 
     def __init__(self) -> None:
+        self.began_at = 0.0
         self.delivery: Delivery | None = None
         self.stopping = False
         self.task: asyncio.Task[None] | None = None
@@ -171,15 +172,16 @@ class Dispatcher:
         self._idle: list[asyncio.Future[None]] = []
         self._callers: set[_Caller] = set()
         self._progress: asyncio.Future[None] | None = None
+        self._failing: set[Delivery] = set()
+        self._sparing = Sparing(clock)
         self._skipped = SKIPPED.labels(group)
         self._crash: BaseException | None = None
 
     def feed(self, assignment: Assignment, records: Iterable[Record]) -> None:
         """Take records of a partition, in its order."""
-        now = self._clock.monotonic()
         window, tails, ready = assignment.window, assignment.tails, self._ready
         for record in records:
-            delivery = Delivery(assignment, record, now)
+            delivery = Delivery(assignment, record)
             window.append(delivery)
             key = record.key
             if key is None:
@@ -194,9 +196,18 @@ class Dispatcher:
         self._wake()
 
     def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
-        """The age of the oldest unfinished event, 0.0 without one."""
-        oldest = [assignment.window[0].fed_at for assignment in assignments if assignment.window]
-        return self._clock.monotonic() - min(oldest) if oldest else 0.0
+        """How long ago the first call of an event began that is not finished, 0.0 without one.
+
+        An event that only waits for those before it is no sign of anything but load.
+        """
+        mine = set(assignments)
+        running = [
+            caller.began_at
+            for caller in self._callers
+            if caller.delivery is not None and caller.delivery.assignment in mine and caller.delivery.began_at is None
+        ]
+        failing = [each.began_at for each in self._failing if each.assignment in mine and each.began_at is not None]
+        return self._clock.monotonic() - min(running + failing) if running or failing else 0.0
 
     async def progress(self, seconds: float) -> None:
         """Return when some delivery has finished since the call, at the latest after `seconds`."""
@@ -297,7 +308,7 @@ class Dispatcher:
             progress.set_result(None)
 
     async def _work(self, caller: _Caller) -> None:
-        ready, routes = self._ready, self._routes
+        ready, routes, monotonic = self._ready, self._routes, self._clock.monotonic
         loop = asyncio.get_running_loop()
         turns = 0
         while True:
@@ -311,6 +322,7 @@ class Dispatcher:
                 if not assignment.open:  # given up: another process will handle this and all that follows
                     break
                 caller.delivery = delivery
+                caller.began_at = 0.0
                 record = delivery.record
                 headers = dict(record.headers)
                 route = routes.get(headers.get(TYPE, b""))
@@ -334,7 +346,7 @@ class Dispatcher:
                     else:
                         rebind(Later(context_of, headers))
                         before = copy_context()
-                        started = perf_counter()
+                        started = caller.began_at = monotonic()
                         try:
                             if handling.wants_metadata:
                                 meta = Metadata(record, group=self._group, attempt=delivery.attempt, headers=headers)
@@ -350,11 +362,13 @@ class Dispatcher:
                                 raise
                             error = _own_cancellation()
                         else:
-                            route.seconds.observe(perf_counter() - started)
+                            route.seconds.observe(monotonic() - started)
                         clean = copy_context() == before
                 following: Delivery | None = None
-                if error is None or await self._gave_up(delivery, route, handling, error):
+                if error is None or await self._gave_up(delivery, route, handling, error, caller.began_at):
                     delivery.done = True
+                    if delivery.began_at is not None:
+                        self._failing.discard(delivery)
                     window = assignment.window
                     if window and window[0] is delivery:
                         while window and window[0].done:
@@ -365,6 +379,11 @@ class Dispatcher:
                 caller.delivery = None
                 if self._progress is not None:
                     self._step()
+                if caller.stopping:  # the handler went on to its end although it was cancelled: this caller does not
+                    if following is not None:
+                        ready.appendleft(following)
+                    self._wake()
+                    return
                 if not clean:
                     if following is not None:
                         ready.appendleft(following)
@@ -389,10 +408,13 @@ class Dispatcher:
         return route, None
 
     async def _gave_up(
-        self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
+        self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, began_at: float
     ) -> bool:
         """Deal with a failure: True when the event is a dead letter now, False when it will be tried again."""
         record = delivery.record
+        if delivery.began_at is None:
+            delivery.began_at = began_at or self._clock.monotonic()
+            self._failing.add(delivery)
         if delivery.verdict is None:
             where = f"{record.topic}/{record.partition}@{record.offset}"
             if route is not None:
@@ -405,10 +427,13 @@ class Dispatcher:
             )
             delay = self._delay(delivery, handling, error, postponed=postponed)
             if delay is not None:
-                _log.warning(
-                    "%s in group %s failed at attempt %d, again in %.2f s", where, self._group, delivery.attempt, delay,
-                    exc_info=error,
-                )  # fmt: skip
+                left_out = self._sparing.due(f"{type(error).__name__} {route and route.type}")
+                if left_out is not None:
+                    more = f", as did {left_out} others meanwhile" if left_out else ""
+                    _log.warning(
+                        "%s in group %s failed at attempt %d%s, again in %.2f s", where, self._group, delivery.attempt,
+                        more, delay, exc_info=error,
+                    )  # fmt: skip
                 if postponed:
                     delivery.postponed += 1
                 else:
@@ -436,7 +461,7 @@ class Dispatcher:
     ) -> float | None:
         if handling is None or isinstance(error, DecodeError):
             return None
-        age = self._clock.monotonic() - delivery.fed_at
+        age = self._clock.monotonic() - (delivery.began_at or 0.0)
         number = delivery.postponed + 1 if postponed else delivery.attempt
         state = RetryState(number, Outcome.of_error(error), age, delivery.waited)
         if not postponed:
@@ -450,6 +475,8 @@ class Dispatcher:
         if delivery.assignment.open:
             self._ready.append(delivery)
             self._wake()
+        else:
+            self._failing.discard(delivery)
 
 
 def _own_cancellation() -> Exception:

@@ -3,6 +3,7 @@
 What is done differently from aiokafka's defaults, and why:
 
 - Automatic commits are off. The position moves when records are handed out, not when they are handled.
+- Records of Kafka transactions that are open, or were aborted, are not handed out: they are no events.
 - Nothing is deserialised in the client: a deserialiser that raises fetches the same record for ever.
 - Back-pressure asks for records of the partitions that have room. `pause()` throws away what was prefetched.
 - `rebalance_timeout_ms` covers the drain time. It defaults to the session timeout, after which a partition has two
@@ -308,6 +309,7 @@ class KafkaTransport:
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            isolation_level="read_committed",
             rebalance_timeout_ms=drain_ms,
             session_timeout_ms=session_ms,
             heartbeat_interval_ms=session_ms // 4,
