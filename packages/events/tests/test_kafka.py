@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextvars import Context, copy_context
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,9 +12,11 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.consumer import fetcher
 from aiokafka.partitioner import DefaultPartitioner
+from pydantic import SecretStr
 
 from mainstay.core import App, bind, current
 from mainstay.core.testing import eventually
+from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import (
     DeadLetters,
     Event,
@@ -22,6 +25,7 @@ from mainstay.events import (
     EventRouter,
     EventsModule,
     EventsSettings,
+    Metadata,
     PublishError,
     RedriveError,
 )
@@ -131,6 +135,47 @@ async def test_trap_06_records_of_others_on_the_topic_stop_nothing(kafka: str, p
             await app.get(DeadLetters).get(uuid4())
         health = await app.health()
         assert {report.status for report in health.values()} == {"ok"}
+
+
+async def test_events_of_others_have_ids_and_times_of_their_own(kafka: str, prefix: str, sqlite_url: str) -> None:
+    """An id is any text, and one of its source; a time without a zone is UTC, wherever this process is."""
+    events, got = EventRouter(), list[tuple[str, str, datetime | None]]()
+
+    @events.on(Shipped, group=prefix, inbox=True)
+    async def handle(event: Shipped, meta: Metadata) -> None:
+        got.append((meta.source, meta.id, meta.time))
+
+    root = EventsSettings(
+        transport="kafka", outbox=False, kafka_servers=kafka, topics={"parcel.shipped": prefix}, partitions=1
+    )
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    app = App(database, EventsModule.for_root(root), EventsModule.for_feature(events))
+    sent = [
+        (b"/shop", b"100", b"2026-03-01T10:00:00"),
+        (b"/store", b"100", b"2026-03-01T10:00:00.123456789Z"),
+        (b"/shop", b"100", b"2026-03-01T10:00:00"),
+        (b"/shop", b"a\0b", b"2026-03-01T10:00:00+02:00"),
+        (b"/shop", "é☃".encode(), b"yesterday"),
+    ]
+    async with app.running(serve=True):
+        producer = AIOKafkaProducer(bootstrap_servers=kafka)
+        await producer.start()
+        try:
+            for source, id_, time_ in sent:
+                headers = [
+                    ("ce_type", b"parcel.shipped"), ("ce_source", source), ("ce_id", id_), ("ce_time", time_)
+                ]  # fmt: skip
+                await producer.send_and_wait(prefix, b'{"parcel": "p"}', key=b"p", headers=headers)
+        finally:
+            await producer.stop()
+        await eventually(lambda: len(got) >= len(sent) - 1, seconds=60)
+    ten = datetime(2026, 3, 1, 10, tzinfo=UTC)
+    assert got == [
+        ("/shop", "100", ten),
+        ("/store", "100", ten.replace(microsecond=123456)),
+        ("/shop", "a\0b", ten.replace(hour=8)),
+        ("/shop", "é☃", None),
+    ]
 
 
 async def test_events_of_kafka_transactions_count_once_they_are_committed(kafka: str, prefix: str) -> None:

@@ -12,7 +12,7 @@ from mainstay.events._metrics import DUPLICATES
 from mainstay.events._sql import swept
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event
-from mainstay.events.metadata import ID, Metadata
+from mainstay.events.metadata import ID, SOURCE, Metadata
 
 
 def exactly_once(
@@ -30,7 +30,9 @@ def exactly_once(
         if event_id is None:
             msg = f"an event without the header {ID} cannot be told from its duplicates: the inbox refuses it"
             raise DecodeError(msg)
-        note = {"group_name": group, "event_id": event_id.decode("latin-1")}
+        # An id is one of its source (CloudEvents 1.0): others number theirs as they like.
+        whole = b"%b\n%b" % (meta.headers.get(SOURCE, b""), event_id)
+        note = {"group_name": group, "event_id": whole.decode("latin-1").replace("\0", "\\0")}
         try:
             async with database.transaction() as session:
                 result: Any = await session.execute(insert, note)

@@ -110,9 +110,12 @@ class Metadata:
         return None if value is None else value.decode(errors="replace")
 
     @property
-    def id(self) -> UUID:
-        """The event's id: the same on every delivery. UUIDv7, or derived from the step that published it."""
-        return UUID(self._text(ID))
+    def id(self) -> str:
+        """The event's id, the same on every delivery; with `source` it names the event.
+
+        Ours are UUIDs: version 7, or derived from the step that published it. Those of others are any text.
+        """
+        return self._text(ID) or ""
 
     @property
     def type(self) -> str:
@@ -131,9 +134,18 @@ class Metadata:
 
     @property
     def time(self) -> datetime | None:
-        """When it was published, by the publisher's wall clock, in UTC."""
+        """When it was published, by the publisher's wall clock, in UTC; None where it does not say so as RFC 3339 does.
+
+        A time without a zone is taken for UTC, whatever the zone of this process.
+        """
         text = self._text(TIME)
-        return None if text is None else datetime.fromisoformat(text).astimezone(UTC)
+        if text is None:
+            return None
+        try:
+            time = datetime.fromisoformat(text)
+        except ValueError:
+            return None
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
     @property
     def correlation_id(self) -> str | None:
