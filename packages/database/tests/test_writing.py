@@ -413,6 +413,7 @@ async def test_databases_are_apart(open_database, tables, count):
 @pytest.mark.parametrize(
     ("rest", "by_column"),
     [
+        ("(a, b) VALUES ($1::TEXT, now() + $2::FLOAT) ON CONFLICT (a) DO UPDATE SET b = (now() + $3::FLOAT)", None),
         (
             "(a, b) VALUES ($1::UUID, $2::NUMERIC(12, 2))",
             "(a, b) SELECT given.c1, given.c2 FROM unnest($1::UUID[], $2::NUMERIC(12, 2)[]) AS given(c1, c2)",

@@ -29,7 +29,7 @@ BY_COLUMN = "mainstay_by_column"
 # UPDATE`, which one statement may not do twice to a row.
 _INSERT = re.compile(r"INSERT INTO (\S+) (\([^$]+?\)) VALUES \((.*)\)(| ON CONFLICT[^$]* DO NOTHING)", re.DOTALL)
 _UPDATE = re.compile(r"UPDATE (\S+) SET (.+?) WHERE (.+)", re.DOTALL)
-_MORE = re.compile(r"\b(SELECT|RETURNING|DEFAULT VALUES)\b")
+_MORE = re.compile(r"\b(SELECT|RETURNING|DEFAULT VALUES|DO UPDATE)\b")
 # Types whose Python values cannot be taken for arrays.
 _SCALARS = (
     *("BIGINT", "INTEGER", "SMALLINT", "NUMERIC", "FLOAT", "DOUBLE PRECISION", "BOOLEAN", "BYTEA", "TEXT", "VARCHAR"),
