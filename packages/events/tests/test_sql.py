@@ -343,3 +343,41 @@ async def test_fewer_partitions_than_before_leave_nothing_unread(database_url: s
         await app.get(EventPublisher).publish(Line(name="k0", number=50))
         await eventually(lambda: len(seen) == 51)
     assert sorted(seen) == list(range(51))
+
+
+class Word(Event, type="word.written", version="1.0", key="name"):
+    name: str
+    number: int
+
+
+async def test_members_of_a_group_may_read_different_topics(database_url: str) -> None:
+    """Two releases of a service do, for a while: the partitions of a topic are divided among those that read it."""
+    lines, words, both = list[int](), list[int](), list[int]()
+    topics = {"line.written": "lines", "word.written": "words"}
+    routers = EventRouter(), EventRouter(), EventRouter()
+
+    @routers[0].on(Line, group="shared")
+    async def line(event: Line) -> None:
+        lines.append(event.number)
+
+    @routers[1].on(Word, group="shared")
+    async def word(event: Word) -> None:
+        words.append(event.number)
+
+    @routers[2].on(Line, Word, group="shared")
+    async def either(event: Line | Word) -> None:
+        both.append(event.number)
+
+    old, other, new = (service(database_url, router, topics=topics, partitions=4) for router in routers)
+    async with old.running(serve=True), other.running(serve=True):
+        await old.get(EventPublisher).publish_batch([Line(name=f"{n}", number=n) for n in range(40)])
+        await other.get(EventPublisher).publish_batch([Word(name=f"{n}", number=n) for n in range(40)])
+        await eventually(lambda: len(lines) == len(words) == 40, what="each topic by its reader")
+        async with new.running(serve=True):
+            consumers = [app.get(EventConsumers).consumers[0] for app in (old, other, new)]
+            await eventually(lambda: [len(each._assignments) for each in consumers] == [2, 2, 4], what="halves")
+            await new.get(EventPublisher).publish_batch([Line(name=f"{n}", number=n) for n in range(40, 80)])
+            await new.get(EventPublisher).publish_batch([Word(name=f"{n}", number=n) for n in range(40, 80)])
+            await eventually(lambda: len(lines) + len(words) + len(both) == 160, what="everything")
+    assert sorted(lines + words + both) == sorted([*range(80), *range(80)])
+    assert both

@@ -11,7 +11,8 @@ writers take turns, so positions are in the order of commits and a snapshot is t
 A group's place in a partition is a window and a position in it: `low`, `high`, `position`. A dump that is restored into
 another cluster counts transactions anew: then the places of all groups must be set back.
 
-Partitions are divided by rank among the live members of a group and held by leases; a commit is fenced by the lease.
+The partitions of each topic are divided by rank among the live members of a group that read it, and held by leases; a
+commit is fenced by the lease.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ class SqlSource:
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._member = str(uuid7())
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[tuple[str, int], Lease] = {}
         self._slots: dict[Assignment, _Slot] = {}
         self._announced_until = 0.0
         self._rebalance_at = 0.0
@@ -340,41 +341,43 @@ class SqlSource:
             return
         self._rebalance_at = now + min(_REBALANCE_SECONDS, self._lease_seconds / 4)
         if now >= self._announced_until:
-            await self._database.write(
-                tables.JOIN_GROUP[self._database.dialect],
-                {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds},
-            )
+            note = {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds}
+            statement = tables.JOIN_GROUP[self._database.dialect]
+            await self._database.write(statement, [{**note, "topic": topic} for topic in self._topics])
             self._announced_until = now + self._lease_seconds / 3
-        members = [
-            row.member
-            for row in await self._database.read(tables.READ_MEMBERS[self._database.dialect], {"group": self._group})
-        ]
-        if self._member not in members:  # our own note expired: the loop was blocked for long
-            self._announced_until = 0.0
+        readers: dict[str, list[str]] = {}
+        for row in await self._database.read(tables.READ_MEMBERS[self._database.dialect], {"group": self._group}):
+            readers.setdefault(row.topic, []).append(row.member)
+        if any(self._member not in readers.get(topic, ()) for topic in self._topics):
+            self._announced_until = 0.0  # our own note expired: the loop was blocked for long
             return
-        rank, count = members.index(self._member), len(members)
-        share = {number for number in range(self._partitions) if number % count == rank}
-        await self._give_up([lease for number, lease in self._leases.items() if number not in share])
-        for number in sorted(share - self._leases.keys()):
-            await self._take(number)
+        share = {
+            (topic, number)
+            for topic in self._topics
+            for number in range(self._partitions)
+            if number % len(readers[topic]) == readers[topic].index(self._member)
+        }
+        await self._give_up([lease for place, lease in self._leases.items() if place not in share])
+        for topic, number in sorted(share - self._leases.keys()):
+            await self._take(topic, number)
         if now >= self._remember_at:
             self._remember_at = now + _REMEMBER_SECONDS
             await self._remember_idle()
 
-    async def _take(self, number: int) -> None:
-        lease = await self._database.lease(f"events/{self._group}/{number}", seconds=self._lease_seconds)
+    async def _take(self, topic: str, number: int) -> None:
+        lease = await self._database.lease(f"events/{self._group}/{topic}/{number}", seconds=self._lease_seconds)
         if lease is None:
             return
         try:
-            rows = await self._database.read(tables.READ_OFFSETS, {"group": self._group, "number": number})
+            place = {"group": self._group, "of_topic": topic, "number": number}
+            rows = await self._database.read(tables.READ_OFFSETS, place)
         except BaseException:
             await lease.release()
             raise
-        places = {row.topic: (Snapshot.parse(row.low), Snapshot.parse(row.high), row.position) for row in rows}
-        self._leases[number] = lease
-        for topic in self._topics:
-            assignment = self._reader.assigned(topic, number)
-            self._slots[assignment] = _Slot(assignment, lease, places.get(topic, _START))
+        self._leases[topic, number] = lease
+        assignment = self._reader.assigned(topic, number)
+        known = [(Snapshot.parse(row.low), Snapshot.parse(row.high), row.position) for row in rows]
+        self._slots[assignment] = _Slot(assignment, lease, known[0] if known else _START)
 
     async def _give_up(self, leases: Sequence[Lease]) -> None:
         assignments = self._of(leases)
@@ -397,7 +400,7 @@ class SqlSource:
         return [assignment for assignment, slot in self._slots.items() if slot.lease in leases]
 
     def _forget(self, lease: Lease) -> None:
-        self._leases = {number: held for number, held in self._leases.items() if held is not lease}
+        self._leases = {place: held for place, held in self._leases.items() if held is not lease}
         self._slots = {assignment: slot for assignment, slot in self._slots.items() if slot.lease is not lease}
 
     async def _remember_idle(self) -> None:

@@ -56,6 +56,8 @@ MEMBERS = sa.Table(
     METADATA,
     sa.Column("group_name", sa.Text, primary_key=True),
     sa.Column("member", sa.Text, primary_key=True),
+    # Members of one group may read different topics: two releases do, for a while.
+    sa.Column("topic", sa.Text, primary_key=True),
     sa.Column("expires_at", sa.Double, nullable=False),
 )
 OUTBOX = sa.Table(
@@ -143,13 +145,13 @@ COUNT_OUTBOX = sa.select(sa.func.count()).select_from(sa.select(OUTBOX.c.positio
 JOIN_GROUP = _each(
     lambda insert, now: (
         insert(MEMBERS)
-        .values(**_binds(MEMBERS, "group_name", "member"), expires_at=now + _SECONDS)
-        .on_conflict_do_update(index_elements=["group_name", "member"], set_={"expires_at": now + _SECONDS})
+        .values(**_binds(MEMBERS, "group_name", "member", "topic"), expires_at=now + _SECONDS)
+        .on_conflict_do_update(index_elements=["group_name", "member", "topic"], set_={"expires_at": now + _SECONDS})
     )
 )
 READ_MEMBERS = _each(
     lambda _, now: (
-        sa.select(MEMBERS.c.member)
+        sa.select(MEMBERS.c.topic, MEMBERS.c.member)
         .where(MEMBERS.c.group_name == sa.bindparam("group"), MEMBERS.c.expires_at > now)
         .order_by(MEMBERS.c.member)
     )
@@ -160,7 +162,9 @@ LEAVE_GROUP = sa.delete(MEMBERS).where(
 FORGET_MEMBERS = _each(lambda _, now: sa.delete(MEMBERS).where(MEMBERS.c.expires_at < now - _SECONDS))
 
 READ_OFFSETS = sa.select(OFFSETS).where(
-    OFFSETS.c.group_name == sa.bindparam("group"), OFFSETS.c.partition == sa.bindparam("number")
+    OFFSETS.c.group_name == sa.bindparam("group"),
+    OFFSETS.c.topic == sa.bindparam("of_topic"),
+    OFFSETS.c.partition == sa.bindparam("number"),
 )
 WIDEST_PARTITION = sa.select(sa.func.max(OFFSETS.c.partition))
 # Nobody's place: it only says that events are written to partitions up to this one, for those who read with fewer.

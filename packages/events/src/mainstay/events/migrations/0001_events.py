@@ -42,6 +42,7 @@ def upgrade() -> None:
         "mainstay_events_members",
         sa.Column("group_name", sa.Text, primary_key=True),
         sa.Column("member", sa.Text, primary_key=True),
+        sa.Column("topic", sa.Text, primary_key=True),
         sa.Column("expires_at", sa.Double, nullable=False),
     )
     op.create_table(
