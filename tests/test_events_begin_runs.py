@@ -18,7 +18,7 @@ from mainstay.database.schema import installed, upgrade
 
 SCRIPT = Path(__file__).with_name("join_process.py")
 WAIT = 120.0
-ORDERS = 60
+ORDERS = 40
 NUMBERS = [f"{n:02}" for n in range(ORDERS)]
 
 ENDED = sa.text("SELECT count(*) FROM mainstay_workflow_runs WHERE status = 'completed'")
@@ -36,7 +36,7 @@ def _service() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("engine", "kills"), [("embedded", 10), ("kafka and postgres", 3)])
+@pytest.mark.parametrize(("engine", "kills"), [("embedded", 6), ("kafka and postgres", 2)])
 async def test_each_event_begins_one_run_and_sends_one_signal(
     engine: str, kills: int, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,8 @@ from mainstay_servers.frozen import frozen
 
 SCRIPT = Path(__file__).with_name("features_process.py")
 WAIT = 90.0
-RUNS, KILLS = 36, 8
-REJECTED, CANCELLED, TERMINATED = (4, 9, 14), (5, 17, 29), (10, 22, 33)
+RUNS, KILLS = 24, 6
+REJECTED, CANCELLED, TERMINATED = (4, 9), (5, 17), (10, 22)
 FORKED = (3, 11)
 LONG = (0, 2, 6, 8)  # those of three generations
 
