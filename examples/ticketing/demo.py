@@ -278,13 +278,22 @@ class _Office:
             msg = f"the API answered line {number} with {answer}; {self._api.last_lines()}"
             raise Stuck(msg)
 
-    async def _asked(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """The API's answer; asked again while its database is away, since the same line again is the same purchase."""
+    async def _asked(self, method: str, path: str, *, of: str = "api", **request: Any) -> httpx.Response:
+        """The answer; asked again while there is none, since the same line again is the same purchase.
+
+        The API may have its database away, or have closed a connection that was idle just when it was used again.
+        """
         end = time.monotonic() + OUTAGE_SECONDS
         while True:
-            response = await self._client.request(method, f"{self._urls['api']}{path}", **request)
-            if not response.is_server_error or time.monotonic() > end:
-                return response
+            try:
+                response = await self._client.request(method, f"{self._urls[of]}{path}", **request)
+            except httpx.TransportError:
+                self._api.check()
+                if time.monotonic() > end:
+                    raise
+            else:
+                if not response.is_server_error or time.monotonic() > end:
+                    return response
             await asyncio.sleep(0.2)
 
     async def summary(self) -> dict[str, int]:
@@ -292,7 +301,7 @@ class _Office:
         return counts
 
     async def provider_status(self) -> dict[str, dict[str, int]]:
-        counts: dict[str, dict[str, int]] = (await self._client.get(f"{self._urls['provider']}/status")).json()
+        counts: dict[str, dict[str, int]] = (await self._asked("GET", "/status", of="provider")).json()
         return counts
 
     async def _bad_moment(self, wanted: Moment, seconds: float, sending: asyncio.Task[None], progress: Progress) -> str:

@@ -12,7 +12,9 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from rich.console import Console
 
@@ -363,6 +365,28 @@ async def test_an_api_that_dies_on_the_way_is_the_reason_given(monkeypatch, tmp_
         await perform(Script(kills=0), tmp_path, quiet())
 
 
+async def test_a_connection_that_is_closed_while_it_is_used_again_fails_nothing():
+    """A server closes one that was idle; the request that crossed with that is sent again."""
+    asked = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        if asked > 1:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server, httpx.AsyncClient() as client:
+        office = object.__new__(demo._Office)
+        office._client = client
+        office._urls = {"api": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"}
+        office._api = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]  # as far as it is asked
+        response = await office._asked("GET", "/purchases")
+    assert (asked, response.status_code) == (2, 200)
+
+
 async def test_a_process_that_does_not_answer_is_quoted(tmp_path):
     """The log is gone with the demo's directory, so the error has the end of it."""
     log = tmp_path / "provider.log"
@@ -398,6 +422,7 @@ def test_a_demo_that_is_asked_to_stop_says_so(tmp_path):
 STARTER = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from ticketing.processes import OfficeProcess
 name, *arguments = sys.argv[1:]
 process = OfficeProcess(name, *arguments, environment={}, log=Path("log"))
