@@ -87,6 +87,25 @@ async def test_what_is_written_is_sealed_and_verified(database_settings):
     assert (found.ok, found.entries, found.pending, found.statements, found.unstated) == (True, 26, 0, 1, 0)
 
 
+async def test_an_entry_that_is_sealed_while_it_is_looked_for_is_found_once(database_settings):
+    """One that is sealed between two reads of `written` is neither missing nor there twice."""
+
+    class Sealing:
+        """A database where a sealer finishes its work after every read."""
+
+        async def read(self, query):
+            rows = await db.read(query)
+            async with service(database_settings, serve=True) as (other, _):
+                await sealed(other.get(Database), 1)
+            return rows
+
+    async with service(database_settings) as (app, trail):
+        db = app.get(Database)
+        await trail.write("a")
+        assert [entry.action for entry in await written(Sealing())] == ["a"]
+        assert [entry.action for entry in await written(db)] == ["a"]
+
+
 async def test_the_log_is_the_tree_of_its_exact_bytes(database_settings):
     """The signed root is that of a tree made by hand from the stored bytes, in the order of the leaves."""
     async with service(database_settings, serve=True) as (app, trail):

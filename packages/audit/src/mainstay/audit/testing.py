@@ -23,6 +23,13 @@ __all__ = ["KEY", "recorded", "settings", "written"]
 
 KEY = SigningKey("mainstay-audit-tests", b"known to everybody who reads it!")
 
+# One statement, since an entry may be sealed meanwhile: read apart, it would be in neither of the two, or in both.
+_BOTH = sa.union_all(
+    sa.select(tables.log.c.data, sa.literal(0).label("part"), tables.log.c.leaf.label("place")),
+    sa.select(tables.pending.c.data, sa.literal(1), tables.pending.c.seq),
+).subquery()
+_WRITTEN = sa.select(_BOTH.c.data).order_by(_BOTH.c.part, _BOTH.c.place)
+
 
 def settings(**values: Any) -> AuditSettings:
     """Settings with `KEY`, whose public half is `KEY.verifier`, and a sealer that does not dawdle."""
@@ -37,11 +44,7 @@ async def written(database: Database, action: str | None = None) -> Sequence[Ent
         database: where they are.
         action: only those of this action.
     """
-    rows = [
-        *await database.read(sa.select(tables.log.c.data).order_by(tables.log.c.leaf)),
-        *await database.read(sa.select(tables.pending.c.data).order_by(tables.pending.c.seq)),
-    ]
-    entries = [Entry.from_bytes(bytes(row.data)) for row in rows]
+    entries = [Entry.from_bytes(bytes(row.data)) for row in await database.read(_WRITTEN)]
     return [entry for entry in entries if entry.action != STATEMENT and action in (None, entry.action)]
 
 
