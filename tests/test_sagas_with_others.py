@@ -1,11 +1,18 @@
 """A saga that publishes is tested as it runs: with the other modules of its App, and with a death at every moment."""
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from mainstay.audit import AuditModule, AuditTrail
+from mainstay.audit.testing import settings as audit_settings
+from mainstay.audit.testing import written
 from mainstay.core import App, Feature, MainstayError, Module
+from mainstay.core.testing import eventually
 from mainstay.database import Database
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.observability.errors import status_of
@@ -17,6 +24,8 @@ from mainstay.workflow import (
     RunNotFound,
     RunStateError,
     RunStatus,
+    Signal,
+    WorkflowEngine,
     WorkflowRouter,
 )
 from mainstay.workflow.testing import explore, workflows
@@ -82,6 +91,53 @@ async def test_workflows_takes_the_modules_of_the_service() -> None:
     async with workflows(flows, modules=others()) as app:
         assert await (await sell.start(1)).result(10) == 3
         assert app.get(EventPublisher) is not None
+
+
+@pytest.mark.parametrize("changed", ["the event", "the entry"])
+async def test_a_release_that_publishes_or_audits_something_else_parks(tmp_path: Path, changed: str) -> None:
+    """What is on record is not what the function says now: a person decides, and the old code ends the run."""
+
+    @asynccontextmanager
+    async def release(event: int, entry: int) -> AsyncGenerator[tuple[App, Signal[str], Any]]:
+        publishes, trail, flows = EventRouter(), AuditTrail(), WorkflowRouter()
+        told = flows.signal("told", str)
+
+        @flows.workflow(name="tells")
+        async def tells() -> str:
+            await publishes.publish(Sold(n=event))
+            await trail.write("shop.sold", resource="shop/1", detail={"n": entry})
+            return await told.wait()
+
+        modules: list[Module[Any, Any] | Feature] = [
+            EventsModule.for_root(EventsSettings(transport="sql")),
+            EventsModule.for_feature(publishes),
+            AuditModule.for_root(audit_settings()),
+            AuditModule.for_feature(trail),
+        ]
+        async with workflows(flows, url=f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", modules=modules) as app:
+            yield app, told, tells
+
+    async def reached(app: App) -> bool:
+        return "@signal told:1" in (await app.get(WorkflowEngine).history("r")).records
+
+    async def parked(app: App) -> bool:
+        return await app.get(WorkflowEngine).status("r") is RunStatus.PARKED
+
+    async with release(1, 1) as (app, _, tells):
+        await tells.start(id="r")
+        await eventually(lambda: reached(app), seconds=30)
+    async with release(*((2, 1) if changed == "the event" else (1, 2))) as (app, told, _):
+        await told.send("r", "done")
+        await eventually(lambda: parked(app), seconds=30)
+        place = "@publish:shop.sold:1" if changed == "the event" else "@audit:shop.sold:1"
+        said = f"the function called {place} with other arguments than its record has"
+        assert said in str((await app.get(WorkflowEngine).run("r")).note)
+    async with release(1, 1) as (app, _, tells):
+        await app.get(WorkflowEngine).resume("r")
+        assert await tells.handle("r").result(30) == "done"
+        (row,) = await app.get(Database).read(sa.text("select count(*) from mainstay_events_log"))
+        assert row[0] == 1
+        assert [entry.detail for entry in await written(app.get(Database), "shop.sold")] == [{"n": 1}]
 
 
 @pytest.mark.parametrize(

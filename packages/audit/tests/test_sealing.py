@@ -102,7 +102,7 @@ async def test_an_entry_that_is_sealed_while_it_is_looked_for_is_found_once(data
     async with service(database_settings) as (app, trail):
         db = app.get(Database)
         await trail.write("a")
-        assert [entry.action for entry in await written(Sealing())] == ["a"]
+        assert [entry.action for entry in await written(Sealing())] == ["a"]  # type: ignore[arg-type]  # it stands in for one
         assert [entry.action for entry in await written(db)] == ["a"]
 
 

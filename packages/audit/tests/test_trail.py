@@ -251,8 +251,8 @@ class Run:
         self.db = db
         self.names = []
 
-    async def once(self, name, effect, *, transactional):
-        self.names.append((name, transactional))
+    async def once(self, name, effect, *, transactional, arguments=None):
+        self.names.append((name, transactional, arguments()))
         if transactional:
             async with self.db.batch():
                 await effect("run-1:audit")
@@ -266,9 +266,12 @@ async def test_in_a_workflow_an_entry_is_a_step(db, trail):
     """It goes through the journal, its id derives from the step's key, and a repeated attempt is one entry."""
     run = Run(db)
     with bind_journal(run):
-        await trail.write("a")
+        await trail.write("a", resource="order/7", detail={"n": 1})
         await trail.write("b", outcome="failed")
-    assert run.names == [("audit:a", True), ("audit:b", False)]
+    assert run.names == [
+        ("audit:a", True, ("order/7", "succeeded", {"n": 1})),
+        ("audit:b", False, (None, "failed", None)),
+    ]
     entries = await written(db)
     assert [entry.id for entry in entries] == [derived_id("run-1:audit:audit"), derived_id("run-1:apart:audit")]
 

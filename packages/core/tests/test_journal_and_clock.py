@@ -21,14 +21,14 @@ async def test_outside_a_run_an_effect_simply_runs():
 
 
 async def test_inside_a_run_the_journal_decides():
-    """The journal gets name, effect and whether it is transactional; unbinding hides it from step code."""
+    """The journal gets all that there is to know of an effect; unbinding hides it from step code."""
 
     class Recording:
         def __init__(self):
             self.names = []
 
-        async def once(self, name, effect, *, transactional):
-            self.names.append((name, transactional))
+        async def once(self, name, effect, *, transactional, arguments=None):
+            self.names.append((name, transactional, arguments and arguments()))
             await effect(f"run-1:{name}")
 
     journal, keys = Recording(), []
@@ -37,11 +37,11 @@ async def test_inside_a_run_the_journal_decides():
         keys.append(key)
 
     with bind_journal(journal):
-        await once("a", effect, transactional=False)
+        await once("a", effect, transactional=False, arguments=lambda: 7)
         with bind_journal(None):
             await once("b", effect, transactional=True)
     await once("c", effect, transactional=True)
-    assert journal.names == [("a", False)]
+    assert journal.names == [("a", False, 7)]
     assert keys == ["run-1:a", None, None]
 
 

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, Clock, Drain, Effect, bind_journal, derived_id
+from mainstay.core import App, Clock, Drain, Effect, bind_journal, derived_id, digest
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, WrongEventLoop
 from mainstay.database.testing import expire_lease
@@ -80,9 +80,13 @@ class Journal:
     def __init__(self, *, done: bool = False) -> None:
         self.done = done
         self.asked: list[tuple[str, bool]] = []
+        self.digests: list[str] = []
 
-    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
+    async def once(
+        self, name: str, effect: Effect, *, transactional: bool, arguments: Callable[[], object] | None = None
+    ) -> str:
         self.asked.append((name, transactional))
+        self.digests.append(digest(arguments and arguments()))
         if not self.done:
             await effect("run-1:publish:1")
         return "run-1:publish"
@@ -103,6 +107,7 @@ async def test_inside_a_workflow_publishing_is_a_step_with_ids_of_its_key(databa
         once = [str(derived_id(f"run-1:publish:1:{index}")) for index in range(2)]
         assert ids == once * 2
         assert journal.asked == [("publish:note.made,contract.placed", True)] * 2
+        assert journal.digests == [digest([Note(name="a"), Placed(order="b")])] * 2
 
 
 async def test_trap_11_an_inbox_makes_a_repeated_event_one_effect(database_url: str) -> None:

@@ -92,7 +92,8 @@ class AuditTrail:
             else:
                 await intake.apart(draft, repeated=key is not None)
 
-        await once(f"audit:{action}", effect, transactional=joins)
+        arguments = (resource, outcome, detail)
+        await once(f"audit:{action}", effect, transactional=joins, arguments=lambda: arguments)
 
     # A lambda of a few parameters by itself: pyright knows none of a `Callable[...]`.
     @overload

@@ -11,6 +11,7 @@ from mainstay.core.deadline import (
     remaining_seconds,
     timeout,
 )
+from mainstay.core.digest import digest
 from mainstay.core.drain import Drain
 from mainstay.core.errors import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError
 from mainstay.core.given import given, given_kinds
@@ -71,6 +72,7 @@ __all__ = [
     "deadline_error",
     "deadline_fired",
     "derived_id",
+    "digest",
     "given",
     "given_kinds",
     "is_id",

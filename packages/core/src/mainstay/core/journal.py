@@ -23,7 +23,9 @@ Effect = Callable[[str | None], Awaitable[None]]
 class Journal(Protocol):
     """What a durable run offers to effects inside it."""
 
-    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
+    async def once(
+        self, name: str, effect: Effect, *, transactional: bool, arguments: Callable[[], object] | None = None
+    ) -> str:
         """Run `effect` unless the run already records it as done, record it, and return the step's key.
 
         Args:
@@ -31,6 +33,8 @@ class Journal(Protocol):
             effect: the work. It may be repeated with the same key if the process dies before the record is durable.
             transactional: the effect writes through the database's unit of work and nowhere else. It then runs inside
                 one, and shares its commit with the record, so that neither can be there without the other.
+            arguments: makes what the effect is called with, as `digest` takes it. A replay that calls it with others is
+                another program than the one whose record it reads. Without them the name says it all.
         """
         ...
 
@@ -38,8 +42,10 @@ class Journal(Protocol):
 _journal: ContextVar[Journal | None] = ContextVar("mainstay_journal", default=None)
 
 
-async def once(name: str, effect: Effect, *, transactional: bool) -> str | None:
-    """Run `effect` through the journal of the surrounding run, or straight away where there is none.
+async def once(
+    name: str, effect: Effect, *, transactional: bool, arguments: Callable[[], object] | None = None
+) -> str | None:
+    """Run `effect` through the journal of the surrounding run, or straight away where there is none: `Journal.once`.
 
     Returns:
         The step's key, which was handed to the effect when it ran; None outside a workflow.
@@ -48,7 +54,7 @@ async def once(name: str, effect: Effect, *, transactional: bool) -> str | None:
     if journal is None:
         await effect(None)
         return None
-    return await journal.once(name, effect, transactional=transactional)
+    return await journal.once(name, effect, transactional=transactional, arguments=arguments)
 
 
 class bind_journal:  # noqa: N801  used like a function: `with bind_journal(journal):`

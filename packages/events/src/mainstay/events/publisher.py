@@ -70,4 +70,5 @@ class EventPublisher:
             for type_ in types:
                 published(type_).inc()
 
-        await once(f"publish:{','.join(dict.fromkeys(types))}", effect, transactional=self._transactional)
+        name = f"publish:{','.join(dict.fromkeys(types))}"
+        await once(name, effect, transactional=self._transactional, arguments=lambda: events)

@@ -152,8 +152,7 @@ class Attempts:
             )
             raise Parked(msg)
         error = {"type": GIVEN_UP, "detail": "the function did not wait for its end"}
-        row = record.in_doubt
-        if row is not None:  # a write of ours may be on its way, so one of the two is refused
+        if (row := record.in_doubt) is not None:  # a write of ours may be on its way, so one of the two is refused
             refusal = self._recording.filled(row | {"kind": Kind.FAILED}, None, {"error": error})
             if not await self._recording.claim(refusal):
                 found = await self._recording.find(row["seq"])
@@ -361,7 +360,8 @@ class Attempts:
         """
         while True:
             await self._execution.boundary()
-            row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
+            info = {"input": work.input} if work.input else None
+            row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position, info=info)
             record.in_doubt = row
             try:
                 with self._execution.at_work():

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import Any, Never, TypeVar
 
-from mainstay.core import Effect, Kept
+from mainstay.core import Effect, Kept, digest
 from mainstay.workflow._asks import NO_DECISION, Asks, Limits
 from mainstay.workflow._attempts import EFFECT, Attempts, nothing
 from mainstay.workflow._branch import Branch, current_branch
@@ -18,7 +18,7 @@ from mainstay.workflow._execution import Execution
 from mainstay.workflow._gather import side_by_side
 from mainstay.workflow._history import Keys, Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
-from mainstay.workflow._replay import Difference, Replay, other_text, other_values
+from mainstay.workflow._replay import Difference, Replay, other_digest, other_text, other_values
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._verdict import step_failed
 from mainstay.workflow._waits import Waits
@@ -104,7 +104,9 @@ class Primitives:
 
         return self._primitive(branch, step.name, written, perform, differs)
 
-    async def once(self, name: str, effect: Effect, *, transactional: bool) -> str:
+    async def once(
+        self, name: str, effect: Effect, *, transactional: bool, arguments: Callable[[], object] | None = None
+    ) -> str:
         """`Journal.once`: another package's effect as a step that leaves nothing to undo."""
         branch = current_branch.get()
         if branch is None:
@@ -116,11 +118,21 @@ class Primitives:
         async def perform(record: StepRecord) -> str:
             key = record.inherited or self._keys.of(record.key)
             if record.state is not StepState.DONE:
-                work = Work(name=label, policy=EFFECT, call=lambda: effect(key), keep=nothing, entry=transactional)
+                work = Work(
+                    name=label,
+                    policy=EFFECT,
+                    call=lambda: effect(key),
+                    keep=nothing,
+                    input=record.input,
+                    entry=transactional,
+                )
                 await self._attempts.settle(work, record)
             return key
 
-        return await self._primitive(branch, label, str, perform)
+        def written() -> str:
+            return "" if arguments is None else json.dumps(digest(arguments()))
+
+        return await self._primitive(branch, label, written, perform, other_digest)
 
     async def sleep(self, branch: Branch, seconds: float) -> None:
         """Let time pass, by the database's clock from the moment that is recorded."""

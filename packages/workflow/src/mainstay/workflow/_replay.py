@@ -25,6 +25,11 @@ def other_text(record: StepRecord, arguments: str) -> str | None:
     return None if record.input == arguments else f"with {arguments} where its record has {record.input}"
 
 
+def other_digest(_record: StepRecord, _arguments: str) -> str:
+    """How arguments differ of which the record has a digest only."""
+    return "with other arguments than its record has"
+
+
 def other_values(names: Sequence[str]) -> str | None:
     """How arguments differ that people's data may be a part of: only their names are told."""
     return f"with another value of its parameter {', '.join(names)} than its record has" if names else None

@@ -15,7 +15,7 @@ from typing import Any, Literal, NotRequired, get_type_hints
 
 from typing_extensions import TypedDict
 
-from mainstay.core import Kept, given_kinds
+from mainstay.core import Kept, digest, given_kinds
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -149,6 +149,13 @@ class Signature:
             ValueError: it does not fit the parameters.
         """
         return {**self._defaults, **self._arguments.read(text)}
+
+    def given_arguments(self, text: str) -> dict[str, Any]:
+        """What `load_arguments` gives, without what the function would have as a default."""
+        defaults = {name: digest(default) for name, default in self._defaults.items()}
+        return {
+            name: value for name, value in self._arguments.read(text).items() if digest(value) != defaults.get(name)
+        }
 
     def fit_arguments(self, text: str) -> dict[str, Any]:
         """What `load_arguments` gives, where nothing of the text is left over: it may have been written by hand.

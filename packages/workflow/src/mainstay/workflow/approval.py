@@ -224,7 +224,8 @@ class Approval(Generic[T]):
         async def decide(_key: str | None) -> None:
             await engine.approvals.decide(run_id, self.name, approved=approved, reason=reason, place=place)
 
-        await once(f"decide:{self.name}", decide, transactional=False)
+        arguments = (run_id, approved, reason, place)
+        await once(f"decide:{self.name}", decide, transactional=False, arguments=lambda: arguments)
 
     def asked(self, view: ApprovalView) -> Asked[T]:
         """An ask with its question as today's type reads it.

@@ -152,8 +152,11 @@ class WorkflowEngine(RunControl):
             ]
             await self._starts.all(starts)
 
+        def arguments() -> object:
+            return [(of.workflow.name, of.id, of.workflow.signature.given_arguments(of.text)) for of in chosen]
+
         if chosen:
-            key = await once("start_batch", begin, transactional=False)
+            key = await once("start_batch", begin, transactional=False, arguments=arguments)
             handles = handles or named(key)
         return handles
 
@@ -190,7 +193,8 @@ class WorkflowEngine(RunControl):
             run_id = start.id or (None if key is None else str(derived_id(key)))
             started[:] = [await self._starts.one(start._replace(id=run_id))]
 
-        key = await once(f"start:{name}", begin, transactional=False)
+        arguments = (input or {}, version, id, timeout_seconds)
+        key = await once(f"start:{name}", begin, transactional=False, arguments=lambda: arguments)
         return started[0] if started else str(derived_id(key or ""))
 
     @overload

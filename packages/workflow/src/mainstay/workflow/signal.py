@@ -65,7 +65,8 @@ class Signal(Generic[T]):
             of_step = None if key is None else str(derived_id(key))
             await engine.send(run_id, self.name, text, of_step if chosen is None else chosen)
 
-        await once(f"send:{self.name}", send, transactional=False)
+        arguments = (run_id, value, chosen)
+        await once(f"send:{self.name}", send, transactional=False, arguments=lambda: arguments)
 
     async def wait(self, timeout_seconds: float | None = None) -> T:
         """In a workflow function: wait for the next message that is not received yet, durably and without memory.

@@ -318,7 +318,10 @@ class Workflow(Generic[P, T]):
                 await engine.start(self.name, self.version, text, run_id, timeout_seconds=self.timeout_seconds)
             )
 
-        key = await once(f"start:{self.name}", begin, transactional=False)
+        def arguments() -> object:
+            return chosen, self.signature.given_arguments(text)
+
+        key = await once(f"start:{self.name}", begin, transactional=False, arguments=arguments)
         # On a replay nothing is begun: the id is the one that was asked for, or that of the step.
         run_id = started[0] if started else _id_of(key) if chosen is None else chosen
         return Handle(cast("str", run_id), self.signature, engine)
