@@ -205,6 +205,9 @@ async def explore(
         at += 1
 
 
+_GRACE_SECONDS = 20.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Moment:
     at: int
@@ -221,7 +224,8 @@ async def _die_at(
     moment: _Moment,
 ) -> bool:
     app_of = workflows(*parts, url=moment.url, serve=False, modules=moment.modules)
-    async with app_of as app, asyncio.timeout(2 * moment.seconds):  # `start` and `check` have as much again
+    # `start` and `check` have as much again; the limit that says what is wrong comes first on a busy machine, too.
+    async with app_of as app, asyncio.timeout(2 * moment.seconds + _GRACE_SECONDS):
         handle = await start(app)
         database = app.get(Database)
         dying = DyingDatabase(database, moment.at, after=moment.after)
