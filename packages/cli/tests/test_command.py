@@ -472,7 +472,10 @@ async def test_ctrl_c_ends_an_upgrade_that_waits(postgres):
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock(7261153904017)")
             upgrade = await asyncio.create_subprocess_exec(MAINSTAY, "db", "upgrade", "--url", postgres)
-            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            waiting = (
+                "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database "
+                "WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()"
+            )
             async with asyncio.timeout(60):
                 while not await connection.fetchval(waiting):  # noqa: ASYNC110  another process's statement
                     await asyncio.sleep(0.05)

@@ -81,7 +81,9 @@ async def test_a_row_that_another_session_changes_meanwhile(postgres, open_datab
                         await db.write(raise_text, {"which": number, "at": 5, "to": 7})
 
                 tasks.append(asyncio.create_task(write()))
-            waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            waiting = sa.text(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
             async with asyncio.timeout(30):
                 while (await other.read(waiting))[0][0] == 0:  # noqa: ASYNC110  the server tells nobody
                     await asyncio.sleep(0.001)
