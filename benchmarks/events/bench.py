@@ -87,7 +87,7 @@ def records(count: int) -> list[ConsumerRecord]:
         shared = envelope(time=datetime.now(UTC), source="bench", context=Context(correlation_id=str(uuid.uuid4())))
         out = encode(event, id=uuid.uuid4(), topic="bench", shared=shared)
         place = number % PARTITIONS
-        sizes = (len(out.key or b""), len(out.value))
+        sizes = (len(out.key or b""), len(out.value or b""))
         made.append(
             ConsumerRecord("bench", place, number // PARTITIONS, 0, 0, out.key, out.value, None, *sizes, out.headers)
         )

@@ -1,6 +1,7 @@
 """What is particular to Kafka: the wire form, topics, stopping, foreign records, dead letters without a database."""
 
 import asyncio
+import os
 import time
 from contextvars import Context, copy_context
 from datetime import UTC, datetime
@@ -135,6 +136,45 @@ async def test_trap_06_records_of_others_on_the_topic_stop_nothing(kafka: str, p
             await app.get(DeadLetters).get(uuid4())
         health = await app.health()
         assert {report.status for report in health.values()} == {"ok"}
+
+
+@pytest.mark.parametrize("outbox", [True, False])
+async def test_a_record_of_nearly_a_mebibyte_is_redriven_byte_for_byte(
+    kafka: str, prefix: str, sqlite_url: str, outbox: bool
+) -> None:
+    """The broker has taken it once: what this service may publish at most is no measure for what it sends again."""
+    events = EventRouter()
+
+    @events.on(Shipped, group=prefix)
+    async def handle(event: Shipped) -> None:
+        raise AssertionError
+
+    value, headers = os.urandom(950_000), [("ce_type", b"parcel.shipped"), ("x", bytes(range(256))), ("null", None)]
+    settings = EventsSettings(
+        transport="kafka", kafka_servers=kafka, outbox=outbox, partitions=1, topics={"parcel.shipped": prefix}
+    )
+    modules: list[Any] = [DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))] if outbox else []
+    app = App(*modules, EventsModule.for_root(settings), EventsModule.for_feature(events))
+    producer = AIOKafkaProducer(bootstrap_servers=kafka)
+    await producer.start()
+    async with app.running(serve=True):
+        await producer.send_and_wait(prefix, value, key=b"a", headers=headers)
+        await producer.stop()
+        store = app.get(DeadLetters)
+        async with asyncio.timeout(60):
+            while not (letters := await store.list(prefix)):  # noqa: ASYNC110  another task stores it
+                await asyncio.sleep(0.05)
+            await store.redrive(letters[0].id)
+            while (again := await store.list(prefix)) in ([], letters):  # noqa: ASYNC110  it fails once more
+                await asyncio.sleep(0.05)
+    consumer = AIOKafkaConsumer(prefix, bootstrap_servers=kafka, auto_offset_reset="earliest", enable_auto_commit=False)
+    await consumer.start()
+    first, second = [await asyncio.wait_for(consumer.getone(), 60) for _ in range(2)]
+    await consumer.stop()
+    assert (second.key, second.value) == (first.key, first.value) == (b"a", value)
+    assert list(first.headers) == headers
+    assert list(second.headers) == [*headers, ("ce_onlygroup", prefix.encode())]
+    assert [letter.value for letter in again] == [value]
 
 
 async def test_events_of_others_have_ids_and_times_of_their_own(kafka: str, prefix: str, sqlite_url: str) -> None:

@@ -304,7 +304,7 @@ async def test_trap_02_a_full_window_of_unfinished_events_holds_the_reading_back
 
 def test_headers_come_back_byte_for_byte() -> None:
     """Whatever a foreign producer wrote."""
-    headers = [("a", bytes(range(256))), ("ü", b""), ("a", b"twice")]
+    headers = [("a", bytes(range(256))), ("ü", b""), ("a", b"twice"), ("null", None)]
     assert unpack_headers(pack_headers(headers)) == headers
 
 

@@ -325,7 +325,7 @@ class Dispatcher:
                 caller.began_at = 0.0
                 record = delivery.record
                 headers = dict(record.headers)
-                route = routes.get(headers.get(TYPE, b""))
+                route = routes.get(headers.get(TYPE) or b"")
                 error: Exception | None = delivery.verdict
                 handling: Handling | None = None
                 clean = True
@@ -395,7 +395,9 @@ class Dispatcher:
                 if not turns % _TURNS:
                     await asyncio.sleep(0)
 
-    def _wanted(self, route: Route | None, headers: Mapping[str, bytes]) -> tuple[Route | None, Exception | None]:
+    def _wanted(
+        self, route: Route | None, headers: Mapping[str, bytes | None]
+    ) -> tuple[Route | None, Exception | None]:
         """Whether the group has to do with the record at all; topics carry several types, so skipping is normal."""
         only = headers.get(ONLY_GROUP)
         if only is not None and only != self._group.encode():

@@ -41,7 +41,7 @@ from mainstay.events._outbox import Wave
 from mainstay.events._transport import Reader
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.errors import PublishError
-from mainstay.events.metadata import ID, Outgoing, Record
+from mainstay.events.metadata import Headers, Outgoing, Record
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
@@ -157,8 +157,6 @@ class KafkaTransport:
 
     async def send(self, batch: Sequence[Outgoing]) -> None:
         """See `Transport`. Waits for the broker; the outbox is what makes that unnecessary."""
-        for event in batch:
-            check_size(event)
         sent = False
         producer: AIOKafkaProducer | None = None
         try:
@@ -214,7 +212,7 @@ class KafkaTransport:
         for index, event in enumerate(events):
             if event.topic in failed:
                 continue
-            place = (event.topic, place_by_key(_placing_key(event), numbers[event.topic], numbers[event.topic]))
+            place = (event.topic, place_by_key(event.placing_key, numbers[event.topic], numbers[event.topic]))
             if place in full:  # the rest of this partition waits for the next wave, or it would overtake
                 continue
             if place not in batches:
@@ -462,12 +460,9 @@ class Direct:
                 "rolls back. Use the outbox, or publish after the commit"
             )
             raise PublishError(msg, no_effect=True, retryable=False)
+        for event in batch:
+            check_size(event)
         await self._transport.send(batch)
-
-
-def _placing_key(event: Outgoing) -> bytes:
-    """What the partitioner hashes: the key, or the id of an event without one."""
-    return event.key if event.key is not None else dict(event.headers).get(ID, b"")
 
 
 def check_size(event: Outgoing) -> None:
@@ -476,7 +471,8 @@ def check_size(event: Outgoing) -> None:
     Raises:
         PublishError: the event is too large.
     """
-    size = len(event.value) + len(event.key or b"") + sum(len(name) + len(value) for name, value in event.headers)
+    headers = sum(len(name) + len(value or b"") for name, value in event.headers)
+    size = len(event.value or b"") + len(event.key or b"") + headers
     if size > _LARGEST_BYTES:
         msg = f"an event for topic {event.topic} has {size} bytes; at most {_LARGEST_BYTES} are taken"
         raise PublishError(msg, no_effect=True, retryable=False)
@@ -516,16 +512,13 @@ class KafkaDeadLetters:
     async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
         """See `DeadLetterStore`."""
         letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
-        await self._write(letter.id, _encode_letter(letter), letter.value)
+        await self._write(letter.id, letter.value or b"", _headers_of(letter))
 
-    async def _write(self, id: UUID, description: bytes | None, value: bytes | None) -> None:
+    async def _write(self, id: UUID, value: bytes | None, headers: Headers) -> None:
         await self._transport.ensure_topic(_DEAD_LETTERS, compacted=True)
         producer = await self._transport._producing()
-        headers = [] if description is None else [("letter", description)]
         try:
-            await producer.send_and_wait(
-                _DEAD_LETTERS, None if description is None else (value or b""), key=id.bytes, headers=headers
-            )
+            await producer.send_and_wait(_DEAD_LETTERS, value, key=id.bytes, headers=headers)
         except KafkaError as error:
             await self._transport._replace_producer(producer, error)
             msg = f"Kafka did not confirm dead letter {id}: {type(error).__name__}"
@@ -545,7 +538,7 @@ class KafkaDeadLetters:
         if letter.id not in await self._read():
             return False
         await self._transport.send([letter.again()])
-        await self._write(letter.id, None, None)
+        await self._write(letter.id, None, [])
         return True
 
     async def _read(self) -> dict[UUID, DeadLetter]:
@@ -566,41 +559,40 @@ class KafkaDeadLetters:
                     if record.value is None:
                         letters.pop(name, None)
                     else:
-                        letters[name] = _decode_letter(name, dict(record.headers)["letter"], record.value)
+                        letters[name] = _letter_of(name, record.headers, record.value)
         finally:
             await _ended("the reader of dead letters", consumer.stop(), consumer._client)
         return letters
 
 
-def _encode_letter(letter: DeadLetter) -> bytes:
-    return json.dumps(
-        {
-            "group": letter.group,
-            "topic": letter.topic,
-            "partition": letter.partition,
-            "offset": letter.offset,
-            "key": None if letter.key is None else letter.key.decode("latin-1"),
-            "empty": letter.value is None,
-            "headers": [(name, value.decode("latin-1")) for name, value in letter.headers],
-            "error": letter.error,
-            "attempts": letter.attempts,
-            "time": letter.time.isoformat(),
-        }
-    ).encode()
+def _headers_of(letter: DeadLetter) -> Headers:
+    """The headers that it had, byte for byte, and behind them its key and what is known about the failure."""
+    facts = {
+        "group": letter.group,
+        "topic": letter.topic,
+        "partition": letter.partition,
+        "offset": letter.offset,
+        "empty": letter.value is None,  # in a compacted topic a record without a value deletes
+        "error": letter.error,
+        "attempts": letter.attempts,
+        "time": letter.time.isoformat(),
+    }
+    return [*letter.headers, ("key", letter.key), ("letter", json.dumps(facts).encode())]
 
 
-def _decode_letter(id: UUID, description: bytes, value: bytes) -> DeadLetter:
-    fields: dict[str, Any] = json.loads(description)
+def _letter_of(id: UUID, headers: Headers, value: bytes) -> DeadLetter:
+    *own, (_, key), (_, text) = headers
+    facts: dict[str, Any] = json.loads(text or b"")
     return DeadLetter(
         id=id,
-        group=fields["group"],
-        topic=fields["topic"],
-        partition=fields["partition"],
-        offset=fields["offset"],
-        key=None if fields["key"] is None else fields["key"].encode("latin-1"),
-        value=None if fields["empty"] else value,
-        headers=[(name, text.encode("latin-1")) for name, text in fields["headers"]],
-        error=fields["error"],
-        attempts=fields["attempts"],
-        time=datetime.fromisoformat(fields["time"]),
+        group=facts["group"],
+        topic=facts["topic"],
+        partition=facts["partition"],
+        offset=facts["offset"],
+        key=key,
+        value=None if facts["empty"] else value,
+        headers=tuple(own),
+        error=facts["error"],
+        attempts=facts["attempts"],
+        time=datetime.fromisoformat(facts["time"]),
     )

@@ -497,13 +497,13 @@ class SqlDeadLetters:
 
     Args:
         database: where.
-        transport: where a redriven event goes: the log, or the outbox.
+        send: writes a redriven event: to the log, or the outbox.
         clock: stamps them.
     """
 
-    def __init__(self, database: Database, transport: Any, clock: Clock) -> None:
+    def __init__(self, database: Database, send: Callable[[Sequence[Outgoing]], Awaitable[None]], clock: Clock) -> None:
         self._database = database
-        self._transport = transport
+        self._send = send
         self._clock = clock
 
     async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
@@ -545,7 +545,7 @@ class SqlDeadLetters:
             result: Any = await session.execute(tables.DELETE_DEAD_LETTER, {"letter": letter.id})
             if result.rowcount == 0:
                 return False
-            await self._transport.send([letter.again()])
+            await self._send([letter.again()])
         return True
 
 

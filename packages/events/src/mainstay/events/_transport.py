@@ -10,7 +10,7 @@ from zlib import crc32
 
 from mainstay.core import Health
 from mainstay.events._dispatch import Assignment
-from mainstay.events.metadata import ID, Headers, Outgoing, Record
+from mainstay.events.metadata import Headers, Outgoing, Record
 
 
 class LogRecord(NamedTuple):
@@ -26,8 +26,7 @@ class LogRecord(NamedTuple):
 
 def partition_of(event: Outgoing, partitions: int) -> int:
     """The partition of an event: by its key, or spread by its id where it has none."""
-    key = dict(event.headers).get(ID, b"") if event.key is None else event.key
-    return crc32(key) % partitions
+    return crc32(event.placing_key) % partitions
 
 
 class Arrivals:

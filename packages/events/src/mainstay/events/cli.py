@@ -124,8 +124,12 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
         "group": letter.group,
         "read at": f"{letter.topic}/{letter.partition}@{letter.offset}",
         "given up": f"{letter.time:%Y-%m-%d %H:%M:%S %Z} after {letter.attempts} attempts",
-        "key": "(none)" if letter.key is None else letter.key.decode(errors="backslashreplace"),
-        "headers": [(name, value.decode(errors="backslashreplace")) for name, value in letter.headers],
-        "value": "(none)" if letter.value is None else letter.value.decode(errors="backslashreplace"),
+        "key": _text(letter.key),
+        "headers": [(name, _text(value)) for name, value in letter.headers],
+        "value": _text(letter.value),
         "error": letter.error,
     }
+
+
+def _text(value: bytes | None) -> str:
+    return "(none)" if value is None else value.decode(errors="backslashreplace")

@@ -48,7 +48,7 @@ class DeadLetter:
     @property
     def type(self) -> str:
         """The event's type, empty where the record had none."""
-        return dict(self.headers).get(TYPE, b"").decode(errors="replace")
+        return (dict(self.headers).get(TYPE) or b"").decode(errors="replace")
 
     @classmethod
     def of(cls, group: str, record: Record, error: Exception, attempts: int, time: datetime) -> DeadLetter:
@@ -64,7 +64,7 @@ class DeadLetter:
             offset=record.offset,
             key=record.key,
             value=record.value,
-            headers=tuple((name, value or b"") for name, value in record.headers),  # Kafka's may be null
+            headers=tuple(record.headers),
             error=_text(error),
             attempts=attempts,
             time=time,
@@ -73,7 +73,7 @@ class DeadLetter:
     def again(self) -> Outgoing:
         """The event as it is sent again: for its group only, so that those who handled it do not do so twice."""
         headers = [(name, value) for name, value in self.headers if name != ONLY_GROUP]
-        return Outgoing(self.topic, self.key, self.value or b"", [*headers, (ONLY_GROUP, self.group.encode())])
+        return Outgoing(self.topic, self.key, self.value, [*headers, (ONLY_GROUP, self.group.encode())])
 
 
 def _text(error: Exception) -> str:

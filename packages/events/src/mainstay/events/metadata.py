@@ -17,7 +17,8 @@ from mainstay.events.event import Event, EventDefinition, definition_of
 
 __all__ = ["Metadata"]
 
-Headers = Sequence[tuple[str, bytes]]
+Headers = Sequence[tuple[str, bytes | None]]
+"""Names and values; a foreign producer may write a header without a value."""
 
 ID = "ce_id"
 TYPE = "ce_type"
@@ -77,12 +78,17 @@ class Record(Protocol):
 
 
 class Outgoing(NamedTuple):
-    """One event, encoded, on its way to a transport."""
+    """One event, encoded, on its way to a transport; without a value only where a record without one is redriven."""
 
     topic: str
     key: bytes | None
-    value: bytes
+    value: bytes | None
     headers: Headers
+
+    @property
+    def placing_key(self) -> bytes:
+        """What chooses its partition and lane: the key, or the id where it has none, so that those are spread."""
+        return (dict(self.headers).get(ID) or b"") if self.key is None else self.key
 
 
 class Metadata:
@@ -98,7 +104,7 @@ class Metadata:
     __slots__ = ("_headers", "_record", "attempt", "group")
 
     def __init__(
-        self, record: Record, *, group: str, attempt: int = 1, headers: dict[str, bytes] | None = None
+        self, record: Record, *, group: str, attempt: int = 1, headers: dict[str, bytes | None] | None = None
     ) -> None:
         self._record = record
         self._headers = dict(record.headers) if headers is None else headers
@@ -195,8 +201,8 @@ class Metadata:
 
     @property
     def headers(self) -> Mapping[str, bytes]:
-        """Every header as it was received."""
-        return self._headers
+        """Every header that has a value, as it was received."""
+        return {name: value for name, value in self._headers.items() if value is not None}
 
     def context(self) -> Context:
         """The context that a handler of this event works in: the publisher's, caused by this event."""
@@ -207,7 +213,7 @@ class Metadata:
         return f"<Metadata {self.type} {self._text(ID)} {place} attempt {self.attempt}>"
 
 
-def context_of(headers: Mapping[str, bytes]) -> Context:
+def context_of(headers: Mapping[str, bytes | None]) -> Context:
     """The context that headers describe; malformed values are dropped, and the event itself is the cause.
 
     This runs for every event. Most carry a correlation and an id and nothing else, and both are looked at without a

@@ -163,7 +163,7 @@ async def _transport(
         )
         app.serve("log", log.sweep)
         services.append(log)
-        return log.send, log, SqlDeadLetters(database, log, app.clock)
+        return log.send, log, SqlDeadLetters(database, log.send, app.clock)
     parts = _with_kafka()
     kafka = parts.KafkaTransport(settings, app.clock)
     stack.push_async_callback(kafka.close)
@@ -178,7 +178,7 @@ async def _transport(
     app.serve("relay", relay.serve)
     app.serve("outbox", relay.measure)
     services.append(relay)
-    return outbox.send, kafka, SqlDeadLetters(database, outbox, app.clock)
+    return outbox.send, kafka, SqlDeadLetters(database, outbox.send_again, app.clock)
 
 
 def _transport_classes(settings: EventsSettings) -> Sequence[type]:

@@ -1,7 +1,7 @@
 """The tables, and the statements that touch them.
 
 Times in them are the database's own clock, in seconds since 1970. Headers are JSON pairs of name and value, the value's
-bytes as Latin-1, so that whatever a foreign producer wrote comes back as it was.
+bytes as Latin-1 or null, so that whatever a foreign producer wrote comes back as it was.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOG = sa.Table(
     sa.Column("topic", sa.Text, nullable=False),
     sa.Column("partition", sa.Integer, nullable=False),
     sa.Column("key", sa.LargeBinary),
-    sa.Column("value", sa.LargeBinary, nullable=False),
+    sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.Text, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False, server_default="0"),
     sqlite_autoincrement=True,
@@ -67,7 +67,7 @@ OUTBOX = sa.Table(
     sa.Column("lane", sa.Integer, nullable=False),
     sa.Column("topic", sa.Text, nullable=False),
     sa.Column("key", sa.LargeBinary),
-    sa.Column("value", sa.LargeBinary, nullable=False),
+    sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.Text, nullable=False),
     sqlite_autoincrement=True,
 )
@@ -99,13 +99,14 @@ SCHEMA = Schema("events", METADATA, Path(__file__).parent / "migrations")
 
 def pack_headers(headers: Headers) -> str:
     """Headers as a table keeps them."""
-    return json.dumps([(name, value.decode("latin-1")) for name, value in headers], separators=(",", ":"))
+    pairs = [(name, None if value is None else value.decode("latin-1")) for name, value in headers]
+    return json.dumps(pairs, separators=(",", ":"), ensure_ascii=False)  # a byte takes two at most, and not six
 
 
 def unpack_headers(text: str) -> Headers:
     """What `pack_headers` was given."""
-    pairs: list[tuple[str, str]] = json.loads(text)
-    return [(name, value.encode("latin-1")) for name, value in pairs]
+    pairs: list[tuple[str, str | None]] = json.loads(text)
+    return [(name, None if value is None else value.encode("latin-1")) for name, value in pairs]
 
 
 def _binds(table: sa.Table, *names: str) -> dict[str, sa.BindParameter[Any]]:

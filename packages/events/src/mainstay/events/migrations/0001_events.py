@@ -22,7 +22,7 @@ def upgrade() -> None:
         sa.Column("topic", sa.Text, nullable=False),
         sa.Column("partition", sa.Integer, nullable=False),
         sa.Column("key", sa.LargeBinary),
-        sa.Column("value", sa.LargeBinary, nullable=False),
+        sa.Column("value", sa.LargeBinary),
         sa.Column("headers", sa.Text, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False, server_default=sa.text(now)),
         sqlite_autoincrement=True,
@@ -51,7 +51,7 @@ def upgrade() -> None:
         sa.Column("lane", sa.Integer, nullable=False),
         sa.Column("topic", sa.Text, nullable=False),
         sa.Column("key", sa.LargeBinary),
-        sa.Column("value", sa.LargeBinary, nullable=False),
+        sa.Column("value", sa.LargeBinary),
         sa.Column("headers", sa.Text, nullable=False),
         sqlite_autoincrement=True,
     )
