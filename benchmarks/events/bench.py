@@ -23,7 +23,9 @@ from mainstay.core import SYSTEM_CLOCK, App, Context, Retry
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
-from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._dispatch import Dispatcher
+from mainstay.events._failure import Failures
 from mainstay.events.metadata import encode, envelope
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
@@ -106,7 +108,8 @@ async def dispatch_rows(*, quick: bool) -> AsyncIterator[Row]:
     async def dispatched() -> float:
         route = Route("bench.paid", "bench")
         route.reads(Paid, _nothing, wants_metadata=False, retry=Retry())
-        dispatcher = Dispatcher("bench", {"bench.paid": route}, concurrency=64, bury=_bury, clock=SYSTEM_CLOCK)
+        failures = Failures("bench", bury=_bury, clock=SYSTEM_CLOCK)
+        dispatcher = Dispatcher("bench", {"bench.paid": route}, concurrency=64, failures=failures, clock=SYSTEM_CLOCK)
         assignments = [Assignment("bench", number) for number in range(PARTITIONS)]
         started = time.perf_counter()
         for parts in by_partition:

@@ -13,7 +13,9 @@ import pytest
 from mainstay.core import Context, FullJitter, MainstayError, Retry, current
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.events import DecodeError, Event, Metadata
-from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._dispatch import Dispatcher
+from mainstay.events._failure import Failures
 from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import encode, envelope
 
@@ -53,8 +55,9 @@ class Bench:
         self.route = Route("dispatch.made", "g")
         policy = Retry(attempts=3, wait=FullJitter(1.0, 1.0)) if retry is None else retry
         self.route.reads(Made, handler, wants_metadata=metadata, retry=policy)
+        failures = Failures("g", bury=self._bury, clock=self.clock)
         self.dispatcher = Dispatcher(
-            "g", {"dispatch.made": self.route}, concurrency=concurrency, bury=self._bury, clock=self.clock
+            "g", {"dispatch.made": self.route}, concurrency=concurrency, failures=failures, clock=self.clock
         )
 
     async def _bury(self, delivery: Delivery, error: Exception) -> None:

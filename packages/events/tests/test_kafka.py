@@ -30,7 +30,7 @@ from mainstay.events import (
     PublishError,
     RedriveError,
 )
-from mainstay.events._dispatch import Assignment
+from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
 from mainstay.events.metadata import Outgoing
 from mainstay_servers import Kafka

@@ -9,7 +9,9 @@ from mainstay.core import App
 from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, Event, EventRouter, EventsModule, EventsSettings
-from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._dispatch import Dispatcher
+from mainstay.events._failure import Failures
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter
 
@@ -71,7 +73,9 @@ async def test_a_header_without_a_value_is_as_if_it_were_not_there(name: str) ->
     route = Route("poison.fussy", "g")
     settings = EventsSettings(transport="memory")
     route.reads(Fussy, handle, wants_metadata=False, retry=settings.retry())
-    dispatcher = Dispatcher("g", {"poison.fussy": route}, concurrency=1, bury=bury, clock=App().clock)
+    clock = App().clock
+    failures = Failures("g", bury=bury, clock=clock)
+    dispatcher = Dispatcher("g", {"poison.fussy": route}, concurrency=1, failures=failures, clock=clock)
     assignment = Assignment("poison", 0)
     headers = {"ce_type": b"poison.fussy", "ce_id": b"1", name: None}
     record = LogRecord("poison", 0, 0, b"k", b'{"name":"good"}', list(headers.items()))
@@ -79,7 +83,7 @@ async def test_a_header_without_a_value_is_as_if_it_were_not_there(name: str) ->
     assert await dispatcher.settle([assignment], 10)
     await dispatcher.stop()
     assert (seen, buried) == (["good"], [])
-    letter = DeadLetter.of("g", record, ValueError(), 1, App().clock.now())
+    letter = DeadLetter.of("g", record, ValueError(), 1, clock.now())
     assert dict(letter.headers)[name] is None
 
 

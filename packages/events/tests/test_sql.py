@@ -16,7 +16,7 @@ from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.database.testing import expire_lease
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
-from mainstay.events._dispatch import Assignment
+from mainstay.events._delivery import Assignment
 from mainstay.events._sql import Snapshot, SqlSource, SqlTransport
 from mainstay.events.metadata import Record, encode, envelope
 from mainstay.events.tables import INSERT_LOG, LOG, OFFSETS, pack_headers, unpack_headers

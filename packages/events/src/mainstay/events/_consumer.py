@@ -8,7 +8,9 @@ import math
 from collections.abc import Collection, Sequence
 
 from mainstay.core import Clock, Drain, Health, spawn
-from mainstay.events._dispatch import Assignment, Delivery, Dispatcher, Route
+from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._dispatch import Dispatcher
+from mainstay.events._failure import Failures
 from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
@@ -67,8 +69,9 @@ class Consumer:
         self._serving = False
 
     def _new_dispatcher(self) -> Dispatcher:
+        failures = Failures(self.group, bury=self._bury, clock=self._clock)
         return Dispatcher(
-            self.group, self._routes, concurrency=self._concurrency, bury=self._bury, clock=self._clock
+            self.group, self._routes, concurrency=self._concurrency, failures=failures, clock=self._clock
         )  # fmt: skip
 
     async def serve(self, drain: Drain) -> None:

@@ -27,17 +27,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any, NamedTuple
+from functools import partial
 
 from pydantic import ValidationError
 
-from mainstay.core import Clock, ConfigurationError, Later, MainstayError, Outcome, Retry, RetryState, rebind, spawn
-from mainstay.events._metrics import FAILED, SKIPPED, handler_seconds
-from mainstay.events._sparing import Sparing
+from mainstay.core import Clock, Later, rebind, spawn
+from mainstay.events._delivery import Assignment, Delivery, Handling, Route
+from mainstay.events._failure import Again, Failures
+from mainstay.events._metrics import SKIPPED
 from mainstay.events.errors import DecodeError
-from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
 
 _log = logging.getLogger("mainstay.events")
@@ -46,91 +46,6 @@ _TURNS = 64
 """Events that a caller may handle without giving the loop to others."""
 _CANCELLATIONS = 3
 """How often a handler that swallows its cancellation is cancelled, a second apart, before it is left behind."""
-_BURY_SECONDS = (1.0, 30.0)
-"""The first and the longest wait before a dead letter that could not be stored is tried again."""
-
-
-class Assignment:
-    """A partition while this process holds it: what was handed out, and how far it is finished."""
-
-    __slots__ = ("finished", "number", "open", "tails", "topic", "window")
-
-    def __init__(self, topic: str, number: int) -> None:
-        self.topic = topic
-        self.number = number
-        self.open = True
-        self.window: deque[Delivery] = deque()
-        self.tails: dict[bytes, Delivery] = {}
-        self.finished: Record | None = None
-
-    def __repr__(self) -> str:
-        return f"{self.topic}/{self.number}"
-
-
-class Delivery:
-    """One record on its way through a group."""
-
-    __slots__ = ("assignment", "attempt", "began_at", "done", "next", "postponed", "record", "verdict", "waited")
-
-    def __init__(self, assignment: Assignment, record: Record) -> None:
-        self.assignment = assignment
-        self.record = record
-        self.began_at: float | None = None  # when its first call began, known once that has failed
-        self.next: Delivery | None = None
-        self.done = False
-        self.attempt = 1
-        self.postponed = 0
-        self.waited = 0.0
-        self.verdict: Exception | None = None  # why it is a dead letter, once that is certain
-
-
-class Handling(NamedTuple):
-    """How one major version of a type is read, and what is called with it."""
-
-    validate: Callable[[bytes], Any]
-    call: Callable[..., Awaitable[None]]
-    wants_metadata: bool
-    retry: Retry
-
-
-class Route:
-    """What a group does with one type of event.
-
-    Args:
-        type: its name on the wire.
-        group: the consumer group, for the metrics.
-    """
-
-    __slots__ = ("_majors", "seconds", "type", "versions")
-
-    def __init__(self, type: str, group: str) -> None:
-        self.type = type
-        self.seconds = handler_seconds(type, group)
-        self.versions: dict[bytes, Handling] = {}
-        self._majors: dict[str, Handling] = {}
-
-    def reads(
-        self, event: type[Event], call: Callable[..., Awaitable[None]], *, wants_metadata: bool, retry: Retry
-    ) -> None:
-        """Read events into this class, and call this with them."""
-        definition = definition_of(event)
-        handling = Handling(event.__pydantic_validator__.validate_json, call, wants_metadata, retry)
-        self._majors[definition.major] = handling
-        self.versions[definition.version.encode()] = handling
-
-    def handling(self, version: bytes) -> Handling:
-        """The one for a version that is not exactly a declared one: any other minor version will do.
-
-        Raises:
-            DecodeError: no class has this major version.
-        """
-        text = version.decode(errors="replace")
-        handling = self._majors.get(text.partition(".")[0])
-        if handling is None:
-            known = ", ".join(f"{major}.x" for major in sorted(self._majors))
-            msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"
-            raise DecodeError(msg)
-        return handling
 
 
 class _Caller:
@@ -150,7 +65,7 @@ class Dispatcher:
         group: the consumer group.
         routes: by event type.
         concurrency: the most calls at once.
-        bury: stores a dead letter; returns when it is durable.
+        failures: decides what becomes of an event that could not be handled.
         clock: measures ages and waits between attempts.
     """
 
@@ -160,20 +75,19 @@ class Dispatcher:
         routes: Mapping[str, Route],
         *,
         concurrency: int,
-        bury: Callable[[Delivery, Exception], Awaitable[None]],
+        failures: Failures,
         clock: Clock,
     ) -> None:
         self._group = group
         self._routes = {name.encode(): route for name, route in routes.items()}
         self._concurrency = concurrency
-        self._bury = bury
+        self._failures = failures
         self._clock = clock
         self._ready: deque[Delivery] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._callers: set[_Caller] = set()
         self._progress: asyncio.Future[None] | None = None
         self._failing: set[Delivery] = set()
-        self._sparing = Sparing(clock)
         self._skipped = SKIPPED.labels(group)
         self._crash: BaseException | None = None
 
@@ -365,7 +279,15 @@ class Dispatcher:
                             route.seconds.observe(monotonic() - started)
                         clean = copy_context() == before
                 following: Delivery | None = None
-                if error is None or await self._gave_up(delivery, route, handling, error, caller.began_at):
+                again: Again | None = None
+                if error is not None:
+                    if delivery.began_at is None:
+                        delivery.began_at = caller.began_at or monotonic()
+                        self._failing.add(delivery)
+                    again = await self._failures.failed(delivery, route, handling, error)
+                if again is not None:
+                    self._clock.call_later(again.after_seconds, partial(self._hand_out, delivery))
+                else:
                     delivery.done = True
                     if delivery.began_at is not None:
                         self._failing.discard(delivery)
@@ -409,71 +331,7 @@ class Dispatcher:
             self._skipped.inc()
         return route, None
 
-    async def _gave_up(
-        self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, began_at: float
-    ) -> bool:
-        """Deal with a failure: True when the event is a dead letter now, False when it will be tried again."""
-        record = delivery.record
-        if delivery.began_at is None:
-            delivery.began_at = began_at or self._clock.monotonic()
-            self._failing.add(delivery)
-        if delivery.verdict is None:
-            where = f"{record.topic}/{record.partition}@{record.offset}"
-            if route is not None:
-                FAILED.labels(route.type, self._group).inc()
-            # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the
-            # event and costs no attempt: an outage of a minute must not turn a minute's events into dead letters. A
-            # mistake in how the App is put together is none either: the event waits until that is mended.
-            postponed = isinstance(error, ConfigurationError) or (
-                isinstance(error, MainstayError) and error.no_effect and error.retryable
-            )
-            delay = self._delay(delivery, handling, error, postponed=postponed)
-            if delay is not None:
-                left_out = self._sparing.due(f"{type(error).__name__} {route and route.type}")
-                if left_out is not None:
-                    more = f", as did {left_out} others meanwhile" if left_out else ""
-                    _log.warning(
-                        "%s in group %s failed at attempt %d%s, again in %.2f s", where, self._group, delivery.attempt,
-                        more, delay, exc_info=error,
-                    )  # fmt: skip
-                if postponed:
-                    delivery.postponed += 1
-                else:
-                    delivery.attempt += 1
-                delivery.waited += delay
-                self._clock.call_later(delay, lambda: self._again(delivery))
-                return False
-            _log.error("%s in group %s becomes a dead letter after attempt %d", where, self._group, delivery.attempt,
-                       exc_info=error)  # fmt: skip
-            delivery.verdict = error
-            delivery.waited = 0.0
-        try:
-            await self._bury(delivery, error)
-        except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
-            # Committing now would lose the event. It stays unfinished, and so does everything behind it.
-            first, longest = _BURY_SECONDS
-            delivery.waited = min(max(first, delivery.waited * 2), longest)
-            _log.exception("a dead letter of group %s could not be stored, again in %g s", self._group, delivery.waited)
-            self._clock.call_later(delivery.waited, lambda: self._again(delivery))
-            return False
-        return True
-
-    def _delay(
-        self, delivery: Delivery, handling: Handling | None, error: Exception, *, postponed: bool
-    ) -> float | None:
-        if handling is None or isinstance(error, DecodeError):
-            return None
-        age = self._clock.monotonic() - (delivery.began_at or 0.0)
-        number = delivery.postponed + 1 if postponed else delivery.attempt
-        state = RetryState(number, Outcome.of_error(error), age, delivery.waited)
-        if not postponed:
-            return handling.retry.delay_seconds(state)
-        if not isinstance(error, ConfigurationError) and not handling.retry.retry(state):
-            return None
-        hint: float = getattr(error, "retry_after_seconds", None) or 0.0
-        return max(handling.retry.wait(state), hint)
-
-    def _again(self, delivery: Delivery) -> None:
+    def _hand_out(self, delivery: Delivery) -> None:
         if delivery.assignment.open:
             self._ready.append(delivery)
             self._wake()

@@ -36,7 +36,7 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from mainstay.core import Clock, ConfigurationError, Health, spawn
 from mainstay.database import Database
-from mainstay.events._dispatch import Assignment
+from mainstay.events._delivery import Assignment
 from mainstay.events._outbox import Wave
 from mainstay.events._transport import Reader
 from mainstay.events.dead_letters import DeadLetter

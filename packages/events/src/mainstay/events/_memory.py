@@ -10,7 +10,7 @@ from uuid import UUID
 
 from mainstay.core import Clock, Health
 from mainstay.database import Database
-from mainstay.events._dispatch import Assignment
+from mainstay.events._delivery import Assignment
 from mainstay.events._transport import Arrivals, LogRecord, Reader, arrived, partition_of
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Outgoing, Record

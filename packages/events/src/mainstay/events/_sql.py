@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from mainstay.core import Clock, Drain, Health, uuid7
 from mainstay.database import Database, FenceLost, Lease
 from mainstay.events import tables
-from mainstay.events._dispatch import Assignment
+from mainstay.events._delivery import Assignment
 from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Headers, Outgoing, Record

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from zlib import crc32
 
 from mainstay.core import Health
-from mainstay.events._dispatch import Assignment
+from mainstay.events._delivery import Assignment
 from mainstay.events.metadata import Headers, Outgoing, Record
 
 

@@ -11,7 +11,7 @@ from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import _inbox, tables
 from mainstay.events._consumer import Consumer
-from mainstay.events._dispatch import Route
+from mainstay.events._delivery import Route
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox, OutboxRelay
 from mainstay.events._sql import SqlDeadLetters, SqlTransport

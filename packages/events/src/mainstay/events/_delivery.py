@@ -1,0 +1,101 @@
+"""What is handed from transports to a group's handlers: partitions, their records, and how each type is handled."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from mainstay.core import Retry
+from mainstay.events._metrics import handler_seconds
+from mainstay.events.errors import DecodeError
+from mainstay.events.event import Event, definition_of
+from mainstay.events.metadata import Record
+
+
+class Assignment:
+    """A partition while this process holds it: what was handed out, and how far it is finished."""
+
+    __slots__ = ("finished", "number", "open", "tails", "topic", "window")
+
+    def __init__(self, topic: str, number: int) -> None:
+        self.topic = topic
+        self.number = number
+        self.open = True
+        self.window: deque[Delivery] = deque()
+        self.tails: dict[bytes, Delivery] = {}
+        self.finished: Record | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.topic}/{self.number}"
+
+
+class Delivery:
+    """One record on its way through a group."""
+
+    __slots__ = ("assignment", "attempt", "began_at", "done", "next", "postponed", "record", "verdict", "waited")
+
+    def __init__(self, assignment: Assignment, record: Record) -> None:
+        self.assignment = assignment
+        self.record = record
+        self.began_at: float | None = None  # when its first call began, known once that has failed
+        self.next: Delivery | None = None
+        self.done = False
+        self.attempt = 1
+        self.postponed = 0
+        self.waited = 0.0
+        self.verdict: Exception | None = None  # why it is a dead letter, once that is certain
+
+    @property
+    def record_name(self) -> str:
+        """Where its record is, for a log."""
+        return f"{self.record.topic}/{self.record.partition}@{self.record.offset}"
+
+
+class Handling(NamedTuple):
+    """How one major version of a type is read, and what is called with it."""
+
+    validate: Callable[[bytes], Any]
+    call: Callable[..., Awaitable[None]]
+    wants_metadata: bool
+    retry: Retry
+
+
+class Route:
+    """What a group does with one type of event.
+
+    Args:
+        type: its name on the wire.
+        group: the consumer group, for the metrics.
+    """
+
+    __slots__ = ("_majors", "seconds", "type", "versions")
+
+    def __init__(self, type: str, group: str) -> None:
+        self.type = type
+        self.seconds = handler_seconds(type, group)
+        self.versions: dict[bytes, Handling] = {}
+        self._majors: dict[str, Handling] = {}
+
+    def reads(
+        self, event: type[Event], call: Callable[..., Awaitable[None]], *, wants_metadata: bool, retry: Retry
+    ) -> None:
+        """Read events into this class, and call this with them."""
+        definition = definition_of(event)
+        handling = Handling(event.__pydantic_validator__.validate_json, call, wants_metadata, retry)
+        self._majors[definition.major] = handling
+        self.versions[definition.version.encode()] = handling
+
+    def handling(self, version: bytes) -> Handling:
+        """The one for a version that is not exactly a declared one: any other minor version will do.
+
+        Raises:
+            DecodeError: no class has this major version.
+        """
+        text = version.decode(errors="replace")
+        handling = self._majors.get(text.partition(".")[0])
+        if handling is None:
+            known = ", ".join(f"{major}.x" for major in sorted(self._majors))
+            msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"
+            raise DecodeError(msg)
+        return handling
