@@ -106,7 +106,10 @@ class Shop:
         self.shop = shop
 
 
-EARLY = ["reserve:1", "@value progress:1", "@gather:1", "0.0/book:1", "0.1/@child pack:1", "@told:1", "@signal paid:1"]
+EARLY = [
+    "reserve:1", "@value progress:1", "@gather:1", "0.0/book:1", "0.0/@end:0", "0.1/@child pack:1", "0.1/@end:0",
+    "@told:1", "@signal paid:1",
+]  # fmt: skip
 INHERITED = [*EARLY, "@sleep:1"]
 
 

@@ -90,6 +90,39 @@ async def test_it_goes_on_from_there(url: str) -> None:
         assert lines == ["before", "rate r:rate:1", "book", "rate r:rate:1", "send"]
 
 
+async def test_a_branch_may_end_otherwise_after_it(url: str) -> None:
+    """The end of a branch with a result is forgotten with what led to it: now the branch fails, and that counts."""
+    flows, world, over = WorkflowRouter(), {"rate": 1, "there": 0}, asyncio.Event()
+
+    @flows.step(harmless=True)
+    async def rate(n: int) -> int:
+        return world["rate"]
+
+    @flows.step(retry=Retry(attempts=1), exhausted="park", harmless=True)
+    async def send(n: int) -> int:
+        await over.wait()
+        return n // world["there"]
+
+    @flows.workflow(name="work")
+    async def work(n: int) -> str:
+        async def rated() -> float:
+            rate_now = await rate(n)
+            over.set()
+            return n / rate_now
+
+        try:
+            return str(await flows.gather(rated(), send(n)))
+        except ZeroDivisionError:
+            return "no rate"
+
+    async with workflows(flows, url=url) as app:
+        run = await parked(work)
+        assert "0.0/@end:0" in (await app.get(WorkflowEngine).history("r")).records
+        world |= {"rate": 0, "there": 1}
+        await app.get(WorkflowEngine).retry_from("r", "0.0/rate:1")
+        assert await run.result(WAIT) == "no rate"
+
+
 async def test_what_it_did_before_is_undone(url: str) -> None:
     """A new attempt that certainly does nothing says nothing about the one before: cancelled, the run undoes that."""
     flows, lines, world, work = service()

@@ -8,19 +8,26 @@ from typing import Any
 
 from mainstay.workflow._branch import Branch, current_branch
 from mainstay.workflow._execution import Execution
+from mainstay.workflow._history import Kind, StepState
+from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Replay
 from mainstay.workflow._verdict import NoException, describe, error_text
 from mainstay.workflow.errors import ControlFlow, Parked
 
 
 async def side_by_side(
-    branches: Sequence[Branch], awaitables: Sequence[Awaitable[Any]], *, execution: Execution, replay: Replay
+    branches: Sequence[Branch],
+    awaitables: Sequence[Awaitable[Any]],
+    *,
+    execution: Execution,
+    replay: Replay,
+    recording: Recording,
 ) -> tuple[Any, ...]:
     """Await each in its branch; all of them end before the error of the first one is raised."""
     loop = asyncio.get_running_loop()
     execution.active += len(branches) - 1
     tasks = [
-        loop.create_task(_ends(inner, awaitable, execution, replay), name=f"branch {inner.prefix}")
+        loop.create_task(_ends(inner, awaitable, execution, replay, recording), name=f"branch {inner.prefix}")
         for inner, awaitable in zip(branches, awaitables, strict=True)
     ]
     cancelled: asyncio.CancelledError | None = None
@@ -50,7 +57,7 @@ async def side_by_side(
 
 
 async def _ends(
-    branch: Branch, awaitable: Awaitable[Any], execution: Execution, replay: Replay
+    branch: Branch, awaitable: Awaitable[Any], execution: Execution, replay: Replay, recording: Recording
 ) -> tuple[BaseException | None, Any]:
     """The error or the result of one branch. Nothing but a cancellation is raised: it would end the loop."""
     current_branch.set(branch)
@@ -69,19 +76,25 @@ async def _ends(
             error = raised
         except BaseException as raised:  # noqa: BLE001  the same
             error = NoException(raised)
-        _end_of(branch, error, execution, replay)
+        _end_of(branch, error, execution, replay, recording)
     finally:
         execution.active -= 1
         execution.consider_leaving()
     return error, result
 
 
-def _end_of(branch: Branch, error: BaseException | None, execution: Execution, replay: Replay) -> None:
-    """Stop at a branch that ends before its record does: no other may go on beside it."""
+def _end_of(
+    branch: Branch, error: BaseException | None, execution: Execution, replay: Replay, recording: Recording
+) -> None:
+    """Record that a branch ended, or stop where it ended otherwise than on record: no other may go on beside it."""
     if execution.stopped is not None:
         return
-    by = "" if error is None else f" by {error_text(describe(error))}"
     try:
-        replay.ended(f"branch {branch.prefix} of a gather ended{by}", branch.prefix)
+        record = replay.branch_ended(branch, by="" if error is None else error_text(describe(error)))
     except Parked as signal:
         execution.stop(signal)
+        return
+    if record is not None:
+        row = recording.row(Kind.DONE, record.key, position=record.position)
+        record.state, record.seq = StepState.DONE, row["seq"]
+        recording.settle(row, executed=False)

@@ -13,6 +13,8 @@ from mainstay.core import derived_id
 Row = dict[str, Any]
 
 COMPENSATION = ":compensation"
+END = "@end:0"
+"""What the end of a branch of a gather is called, behind its prefix. Whatever a function calls is counted from 1."""
 
 
 class Kind(StrEnum):
@@ -193,6 +195,11 @@ class History:
         steps = (each for each in self.records.values() if each.position is not None and each.first >= first)
         return [each for each in steps if not step_of(each.key).startswith("@") and not each.exactly_once]
 
+    def forget_ends(self, since: int) -> None:
+        """Branches that ended after an entry may end otherwise, since a step before that is attempted again."""
+        for record in [each for each in self.records.values() if each.key.endswith("/" + END) and each.first > since]:
+            del self.records[record.key], self.places[branch_of(record.key), record.position or 0]
+
     def put(self, key: str, position: int | None) -> StepRecord:
         """A new record, in its place."""
         record = self.records[key] = StepRecord(key, position)
@@ -232,6 +239,7 @@ def _resume(history: History) -> None:
 
 
 def _retry(history: History, key: str) -> None:
+    history.forget_ends(history.records[key].first)
     for record in history.from_step(key):
         record.maybe = record.maybe or record.may_have_happened
         record.state = StepState.OPEN
@@ -269,6 +277,7 @@ def _add(history: History, entry: Mapping[str, Any], opened: Callable[[str], str
         record.error = info["error"]
         record.rejected = (record.seq, entry["seq"]) if info.get("rejected") else ()
     elif kind is Kind.REOPENED:
+        history.forget_ends(record.first)
         record.state = StepState.OPEN
         record.inherited = ""  # what is attempted again is this run's own
     else:

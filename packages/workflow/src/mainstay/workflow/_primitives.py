@@ -259,7 +259,9 @@ class Primitives:
                 record.state, record.seq = StepState.DONE, row["seq"]
                 self._recording.settle(row, executed=False)
             branches = [Branch(self, f"{branch.prefix}{number}.{place}/", branch) for place in range(len(awaitables))]
-            return await side_by_side(branches, awaitables, execution=self._execution, replay=self._replay)
+            return await side_by_side(
+                branches, awaitables, execution=self._execution, replay=self._replay, recording=self._recording
+            )
 
         try:
             return await self._primitive(branch, "@gather", lambda: str(len(awaitables)), perform)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mainstay.workflow._branch import Branch
-from mainstay.workflow._history import History, StepRecord, StepState
+from mainstay.workflow._history import END, History, StepRecord, StepState
 from mainstay.workflow.errors import Parked
 
 _REMEDY = (
@@ -69,7 +69,13 @@ class Replay:
             msg = f"the function asked for {key} where its record has {expected or 'nothing'}: {_REMEDY}"
             raise Parked(msg)
         if record is None:
-            self._refuse_after_the_end(branch, key)
+            after = self._after(branch)
+            if after is not None:  # nothing is begun in a branch whose gather is over
+                msg = (
+                    f"the function asked for {key} where its record has nothing, and goes on after that gather with "
+                    f"{after}: {_REMEDY}"
+                )
+                raise Parked(msg)
             record = self.history.put(key, position)
             record.input = arguments or None
         else:
@@ -82,18 +88,40 @@ class Replay:
         branch.busy = True
         return record
 
-    def _refuse_after_the_end(self, branch: Branch, key: str) -> None:
-        """Nothing is begun in a branch whose gather is over: what comes after it is on record."""
+    def _after(self, branch: Branch) -> str | None:
+        """What is on record after a gather that the branch is in."""
         outer = branch.outer
         while outer is not None:
             after = self.history.places.get((outer.prefix, outer.position))
             if after is not None:
-                msg = (
-                    f"the function asked for {key} where its record has nothing, and goes on after that gather with "
-                    f"{after}: {_REMEDY}"
-                )
-                raise Parked(msg)
+                return after
             outer = outer.outer
+        return None
+
+    def branch_ended(self, branch: Branch, *, by: str) -> StepRecord | None:
+        """A branch ended; the record of that, where it is new.
+
+        The end has a place in the record, so that what the branch does after its last step cannot change once it is
+        over, though its gather goes on. A failure has none: it counts when the gather raises it, and until then the
+        code may be mended.
+
+        Args:
+            branch: which.
+            by: the error; empty where it has a result.
+
+        Raises:
+            Parked: the record has something else there.
+        """
+        key = f"{branch.prefix}{END}"
+        how = f"branch {branch.prefix} of a gather ended" + (f" by {by}" if by else "")
+        self.ended(how, branch.prefix)
+        if key in self.history.records:
+            self._unread.discard(key)
+            if by:
+                msg = f"{how} where its record has a result: {_REMEDY}"
+                raise Parked(msg)
+            return None
+        return None if by or self._after(branch) is not None else self.history.put(key, branch.position)
 
     def ended(self, how: str, prefix: str = "") -> None:
         """The function ended, or a branch; that counts only where it has read all of its record.
@@ -105,7 +133,8 @@ class Replay:
         Raises:
             Parked: something is left.
         """
-        unread = [key for key in self._unread if key.startswith(prefix)] if prefix else self._unread
+        own = f"{prefix}{END}"
+        unread = [key for key in self._unread if key.startswith(prefix) and key != own] if prefix else self._unread
         if unread:
             left = min(unread, key=lambda key: self.history.records[key].seq)
             msg = f"{how} before {left}, which is in its record: {_REMEDY}"
