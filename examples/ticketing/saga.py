@@ -17,7 +17,7 @@ from mainstay.audit import AuditTrail
 from mainstay.core import FullJitter, MainstayError, Retry, given
 from mainstay.database import Database
 from mainstay.events import EventRouter
-from mainstay.workflow import Done, StepFailed, Unknown, WorkflowRouter, current_step
+from mainstay.workflow import Done, StepFailed, Unknown, WorkflowRouter, current_compensation, current_step
 from ticketing.messages import (
     PaymentCaptured,
     PaymentRefunded,
@@ -156,8 +156,7 @@ async def refund(
     The provider says what had been charged under the key. What the office had not heard of until now it books too, so
     that both ledgers tell the same story.
     """
-    key = current_step().undoes
-    assert key is not None
+    key = current_compensation().undoes
     settled = await provider.refund(key, order.id)
     if settled.charged_cents:
         async with db.transaction():

@@ -18,12 +18,14 @@ from mainstay.database import Database
 from mainstay.workflow import (
     Done,
     Failed,
+    NotInRun,
     RunParked,
     RunStatus,
     Unknown,
     WorkflowEngine,
     WorkflowFailed,
     WorkflowRouter,
+    current_compensation,
     current_step,
 )
 from mainstay.workflow.tables import history
@@ -483,3 +485,35 @@ async def test_prototype_6_a_step_with_a_limit_stays_in_the_task_of_its_run(url)
     assert len(tasks) == 3
     assert len(set(tasks)) == 1
     assert ended == ["1 of attempt 1", "2 of attempt 1", "1 of attempt 2", "2 of attempt 2"]
+
+
+async def test_a_compensation_knows_what_it_undoes(url):
+    """As a text, in each attempt at it; a step has nothing to undo, and asking is an error."""
+    flows = WorkflowRouter()
+    known: list[str] = []
+
+    @flows.step()
+    async def charge(n: int) -> int:
+        with pytest.raises(NotInRun, match="outside the code of a compensation"):
+            current_compensation()
+        return n
+
+    @charge.compensation
+    async def refund(outcome: Done[int] | Unknown, n: int) -> None:
+        info = current_compensation()
+        known.append(f"{info.name} {info.attempt} {info.undoes}")
+        assert info == current_step()
+        if info.attempt == 1:
+            raise OSError(n)
+
+    @flows.workflow(name="sell")
+    async def sell(n: int) -> None:
+        await charge(n)
+        raise LookupError(n)
+
+    async with workflows(flows, url=url):
+        with pytest.raises(WorkflowFailed):
+            await (await sell.start(1, id="r")).result(WAIT)
+    assert known == ["charge:compensation 1 r:charge:1", "charge:compensation 2 r:charge:1"]
+    with pytest.raises(NotInRun):
+        current_compensation()

@@ -25,7 +25,7 @@ from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.router import WorkflowRouter
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.signal import Signal
-from mainstay.workflow.step import Step, StepInfo, current_step
+from mainstay.workflow.step import CompensationInfo, Step, StepInfo, current_compensation, current_step
 from mainstay.workflow.value import Published, Value, ValueView
 from mainstay.workflow.workflow import Handle, RunInput, RunStatus, Workflow
 
@@ -36,6 +36,7 @@ __all__ = [
     "ApprovalView",
     "Approvals",
     "Asked",
+    "CompensationInfo",
     "Decision",
     "DecisionAttempt",
     "DecisionDenied",
@@ -71,6 +72,7 @@ __all__ = [
     "WorkflowRouter",
     "WorkflowSettings",
     "class_step",
+    "current_compensation",
     "current_step",
     "diagram",
     "parallel",

@@ -30,7 +30,7 @@ from mainstay.workflow._verdict import (
 )
 from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked
 from mainstay.workflow.outcome import Done, Failed, Unknown
-from mainstay.workflow.step import StepInfo, StepPolicy, current_info
+from mainstay.workflow.step import CompensationInfo, StepInfo, StepPolicy, current_info
 
 _log = logging.getLogger("mainstay.workflow")
 
@@ -134,7 +134,8 @@ class Effects:
             if self._execution.cancelled:
                 raise Interrupted
             call = partial(self._execution.reach.within, call)
-        info = current_info.set(StepInfo(self._keys.run_id, work.name, self._keys.of(record.key), number, work.undoes))
+        about = (self._keys.run_id, work.name, self._keys.of(record.key), number)
+        info = current_info.set(StepInfo(*about) if work.undoes is None else CompensationInfo(*about, work.undoes))
         branch = current_branch.set(None)
         voice = Voice(self._recording.values, record.key)
         silent = current_voice.set(voice)

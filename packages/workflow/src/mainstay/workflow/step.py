@@ -17,7 +17,7 @@ from mainstay.workflow._threads import Threads
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.outcome import Done, Failed, Unknown
 
-__all__ = ["Step", "StepInfo", "current_step"]
+__all__ = ["CompensationInfo", "Step", "StepInfo", "current_compensation", "current_step"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,6 +76,13 @@ class StepInfo:
     undoes: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CompensationInfo(StepInfo):
+    """What the code of a compensation may know about itself: `undoes` is always there."""
+
+    undoes: str = ""
+
+
 current_info: ContextVar[StepInfo | None] = ContextVar("mainstay_workflow_step", default=None)
 
 
@@ -88,6 +95,19 @@ def current_step() -> StepInfo:
     info = current_info.get()
     if info is None:
         msg = "current_step() was called outside the code of a step or of a compensation"
+        raise NotInRun(msg)
+    return info
+
+
+def current_compensation() -> CompensationInfo:
+    """The compensation whose code is running.
+
+    Raises:
+        NotInRun: none is: a step has nothing to undo.
+    """
+    info = current_info.get()
+    if not isinstance(info, CompensationInfo):
+        msg = "current_compensation() was called outside the code of a compensation"
         raise NotInRun(msg)
     return info
 
