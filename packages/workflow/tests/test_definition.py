@@ -8,7 +8,16 @@ from pydantic import SecretStr
 
 from mainstay.core import App, ConfigurationError, NotBoundError, Retry
 from mainstay.database import DatabaseModule, DatabaseSettings
-from mainstay.workflow import Done, Failed, NotInRun, Unknown, WorkflowModule, WorkflowRouter, current_step
+from mainstay.workflow import (
+    Done,
+    Failed,
+    NotInRun,
+    PayloadCodec,
+    Unknown,
+    WorkflowModule,
+    WorkflowRouter,
+    current_step,
+)
 
 
 def app_with(*routers):
@@ -192,6 +201,32 @@ def test_a_step_says_why_nothing_undoes_it(reason):
     assert note.policy.uncompensated == (reason,)
     (said,) = next(module for module in app.modules if isinstance(module, WorkflowModule)).describe()["steps"]
     assert said == f"note: 8 attempts, transactional, then parked, {reason}"
+
+
+def test_what_a_module_says_of_its_other_parts():
+    """Signals, values, approvals and the codec by name, and nothing where there are none."""
+    flows = WorkflowRouter()
+    flows.signal("paid", int)
+    flows.signal("cancelled", str)
+    flows.value("progress", int)
+    flows.approval("refund", int, may_decide=lambda _asked, _actor: True)
+
+    class Sealed(PayloadCodec):
+        name = "aes"
+
+        def encode(self, payload: bytes, run_id: str) -> bytes:
+            return payload
+
+        def decode(self, stored: bytes, run_id: str) -> bytes:
+            return stored
+
+    def said_of(*parts):
+        (module,) = (module for module in app_with(*parts).modules if isinstance(module, WorkflowModule))
+        return module.describe()
+
+    assert said_of(WorkflowRouter()) == {"workflows": [], "steps": []}
+    others = {"signals": ["cancelled", "paid"], "values": ["progress"], "approvals": ["refund"], "codec": ["aes"]}
+    assert said_of(flows, Sealed()) == {"workflows": [], "steps": [], **others}
 
 
 def test_a_compensation_fits_its_step():

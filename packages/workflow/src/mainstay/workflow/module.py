@@ -116,11 +116,19 @@ class WorkflowModule(Module[WorkflowSettings, WorkflowRouter | PayloadCodec]):
         return approvals
 
     def describe(self) -> Mapping[str, Sequence[str]]:
-        """The workflows, and the steps with what is done about a failure."""
+        """The workflows, the steps with what is done about a failure, and the names of whatever else there is."""
         workflows, steps = self._collect()
+        routers = self._routers()
+        others = {
+            "signals": sorted(name for router in routers for name in router.signals),
+            "values": sorted(name for router in routers for name in router.values),
+            "approvals": sorted(name for router in routers for name in router.approvals),
+            "codec": [part.name for part in self.parts if isinstance(part, PayloadCodec)],
+        }
         return {
             "workflows": [_planned(workflow) for _, workflow in sorted(workflows.items())],
             "steps": [_said(step) for _, step in sorted(steps.items())],
+            **{kind: names for kind, names in others.items() if names},
         }
 
     async def inspect(self, app: App) -> Sequence[str]:
