@@ -30,6 +30,7 @@ jobs = sa.Table(
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("owner", sa.String(50)),
     sa.Column("state", sa.String(20), nullable=False),
+    sa.Column("stop", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 kinds = sa.Table(
     "kinds",
@@ -279,6 +280,44 @@ async def test_a_fence_may_hold_an_owner_and_a_state(db, tables):
     async with db.transaction():
         await db.write(tables.add, {"id": 12, "text": "x"}, fence=fences.at(1, 1, "me"))
     assert {row.id for row in await db.read(sa.select(tables.notes.c.id))} == {9, 12}
+
+
+async def test_a_fence_may_look_at_a_flag(db, tables):
+    """A flag that another has set refuses the fences that ask for it, and no other, in writes, batches and units."""
+    async with db.transaction() as session:
+        await (await session.connection()).run_sync(jobs.metadata.create_all)
+    fences = FenceOn(jobs, jobs.c.id, jobs.c.epoch, owner_column=jobs.c.owner, flag_column=jobs.c.stop)
+    for number in (1, 2):
+        row = {"id": number, "epoch": 1, "owner": "me", "state": "open", "stop": number == 2}
+        await db.write(sa.insert(jobs), row)
+    free, told, going_on = (
+        fences.at(1, 1, "me", unflagged=True),
+        fences.at(2, 1, "me", unflagged=True),
+        fences.at(2, 1, "me"),
+    )
+    results = await asyncio.gather(
+        *(
+            db.write(tables.add, {"id": n, "text": "x"}, fence=fence)
+            for n, fence in enumerate([free, told, free, told, going_on])
+        ),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [type(None), FenceLost, type(None), FenceLost, type(None)]
+    with pytest.raises(FenceLost, match="or stop is set"):
+        async with db.batch(fence=told):
+            await db.write(tables.add, {"id": 9, "text": "x"})
+    with pytest.raises(FenceLost):
+        async with db.transaction():
+            await db.write(tables.add, {"id": 9, "text": "x"}, fence=told)
+    async with db.transaction():
+        await db.write(tables.add, {"id": 10, "text": "x"}, fence=free)
+    assert {row.id for row in await db.read(sa.select(tables.notes.c.id))} == {0, 2, 4, 10}
+
+
+def test_a_flag_is_named_where_the_fence_has_one(tables):
+    """A fence that has no flag to look at would never refuse."""
+    with pytest.raises(ValueError, match="asks for a flag, which no column has"):
+        tables.fences.at(1, 1, unflagged=True)
 
 
 def test_an_owner_is_named_where_the_fence_has_one(tables):

@@ -83,6 +83,8 @@ class OneStatements:
             arguments += [list(fences.values()), [fence.id for fence in fences], [fence.epoch for fence in fences]]
             if on.owned:
                 arguments.append([fence.owner for fence in fences])
+            if on.flagged:
+                arguments.append([fence.unflagged for fence in fences])
         for part in parts.values():
             arguments += part.columns(fenced=on is not None)
         return OneStatement(self._text(on, form, list(parts.values())), arguments, fences)
@@ -143,13 +145,19 @@ def _render(on: FenceOn | None, form: Prepared | None, parts: Sequence[_Part]) -
         given = len(form.arguments({"ids": []}))
         id_type = _ID_TYPE.search(form.sql)
         assert id_type is not None  # noqa: S101  it is an `= ANY (…)` over the ids
-        id_name, epoch_name, *owner_name = on.columns
-        kinds = ["INTEGER", id_type[1], "BIGINT", *(["VARCHAR"] if owner_name else [])]
+        id_name, epoch_name, *others = on.columns
+        kinds, names = ["INTEGER", id_type[1], "BIGINT"], "n, id, epoch"
+        same = [f'fence."{id_name}" = wanted.id', f'fence."{epoch_name}" = wanted.epoch']
+        if on.owned:
+            kinds.append("VARCHAR")
+            names += ", owner"
+            same.append(f'fence."{others[0]}" = wanted.owner')
+        if on.flagged:
+            kinds.append("BOOLEAN")
+            names += ", unflagged"
+            same.append(f'NOT (wanted.unflagged AND fence."{others[-1]}")')
         arrays = ", ".join(f"${given + place}::{kind}[]" for place, kind in enumerate(kinds, 1))
         given += len(kinds)
-        names = "n, id, epoch, owner" if owner_name else "n, id, epoch"
-        same = [f'fence."{id_name}" = wanted.id', f'fence."{epoch_name}" = wanted.epoch']
-        same += [f'fence."{name}" = wanted.owner' for name in owner_name]
         pieces.append(f"fence AS ({form.sql})")
         pieces.append(
             f"held AS (SELECT wanted.n FROM unnest({arrays}) AS wanted({names}) JOIN fence ON {' AND '.join(same)})"  # noqa: S608  names of columns

@@ -27,9 +27,11 @@ class FenceOn:
         epoch_column: a number that every takeover raises.
         owner_column: names the owner; a row that names another one, or none, refuses.
         where: what must hold of the row besides; a constant condition, such as a state in which rows have owners.
+        flag_column: a boolean that others set for the owner to see, not null. A fence `at(…, unflagged=True)` refuses
+            while it is set, so that the owner cannot pass a point of no return before it has seen it.
     """
 
-    __slots__ = ("_name", "columns", "many", "one", "owned")
+    __slots__ = ("_name", "columns", "flagged", "many", "one", "owned")
 
     def __init__(
         self,
@@ -39,10 +41,12 @@ class FenceOn:
         *,
         owner_column: sa.Column[Any] | None = None,
         where: sa.ColumnElement[bool] | None = None,
+        flag_column: sa.Column[Any] | None = None,
     ) -> None:
         self._name = table.name
         self.owned = owner_column is not None
-        seen = [epoch_column] if owner_column is None else [epoch_column, owner_column]
+        self.flagged = flag_column is not None
+        seen = [column for column in (epoch_column, owner_column, flag_column) if column is not None]
         self.columns = tuple(column.name for column in (id_column, *seen))
         conditions = [] if where is None else [where]
         # Locked in the order of ids, or two batches could wait for each other.
@@ -58,16 +62,22 @@ class FenceOn:
             .with_for_update(read=True)
         )
 
-    def at(self, id: Hashable, epoch: int, owner: str | None = None) -> Fence:
+    def at(self, id: Hashable, epoch: int, owner: str | None = None, *, unflagged: bool = False) -> Fence:
         """The fence of the owner who took the row `id` at `epoch`.
 
+        Args:
+            unflagged: it refuses while the row's flag is set, too.
+
         Raises:
-            ValueError: an owner is named and the table has no column for it, or the other way round.
+            ValueError: an owner or the flag is named and the table has no column for it, or an owner is missing.
         """
         if (owner is not None) != self.owned:
             msg = f"{self!r}.at({id!r}, …) {'lacks an owner' if self.owned else 'names an owner, which no column has'}"
             raise ValueError(msg)
-        return Fence(self, id, epoch, owner)
+        if unflagged and not self.flagged:
+            msg = f"{self!r}.at({id!r}, …) asks for a flag, which no column has"
+            raise ValueError(msg)
+        return Fence(self, id, epoch, owner, unflagged)
 
     def __repr__(self) -> str:
         return f"<FenceOn {self._name}>"
@@ -81,12 +91,18 @@ class Fence:
     id: Hashable
     epoch: int
     owner: str | None = None
+    unflagged: bool = False
 
     def holds(self, found: Sequence[Any] | None) -> bool:
         """Whether the row that the fence's statement found, if any, is still this owner's."""
-        return found is not None and found[0] == self.epoch and (self.owner is None or found[1] == self.owner)
+        if found is None or (self.unflagged and found[-1]):
+            return False
+        return bool(found[0] == self.epoch and (self.owner is None or found[1] == self.owner))
 
     def lost(self) -> str:
         """The sentence for `FenceLost`."""
         mine = f"epoch {self.epoch}" if self.owner is None else f"epoch {self.epoch} of {self.owner}"
-        return f"{self.on._name} {self.id!r} is no longer at {mine}: another owner has taken over, or it has ended"
+        flag = f", or {self.on.columns[-1]} is set" if self.unflagged else ""
+        return (
+            f"{self.on._name} {self.id!r} is no longer at {mine}: another owner has taken over, or it has ended{flag}"
+        )

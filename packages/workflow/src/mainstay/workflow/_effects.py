@@ -28,7 +28,7 @@ from mainstay.workflow._verdict import (
     NoException,
     describe,
 )
-from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked
+from mainstay.workflow.errors import CancelRequested, ControlFlow, Parked
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import CompensationInfo, StepInfo, StepPolicy, current_info
 
@@ -87,7 +87,10 @@ class Effects:
         self._around.executing.taken += 1
         try:
             with execution.at_work():
-                await self._recording.append(self._intent(work, record))
+                if work.policy.pivot and self._history.has_way_back:
+                    await self._recording.end(row=self._intent(work, record), unless_cancelled=True)
+                else:
+                    await self._recording.append(self._intent(work, record))
                 # From here on the outcome is unknown, until a result or an attempt's end is recorded.
                 record.dangling = True
                 record.began += 1
@@ -165,6 +168,7 @@ class Effects:
         """One attempt at a transactional step: its writes and its record share one commit."""
         await self._recording.flush()
         written, kept, body = record.in_doubt is not None, None, None
+        unless_cancelled = work.policy.pivot and self._history.has_way_back
         row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
         record.in_doubt = row  # a cancellation may come while the commit is on its way
         try:
@@ -174,9 +178,10 @@ class Effects:
                 info = {"input": work.input, **({"pivot": True} if work.policy.pivot else {})}
                 self._recording.filled(row, body, info)
                 written = True
-                await self._recording.within_transaction(row)
+                await self._recording.within_transaction(row, unless_cancelled=unless_cancelled)
         except FenceLost:
-            raise Lost from None
+            record.in_doubt = None
+            raise await self._recording.refused(unless_cancelled=unless_cancelled) from None
         except Exception as error:
             # A commit whose end was not seen: only the history knows.
             found = await self._recording.find(row["seq"]) if written else None

@@ -185,6 +185,11 @@ class History:
         found = (record for record in self.records.values() if record.pivot and record.state is not StepState.DONE)
         return next((record for record in found if record.in_question), None)
 
+    @property
+    def has_way_back(self) -> bool:
+        """Whether no pivot is done, or may be."""
+        return not self.pivoted and self.pivot_in_question is None
+
     def from_step(self, key: str) -> list[StepRecord]:
         """What a retry from a step attempts again: it, and the steps that began later.
 

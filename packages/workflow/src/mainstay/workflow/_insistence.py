@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from mainstay.core import Clock, FullJitter, Outcome, RetryState
 from mainstay.database import CommitUnknown, FenceLost
-from mainstay.workflow.errors import Lost, Parked
+from mainstay.workflow.errors import ControlFlow, Lost, Parked
 
 _log = logging.getLogger("mainstay.workflow")
 _BACKOFF = FullJitter(initial_seconds=0.05, max_seconds=2.0)
@@ -31,15 +31,15 @@ class Insistence:
         self,
         write: Callable[[], Awaitable[None]],
         *,
-        landed: Callable[[], Awaitable[bool]] | None = None,
+        lost: Callable[[bool], Awaitable[ControlFlow | None]] | None = None,
         failed: BaseException | None = None,
     ) -> None:
         """Repeat a write until it is durable.
 
         Args:
             write: may be repeated as often as is needed.
-            landed: whether it is durable, asked where an earlier try ended in doubt: a write that takes the run from
-                this worker ends the fence of its own repetition.
+            lost: what it means that the fence refuses the write, given whether an earlier try ended in doubt; None
+                where that try is durable. Without it another worker has the run.
             failed: how a first try ended.
         """
         cancelled: asyncio.CancelledError | None = None
@@ -56,9 +56,10 @@ class Insistence:
                 cancelled = error  # what has happened is written first; then the cancellation goes on its way
                 give_up_at = min(give_up_at, self._clock.monotonic() + _GRACE_SECONDS)
             except FenceLost:
-                if attempt > 1 and landed is not None and await landed():
+                signal = Lost() if lost is None else await lost(attempt > 1)
+                if signal is None:
                     break
-                raise Lost from None
+                raise signal from None
             except Exception as error:
                 if cancelled is not None and self._clock.monotonic() > give_up_at:
                     raise cancelled from error

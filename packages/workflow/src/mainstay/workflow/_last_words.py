@@ -51,23 +51,26 @@ class LastWords:
         """From here on the run only goes back, in whichever process."""
         await self._recording.end((FAIL, {**self._claim, "failure": json.dumps(failure)}))
 
-    async def end(self, status: RunStatus, output: str | None, failure: Failure) -> None:
-        """The run has ended; its parent has news."""
+    async def end(self, status: RunStatus, output: str | None, failure: Failure, *, unless_cancelled: bool) -> None:
+        """The run has ended; its parent has news. Raises what `Recording.end` does."""
         kept = None if failure is None else json.dumps(failure)
         values = {**self._claim, "status": status, "output": self._recording.sealed(output), "failure": kept}
         news = [] if self._parent is None else [(ROUSE, {"run": self._parent})]
-        await self._recording.end((END, values), *news)
+        await self._recording.end((END, values), *news, unless_cancelled=unless_cancelled)
         if self._parent is not None:
             self._around.wake(self._parent)
 
-    async def go_on(self, following: Continued) -> None:
-        """Begin the next generation of the run: with the new input, and without anything that this one did."""
+    async def go_on(self, following: Continued, *, unless_cancelled: bool) -> None:
+        """Begin the next generation of the run: with the new input, and without anything that this one did.
+
+        Raises what `Recording.end` does.
+        """
         run = {"run": self._run_id}
         following_input = self._recording.sealed(following.input)
         again = {**self._claim, "next_version": following.version, "next_input": following_input}
         kept = {**run, "kept_seconds": self._around.keep_signals_seconds}
         forgotten = ((FORGET_HISTORY, run), (FORGET_RECEIVED, kept), (FORGET_SETTLED_ASKS, run))
-        await self._recording.end(*forgotten, (CONTINUE, again))
+        await self._recording.end(*forgotten, (CONTINUE, again), unless_cancelled=unless_cancelled)
         count_continued(following.workflow)
 
     async def park(self, status: RunStatus, note: str, *, cancellable: bool) -> None:

@@ -23,6 +23,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -34,7 +35,7 @@ from mainstay.workflow._history import Kind, Row, StepRecord, StepState
 from mainstay.workflow._insistence import Insistence, worth_repeating
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._values import Values
-from mainstay.workflow.errors import Lost, Parked, PayloadUnreadable
+from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked, PayloadUnreadable
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET, SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
@@ -189,20 +190,40 @@ class Recording:
             except BaseException as error:  # noqa: BLE001  judged there
                 await self._insist.on(self._write_buffer, failed=error)
 
-    async def end(self, *changes: tuple[Any, Mapping[str, Any]], row: Row | None = None) -> None:
-        """Write what is waiting, `row`, changes of other tables and the steps' newest values in one commit."""
+    async def end(
+        self, *changes: tuple[Any, Mapping[str, Any]], row: Row | None = None, unless_cancelled: bool = False
+    ) -> None:
+        """Write what is waiting, `row`, changes of other tables and the steps' newest values in one commit.
+
+        Args:
+            changes: statements with their values.
+            row: an entry.
+            unless_cancelled: there is no way back from it, so it is refused once a cancellation was accepted.
+
+        Raises:
+            CancelRequested: one was.
+            Lost: the run belongs to somebody else.
+            Parked: the database refuses it for good.
+        """
+        fence = replace(self._fence, unflagged=unless_cancelled)
 
         async def write() -> None:
             async with self._turn:
                 rows, held = list(self._buffer), self._held
-                async with self._database.batch(fence=self._fence, route=self.run_id):
+                async with self._database.batch(fence=fence, route=self.run_id):
                     if rows or row is not None:
                         await self._database.write(self._append, rows if row is None else [*rows, row])
                     for statement, values in [*changes, *self.values.left()]:
                         await self._database.write(statement, [values])
                 self._written(rows, held)
 
-        await self._insist.on(write, landed=self._has_left)
+        async def lost(again: bool) -> ControlFlow | None:  # noqa: FBT001  whether it was tried before
+            found = await self._claimed()
+            if again and found is not None and found.status != "running":
+                return None  # this was the claim's last word
+            return await self.refused(unless_cancelled=unless_cancelled)
+
+        await self._insist.on(write, lost=lost)
 
     async def publish(self, record: StepRecord, name: str) -> None:
         """Set a value of the run to the input of a record, in one commit with the entry that says so."""
@@ -225,10 +246,16 @@ class Recording:
             _log.error("run %s: its values cannot be written: %s", self.run_id, error)
         return None
 
-    async def _has_left(self) -> bool:
-        """Whether this claim's last word is in the database: the run is at its epoch, and no worker executes it."""
+    async def _claimed(self) -> sa.Row[Any] | None:
+        """The run's row, while it is at the epoch of this claim."""
         found = await self.read(CLAIM, {"run": self.run_id})
-        return bool(found) and found[0].epoch == self._fence.epoch and found[0].status != "running"
+        return found[0] if found and found[0].epoch == self._fence.epoch else None
+
+    async def refused(self, *, unless_cancelled: bool) -> ControlFlow:
+        """Why the fence refused a write."""
+        found = await self._claimed() if unless_cancelled else None
+        cancelled = found is not None and found.status == "running" and found.cancel_requested
+        return CancelRequested() if cancelled else Lost()
 
     async def with_effect(self, row: Row, effect: Callable[[], Awaitable[None]]) -> None:
         """Run an effect that only writes to the database; its rows, `row` and what is waiting share one commit.
@@ -276,12 +303,14 @@ class Recording:
         found = await self.find(row["seq"])
         return found is not None and found[0] == row["kind"]
 
-    async def within_transaction(self, row: Row) -> None:
-        """Write an entry on the unit of work that is open, holding the run's fence until its commit."""
-        try:
-            await self._database.write(APPEND_ONCE, [row], fence=self._fence, route=self.run_id)
-        except FenceLost:
-            raise Lost from None
+    async def within_transaction(self, row: Row, *, unless_cancelled: bool) -> None:
+        """Write an entry on the unit of work that is open, holding the run's fence until its commit.
+
+        Raises:
+            FenceLost: `refused` says why, after the transaction.
+        """
+        fence = replace(self._fence, unflagged=unless_cancelled)
+        await self._database.write(APPEND_ONCE, [row], fence=fence, route=self.run_id)
 
     async def find(self, seq: int) -> tuple[str, str | None] | None:
         """Kind and body of the entry, if it is in the history."""

@@ -183,10 +183,14 @@ class Run:
         if self._failure is None:
             # An unknown step is not left behind, even where the function found another way.
             await self._back(only_unknown=True)
-            if self._next is not None:
-                await self._last.go_on(self._next)
-                return None
-            return await self._end(RunStatus.COMPLETED, output)
+            try:
+                if self._next is not None:
+                    await self._last.go_on(self._next, unless_cancelled=self._history.has_way_back)
+                    return None
+                return await self._end(RunStatus.COMPLETED, output, unless_cancelled=self._history.has_way_back)
+            except CancelRequested:  # accepted elsewhere, after this worker's last look
+                await self._fail(self._why)
+        assert self._failure is not None  # noqa: S101  without one it has ended above
         self.status = RunStatus.COMPENSATING
         await self._back(only_unknown=False)
         cancelled = self._failure["type"] == CANCELLED["type"]
@@ -243,6 +247,7 @@ class Run:
         if (stopped is None or isinstance(stopped, Continued)) and self._may_cancel():
             stopped = CancelRequested()
         if isinstance(stopped, CancelRequested):
+            self._cancel = True  # accepted elsewhere, it may be known by the refusal of a pivot only
             if not self._may_cancel():  # a pivot beside the branch that was told was done meanwhile: only forward
                 raise Released
             await self._fail(self._why)
@@ -297,8 +302,8 @@ class Run:
 
     # How it leaves the worker
 
-    async def _end(self, status: RunStatus, output: str | None) -> End:
-        await self._last.end(status, output, self._failure)
+    async def _end(self, status: RunStatus, output: str | None, *, unless_cancelled: bool = False) -> End:
+        await self._last.end(status, output, self._failure, unless_cancelled=unless_cancelled)
         self.status = status
         return status, output, self._failure
 
@@ -329,7 +334,7 @@ class Run:
         return self._cancel and self._has_way_back()
 
     def _has_way_back(self) -> bool:
-        return not self._going_back and not self._history.pivoted and self._history.pivot_in_question is None
+        return not self._going_back and self._history.has_way_back
 
 
 def _deadline(clock: Clock, left_seconds: float | None) -> float | None:

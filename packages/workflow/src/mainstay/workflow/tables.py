@@ -176,8 +176,16 @@ asks = sa.Table(
     sa.Index("mainstay_workflow_asks_open", "asked_at", postgresql_where=sa.text("open"), sqlite_where=sa.text("open")),
 )
 
-# A run that has ended, or waits, has no owner: then its last one cannot write either.
-RUN_FENCE = FenceOn(runs, runs.c.id, runs.c.epoch, owner_column=runs.c.worker, where=runs.c.status == "running")
+# A run that has ended, or waits, has no owner: then its last one cannot write either. And a cancellation that was
+# accepted is not overtaken by what cannot be undone.
+RUN_FENCE = FenceOn(
+    runs,
+    runs.c.id,
+    runs.c.epoch,
+    owner_column=runs.c.worker,
+    where=runs.c.status == "running",
+    flag_column=runs.c.cancel_requested,
+)
 
 SCHEMA = Schema("workflow", metadata, Path(__file__).parent / "migrations")
 
@@ -570,7 +578,7 @@ OF_WORKER = sa.select(runs.c.id, runs.c.epoch, runs.c.cancel_requested).where(
     runs.c.worker == sa.bindparam("owner"), runs.c.status == "running"
 )
 NOW = sa.select(database_now())
-CLAIM = sa.select(runs.c.epoch, runs.c.status).where(runs.c.id == sa.bindparam("run"))
+CLAIM = sa.select(runs.c.epoch, runs.c.status, runs.c.cancel_requested).where(runs.c.id == sa.bindparam("run"))
 WORKERS = sa.select(runs.c.worker).where(runs.c.status == "running").distinct()
 ENTRIES = (
     sa.select(history, database_now().label("now"))

@@ -108,8 +108,12 @@ class Handle(Generic[T]):
     async def cancel(self) -> None:
         """Ask for the run to be cancelled: it stops at the next boundary between steps, and compensates.
 
+        Once this returns the run does not complete, go on with new input or begin a pivot, in whichever process it is
+        executed. Only a pivot that is being executed already may still be done, unless it is transactional; the run
+        then goes forward to its end.
+
         Raises:
-            RunStateError: it has ended.
+            RunStateError: it has ended, is past its pivot, or is parked with a pivot that may have taken effect.
             RunNotFound: it does not exist.
         """
         await self._engine.cancel(self.id)
