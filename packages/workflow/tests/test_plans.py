@@ -30,7 +30,7 @@ from mainstay.workflow.tables import (
 from mainstay.workflow.testing import workflows
 
 ENDED, SLEEPING = 50_000, 20_000
-CLAIMS = Claims([("work", 1), ("other", 2)])
+CLAIMS = Claims({("work", 1): None, ("other", 2): 60.0})
 ENDS = Ended({RunStatus.COMPLETED: 1e6, RunStatus.FAILED: 1e6})
 
 LOOKS: dict[str, tuple[Any, dict[str, Any]]] = {

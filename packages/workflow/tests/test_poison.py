@@ -71,7 +71,7 @@ async def w(n: int) -> int:
 @pytest.mark.parametrize("killer", ["r000", "r617"])
 async def test_one_run_of_a_thousand_is_alone_after_some_ten_deaths(url, killer):
     """Every death halves the company of the one that kills; a group without it gets further and is out of it."""
-    claims = Claims([("w", 1)])
+    claims = Claims({("w", 1): None})
     async with workflows(flows, url=url, serve=False) as app:
         database = app.get(Database)
         row = {"workflow": "w", "version": 1, "status": "queued", "epoch": 0, "attempts": 0, "progress": 0}

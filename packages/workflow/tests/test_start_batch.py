@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from mainstay.cli import main
 from mainstay.core import App
 from mainstay.database import Database
-from mainstay.workflow import RunConflict, RunParked, RunStatus, WorkflowEngine, WorkflowRouter
+from mainstay.workflow import RunConflict, RunParked, RunStatus, WorkflowEngine, WorkflowFailed, WorkflowRouter
 from mainstay.workflow.tables import runs
 from mainstay.workflow.testing import explore, workflows
 
@@ -170,6 +170,52 @@ async def test_a_name_is_enough_where_the_code_is_elsewhere(postgres: str) -> No
         for wrong, parameter in (({"times": 1}, "order"), ({**good, "tmies": 2}, "tmies")):
             with pytest.raises(TypeError, match=parameter):
                 await engine.start_by_name("sell", wrong)
+
+
+async def test_a_run_that_is_started_by_name_has_the_time_limit_of_its_workflow(shared: str) -> None:
+    """The first worker that has the code gives it that, counted from the start, once; a limit that was named counts."""
+    stopped = asyncio.Event()
+
+    def release(limit: float | None) -> WorkflowRouter:
+        flows = WorkflowRouter()
+
+        @flows.step(harmless=True)
+        async def look(n: int) -> int:
+            stopped.set()
+            return n
+
+        @flows.workflow(name="slow", timeout_seconds=limit)
+        async def slow(n: int) -> int:
+            await look(n)
+            await flows.sleep(3_600)
+            return n
+
+        return flows
+
+    async with workflows(WorkflowRouter(), url=shared, serve=False) as app:
+        engine = app.get(WorkflowEngine)
+        await engine.start_by_name("slow", {"n": 1}, version=1, id="own")
+        await engine.start_by_name("slow", {"n": 1}, version=1, id="named", timeout_seconds=0.25)
+    async with workflows(release(0.5), url=shared, suspend_after_seconds=0.05) as app:
+        engine = app.get(WorkflowEngine)
+        for run_id, limit in (("own", "0.5"), ("named", "0.25")):
+            with pytest.raises(WorkflowFailed, match=f"the run did not end within {limit} s"):
+                await engine.ended(run_id, WAIT)
+
+    async with workflows(WorkflowRouter(), url=shared, serve=False) as app:
+        await app.get(WorkflowEngine).start_by_name("slow", {"n": 1}, version=1, id="none")
+        await app.get(WorkflowEngine).start_by_name("slow", {"n": 1}, version=1, id="stays", timeout_seconds=0.25)
+    stopped.clear()
+    async with workflows(release(None), url=shared) as app:
+        await asyncio.wait_for(stopped.wait(), WAIT)
+        with pytest.raises(WorkflowFailed, match=r"the run did not end within 0\.25 s"):
+            await app.get(WorkflowEngine).ended("stays", WAIT)
+    # A run that has begun without a limit keeps none: a release that sets one does not end it in the middle.
+    async with workflows(release(0.001), url=shared) as app:
+        engine = app.get(WorkflowEngine)
+        await engine.cancel("none")
+        with pytest.raises(WorkflowFailed, match="cancelled"):
+            await engine.ended("none", WAIT)
 
 
 def test_the_command_starts_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ class Queue:
     """The queue of the runs whose workflows a worker knows.
 
     Args:
-        workflows: their names and versions.
+        workflows: their time limits in seconds, by name and version.
         payloads: opens what the histories hold.
         max_attempts: a run that is claimed more often without getting any further is parked.
 
@@ -35,7 +35,12 @@ class Queue:
     """
 
     def __init__(
-        self, *, database: Database, workflows: Sequence[tuple[str, int]], payloads: Payloads, max_attempts: int
+        self,
+        *,
+        database: Database,
+        workflows: Mapping[tuple[str, int], float | None],
+        payloads: Payloads,
+        max_attempts: int,
     ) -> None:
         self._database = database
         self._claims = Claims(workflows)

@@ -79,6 +79,7 @@ class Run:
         self._cancel = bool(row["cancel_requested"])
         self._why = CANCELLED
         self._deadline = _deadline(surroundings.clock, row.get("left_seconds"))
+        self._limit_seconds = _limit_seconds(row)
         self._history = history
         self._keys = Keys(self.id, row.get("generation", 1))
         self._next: Continued | None = None
@@ -142,7 +143,7 @@ class Run:
 
     def _expire(self) -> None:
         """The run has had its time: it fails at the next boundary where it could be cancelled."""
-        self._why = EXPIRED | {"detail": f"the run did not end within {self.workflow.timeout_seconds:g} s"}
+        self._why = EXPIRED | {"detail": f"the run did not end within {self._limit_seconds:g} s"}
         self.cancel()
 
     def make_room(self) -> None:
@@ -335,6 +336,13 @@ class Run:
 
     def _has_way_back(self) -> bool:
         return not self._going_back and self._history.has_way_back
+
+
+def _limit_seconds(row: Mapping[str, Any]) -> float:
+    """How long the run may take, where it has a deadline."""
+    if row.get("deadline") is None:  # started here, so what is left is all of it
+        return float(row.get("left_seconds") or 0.0)
+    return round(float(row["deadline"] - row["created_at"]), 3)
 
 
 def _deadline(clock: Clock, left_seconds: float | None) -> float | None:

@@ -80,7 +80,10 @@ class Worker:
         self._due: Timer | None = None
         self._look_at = float("-inf")
         self.queue = Queue(
-            database=database, workflows=list(workflows), payloads=payloads, max_attempts=settings.max_attempts
+            database=database,
+            workflows={known: workflow.timeout_seconds for known, workflow in workflows.items()},
+            payloads=payloads,
+            max_attempts=settings.max_attempts,
         )
 
     def _new_identity(self, lease: Lease) -> Identity:

@@ -171,15 +171,16 @@ class WorkflowEngine(RunControl):
     ) -> str:
         """Begin a run of a workflow whose code this process may not have; returns its id. See `Workflow.start`.
 
-        Where the App has the workflow, the input is checked against it, and its own time limit counts. Where it has
-        not, the worker that has reads the input; what does not fit parks the run with a note that names the parameter.
+        Where the App has the workflow, the input is checked against it. Where it has not, the worker that has reads the
+        input; what does not fit parks the run with a note that names the parameter. The time limit is that of the
+        workflow either way, from this start on.
 
         Args:
             name: of the workflow.
             input: values by the names of its parameters, as JSON has them.
             version: of the workflow; without one the newest that this App has.
             id: names the run for as long as it is kept.
-            timeout_seconds: how long it may take, where the App does not have the workflow.
+            timeout_seconds: how long it may take, in place of the workflow's own, where the App does not have it.
 
         Raises:
             RunConflict: the id belongs to another workflow or to another input.

@@ -7,7 +7,7 @@ because it is unknown whether its commit arrived, finds its own rows there and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -601,13 +601,15 @@ class Claims:
     """The statements that depend on which workflows a worker knows.
 
     Args:
-        known: names and versions.
+        known: their time limits in seconds, by name and version.
     """
 
-    def __init__(self, known: Sequence[tuple[str, int]]) -> None:
-        mine = sa.or_(
-            sa.false(), *(sa.and_(runs.c.workflow == name, runs.c.version == version) for name, version in known)
-        )
+    def __init__(self, known: Mapping[tuple[str, int], float | None]) -> None:
+        named = {
+            (name, version): sa.and_(runs.c.workflow == name, runs.c.version == version) for name, version in known
+        }
+        mine = sa.or_(sa.false(), *named.values())
+        limits = [(named[key], seconds) for key, seconds in known.items() if seconds is not None]
         due = sa.and_(runs.c.status == "queued", mine, runs.c.wake_at <= _NOW)
         # Whether runs wait that may be claimed together, and the largest company of the suspects that wait, if any do.
         self.waiting = sa.select(
@@ -620,9 +622,10 @@ class Claims:
             .order_by(runs.c.wake_at)
             .limit(1)
         )
-        self.claim = _claim(due, sa.not_(_suspect))
+        self.claim = _claim(due, sa.not_(_suspect), deadline=_deadline(limits))
         # Those of one company: a group of half of it is then smaller than what any of them died in.
-        self.claim_suspects = _claim(due, _suspect, runs.c.company == sa.bindparam("together", type_=sa.Integer))
+        together = runs.c.company == sa.bindparam("together", type_=sa.Integer)
+        self.claim_suspects = _claim(due, _suspect, together, deadline=_deadline(limits))
         self.unknown = (
             sa.select(runs.c.workflow, runs.c.version, sa.func.count().label("waiting"))
             .where(runs.c.status == "queued", sa.not_(mine))
@@ -630,7 +633,19 @@ class Claims:
         )
 
 
-def _claim(*which: sa.ColumnElement[bool]) -> sa.UpdateBase:
+def _deadline(limits: Sequence[tuple[sa.ColumnElement[bool], float]]) -> sa.ColumnElement[Any]:
+    """The deadline of a run that is claimed.
+
+    A run that was started by name, in a process without the code, has none yet: the first worker that has the code
+    gives it that of its workflow.
+    """
+    if not limits:
+        return runs.c.deadline
+    first = sa.and_(runs.c.epoch == 0, runs.c.deadline.is_(None))
+    return sa.case((first, runs.c.created_at + sa.case(*limits)), else_=runs.c.deadline)
+
+
+def _claim(*which: sa.ColumnElement[bool], deadline: sa.ColumnElement[Any]) -> sa.UpdateBase:
     due = (
         sa.select(runs.c.id, _reached.label("reached"))
         .where(*which)
@@ -650,6 +665,7 @@ def _claim(*which: sa.ColumnElement[bool]) -> sa.UpdateBase:
             status="running",
             epoch=runs.c.epoch + 1,
             worker=sa.bindparam("owner"),
+            deadline=deadline,
             attempts=sa.case((further, 1), else_=runs.c.attempts + 1),
             progress=taken.c.reached,
             deaths=sa.case((further, 0), else_=runs.c.deaths),
