@@ -99,7 +99,9 @@ def run(part: Part) -> Outcome:
     if source.is_dir() and MEASURED:
         arguments += [f"--cov={source}", "--cov-report="]
     begun = time.monotonic()
-    environment = os.environ | {"COVERAGE_FILE": str(part.data)}
+    # A run starts hundreds of processes: what one of them has compiled is there for the next one, whatever the caller's
+    # environment says.
+    environment = os.environ | {"COVERAGE_FILE": str(part.data), "PYTHONDONTWRITEBYTECODE": ""}
     log = BUILD / f"{part.name}.log"  # to look at while it runs
     with log.open("w") as output:
         done = subprocess.run(
