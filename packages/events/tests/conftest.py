@@ -9,7 +9,8 @@ import pytest
 
 from mainstay.database import upgrade
 from mainstay.database.schema import SCHEMA
-from mainstay.events import _consumer, _kafka
+from mainstay.events import _consumer
+from mainstay.events._kafka import client, source
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
 
@@ -58,7 +59,8 @@ def broker(_broker: Kafka) -> Kafka:
 @pytest.fixture
 def soon_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that does not answer is given up after one second instead of five: several such waits make a stop."""
-    monkeypatch.setattr(_kafka, "_CLOSE_SECONDS", 1.0)
+    for part in (client, source):
+        monkeypatch.setattr(part, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(_consumer, "_CLOSING_SECONDS", 1.0)
 
 

@@ -16,7 +16,7 @@ from mainstay.core.testing import eventually
 from mainstay.database import Database, upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import EventConsumers, EventPublisher, EventRouter
-from mainstay.events._outbox import OutboxRelay
+from mainstay.events._relay import OutboxRelay
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, Postgres, fresh_database

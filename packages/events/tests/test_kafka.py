@@ -10,8 +10,9 @@ from uuid import UUID, uuid4
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.consumer import fetcher
+from aiokafka.errors import UnknownTopicOrPartitionError
 from aiokafka.partitioner import DefaultPartitioner
 from pydantic import SecretStr
 
@@ -32,6 +33,7 @@ from mainstay.events import (
 )
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
+from mainstay.events._kafka.client import connection
 from mainstay.events.metadata import Outgoing
 from mainstay_servers import Kafka
 
@@ -87,9 +89,10 @@ async def test_trap_07_a_batch_keeps_keys_on_their_partitions(kafka: str, prefix
         for number in range(2):
             await publisher.publish_batch([Shipped(parcel=f"p{key}", number=number) for key in range(20)])
         await publisher.publish(Shipped(parcel="p3", number=2))
-        transport = app.get(KafkaTransport)
-        wave = [Outgoing(prefix, f"p{key}".encode(), b"{}", []) for key in range(20)]
-        assert (await transport.send_wave(wave)).confirmed == set(range(20))
+        carrier = await app.get(KafkaTransport).carrier()
+        for event in [Outgoing(prefix, f"p{key}".encode(), b"{}", []) for key in range(20)]:
+            await carrier.send(prefix, carrier.place(event, await carrier.partitions(prefix)), [event])
+        carrier.close()
         await producer.start()
         for key in range(20):
             await producer.send_and_wait(prefix, b"{}", key=f"p{key}".encode())
@@ -325,11 +328,14 @@ async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix:
     transport = KafkaTransport(
         EventsSettings(transport="kafka", kafka_servers=kafka, kafka_create_topics=False), App().clock
     )
-    await transport.ensure_topic(prefix)
+    with pytest.raises(UnknownTopicOrPartitionError, match="MAINSTAY_EVENTS_KAFKA_CREATE_TOPICS"):
+        await transport.topics.ensure(prefix)
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
     await admin.start()
     try:
         assert prefix not in await admin.list_topics()
+        await admin.create_topics([NewTopic(prefix, 1, 1)])
+        await transport.topics.ensure(prefix)
     finally:
         await admin.close()
 
@@ -344,7 +350,7 @@ def test_secure_connections_are_configured_whole() -> None:
         kafka_password="hunter2",
         kafka_mechanism="SCRAM-SHA-256",
     )
-    options = KafkaTransport(settings, App().clock)._connection()
+    options = connection(settings)
     assert options["security_protocol"] == "SASL_SSL"
     assert options["sasl_mechanism"] == "SCRAM-SHA-256"
     assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("ann", "hunter2")
@@ -492,32 +498,11 @@ def _key_of(partition: int, of: int = 2) -> str:
     return next(key for key in map(str, range(100)) if place(key.encode(), numbers, numbers) == partition)
 
 
-async def test_trap_10_what_does_not_fit_into_a_batch_is_not_overtaken(kafka: str, prefix: str) -> None:
-    """Of one key a wave takes what fits and nothing behind it; the largest event travels alone."""
-    sizes = [100_000, 250_000, 10, 800_000, 10]
-    async with service(kafka, prefix, partitions=1) as app:
-        transport = app.get(KafkaTransport)
-        left = [Outgoing(prefix, b"k", bytes([48 + number]) * size, []) for number, size in enumerate(sizes)]
-        waves: list[int] = []
-        while left:
-            wave = await transport.send_wave(left)
-            assert wave.failed == {}
-            assert wave.confirmed == set(range(len(wave.confirmed)))
-            waves.append(len(wave.confirmed))
-            del left[: len(wave.confirmed)]
-    assert waves == [1, 2, 1, 1]
-    consumer = AIOKafkaConsumer(prefix, bootstrap_servers=kafka, auto_offset_reset="earliest", enable_auto_commit=False)
-    await consumer.start()
-    found = [(await asyncio.wait_for(consumer.getone(), 60)).value for _ in sizes]
-    await consumer.stop()
-    assert [(value[0] - 48, len(value)) for value in found] == list(enumerate(sizes))
-
-
 async def test_prototype_05_a_producer_does_not_carry_its_first_publisher_for_ever(kafka: str, prefix: str) -> None:
     """A producer that replaces a broken one is made while somebody publishes; what it logs later is not his."""
     async with service(kafka, prefix, partitions=1) as app:
-        transport = app.get(KafkaTransport)
-        broken = transport._producer
+        producer = app.get(KafkaTransport).producer
+        broken, producer._shared = producer._shared, None
         assert broken is not None
         began_with: dict[asyncio.Task[Any], str | None] = {}
         loop = asyncio.get_running_loop()
@@ -527,14 +512,13 @@ async def test_prototype_05_a_producer_does_not_carry_its_first_publisher_for_ev
             began_with[task] = (copy_context() if context is None else context).run(lambda: current().correlation_id)
             return task
 
-        await transport._replace_producer(broken, OSError())
         loop.set_task_factory(factory)
         try:
             with bind(correlation_id="c-first"):
                 await app.get(EventPublisher).publish(Shipped(parcel="a"))
         finally:
             loop.set_task_factory(None)
-        assert transport._producer is not broken
+        await broken.stop()
         living = [began_with[task] for task in asyncio.all_tasks() if task in began_with]
         assert len(living) > 1
         assert set(living) == {None}

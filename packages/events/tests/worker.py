@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -10,8 +11,8 @@ from pydantic import SecretStr
 
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
-from mainstay.events._outbox import OutboxRelay
+from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, _outbox
+from mainstay.events._kafka import producer
 
 EFFECTS = sa.Table(
     "effects",
@@ -56,7 +57,18 @@ async def main(options: dict[str, Any], told: Connection) -> None:
             told.send("sent")
             await asyncio.sleep(3600)
 
-        OutboxRelay._delete = never  # type: ignore[method-assign, assignment]  # the moment between sending and deleting
+        # The moment between sending and deleting.
+        _outbox.OutboxRows.delete = never  # type: ignore[method-assign, assignment]
+    if options.get("hang") == "before sending":
+        guarded = producer.Carrier._guarded
+
+        async def frozen(self: producer.Carrier, node_id: int, request: Any, **more: Any) -> object:
+            if hasattr(request, "required_acks"):
+                told.send("handed over")
+                os.kill(os.getpid(), signal.SIGSTOP)  # the client has the batch, and no byte of it is out
+            return await guarded(self, node_id, request, **more)
+
+        producer.Carrier._guarded = frozen  # type: ignore[method-assign]
     holder: list[App] = []
     routers = [] if options.get("relay only") else [recorder(options, holder)]
     app = service(options, *routers)

@@ -102,6 +102,11 @@ class Lease:
         """
         return self._clock.monotonic() < self._until
 
+    @property
+    def remaining_seconds(self) -> float:
+        """For how long it is held if it is not renewed, as `held` says; zero where it is not."""
+        return max(0.0, self._until - self._clock.monotonic())
+
     async def release(self) -> None:
         """Let others have it at once. Does nothing when it was lost; never fails, the lease ends by itself too."""
         self._until = float("-inf")

@@ -1,11 +1,12 @@
 """Typed events over Kafka or the own database: at least once, ordered by key, effects exactly once where asked."""
 
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
-from mainstay.events.errors import DecodeError, EventsError, PublishError, RedriveError
+from mainstay.events.errors import DecodeError, EventsError, PublishError, RedriveError, RefusedError
 from mainstay.events.event import Event
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.publisher import EventPublisher
+from mainstay.events.refused import RefusedEvent, RefusedEvents
 from mainstay.events.router import EventRouter
 from mainstay.events.settings import EventsSettings
 
@@ -23,4 +24,7 @@ __all__ = [
     "Metadata",
     "PublishError",
     "RedriveError",
+    "RefusedError",
+    "RefusedEvent",
+    "RefusedEvents",
 ]

@@ -221,6 +221,8 @@ class Consumer:
             return Health("ok", "not serving")
         if self._trouble is not None:
             return Health("degraded", f"group {self.group}: the transport is away ({self._trouble})")
+        if self._source is not None and self._source.absent:
+            return Health("degraded", f"group {self.group}: {'; '.join(self._source.absent.values())}")
         oldest = self._dispatcher.oldest_seconds(self._assignments)
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")

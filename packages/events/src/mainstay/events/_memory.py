@@ -105,6 +105,7 @@ class MemorySource:
         self._group = group
         self._positions = positions
         self._next: dict[Assignment, int] = {}
+        self.absent: Mapping[str, str] = {}
 
     def read_from(self, assignment: Assignment) -> None:
         """Take a partition from where the group left off."""

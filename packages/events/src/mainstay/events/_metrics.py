@@ -19,6 +19,8 @@ RELAYED = Counter("mainstay_events_relayed_total", "Outbox rows confirmed by the
 REVOKED = Counter("mainstay_events_revoked_total", "Partitions given up to other processes.", ["group"])
 LAG = Gauge("mainstay_events_lag", "Events that wait in the partitions this process holds, about.", ["group"])
 OLDEST = Gauge("mainstay_events_oldest_in_flight_seconds", "Age of the oldest unfinished event.", ["group"])
+OUTBOX_AGE = Gauge("mainstay_events_outbox_age_seconds", "Age of the oldest row that waits in the outbox.")
+OUTBOX_REFUSED = Gauge("mainstay_events_outbox_refused", "Events that the broker refused for good.")
 OUTBOX_DEPTH = Gauge("mainstay_events_outbox_depth", "Rows that wait in the outbox, at most 10,000 are counted.")
 
 

@@ -1,27 +1,16 @@
-"""The transactional outbox in front of Kafka: events commit with what they tell of, and a relay carries them on.
-
-Keys are hashed to lanes, and a lane is relayed by one process at a time, which holds its lease. A wave takes the oldest
-rows of all lanes that are held, sends one batch to each partition and deletes, by their own numbers and under the
-lease's fence, the rows of the batches that were confirmed. A batch is confirmed whole or not at all, and an event's key
-always goes to the same partition; so of the rows with one key a prefix is deleted, and what failed is the first of its
-key in the next wave. Deleting "everything up to" a position would lose rows of transactions that began earlier and
-commit later.
-
-Killed between sending and deleting, a relay's successor sends again: duplicates, in order, which an inbox recognises.
-"""
+"""The transactional outbox in front of Kafka: events commit with what they tell of, and a relay carries them on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
-from mainstay.core import Clock, Drain, Health
-from mainstay.database import Database, FenceLost, Lease
+from mainstay.core import Drain
+from mainstay.database import Database, Fence
 from mainstay.events import tables
-from mainstay.events._metrics import OUTBOX_DEPTH, RELAYED
+from mainstay.events._metrics import OUTBOX_AGE, OUTBOX_DEPTH, OUTBOX_REFUSED
 from mainstay.events._transport import Arrivals
 from mainstay.events.metadata import Outgoing
 from mainstay.events.tables import pack_headers, unpack_headers
@@ -30,31 +19,19 @@ _log = logging.getLogger("mainstay.events")
 
 LANES = 8
 """Never changed: rows of one key in two lanes could overtake each other."""
-_WAVE = 2000
-_POLL_SECONDS = 0.25
-_BACKOFF_SECONDS = (0.2, 10.0)
+BATCH_BYTES = 256 * 1024
+_PAGE = 2000
 _MEASURE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Wave:
-    """What became of the events of one wave.
+class Place(NamedTuple):
+    """A partition of a topic."""
 
-    Attributes:
-        confirmed: the indexes of those that the broker has.
-        failed: the topics that it refused, and why; what is in neither goes with the next wave.
-    """
+    topic: str
+    partition: int
 
-    confirmed: set[int]
-    failed: dict[str, BaseException]
-
-
-class Broker(Protocol):
-    """What the relay needs of a transport."""
-
-    async def send_wave(self, events: Sequence[Outgoing]) -> Wave:
-        """Send at most one batch to each partition."""
-        ...
+    def __str__(self) -> str:
+        return f"topic {self.topic}, partition {self.partition}"
 
 
 class Outbox:
@@ -62,13 +39,17 @@ class Outbox:
 
     Args:
         database: where the rows are.
-        check: refuses an event that the broker would refuse, and that would block its lane then.
+        check: refuses an event that the broker would refuse.
+
+    Attributes:
+        topics: those that this process has written to.
     """
 
     def __init__(self, database: Database, check: Callable[[Outgoing], None]) -> None:
         self._database = database
         self._check = check
         self.arrivals = Arrivals()
+        self.topics: set[str] = set()
 
     async def send(self, batch: Sequence[Outgoing]) -> None:
         """Make events durable, in the unit of work that is open."""
@@ -89,6 +70,7 @@ class Outbox:
             for event in batch
         ]
         await self._database.write(tables.INSERT_OUTBOX, rows, route=("events", rows[0]["lane"]))
+        self.topics.update(event.topic for event in batch)
         self._database.after_commit(self.arrivals.announce)
 
 
@@ -97,136 +79,95 @@ def lane_of(event: Outgoing) -> int:
     return crc32(event.placing_key) % LANES
 
 
-class OutboxRelay:
-    """Carries the outbox to the broker; its health is that of the way there.
+class OutboxRows:
+    """The rows of the outbox.
 
-    Args:
-        database: where the rows are.
-        outbox: tells when something was written in this process.
-        broker: where they go.
-        lease_seconds: how long a killed relay keeps its lanes.
-        clock: measures waits.
+    Attributes:
+        full: whether there may be more behind the last page.
+        depth, refused: how many wait, and how many were refused, when it was last measured.
     """
 
-    def __init__(
-        self, database: Database, outbox: Outbox, broker: Broker, *, lease_seconds: float, clock: Clock
-    ) -> None:
+    def __init__(self, database: Database, most_bytes: int) -> None:
         self._database = database
-        self._outbox = outbox
-        self._broker = broker
-        self._lease_seconds = lease_seconds
-        self._clock = clock
-        self._leases: dict[int, Lease] = {}
-        self._lanes_at = 0.0
-        self._paused: dict[str, tuple[float, float]] = {}  # a topic that was refused: until when, and for how long
-        self._failing_since: float | None = None
-        self._trouble = ""
-        self._depth = 0
+        self._most_bytes = most_bytes
+        self.full = False
+        self.depth = 0
+        self.refused = 0
 
-    async def serve(self, drain: Drain) -> None:
-        """Relay until the drain begins, whatever happens to broker and database."""
-        try:
-            with self._outbox.arrivals.told_to(drain.wake):
-                await self._relay(drain)
-        finally:
-            for lease in self._leases.values():
-                await lease.release()
-            self._leases.clear()
+    async def topics(self) -> Collection[str]:
+        """Those that have rows."""
+        return [topic for (topic,) in await self._database.read(tables.OUTBOX_TOPICS) if topic is not None]
 
-    async def _relay(self, drain: Drain) -> None:
-        delay = first = _BACKOFF_SECONDS[0]
-        while not drain.begun:
-            try:
-                await self._take_lanes()
-                full = await self._wave()
-            except Exception as error:  # noqa: BLE001  broker and database come back
-                self._failed(error, delay)
-                await drain.pause(delay)
-                delay = min(delay * 2, _BACKOFF_SECONDS[1])
-            else:
-                delay = first
-                if not self._paused:
-                    self._failing_since = None
-                if not full:
-                    await drain.pause(_POLL_SECONDS, wakeable=True)
+    async def read(self, topics: Sequence[str], leases: Collection[int]) -> Sequence[Any]:
+        """The oldest rows of each topic in some lanes, in order."""
+        self.full = False
+        if not topics:
+            return ()
+        parameters: dict[str, object] = {
+            "lanes": sorted(leases),
+            "limit": _PAGE,
+            "bytes": self._most_bytes // len(topics),
+            **{f"topic_{number}": topic for number, topic in enumerate(topics)},
+        }
+        rows = await self._database.read(tables.read_outbox(len(topics), self._database.dialect), parameters)
+        self.full = len(rows) >= _PAGE or 2 * sum(event_of(row).size for row in rows) > self._most_bytes
+        return sorted(rows, key=lambda row: row.position)
 
-    def _failed(self, error: BaseException, delay: float, topic: str = "") -> None:
-        if self._failing_since is None:
-            self._failing_since = self._clock.monotonic()
-        self._trouble = f"{topic and f'topic {topic}: '}{type(error).__name__}: {error}"
-        _log.warning("the outbox could not be relayed, again in %.1f s: %s", delay, self._trouble)
-
-    async def _take_lanes(self) -> None:
-        for lane in [lane for lane, lease in self._leases.items() if not lease.held]:
-            await self._drop(lane)
-        now = self._clock.monotonic()
-        if len(self._leases) == LANES or now < self._lanes_at:
-            return
-        self._lanes_at = now + self._lease_seconds / 4
-        for lane in range(LANES):
-            if lane not in self._leases:
-                lease = await self._database.lease(f"events/outbox/{lane}", seconds=self._lease_seconds)
-                if lease is not None:
-                    self._leases[lane] = lease
-
-    async def _wave(self) -> bool:
-        """Send what waits in the lanes that are held; True when there may be more."""
-        leases = {lane: lease for lane, lease in self._leases.items() if lease.held}
-        if not leases:
-            return False
-        now = self._clock.monotonic()
-        paused = [topic for topic, (until, _) in self._paused.items() if now < until]
-        # The read is over before anything is sent: no transaction is open meanwhile.
-        rows = await self._database.read(
-            tables.READ_OUTBOX, {"lanes": sorted(leases), "paused": paused, "limit": _WAVE}
+    async def read_aside(self, place: Place, leases: Collection[int]) -> Sequence[Any]:
+        """The oldest rows that were put aside for a partition."""
+        return await self._database.read(
+            tables.READ_ASIDE[self._database.dialect],
+            {
+                "topic": place.topic,
+                "partition": place.partition,
+                "lanes": sorted(leases),
+                "limit": _PAGE,
+                "bytes": BATCH_BYTES,
+            },
         )
-        if not rows:
-            return False
-        wave = await self._broker.send_wave(
-            [Outgoing(row.topic, row.key, row.value, unpack_headers(row.headers)) for row in rows]
-        )
-        await self._delete(leases, [rows[index] for index in sorted(wave.confirmed)])
-        RELAYED.inc(len(wave.confirmed))
-        # A topic that is refused waits by itself: its rows are the oldest, and would fill every wave.
-        sent = {rows[index].topic for index in wave.confirmed} - wave.failed.keys()
-        self._paused = {topic: pause for topic, pause in self._paused.items() if topic not in sent}
-        for topic, error in wave.failed.items():
-            seconds = min(self._paused.get(topic, (0.0, _BACKOFF_SECONDS[0] / 2))[1] * 2, _BACKOFF_SECONDS[1])
-            self._paused[topic] = (now + seconds, seconds)
-            self._failed(error, seconds, topic)
-        return True
 
-    async def _delete(self, leases: Mapping[int, Lease], rows: Sequence[Any]) -> None:
-        by_lane: dict[int, list[Any]] = {}
-        for row in rows:
-            by_lane.setdefault(row.lane, []).append(row)
-        for lane, sent in by_lane.items():
-            try:
-                await self._database.write(
-                    tables.DELETE_OUTBOX, [{"sent": row.position} for row in sent], fence=leases[lane].fence
-                )
-            except FenceLost:  # its new owner sends these again
-                _log.warning("lane %d of the outbox belongs to another process now", lane)
-                await self._drop(lane)
+    async def places_aside(self, leases: Collection[int]) -> Sequence[Any]:
+        """The partitions for which rows were put aside."""
+        return await self._database.read(tables.PLACES_ASIDE, {"lanes": sorted(leases)})
 
-    async def _drop(self, lane: int) -> None:
-        """Let a lane go. Without the release it would be renewed for ever, for a relay that no longer thinks of it."""
-        if lane in self._leases:
-            await self._leases.pop(lane).release()
+    async def delete(self, rows: Sequence[Any], fence: Fence) -> None:
+        """They were confirmed."""
+        await self._database.write(tables.DELETE_OUTBOX, [{"sent": row.position} for row in rows], fence=fence)
+
+    async def put_aside(self, partition: int, rows: Sequence[Any], fence: Fence) -> None:
+        """They wait for a partition that takes none."""
+        values = [{"row": row.position, "of_partition": partition} for row in rows]
+        await self._database.write(tables.PUT_ASIDE, values, fence=fence)
+
+    async def take_back(self, rows: Sequence[Any]) -> None:
+        """They belong to another partition."""
+        values = [{"row": row.position, "of_partition": tables.NOT_ASIDE} for row in rows]
+        await self._database.write(tables.PUT_ASIDE, values)
+
+    async def refuse(self, why: str, rows: Sequence[Any], fence: Fence) -> None:
+        """They are for a person to look at."""
+        async with self._database.batch(fence=fence):
+            for row in rows:
+                await self._database.write(tables.REFUSE, {"row": row.position, "reason": why[:1000]})
+                await self._database.write(tables.DELETE_OUTBOX, {"sent": row.position})
+        self.refused += len(rows)
 
     async def measure(self, drain: Drain) -> None:
-        """Keep the depth of the outbox known until the drain begins."""
+        """Keep known how many wait, and how long the oldest does, until the drain begins."""
         while not drain.begun:
             try:
-                self._depth = (await self._database.read(tables.COUNT_OUTBOX))[0][0]
-                OUTBOX_DEPTH.set(self._depth)
+                await self._measure()
             except Exception as error:  # noqa: BLE001  a figure that is missing once
                 _log.debug("the depth of the outbox is not known", exc_info=error)
             await drain.pause(_MEASURE_SECONDS)
 
-    async def health(self) -> Health:
-        """Degraded while events wait for a broker that is away."""
-        if self._failing_since is not None:
-            seconds = self._clock.monotonic() - self._failing_since
-            return Health("degraded", f"the outbox has not been relayed for {seconds:.0f} s: {self._trouble}")
-        return Health("ok", f"{self._depth} events wait in the outbox")
+    async def _measure(self) -> None:
+        self.depth, age, self.refused = (await self._database.read(tables.MEASURE_OUTBOX[self._database.dialect]))[0]
+        OUTBOX_DEPTH.set(self.depth)
+        OUTBOX_AGE.set(max(0.0, age or 0.0))
+        OUTBOX_REFUSED.set(self.refused)
+
+
+def event_of(row: Any) -> Outgoing:
+    """The event that a row keeps."""
+    return Outgoing(row.topic, row.key, row.value, unpack_headers(row.headers))

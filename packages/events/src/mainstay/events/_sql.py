@@ -234,6 +234,7 @@ class SqlSource:
         self._remember_at = clock.monotonic() + _REMEMBER_SECONDS
         self._window_statement, self._page_statement = _STATEMENTS[database.dialect]
         self._lag: int | None = None
+        self.absent: Mapping[str, str] = {}
 
     # Reading
 

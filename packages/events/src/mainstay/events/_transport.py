@@ -85,7 +85,13 @@ class Reader(Protocol):
 
 
 class Source(Protocol):
-    """One group's reading of its topics."""
+    """One group's reading of its topics.
+
+    Attributes:
+        absent: the topics that cannot be read at the moment, and why; the others do not wait for them.
+    """
+
+    absent: Mapping[str, str]
 
     async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """The next records of `ready` partitions, at most a batch; empty after a fraction of a second without any."""

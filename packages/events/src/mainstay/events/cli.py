@@ -1,4 +1,4 @@
-"""`mainstay events`: looks at dead letters and sends them again."""
+"""`mainstay events`: looks at dead letters and refused events, and sends them again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mainstay.database import DatabaseModule
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.errors import RedriveError
 from mainstay.events.module import EventsModule
+from mainstay.events.refused import RefusedEvents
+from mainstay.events.settings import EventsSettings
 
 __all__ = ["commands"]
 
@@ -26,6 +28,8 @@ _MOST = 2**31 - 1  # no database takes a number without a limit
 commands = typer.Typer(no_args_is_help=True, help="Events: what could not be handled, and sending it again.")
 dead_letters = typer.Typer(no_args_is_help=True, help="Events that could not be handled.")
 commands.add_typer(dead_letters, name="dead-letters")
+refused = typer.Typer(no_args_is_help=True, help="Events that the broker refused for good.")
+commands.add_typer(refused, name="refused")
 
 Group = Annotated[str | None, typer.Option(help="Of this consumer group only.")]
 
@@ -84,11 +88,69 @@ def redrive_letters(
             document([{"id": letter.id, "group": letter.group} for letter in sent])
 
 
+@refused.command("list")
+def list_refused(limit: Annotated[int, typer.Option(min=1, max=_MOST, help="At most so many.")] = 100) -> None:
+    """The refused events, the oldest first."""
+    events = _with_refused(lambda refused: refused.list(limit=limit))
+    rows = [
+        {
+            "id": event.id,
+            "published": f"{event.published_at:%Y-%m-%d %H:%M:%S}",
+            "topic": event.topic,
+            "type": event.type or "(no type)",
+            "bytes": len(event.value or b""),
+            "reason": event.reason,
+        }
+        for event in events
+    ]
+    table(("id", "published", "topic", "type", "bytes", "reason"), rows, empty="no refused events")
+
+
+@refused.command("retry")
+def retry_refused(ids: Annotated[list[int], typer.Argument(metavar="ID…", help="Which.")]) -> None:
+    """Send again, after the topic was told to take them."""
+    _each(ids, lambda refused, event: refused.retry(event), "to be sent again")
+
+
+@refused.command("discard")
+def discard_refused(ids: Annotated[list[int], typer.Argument(metavar="ID…", help="Which.")]) -> None:
+    """Delete for good."""
+    _each(ids, lambda refused, event: refused.discard(event), "discarded")
+
+
+def _each(ids: list[int], work: Callable[[RefusedEvents, int], Awaitable[None]], what: str) -> None:
+    done: list[int] = []
+
+    async def all_of_them(refused: RefusedEvents) -> None:
+        for event in ids:
+            await work(refused, event)
+            done.append(event)
+            say(f"{what}: {event}")
+
+    try:
+        _with_refused(all_of_them)
+    finally:  # also what was done before one could not be
+        if as_json():
+            document([{"id": event} for event in done])
+
+
+def _with_refused(work: Callable[[RefusedEvents], Awaitable[T]]) -> T:
+    settings = settings_of(EventsModule)
+    if not (settings.transport == "kafka" and settings.writes_database):
+        msg = "only the outbox in front of Kafka keeps events that were refused"
+        raise ConfigurationError(msg)
+    return _running(settings, lambda app: work(app.get(RefusedEvents)))
+
+
 def _with(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
     settings = settings_of(EventsModule)
     if settings.transport == "memory":
         msg = "the memory transport keeps nothing for other processes"
         raise ConfigurationError(msg)
+    return _running(settings, lambda app: work(app.get(DeadLetters)))
+
+
+def _running(settings: EventsSettings, work: Callable[[App], Awaitable[T]]) -> T:
     modules: list[Any] = []
     if settings.writes_database:
         database = settings_of(DatabaseModule).model_copy(update={"migrate": False})
@@ -96,7 +158,7 @@ def _with(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
 
     async def run() -> T:
         async with App(*modules, EventsModule.for_root(settings)) as app:
-            return await work(app.get(DeadLetters))
+            return await work(app)
 
     return asyncio.run(run())
 

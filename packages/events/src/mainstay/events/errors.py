@@ -3,7 +3,8 @@
 EventsError             SYS_EVENTS          base
 ├── PublishError        EXT_EVENTS_PUBLISH  the transport did not confirm an event: it may or may not have arrived
 ├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
-└── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
+├── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
+└── RefusedError        RES_EVENTS_REFUSED  a refused event that is not there (any more)
 
 Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is
 put together.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
-__all__ = ["DecodeError", "PublishError", "RedriveError"]
+__all__ = ["DecodeError", "PublishError", "RedriveError", "RefusedError"]
 
 
 class EventsError(MainstayError):
@@ -46,3 +47,12 @@ class RedriveError(EventsError):
     retryable = False
     no_effect = True
     public_message = "There is no such dead letter."
+
+
+class RefusedError(EventsError):
+    """No refused event has this id: it was sent again or discarded already, or never was."""
+
+    code = "RES_EVENTS_REFUSED"
+    retryable = False
+    no_effect = True
+    public_message = "There is no such refused event."

@@ -90,6 +90,12 @@ class Outgoing(NamedTuple):
         """What chooses its partition and lane: the key, or the id where it has none, so that those are spread."""
         return (dict(self.headers).get(ID) or b"") if self.key is None else self.key
 
+    @property
+    def size(self) -> int:
+        """Bytes of key, value and headers."""
+        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
+        return len(self.value or b"") + len(self.key or b"") + headers
+
 
 class Metadata:
     """What is known about one event while a handler has it.

@@ -13,12 +13,14 @@ from mainstay.events import _inbox, tables
 from mainstay.events._consumer import Consumer
 from mainstay.events._delivery import Route
 from mainstay.events._memory import MemoryTransport
-from mainstay.events._outbox import Outbox, OutboxRelay
+from mainstay.events._outbox import Outbox
+from mainstay.events._relay import OutboxRelay
 from mainstay.events._sql import SqlDeadLetters, SqlTransport
 from mainstay.events._transport import Transport
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import definition_of
 from mainstay.events.publisher import EventPublisher
+from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, one_handler_each
 from mainstay.events.settings import EventsSettings
 
@@ -103,7 +105,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 )
         if self.settings.transport == "kafka":
             topics = sorted(self.describe()["topics"])
-            found += await app.get(_with_kafka().KafkaTransport).wrong_topics(topics)
+            found += await app.get(_with_kafka().KafkaTransport).topics.wrong(topics)
         return found
 
     @asynccontextmanager
@@ -169,15 +171,22 @@ async def _transport(
     stack.push_async_callback(kafka.close)
     services.append(kafka)
     if not settings.writes_database:
-        await kafka.connect()
-        direct = parts.Direct(kafka, partial(_database_of, app))
-        return direct.send, kafka, parts.KafkaDeadLetters(kafka, app.clock)
+        await kafka.producer.connect()
+        direct = parts.Direct(kafka.producer, partial(_database_of, app))
+        return direct.send, kafka, kafka.letters()
     assert database is not None  # noqa: S101  required
     outbox = Outbox(database, parts.check_size)
-    relay = OutboxRelay(database, outbox, kafka, lease_seconds=settings.lease_seconds, clock=app.clock)
+    relay = OutboxRelay(
+        database,
+        outbox,
+        kafka,
+        lease_seconds=settings.lease_seconds,
+        most_bytes=settings.outbox_bytes,
+        clock=app.clock,
+    )
     app.serve("relay", relay.serve)
-    app.serve("outbox", relay.measure)
-    services.append(relay)
+    app.serve("outbox", relay.rows.measure)
+    services += [relay, RefusedEvents(database, outbox)]
     return outbox.send, kafka, SqlDeadLetters(database, outbox.send_again, app.clock)
 
 
@@ -187,7 +196,7 @@ def _transport_classes(settings: EventsSettings) -> Sequence[type]:
     if settings.transport == "sql":
         return (SqlTransport,)
     kafka: type = _with_kafka().KafkaTransport
-    return (kafka, OutboxRelay) if settings.writes_database else (kafka,)
+    return (kafka, OutboxRelay, RefusedEvents) if settings.writes_database else (kafka,)
 
 
 def _database_of(app: App) -> Database | None:

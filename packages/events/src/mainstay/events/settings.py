@@ -24,6 +24,7 @@ class EventsSettings(Settings):
             `order.placed` and `order.paid` share the topic `order` and one order's events keep their order.
         outbox: `kafka` only, there on by default. Events are written to the Database, in the unit of work that is open,
             and relayed from there; without it `publish` waits for the broker. The `sql` log is its own outbox.
+        outbox_bytes: how much of the outbox is in memory at once while it is relayed.
         concurrency: how many events each consumer group of a process handles at once.
         retry_attempts: how often a handler is called before its event becomes a dead letter, unless `on(retry=…)` says
             it.
@@ -47,6 +48,7 @@ class EventsSettings(Settings):
     partitions: int = Field(default=8, ge=1, le=1024)
     topics: dict[str, str] = Field(default_factory=dict[str, str])
     outbox: bool | None = None
+    outbox_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
     concurrency: int = Field(default=64, ge=1, le=10_000)
     retry_attempts: int = Field(default=5, ge=1)
     retry_initial_seconds: float = Field(default=0.2, ge=0, allow_inf_nan=False)
@@ -71,7 +73,9 @@ class EventsSettings(Settings):
         for field in sorted(self.model_fields_set):
             if getattr(self, field) is None:
                 continue
-            if self.transport != "kafka" and (field.startswith("kafka_") or field in {"outbox", "send_seconds"}):
+            if self.transport != "kafka" and (
+                field.startswith("kafka_") or field in {"outbox", "outbox_bytes", "send_seconds"}
+            ):
                 why = (
                     "its log is its own outbox"
                     if field == "outbox" and self.transport == "sql"

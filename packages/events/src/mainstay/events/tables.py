@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,16 +61,32 @@ MEMBERS = sa.Table(
     sa.Column("topic", sa.Text, primary_key=True),
     sa.Column("expires_at", sa.Double, nullable=False),
 )
+NOT_ASIDE = -1
 OUTBOX = sa.Table(
     "mainstay_events_outbox",
     METADATA,
     sa.Column("position", _BIG, primary_key=True, autoincrement=True),
     sa.Column("lane", sa.Integer, nullable=False),
     sa.Column("topic", sa.Text, nullable=False),
+    # Of a row that was put aside, the partition that takes nothing at the moment; of all others -1, since an index has
+    # an order among equal values and none among nulls.
+    sa.Column("aside", sa.Integer, nullable=False, server_default="-1"),
     sa.Column("key", sa.LargeBinary),
     sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False, server_default="0"),
     sqlite_autoincrement=True,
+)
+REFUSED = sa.Table(
+    "mainstay_events_refused",
+    METADATA,
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("topic", sa.Text, nullable=False),
+    sa.Column("key", sa.LargeBinary),
+    sa.Column("value", sa.LargeBinary),
+    sa.Column("headers", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
 )
 INBOX = sa.Table(
     "mainstay_events_inbox",
@@ -131,17 +148,96 @@ DELETE_OLD_LOG = _each(
 OLDEST_LOG = _each(lambda _, now: sa.select(_OLDEST.c.position).where(_OLDEST.c.created_at < now - _SECONDS).limit(1))
 
 INSERT_OUTBOX = sa.insert(OUTBOX).values(_binds(OUTBOX, "lane", "topic", "key", "value", "headers"))
-READ_OUTBOX = (
-    sa.select(OUTBOX)
-    .where(
-        OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)),
-        OUTBOX.c.topic.not_in(sa.bindparam("paused", expanding=True)),
-    )
-    .order_by(OUTBOX.c.position)
-    .limit(sa.bindparam("limit", type_=sa.Integer))
+OUTBOX_TOPICS = sa.text(
+    # One look into the index for each topic, however many rows there are.
+    "WITH RECURSIVE topics (topic) AS ("
+    "SELECT min(topic) FROM mainstay_events_outbox UNION ALL "
+    "SELECT (SELECT min(topic) FROM mainstay_events_outbox WHERE topic > topics.topic) FROM topics "
+    "WHERE topics.topic IS NOT NULL) SELECT topic FROM topics"
 )
+
+
+_POSITIONS = postgresql.ARRAY(sa.BigInteger)
+
+
+def _page(*conditions: sa.ColumnElement[bool]) -> dict[str, sa.Select[Any]]:
+    """The oldest rows that fulfil conditions, for as long as those before them are not too many bytes together."""
+    size = (
+        sa.func.coalesce(sa.func.length(OUTBOX.c.value), 0)
+        + sa.func.coalesce(sa.func.length(OUTBOX.c.key), 0)
+        + sa.func.length(OUTBOX.c.headers)
+    ).label("bytes")
+    oldest = (
+        sa.select(OUTBOX.c.position, size)
+        .where(*conditions, OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)))
+        .order_by(OUTBOX.c.position)
+        .limit(sa.bindparam("limit", type_=sa.Integer))
+        .subquery()
+    )
+    together = sa.func.sum(oldest.c.bytes).over(order_by=oldest.c.position)
+    sized = sa.select(oldest.c.position, (together - oldest.c.bytes).label("before")).subquery()
+    fit = sa.select(sized.c.position).where(sized.c.before < sa.bindparam("bytes", type_=sa.BigInteger))
+    rows = sa.select(OUTBOX).order_by(OUTBOX.c.position)
+    return {
+        "sqlite": rows.where(OUTBOX.c.position.in_(fit)),
+        # As an array it is looked up, whatever the planner thinks of how many there are.
+        "postgresql": rows.where(OUTBOX.c.position == sa.any_(sa.func.array(fit.scalar_subquery(), type_=_POSITIONS))),
+    }
+
+
+@cache
+def read_outbox(topics: int, dialect: str) -> sa.Executable:
+    """A page of each of so many topics."""
+    pages = [
+        _page(OUTBOX.c.topic == sa.bindparam(f"topic_{number}", type_=sa.Text), OUTBOX.c.aside == NOT_ASIDE)[dialect]
+        for number in range(topics)
+    ]
+    return pages[0] if topics == 1 else sa.union_all(*(sa.select(page.subquery()) for page in pages))
+
+
+READ_ASIDE = _page(
+    OUTBOX.c.topic == sa.bindparam("topic", type_=sa.Text),
+    OUTBOX.c.aside == sa.bindparam("partition", type_=sa.Integer),
+)
+PLACES_ASIDE = (
+    sa.select(OUTBOX.c.topic, OUTBOX.c.aside)
+    .where(OUTBOX.c.aside != NOT_ASIDE, OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)))
+    .distinct()
+)
+PUT_ASIDE = (
+    sa.update(OUTBOX)
+    .where(OUTBOX.c.position == sa.bindparam("row"))
+    .values(aside=sa.bindparam("of_partition", type_=sa.Integer))
+)
+_KEPT = ("position", "topic", "key", "value", "headers", "created_at")
+REFUSE = sa.insert(REFUSED).from_select(
+    [*_KEPT, "reason"],
+    sa.select(*(OUTBOX.c[name] for name in _KEPT), sa.bindparam("reason", type_=sa.Text)).where(
+        OUTBOX.c.position == sa.bindparam("row", type_=sa.BigInteger)
+    ),
+)
+_ACCEPTED = ("topic", "key", "value", "headers")
+TRY_REFUSED = sa.insert(OUTBOX).from_select(
+    ["lane", *_ACCEPTED],
+    sa.select(sa.bindparam("lane", type_=sa.Integer), *(REFUSED.c[name] for name in _ACCEPTED)).where(
+        REFUSED.c.position == sa.bindparam("row", type_=sa.BigInteger)
+    ),
+)
+LIST_REFUSED = sa.select(REFUSED).order_by(REFUSED.c.position).limit(sa.bindparam("limit", type_=sa.Integer))
+GET_REFUSED = sa.select(REFUSED).where(REFUSED.c.position == sa.bindparam("row", type_=sa.BigInteger))
+DELETE_REFUSED = sa.delete(REFUSED).where(REFUSED.c.position == sa.bindparam("row", type_=sa.BigInteger))
 DELETE_OUTBOX = sa.delete(OUTBOX).where(OUTBOX.c.position == sa.bindparam("sent"))
-COUNT_OUTBOX = sa.select(sa.func.count()).select_from(sa.select(OUTBOX.c.position).limit(10_000).subquery())
+_oldest_created_at = sa.select(OUTBOX.c.created_at).order_by(OUTBOX.c.position).limit(1).scalar_subquery()
+MEASURE_OUTBOX = _each(
+    lambda _, now: sa.select(
+        sa.select(sa.func.count())
+        .select_from(sa.select(OUTBOX.c.position).limit(10_000).subquery())
+        .scalar_subquery()
+        .label("depth"),
+        (now - _oldest_created_at).label("age"),
+        sa.select(sa.func.count()).select_from(REFUSED).scalar_subquery().label("refused"),
+    )
+)
 
 JOIN_GROUP = _each(
     lambda insert, now: (

@@ -50,10 +50,24 @@ def upgrade() -> None:
         sa.Column("position", big, primary_key=True, autoincrement=True),
         sa.Column("lane", sa.Integer, nullable=False),
         sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("aside", sa.Integer, nullable=False, server_default="-1"),
         sa.Column("key", sa.LargeBinary),
         sa.Column("value", sa.LargeBinary),
         sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("created_at", sa.BigInteger, nullable=False, server_default=sa.text(now)),
         sqlite_autoincrement=True,
+    )
+    # For each topic the rows that are to be sent, and for each partition those that were put aside, in order.
+    op.create_index("mainstay_events_outbox_topic", "mainstay_events_outbox", ["topic", "aside", "position"])
+    op.create_table(
+        "mainstay_events_refused",
+        sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("value", sa.LargeBinary),
+        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("created_at", sa.BigInteger, nullable=False),
     )
     op.create_table(
         "mainstay_events_inbox",

@@ -1,0 +1,340 @@
+"""Sending, on aiokafka's idempotent producer: what is refused or hangs concerns its own partition alone.
+
+Aiokafka tries an idempotent batch for ever and offers no way to take it back, and a batch that failed leaves a hole in
+the numbers of its partition, so that the broker refuses everything that this producer sends there from then on. A
+producer is therefore given up *for the partitions that had trouble*, and goes on for all others: a relay has
+`Carrier`s, which end with what they have not answered for, and publishing without outbox has a producer of its own for
+each topic that was ever refused.
+"""
+
+# aiokafka ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.client import ConnectionGroup
+from aiokafka.errors import (
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+)
+from aiokafka.partitioner import DefaultPartitioner
+
+from mainstay.core import ConfigurationError, spawn
+from mainstay.database import Database
+from mainstay.events._kafka.client import Contact, connection, ended
+from mainstay.events._kafka.topics import Topics
+from mainstay.events._relay import Refused, TooLarge
+from mainstay.events.errors import PublishError
+from mainstay.events.metadata import Outgoing
+from mainstay.events.settings import EventsSettings
+
+_BATCH_BYTES = 256 * 1024
+_REQUEST_BYTES = 1_048_576
+_LARGEST_BYTES = 900_000
+"""The largest event: brokers refuse 1 MiB."""
+_TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux alone has it
+
+_place_by_key = DefaultPartitioner()
+
+
+class Late(KafkaError):  # type: ignore[misc]  # aiokafka ships no types
+    """A batch was not sent, because its deadline had passed before its first byte went out."""
+
+    retriable = False
+
+
+class KafkaProducer:
+    """Everything that is sent to the cluster.
+
+    Args:
+        settings: where it is, and how long a confirmation may take.
+        topics: makes those that do not exist.
+        contact: is told how it went.
+    """
+
+    def __init__(self, settings: EventsSettings, topics: Topics, contact: Contact) -> None:
+        self._settings = settings
+        self._topics = topics
+        self._contact = contact
+        self._shared: AIOKafkaProducer | None = None
+        self._own: dict[str, AIOKafkaProducer] = {}
+        self._starting = asyncio.Lock()
+        self._endings: set[asyncio.Task[None]] = set()
+
+    async def connect(self) -> None:
+        """Make sure that the cluster answers.
+
+        Raises:
+            ConfigurationError: it does not.
+        """
+        try:
+            await self._producer_of(None)
+        except (KafkaError, OSError, TimeoutError) as error:
+            msg = (
+                f"EventsModule cannot reach Kafka at {self._settings.kafka_servers} ({type(error).__name__}): correct "
+                "MAINSTAY_EVENTS_KAFKA_SERVERS, or keep the outbox on, with which a start does not need the broker"
+            )
+            raise ConfigurationError(msg) from error
+
+    async def close(self) -> None:
+        """Disconnect, within seconds also from a broker that is away."""
+        producers = [*self._own.values(), *([] if self._shared is None else [self._shared])]
+        self._shared = None
+        self._own.clear()
+        for producer in producers:
+            self._end(ended("a Kafka producer", producer.stop(), producer.client))
+        if self._endings:
+            await asyncio.wait(self._endings)
+
+    def _end(self, ending: Coroutine[Any, Any, None]) -> None:
+        task = spawn(ending, name="events.producer.end")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def carrier(self) -> Carrier:
+        """A producer of batches, for a relay.
+
+        Raises:
+            KafkaError, OSError, TimeoutError: the cluster does not answer.
+        """
+        # In a context of its own: its tasks outlive whoever happens to need it first.
+        producer = await spawn(self._new(linger_ms=0, max_batch_size=_REQUEST_BYTES), name="events.producer")
+        return Carrier(producer, self._contact, self._end)
+
+    async def _new(self, *, linger_ms: int, max_batch_size: int) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(
+            **connection(self._settings),
+            acks="all",
+            enable_idempotence=True,
+            compression_type="lz4",
+            max_request_size=_REQUEST_BYTES,
+            linger_ms=linger_ms,
+            max_batch_size=max_batch_size,
+        )
+        try:
+            async with asyncio.timeout(self._settings.send_seconds):
+                await producer.start()
+        except BaseException as error:
+            self._contact.lost(error)
+            await ended("a Kafka producer", producer.stop(), producer.client)
+            raise
+        self._contact.made()
+        return producer
+
+    async def _producer_of(self, topic: str | None) -> AIOKafkaProducer:
+        async with self._starting:
+            if topic in self._own:
+                return self._own[topic]
+            if self._shared is None:
+                making = self._new(linger_ms=5, max_batch_size=_BATCH_BYTES)
+                self._shared = await spawn(making, name="events.producer")
+            return self._shared
+
+    async def send(self, topic: str, batch: Sequence[tuple[bytes | None, bytes | None, Sequence[Any]]]) -> None:
+        """Send keys, values and headers to one topic, and wait until all are confirmed.
+
+        Raises:
+            PublishError: not all were, within the time of the settings.
+        """
+        sent = False
+        producer: AIOKafkaProducer | None = None
+        try:
+            async with asyncio.timeout(self._settings.send_seconds):
+                await self._topics.ensure(topic)
+                producer = await self._producer_of(topic)
+                confirmations: list[Awaitable[object]] = []
+                # Enqueued one after the other, awaited together: awaiting each would cost a round trip an event.
+                for key, value, headers in batch:
+                    sent = True
+                    confirmations.append(await producer.send(topic, value, key=key, headers=headers))
+                await asyncio.gather(*confirmations)
+        except (KafkaError, OSError, TimeoutError) as error:
+            # What timed out is tried on by the client, in order; what was refused has left a hole in the numbers.
+            if producer is not None and isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError):
+                await self._part(topic, producer)
+            if isinstance(error, TimeoutError):
+                self._contact.lost(error)
+            count = "an event" if len(batch) == 1 else f"{len(batch)} events"
+            msg = f"Kafka at {self._settings.kafka_servers} did not confirm {count} for topic {topic}: {_said(error)}"
+            raise PublishError(msg, no_effect=not sent) from error
+        self._contact.made()
+
+    async def _part(self, topic: str, refused: AIOKafkaProducer) -> None:
+        """Give a topic that was refused a producer of its own; what others have in the shared one goes on."""
+        async with self._starting:
+            seen_to = self._own.get(topic, self._shared) is not refused
+            if seen_to:
+                return  # by another who was refused
+            if topic in self._own:
+                del self._own[topic]
+                self._end(ended("a Kafka producer", refused.stop(), refused.client))
+            with suppress(KafkaError, OSError, TimeoutError):  # then it begins with the shared one once more
+                making = self._new(linger_ms=5, max_batch_size=_BATCH_BYTES)
+                self._own[topic] = await spawn(making, name="events.producer")
+
+
+class Carrier:
+    """A producer of batches: one to a partition at a time, and no byte of any after the deadline.
+
+    Args:
+        producer: started, and nobody else's.
+        contact: is told how it went.
+        end: ends a producer in the background.
+    """
+
+    def __init__(
+        self, producer: AIOKafkaProducer, contact: Contact, end: Callable[[Coroutine[Any, Any, None]], None]
+    ) -> None:
+        self.deadline = math.inf
+        self._producer = producer
+        self._contact = contact
+        self._end = end
+        self._send_request = producer.client.send
+        producer.client.send = self._guarded
+
+    async def _guarded(self, node_id: int, request: Any, *, group: Any = ConnectionGroup.DEFAULT) -> object:
+        """Look at the clock at the last moment: between handing over and here a process may have stood still."""
+        if hasattr(request, "required_acks"):
+            client = self._producer.client
+            await client.ready(node_id, group=group)
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                msg = "the batch was handed over too long ago"
+                raise Late(msg)
+            for connection_ in client._conns.values():
+                _give_up_after(connection_, left)
+        return await self._send_request(node_id, request, group=group)
+
+    async def partitions(self, topic: str) -> int:
+        """How many there are.
+
+        Raises:
+            KafkaError: the topic is missing or refused.
+        """
+        return len(await self._producer.partitions_for(topic))
+
+    def place(self, event: Outgoing, partitions: int) -> int:
+        """The partition of an event, as every Kafka client computes it: by its key, else by its id."""
+        numbers = range(partitions)
+        partition: int = _place_by_key(event.placing_key, numbers, numbers)
+        return partition
+
+    async def send(self, topic: str, partition: int, events: Sequence[Outgoing]) -> None:
+        """Send a batch, and wait until it is confirmed, however long that takes.
+
+        Raises:
+            TooLarge: with fewer events it may be taken.
+            Refused: the broker will not take this event ever.
+            KafkaError: whatever else was wrong; nothing is known of the batch.
+        """
+        builder = self._producer.create_batch()
+        for event in events:
+            if builder.append(key=event.key, value=event.value, timestamp=None, headers=event.headers) is None:
+                raise TooLarge
+        try:
+            await (await self._producer.send_batch(builder, topic, partition=partition))
+        except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+            if len(events) > 1:
+                raise TooLarge from error
+            raise Refused(_said(error)) from error
+        self._contact.made()
+
+    def close(self) -> None:
+        """End it, all being answered."""
+        self._end(ended("a Kafka producer", self._producer.stop(), self._producer.client))
+
+    def abandon(self) -> None:
+        """End it with what it has not answered for: none of that goes out from now on."""
+        self.deadline = -math.inf
+        client = self._producer.client
+        for connection_ in client._conns.values():
+            _discard(connection_)
+            connection_.close()
+        self._end(ended("a Kafka producer", self._producer._sender.close(), client))
+
+
+class Direct:
+    """Publishing straight to the broker, where the settings say `outbox=False`.
+
+    Args:
+        producer: to the cluster.
+        database: asked for at each send.
+    """
+
+    def __init__(self, producer: KafkaProducer, database: Callable[[], Database | None]) -> None:
+        self._producer = producer
+        self._database = database
+
+    async def send(self, batch: Sequence[Outgoing]) -> None:
+        """Send, unless a transaction is open.
+
+        Raises:
+            PublishError: inside a unit of work, which may still roll back; or the broker did not confirm.
+        """
+        database = self._database()
+        if database is not None and database.in_unit_of_work():
+            msg = (
+                "publish() inside db.transaction() with outbox=False: the event would be out even if the transaction "
+                "rolls back. Use the outbox, or publish after the commit"
+            )
+            raise PublishError(msg, no_effect=True, retryable=False)
+        for event in batch:
+            check_size(event)
+        by_topic: dict[str, list[tuple[bytes | None, bytes | None, Sequence[Any]]]] = {}
+        for event in batch:
+            by_topic.setdefault(event.topic, []).append((event.key, event.value, event.headers))
+        outcomes = await asyncio.gather(
+            *(self._producer.send(topic, records) for topic, records in by_topic.items()), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                if isinstance(outcome, PublishError) and len(outcomes) > 1:
+                    outcome.no_effect = False  # the other topics may have theirs
+                raise outcome
+
+
+def check_size(event: Outgoing) -> None:
+    """Refuse what a broker would refuse, where the publisher learns of it.
+
+    Raises:
+        PublishError: the event is too large.
+    """
+    size = event.size
+    if size > _LARGEST_BYTES:
+        msg = f"an event for topic {event.topic} has {size} bytes; at most {_LARGEST_BYTES} are taken"
+        raise PublishError(msg, no_effect=True, retryable=False)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _socket_of(connection_: Any) -> socket.socket | None:
+    writer = vars(connection_)["_writer"]
+    return None if writer is None else writer.get_extra_info("socket")
+
+
+def _give_up_after(connection_: Any, seconds: float) -> None:
+    """Have the kernel drop what the broker has not taken by then, also while this process stands still."""
+    found = _socket_of(connection_)
+    if found is not None and _TCP_USER_TIMEOUT is not None:
+        milliseconds = 0 if seconds == math.inf else max(1, int(seconds * 1000))
+        found.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, milliseconds)
+
+
+def _discard(connection_: Any) -> None:
+    """Have the kernel throw away what it holds of this connection as soon as it is closed."""
+    found = _socket_of(connection_)
+    if found is not None:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

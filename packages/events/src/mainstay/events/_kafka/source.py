@@ -1,0 +1,225 @@
+"""A group's reading, on aiokafka.
+
+What is done differently from aiokafka's defaults, and why:
+
+- Automatic commits are off. The position moves when records are handed out, not when they are handled.
+- Records of Kafka transactions that are open, or were aborted, are not handed out: they are no events.
+- Nothing is deserialised in the client: a deserialiser that raises fetches the same record for ever.
+- Back-pressure asks for records of the partitions that have room. `pause()` throws away what was prefetched.
+- `rebalance_timeout_ms` covers the drain time. It defaults to the session timeout, after which a partition has two
+  owners.
+- `max_poll_interval_ms` is out of the way: a consumer that polls while its handlers hang looks alive, and one that
+  waits for slow handlers looks dead. The age of the oldest event in flight tells them apart, and health reports it.
+"""
+
+# aiokafka ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import KafkaError
+
+from mainstay.core import spawn
+from mainstay.events._delivery import Assignment
+from mainstay.events._kafka.client import CLOSE_SECONDS, REQUEST_SECONDS, Contact, connection, ended
+from mainstay.events._kafka.topics import Topics
+from mainstay.events._transport import Reader
+from mainstay.events.metadata import Record
+from mainstay.events.settings import EventsSettings
+
+_log = logging.getLogger("mainstay.events")
+
+_BATCH = 500
+_FETCH_MS = 250
+_LOOK_SECONDS = 1.0
+_SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accepts
+
+
+@asynccontextmanager
+async def reading(
+    settings: EventsSettings, topics: Topics, contact: Contact, *, group: str, names: Sequence[str], reader: Reader
+) -> AsyncGenerator[KafkaSource, None]:
+    """A consumer of a group, from where it left off; leaving the block gives its partitions back.
+
+    A topic that is missing or refused is read as soon as it is there, and the others do not wait for it.
+    """
+    session_ms = int(max(_SHORTEST_SESSION_SECONDS, settings.lease_seconds) * 1000)
+    drain_ms = int((settings.drain_seconds + 2 * CLOSE_SECONDS) * 1000)
+    consumer = AIOKafkaConsumer(
+        **connection(settings),
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        rebalance_timeout_ms=drain_ms,
+        session_timeout_ms=session_ms,
+        heartbeat_interval_ms=session_ms // 4,
+        max_poll_interval_ms=2_000_000_000,
+        fetch_max_wait_ms=100,
+        metadata_max_age_ms=30_000,
+    )
+    source = KafkaSource(consumer, reader)
+    try:
+        # Subscribed to after the start: a start with topics waits for each of them, and for the group to be dealt out,
+        # which takes as long as the slowest member needs to drain.
+        async with asyncio.timeout(REQUEST_SECONDS):
+            await consumer.start()
+        watch = spawn(_watch(consumer, source, topics, names, contact), name=f"events.{group}.watch")
+        try:
+            yield source
+        finally:
+            watch.cancel()
+            await asyncio.wait((watch,))
+    finally:
+        await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
+
+
+async def _watch(
+    consumer: AIOKafkaConsumer, source: KafkaSource, topics: Topics, names: Sequence[str], contact: Contact
+) -> None:
+    """Subscribe to the topics that are there, then and when. A broker that is away is found by asking for something."""
+    there: set[str] = set()
+    looking: dict[str, asyncio.Task[bool]] = {}
+    try:
+        while True:
+            for name in names:
+                if name not in there and name not in looking:
+                    looking[name] = spawn(_is_there(topics, name, source), name="events.topics")
+            if looking:  # one of which nothing is heard for long does not hold up the others
+                await asyncio.wait(looking.values(), timeout=_LOOK_SECONDS)
+            new = {name for name, task in looking.items() if task.done() and task.result()}
+            looking = {name: task for name, task in looking.items() if not task.done()}
+            if new:
+                there |= new
+                consumer.subscribe(sorted(there), listener=_Listener(source))
+            await asyncio.sleep(CLOSE_SECONDS if there else _LOOK_SECONDS)
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await consumer.topics()
+            except (KafkaError, OSError, TimeoutError) as error:
+                contact.lost(error)
+            else:
+                contact.made()
+    finally:
+        for task in looking.values():
+            task.cancel()
+        if looking:
+            await asyncio.wait(looking.values())
+
+
+async def _is_there(topics: Topics, name: str, source: KafkaSource) -> bool:
+    try:
+        await topics.ensure(name)
+    except (KafkaError, OSError, TimeoutError) as error:
+        if name not in source.absent:
+            _log.warning("topic %s cannot be read: %s: %s", name, type(error).__name__, error)
+        source.absent[name] = f"topic {name}: {type(error).__name__}: {error}"
+        return False
+    source.absent.pop(name, None)
+    return True
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
+    def __init__(self, source: KafkaSource) -> None:
+        self._source = source
+
+    async def on_partitions_revoked(self, revoked: object) -> None:  # noqa: ARG002 # pyright: ignore[reportIncompatibleMethodOverride]  all, and it may be async
+        try:
+            await self._source.revoke()
+        except Exception:  # noqa: BLE001  aiokafka would swallow it without a word
+            _log.exception("giving up partitions failed; their next owner will repeat some events")
+
+    async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  it may be async
+        self._source.assign(assigned)
+
+
+class KafkaSource:
+    """One group's consumer.
+
+    Attributes:
+        absent: topics that are not read, and why.
+    """
+
+    def __init__(self, consumer: AIOKafkaConsumer, reader: Reader) -> None:
+        self.absent: dict[str, str] = {}
+        self._consumer = consumer
+        self._reader = reader
+        self._held: dict[TopicPartition, Assignment] = {}
+        self._by_assignment: dict[Assignment, TopicPartition] = {}
+        self._delivered: dict[TopicPartition, int] = {}
+        self._generation = -1
+
+    def assign(self, partitions: Sequence[TopicPartition]) -> None:
+        """New partitions, in a generation of their own: what is left of older ones no longer counts."""
+        self._generation = self._current_generation()
+        for place in partitions:
+            assignment = self._reader.assigned(place.topic, place.partition)
+            self._held[place] = assignment
+            self._by_assignment[assignment] = place
+
+    async def revoke(self) -> None:
+        """Aiokafka takes everything away before each rebalance. No lock is held here that a fetch could hold."""
+        held, self._held = self._held, {}
+        self._delivered.clear()
+        try:
+            await self._reader.revoked(list(held.values()))
+        finally:
+            self._by_assignment.clear()
+
+    async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
+        """See `Source`."""
+        places = [self._by_assignment[assignment] for assignment in ready if assignment in self._by_assignment]
+        if not places:
+            if not self._held:  # nothing is subscribed to yet, or is being dealt out
+                await asyncio.sleep(_FETCH_MS / 1000)
+            return {}  # all are full, and asking for no partition asks for every one
+        try:
+            async with asyncio.timeout(
+                CLOSE_SECONDS
+            ):  # while partitions are dealt out it waits for as long as that takes
+                fetched: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
+                    *places, timeout_ms=_FETCH_MS, max_records=_BATCH
+                )
+        except TimeoutError:
+            return {}
+        # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped and not committed.
+        mine = {place: records for place, records in fetched.items() if place in self._held}
+        for place, records in mine.items():
+            self._delivered[place] = records[-1].offset + 1
+        return {self._held[place]: records for place, records in mine.items()}
+
+    async def commit(self, finished: Mapping[Assignment, Record]) -> None:
+        """See `Source`."""
+        offsets = {
+            self._by_assignment[assignment]: record.offset + 1
+            for assignment, record in finished.items()
+            if assignment in self._by_assignment
+        }
+        if not offsets:
+            return
+        if self._current_generation() != self._generation:
+            # The broker has given us up. Aiokafka would commit as nobody, which a group that all have left accepts: it
+            # would move the group back behind what the others have committed.
+            _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
+            return
+        await self._consumer.commit(offsets)
+
+    def _current_generation(self) -> int:
+        coordinator: Any = self._consumer._coordinator
+        generation: int = coordinator.generation
+        return generation
+
+    def lag(self) -> int:
+        """See `Source`; of the partitions that anything was read from so far."""
+        waiting = 0
+        for place in self._delivered:
+            end = self._consumer.highwater(place)
+            if end is not None:
+                waiting += max(0, end - self._delivered[place])
+        return waiting
