@@ -1,5 +1,7 @@
 """The error tree, and ids."""
 
+import copy
+import pickle
 import threading
 import time
 from enum import StrEnum
@@ -46,6 +48,29 @@ def test_a_deadline_is_also_a_timeout():
     """Code that expects Python's own TimeoutError catches ours."""
     with pytest.raises(TimeoutError):
         raise DeadlineExceeded
+
+
+class Overdrawn(MainstayError):
+    """An error with parameters of its own."""
+
+    code = "BIZ_OVERDRAWN"
+
+    def __init__(self, *, account: str) -> None:
+        super().__init__(f"account {account}", no_effect=True)
+        self.account = account
+
+
+class Late(Overdrawn, TimeoutError):
+    """One that is Python's own, too."""
+
+
+@pytest.mark.parametrize("kind", [Overdrawn, Late])
+def test_an_error_crosses_processes(kind):
+    """With parameters of its own, too: a process pool breaks down on an exception that cannot be read."""
+    error = kind(account="7")
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301  our own bytes
+        assert type(other) is kind
+        assert (str(other), other.args, vars(other)) == (str(error), error.args, vars(error))
 
 
 @pytest.mark.parametrize("code", ["OOPS_X", "SYS", "SYS_", ""])

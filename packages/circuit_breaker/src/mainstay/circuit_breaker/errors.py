@@ -50,9 +50,6 @@ class Rejected(CircuitBreakerError):
         after = self.retry_after_seconds
         return f"{self.name} is {self.state}" + ("" if after is None else f"; try again in {after:.3g} s")
 
-    def __reduce__(self) -> tuple[type[Rejected], tuple[str, str, float | None]]:
-        return type(self), (self.name, self.state, self.retry_after_seconds)
-
 
 class CircuitOpen(Rejected):
     """The circuit is open, or half open with every probe taken, or ramping up and this call is over its share."""

@@ -11,7 +11,8 @@ Every package adds its own branch in its `errors.py`. Wrong arguments of a call 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+import copyreg
+from typing import Any, ClassVar, Literal, get_args
 
 __all__ = ["CodeFamily", "ConfigurationError", "DeadlineExceeded", "MainstayError", "NotBoundError"]
 
@@ -64,6 +65,10 @@ class MainstayError(Exception):
             self.retry_after_seconds = retry_after_seconds
         if public_message is not None:
             self.public_message = public_message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made anew from `args`, which an `__init__` with other parameters does not take.
+        return copyreg.__newobj__, (type(self),), {**self.__dict__, "args": self.args}  # type: ignore[attr-defined]
 
 
 class ConfigurationError(MainstayError):
