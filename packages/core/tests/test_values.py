@@ -25,6 +25,7 @@ from pydantic import (
     SecretStr,
     computed_field,
     field_validator,
+    model_validator,
 )
 from pydantic_core import core_schema
 from typing_extensions import TypedDict
@@ -487,3 +488,21 @@ def test_what_cannot_be_read_is_named_without_its_value() -> None:
             kept.read(text)
         assert "secret" not in str(refused.value)
         assert refused.value.__cause__ is None
+
+
+def test_code_of_a_type_may_raise_anything() -> None:
+    """A validator that meets what an older release wrote is no less a value that does not fit."""
+
+    class Parcel(BaseModel):
+        grams: int
+
+        @model_validator(mode="before")
+        @classmethod
+        def weigh(cls, found: dict[str, int]) -> dict[str, int]:
+            return {"grams": 1000 * found["kilos"]}
+
+    kept: Kept[Parcel] = Kept(Parcel, "the parcel")
+    with pytest.raises(ValueError, match=r"Parcel\.weigh raised KeyError$"):
+        kept.read('{"grams": 5}')
+    with pytest.raises(TypeError, match=r"the parcel cannot be kept: .*weigh raised KeyError"):
+        kept.write(Parcel.model_construct(grams=5))

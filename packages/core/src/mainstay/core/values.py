@@ -90,6 +90,9 @@ class Kept(Generic[T]):
             said = str(error).partition("\n")[0].partition(" [input_value")[0]
             msg = f"{self._what} cannot be kept: {said}"
             raise TypeError(msg) from None
+        except Exception as error:  # noqa: BLE001  the code of the type may raise anything
+            msg = f"{self._what} cannot be kept: {_broke(error)}"
+            raise TypeError(msg) from None
         if (found := self._difference(value, back, written)) is not None:
             path, here, there = found
             name, other = type(here).__name__, type(there).__name__
@@ -111,6 +114,8 @@ class Kept(Generic[T]):
             value: T = self._validator.validate_json(text, **READ)
         except ValidationError as error:
             raise ValueError("; ".join(_problems(error))) from None
+        except Exception as error:  # noqa: BLE001  the same
+            raise ValueError(_broke(error)) from None
         return value
 
     def same(self, one: T, other: T) -> bool:
@@ -171,6 +176,15 @@ def _problems(error: ValidationError) -> list[str]:
     """What is wrong with which field, the first few of them; never a value, which may be anybody's secret."""
     found = error.errors(include_input=False, include_url=False, include_context=False)[:_MOST_PROBLEMS]
     return [f"{_at(_hidden(problem['loc']))}{problem['msg']}" for problem in found]
+
+
+def _broke(error: Exception) -> str:
+    """What a validator of the type raised, and where; its text may be of somebody's data."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "its type" if trace is None else trace.tb_frame.f_code.co_qualname
+    return f"{where} raised {type(error).__name__}"
 
 
 def _at(path: str) -> str:
