@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from pydantic import BaseModel, model_validator
 
 from mainstay.core import App, Retry
 from mainstay.core.testing import eventually
@@ -485,3 +486,72 @@ async def test_a_way_back_waits_for_a_step_that_was_renamed(shared: str) -> None
         await eventually(lambda: settled(app.get(WorkflowEngine), "r"), seconds=WAIT)
         assert await sell.handle("r").status() is RunStatus.FAILED
     assert log == ["reserve", "charge", "refund", "release"]
+
+
+class Receipt(BaseModel):
+    """What a step gave in the older release."""
+
+    id: str
+
+
+class ShopReceipt(BaseModel):
+    """The same in a release whose code breaks on what the older one kept."""
+
+    id: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_shop(cls, found: dict[str, Any]) -> dict[str, Any]:
+        return {"id": f"{found['shop']}-{found['id']}"}
+
+
+@pytest.mark.parametrize("last", ["result", "value"])
+async def test_what_a_release_cannot_read_parks_and_undoes_nothing(shared: str, last: str) -> None:
+    """Also where it is the last on record, since the older release stopped just then."""
+    ledger: list[str] = []
+
+    def release(receipt: Any, progress: Any) -> tuple[WorkflowRouter, Any]:
+        flows = WorkflowRouter()
+        said = flows.value("progress", type(progress))
+
+        async def charge() -> Any:
+            ledger.append("charge")
+            return receipt(id="7")
+
+        async def refund(outcome: Any) -> None:
+            ledger.append("refund")
+
+        charge.__annotations__["return"] = receipt
+        charges = flows.step()(charge)
+        charges.compensation(refund)
+
+        @flows.workflow(name="sell")
+        async def sell() -> None:
+            await charges()
+            if last == "value":
+                await said.set(progress)
+            await flows.sleep(3600)
+
+        return flows, sell
+
+    flows, sell = release(Receipt, 1)
+    async with workflows(flows, url=shared) as app:
+        await sell.start(id="one")
+        engine = app.get(WorkflowEngine)
+
+        async def waiting() -> bool:
+            return await engine.status("one") is RunStatus.WAITING
+
+        await eventually(waiting, seconds=WAIT)
+    async with workflows(url=shared, serve=False) as app:
+        database = app.get(Database)
+        await database.write(sa.delete(history).where(history.c.step == "@sleep:1"))
+        await database.write(sa.update(runs).values(wake_at=0.0))
+    flows, _ = release(*((ShopReceipt, 1) if last == "result" else (Receipt, "1 of 2")))
+    async with workflows(flows, url=shared) as app:
+        engine = app.get(WorkflowEngine)
+        await eventually(lambda: settled(engine, "one"), seconds=WAIT)
+        view = await engine.run("one")
+        assert view.status is RunStatus.PARKED, view.failure
+        assert {"result": "name_the_shop raised KeyError", "value": "with another value"}[last] in str(view.note)
+    assert ledger == ["charge"]

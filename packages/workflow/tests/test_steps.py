@@ -1,6 +1,7 @@
 """What a step may be told, and what becomes of its attempts; on every database."""
 
 import asyncio
+from collections import defaultdict
 
 import pytest
 import sqlalchemy as sa
@@ -80,7 +81,8 @@ async def test_a_retry_may_look_at_results(url):
     assert answers == []
 
 
-async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
+@pytest.mark.parametrize("circular", [False, True])
+async def test_an_error_of_the_function_after_a_pivot_parks_it(url, circular):
     """A bug behind the pivot does not undo anything either; the repaired function goes on."""
     flows = WorkflowRouter()
     broken = [True]
@@ -93,8 +95,8 @@ async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
     async def pivoting(n: int) -> int:
         await commit(n)
         if broken:
-            msg = "a bug"
-            raise LookupError(msg)
+            bug = LookupError("a bug")
+            raise bug from (bug if circular else None)
         return n
 
     async with workflows(flows, url=url) as app:
@@ -104,6 +106,82 @@ async def test_an_error_of_the_function_after_a_pivot_parks_it(url):
         broken.clear()
         await app.get(WorkflowEngine).resume("one")
         assert await run.result(WAIT) == 1
+
+
+async def test_a_step_that_failed_in_a_group_behind_a_pivot_is_attempted_again(url):
+    """A resume finds it among the errors of the group."""
+    flows = WorkflowRouter()
+    broken = [True]
+
+    @flows.step(on_unknown="park", pivot=True)
+    async def commit() -> None: ...
+
+    @flows.step(after_pivot=True, retry=Retry(attempts=1))
+    async def tell() -> str:
+        if broken:
+            raise OSError
+        return "told"
+
+    @flows.workflow(name="pivot")
+    async def pivoting() -> str:
+        await commit()
+        async with asyncio.TaskGroup() as group:
+            telling = group.create_task(tell())
+        return telling.result()
+
+    async with workflows(flows, url=url) as app:
+        run = await pivoting.start(id="one")
+        with pytest.raises(RunParked, match="failed after its pivot"):
+            await run.result(WAIT)
+        broken.clear()
+        await app.get(WorkflowEngine).resume("one")
+        assert await run.result(WAIT) == "told"
+
+
+async def test_an_attempt_gets_what_is_on_record(url):
+    """What the code of another attempt, or of a probe, did to its arguments and to the outcome is not seen."""
+    flows = WorkflowRouter()
+    seen: dict[str, list[list[int]]] = defaultdict(list)
+
+    def use_up(what: str, amounts: list[int]) -> None:
+        seen[what].append(list(amounts))
+        amounts.clear()
+        if len(seen[what]) == 1:
+            raise OSError
+
+    @flows.step(retry=Retry(attempts=2, wait=QUICK), on_unknown="probe")
+    async def charge(amounts: list[int]) -> list[int]:
+        use_up("step", amounts)
+        return [3]
+
+    @charge.probe
+    async def was_charged(amounts: list[int]) -> Done[list[int]] | Failed | Unknown:
+        use_up("probe", amounts)
+        return Failed()
+
+    @charge.compensation
+    async def refund(outcome: Done[list[int]] | Unknown, amounts: list[int]) -> None:
+        assert isinstance(outcome, Done)
+        amounts += outcome.result
+        outcome.result.clear()
+        use_up("compensation", amounts)
+
+    @flows.step(retry=Retry(attempts=2, wait=QUICK), transactional=True, harmless=True)
+    async def book(amounts: list[int]) -> None:
+        use_up("transactional", amounts)
+
+    @flows.workflow(name="sell")
+    async def sell(amounts: list[int]) -> None:
+        await charge(amounts)
+        await book(amounts)
+        raise LookupError
+
+    async with workflows(flows, url=url):
+        run = await sell.start([1, 2], id="one")
+        with pytest.raises(WorkflowFailed, match="LookupError"):
+            await run.result(WAIT)
+    given = [[1, 2], [1, 2]]
+    assert seen == {"step": given, "probe": given, "transactional": given, "compensation": [[1, 2, 3], [1, 2, 3]]}
 
 
 async def test_on_unknown_park_waits_for_a_person(url):

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 from mainstay.core import (
     Clock,
@@ -403,9 +403,18 @@ def _to_be_repeated(error: BaseException, policy: StepPolicy) -> TypeGuard[Datab
 
 def _failed_step(cause: BaseException | None) -> str:
     """The key of the step whose failure is behind an error; empty where there is none."""
-    while cause is not None and not isinstance(cause, StepFailed):
-        cause = cause.__cause__ or cause.__context__
-    return "" if cause is None else cause.key
+    left, seen = [cause], set[int]()
+    while left:
+        error = left.pop()
+        if isinstance(error, StepFailed):
+            return error.key
+        if error is None or id(error) in seen:  # `raise error from error` makes a circle
+            continue
+        seen.add(id(error))
+        if isinstance(error, BaseExceptionGroup):
+            left.extend(reversed(cast("BaseExceptionGroup[BaseException]", error).exceptions))
+        left.append(error.__cause__ or error.__context__)
+    return ""
 
 
 def _not_ours(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from mainstay.workflow._replay import Difference, Replay, other_digest, other_te
 from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._verdict import step_failed
 from mainstay.workflow._waits import Waits
-from mainstay.workflow._way_back import arguments_of, load
+from mainstay.workflow._way_back import anew, arguments_of, load
 from mainstay.workflow.errors import (
     Continued,
     ControlFlow,
@@ -89,15 +89,18 @@ class Primitives:
                 )
                 raise Parked(msg)
             # What was begun is carried on with the input that it began with.
-            arguments = arguments_of(step.signature, record) if record.seq else fresh
+            given = anew(
+                arguments_of(step.signature, record) if record.seq else fresh,
+                lambda: arguments_of(step.signature, record),
+            )
             work = Work(
                 name=step.name,
                 policy=step.policy,
-                call=lambda: step.call(arguments),
+                call=lambda: step.call(given()),
                 keep=step.signature.keep_result,
                 load=step.signature.load_result,
                 input=record.input,
-                ask=None if step.ask is None else lambda: step.call_probe(arguments),
+                ask=None if step.ask is None else lambda: step.call_probe(given()),
                 own=step.own_code,
             )
             return await self._attempts.settle(work, record)
@@ -180,7 +183,7 @@ class Primitives:
         """Set a value of the run, in one commit with its place in the record."""
 
         def differs(record: StepRecord, arguments: str) -> str | None:
-            same = kept.same(kept.read(record.input or "null"), kept.read(arguments))
+            same = _says(kept, record.input or "null", kept.read(arguments))
             return None if same else "with another value than its record has"
 
         async def perform(record: StepRecord) -> None:
@@ -214,7 +217,8 @@ class Primitives:
             there = json.loads(record.input or "[null, null, null]")
             if there[1:] != times:
                 return f"with the times {times} where its record has {there[1:]}"
-            return None if kept.same(kept.read(there[0]), question) else "with another question than its record has"
+            same = _says(kept, there[0], question)
+            return None if same else "with another question than its record has"
 
         async def perform(record: StepRecord) -> tuple[str, str | None]:
             if record.state is not StepState.DONE:
@@ -335,3 +339,11 @@ class Primitives:
         except ControlFlow as signal:
             execution.stop(signal)
             raise await execution.told() from None
+
+
+def _says(kept: Kept[T], recorded: str, value: T) -> bool:
+    """Whether a recorded value, as today's type reads it, is this one; one that the type cannot read is another."""
+    try:
+        return kept.same(kept.read(recorded), value)
+    except ValueError:
+        return False

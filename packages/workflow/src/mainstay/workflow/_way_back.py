@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from mainstay.workflow._attempts import Attempts, Exhausted, nothing
 from mainstay.workflow._effects import Work
@@ -14,6 +14,8 @@ from mainstay.workflow._verdict import error_text
 from mainstay.workflow.errors import CompensationExhausted, Parked
 from mainstay.workflow.outcome import Done, Unknown
 from mainstay.workflow.step import AnyStep
+
+T = TypeVar("T")
 
 
 class WayBack:
@@ -74,16 +76,15 @@ class WayBack:
         mine = self._history.records.get(key) or self._history.put(key, None)
         if mine.state is StepState.DONE:
             return
-        outcome: Done[Any] | Unknown
-        if record.state is StepState.DONE:
-            outcome = Done(load(step.signature.load_result, record))
-        else:
-            outcome = Unknown(error_text(record.error) if record.error else "its end was never recorded")
-        arguments = arguments_of(step.signature, record)
+
+        def read() -> tuple[dict[str, Any], Done[Any] | Unknown]:
+            return arguments_of(step.signature, record), _outcome(step, record)
+
+        given = anew(read(), read)
         work = Work(
             name=f"{name}{COMPENSATION}",
             policy=step.undo_policy,
-            call=lambda: step.call_undo(arguments, outcome),
+            call=lambda: step.call_undo(*given()),
             keep=nothing,
             undoes=self._keys.of(record.key),
         )
@@ -93,6 +94,23 @@ class WayBack:
             count_step(work.name, StepState.FAILED)
             msg = f"{key} used up its {mine.attempts} attempts: {error_text(end.error)}"
             raise CompensationExhausted(msg) from end.cause
+
+
+def _outcome(step: AnyStep, record: StepRecord) -> Done[Any] | Unknown:
+    if record.state is StepState.DONE:
+        return Done(load(step.signature.load_result, record))
+    return Unknown(error_text(record.error) if record.error else "its end was never recorded")
+
+
+def anew(first: T, read: Callable[[], T]) -> Callable[[], T]:
+    """What each attempt is given: the code of the one before may have changed what that one got.
+
+    Args:
+        first: for the first attempt.
+        read: makes it from the record for every later one.
+    """
+    left = [first]
+    return lambda: left.pop() if left else read()
 
 
 def load(read: Callable[[str], Any], record: StepRecord) -> Any:
