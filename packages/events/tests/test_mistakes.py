@@ -1,6 +1,8 @@
 """Mistakes in handlers and settings of events are errors of `App(…)`: nothing is started here."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -64,6 +66,32 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
         "EventsModule requires DatabaseModule",
     ),
     (lambda: app(transport="kafka"), "kafka_servers"),
+    *(
+        (partial(app, transport="kafka", kafka_servers=servers), re.escape(f"{named!r} is no address of a broker"))
+        for servers, named in {
+            "PLAINTEXT://h:9092": "PLAINTEXT://h:9092",
+            '["h:9092"]': '["h:9092"]',
+            "h:9092,k": "k",
+            "h:0": "h:0",
+            "h:65536": "h:65536",
+            "h:9092,": "",
+        }.items()
+    ),
+    *(
+        (partial(app, topics={"mistakes.paid": topic}), re.escape(f"{topic!r} is no name of a topic"))
+        for topic in ("two words", "", "..", "t" * 250, "straße")
+    ),
+    (
+        lambda: app(router(), topics={"mistakes.paid": "a.line", "other": "a_line"}),
+        "do not tell the topics a.line and a_line apart.*MAINSTAY_EVENTS_TOPICS",
+    ),
+    *(
+        (
+            partial(app, transport="kafka", kafka_servers="[::1]:9092, h:1", kafka_protocol="SSL", kafka_ca_file=file),
+            f"MAINSTAY_EVENTS_KAFKA_CA_FILE={file} is no file of certificates",
+        )
+        for file in ("/nowhere/ca.pem", __file__)
+    ),
     (lambda: app(transport="sql", outbox=True), "its log is its own outbox"),
     (lambda: app(transport="memory", log_days=1), "cannot honour log_days"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -67,16 +67,21 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         return [subscription.call for subscription in self._subscriptions()]
 
     def check(self) -> None:
-        """Refuse a type that a group handles twice, and a transport whose client is not installed.
+        """Refuse what would fail later: handlers, topics and a connection that cannot be.
 
         Raises:
-            ConfigurationError: names both handlers, or the extra to install.
+            ConfigurationError: a type that a group handles twice, topics that brokers do not tell apart, a client that
+                is not installed, a file of certificates that is none.
         """
         try:
             one_handler_each(self._subscriptions())
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         _transport_classes(self.settings)
+        types = {definition_of(event).type for each in self._subscriptions() for event in each.events}
+        _distinct_topics(types, self.settings)
+        if self.settings.transport == "kafka":
+            _with_kafka().check_connection(self.settings)
 
     def describe(self) -> Mapping[str, Sequence[str]]:
         """The handlers with their groups, and the topics that they read."""
@@ -197,6 +202,18 @@ def _transport_classes(settings: EventsSettings) -> Sequence[type]:
         return (SqlTransport,)
     kafka: type = _with_kafka().KafkaTransport
     return (kafka, OutboxRelay, RefusedEvents) if settings.writes_database else (kafka,)
+
+
+def _distinct_topics(types: Iterable[str], settings: EventsSettings) -> None:
+    seen: dict[str, str] = {}
+    for topic in sorted({settings.topic_of(type_) for type_ in (*types, *settings.topics)}):
+        other = seen.setdefault(topic.replace(".", "_"), topic)
+        if other != topic:
+            msg = (
+                f"brokers do not tell the topics {other} and {topic} apart: give one of them another name with "
+                f"{settings.variable('topics')}"
+            )
+            raise ConfigurationError(msg)
 
 
 def _database_of(app: App) -> Database | None:

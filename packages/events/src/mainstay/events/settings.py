@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import FullJitter, Retry, Settings
 
 __all__ = ["EventsSettings"]
+
+_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+_SERVER = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
+_LAST_PORT = 65_535
 
 
 class EventsSettings(Settings):
@@ -67,6 +72,34 @@ class EventsSettings(Settings):
     kafka_username: str | None = None
     kafka_password: SecretStr | None = None
     kafka_ca_file: str | None = None
+
+    @field_validator("topics")
+    @classmethod
+    def _are_topics(cls, topics: dict[str, str]) -> dict[str, str]:
+        for topic in topics.values():
+            if not _TOPIC.fullmatch(topic) or topic in {".", ".."}:
+                msg = (
+                    f"{topic!r} is no name of a topic: 1 to 249 letters, digits, '.', '_' and '-', "
+                    "as Kafka's rule is, on every transport"
+                )
+                raise ValueError(msg)
+        return topics
+
+    @field_validator("kafka_servers")
+    @classmethod
+    def _are_addresses(cls, servers: str | None) -> str | None:
+        if servers is None:
+            return None
+        addresses = [address.strip() for address in servers.split(",")]
+        for address in addresses:
+            match = _SERVER.fullmatch(address)
+            if match is None or not 0 < int(match["port"]) <= _LAST_PORT:
+                msg = (
+                    f"{address!r} is no address of a broker: write host:port,host:port, without brackets or quotes "
+                    "around them, and without a protocol, which is kafka_protocol"
+                )
+                raise ValueError(msg)
+        return ",".join(addresses)
 
     @model_validator(mode="after")
     def _honoured(self) -> Self:

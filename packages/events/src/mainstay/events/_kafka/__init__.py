@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
 from mainstay.core import Clock, Health
-from mainstay.events._kafka.client import Contact
+from mainstay.events._kafka.client import Contact, check_connection
 from mainstay.events._kafka.letters import KafkaDeadLetters
 from mainstay.events._kafka.producer import Carrier, Direct, KafkaProducer, check_size
 from mainstay.events._kafka.source import KafkaSource, reading
@@ -14,7 +14,7 @@ from mainstay.events._kafka.topics import Topics
 from mainstay.events._transport import Reader
 from mainstay.events.settings import EventsSettings
 
-__all__ = ["Direct", "KafkaDeadLetters", "KafkaTransport", "check_size"]
+__all__ = ["Direct", "KafkaDeadLetters", "KafkaTransport", "check_connection", "check_size"]
 
 
 class KafkaTransport:

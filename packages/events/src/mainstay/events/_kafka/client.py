@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+from mainstay.core import ConfigurationError
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
@@ -36,6 +37,22 @@ class Contact:
     def made(self) -> None:
         """It was."""
         self.trouble = None
+
+
+def check_connection(settings: EventsSettings) -> None:
+    """Look at what a connection needs of this machine.
+
+    Raises:
+        ConfigurationError: the file of certificates is missing, or is none.
+    """
+    try:
+        connection(settings)
+    except (OSError, ssl.SSLError) as error:
+        msg = (
+            f"{settings.variable('kafka_ca_file')}={settings.kafka_ca_file} is no file of certificates in PEM form: "
+            f"{type(error).__name__}: {error}"
+        )
+        raise ConfigurationError(msg) from error
 
 
 def connection(settings: EventsSettings) -> dict[str, Any]:
