@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from mainstay.core import App
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import (
+    DeadLetters,
     Event,
     EventConsumers,
     EventPublisher,
@@ -297,3 +299,53 @@ async def test_a_relay_that_freezes_with_a_batch_in_its_hands_does_not_send_it_l
         process.kill()
         process.join()
     assert [value[-2:-1] for value in sent] == [b"1", b"2", b"3", b"4", b"5"]
+
+
+_LATIN_1 = """
+import asyncio, sys
+from aiokafka import AIOKafkaProducer
+
+class Name(str):
+    def encode(self, *_):
+        return b"caf\\xe9"
+
+async def main(servers, topic):
+    producer = AIOKafkaProducer(bootstrap_servers=servers)
+    await producer.start()
+    await producer.send_and_wait(topic, b"{}", partition=0, headers=[(Name("cafe"), b"x")])
+    await producer.stop()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_record_whose_header_has_no_name_in_utf_8_stops_nothing(
+    sqlite_url: str, kafka: str, prefix: str
+) -> None:
+    """No client of ours can read it: a dead letter says where it is, and what is around it is handled once."""
+    events, good, bad = listening(prefix)
+    app = service(sqlite_url, kafka, prefix, events, partitions=2)
+    async with app:
+        for number in range(50):
+            await events.publish(Bad(key=str(number), number=number))
+        await app.get(EventPublisher).publish_batch([Good(key=str(number), number=number) for number in range(50)])
+    async with app.running(serve=True):
+        await eventually(lambda: is_empty(app))
+    for _ in range(2):
+        odd = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _LATIN_1, kafka, f"{prefix}-bad", env=os.environ | {"AIOKAFKA_NO_EXTENSIONS": "1"}
+        )
+        assert await odd.wait() == 0
+    again = service(sqlite_url, kafka, prefix, events, partitions=2)
+    async with again.running(serve=True):
+        for number in range(50, 100):
+            await events.publish(Bad(key=str(number), number=number))
+            await events.publish(Good(key=str(number), number=number))
+        await eventually(lambda: (len(good), len(bad)) == (100, 100), seconds=60)
+
+        async def buried() -> bool:
+            letters = await again.get(DeadLetters).list()
+            return len(letters) == 2 and all("not UTF-8" in letter.error for letter in letters)
+
+        await eventually(buried)
+    assert sorted(good) == sorted(bad) == [*range(100)]

@@ -38,7 +38,7 @@ from mainstay.events._delivery import Assignment, Delivery, Handling, Route
 from mainstay.events._failure import Again, Failures
 from mainstay.events._metrics import SKIPPED
 from mainstay.events.errors import DecodeError
-from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
+from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Metadata, Record, context_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -326,6 +326,8 @@ class Dispatcher:
             self._skipped.inc()
             return None, None
         if route is None:
+            if UNREADABLE in headers:
+                return None, DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
             if TYPE not in headers:
                 return None, DecodeError(f"the record has no header {TYPE}: it is not an event")
             self._skipped.inc()

@@ -28,6 +28,8 @@ TIME = "ce_time"
 CORRELATION = "ce_correlationid"
 CAUSATION = "ce_causationid"
 # A redriven event is for the one group that could not handle it: every other group skips it.
+UNREADABLE = "mainstay-unreadable"
+"""On the stand-in of a record that the client cannot read at all: why."""
 ONLY_GROUP = "ce_onlygroup"
 
 _CONTEXT = {

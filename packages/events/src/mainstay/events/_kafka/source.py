@@ -29,8 +29,8 @@ from mainstay.core import spawn
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.client import CLOSE_SECONDS, REQUEST_SECONDS, Contact, connection, ended
 from mainstay.events._kafka.topics import Topics
-from mainstay.events._transport import Reader
-from mainstay.events.metadata import Record
+from mainstay.events._transport import LogRecord, Reader
+from mainstay.events.metadata import UNREADABLE, Record
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
@@ -188,11 +188,49 @@ class KafkaSource:
                 )
         except TimeoutError:
             return {}
+        except UnicodeDecodeError:  # the name of a header, anywhere in what was fetched
+            fetched = await self._one_by_one(places)
         # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped and not committed.
         mine = {place: records for place, records in fetched.items() if place in self._held}
         for place, records in mine.items():
             self._delivered[place] = records[-1].offset + 1
         return {self._held[place]: records for place, records in mine.items()}
+
+    async def _one_by_one(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, Sequence[Record]]:
+        """What aiokafka reads up to a record that it cannot, and in place of that one a record that says so.
+
+        Aiokafka has thrown away what it had read for the others meanwhile: all begin again where they were.
+        """
+        for place in list(self._held):
+            if place in self._delivered:
+                self._consumer.seek(place, self._delivered[place])
+            else:
+                await self._from_committed(place)
+        fetched: dict[TopicPartition, Sequence[Record]] = {}
+        for place in places:
+            records: list[Record] = []
+            try:
+                while len(records) < _BATCH:
+                    some = await self._consumer.getmany(place, timeout_ms=_FETCH_MS, max_records=1)
+                    if not some.get(place):
+                        break
+                    records += some[place]
+            except UnicodeDecodeError as error:
+                offset = await self._consumer.position(place)
+                self._consumer.seek(place, offset + 1)
+                why = f"the name of a header is not UTF-8, so the record cannot be read: {error.reason}"
+                _log.error("%s/%d@%d: %s", place.topic, place.partition, offset, why)
+                records.append(LogRecord(*place, offset, None, None, [(UNREADABLE, why.encode())]))
+            if records:
+                fetched[place] = records
+        return fetched
+
+    async def _from_committed(self, place: TopicPartition) -> None:
+        offset = await self._consumer.committed(place)
+        if offset is None:
+            await self._consumer.seek_to_beginning(place)
+        else:
+            self._consumer.seek(place, offset)
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:
         """See `Source`."""
