@@ -511,3 +511,26 @@ async def test_an_outage_is_a_few_lines(assignment: Assignment, caplog: pytest.L
     assert 2 <= len(lines) <= 3
     assert "others meanwhile" in lines[-1]
     await bench.dispatcher.stop()
+
+
+async def test_a_partition_does_not_wait_for_the_backlog_of_others() -> None:
+    """What comes last is handled after a portion of each other partition, and each keeps its order."""
+    seen: list[str] = []
+
+    async def handle(event: Made) -> None:
+        seen.append(event.name)
+        await asyncio.sleep(0)
+
+    bench = Bench(handle, concurrency=2)
+    backlogs = [Assignment("dispatch", number) for number in range(3)]
+    for number, backlog in enumerate(backlogs):
+        bench.dispatcher.feed(backlog, [record(f"backlog-{number}-{n}", n) for n in range(500)])
+    late = Assignment("dispatch", 3)
+    bench.dispatcher.feed(late, [record(f"late-{n}", n) for n in range(20)])
+    assert await bench.dispatcher.settle([*backlogs, late], None)
+    assert seen.index("late-0") < 100
+    assert seen.index("late-19") < 200
+    for number in range(3):
+        mine = [name for name in seen if name.startswith(f"backlog-{number}-")]
+        assert mine == [f"backlog-{number}-{n}" for n in range(500)]
+    await bench.dispatcher.stop()

@@ -46,6 +46,7 @@ pytestmark = [
 class Shipped(Event, type="parcel.shipped", version="1.1", key="parcel"):
     parcel: str
     number: int = 0
+    note: str = ""
 
 
 def service(servers: str, topic: str, *routers: EventRouter, **settings: Any) -> App:
@@ -69,7 +70,7 @@ async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: s
     finally:
         await consumer.stop()
     headers = dict(record.headers)
-    assert record.value == b'{"parcel":"p1","number":7}'
+    assert record.value == b'{"parcel":"p1","number":7,"note":""}'
     assert record.key == b"p1"
     assert headers["ce_specversion"] == b"1.0"
     assert headers["ce_type"] == b"parcel.shipped"
@@ -490,6 +491,47 @@ async def test_trap_13_back_pressure_keeps_what_was_prefetched(
         assert source.lag() == 0
         assert thrown_away == []
     assert seen == {slow: list(range(each)), fast: list(range(each))}
+
+
+async def test_what_is_in_memory_is_bounded_in_bytes(kafka: str, prefix: str) -> None:
+    """However large the events are: a group has no more of them in hand than the setting, and what came with them."""
+    publisher = service(kafka, prefix, partitions=2)
+    async with publisher:
+        for _ in range(10):
+            await publisher.get(EventPublisher).publish_batch(
+                [Shipped(parcel=_key_of(partition), note="x" * 100_000) for partition in (0, 1) for _ in range(5)]
+            )
+    events = EventRouter()
+    gate = asyncio.Event()
+    handled = 0
+
+    @events.on(Shipped, group=prefix)
+    async def handle(_: Shipped) -> None:
+        nonlocal handled
+        await gate.wait()
+        handled += 1
+
+    app = service(kafka, prefix, events, partitions=2, window_bytes=1_000_000)
+    app._drain_seconds = 1.0
+    async with app.running(serve=True):
+        consumer = app.get(EventConsumers).consumers[0]
+        await eventually(lambda: len(consumer._assignments) == 2 and all(each.window for each in consumer._assignments))
+        fetched = 0
+        source = consumer._source
+        assert source is not None
+        fetch = source.fetch
+
+        async def counting(ready: Any) -> Any:
+            nonlocal fetched
+            fetched += not ready
+            return await fetch(ready)
+
+        source.fetch = counting  # type: ignore[method-assign]
+        await eventually(lambda: fetched >= 3, what="turns in which nothing has room")
+        # Half a million bytes to each partition, and as much as the broker sends at a time.
+        assert max(len(each.window) for each in consumer._assignments) <= 5 + 11
+        gate.set()
+        await eventually(lambda: handled == 100)
 
 
 def _key_of(partition: int, of: int = 2) -> str:

@@ -14,10 +14,12 @@ from mainstay.events._failure import Failures
 from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
+from mainstay.events.metadata import Record
 
 _log = logging.getLogger("mainstay.events")
 
 _WINDOW = 1000
+_MOST = 500
 """Records of one partition that may be handed out and not committed: bounds memory, and what a kill repeats."""
 _COMMIT_SECONDS = 0.25
 _RECONNECT_SECONDS = (0.2, 5.0)
@@ -34,6 +36,7 @@ class Consumer:
         transport: where it reads.
         dead_letters: where what cannot be handled goes.
         concurrency: the most handlers at once.
+        window_bytes: about how much of the topics is in memory at once.
         drain_seconds: how long handlers may finish when a partition moves away.
         stuck_seconds: from which age of the oldest event in flight the health is degraded.
         clock: measures ages and waits.
@@ -48,6 +51,7 @@ class Consumer:
         transport: Transport,
         dead_letters: DeadLetterStore,
         concurrency: int,
+        window_bytes: int,
         drain_seconds: float,
         stuck_seconds: float,
         clock: Clock,
@@ -58,6 +62,7 @@ class Consumer:
         self._transport = transport
         self._dead_letters = dead_letters
         self._concurrency = concurrency
+        self._window_bytes = window_bytes
         self._drain_seconds = drain_seconds
         self._stuck_seconds = stuck_seconds
         self._clock = clock
@@ -120,12 +125,21 @@ class Consumer:
 
     async def _turn(self, source: Source) -> None:
         self._dispatcher.check()
-        ready = [assignment for assignment in self._assignments if assignment.open and len(assignment.window) < _WINDOW]
+        share = self._window_bytes // max(1, len(self._assignments))
+        ready = [
+            assignment
+            for assignment in self._assignments
+            if assignment.open
+            and len(assignment.window) < _WINDOW
+            and len(assignment.window) * assignment.record_bytes < share
+        ]
         if not ready and self._assignments:
             await self._dispatcher.progress(_COMMIT_SECONDS)
         fetched = await source.fetch(ready)
         for assignment, records in fetched.items():
             if assignment.open:
+                assignment.record_bytes = sum(map(_size_of, records)) // len(records)
+                assignment.most = min(_MOST, max(1, share // assignment.record_bytes))
                 self._dispatcher.feed(assignment, records)
         if fetched:
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
@@ -227,3 +241,7 @@ class Consumer:
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
+
+
+def _size_of(record: Record) -> int:
+    return len(record.value or b"") + len(record.key or b"") + 128  # headers are about as long, always

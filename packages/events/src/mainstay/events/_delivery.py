@@ -14,15 +14,27 @@ from mainstay.events.metadata import Record
 
 
 class Assignment:
-    """A partition while this process holds it: what was handed out, and how far it is finished."""
+    """A partition while this process holds it: what was handed out, and how far it is finished.
 
-    __slots__ = ("finished", "number", "open", "tails", "topic", "window")
+    Attributes:
+        window: what was handed out and is not finished, and what is finished behind that.
+        waiting: of that, the heads of chains that no caller has taken yet.
+        tails: the last of each chain, by key.
+        record_bytes: about how large a record is, by the last that were handed out; 0 before the first.
+        most: how many records to ask for at once.
+        finished: the last record before which all are finished, once it can be committed.
+    """
+
+    __slots__ = ("finished", "most", "number", "open", "record_bytes", "tails", "topic", "waiting", "window")
 
     def __init__(self, topic: str, number: int) -> None:
         self.topic = topic
         self.number = number
         self.open = True
         self.window: deque[Delivery] = deque()
+        self.waiting: deque[Delivery] = deque()
+        self.record_bytes = 0
+        self.most = 16  # nobody knows yet how large they are
         self.tails: dict[bytes, Delivery] = {}
         self.finished: Record | None = None
 

@@ -13,6 +13,8 @@ taught:
   reads it out of the headers only for a handler that asks: most do not. If a handler sets a context variable of its own
   and leaves it set, the caller would carry it to the next event; comparing two `copy_context()` is nearly free, and a
   caller that was changed is replaced.
+- **Partitions take turns.** What can be called next is taken from each in small portions, so that an event does not
+  wait for the backlog of another partition.
 - **A retry waits in a timer, not in a caller.** The chain stays closed meanwhile, since the delivery is still its head:
   order is kept and no caller is lost to a slow key.
 
@@ -42,6 +44,8 @@ from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Meta
 
 _log = logging.getLogger("mainstay.events")
 
+_PORTION = 16
+"""Events that are taken from a partition before the next one has its turn."""
 _TURNS = 64
 """Events that a caller may handle without giving the loop to others."""
 _CANCELLATIONS = 3
@@ -83,7 +87,8 @@ class Dispatcher:
         self._concurrency = concurrency
         self._failures = failures
         self._clock = clock
-        self._ready: deque[Delivery] = deque()
+        self._ready: deque[Delivery] = deque()  # the portion whose turn it is
+        self._turns: deque[Assignment] = deque()  # those with something that waits
         self._idle: list[asyncio.Future[None]] = []
         self._callers: set[_Caller] = set()
         self._progress: asyncio.Future[None] | None = None
@@ -93,7 +98,8 @@ class Dispatcher:
 
     def feed(self, assignment: Assignment, records: Iterable[Record]) -> None:
         """Take records of a partition, in its order."""
-        window, tails, ready = assignment.window, assignment.tails, self._ready
+        window, tails, ready = assignment.window, assignment.tails, assignment.waiting
+        had_turns = bool(ready)
         for record in records:
             delivery = Delivery(assignment, record)
             window.append(delivery)
@@ -107,6 +113,8 @@ class Dispatcher:
                     ready.append(delivery)
                 else:
                     tail.next = delivery
+        if ready and not had_turns:
+            self._turns.append(assignment)
         self._wake()
 
     def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
@@ -192,8 +200,20 @@ class Dispatcher:
         if tasks:  # what it still does is its own affair: nothing of it is committed, and an inbox refuses its effects
             _log.error("group %s: %d handlers go on although they were cancelled", self._group, len(tasks))
 
+    def _next_portion(self) -> bool:
+        """Make the next partition's heads of chains ready; False when nothing waits."""
+        while self._turns:
+            assignment = self._turns.popleft()
+            waiting = assignment.waiting
+            self._ready.extend(waiting.popleft() for _ in range(min(_PORTION, len(waiting))))
+            if waiting:
+                self._turns.append(assignment)
+            if self._ready:
+                return True
+        return False
+
     def _wake(self) -> None:
-        waiting = len(self._ready)
+        waiting = len(self._ready) + sum(len(assignment.waiting) for assignment in self._turns)
         while waiting and self._idle:
             parked = self._idle.pop()
             if not parked.done():
@@ -226,7 +246,7 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         turns = 0
         while True:
-            while not ready:
+            while not ready and not self._next_portion():
                 parked = loop.create_future()
                 self._idle.append(parked)
                 await parked

@@ -17,7 +17,6 @@ from mainstay.events.metadata import Outgoing, Record
 
 _log = logging.getLogger("mainstay.events")
 
-_BATCH = 500
 _IDLE_SECONDS = 0.25
 
 
@@ -117,7 +116,7 @@ class MemorySource:
         fetched: dict[Assignment, Sequence[Record]] = {}
         for assignment in ready:
             start = self._next[assignment]
-            records = self._transport.partitions(assignment.topic)[assignment.number][start : start + _BATCH]
+            records = self._transport.partitions(assignment.topic)[assignment.number][start : start + assignment.most]
             if records:
                 fetched[assignment] = records
                 self._next[assignment] = start + len(records)

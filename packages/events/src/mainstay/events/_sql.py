@@ -38,7 +38,6 @@ from mainstay.events.tables import LOG, pack_headers, unpack_headers
 
 _log = logging.getLogger("mainstay.events")
 
-_BATCH = 500
 _BACKLOG = 1000
 """From so many new rows on, the beginning of a window is looked for in another way."""
 _POLL_SECONDS = 0.2
@@ -270,9 +269,11 @@ class SqlSource:
     async def _read_page(
         self, slots: Sequence[_Slot], high: Snapshot, fetched: dict[Assignment, Sequence[Record]]
     ) -> None:
+        most = min(slot.assignment.most for slot in slots)
         rows = await self._database.read(
             self._page_statement,
             {
+                "most": most,
                 **_seen("low", min((slot.low for slot in slots), key=_age)),
                 **_seen("high", high),
                 "position": min(slot.position for slot in slots),
@@ -286,7 +287,7 @@ class SqlSource:
             slot = by_place.get((row.topic, row.partition))
             if slot is not None and row.position > slot.position and not slot.low.shows(row.xid):
                 pages.setdefault(slot, []).append(SqlRecord(row, slot.low, slot.high))
-        full = len(rows) == _BATCH
+        full = len(rows) == most
         for slot in slots:
             if slot in pages:
                 fetched[slot.assignment] = pages[slot]
@@ -445,7 +446,7 @@ def _page(order: sa.ColumnElement[int], *window: sa.ColumnElement[bool]) -> sa.E
             LOG.c.partition.in_(sa.bindparam("partitions", expanding=True)),
         )
         .order_by(LOG.c.position)
-        .limit(_BATCH)
+        .limit(sa.bindparam("most", type_=sa.Integer))
     )
 
 

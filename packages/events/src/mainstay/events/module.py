@@ -135,6 +135,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     transport=transport,
                     dead_letters=letters,
                     concurrency=settings.concurrency,
+                    window_bytes=settings.window_bytes,
                     drain_seconds=settings.drain_seconds,
                     stuck_seconds=settings.stuck_seconds,
                     clock=app.clock,

@@ -31,6 +31,7 @@ class EventsSettings(Settings):
             and relayed from there; without it `publish` waits for the broker. The `sql` log is its own outbox.
         outbox_bytes: how much of the outbox is in memory at once while it is relayed.
         concurrency: how many events each consumer group of a process handles at once.
+        window_bytes: about how much of the topics each consumer group of a process has in memory at once.
         retry_attempts: how often a handler is called before its event becomes a dead letter, unless `on(retry=…)` says
             it.
         retry_initial_seconds, retry_max_seconds: the waits between attempts, exponential with full jitter.
@@ -55,6 +56,7 @@ class EventsSettings(Settings):
     outbox: bool | None = None
     outbox_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
     concurrency: int = Field(default=64, ge=1, le=10_000)
+    window_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     retry_attempts: int = Field(default=5, ge=1)
     retry_initial_seconds: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     retry_max_seconds: float = Field(default=10.0, ge=0, allow_inf_nan=False)

@@ -35,7 +35,6 @@ from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
 
-_BATCH = 500
 _FETCH_MS = 250
 _LOOK_SECONDS = 1.0
 _SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accepts
@@ -174,7 +173,11 @@ class KafkaSource:
 
     async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """See `Source`."""
-        places = [self._by_assignment[assignment] for assignment in ready if assignment in self._by_assignment]
+        places = [
+            place
+            for place in (self._by_assignment.get(assignment) for assignment in ready)
+            if place is not None and place in self._held
+        ]
         if not places:
             if not self._held:  # nothing is subscribed to yet, or is being dealt out
                 await asyncio.sleep(_FETCH_MS / 1000)
@@ -184,7 +187,7 @@ class KafkaSource:
                 CLOSE_SECONDS
             ):  # while partitions are dealt out it waits for as long as that takes
                 fetched: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(
-                    *places, timeout_ms=_FETCH_MS, max_records=_BATCH
+                    *places, timeout_ms=_FETCH_MS, max_records=min(self._held[place].most for place in places)
                 )
         except TimeoutError:
             return {}
@@ -210,7 +213,7 @@ class KafkaSource:
         for place in places:
             records: list[Record] = []
             try:
-                while len(records) < _BATCH:
+                while len(records) < self._held[place].most:
                     some = await self._consumer.getmany(place, timeout_ms=_FETCH_MS, max_records=1)
                     if not some.get(place):
                         break
@@ -220,7 +223,8 @@ class KafkaSource:
                 self._consumer.seek(place, offset + 1)
                 why = f"the name of a header is not UTF-8, so the record cannot be read: {error.reason}"
                 _log.error("%s/%d@%d: %s", place.topic, place.partition, offset, why)
-                records.append(LogRecord(*place, offset, None, None, [(UNREADABLE, why.encode())]))
+                headers = [(UNREADABLE, why.encode())]
+                records.append(LogRecord(place.topic, place.partition, offset, None, None, headers))
             if records:
                 fetched[place] = records
         return fetched
