@@ -307,12 +307,12 @@ from aiokafka import AIOKafkaProducer
 
 class Name(str):
     def encode(self, *_):
-        return b"caf\\xe9"
+        return b"\\xe9"
 
 async def main(servers, topic):
     producer = AIOKafkaProducer(bootstrap_servers=servers)
     await producer.start()
-    await producer.send_and_wait(topic, b"{}", partition=0, headers=[(Name("cafe"), b"x")])
+    await producer.send_and_wait(topic, b"{}", partition=0, headers=[(Name("coffee"), b"x")])
     await producer.stop()
 
 asyncio.run(main(*sys.argv[1:]))
