@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Never, TypeVar
 
 from mainstay.core import Effect, Kept, digest
@@ -33,6 +34,8 @@ from mainstay.workflow.tables import NOW
 from mainstay.workflow.workflow import AnyWorkflow
 
 T = TypeVar("T")
+
+_WRITES = "a workflow function may be executed again, so what it writes belongs into a transactional step"
 
 
 class Primitives:
@@ -89,10 +92,8 @@ class Primitives:
                 )
                 raise Parked(msg)
             # What was begun is carried on with the input that it began with.
-            given = anew(
-                arguments_of(step.signature, record) if record.seq else fresh,
-                lambda: arguments_of(step.signature, record),
-            )
+            again = partial(arguments_of, step.signature, record)
+            given = anew(again() if record.seq else fresh, again)
             work = Work(
                 name=step.name,
                 policy=step.policy,
@@ -217,8 +218,7 @@ class Primitives:
             there = json.loads(record.input or "[null, null, null]")
             if there[1:] != times:
                 return f"with the times {times} where its record has {there[1:]}"
-            same = _says(kept, there[0], question)
-            return None if same else "with another question than its record has"
+            return None if _says(kept, there[0], question) else "with another question than its record has"
 
         async def perform(record: StepRecord) -> tuple[str, str | None]:
             if record.state is not StepState.DONE:
@@ -316,10 +316,7 @@ class Primitives:
             raise await execution.told()
         try:
             if self._around.database.in_unit_of_work():
-                msg = (
-                    f"{label} was called inside db.transaction(): a workflow function may be executed again, so what "
-                    "it writes belongs into a transactional step"
-                )
+                msg = f"{label} was called inside db.transaction(): {_WRITES}"
                 raise Parked(msg)
             record = self._replay.enter(branch, label, arguments(), differs)
             try:
