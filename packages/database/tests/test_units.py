@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextvars import Context, copy_context
 
 import pytest
 import sqlalchemy as sa
@@ -530,3 +531,28 @@ async def test_a_fence_is_looked_at_again_after_a_savepoint(postgres, open_datab
                 await spawn(db.write(sa.update(tables.owners).values(epoch=2)), name="takes over")
                 await db.write(tables.add, {"id": 2, "text": "x"}, fence=fence)
         assert await count(db) == 0
+
+
+async def test_a_unit_leaves_the_context_as_it_was(db):
+    """Whoever compares contexts, to see whether a callee has changed one, finds nothing; also after a failure."""
+
+    async def use():
+        before = copy_context()
+        async with db.transaction():
+            assert copy_context() != before
+        async with db.batch():
+            pass
+        with pytest.raises(LookupError):
+            async with db.transaction():
+                raise LookupError
+        assert copy_context() == before
+
+    await asyncio.create_task(use(), context=Context())
+
+
+async def test_a_unit_that_ends_in_another_context_than_it_began_in(db):
+    """As a fixture's may: what was around it is around again."""
+    unit = db.transaction()
+    await asyncio.create_task(unit.__aenter__(), context=Context())
+    await asyncio.create_task(unit.__aexit__(None, None, None), context=Context())
+    assert not db.in_unit_of_work()

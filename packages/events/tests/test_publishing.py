@@ -9,13 +9,14 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, Effect, bind_journal, derived_id, digest
+from mainstay.core import App, Drain, Effect, bind_journal, derived_id, digest
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, WrongEventLoop
 from mainstay.events import DeadLetters, Event, EventPublisher, EventRouter, EventsModule, EventsSettings, PublishError
+from mainstay.events._inbox import sweep
 from mainstay.events._outbox import LANES, lane_of
 from mainstay.events.metadata import ID, Outgoing
-from mainstay.events.tables import INBOX, LOG, OUTBOX, unpack_headers
+from mainstay.events.tables import DELETE_OLD_INBOX, INBOX, LOG, OUTBOX, unpack_headers
 from mainstay.events.testing import Placed, in_memory
 
 
@@ -177,6 +178,26 @@ async def test_trap_11_what_is_old_is_swept(database_url: str) -> None:
             assert time.monotonic() < end
             await asyncio.sleep(0.05)
         assert await logged(app) == [b'{"name":"a","number":2}']
+
+
+async def test_notes_are_swept_some_at_a_time(database_url: str) -> None:
+    """However many there are, no statement holds the database for long."""
+    async with service(database_url) as app:
+        database = app.get(Database)
+        rows = [{"group_name": "g", "event_id": str(number), "created_at": 1} for number in range(6_000)]
+        await database.write(sa.insert(INBOX), rows)
+        await database.write(sa.insert(INBOX), {"group_name": "g", "event_id": "new", "created_at": 2**33})
+        await database.write(DELETE_OLD_INBOX[database.dialect], {"seconds": 86_400.0})
+        assert len(await database.read(sa.select(INBOX.c.event_id))) == 1_001
+        drain = Drain()
+        sweeping = asyncio.create_task(sweep(database, 1.0, drain))
+
+        async def swept() -> bool:
+            return len(await database.read(sa.select(INBOX.c.event_id))) == 1
+
+        await eventually(swept)
+        drain.begin()
+        await sweeping
 
 
 # The outbox

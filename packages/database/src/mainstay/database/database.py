@@ -51,7 +51,7 @@ _CANCEL_GRACE_SECONDS = 5.0  # how long a commit under way may keep a cancelled 
 class Unit:
     """What one task is in the middle of: a unit of work with a session, or a batch that only collects."""
 
-    __slots__ = ("broken", "callbacks", "database", "fenced", "open", "operations", "outer", "session", "task")
+    __slots__ = ("broken", "callbacks", "database", "fenced", "open", "operations", "outer", "session", "task", "token")
 
     def __init__(self, database: Database, session: AsyncSession | None) -> None:
         self.database = database
@@ -66,11 +66,14 @@ class Unit:
 
     def __enter__(self) -> None:
         self.open = True
-        _ambient.set(self)
+        self.token = _ambient.set(self)
 
     def __exit__(self, *details: object) -> None:
         self.open = False  # tasks that were started inside have a copy of the context, and see this
-        _ambient.set(self.outer)
+        try:
+            _ambient.reset(self.token)  # not a value of nothing: a caller could tell that its context was changed
+        except ValueError:  # entered in another context: a fixture's, for example
+            _ambient.set(self.outer)
 
     def call_back(self, callback: Callable[[], None]) -> None:
         """Keep the callback for the commit, together with the savepoint, or transaction, whose fate it shares."""

@@ -49,9 +49,11 @@ def exactly_once(
 
 
 async def sweep(database: Database, days: float, drain: Drain) -> None:
-    """Worker: forgets events that are older than the window within which duplicates are recognised."""
+    """Worker: forgets events that are older than the window within which duplicates are recognised, some at a time."""
+    age = {"seconds": days * 86_400.0}
 
     async def delete() -> None:
-        await database.write(tables.DELETE_OLD_INBOX[database.dialect], {"seconds": days * 86_400.0})
+        while not drain.begun and await database.read(tables.OLDEST_INBOX[database.dialect], age):
+            await database.write(tables.DELETE_OLD_INBOX[database.dialect], age)
 
     await swept(delete, drain)

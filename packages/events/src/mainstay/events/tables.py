@@ -284,7 +284,18 @@ COMMIT_OFFSET = _each(
 INSERT_INBOX = _each(
     lambda insert, _: insert(INBOX).values(_binds(INBOX, "group_name", "event_id")).on_conflict_do_nothing()
 )
-DELETE_OLD_INBOX = _each(lambda _, now: sa.delete(INBOX).where(INBOX.c.created_at < now - _SECONDS))
+_NOTE = sa.tuple_(INBOX.c.group_name, INBOX.c.event_id)
+DELETE_OLD_INBOX = _each(
+    lambda _, now: sa.delete(INBOX).where(
+        _NOTE.in_(
+            sa.select(INBOX.c.group_name, INBOX.c.event_id)
+            .where(INBOX.c.created_at < now - _SECONDS)
+            .order_by(INBOX.c.created_at)
+            .limit(5000)
+        )
+    )
+)
+OLDEST_INBOX = _each(lambda _, now: sa.select(INBOX.c.event_id).where(INBOX.c.created_at < now - _SECONDS).limit(1))
 
 INSERT_DEAD_LETTER = _each(
     lambda insert, _: (
