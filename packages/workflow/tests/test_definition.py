@@ -1,5 +1,7 @@
 """What is wrong with steps and workflows is said before anything runs."""
 
+import asyncio
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +165,24 @@ def test_versions_begin_at_one():
     """An impossible version is refused at the definition."""
     with pytest.raises(ValueError, match="a version is 1 or more"):
         WorkflowRouter().workflow(name="buy", version=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"failed_on": OSError}, None),
+        ({"failed_on": [OSError]}, None),
+        ({"failed_on": (OSError, "Declined")}, r"failed_on=.*: it is a tuple of subclasses of Exception"),
+        ({"failed_on": (asyncio.CancelledError,)}, r"failed_on=.*: it is a tuple of subclasses of Exception"),
+        ({"on_unknown": "retry"}, "on_unknown='retry': it is one of 'compensate', 'probe', 'park'"),
+        ({"exhausted": "fail"}, "exhausted='fail': it is one of 'compensate', 'park'"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_where_the_step_is_declared(options, message):
+    """And not when a step has failed and somebody's money depends on it."""
+    flows = WorkflowRouter()
+    with pytest.raises(TypeError, match=message) if message else nullcontext():
+        flows.step(harmless=True, **options)
 
 
 def test_options_that_contradict_each_other_are_refused():

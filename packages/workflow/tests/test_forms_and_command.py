@@ -119,6 +119,10 @@ async def test_the_command_shows_and_decides(tmp_path, capsys):
 
     assert await command("--url", url, "cancel", "order-8") == 2
     assert "run 'order-8' cannot be cancelled: it is cancelled" in capsys.readouterr().err
+    assert await command("--url", url, "retry", "order-8", "--from", "charge:1") == 2
+    assert "cannot be retried from charge:1: it is cancelled, and not parked" in capsys.readouterr().err
+    assert await command("--url", url, "start", "buy", "--version", "1", "--input", "[" * 100_000) == 2
+    assert "no JSON" in capsys.readouterr().err
     assert await command("--url", url, "show", "nobody") == 2
     assert "there is no run 'nobody'" in capsys.readouterr().err
 

@@ -254,7 +254,7 @@ class Wordless(Exception):
     """An error without a text."""
 
     def __str__(self) -> str:
-        raise RuntimeError
+        raise self.args[0]
 
 
 async def _abort() -> None:
@@ -266,7 +266,11 @@ async def _exit() -> None:
 
 
 async def _wordless() -> None:
-    raise Wordless
+    raise Wordless(RuntimeError())
+
+
+async def _exits_for_a_text() -> None:
+    raise Wordless(SystemExit())
 
 
 async def _group() -> None:
@@ -274,7 +278,7 @@ async def _group() -> None:
     raise BaseExceptionGroup(msg, [Abort()])
 
 
-@pytest.mark.parametrize("body", [_abort, _exit, _wordless, _group])
+@pytest.mark.parametrize("body", [_abort, _exit, _wordless, _exits_for_a_text, _group])
 async def test_what_is_no_exception_ends_a_step_like_one(body: Callable[[], Awaitable[None]]) -> None:
     """It may have happened, and spends an attempt: the run is undone, and the worker lives."""
     ledger = Ledger()

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -517,6 +517,36 @@ async def test_what_makes_no_sense_outside_a_run_or_without_a_zone_is_refused() 
         await flows.sleep_until(datetime(2026, 1, 1))  # noqa: DTZ001  that is the mistake
     with pytest.raises(ValueError, match="more than 0"):
         flows.workflow(name="w", timeout_seconds=0)
+
+
+async def test_a_run_may_wait_for_ever(url) -> None:
+    """Past the last day of the calendar, too: it is listed like any other, and can be cancelled."""
+    flows = WorkflowRouter()
+    asking = flows.approval("asking", str, may_decide=lambda _asked, _actor: True)
+
+    @flows.workflow(name="wait")
+    async def wait(which: str) -> None:
+        if which == "approval":
+            await asking.ask("whether", timeout_seconds=1e18)
+        elif which == "moment":
+            await flows.sleep_until(datetime.max.replace(tzinfo=UTC))
+        else:
+            await flows.sleep(1e18)
+
+    async with workflows(flows, url=url) as app:
+        engine = app.get(WorkflowEngine)
+        started = [await wait.start(which, id=which) for which in ("sleep", "moment", "approval")]
+
+        async def all_wait() -> bool:
+            return len(await engine.runs(RunStatus.WAITING)) == len(started)
+
+        await until(all_wait)
+        assert {run.due_at for run in await engine.runs()} == {datetime.max.replace(tzinfo=UTC)}
+        assert [asked.due_at for asked in await engine.approvals.waiting()] == [datetime.max.replace(tzinfo=UTC)]
+        for run in started:
+            await run.cancel()
+            with pytest.raises(WorkflowFailed, match="cancelled"):
+                await run.result(WAIT)
 
 
 async def test_a_cancellation_that_is_rolled_back_cancels_nothing(url) -> None:

@@ -104,8 +104,10 @@ async def retry_from(session: AsyncSession, id: str, step: str) -> None:
     """
     what = f"retried from {step}"
     row = await hold(session, id)
-    if row.status != RunStatus.PARKED or row.failure is not None:
-        refuse(id, what, "it is on its way back" if row.failure is not None else f"it is {row.status}, and not parked")
+    if row.status != RunStatus.PARKED:
+        refuse(id, what, f"it is {row.status}, and not parked")
+    if row.failure is not None:
+        refuse(id, what, "it is on its way back")
     past = await _history(session, id)
     record = past.records.get(step)
     if record is None or record.position is None or step_of(step).startswith("@"):

@@ -93,7 +93,7 @@ def describe(error: BaseException) -> dict[str, Any]:
         error = error.error
     try:
         detail = str(error)[:2_000]
-    except Exception:  # noqa: BLE001  an error's own code may fail as well
+    except BaseException:  # noqa: BLE001  an error's own code may fail as well, and in any way
         detail = "(its text could not be made)"
     kept: dict[str, Any] = {"type": type(error).__name__, "detail": detail}
     if isinstance(error, StepFailed):  # the error behind it is what others have to know

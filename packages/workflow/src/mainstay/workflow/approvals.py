@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from mainstay.core import current
@@ -13,7 +12,7 @@ from mainstay.workflow._asks import NO_DECISION
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow.approval import AnyApproval, ApprovalView, Asked, Decision, DecisionAttempt
 from mainstay.workflow.errors import ApprovalConflict, ApprovalNotFound, DecisionDenied, RunNotFound
-from mainstay.workflow.tables import ASKED, CLOSE_ASK, DECIDABLE, HOLD_RUN, OPEN_ASKS, ROUSE, SETTLE
+from mainstay.workflow.tables import ASKED, CLOSE_ASK, DECIDABLE, HOLD_RUN, OPEN_ASKS, ROUSE, SETTLE, moment
 
 __all__ = ["Approvals"]
 
@@ -108,7 +107,7 @@ class Approvals:
                 raise ApprovalConflict(msg)
             if (now.escalated_at is not None) != asked.escalated:
                 return False
-            at = datetime.fromtimestamp(now.now, UTC)
+            at = moment(now.now)
             decision = Decision(attempt.approved, attempt.by, attempt.reason, at, asked.escalated)
             body = self._payloads.seal(decision.to_text(), asked.run_id)
             message = {"run_id": asked.run_id, "id": ask_id, "name": ask_id, "body": body}
@@ -137,6 +136,6 @@ def _again(body: str, attempt: DecisionAttempt[Any], which: str) -> None:
 
 
 def _view(row: Any, question: str) -> ApprovalView:
-    due_at = None if row.due_at is None else datetime.fromtimestamp(row.due_at, UTC)
-    at, escalated = datetime.fromtimestamp(row.asked_at, UTC), row.escalated_at is not None
+    due_at = None if row.due_at is None else moment(row.due_at)
+    at, escalated = moment(row.asked_at), row.escalated_at is not None
     return Asked(row.run_id, row.name, row.place, question, at, due_at, escalated)

@@ -119,7 +119,7 @@ def start_run(
 def _object(text: str) -> dict[str, Any]:
     try:
         found: object = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"no JSON: {error}"
         raise typer.BadParameter(msg, param_hint="'--input'") from None
     if not isinstance(found, dict):

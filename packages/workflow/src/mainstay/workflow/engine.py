@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -36,6 +36,7 @@ from mainstay.workflow.tables import (
     VALUE,
     VALUES,
     VIEW,
+    moment,
     runs,
 )
 from mainstay.workflow.value import ValueView
@@ -326,7 +327,7 @@ def listed(status: RunStatus | None, limit: int) -> sa.Select[Any]:
 
 def value_of(row: Any, body: str) -> ValueView:
     """What the table of values says."""
-    return ValueView(row.name, body, datetime.fromtimestamp(row.at, UTC), row.set_by)
+    return ValueView(row.name, body, moment(row.at), row.set_by)
 
 
 def view_of(row: Any, payloads: Payloads) -> RunView:
@@ -349,8 +350,8 @@ def view_of(row: Any, payloads: Payloads) -> RunView:
         failure=json.loads(row.failure) if row.failure else None,
         note=row.note,
         context=json.loads(row.context),
-        created_at=datetime.fromtimestamp(row.created_at, UTC),
-        ended_at=None if row.ended_at is None else datetime.fromtimestamp(row.ended_at, UTC),
-        due_at=datetime.fromtimestamp(row.wake_at, UTC) if row.status == RunStatus.QUEUED else None,
+        created_at=moment(row.created_at),
+        ended_at=None if row.ended_at is None else moment(row.ended_at),
+        due_at=moment(row.wake_at) if row.status == RunStatus.QUEUED else None,
         parent=row.parent,
     )

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args, overload
 from uuid import UUID
 
 from mainstay.core import Binding, Retry, uuid7
@@ -100,7 +100,7 @@ class WorkflowRouter:
         policy = StepPolicy(
             retry=retry or Retry(),
             timeout_seconds=timeout_seconds,
-            failed_on=tuple(failed_on),
+            failed_on=_kinds(failed_on),
             on_unknown=on_unknown,
             transactional=transactional,
             pivot=pivot,
@@ -321,12 +321,31 @@ class WorkflowRouter:
             approval.check()
 
 
+def _kinds(failed_on: object) -> tuple[type[Exception], ...]:
+    """The exceptions that fail a step.
+
+    Raises:
+        TypeError: there is something else among them.
+    """
+    kinds = tuple(cast("list[object]", failed_on)) if isinstance(failed_on, tuple | list) else (failed_on,)
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            msg = f"failed_on={failed_on!r}: it is a tuple of subclasses of Exception, such as (Declined,)"
+            raise TypeError(msg)
+    return cast("tuple[type[Exception], ...]", kinds)
+
+
 def _check_policy(policy: StepPolicy) -> None:
     """Refuse options that contradict each other.
 
     Raises:
         TypeError: they do; the message says what to write.
     """
+    for name, kind in (("on_unknown", OnUnknown), ("exhausted", Exhausted)):
+        chosen, choices = getattr(policy, name), get_args(kind)
+        if chosen not in choices:
+            msg = f"{name}={chosen!r}: it is one of {', '.join(map(repr, choices))}"
+            raise TypeError(msg)
     if len(policy.uncompensated) > 1:
         named = " and ".join(f"{name}=True" for name in policy.uncompensated)
         msg = f"{named}: each says why nothing undoes the step; keep one"

@@ -8,6 +8,7 @@ because it is unknown whether its commit arrived, finds its own rows there and c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,14 @@ _run_values: dict[str, Any] = {
     "wake_at": database_now(),
     "deadline": database_now() + sa.bindparam("left_seconds", type_=sa.Double),
 }
+
+
+def moment(seconds: float) -> datetime:
+    """A moment of the tables; one past the end of the calendar, as of a wait for ever, is the calendar's last."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, OSError, ValueError):
+        return datetime.max.replace(tzinfo=UTC)
 
 
 def new_run(
