@@ -93,7 +93,7 @@ class WorkflowRouter:
         Each step has a compensation (`@step.compensation`), or is one of `harmless`, `pivot` and `after_pivot`.
 
         Raises:
-            TypeError: the function is none that can be a step, or options contradict each other.
+            TypeError: the function is none that can be a step, or options are none, or contradict each other.
             ValueError: `timeout_seconds` is not positive, or the name is taken.
         """
         _check_limit(timeout_seconds)
@@ -336,7 +336,7 @@ def _kinds(failed_on: object) -> tuple[type[Exception], ...]:
 
 
 def _check_policy(policy: StepPolicy) -> None:
-    """Refuse options that contradict each other.
+    """Refuse options that are none, or contradict each other.
 
     Raises:
         TypeError: they do; the message says what to write.
