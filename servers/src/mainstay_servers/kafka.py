@@ -48,7 +48,7 @@ group.initial.rebalance.delay.ms=0
 # A killed broker registers again only when its session has ended: with the defaults a restart takes 12 s.
 broker.session.timeout.ms=1000
 broker.heartbeat.interval.ms=200
-# How often an idle controller writes that there is nothing to write; twice a second is a fifth of what it does.
+# How often an idle controller writes that there is nothing to write; twice a second is a quarter of what it does.
 metadata.max.idle.interval.ms=5000
 """,
         )
