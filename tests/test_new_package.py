@@ -15,17 +15,18 @@ def run(place: Path, *command: str, fails: bool = False) -> str:
     """Run a command of a newcomer there, and return what it said."""
     # Nothing of this run may lead back into this checkout.
     ours = ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PACKAGE", "COVERAGE", "COVERAGE_FILE")
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | {"UV_OFFLINE": "1"}
+    # Only what mypy knows of the libraries is kept from run to run.
+    set_here = {"UV_OFFLINE": "1", "MYPY_CACHE_DIR": str(ROOT / "build" / "mypy" / "new-package")}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | set_here
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode != 0) is fails, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A checkout of its own, with what is not committed yet."""
-    place = tmp_path / "clone"
-    run(tmp_path, "git", "clone", "--quiet", str(ROOT), str(place))
+def cloned(above: Path) -> Path:
+    """Make a checkout of its own, with what is not committed yet."""
+    place = above / "clone"
+    run(above, "git", "clone", "--quiet", str(ROOT), str(place))
     changed = run(ROOT, "git", "diff", "--name-only", "--no-renames", "HEAD").splitlines()
     for name in changed + run(ROOT, "git", "ls-files", "--others", "--exclude-standard").splitlines():
         if (ROOT / name).is_file():
@@ -34,6 +35,18 @@ def clone(tmp_path: Path) -> Path:
         else:
             (place / name).unlink()
     return place
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A checkout to make a package in."""
+    return cloned(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which each test finds what the one before it has found."""
+    return cloned(tmp_path_factory.mktemp("unchanged"))
 
 
 @pytest.fixture
@@ -106,10 +119,10 @@ def test_a_name_of_any_length_makes_readable_lines(clone: Path, name: str) -> No
         ("describe", "`mainstay describe` is a command already"),
     ],
 )
-def test_a_name_that_will_not_do_changes_nothing(clone: Path, name: str, why: str) -> None:
+def test_a_name_that_will_not_do_changes_nothing(unchanged: Path, name: str, why: str) -> None:
     """The message says what a name is, or which are taken."""
-    before = run(clone, "git", "status", "--short")
-    said = run(clone, sys.executable, "tools/new_package.py", name, fails=True)
+    before = run(unchanged, "git", "status", "--short")
+    said = run(unchanged, sys.executable, "tools/new_package.py", name, fails=True)
     assert f"PACKAGE={name}: " in said
     assert why in said
-    assert run(clone, "git", "status", "--short") == before
+    assert run(unchanged, "git", "status", "--short") == before

@@ -14,7 +14,6 @@ import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
-import copier
 from run_tests import suites
 
 from mainstay.cli import commands
@@ -40,6 +39,8 @@ def make(root: Path, package: str) -> list[str]:
         "rfc": rfc,
         "date": datetime.now(UTC).date().isoformat(),
     }
+    import copier  # noqa: PLC0415  it takes longer than all the rest, and a name that will not do needs none
+
     copier.run_copy(str(TEMPLATE), root, data=data, defaults=True, quiet=True)
     for path, text in changed.items():
         path.write_text(text)
