@@ -156,6 +156,31 @@ async def test_a_busy_worker_takes_nothing_else_while_suspects_wait_or_are_execu
             assert await g.handle(name).result(WAIT) == name
 
 
+async def test_a_suspect_that_only_waits_keeps_no_others_from_the_worker(shared):
+    """It waits elsewhere than in the worker's memory, and its isolation of 40 minutes is over at once."""
+    router = WorkflowRouter()
+    paid = router.signal("paid", str)
+
+    @router.workflow(name="waits")
+    async def waits() -> str:
+        return await paid.wait()
+
+    @router.workflow(name="bystands")
+    async def bystands(n: int) -> int:
+        return n
+
+    async with workflows(router, url=shared, serve=False) as app:
+        await waits.start(id="suspect")
+        suspected = {"deaths": 2, "company": 2}
+        await app.get(Database).write(sa.update(runs).where(runs.c.id == "suspect").values(suspected))
+    async with workflows(router, url=shared, suspend_after_seconds=3_600, lease_seconds=600) as app:
+        engine = app.get(WorkflowEngine)
+        await eventually(lambda: engine.worker.executes("suspect"), seconds=WAIT)
+        assert await (await bystands.start(7)).result(WAIT) == 7
+        await paid.send("suspect", "in full")
+        assert await waits.handle("suspect").result(WAIT) == "in full"
+
+
 async def test_an_isolation_ends_when_its_runs_get_further_leave_or_have_lived_for_long(url):
     """A run that died more often is isolated for twice as long for every death."""
     clock = VirtualClock()

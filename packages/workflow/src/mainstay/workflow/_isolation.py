@@ -7,7 +7,8 @@ reasons of their own, and then many runs have to be picked up fast. After `SUSPE
 claimed only by a worker that executes nothing, at most half of their company together, and it takes nothing beside them
 while the isolation lasts. So each death halves the company, and one run among 1,000 is alone after ten or so.
 
-The isolation of a run ends when it gets further or leaves the worker. It also ends after a time that doubles with every
+The isolation of a run ends when it gets further or leaves the worker, as it does at once where it only waits and others
+want its place. It also ends after a time that doubles with every
 death: an innocent run with a long step must not keep its worker from all others for hours, and one that kills its
 worker late is isolated for longer each time, until it is found.
 """

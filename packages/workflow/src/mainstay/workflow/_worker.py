@@ -299,10 +299,12 @@ class Worker:
 
     async def _claim(self, identity: Identity) -> bool:
         """Take what is due, as far as there is room; whether there may be more."""
+        others, company = await self.queue.waiting()
         if await identity.isolation.lasts(identity.runs):
             self._full = True
+            if others or company is not None:
+                identity.make_room()  # a suspect that only waits does nothing that could kill the worker
             return False
-        others, company = await self.queue.waiting()
         room = min(self._room(identity), CLAIMED_AT_ONCE)
         identity.closed = company is not None
         if company is not None:
