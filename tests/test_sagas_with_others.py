@@ -5,8 +5,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import sqlalchemy as sa
+from fastapi import FastAPI
 
 from mainstay.audit import AuditModule, AuditTrail
 from mainstay.audit.testing import settings as audit_settings
@@ -16,6 +18,7 @@ from mainstay.core.testing import eventually
 from mainstay.database import Database
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.observability.errors import status_of
+from mainstay.observability.fastapi import instrument
 from mainstay.workflow import (
     ApprovalConflict,
     DecisionDenied,
@@ -138,6 +141,49 @@ async def test_a_release_that_publishes_or_audits_something_else_parks(tmp_path:
         (row,) = await app.get(Database).read(sa.text("select count(*) from mainstay_events_log"))
         assert row[0] == 1
         assert [entry.detail for entry in await written(app.get(Database), "shop.sold")] == [{"n": 1}]
+
+
+class Owed(MainstayError):
+    """A reader owes a fee."""
+
+    code = "BIZ_FEES_OWED"
+    public_message = "Pay what you owe first."
+
+
+async def test_a_run_that_fails_is_the_problem_of_what_failed_it() -> None:
+    """Over HTTP the code and the message of an error in a step arrive, through a step, a run and its parent."""
+    router = WorkflowRouter()
+
+    @router.step(harmless=True, failed_on=(Owed,))
+    async def check(n: int) -> int:
+        msg = f"reader {n}"
+        raise Owed(msg)
+
+    @router.workflow(name="lend")
+    async def lend(n: int) -> int:
+        return await check(n)
+
+    @router.workflow(name="lend-many")
+    async def lend_many(n: int) -> int:
+        return await lend(n)
+
+    api = FastAPI()
+
+    @api.post("/loans/{n}")
+    async def loan(n: int, *, many: bool) -> int:
+        return await (await (lend_many if many else lend).start(n)).result(60.0)
+
+    instrument(api)
+    async with (
+        workflows(router),
+        httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://shop") as client,
+    ):
+        for many in ("false", "true"):
+            response = await client.post(f"/loans/7?many={many}")
+            problem = response.json()["error"]
+            assert (response.status_code, problem["code"]) == (409, "BIZ_FEES_OWED")
+            assert problem["message"] == "Pay what you owe first."
+            assert "reader 7" not in response.text
 
 
 @pytest.mark.parametrize(

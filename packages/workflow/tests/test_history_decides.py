@@ -361,6 +361,38 @@ async def test_equal_arguments_are_equal_by_value() -> None:
     assert turn == [2]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_rejections_in_a_group_are_waited_for_as_one_alone(grouped: bool) -> None:
+    """Inside a step they are attempts; the next one comes when the provider may be asked again, not before."""
+    ledger, clock, at = Ledger(), VirtualClock(), list[float]()
+
+    async def asks() -> None:
+        if len(at) == 1:
+            msg = "the circuit is open"
+            raise MainstayError(msg, no_effect=True, retryable=True, retry_after_seconds=500.0)
+
+    async def body() -> None:
+        at.append(clock.monotonic())
+        if not grouped:
+            await asks()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asks())
+            group.create_task(asks())
+
+    charge = ledger.charge(body, retry=Retry(attempts=2, wait=FullJitter(0.001, 0.002)))
+
+    @ledger.flows.workflow(name="sell", version=1)
+    async def sell(n: int) -> int:
+        return int(await charge(n))
+
+    async with workflows(ledger.flows, clock=clock):
+        run = await sell.start(1)
+        await clock.advance(2_000.0)
+        assert await run.status() is RunStatus.COMPLETED
+    assert len(at) == 2
+    assert at[1] - at[0] >= 500.0
+
+
 class Declined(Exception):
     """The provider says no."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -21,6 +22,8 @@ from mainstay.workflow import (
     WorkflowFailed,
     WorkflowRouter,
 )
+from mainstay.workflow._recording import Recording
+from mainstay.workflow.tables import RELEASE
 from mainstay.workflow.testing import workflows
 
 WAIT = 30.0
@@ -547,6 +550,29 @@ async def test_a_run_may_wait_for_ever(url) -> None:
             await run.cancel()
             with pytest.raises(WorkflowFailed, match="cancelled"):
                 await run.result(WAIT)
+
+
+async def test_a_cancellation_at_the_moment_of_going_to_sleep_is_not_lost(url: str, monkeypatch: Any) -> None:
+    """The run has seen no news when it says that it sleeps for an hour; there is some by the time that this is written."""
+    flows, real, cancelled = WorkflowRouter(), Recording.end, list[str]()
+
+    async def end(self: Recording, *changes: Any, **options: Any) -> None:
+        if not cancelled and any(statement is RELEASE for statement, _ in changes):
+            cancelled.append(self.run_id)
+            await app.get(WorkflowEngine).cancel(self.run_id)
+        await real(self, *changes, **options)
+
+    monkeypatch.setattr(Recording, "end", end)
+
+    @flows.workflow(name="sleeps")
+    async def sleeps(n: int) -> int:
+        await flows.sleep(3_600.0)
+        return n
+
+    async with workflows(flows, url=url, suspend_after_seconds=0.01) as app:
+        with pytest.raises(WorkflowFailed, match="cancelled"):
+            await (await sleeps.start(1)).result(WAIT)
+    assert len(cancelled) == 1
 
 
 async def test_a_cancellation_that_is_rolled_back_cancels_nothing(url) -> None:

@@ -12,7 +12,7 @@ Every package adds its own branch in its `errors.py`. Wrong arguments of a call 
 from __future__ import annotations
 
 import copyreg
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 __all__ = ["CodeFamily", "ConfigurationError", "DeadlineExceeded", "MainstayError", "NotBoundError"]
 
@@ -24,8 +24,9 @@ class MainstayError(Exception):
 
     `str(error)` is the internal detail and belongs in logs; only `public_message` may be shown to a caller outside.
 
-    Class attributes, each of which an instance may override by keyword:
-        code: stable identifier, one of the families AUTH_, VAL_, RES_, SYS_, EXT_, RATE_, BIZ_ and a name.
+    Class attributes; all but the code an instance may override by keyword:
+        code: stable identifier, one of the families AUTH_, VAL_, RES_, SYS_, EXT_, RATE_, BIZ_ and a name. An error that
+            tells of another one far away may have that one's.
         retryable: whether the same call may succeed later.
         no_effect: True only where it is certain that nothing happened on the other side. A durable step that ends with
             such an error has *failed*; one that ends with any other error is *unknown*.
@@ -33,7 +34,7 @@ class MainstayError(Exception):
         public_message: a sentence without internals.
     """
 
-    code: ClassVar[str] = "SYS_INTERNAL"
+    code: str = "SYS_INTERNAL"
     retryable: bool = False
     no_effect: bool = False
     retry_after_seconds: float | None = None

@@ -33,6 +33,7 @@ from mainstay.workflow._recording import Recording
 from mainstay.workflow._verdict import (
     GIVEN_UP,
     SHORTEST_WAIT,
+    delay_seconds,
     describe,
     error_text,
     failed_for_good,
@@ -254,11 +255,8 @@ class Attempts:
         await self._execution.wait(max(SHORTEST_WAIT, EFFECT.retry.wait(state)))
 
     def _delay(self, work: Work, record: StepRecord, outcome: Outcome, pace: _Pace, *, more: int = 0) -> float | None:
-        error = outcome.exception()
-        if error is not None and failed_for_good(work.policy, error):
-            return None
         elapsed = self._clock.monotonic() - pace.began
-        return work.policy.retry.delay_seconds(RetryState(record.attempts + more, outcome, elapsed, pace.waited))
+        return delay_seconds(work.policy, RetryState(record.attempts + more, outcome, elapsed, pace.waited))
 
     def _asks_again(self, work: Work, record: StepRecord, result: Any, pace: _Pace) -> float | None:
         """How long to wait before another attempt where a result asks for one, by the policy's `retry`."""

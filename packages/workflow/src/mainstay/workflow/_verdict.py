@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import CodeType
 from typing import Any, cast
 
-from mainstay.core import DeadlineExceeded, MainstayError
+from mainstay.core import DeadlineExceeded, MainstayError, RetryState
 from mainstay.database import CommitUnknown
 from mainstay.workflow._history import StepState
 from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, WorkflowFailed, in_one_line
@@ -39,12 +39,28 @@ def rejection_seconds(policy: StepPolicy, error: BaseException, own: CodeType | 
         error: the end of the attempt.
         own: the code of the step below policies of ours; None where there are none.
     """
-    rejections = [found for found in _leaves(error) if isinstance(found, MainstayError) and found.no_effect]
-    waits = [found.retry_after_seconds for found in rejections if found.retry_after_seconds is not None]
-    if not waits or failed_for_good(policy, error) or not nothing_happened(policy, error, own):
+    seconds = _asked_seconds(error)
+    if seconds is None or failed_for_good(policy, error) or not nothing_happened(policy, error, own):
         return None
     # The spread keeps those who were rejected together apart.
-    return max(SHORTEST_WAIT, *waits) * (1 + random.random() / 4)  # noqa: S311  guards nothing
+    return max(SHORTEST_WAIT, seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
+
+
+def delay_seconds(policy: StepPolicy, state: RetryState) -> float | None:
+    """How long to wait before the next attempt; None where there is none."""
+    error = state.outcome.exception()
+    if error is not None and failed_for_good(policy, error):
+        return None
+    delay = policy.retry.delay_seconds(state)
+    if delay is None or error is None:
+        return delay
+    return max(delay, _asked_seconds(error) or 0.0)  # `Retry` does not look into a group
+
+
+def _asked_seconds(error: BaseException) -> float | None:
+    """The longest wait that rejections ask for: the error, or those in a group; None where none does."""
+    rejections = [found for found in _leaves(error) if isinstance(found, MainstayError) and found.no_effect]
+    return max((seconds for each in rejections if (seconds := each.retry_after_seconds) is not None), default=None)
 
 
 def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | None) -> bool:

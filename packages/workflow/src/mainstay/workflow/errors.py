@@ -142,6 +142,7 @@ class WorkflowFailed(WorkflowError):
     """The run failed or was cancelled, and is compensated; or a person terminated it, and nothing is undone.
 
     Attributes:
+        code: that of the error behind it, where it has one, so that both are the same problem over HTTP.
         error_type: the name of the exception that ended the workflow function, `Cancelled` if the run was cancelled,
             `Terminated` if it was terminated.
         error_code: its code, where it was a `MainstayError`; where a step failed, that of the error behind the failure.
@@ -163,6 +164,8 @@ class WorkflowFailed(WorkflowError):
         public_message: str | None = None,
     ) -> None:
         super().__init__(message, public_message=public_message)
+        if error_code is not None:
+            self.code = error_code
         self.error_type = error_type
         self.error_code = error_code
         self.step = step
