@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from mainstay.core import Drain, FullJitter, MainstayError, Retry
-from mainstay.core.testing import VirtualClock
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import CommitUnknown, Database, DatabaseUnavailable
 from mainstay.workflow import (
     Done,
@@ -27,12 +28,13 @@ from mainstay.workflow import (
 )
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._worker import Worker
+from mainstay.workflow.errors import Released
 from mainstay.workflow.tables import history, runs
 from mainstay.workflow.testing import workflows
 from mainstay_servers import Postgres, fresh_database
 
 QUICK = FullJitter(0.001, 0.002)
-WAIT = 20.0
+WAIT = 60.0
 
 
 def nobody(*_args):
@@ -210,18 +212,18 @@ async def test_behind_a_transaction_pooler(pgbouncer):
 
 
 async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
-    """A step that blocks the loop for three leases is not taken over by a worker that is looking for the dead."""
+    """A step blocks the loop for three leases, in which a peer looks for the dead: each time the worker lives."""
     address = f"sqlite+aiosqlite:///{tmp_path / 'shared.db'}" if ":memory:" in url else url
     flows, there = WorkflowRouter(), WorkflowRouter()
     executed: list[str] = []
-    blocked = asyncio.Event()
+    blocked, looked = threading.Event(), threading.Event()
 
     def define(router, who):
         @router.step(harmless=True)
         async def block(n: int) -> int:
             executed.append(who)
             blocked.set()
-            time.sleep(3.0)  # noqa: ASYNC251  what the test is about
+            looked.wait(WAIT)  # what the test is about: the loop has no turn
             return n
 
         @router.workflow(name="block")
@@ -234,36 +236,54 @@ async def test_trap_7_a_blocked_loop_keeps_its_lease(url, tmp_path):
     define(there, "second")
     async with workflows(flows, url=address, lease_seconds=1.0):
         run = await blocking.start(1)
-        peer = asyncio.create_task(asyncio.to_thread(asyncio.run, _look_for_the_dead(there, address)))
+        looks = asyncio.create_task(asyncio.to_thread(_look_for_the_dead, there, address, blocked, looked))
         assert await run.result(WAIT) == 1
-        await peer
+        assert await looks >= 3.0
     assert executed == ["first"]
 
 
-async def _look_for_the_dead(router, address):
-    async with workflows(router, url=address, lease_seconds=1.0):
-        await asyncio.sleep(2.5)
+def _look_for_the_dead(router, address, blocked, looked) -> float:
+    """Look for dead workers while the other loop is blocked; between the first look and the last one, in seconds."""
+    at: list[float] = []
+
+    async def serve() -> None:
+        async with workflows(router, url=address, lease_seconds=1.0) as app:
+            takeover = app.get(WorkflowEngine).worker._takeover
+            look_at = takeover._look_at
+
+            async def look(name: str) -> None:
+                await look_at(name)
+                at.append(time.monotonic())
+
+            takeover._look_at = look  # type: ignore[method-assign]  # of this peer alone
+            await eventually(lambda: at and at[-1] - at[0] >= 3.0, seconds=WAIT)
+
+    try:
+        assert blocked.wait(WAIT)
+        asyncio.run(serve())
+    finally:
+        looked.set()
+    return at[-1] - at[0]
 
 
 async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):
     """A worker that is cancelled while a result is on its way to the database writes it before it goes."""
     flows = WorkflowRouter()
     executed: list[int] = []
-    done = asyncio.Event()
+    at_work, held, further = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @flows.step(harmless=True)
     async def work(n: int) -> int:
         executed.append(n)
         if n == 1:
-            done.set()
+            at_work.set()
+            await held.wait()
         return n + 1
 
     @flows.workflow(name="work")
     async def working(n: int) -> int:
         n = await work(n)
-        for _ in range(5):
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.2)
+        await further.wait()
         return await work(n)
 
     address = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
@@ -271,13 +291,18 @@ async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):
         engine = app.get(WorkflowEngine)
         run = await working.start(1, id="r")
         worker = asyncio.create_task(engine.worker.work(Drain()))
-        await done.wait()
+        await asyncio.wait_for(at_work.wait(), WAIT)
+        executed_run = engine.worker._run("r")
+        assert executed_run is not None
+        recording = executed_run._recording
         async with app.get(Database).transaction():  # nobody else writes now
-            await asyncio.sleep(0.05)
+            held.set()
+            await eventually(recording._turn.locked, seconds=WAIT)  # the result is on its way
             worker.cancel()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # time in which nothing happens
             assert not worker.done()
         await asyncio.gather(worker, return_exceptions=True)
+        further.set()
         assert (await engine.history("r")).records["work:1"].state == "done"
         view = await engine.run("r")
         assert (view.status, view.attempts) == (RunStatus.QUEUED, 0)
@@ -315,7 +340,9 @@ async def test_a_step_cut_off_by_the_end_of_the_drain_is_repeated(url):
         worker = asyncio.create_task(engine.worker.work(drain))
         await begun.wait()
         drain.begin()
-        await asyncio.sleep(0.02)
+        executed_run = engine.worker._run("r")
+        assert executed_run is not None
+        await eventually(lambda: isinstance(executed_run.told, Released), seconds=WAIT)
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
         assert (await engine.history("r")).records["0.0/work:1"].dangling

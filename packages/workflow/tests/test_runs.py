@@ -20,6 +20,7 @@ from mainstay.core import (
     once,
     timeout,
 )
+from mainstay.core.testing import eventually
 from mainstay.database import Database, WrongEventLoop
 from mainstay.workflow import (
     Done,
@@ -382,12 +383,17 @@ async def test_all_branches_end_before_a_failure_goes_on(url):
         return n
 
     async def slow(n):
-        await asyncio.sleep(0.05)
+        await eventually(declined, seconds=WAIT)
         shop.log.append("held")
         return n
 
+    async def declined():
+        (run,) = await app.get(WorkflowEngine).runs()
+        charge = (await app.get(WorkflowEngine).history(run.id)).records.get("0.0/charge:1")
+        return charge is not None and charge.state == "failed"
+
     shop.behave |= {"charge": Declined("no"), "hold": slow}
-    async with workflows(shop.flows, url=url):
+    async with workflows(shop.flows, url=url) as app:
         with pytest.raises(WorkflowFailed, match="Declined"):
             await (await split.start(1)).result(WAIT)
     assert shop.log == ["charge", "hold", "held", ("release", Done(1))]

@@ -170,7 +170,7 @@ async def test_no_wake_up_is_lost():
             run = await approve.start(n, id=f"r{n}")
             await asyncio.sleep(n / 4_000)  # the sending moves across the moment of going to sleep
             await approved.send(f"r{n}", Approval(by="ann", amount=0))
-            assert await run.result(5) == f"ann {n}"
+            assert await run.result(WAIT) == f"ann {n}"
 
 
 async def test_mistakes_are_said():

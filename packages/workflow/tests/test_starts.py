@@ -18,7 +18,7 @@ WAIT = 20.0
 @pytest.mark.parametrize("kind", ["batch", "transaction"])
 async def test_starts_in_one_unit_of_work_obey_max_runs(url, kind):
     """Of thirty runs that one commit starts, three are executed at once; the others wait in the queue."""
-    flows = WorkflowRouter()
+    flows, full = WorkflowRouter(), asyncio.Event()
     now = most = 0
 
     @flows.step(harmless=True)
@@ -26,7 +26,10 @@ async def test_starts_in_one_unit_of_work_obey_max_runs(url, kind):
         nonlocal now, most
         now += 1
         most = max(most, now)
-        await asyncio.sleep(0.01)
+        if now == 3:
+            full.set()
+        await full.wait()
+        await asyncio.sleep(0.01)  # others, if there is place for them, come in
         now -= 1
         return n
 

@@ -492,7 +492,7 @@ async def test_more_runs_than_a_worker_takes_wait_in_the_queue(url):
 
 async def test_prototype_9_unrecorded_steps_are_bounded(url):
     """No step begins while two results are unrecorded, whatever the number of runs; five are executed at once."""
-    flows = WorkflowRouter()
+    flows, full = WorkflowRouter(), asyncio.Event()
     now, most = 0, 0
     before: list[int] = []
 
@@ -502,7 +502,10 @@ async def test_prototype_9_unrecorded_steps_are_bounded(url):
         before.append(unrecorded.taken)
         now += 1
         most = max(most, now)
-        await asyncio.sleep(0.001)
+        if now == 5:
+            full.set()
+        await full.wait()
+        await asyncio.sleep(0.001)  # others, if there is place for them, come in
         now -= 1
         return n
 

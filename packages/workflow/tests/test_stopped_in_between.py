@@ -8,11 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from mainstay.core import App, FullJitter, Retry
+from mainstay.core.testing import eventually
 from mainstay.database import CommitUnknown, Database
 from mainstay.workflow import (
     Done,
     RunParked,
-    RunStatus,
     StepFailed,
     Unknown,
     WorkflowEngine,
@@ -224,8 +224,11 @@ async def test_nothing_ends_with_something_open(url: str) -> None:
     @flows.workflow(name="forgets")
     async def forgets(n: int) -> int:
         tasks.append(asyncio.create_task(flows.sleep(5)))
-        await asyncio.sleep(0.05)
+        await eventually(on_record, seconds=WAIT)
         return n
+
+    async def on_record() -> bool:
+        return "@sleep:1" in (await app.get(WorkflowEngine).history("r")).records
 
     async with workflows(flows, url=url) as app:
         run = await forgets.start(1, id="r")
@@ -283,15 +286,15 @@ async def test_a_child_whose_pivot_did_not_happen_is_cancelled_with_its_parent(u
         await step(1)
         return await child(n)
 
-    async with workflows(flows, url=url):
+    async def looked() -> bool:
+        views = await app.get(WorkflowEngine).runs()
+        return any(view.parent == "r" and view.cancel_requested for view in views)
+
+    async with workflows(flows, url=url) as app:
         run = await parent.start(1, id="r")
         await asyncio.wait_for(inside.wait(), WAIT)
         await run.cancel()
-        async with asyncio.timeout(WAIT):
-            while await run.status() is not RunStatus.COMPENSATING:  # noqa: ASYNC110  the worker's doing
-                await asyncio.sleep(0.001)
-        for _ in range(20):  # it looks at its child
-            await asyncio.sleep(0.01)
+        await eventually(looked, seconds=WAIT)
         go.set()
         with pytest.raises(WorkflowFailed, match="cancelled"):
             await run.result(WAIT)

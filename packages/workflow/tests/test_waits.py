@@ -553,7 +553,7 @@ async def test_a_run_may_wait_for_ever(url) -> None:
 
 
 async def test_a_cancellation_at_the_moment_of_going_to_sleep_is_not_lost(url: str, monkeypatch: Any) -> None:
-    """The run has seen no news when it says that it sleeps for an hour; there is some by the time that this is written."""
+    """The run has seen no news when it says that it sleeps for an hour; there is some once this is written."""
     flows, real, cancelled = WorkflowRouter(), Recording.end, list[str]()
 
     async def end(self: Recording, *changes: Any, **options: Any) -> None:

@@ -25,8 +25,8 @@ class MainstayError(Exception):
     `str(error)` is the internal detail and belongs in logs; only `public_message` may be shown to a caller outside.
 
     Class attributes; all but the code an instance may override by keyword:
-        code: stable identifier, one of the families AUTH_, VAL_, RES_, SYS_, EXT_, RATE_, BIZ_ and a name. An error that
-            tells of another one far away may have that one's.
+        code: stable identifier, one of the families AUTH_, VAL_, RES_, SYS_, EXT_, RATE_, BIZ_ and a name. An error
+            that tells of another one far away may have that one's.
         retryable: whether the same call may succeed later.
         no_effect: True only where it is certain that nothing happened on the other side. A durable step that ends with
             such an error has *failed*; one that ends with any other error is *unknown*.
