@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from aiokafka import AIOKafkaConsumer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
 from mainstay.core import App
@@ -299,6 +300,30 @@ async def test_a_relay_that_freezes_with_a_batch_in_its_hands_does_not_send_it_l
         process.kill()
         process.join()
     assert [value[-2:-1] for value in sent] == [b"1", b"2", b"3", b"4", b"5"]
+
+
+async def test_what_retention_deletes_before_it_is_read_is_counted_and_said(
+    sqlite_url: str, kafka: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The group goes on with what is there; without a word nobody would know that events are missing."""
+    events, good, _ = listening(prefix)
+    app = service(sqlite_url, kafka, prefix, events, partitions=1)
+    async with app.running(serve=True):
+        await events.publish(Good(key="a", number=0))
+        await eventually(lambda: good == [0])
+    relay = service(sqlite_url, kafka, prefix, partitions=1)
+    async with relay.running(serve=True):
+        await relay.get(EventPublisher).publish_batch([Good(key="a", number=number) for number in range(1, 11)])
+        await eventually(lambda: is_empty(relay))
+        async with admin_of(kafka) as admin:
+            await admin.delete_records({TopicPartition(f"{prefix}-good", 0): RecordsToDelete(8)})
+    async with app.running(serve=True):
+        await events.publish(Good(key="a", number=11))
+        await eventually(lambda: good == [0, 8, 9, 10, 11])
+    assert REGISTRY.get_sample_value("mainstay_events_missed_total", {"group": f"{prefix}-g"}) == 7
+    said = [record.getMessage() for record in caplog.records if "deleted before they were read" in record.getMessage()]
+    assert [line.partition(": ")[2] for line in said] == ["7 records were deleted before they were read"]
+    assert f"group {prefix}-g was to go on at 1 in {prefix}-good/0, which begins at 8" in said[0]
 
 
 _LATIN_1 = """

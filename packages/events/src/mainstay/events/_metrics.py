@@ -17,6 +17,7 @@ DUPLICATES = Counter("mainstay_events_duplicates_total", "Events that the inbox 
 DEAD_LETTERS = Counter("mainstay_events_dead_letters_total", "Events that became dead letters.", ["group"])
 RELAYED = Counter("mainstay_events_relayed_total", "Outbox rows confirmed by the broker.")
 REVOKED = Counter("mainstay_events_revoked_total", "Partitions given up to other processes.", ["group"])
+MISSED = Counter("mainstay_events_missed_total", "Events that were deleted before they were read.", ["group"])
 LAG = Gauge("mainstay_events_lag", "Events that wait in the partitions this process holds, about.", ["group"])
 OLDEST = Gauge("mainstay_events_oldest_in_flight_seconds", "Age of the oldest unfinished event.", ["group"])
 OUTBOX_AGE = Gauge("mainstay_events_outbox_age_seconds", "Age of the oldest row that waits in the outbox.")

@@ -23,12 +23,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from mainstay.core import spawn
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.client import CLOSE_SECONDS, REQUEST_SECONDS, Contact, connection, ended
 from mainstay.events._kafka.topics import Topics
+from mainstay.events._metrics import MISSED
 from mainstay.events._transport import LogRecord, Reader
 from mainstay.events.metadata import UNREADABLE, Record
 from mainstay.events.settings import EventsSettings
@@ -54,7 +55,7 @@ async def reading(
         **connection(settings),
         group_id=group,
         enable_auto_commit=False,
-        auto_offset_reset="earliest",
+        auto_offset_reset="none",  # where a group has no place, or one that is gone, we choose it, and say so
         isolation_level="read_committed",
         rebalance_timeout_ms=drain_ms,
         session_timeout_ms=session_ms,
@@ -63,7 +64,7 @@ async def reading(
         fetch_max_wait_ms=100,
         metadata_max_age_ms=30_000,
     )
-    source = KafkaSource(consumer, reader)
+    source = KafkaSource(consumer, reader, group)
     try:
         # Subscribed to after the start: a start with topics waits for each of them, and for the group to be dealt out,
         # which takes as long as the slowest member needs to drain.
@@ -145,10 +146,11 @@ class KafkaSource:
         absent: topics that are not read, and why.
     """
 
-    def __init__(self, consumer: AIOKafkaConsumer, reader: Reader) -> None:
+    def __init__(self, consumer: AIOKafkaConsumer, reader: Reader, group: str) -> None:
         self.absent: dict[str, str] = {}
         self._consumer = consumer
         self._reader = reader
+        self._group = group
         self._held: dict[TopicPartition, Assignment] = {}
         self._by_assignment: dict[Assignment, TopicPartition] = {}
         self._delivered: dict[TopicPartition, int] = {}
@@ -191,6 +193,13 @@ class KafkaSource:
                 )
         except TimeoutError:
             return {}
+        except NoOffsetForPartitionError as error:
+            await self._begin(error.args[0])
+            return {}
+        except OffsetOutOfRangeError as error:
+            for place, offset in error.args[0].items():
+                await self._pass_over(place, offset)
+            return {}
         except UnicodeDecodeError:  # the name of a header, anywhere in what was fetched
             fetched = await self._one_by_one(places)
         # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped and not committed.
@@ -198,6 +207,30 @@ class KafkaSource:
         for place, records in mine.items():
             self._delivered[place] = records[-1].offset + 1
         return {self._held[place]: records for place, records in mine.items()}
+
+    async def _begin(self, place: TopicPartition) -> None:
+        """A group that has no place in a partition begins with the oldest record that is there."""
+        _log.info("group %s begins with all that is in %s/%d", self._group, place.topic, place.partition)
+        if place in self._held:
+            await self._consumer.seek_to_beginning(place)
+
+    async def _pass_over(self, place: TopicPartition, offset: int) -> None:
+        """What the group would read next is gone: it goes on with the oldest record that is there, and is told."""
+        oldest = (await self._consumer.beginning_offsets([place]))[place]
+        if place not in self._held:
+            return
+        missed = max(0, oldest - offset)
+        MISSED.labels(self._group).inc(missed)
+        _log.error(
+            "group %s was to go on at %d in %s/%d, which begins at %d: %s",
+            self._group,
+            offset,
+            place.topic,
+            place.partition,
+            oldest,
+            f"{missed} records were deleted before they were read" if missed else "the topic was made anew",
+        )
+        self._consumer.seek(place, oldest)
 
     async def _one_by_one(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, Sequence[Record]]:
         """What aiokafka reads up to a record that it cannot, and in place of that one a record that says so.
