@@ -84,6 +84,12 @@ class LastWords:
 
     async def _give_back(self, statement: Any, values: Mapping[str, Any]) -> None:
         try:
-            await self._recording.end((statement, values))
+            try:
+                await self._recording.end((statement, values))
+            except Parked as refused:  # for good, and by every worker: the run leaves without what it has to record
+                self._recording.drop()
+                note = f"{refused}. An outcome may be missing from its record; find out why, then resume it"
+                parked = {"status": RunStatus.PARKED, "note": plain_text(note), "cancellable": False}
+                await self._recording.end((PARK, {**self._claim, **parked}))
         except (Lost, Parked) as signal:
             _log.warning("run %s could not be given back (%s): another worker will take it over", self._run_id, signal)

@@ -165,6 +165,10 @@ class Recording:
         self._unrecorded.taken += executed
         asyncio.get_running_loop().call_soon(self._flush_soon)
 
+    def drop(self) -> None:
+        """Forget what is still to be written."""
+        self._written(list(self._buffer), self._held)
+
     def outdate(self, numbers: Sequence[int]) -> None:
         """Leave these entries out of the history: the next one says all that they say."""
         self._outdated.extend(numbers)

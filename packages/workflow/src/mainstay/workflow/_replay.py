@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mainstay.workflow._branch import Branch
-from mainstay.workflow._history import END, History, StepRecord, StepState
+from mainstay.workflow._history import COMPENSATION, END, History, StepRecord, StepState
 from mainstay.workflow.errors import Parked
+from mainstay.workflow.tables import STEP_LENGTH
 
 _REMEDY = (
     "it does not do the same on replay. Give the changed function a new version, or put what differs into a step; put "
     "the old code back and resume the run, and it goes on"
 )
+
+_LONGEST_KEY = STEP_LENGTH - len(COMPENSATION)
 
 Difference = Callable[[StepRecord, str], str | None]
 
@@ -75,6 +78,9 @@ class Replay:
                     f"the function asked for {key} where its record has nothing, and goes on after that gather with "
                     f"{after}: {_REMEDY}"
                 )
+                raise Parked(msg)
+            if len(key) > _LONGEST_KEY:
+                msg = f"the key {key} is longer than {_LONGEST_KEY} characters: nest fewer gathers in each other"
                 raise Parked(msg)
             record = self.history.put(key, position)
             record.input = arguments or None
