@@ -17,6 +17,9 @@ Schema = Mapping[str, Any]
 
 WRITE: dict[str, Any] = {"by_alias": False, "round_trip": True, "warnings": "none"}
 READ: dict[str, Any] = {"by_alias": False, "by_name": True}
+# For what others read and write, too: names as they are declared for them.
+WRITE_FOR_OTHERS: dict[str, Any] = {**WRITE, "by_alias": True}
+READ_FROM_OTHERS: dict[str, Any] = {**READ, "by_alias": True}
 
 _MISSING = object()
 _KEYS = frozenset({
@@ -30,13 +33,26 @@ _UNREADABLE = {
     "callable": "is a function, which JSON does not hold: keep its name",
     "generator": "is an iterator, which is not equal to the one that was written: annotate it as list[…]",
 }
+_ANY = (
+    "may be anything, of which JSON does not tell a Decimal or a date from text: annotate it as what it is, or as "
+    "pydantic's JsonValue"
+)
 _DEEPEST_SAMPLE = 5
 
 
 class Look:
-    """One look over the schema of a type, for what can never come back equal."""
+    """One look over the schema of a type, for what can never come back equal.
 
-    def __init__(self) -> None:
+    Args:
+        for_others: aliases count, and so does `Any`, which loses some of its values only.
+
+    Attributes:
+        nan_is_null: a float was passed whose inf and nan are written as null.
+    """
+
+    def __init__(self, *, for_others: bool = False) -> None:
+        self._for_others = for_others
+        self.nan_is_null = False
         self._definitions: dict[str, Schema] = {}
         self._seen: set[str] = set()
 
@@ -71,6 +87,10 @@ class Look:
             yield path, f"is a dict whose keys are {wrong}, which JSON does not hold as keys: keep a list of pairs"
         elif kind == "union" and (wrong := self._wrong_member(schema, ser)):
             yield path, f"is a union in which {wrong}: give its members a discriminator, or fields of their own"
+        elif kind == "any" and self._for_others:
+            yield path, _ANY
+        elif kind == "float" and schema.get("allow_inf_nan", ser.get("allow_inf_nan", True)):
+            self.nan_is_null |= ser.get("ser_json_inf_nan", "null") == "null"
         if kind == "model":
             ser = val = schema.get("config", {})
         elif kind == "dataclass" and "config" in schema:
@@ -82,7 +102,10 @@ class Look:
     def _below(self, schema: Schema, path: str, ser: Schema, val: Schema) -> Iterator[tuple[str, str]]:
         kind = schema["type"]
         if kind == "json-or-python":
-            yield from self.at(schema["json_schema"], path, ser, val)
+            json, python = schema["json_schema"], schema["python_schema"]
+            # pydantic's JsonValue: any JSON, since Python holds nothing there that would be written as something else.
+            is_json = json["type"] == "any" and python["type"] == "tagged-union"
+            yield from self.at(python if is_json else json, path, ser, val)
             return
         if kind == "lax-or-strict":
             yield from self.at(schema["lax_schema"], path, ser, val)
@@ -97,9 +120,15 @@ class Look:
                     yield from self.at(inner, path if name != "items_schema" else f"{path}[*]", ser, val)
 
     def _look_at_fields(self, fields: Any, path: str, ser: Schema, val: Schema) -> Iterator[tuple[str, str]]:
-        for name, field in _named(fields):
+        named = _named(fields)
+        for name, field in named:
             if field.get("serialization_exclude") is True:
                 yield f"{path}.{name}", "is never written (exclude=True), so it is lost: remove it, or exclude=True"
+            written = field.get("serialization_alias", name)
+            if self._for_others and written not in _read_by(name, field):
+                yield f"{path}.{name}", f"is written as {written!r}, by which it is not read: say alias={written!r}"
+            if self._for_others and any(written == other for other, _ in named if other != name):
+                yield f"{path}.{name}", f"is written as {written!r}, which is another field: give it another alias"
             yield from self.at(field["schema"], f"{path}.{name}", ser, val)
 
     def _wrong_key(self, schema: Schema) -> str | None:
@@ -178,6 +207,15 @@ _SAMPLES: dict[str, Any] = {
     "timedelta": timedelta(seconds=7),
     "uuid": UUID(int=7),
 }
+
+
+def _read_by(name: str, field: Schema) -> set[object]:
+    """The names by which a field is read: its own, and those aliases that are no path into something."""
+    alias = field.get("validation_alias", [])
+    if isinstance(alias, str):
+        return {name, alias}
+    paths = cast("list[Any]", alias if alias and isinstance(alias[0], list) else [alias])
+    return {name, *(path[0] for path in paths if len(path) == 1)}
 
 
 def _members(union: Schema) -> list[Schema]:

@@ -7,6 +7,9 @@ says that its values can never come back equal; each *value* is read back when i
 
 Fields are written and read by their own names, so that aliases, which are for other people's JSON, change nothing here.
 Computed fields are not written. inf, nan and bytes have a form in JSON, except where a model has a config of its own.
+
+What others read, such as an event, is kept `for_others`: by its aliases, and its owner decides when to look at a value.
+So `Any`, which loses some values only, is refused, too.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError, SchemaSerializer, SchemaValidator
 
 from mainstay.core._equality import Found, differ
-from mainstay.core._value_types import READ, WRITE, Look, Schema, article, secret_in
+from mainstay.core._value_types import (
+    READ,
+    READ_FROM_OTHERS,
+    WRITE,
+    WRITE_FOR_OTHERS,
+    Look,
+    Schema,
+    article,
+    secret_in,
+)
 
 __all__ = ["Kept"]
 
@@ -33,6 +45,7 @@ _CONFIG = ConfigDict(ser_json_inf_nan="constants", ser_json_bytes="base64", val_
 
 
 _MOST_PROBLEMS = 5
+_NAN = '; inf and nan are null in JSON, unless the config of their model says ser_json_inf_nan="strings"'
 
 
 class Kept(Generic[T]):
@@ -41,12 +54,23 @@ class Kept(Generic[T]):
     Args:
         kind: the type, with `Annotated` and everything that pydantic understands.
         what: what it is the type of, for messages: "step charge: its result".
+        for_others: programs of others read and write it, too, by the aliases of its fields.
     """
 
-    def __init__(self, kind: type[T], what: str) -> None:
+    def __init__(self, kind: type[T], what: str, *, for_others: bool = False) -> None:
         self._kind: Any = kind
-        self._what = what
+        self._refused = f"{what} cannot be {'published' if for_others else 'kept'}"
+        self._for_others = for_others
+        self._write = WRITE_FOR_OTHERS if for_others else WRITE
+        self._read = READ_FROM_OTHERS if for_others else READ
         self._checked = False
+        self._nan_is_null = False
+
+    @property
+    def nan_is_null(self) -> bool:
+        """Whether a float is in it whose inf and nan are written as null: a null that is written may be one of them."""
+        self.check()
+        return self._nan_is_null
 
     def check(self) -> None:
         """Refuse a type whose values can never come back equal.
@@ -59,14 +83,16 @@ class Kept(Generic[T]):
         with contextlib.suppress(PydanticUserError):  # a type that JSON Schema cannot describe
             if (name := secret_in(self._adapter.json_schema(mode="serialization"))) is not None:
                 msg = (
-                    f"{self._what} cannot be kept: {name} holds a secret, which would be kept as asterisks; pass a "
+                    f"{self._refused}: {name} holds a secret, which would be written as asterisks; pass a "
                     "reference to it, and look it up where it is used"
                 )
                 raise TypeError(msg)
         config = cast("Schema", _CONFIG)
-        for path, reason in Look().at(self._adapter.core_schema, "", config, config):
-            msg = f"{self._what} cannot be kept: {path.removeprefix('.') or 'it'} {reason}"
+        look = Look(for_others=self._for_others)
+        for path, reason in look.at(self._adapter.core_schema, "", config, config):
+            msg = f"{self._refused}: {path.removeprefix('.') or 'it'} {reason}"
             raise TypeError(msg)
+        self._nan_is_null = look.nan_is_null
         self._checked = True
 
     def write(self, value: T) -> str:
@@ -80,27 +106,28 @@ class Kept(Generic[T]):
             TypeError: it would not come back equal; the message names the field and both types, never the value.
         """
         try:
-            written = self._serializer.to_json(value, **WRITE)
-            back: T = self._validator.validate_json(written, **READ)
+            written = self._serializer.to_json(value, **self._write)
+            back: T = self._validator.validate_json(written, **self._read)
             text = written.decode()
         except ValidationError as error:
-            msg = f"{self._what} cannot be kept: {_problems(error)[0]}"
+            problem = error.errors(include_url=False, include_context=False)[0]
+            lost = problem["type"] == "float_type" and problem["input"] is None
+            msg = f"{self._refused}: {_problems(error)[0]}{_NAN if lost else ''}"
             raise TypeError(msg) from None
         except (PydanticSerializationError, ValueError, RecursionError) as error:
             said = str(error).partition("\n")[0].partition(" [input_value")[0]
-            msg = f"{self._what} cannot be kept: {said}"
+            msg = f"{self._refused}: {said}"
             raise TypeError(msg) from None
         except Exception as error:  # noqa: BLE001  the code of the type may raise anything
-            msg = f"{self._what} cannot be kept: {_broke(error)}"
+            msg = f"{self._refused}: {_broke(error)}"
             raise TypeError(msg) from None
         if (found := self._difference(value, back, written)) is not None:
             path, here, there = found
             name, other = type(here).__name__, type(there).__name__
             back_as = f"another {other}" if name == other else article(other)
-            msg = (
-                f"{self._what} cannot be kept as annotated: {_at(path)}{article(name)} comes back as {back_as}; "
-                "convert it first, or annotate it as what it is"
-            )
+            lost = isinstance(here, float) and there is None
+            remedy = _NAN if lost else "; convert it first, or annotate it as what it is"
+            msg = f"{self._refused} as annotated: {_at(path)}{article(name)} comes back as {back_as}{remedy}"
             raise TypeError(msg)
         return text, back
 
@@ -111,7 +138,7 @@ class Kept(Generic[T]):
             ValueError: it does not fit the type; the message names the fields, never their values.
         """
         try:
-            value: T = self._validator.validate_json(text, **READ)
+            value: T = self._validator.validate_json(text, **self._read)
         except ValidationError as error:
             raise ValueError("; ".join(_problems(error))) from None
         except Exception as error:  # noqa: BLE001  the same
@@ -126,9 +153,9 @@ class Kept(Generic[T]):
         opaque: list[Found] = []
         found = differ(one, other, "", opaque)
         if found is None and opaque:
-            written = self._serializer.to_json(one, **WRITE) if written is None else written
+            written = self._serializer.to_json(one, **self._write) if written is None else written
             # Read again, since a mapping may have been written in another order.
-            if json.loads(written) != json.loads(self._serializer.to_json(other, **WRITE)):
+            if json.loads(written) != json.loads(self._serializer.to_json(other, **self._write)):
                 return opaque[0]
         return found
 
@@ -148,7 +175,7 @@ class Kept(Generic[T]):
             adapter.rebuild()
         except PydanticUserError as error:
             reason = error.message.partition("\n")[0]
-            msg = f"{self._what} cannot be kept as JSON: {reason}"
+            msg = f"{self._refused} as JSON: {reason}"
             raise TypeError(msg) from error
         return adapter
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from mainstay.core import Retry
+from mainstay.events._codec import codec_of
 from mainstay.events._metrics import handler_seconds
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
@@ -94,7 +95,7 @@ class Route:
     ) -> None:
         """Read events into this class, and call this with them."""
         definition = definition_of(event)
-        handling = Handling(event.__pydantic_validator__.validate_json, call, wants_metadata, retry)
+        handling = Handling(codec_of(event).read, call, wants_metadata, retry)
         self._majors[definition.major] = handling
         self.versions[definition.version.encode()] = handling
 

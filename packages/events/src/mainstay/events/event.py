@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, TypeVar, Unpack
 
 from pydantic import BaseModel, ConfigDict
-from pydantic.errors import PydanticUserError
+
+from mainstay.core import Kept
 
 __all__ = ["Event"]
+
+E = TypeVar("E", bound="Event")
 
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
 _VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)", re.ASCII)
@@ -42,11 +44,17 @@ class Event(BaseModel):
     Immutable. Unknown fields are ignored when an event is read, so that a publisher may add some before its readers
     know them. A class without `type=` is abstract: it carries fields for others to inherit.
 
+    What is published is read back equal: fields are written by their aliases and read by these or their names, computed
+    fields are not written, `bytes` are base64, and inf and nan are text.
+
     Raises:
-        TypeError: the type, the version or the key is not well formed, or the key names no field.
+        TypeError: the type, the version or the key is not well formed, the key names no field, or a field has values
+            that would not come back equal; the message names it and the remedy.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", ser_json_inf_nan="strings", ser_json_bytes="base64", val_json_bytes="base64"
+    )
 
     __event__: ClassVar[EventDefinition | None] = None
 
@@ -87,11 +95,14 @@ class Event(BaseModel):
             fields = ", ".join(cls.model_fields) or "none"
             msg = f"{cls.__name__}: key={key!r} names no field; the fields are {fields}"
             raise TypeError(msg)
-        with contextlib.suppress(PydanticUserError):  # not complete yet, or nothing that JSON Schema can describe
-            if _hides(cls.model_json_schema(mode="serialization")):
-                msg = f"{cls.__name__} has a field that hides a secret, to be published as asterisks: leave it out"
-                raise TypeError(msg)
         cls.__event__ = EventDefinition(type, version, key)
+        if cls.__pydantic_complete__:  # else when it is first used
+            kept(cls).check()
+
+
+def kept(event: type[E]) -> Kept[E]:
+    """The values of an event class as others read them."""
+    return Kept(event, f"event {event.__name__}", for_others=True)
 
 
 def definition_of(event: type[Event]) -> EventDefinition:
@@ -106,11 +117,3 @@ def definition_of(event: type[Event]) -> EventDefinition:
         msg = f'{name} is not an event: write class {name}(Event, type="…", version="1.0", key="…")'
         raise TypeError(msg)
     return definition
-
-
-def _hides(schema: object) -> bool:
-    """Whether a JSON schema has a part that is never written out, as pydantic's `SecretStr` is not."""
-    if isinstance(schema, dict):
-        parts = cast("dict[str, object]", schema)
-        return parts.get("writeOnly") is True or any(map(_hides, parts.values()))
-    return isinstance(schema, list) and any(map(_hides, cast("list[object]", schema)))

@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from mainstay.core import Context
-from mainstay.events.event import Event, EventDefinition, definition_of
+from mainstay.events._codec import codec_of
+from mainstay.events.event import Event, EventDefinition
 
 __all__ = ["Metadata"]
 
@@ -264,15 +265,12 @@ def _label(definition: EventDefinition) -> Headers:
 
 
 def encode(event: Event, *, id: UUID, topic: str, shared: Headers) -> Outgoing:
-    """An event in its wire form; `shared` is from `envelope`."""
-    definition = definition_of(type(event))
-    headers = [*_label(definition), (ID, str(id).encode()), *shared]
-    return Outgoing(topic, key_of(event, definition), type(event).__pydantic_serializer__.to_json(event), headers)
+    """An event in its wire form; `shared` is from `envelope`.
 
-
-def key_of(event: Event, definition: EventDefinition) -> bytes | None:
-    """The bytes that order an event, None where it has no key."""
-    if definition.key is None:
-        return None
-    value: object = getattr(event, definition.key)
-    return None if value is None else str(value).encode()
+    Raises:
+        TypeError: it is no event with a type, or JSON cannot hold a value of it.
+    """
+    codec = codec_of(type(event))
+    headers = [*_label(codec.definition), (ID, str(id).encode()), *shared]
+    value = codec.write(event)  # first, since it names the field that cannot be written
+    return Outgoing(topic, codec.key(event), value, headers)

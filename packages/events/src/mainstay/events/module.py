@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import _inbox, tables
+from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._delivery import Route
 from mainstay.events._memory import MemoryTransport
@@ -67,15 +68,18 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         return [subscription.call for subscription in self._subscriptions()]
 
     def check(self) -> None:
-        """Refuse what would fail later: handlers, topics and a connection that cannot be.
+        """Refuse what would fail later: handlers, events, topics and a connection that cannot be.
 
         Raises:
-            ConfigurationError: a type that a group handles twice, topics that brokers do not tell apart, a client that
-                is not installed, a file of certificates that is none.
+            ConfigurationError: a type that a group handles twice, a field of an event that would not be read back, topics
+                that brokers do not tell apart, a client that is not installed, a file of certificates that is none.
         """
+        subscriptions = self._subscriptions()
         try:
-            one_handler_each(self._subscriptions())
-        except ValueError as error:
+            one_handler_each(subscriptions)
+            for event in {event for subscription in subscriptions for event in subscription.events}:
+                codec_of(event)  # also of a class that could not be looked at yet when it was declared
+        except (TypeError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
         _transport_classes(self.settings)
         types = {definition_of(event).type for each in self._subscriptions() for event in each.events}

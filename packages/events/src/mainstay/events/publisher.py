@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from mainstay.core import Clock, current, derived_id, once, uuid7
+from mainstay.events._codec import codec_of
 from mainstay.events._metrics import published
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Outgoing, encode, envelope
@@ -40,7 +41,8 @@ class EventPublisher:
 
         Raises:
             PublishError: the broker did not confirm it in time (only without an outbox).
-            TypeError: it is no event with a type.
+            TypeError: it is no event with a type, or JSON cannot hold a value of it, or (on the transport `memory`, in
+                tests) a value would not come back equal.
         """
         await self.publish_batch((event,))
 
@@ -52,6 +54,9 @@ class EventPublisher:
         if not events:
             return
         types = [definition_of(type(event)).type for event in events]
+        if self._settings.transport == "memory":  # a look at every value is for tests
+            for event in events:
+                codec_of(type(event)).compare(event)
 
         async def effect(key: str | None) -> None:
             settings = self._settings

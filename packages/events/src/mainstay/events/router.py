@@ -267,8 +267,8 @@ def _wants_metadata(call: Callable[..., Awaitable[None]], name: str, events: tup
         hints = typing.get_type_hints(call)
     except NameError:  # a name that exists only for type checkers, who have checked it then
         hints = {}
-    expected = hints.get(required[0].name)
-    if inspect.isclass(expected):
+    expected: object = hints.get(required[0].name)
+    if expected is not Any and inspect.isclass(expected):
         for event in events:
             if not issubclass(event, expected):
                 msg = f"{name} takes a {expected.__name__}, but handles {event.__name__}: correct one of the two"

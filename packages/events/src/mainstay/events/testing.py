@@ -20,6 +20,7 @@ from uuid import UUID, uuid4
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock, Context, Feature, FullJitter, Module, Retry, bind, current, uuid7
 from mainstay.core.testing import eventually
+from mainstay.events._codec import codec_of
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
@@ -46,7 +47,12 @@ _LEAK: ContextVar[str] = ContextVar("leak")
 
 
 def metadata_of(event: Event, *, group: str = "test", attempt: int = 1, context: Context | None = None) -> Metadata:
-    """Metadata as a handler would get it with `event`, to call the handler by hand."""
+    """Metadata as a handler would get it with `event`, to call the handler by hand.
+
+    Raises:
+        TypeError: the event would not come back equal.
+    """
+    codec_of(type(event)).compare(event)
     outgoing = encode(
         event,
         id=uuid7(),
@@ -71,8 +77,9 @@ class Rehearsal:
         """Every event of a class that was published and committed so far, in order."""
         type_ = definition_of(kind).type.encode()
         sent = self.app.get(MemoryTransport).sent
+        read = codec_of(kind).read
         return [
-            kind.model_validate_json(event.value)
+            read(event.value)
             for event in sent
             if event.value is not None and dict(event.headers).get(TYPE) == type_
         ]
