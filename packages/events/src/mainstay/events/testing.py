@@ -79,9 +79,7 @@ class Rehearsal:
         sent = self.app.get(MemoryTransport).sent
         read = codec_of(kind).read
         return [
-            read(event.value)
-            for event in sent
-            if event.value is not None and dict(event.headers).get(TYPE) == type_
+            read(event.value) for event in sent if event.value is not None and dict(event.headers).get(TYPE) == type_
         ]
 
     async def publish(self, event: Event) -> None:
