@@ -14,7 +14,7 @@ HEADERS = [
     ("ce_type", b"bench.paid"),
     ("ce_id", b"0199c5a3-7a04-7c0e-9d4b-2d0f6a1b8e77"),
     ("ce_specversion", b"1.0"),
-    ("ce_eventversion", b"1.0"),
+    ("ce_dataversion", b"1.0"),
     ("ce_source", b"bench"),
     ("ce_time", b"2026-01-01T00:00:00.000000+00:00"),
     ("content-type", b"application/json"),

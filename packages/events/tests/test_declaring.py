@@ -8,8 +8,9 @@ from pydantic import SecretStr, ValidationError
 
 from mainstay.core import App, ConfigurationError, NotBoundError, Retry
 from mainstay.database import DatabaseModule, DatabaseSettings
-from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings, Metadata
-from mainstay.events.event import definition_of
+from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings, Metadata, Version
+from mainstay.events.event import EventDefinition, definition_of
+from mainstay.events.testing import in_memory
 
 
 class OrderPaid(Event, type="order.paid", version="1.0", key="order_id"):
@@ -37,21 +38,26 @@ def test_an_event_is_immutable_and_knows_its_definition() -> None:
         event.amount = 6  # type: ignore[misc]  # that it is refused is the test
     assert (definition_of(OrderPaid).type, definition_of(OrderPaid).version, definition_of(OrderPaid).key) == (
         "order.paid",
-        "1.0",
+        Version(1, 0),
         "order_id",
     )
-    assert definition_of(Named).version == "1.0"
+    assert definition_of(Named).version == Version(1, 0)
     assert Named(tenant="x").tenant == "x"
 
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"type": "order paid"}, "is words of letters"),
+        ({"type": "order paid"}, "must be words of letters"),
+        ({"type": "x" * 250}, "at most 249 characters"),
         ({"type": "x", "version": "1"}, "must be two numbers"),
         ({"type": "x", "version": "01.0"}, "must be two numbers"),
         ({"type": "x", "key": "nothing"}, "names no field; the fields are number"),
+        ({"type": "x", "topic": "two words"}, "topic='two words' must be 1 to 249 letters"),
+        ({"type": "x", "topic": ".."}, "topic='..' must be"),
+        ({"type": "x", "topic": "x" * 250}, "must be 1 to 249"),
         ({"version": "1.0"}, "no type="),
+        ({"topic": "orders"}, "no type="),
     ],
 )
 def test_a_wrong_definition_is_refused_at_the_class(keywords: dict[str, Any], message: str) -> None:
@@ -208,15 +214,45 @@ def test_a_password_is_never_shown() -> None:
 
 def test_topics_follow_the_type_unless_named() -> None:
     """What belongs to one thing shares a topic, so that its events keep their order; a mapping says otherwise."""
-    settings = EventsSettings(transport="memory", topics={"order.audit": "secrets"})
-    assert [settings.topic_of(name) for name in ("order.paid", "order.placed", "shop.order.paid", "plain")] == [
-        "order",
-        "order",
-        "shop.order",
-        "plain",
-    ]
-    assert settings.topic_of("order.audit") == "secrets"
+    settings = EventsSettings(transport="memory", topics={"order.audit": "secrets", "order.seen": "views"})
+    topics = {
+        "order.paid": None, "order.placed": None, "shop.order.paid": None, "plain": None,
+        "order.late": "late", "order.seen": "seen", "order.audit": None,
+    }  # fmt: skip
+    definitions = [EventDefinition(type_, Version(1, 0), None, topic) for type_, topic in topics.items()]
+    assert [settings.topic_of(definition) for definition in definitions] == [
+        "order", "order", "shop.order", "plain", "late", "views", "secrets",
+    ]  # fmt: skip
     assert settings.retry() == Retry(5, settings.retry().wait)
+    with pytest.raises(ConfigurationError, match=r"topics: 'two words' of 'order\.paid' must be 1 to 249 letters"):
+        EventsSettings(transport="memory", topics={"order.paid": "two words"})
+
+
+async def test_a_class_names_its_topic() -> None:
+    """Publishers and handlers agree on it without a word in anybody's settings."""
+    events = EventRouter()
+    topics: list[str] = []
+
+    class Moved(Event, type="parcel.moved", topic="movements"):
+        pass
+
+    @events.on(Moved, group="g")
+    async def handle(event: Moved, meta: Metadata) -> None:
+        topics.append(meta.topic)
+
+    async with in_memory(events) as rehearsal:
+        await rehearsal.publish(Moved())
+        await rehearsal.settled()
+    assert topics == ["movements"]
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    """1.10 follows 1.9, which no comparison of texts says."""
+    assert Version.parse("1.9") < Version.parse("1.10") < Version.parse("2.0")
+    assert str(Version(1, 10)) == f"{Version(1, 10)}" == "1.10"
+    for text in ("1", "1.0.0", "01.0", "1.x", "", "1.0 ", "\u0661.0", "1." + "9" * 5000):
+        with pytest.raises(ValueError, match="must be two numbers"):
+            Version.parse(text)
 
 
 async def test_the_database_is_required_where_it_is_used() -> None:

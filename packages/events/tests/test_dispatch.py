@@ -304,7 +304,7 @@ async def test_an_unreadable_event_names_the_field_and_never_the_value(assignmen
         [
             record("a", 0)._replace(value=b'{"name": "hunter2", "number": "hunter2"}'),
             record("a", 1)._replace(value=None),
-            record("a", 2, ce_eventversion=b"3.0"),
+            record("a", 2, ce_dataversion=b"3.0"),
             record("a", 3)._replace(headers=[]),
         ],
     )

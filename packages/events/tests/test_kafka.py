@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 from contextvars import Context, copy_context
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +14,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.consumer import fetcher
 from aiokafka.errors import UnknownTopicOrPartitionError
 from aiokafka.partitioner import DefaultPartitioner
+from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
+from cloudevents.core.formats.json import JSONFormat
 from pydantic import SecretStr
 
 from mainstay.core import App, bind, current
@@ -61,7 +63,7 @@ async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: s
     """The value is the event as JSON; everything about it is in headers that any CloudEvents reader knows."""
     async with service(kafka, prefix, source="shop", partitions=3) as app:
         with bind(correlation_id="c-1", traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"):
-            await app.get(EventPublisher).publish(Shipped(parcel="p1", number=7))
+            published = await app.get(EventPublisher).publish(Shipped(parcel="p1", number=7))
     consumer = AIOKafkaConsumer(prefix, bootstrap_servers=kafka, auto_offset_reset="earliest", enable_auto_commit=False)
     await consumer.start()
     try:
@@ -75,11 +77,23 @@ async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: s
     assert headers["ce_specversion"] == b"1.0"
     assert headers["ce_type"] == b"parcel.shipped"
     assert headers["ce_source"] == b"shop"
-    assert headers["ce_eventversion"] == b"1.1"
+    assert headers["ce_dataversion"] == b"1.1"
     assert headers["content-type"] == b"application/json"
     assert headers["ce_correlationid"] == b"c-1"
     assert headers["ce_traceparent"].startswith(b"00-0af7")
     assert UUID(headers["ce_id"].decode()).version == 7
+
+    message = KafkaMessage({name: value or b"" for name, value in record.headers}, record.key, record.value)
+    others = from_binary(message, JSONFormat())
+    assert others.get_data() == {"parcel": "p1", "number": 7}
+    assert (others.get_id(), others.get_type(), others.get_source()) == (published, "parcel.shipped", "shop")
+    assert others.get_datacontenttype() == "application/json"
+    when = others.get_time()
+    assert when is not None
+    assert abs(datetime.now(UTC) - when) < timedelta(minutes=10)
+    assert others.get_extension("dataversion") == "1.1"
+    assert others.get_extension("correlationid") == "c-1"
+    assert others.get_extension("partitionkey") == "p1"
 
 
 async def test_trap_07_a_batch_keeps_keys_on_their_partitions(kafka: str, prefix: str) -> None:

@@ -58,7 +58,7 @@ async def test_trap_06_a_validator_that_raises_anything_makes_a_dead_letter(sqli
         assert all(health.status == "ok" for health in (await app.health()).values())
 
 
-@pytest.mark.parametrize("name", ["ce_eventversion", "ce_traceparent", "ce_actor", "ce_id", "ce_correlationid", "own"])
+@pytest.mark.parametrize("name", ["ce_dataversion", "ce_traceparent", "ce_actor", "ce_id", "ce_correlationid", "own"])
 async def test_a_header_without_a_value_is_as_if_it_were_not_there(name: str) -> None:
     """Kafka's headers may be null, whoever wrote them."""
     seen: list[str] = []

@@ -9,10 +9,19 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App, Drain, Effect, bind_journal, derived_id, digest
+from mainstay.core import App, Drain, Effect, bind, bind_journal, derived_id, digest
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import CommitUnknown, Database, DatabaseModule, DatabaseSettings, WrongEventLoop
-from mainstay.events import DeadLetters, Event, EventPublisher, EventRouter, EventsModule, EventsSettings, PublishError
+from mainstay.events import (
+    DeadLetters,
+    Event,
+    EventPublisher,
+    EventRouter,
+    EventsModule,
+    EventsSettings,
+    Metadata,
+    PublishError,
+)
 from mainstay.events._inbox import sweep
 from mainstay.events._outbox import LANES, lane_of
 from mainstay.events.metadata import ID, Outgoing
@@ -74,6 +83,36 @@ async def test_memory_publishes_when_the_unit_of_work_commits(sqlite_url: str) -
         assert rehearsal.published(Note) == [Note(name="a", number=2)]
 
 
+async def test_an_event_outside_any_conversation_starts_one(sqlite_url: str) -> None:
+    """Its correlation id is its own id, and what its handler publishes belongs to it, caused by it."""
+    events = EventRouter()
+    seen: list[Metadata] = []
+
+    @events.on(Note, group="first")
+    async def first(event: Note) -> None:
+        await events.publish(Placed(order=event.name))
+
+    @events.on(Note, Placed, group="all")
+    async def every(event: Note | Placed, meta: Metadata) -> None:
+        seen.append(meta)
+
+    async with in_memory(events) as rehearsal:
+        alone = await rehearsal.publish(Note(name="a"))
+        await rehearsal.settled()
+        assert [(meta.type, meta.correlation_id, meta.causation_id) for meta in seen] == [
+            ("note.made", alone, None),
+            ("contract.placed", alone, alone),
+        ]
+        assert seen[0].id == alone
+        seen.clear()
+        one, two = await events.publish_batch([Note(name="b"), Note(name="c")])
+        with bind(correlation_id="c-1"):
+            three = await events.publish(Note(name="d"))
+        await rehearsal.settled()
+        notes = {meta.id: meta.correlation_id for meta in seen if meta.type == "note.made"}
+        assert notes == {one: one, two: two, three: "c-1"}
+
+
 class Journal:
     """A durable run, as far as publishing can see it."""
 
@@ -89,7 +128,7 @@ class Journal:
         self.digests.append(digest(arguments and arguments()))
         if not self.done:
             await effect("run-1:publish:1")
-        return "run-1:publish"
+        return "run-1:publish:1"
 
 
 async def test_inside_a_workflow_publishing_is_a_step_with_ids_of_its_key(database_url: str) -> None:
@@ -98,14 +137,16 @@ async def test_inside_a_workflow_publishing_is_a_step_with_ids_of_its_key(databa
         publisher = app.get(EventPublisher)
         journal = Journal()
         with bind_journal(journal):
-            await publisher.publish_batch([Note(name="a"), Placed(order="b")])
-            await publisher.publish_batch([Note(name="a"), Placed(order="b")])
+            published = await publisher.publish_batch([Note(name="a"), Placed(order="b")])
+            assert await publisher.publish_batch([Note(name="a"), Placed(order="b")]) == published
         with bind_journal(Journal(done=True)):
-            await publisher.publish(Note(name="a"))
+            assert await publisher.publish_batch([Note(name="a"), Placed(order="b")]) == published
+            assert await publisher.publish(Note(name="a")) == published[0]
         rows = await app.get(Database).read(sa.select(LOG).order_by(LOG.c.position))
         ids = [(dict(unpack_headers(row.headers))[ID] or b"").decode() for row in rows]
         once = [str(derived_id(f"run-1:publish:1:{index}")) for index in range(2)]
         assert ids == once * 2
+        assert published == once
         assert journal.asked == [("publish:note.made,contract.placed", True)] * 2
         assert journal.digests == [digest([Note(name="a"), Placed(order="b")])] * 2
 

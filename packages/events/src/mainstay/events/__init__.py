@@ -2,7 +2,7 @@
 
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.errors import DecodeError, EventsError, PublishError, RedriveError, RefusedError
-from mainstay.events.event import Event
+from mainstay.events.event import Event, Version
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.publisher import EventPublisher
@@ -27,4 +27,5 @@ __all__ = [
     "RefusedError",
     "RefusedEvent",
     "RefusedEvents",
+    "Version",
 ]

@@ -10,7 +10,7 @@ from mainstay.core import Retry
 from mainstay.events._codec import codec_of
 from mainstay.events._metrics import handler_seconds
 from mainstay.events.errors import DecodeError
-from mainstay.events.event import Event, definition_of
+from mainstay.events.event import Event, Version, definition_of
 from mainstay.events.metadata import Record
 
 
@@ -88,7 +88,7 @@ class Route:
         self.type = type
         self.seconds = handler_seconds(type, group)
         self.versions: dict[bytes, Handling] = {}
-        self._majors: dict[str, Handling] = {}
+        self._majors: dict[int, Handling] = {}
 
     def reads(
         self, event: type[Event], call: Callable[..., Awaitable[None]], *, wants_metadata: bool, retry: Retry
@@ -96,17 +96,21 @@ class Route:
         """Read events into this class, and call this with them."""
         definition = definition_of(event)
         handling = Handling(codec_of(event).read, call, wants_metadata, retry)
-        self._majors[definition.major] = handling
-        self.versions[definition.version.encode()] = handling
+        self._majors[definition.version.major] = handling
+        self.versions[str(definition.version).encode()] = handling
 
     def handling(self, version: bytes) -> Handling:
         """The one for a version that is not exactly a declared one: any other minor version will do.
 
         Raises:
-            DecodeError: no class has this major version.
+            DecodeError: no class has this major version, or it is none.
         """
         text = version.decode(errors="replace")
-        handling = self._majors.get(text.partition(".")[0])
+        try:
+            handling = self._majors.get(Version.parse(text).major)
+        except ValueError as error:
+            msg = f"{self.type}: {error}"
+            raise DecodeError(msg) from None
         if handling is None:
             known = ", ".join(f"{major}.x" for major in sorted(self._majors))
             msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"

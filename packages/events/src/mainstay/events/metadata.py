@@ -14,7 +14,7 @@ from uuid import UUID
 
 from mainstay.core import Context
 from mainstay.events._codec import codec_of
-from mainstay.events.event import Event, EventDefinition
+from mainstay.events.event import Event, EventDefinition, Version
 
 __all__ = ["Metadata"]
 
@@ -23,7 +23,7 @@ Headers = Sequence[tuple[str, bytes | None]]
 
 ID = "ce_id"
 TYPE = "ce_type"
-VERSION = "ce_eventversion"
+VERSION = "ce_dataversion"
 SOURCE = "ce_source"
 TIME = "ce_time"
 CORRELATION = "ce_correlationid"
@@ -138,9 +138,9 @@ class Metadata:
         return self._text(TYPE) or ""
 
     @property
-    def version(self) -> str:
-        """The version of the type that the publisher wrote, `major.minor`."""
-        return self._text(VERSION) or "1.0"
+    def version(self) -> Version:
+        """The version of the type that the publisher wrote; 1.0 where it wrote none."""
+        return Version.parse(self._text(VERSION) or "1.0")
 
     @property
     def source(self) -> str:
@@ -164,7 +164,7 @@ class Metadata:
 
     @property
     def correlation_id(self) -> str | None:
-        """The conversation that the event is part of."""
+        """The conversation that the event is part of: its own id where it was published outside any."""
         return self._text(CORRELATION)
 
     @property
@@ -243,14 +243,26 @@ def context_of(headers: Mapping[str, bytes | None]) -> Context:
     return Context(correlation.decode() if correlation else None, cause.decode() if cause else None)
 
 
-def envelope(*, time: datetime, source: str, context: Context) -> Headers:
-    """What the events of one publication have in common."""
-    shared = [(SOURCE, source.encode()), (TIME, time.isoformat().encode())]
+class Envelope(NamedTuple):
+    """What the events of one publication have in common.
+
+    Attributes:
+        headers: all but the correlation id.
+        correlation_id: the conversation that is going on; without one each event starts its own.
+    """
+
+    headers: Headers
+    correlation_id: bytes | None
+
+
+def envelope(*, time: datetime, source: str, context: Context) -> Envelope:
+    """The envelope of what is published by this service, at this time, in this context."""
+    headers = [(SOURCE, source.encode()), (TIME, time.isoformat().encode())]
     for field, name in _CONTEXT.items():
         value: str | None = getattr(context, field)
-        if value is not None:
-            shared.append((name, value.encode()))
-    return shared
+        if value is not None and name != CORRELATION:
+            headers.append((name, value.encode()))
+    return Envelope(headers, context.correlation_id.encode() if context.correlation_id else None)
 
 
 @cache
@@ -258,19 +270,21 @@ def _label(definition: EventDefinition) -> Headers:
     """What all events of a class have in common; the type first, since readers look for it."""
     return [
         (TYPE, definition.type.encode()),
-        (VERSION, definition.version.encode()),
+        (VERSION, str(definition.version).encode()),
         ("ce_specversion", b"1.0"),
         ("content-type", b"application/json"),
     ]
 
 
-def encode(event: Event, *, id: UUID, topic: str, shared: Headers) -> Outgoing:
-    """An event in its wire form; `shared` is from `envelope`.
+def encode(event: Event, *, id: UUID, topic: str, shared: Envelope) -> Outgoing:
+    """An event in its wire form.
 
     Raises:
         TypeError: it is no event with a type, or JSON cannot hold a value of it.
     """
     codec = codec_of(type(event))
-    headers = [*_label(codec.definition), (ID, str(id).encode()), *shared]
+    written = str(id).encode()
+    correlation = (CORRELATION, shared.correlation_id or written)
+    headers = [*_label(codec.definition), (ID, written), correlation, *shared.headers]
     value = codec.write(event)  # first, since it names the field that cannot be written
     return Outgoing(topic, codec.key(event), value, headers)

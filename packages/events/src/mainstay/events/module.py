@@ -94,7 +94,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         for subscription in self._subscriptions():
             for event in subscription.events:
                 definition = definition_of(event)
-                topics.add(self.settings.topic_of(definition.type))
+                topics.add(self.settings.topic_of(definition))
                 what, once = f"{definition.type} {definition.version}", ", once" if subscription.inbox else ""
                 handlers.append(f"{subscription.name} handles {what} in group {subscription.group}{once}")
         return {"handlers": handlers, "topics": sorted(topics)}
@@ -247,8 +247,8 @@ def _groups(
     for subscription in subscriptions:
         topics, routes = groups.setdefault(subscription.group, ([], {}))
         for event in subscription.events:
-            type_ = definition_of(event).type
-            topic = settings.topic_of(type_)
+            definition = definition_of(event)
+            type_, topic = definition.type, settings.topic_of(definition)
             if topic not in topics:
                 topics.append(topic)
             if type_ not in routes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from uuid import UUID
 
 from mainstay.core import Clock, current, derived_id, once, uuid7
 from mainstay.events._codec import codec_of
@@ -33,47 +34,58 @@ class EventPublisher:
         self._settings = settings
         self._clock = clock
 
-    async def publish(self, event: Event) -> None:
+    async def publish(self, event: Event) -> str:
         """Publish one event; returns when it is durable, or joins the unit of work that is open and commits with it.
 
         Inside a workflow function it is a recorded step: a replay does not publish again, and a repetition after a
-        crash has the same event id.
+        crash has the same event id. An event that is published outside any conversation starts one, with its id.
+
+        Returns:
+            The event's id, which is `Metadata.id` where it is handled.
 
         Raises:
             PublishError: the broker did not confirm it in time (only without an outbox).
             TypeError: it is no event with a type, or JSON cannot hold a value of it, or (on the transport `memory`, in
                 tests) a value would not come back equal.
         """
-        await self.publish_batch((event,))
+        (id_,) = await self.publish_batch((event,))
+        return id_
 
-    async def publish_batch(self, events: Sequence[Event]) -> None:
+    async def publish_batch(self, events: Sequence[Event]) -> list[str]:
         """Publish events together, in their order: one step in a workflow, one commit, few requests to a broker.
 
         With the `sql` transport or the outbox it is all of them or none. Raises what `publish` does.
+
+        Returns:
+            The ids of the events, in their order.
         """
         if not events:
-            return
-        types = [definition_of(type(event)).type for event in events]
+            return []
+        definitions = [definition_of(type(event)) for event in events]
         if self._settings.transport == "memory":  # a look at every value is for tests
             for event in events:
                 codec_of(type(event)).compare(event)
 
+        ids: list[UUID] = []
+
         async def effect(key: str | None) -> None:
             settings = self._settings
+            ids[:] = _ids(key, len(events))
             shared = envelope(time=self._clock.now(), source=settings.source, context=current())
             await self._send(
                 [
-                    encode(
-                        event,
-                        id=uuid7() if key is None else derived_id(f"{key}:{index}"),
-                        topic=settings.topic_of(types[index]),
-                        shared=shared,
-                    )
-                    for index, event in enumerate(events)
+                    encode(event, id=id_, topic=settings.topic_of(definition), shared=shared)
+                    for event, id_, definition in zip(events, ids, definitions, strict=True)
                 ]
             )
-            for type_ in types:
-                published(type_).inc()
+            for definition in definitions:
+                published(definition.type).inc()
 
-        name = f"publish:{','.join(dict.fromkeys(types))}"
-        await once(name, effect, transactional=self._transactional, arguments=lambda: events)
+        name = f"publish:{','.join(dict.fromkeys(definition.type for definition in definitions))}"
+        key = await once(name, effect, transactional=self._transactional, arguments=lambda: events)
+        return [str(id_) for id_ in ids or _ids(key, len(events))]  # none were made where a replay published nothing
+
+
+def _ids(key: str | None, count: int) -> list[UUID]:
+    """Ids for events: new ones, or those that a step of a workflow always gives them."""
+    return [uuid7() if key is None else derived_id(f"{key}:{index}") for index in range(count)]

@@ -158,13 +158,13 @@ class EventRouter:
             raise ValueError(msg)
         return On(self, events, group, retry, inbox=inbox, timeout_seconds=timeout_seconds)
 
-    async def publish(self, event: Event) -> None:
-        """Publish an event; see `EventPublisher.publish`."""
-        await self.binding.get().publish(event)
+    async def publish(self, event: Event) -> str:
+        """Publish an event, and return its id; see `EventPublisher.publish`."""
+        return await self.binding.get().publish(event)
 
-    async def publish_batch(self, events: Sequence[Event]) -> None:
-        """Publish events together; see `EventPublisher.publish_batch`."""
-        await self.binding.get().publish_batch(events)
+    async def publish_batch(self, events: Sequence[Event]) -> list[str]:
+        """Publish events together, and return their ids; see `EventPublisher.publish_batch`."""
+        return await self.binding.get().publish_batch(events)
 
     def add(self, subscription: Subscription) -> None:
         """Add a handler, as `on` does."""
@@ -224,14 +224,14 @@ def one_handler_each(subscriptions: Sequence[Subscription]) -> None:
     Raises:
         ValueError: naming both handlers.
     """
-    handlers: dict[tuple[str, str, str], str] = {}
+    handlers: dict[tuple[str, str, int], str] = {}
     for subscription in subscriptions:
         for event in subscription.events:
             definition = definition_of(event)
-            key = (subscription.group, definition.type, definition.major)
+            key = (subscription.group, definition.type, definition.version.major)
             if key in handlers:
                 msg = (
-                    f"group {subscription.group!r} handles {definition.type} {definition.major}.x twice, "
+                    f"group {subscription.group!r} handles {definition.type} {definition.version.major}.x twice, "
                     f"by {handlers[key]} and {subscription.name}: give one of them a group of its own"
                 )
                 raise ValueError(msg)

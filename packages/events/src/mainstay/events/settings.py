@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import FullJitter, Retry, Settings
+from mainstay.events.event import TOPIC_RULE, EventDefinition, is_topic
 
 __all__ = ["EventsSettings"]
 
@@ -25,8 +26,9 @@ class EventsSettings(Settings):
             `memory` is for tests and loses everything when the process ends.
         source: the name of this service, written into each event it publishes.
         partitions: into how many ordered parts each topic is divided when it is created; for `sql`, all topics.
-        topics: the topic of an event type, where it is not the default: the type without its last word, so that
-            `order.placed` and `order.paid` share the topic `order` and one order's events keep their order.
+        topics: the topic of an event type, where it is neither the one that its class says nor the default: the type
+            without its last word, so that `order.placed` and `order.paid` share the topic `order` and one order's
+            events keep their order.
         outbox: `kafka` only, there on by default. Events are written to the Database, in the unit of work that is open,
             and relayed from there; without it `publish` waits for the broker. The `sql` log is its own outbox.
         outbox_bytes: how much of the outbox is in memory at once while it is relayed.
@@ -104,6 +106,14 @@ class EventsSettings(Settings):
         return ",".join(addresses)
 
     @model_validator(mode="after")
+    def _named(self) -> Self:
+        wrong = [f"{topic!r} of {type_!r}" for type_, topic in self.topics.items() if not is_topic(topic)]
+        if wrong:
+            msg = f"topics: {', '.join(wrong)} must be {TOPIC_RULE}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _honoured(self) -> Self:
         for field in sorted(self.model_fields_set):
             if getattr(self, field) is None:
@@ -158,9 +168,9 @@ class EventsSettings(Settings):
         """Whether publishing writes to the Database: the `sql` log, or the outbox in front of Kafka."""
         return self.transport == "sql" or (self.transport == "kafka" and self.outbox is not False)
 
-    def topic_of(self, type: str) -> str:
-        """The topic that events of a type travel on."""
-        return self.topics.get(type) or type.rpartition(".")[0] or type
+    def topic_of(self, event: EventDefinition) -> str:
+        """The topic that the events of a class travel on."""
+        return self.topics.get(event.type) or event.topic or event.type.rpartition(".")[0] or event.type
 
     def retry(self) -> Retry:
         """The policy of handlers that state none."""

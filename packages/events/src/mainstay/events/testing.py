@@ -24,7 +24,7 @@ from mainstay.events._codec import codec_of
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
-from mainstay.events.event import Event, definition_of
+from mainstay.events.event import Event, Version, definition_of
 from mainstay.events.metadata import ONLY_GROUP, TYPE, Metadata, Outgoing, encode, envelope
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.publisher import EventPublisher
@@ -56,7 +56,7 @@ def metadata_of(event: Event, *, group: str = "test", attempt: int = 1, context:
     outgoing = encode(
         event,
         id=uuid7(),
-        topic=EventsSettings(transport="memory").topic_of(definition_of(type(event)).type),
+        topic=EventsSettings(transport="memory").topic_of(definition_of(type(event))),
         shared=envelope(time=datetime.now(UTC), source="test", context=current() if context is None else context),
     )
     record = LogRecord(outgoing.topic, 0, 0, outgoing.key, outgoing.value, outgoing.headers)
@@ -82,9 +82,9 @@ class Rehearsal:
             read(event.value) for event in sent if event.value is not None and dict(event.headers).get(TYPE) == type_
         ]
 
-    async def publish(self, event: Event) -> None:
-        """Publish, as the service's own code would."""
-        await self.app.get(EventPublisher).publish(event)
+    async def publish(self, event: Event) -> str:
+        """Publish, as the service's own code would, and return the event's id."""
+        return await self.app.get(EventPublisher).publish(event)
 
     async def dead_letters(self) -> Sequence[DeadLetter]:
         """What could not be handled."""
@@ -190,7 +190,7 @@ class TransportContract:
             await eventually(lambda: bool(seen), what="the delivery")
         event, meta, context = seen[0]
         assert event == Placed(order="a/ü", number=7)
-        assert (meta.type, meta.version, meta.source, meta.key) == ("contract.placed", "1.0", "shop", "a/ü")
+        assert (meta.type, meta.version, meta.source, meta.key) == ("contract.placed", Version(1, 0), "shop", "a/ü")
         assert (meta.correlation_id, meta.causation_id) == ("conversation-1", "request-1")
         assert (meta.actor, meta.tenant, meta.attempt) == ("ann", "acme", 1)
         assert UUID(meta.id).version == 7  # noqa: PLR2004  the version of time-ordered ids
@@ -319,7 +319,7 @@ class TransportContract:
             await events.publish(Placed(order="a", number=1))
             shared = envelope(time=datetime.now(UTC), source="x", context=Context())
             good = encode(Placed(order="a"), id=uuid4(), topic=f"{self.prefix}-contract", shared=shared)
-            newer = [(name, b"2.0" if name == "ce_eventversion" else value) for name, value in good.headers]
+            newer = [(name, b"2.0" if name == "ce_dataversion" else value) for name, value in good.headers]
             poison = [
                 good._replace(value=b"\xff\xfe not json", headers=[*good.headers, ("x-raw", b"\x80\xff")]),
                 good._replace(value=b'{"order": 5}'),
@@ -349,7 +349,7 @@ class TransportContract:
     async def test_a_newer_minor_version_is_read_and_unknown_fields_are_ignored(self) -> None:
         """A publisher may add a field before its readers know it."""
         events = EventRouter()
-        seen: list[tuple[Placed, str]] = []
+        seen: list[tuple[Placed, Version]] = []
 
         @events.on(Placed, group=self.group("minor"))
         async def handle(event: Placed, meta: Metadata) -> None:
@@ -363,7 +363,7 @@ class TransportContract:
         async with self.serving(events):
             await events.publish(Newer(order="a", number=3, colour="red"))
             await eventually(lambda: bool(seen), what="the delivery")
-        assert seen == [(Placed(order="a", number=3), "1.3")]
+        assert seen == [(Placed(order="a", number=3), Version(1, 3))]
 
     async def test_a_restart_goes_on_where_the_group_left_off(self) -> None:
         """What was handled before a stop is not handled again, and what was published meanwhile is not lost."""
