@@ -53,9 +53,9 @@ def test_an_event_is_immutable_and_knows_its_definition() -> None:
         ({"type": "x", "version": "1"}, "must be two numbers"),
         ({"type": "x", "version": "01.0"}, "must be two numbers"),
         ({"type": "x", "key": "nothing"}, "names no field; the fields are number"),
-        ({"type": "x", "topic": "two words"}, "topic='two words' must be 1 to 249 letters"),
-        ({"type": "x", "topic": ".."}, "topic='..' must be"),
-        ({"type": "x", "topic": "x" * 250}, "must be 1 to 249"),
+        ({"type": "x", "topic": "two words"}, "topic='two words' is no name of a topic: 1 to 249"),
+        ({"type": "x", "topic": ".."}, "topic='..' is no name"),
+        ({"type": "x", "topic": "x" * 250}, "is no name of a topic"),
         ({"version": "1.0"}, "no type="),
         ({"topic": "orders"}, "no type="),
     ],
@@ -224,8 +224,6 @@ def test_topics_follow_the_type_unless_named() -> None:
         "order", "order", "shop.order", "plain", "late", "views", "secrets",
     ]  # fmt: skip
     assert settings.retry() == Retry(5, settings.retry().wait)
-    with pytest.raises(ConfigurationError, match=r"topics: 'two words' of 'order\.paid' must be 1 to 249 letters"):
-        EventsSettings(transport="memory", topics={"order.paid": "two words"})
 
 
 async def test_a_class_names_its_topic() -> None:

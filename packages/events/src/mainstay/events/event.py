@@ -12,7 +12,7 @@ from mainstay.core import Kept
 
 __all__ = ["Event", "Version"]
 
-TOPIC_RULE = "1 to 249 letters, digits and . _ -, and not only one or two dots"
+TOPIC_RULE = "1 to 249 letters, digits, '.', '_' and '-', as Kafka's rule is, on every transport"
 
 E = TypeVar("E", bound="Event")
 
@@ -128,7 +128,7 @@ class Event(BaseModel):
             msg = f"{cls.__name__}: {error}"
             raise TypeError(msg) from None
         if topic is not None and not is_topic(topic):
-            msg = f"{cls.__name__}: topic={topic!r} must be {TOPIC_RULE}"
+            msg = f"{cls.__name__}: topic={topic!r} is no name of a topic: {TOPIC_RULE}"
             raise TypeError(msg)
         if key is not None and key not in cls.model_fields:
             fields = ", ".join(cls.model_fields) or "none"

@@ -19,7 +19,7 @@ from mainstay.events._relay import OutboxRelay
 from mainstay.events._sql import SqlDeadLetters, SqlTransport
 from mainstay.events._transport import Transport
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
-from mainstay.events.event import definition_of
+from mainstay.events.event import EventDefinition, definition_of
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, one_handler_each
@@ -71,7 +71,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         """Refuse what would fail later: handlers, events, topics and a connection that cannot be.
 
         Raises:
-            ConfigurationError: a type that a group handles twice, a field of an event that would not be read back, topics
+            ConfigurationError: a type that a group handles twice, a field that would not be read back, topics
                 that brokers do not tell apart, a client that is not installed, a file of certificates that is none.
         """
         subscriptions = self._subscriptions()
@@ -82,8 +82,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         except (TypeError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
         _transport_classes(self.settings)
-        types = {definition_of(event).type for each in self._subscriptions() for event in each.events}
-        _distinct_topics(types, self.settings)
+        _distinct_topics([definition_of(event) for each in subscriptions for event in each.events], self.settings)
         if self.settings.transport == "kafka":
             _with_kafka().check_connection(self.settings)
 
@@ -209,9 +208,9 @@ def _transport_classes(settings: EventsSettings) -> Sequence[type]:
     return (kafka, OutboxRelay, RefusedEvents) if settings.writes_database else (kafka,)
 
 
-def _distinct_topics(types: Iterable[str], settings: EventsSettings) -> None:
+def _distinct_topics(events: Iterable[EventDefinition], settings: EventsSettings) -> None:
     seen: dict[str, str] = {}
-    for topic in sorted({settings.topic_of(type_) for type_ in (*types, *settings.topics)}):
+    for topic in sorted({*map(settings.topic_of, events), *settings.topics.values()}):
         other = seen.setdefault(topic.replace(".", "_"), topic)
         if other != topic:
             msg = (
