@@ -85,7 +85,7 @@ async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: s
 
     message = KafkaMessage({name: value or b"" for name, value in record.headers}, record.key, record.value)
     others = from_binary(message, JSONFormat())
-    assert others.get_data() == {"parcel": "p1", "number": 7}
+    assert others.get_data() == {"parcel": "p1", "number": 7, "note": ""}
     assert (others.get_id(), others.get_type(), others.get_source()) == (published, "parcel.shipped", "shop")
     assert others.get_datacontenttype() == "application/json"
     when = others.get_time()
