@@ -11,18 +11,18 @@ import pytest
 import sqlalchemy as sa
 from aiokafka import AIOKafkaConsumer
 
-from mainstay.core import App, ConfigurationError
+from mainstay.core import App, ConfigurationError, Retry
 from mainstay.core.testing import eventually
 from mainstay.database import Database, upgrade
 from mainstay.database.schema import SCHEMA
-from mainstay.events import EventConsumers, EventPublisher, EventRouter
+from mainstay.events import EventConsumers, EventPublisher, EventRouter, ParkedKeys
 from mainstay.events._relay import OutboxRelay
-from mainstay.events.tables import OUTBOX
+from mainstay.events.tables import OUTBOX, PARKED
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, Postgres, fresh_database
 from mainstay_servers.frozen import frozen
 from packages.events.tests import worker
-from packages.events.tests.worker import EFFECTS, Step, service
+from packages.events.tests.worker import EFFECTS, REPAIRED, Step, service
 
 pytestmark = [
     pytest.mark.usefixtures("aiokafka_garbage"),
@@ -143,6 +143,39 @@ async def test_a_consumer_killed_in_its_handler_loses_nothing_and_doubles_no_eff
         await start(options)
         done = await wait_for(publisher, 160)
         exactly_once_and_in_order(done, keys=8, each=20)
+
+
+async def test_workers_killed_while_keys_are_parked_and_worked_on_keep_each_keys_order(options: dict[str, Any]) -> None:
+    """Killed while keys are parked, and while their queues are worked on: all once, in order, and none is left."""
+    publisher = service(options)
+    options = {**options, "fails at": 5, "on": {"on_failure": "park", "retry": Retry(attempts=1)}}
+    parked = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
+
+    async def wait_until(waiting: Callable[[int], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not waiting((await publisher.get(Database).read(parked))[0][0]):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=8, each=15)
+        process = await start(options)
+        await wait_until(lambda waiting: waiting >= 20)
+        process.kill()
+        process = await start(options)
+        await wait_until(lambda waiting: waiting == 80)
+        assert len(await effects(publisher)) == 40
+        await publisher.get(Database).write(sa.insert(EFFECTS), {"key": REPAIRED, "number": 0, "pid": 0})
+        for key in await publisher.get(ParkedKeys).list():
+            await publisher.get(ParkedKeys).retry(key.id)
+        await wait_until(lambda waiting: waiting <= 60)
+        process.kill()
+        await start(options)
+        await wait_until(lambda waiting: waiting == 0)
+        await publish(publisher, keys=8, each=16, start=15)
+        done = [(key, number) for key, number in await wait_for(publisher, 129) if key != REPAIRED]
+        exactly_once_and_in_order(done, keys=8, each=16)
+        assert await publisher.get(ParkedKeys).list() == []
 
 
 async def test_trap_08_a_stopped_consumer_that_wakes_up_doubles_no_effect(options: dict[str, Any]) -> None:

@@ -24,6 +24,10 @@ EFFECTS = sa.Table(
 )
 
 
+REPAIRED = "repaired"
+"""The key of the effect after which what fails fails no longer."""
+
+
 class Step(Event, type="fault.step", version="1.0", key="key"):
     key: str
     number: int
@@ -40,9 +44,14 @@ def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
 def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
     events = EventRouter()
 
-    @events.on(Step, group=options["group"], inbox=True)
+    @events.on(Step, group=options["group"], inbox=True, **options.get("on", {}))
     async def record(event: Step) -> None:
         async with app[0].get(Database).transaction() as session:
+            if event.number == options.get("fails at"):
+                repaired = await session.execute(sa.select(EFFECTS.c.id).where(EFFECTS.c.key == REPAIRED))
+                if repaired.first() is None:
+                    msg = "out of order"
+                    raise RuntimeError(msg)
             row = {"key": event.key, "number": event.number, "pid": os.getpid()}
             await session.execute(sa.insert(EFFECTS).values(row))
             await asyncio.sleep(options.get("pause", 0.005))

@@ -1,10 +1,18 @@
 """Typed events over Kafka or the own database: at least once, ordered by key, effects exactly once where asked."""
 
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
-from mainstay.events.errors import DecodeError, EventsError, PublishError, RedriveError, RefusedError
+from mainstay.events.errors import (
+    DecodeError,
+    EventsError,
+    NotParkedError,
+    PublishError,
+    RedriveError,
+    RefusedError,
+)
 from mainstay.events.event import Event, Version
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
+from mainstay.events.parked import ParkedKey, ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvent, RefusedEvents
 from mainstay.events.router import EventRouter
@@ -22,6 +30,9 @@ __all__ = [
     "EventsModule",
     "EventsSettings",
     "Metadata",
+    "NotParkedError",
+    "ParkedKey",
+    "ParkedKeys",
     "PublishError",
     "RedriveError",
     "RefusedError",

@@ -11,7 +11,9 @@ from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._delivery import Assignment, Delivery, Route
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
-from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
+from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, PARKED_KEYS, REVOKED
+from mainstay.events._parking import Parking
+from mainstay.events._queues import Queues
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
 from mainstay.events.metadata import Record
@@ -35,6 +37,7 @@ class Consumer:
         routes: what it does with each type.
         transport: where it reads.
         dead_letters: where what cannot be handled goes.
+        parking: the group's parked keys, None without a Database.
         concurrency: the most handlers at once.
         window_bytes: about how much of the topics is in memory at once.
         drain_seconds: how long handlers may finish when a partition moves away.
@@ -50,6 +53,7 @@ class Consumer:
         *,
         transport: Transport,
         dead_letters: DeadLetterStore,
+        parking: Parking | None,
         concurrency: int,
         window_bytes: int,
         drain_seconds: float,
@@ -61,20 +65,30 @@ class Consumer:
         self._routes = routes
         self._transport = transport
         self._dead_letters = dead_letters
+        self._parking = parking
         self._concurrency = concurrency
         self._window_bytes = window_bytes
         self._drain_seconds = drain_seconds
         self._stuck_seconds = stuck_seconds
         self._clock = clock
         self._assignments: dict[Assignment, None] = {}
+        self._unread: dict[Assignment, None] = {}  # whose parked keys are not known yet: nothing is handed out
+        self._queues: Queues | None = None
         self._source: Source | None = None
         self._dispatcher = self._new_dispatcher()
         self._committing = asyncio.Lock()
         self._trouble: str | None = None
+        self._unknown: str | None = None
         self._serving = False
 
     def _new_dispatcher(self) -> Dispatcher:
-        failures = Failures(self.group, bury=self._bury, clock=self._clock)
+        failures = Failures(
+            self.group,
+            bury=self._bury,
+            commit=lambda assignment: self._commit((assignment,)),
+            parking=self._parking,
+            clock=self._clock,
+        )
         return Dispatcher(
             self.group, self._routes, concurrency=self._concurrency, failures=failures, clock=self._clock
         )  # fmt: skip
@@ -103,36 +117,67 @@ class Consumer:
         try:
             async with self._transport.source(self.group, self._topics, self) as source:
                 self._source = source
-                committer = spawn(self._commit_often(), name=f"events.{self.group}.commit")
+                beside = [spawn(self._commit_often(), name=f"events.{self.group}.commit")]
+                if self._parking is not None:
+                    self._queues = Queues(self._parking, dispatcher, self._assignments)
+                    beside.append(spawn(self._queues.run(), name=f"events.{self.group}.parked"))
                 try:
                     self._trouble = None
                     while not drain.begun:
                         await self._turn(source)
                     # What runs is finished before the partitions are given back; the App's own drain time ends this.
-                    await dispatcher.drain(list(self._assignments), math.inf)
+                    await self._drain(list(self._assignments), math.inf)
                 except Exception:
-                    await dispatcher.drain(list(self._assignments), self._drain_seconds)
+                    await self._drain(list(self._assignments), self._drain_seconds)
                     raise
                 finally:
-                    committer.cancel()
-                    await asyncio.wait((committer,))
+                    for task in beside:
+                        task.cancel()
+                    await asyncio.wait(beside)
                     async with asyncio.timeout(_CLOSING_SECONDS + self._drain_seconds):
                         await self._leave()
         finally:
             self._source = None
             await dispatcher.stop()
+            if self._queues is not None:
+                await self._queues.stop()
             self._assignments.clear()
+            self._unread.clear()
+
+    async def _drain(self, assignments: Collection[Assignment], seconds: float) -> bool:
+        """Start nothing more of partitions and of the queues of their parked keys, and wait for the calls that run."""
+        finished = await self._dispatcher.drain(_with_queues(assignments), seconds)
+        if self._queues is not None:
+            await self._queues.settle(assignments, _CLOSING_SECONDS)
+        return finished
+
+    async def _read_parked_keys(self) -> None:
+        """Know the parked keys of new partitions, before anything of theirs is handed out."""
+        assert self._parking is not None  # noqa: S101  nothing is unread without
+        try:
+            for assignment in list(self._unread):
+                assignment.parked |= await self._parking.keys_of(assignment.topic)
+                self._unread.pop(assignment, None)
+        except Exception as error:  # noqa: BLE001  the database comes back
+            self._unknown = type(error).__name__
+            _log.warning("group %s does not know its parked keys and waits", self.group, exc_info=error)
+            await self._dispatcher.progress(_RECONNECT_SECONDS[0])
+        else:
+            self._unknown = None
 
     async def _turn(self, source: Source) -> None:
         self._dispatcher.check()
+        if self._unread:
+            await self._read_parked_keys()
         share = self._window_bytes // max(1, len(self._assignments))
-        ready = [
-            assignment
-            for assignment in self._assignments
-            if assignment.open
-            and len(assignment.window) < _WINDOW
-            and len(assignment.window) * assignment.record_bytes < share
-        ]
+        ready: list[Assignment] = []
+        for assignment in self._assignments:
+            waiting = len(assignment.window)
+            if waiting >= _WINDOW or (waiting and waiting * assignment.record_bytes >= share):
+                if self._parking is not None:
+                    self._dispatcher.make_room(assignment)
+            elif assignment.open and assignment not in self._unread:
+                ready.append(assignment)
         if not ready and self._assignments:
             await self._dispatcher.progress(_COMMIT_SECONDS)
         fetched = await source.fetch(ready)
@@ -145,11 +190,12 @@ class Consumer:
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
 
     async def _commit_often(self) -> None:
-        oldest, lag = OLDEST.labels(self.group), LAG.labels(self.group)
+        oldest, lag, parked = OLDEST.labels(self.group), LAG.labels(self.group), PARKED_KEYS.labels(self.group)
         failures = 0
         while True:
             await asyncio.sleep(_COMMIT_SECONDS)
-            oldest.set(self._dispatcher.oldest_seconds(self._assignments))
+            oldest.set(self._oldest_seconds())
+            parked.set(self.parked_keys)
             waiting = self._source.lag() if self._source is not None else None
             if waiting is not None:
                 lag.set(waiting)
@@ -182,7 +228,7 @@ class Consumer:
         """Before the source closes: what the time allows is finished, and what is finished is committed."""
         left = list(self._assignments)
         try:
-            await self._dispatcher.cancel(left)
+            await self._dispatcher.cancel(_with_queues(left))
             await self._commit(left)
         finally:
             self._assignments.clear()
@@ -197,6 +243,8 @@ class Consumer:
         """See `Reader`."""
         assignment = Assignment(topic, partition)
         self._assignments[assignment] = None
+        if self._parking is not None:
+            self._unread[assignment] = None
         return assignment
 
     async def revoked(self, assignments: Collection[Assignment]) -> None:
@@ -205,23 +253,26 @@ class Consumer:
         if not mine:
             return
         REVOKED.labels(self.group).inc(len(mine))
-        finished = await self._dispatcher.drain(mine, self._drain_seconds)
+        finished = await self._drain(mine, self._drain_seconds)
         try:
             await self._commit(mine)
         except Exception:  # noqa: BLE001  the partitions go all the same; their next owner repeats
             _log.exception("group %s could not commit what it gave up: its next owner will repeat some", self.group)
         finally:
-            for assignment in mine:
-                self._assignments.pop(assignment, None)
+            self._forget(mine)
             if not finished:
-                await self._dispatcher.cancel(mine)
+                await self._dispatcher.cancel(_with_queues(mine))
 
     async def lost(self, assignments: Collection[Assignment]) -> None:
         """See `Reader`."""
         mine = [assignment for assignment in assignments if assignment in self._assignments]
-        for assignment in mine:
+        self._forget(mine)
+        await self._dispatcher.cancel(_with_queues(mine))
+
+    def _forget(self, assignments: Collection[Assignment]) -> None:
+        for assignment in assignments:
             self._assignments.pop(assignment, None)
-        await self._dispatcher.cancel(mine)
+            self._unread.pop(assignment, None)
 
     @property
     def idle(self) -> bool:
@@ -237,10 +288,24 @@ class Consumer:
             return Health("degraded", f"group {self.group}: the transport is away ({self._trouble})")
         if self._source is not None and self._source.absent:
             return Health("degraded", f"group {self.group}: {'; '.join(self._source.absent.values())}")
-        oldest = self._dispatcher.oldest_seconds(self._assignments)
+        if self._unknown is not None:
+            return Health("degraded", f"group {self.group}: its parked keys are not known ({self._unknown})")
+        oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
+
+    def _oldest_seconds(self) -> float:
+        return self._dispatcher.oldest_seconds(_with_queues(self._assignments))
+
+    @property
+    def parked_keys(self) -> int:
+        """How many keys of the topics that are read here are parked."""
+        return len({(assignment.topic, key) for assignment in self._assignments for key in assignment.parked})
+
+
+def _with_queues(assignments: Collection[Assignment]) -> list[Assignment]:
+    return [*assignments, *(queue for assignment in assignments for queue in assignment.queues)]
 
 
 def _size_of(record: Record) -> int:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from mainstay.core import Retry
+from mainstay.core import Retry, Timer
 from mainstay.events._codec import codec_of
 from mainstay.events._metrics import handler_seconds
 from mainstay.events.errors import DecodeError
@@ -17,6 +17,11 @@ from mainstay.events.metadata import Record
 class Assignment:
     """A partition while this process holds it: what was handed out, and how far it is finished.
 
+    Args:
+        topic: of which.
+        number: of the partition.
+        queue: this is no partition, but the queue of one of its parked keys.
+
     Attributes:
         window: what was handed out and is not finished, and what is finished behind that.
         waiting: of that, the heads of chains that no caller has taken yet.
@@ -24,13 +29,19 @@ class Assignment:
         record_bytes: about how large a record is, by the last that were handed out; 0 before the first.
         most: how many records to ask for at once.
         finished: the last record before which all are finished, once it can be committed.
+        parked: the keys whose events go to the end of their queues.
+        queues: those that are being worked on.
     """
 
-    __slots__ = ("finished", "most", "number", "open", "record_bytes", "tails", "topic", "waiting", "window")
+    __slots__ = (
+        "finished", "most", "number", "open", "parked", "queue", "queues", "record_bytes", "tails", "topic", "waiting",
+        "window",
+    )  # fmt: skip
 
-    def __init__(self, topic: str, number: int) -> None:
+    def __init__(self, topic: str, number: int, *, queue: bool = False) -> None:
         self.topic = topic
         self.number = number
+        self.queue = queue
         self.open = True
         self.window: deque[Delivery] = deque()
         self.waiting: deque[Delivery] = deque()
@@ -38,26 +49,62 @@ class Assignment:
         self.most = 16  # nobody knows yet how large they are
         self.tails: dict[bytes, Delivery] = {}
         self.finished: Record | None = None
+        self.parked: set[bytes] = set()
+        self.queues: set[Assignment] = set()
 
     def __repr__(self) -> str:
         return f"{self.topic}/{self.number}"
 
 
+class Verdict(NamedTuple):
+    """What becomes of an event, once that is certain; it stays so until it is durable.
+
+    Attributes:
+        error: why.
+        parks: its key is parked; else it becomes a dead letter.
+        due_seconds: when the key is tried again, from its parking on; None when a person says so.
+    """
+
+    error: Exception
+    parks: bool
+    due_seconds: float | None = None
+
+
 class Delivery:
     """One record on its way through a group."""
 
-    __slots__ = ("assignment", "attempt", "began_at", "done", "next", "postponed", "record", "verdict", "waited")
+    __slots__ = (
+        "again_at",
+        "aged",
+        "assignment",
+        "attempt",
+        "began_at",
+        "done",
+        "error",
+        "kept",
+        "next",
+        "postponed",
+        "record",
+        "timer",
+        "verdict",
+        "waited",
+    )  # fmt: skip
 
     def __init__(self, assignment: Assignment, record: Record) -> None:
         self.assignment = assignment
         self.record = record
         self.began_at: float | None = None  # when its first call began, known once that has failed
+        self.aged = 0.0  # how long it has been failing before this process had it
         self.next: Delivery | None = None
         self.done = False
+        self.kept = False  # it stays the first of the queue of its parked key
         self.attempt = 1
         self.postponed = 0
         self.waited = 0.0
-        self.verdict: Exception | None = None  # why it is a dead letter, once that is certain
+        self.error: Exception | None = None  # the last one
+        self.timer: Timer | None = None  # until its next attempt
+        self.again_at = 0.0
+        self.verdict: Verdict | None = None
 
     @property
     def record_name(self) -> str:
@@ -72,6 +119,7 @@ class Handling(NamedTuple):
     call: Callable[..., Awaitable[None]]
     wants_metadata: bool
     retry: Retry
+    parks: bool
 
 
 class Route:
@@ -82,20 +130,28 @@ class Route:
         group: the consumer group, for the metrics.
     """
 
-    __slots__ = ("_majors", "seconds", "type", "versions")
+    __slots__ = ("_majors", "parks", "seconds", "type", "versions")
 
     def __init__(self, type: str, group: str) -> None:
         self.type = type
         self.seconds = handler_seconds(type, group)
         self.versions: dict[bytes, Handling] = {}
+        self.parks = False  # as one of its handlers says: of a version that none of them reads
         self._majors: dict[int, Handling] = {}
 
     def reads(
-        self, event: type[Event], call: Callable[..., Awaitable[None]], *, wants_metadata: bool, retry: Retry
+        self,
+        event: type[Event],
+        call: Callable[..., Awaitable[None]],
+        *,
+        wants_metadata: bool,
+        retry: Retry,
+        parks: bool = False,
     ) -> None:
         """Read events into this class, and call this with them."""
         definition = definition_of(event)
-        handling = Handling(codec_of(event).read, call, wants_metadata, retry)
+        handling = Handling(codec_of(event).read, call, wants_metadata, retry, parks)
+        self.parks = self.parks or parks
         self._majors[definition.version.major] = handling
         self.versions[str(definition.version).encode()] = handling
 

@@ -37,7 +37,7 @@ from pydantic import ValidationError
 
 from mainstay.core import Clock, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route
-from mainstay.events._failure import Again, Failures
+from mainstay.events._failure import KEY_IS_PARKED, Again, Failures, that_give_way
 from mainstay.events._metrics import SKIPPED
 from mainstay.events.errors import DecodeError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Metadata, Record, context_of
@@ -74,13 +74,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self,
-        group: str,
-        routes: Mapping[str, Route],
-        *,
-        concurrency: int,
-        failures: Failures,
-        clock: Clock,
+        self, group: str, routes: Mapping[str, Route], *, concurrency: int, failures: Failures, clock: Clock
     ) -> None:
         self._group = group
         self._routes = {name.encode(): route for name, route in routes.items()}
@@ -260,11 +254,13 @@ class Dispatcher:
                 record = delivery.record
                 headers = dict(record.headers)
                 route = routes.get(headers.get(TYPE) or b"")
-                error: Exception | None = delivery.verdict
+                error: Exception | None = delivery.verdict and delivery.verdict.error
                 handling: Handling | None = None
                 clean = True
                 if error is None and (route is None or ONLY_GROUP in headers):
                     route, error = self._wanted(route, headers)
+                if route is not None and error is None and assignment.parked and record.key in assignment.parked:
+                    error = KEY_IS_PARKED
                 if route is not None and error is None:
                     try:
                         version = headers.get(VERSION) or b"1.0"
@@ -306,7 +302,8 @@ class Dispatcher:
                         self._failing.add(delivery)
                     again = await self._failures.failed(delivery, route, handling, error)
                 if again is not None:
-                    self._clock.call_later(again.after_seconds, partial(self._hand_out, delivery))
+                    delivery.again_at = monotonic() + again.after_seconds
+                    delivery.timer = self._clock.call_later(again.after_seconds, partial(self._hand_out, delivery))
                 else:
                     delivery.done = True
                     if delivery.began_at is not None:
@@ -353,7 +350,13 @@ class Dispatcher:
             self._skipped.inc()
         return route, None
 
+    def make_room(self, assignment: Assignment) -> None:
+        """Park the keys of a full window that hold back the others; see `that_give_way`."""
+        for delivery in that_give_way(assignment, self._failing, self._clock.monotonic()):
+            self._hand_out(delivery)
+
     def _hand_out(self, delivery: Delivery) -> None:
+        delivery.timer = None
         if delivery.assignment.open:
             self._ready.append(delivery)
             self._wake()

@@ -1,21 +1,27 @@
-"""What becomes of an event that could not be handled: tried again after a wait, or kept as a dead letter."""
+"""What becomes of an event that could not be handled: tried again after a wait, parked with its key, a dead letter."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
-from mainstay.events._delivery import Delivery, Handling, Route
-from mainstay.events._metrics import FAILED
+from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Verdict
+from mainstay.events._metrics import FAILED, PARKED
+from mainstay.events._parking import Parking
 from mainstay.events._sparing import Sparing
-from mainstay.events.errors import DecodeError
+from mainstay.events.errors import DecodeError, KeyIsParkedError
 
 _log = logging.getLogger("mainstay.events")
 
-_BURY_SECONDS = (1.0, 30.0)
-"""The first and the longest wait before a dead letter that could not be stored is tried again."""
+_STORE_SECONDS = (1.0, 30.0)
+"""The first and the longest wait before what could not be stored is tried again."""
+
+_FEW = 20
+"""Of so many events in a full window one may hold back the others, and its key is parked then."""
+_PATIENCE_SECONDS = 5.0
+"""How long after its first call an event may be tried again before its key is parked for that."""
 
 
 class Again(NamedTuple):
@@ -28,44 +34,108 @@ class Again(NamedTuple):
     after_seconds: float
 
 
+KEY_IS_PARKED = KeyIsParkedError()
+
+
 class Failures:
     """Decides about one group's failures; asked by the dispatcher for nothing else.
 
     Args:
         group: the consumer group.
         bury: stores a dead letter; returns when it is durable.
+        parking: the group's parked keys, None without a Database.
+        commit: makes durable how far a partition is finished; needed with `parking`.
         clock: measures ages.
     """
 
-    def __init__(self, group: str, *, bury: Callable[[Delivery, Exception], Awaitable[None]], clock: Clock) -> None:
+    def __init__(
+        self,
+        group: str,
+        *,
+        bury: Callable[[Delivery, Exception], Awaitable[None]],
+        parking: Parking | None = None,
+        commit: Callable[[Assignment], Awaitable[None]] | None = None,
+        clock: Clock,
+    ) -> None:
         self._group = group
         self._bury = bury
+        self._commit = commit
+        self._parking = parking
         self._clock = clock
         self._sparing = Sparing(clock)
 
     async def failed(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
     ) -> Again | None:
-        """Deal with a failure; None when the event needs nothing more, because it is a dead letter now."""
+        """Deal with a failure; None when the event needs nothing more here: it is parked, or a dead letter."""
+        if error is KEY_IS_PARKED:
+            return await self._append(delivery)
         if delivery.verdict is None:
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
             again = self._again(delivery, route, handling, error)
-            if again is not None:
+            if again is not None and not delivery.assignment.queue:
+                delivery.error = error
                 return again
-            _log.error("%s in group %s becomes a dead letter after attempt %d", delivery.record_name, self._group,
-                       delivery.attempt, exc_info=error)  # fmt: skip
-            delivery.verdict = error
-            delivery.waited = 0.0
+            delivery.verdict = self._verdict(delivery, route, handling, error, again)
+            delivery.waited = 0.0 if again is None else delivery.waited
         try:
-            await self._bury(delivery, error)
+            await self._carry_out(delivery, delivery.verdict)
         except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
-            first, longest = _BURY_SECONDS
-            delivery.waited = min(max(first, delivery.waited * 2), longest)
-            _log.exception("a dead letter of group %s could not be stored, again in %g s", self._group, delivery.waited)
-            return Again(delivery.waited)
+            return self._not_stored(delivery, "what could not be handled")
         return None
+
+    def _verdict(
+        self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, again: Again | None
+    ) -> Verdict:
+        if again is not None:  # the first of a queue, whose attempts are far apart and outlive this process
+            return Verdict(error, parks=True, due_seconds=again.after_seconds)
+        # Without a handling it is of a version that nobody here reads; without a route, no event of the group's at all.
+        asked = route is not None and (route.parks if handling is None else handling.parks)
+        parks = asked and self._parking is not None and delivery.record.key is not None
+        fate = "its key is parked" if parks else "becomes a dead letter"
+        _log.error("%s in group %s failed, and %s, at attempt %d", delivery.record_name, self._group, fate,
+                   delivery.attempt, exc_info=error)  # fmt: skip
+        return Verdict(error, parks=parks)
+
+    async def _carry_out(self, delivery: Delivery, verdict: Verdict) -> None:
+        assignment, record = delivery.assignment, delivery.record
+        if not verdict.parks:
+            await self._bury(delivery, verdict.error)
+            return
+        assert self._parking is not None and self._commit is not None  # noqa: S101, PT018  nothing else makes such a verdict
+        if assignment.queue:
+            await self._parking.keep(delivery, verdict)
+            delivery.kept = True
+            return
+        before = [each.record for each in assignment.window if each.done and each.record.key == record.key]
+        await self._commit(assignment)  # and what has left the window is read by nobody again
+        if not assignment.open:
+            msg = f"{assignment} is another process' now"
+            raise RuntimeError(msg)
+        age = delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
+        await self._parking.park(delivery, verdict, age, before)
+        assignment.parked.add(record.key or b"")
+        PARKED.labels(self._group).inc()
+
+    async def _append(self, delivery: Delivery) -> Again | None:
+        assert self._parking is not None  # noqa: S101  no key is parked elsewhere
+        try:
+            appended = await self._parking.append(delivery.record)
+        except Exception:  # noqa: BLE001  as above
+            return self._not_stored(delivery, "an event of a parked key")
+        if appended:
+            return None
+        delivery.assignment.parked.discard(delivery.record.key or b"")
+        return Again(0.0)
+
+    def _not_stored(self, delivery: Delivery, what: str) -> Again:
+        first, longest = _STORE_SECONDS
+        delivery.waited = min(max(first, delivery.waited * 2), longest)
+        _log.exception("%s in group %s: %s cannot be stored, again in %g s", delivery.record_name, self._group, what,
+                       delivery.waited)  # fmt: skip
+        return Again(delivery.waited)
 
     def _again(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
@@ -98,7 +168,7 @@ class Failures:
     ) -> float | None:
         if handling is None or isinstance(error, DecodeError):
             return None
-        age = self._clock.monotonic() - (delivery.began_at or 0.0)
+        age = delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
         number = delivery.postponed + 1 if postponed else delivery.attempt
         state = RetryState(number, Outcome.of_error(error), age, delivery.waited)
         if not postponed:
@@ -107,3 +177,22 @@ class Failures:
             return None
         hint: float = getattr(error, "retry_after_seconds", None) or 0.0
         return max(handling.retry.wait(state), hint)
+
+
+def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: float) -> list[Delivery]:
+    """Of the failing events of a partition whose window is full those whose keys are to be parked, with that verdict.
+
+    Only a few may give way. Where many wait, what they wait for is away, and the whole topic would move to the table.
+    """
+    mine = [delivery for delivery in failing if delivery.assignment is assignment]
+    if len(mine) > max(1, len(assignment.window) // _FEW):
+        return []
+    found: list[Delivery] = []
+    for delivery in mine:
+        if delivery.timer is None or delivery.error is None or delivery.verdict is not None:
+            continue
+        if delivery.record.key is not None and delivery.again_at - (delivery.began_at or 0.0) >= _PATIENCE_SECONDS:
+            delivery.timer.cancel()
+            delivery.verdict = Verdict(delivery.error, parks=True, due_seconds=max(0.0, delivery.again_at - now))
+            found.append(delivery)
+    return found

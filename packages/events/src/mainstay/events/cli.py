@@ -1,9 +1,9 @@
-"""`mainstay events`: looks at dead letters and refused events, and sends them again."""
+"""`mainstay events`: looks at what could not be handled, has it tried again, or clears it away."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
@@ -15,11 +15,13 @@ from mainstay.database import DatabaseModule
 from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.errors import RedriveError
 from mainstay.events.module import EventsModule
+from mainstay.events.parked import ParkedKey, ParkedKeys
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.settings import EventsSettings
 
 __all__ = ["commands"]
 
+S = TypeVar("S", DeadLetters, ParkedKeys)
 T = TypeVar("T")
 
 _ALL = 1_000_000
@@ -30,7 +32,10 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Events that could not be 
 commands.add_typer(dead_letters, name="dead-letters")
 refused = typer.Typer(no_args_is_help=True, help="Events that the broker refused for good.")
 commands.add_typer(refused, name="refused")
+parked = typer.Typer(no_args_is_help=True, help="Keys that wait behind an event that could not be handled.")
+commands.add_typer(parked, name="parked")
 
+Ids = Annotated[list[UUID], typer.Argument(metavar="ID…", help="Which.")]
 Group = Annotated[str | None, typer.Option(help="Of this consumer group only.")]
 
 
@@ -39,21 +44,14 @@ def list_letters(
     group: Group = None, limit: Annotated[int, typer.Option(min=1, max=_MOST, help="At most so many.")] = 100
 ) -> None:
     """The dead letters, the oldest first."""
-    letters = _with(lambda store: store.list(group, limit=limit))
+    letters = _with(DeadLetters, lambda store: store.list(group, limit=limit))
     table(("id", "time", "group", "type", "error"), [_row(letter) for letter in letters], empty="no dead letters")
 
 
 @dead_letters.command("show")
 def show_letter(id: UUID) -> None:
     """Everything about one."""
-    letter = _with(lambda store: store.get(id))
-    facts = _facts(letter)
-    if as_json():
-        document(facts)
-        return
-    for name, value in facts.items():
-        lines = [f"{key}: {text}" for key, text in value] if name == "headers" else str(value).splitlines() or [""]
-        say(f"{name:9} {lines[0] if lines else ''}", *(f"{'':9} {line}" for line in lines[1:]))
+    _show(_facts(_with(DeadLetters, lambda store: store.get(id))))
 
 
 @dead_letters.command("redrive")
@@ -82,7 +80,7 @@ def redrive_letters(
             say(f"sent again: {letter.id} to group {letter.group}")
 
     try:
-        _with(redrive)
+        _with(DeadLetters, redrive)
     finally:  # also what was sent before one could not be
         if as_json():
             document([{"id": letter.id, "group": letter.group} for letter in sent])
@@ -142,19 +140,102 @@ def _with_refused(work: Callable[[RefusedEvents], Awaitable[T]]) -> T:
     return _running(settings, lambda app: work(app.get(RefusedEvents)))
 
 
-def _with(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
+@parked.command("list")
+def list_parked(
+    group: Group = None, limit: Annotated[int, typer.Option(min=1, max=_MOST, help="At most so many.")] = 100
+) -> None:
+    """The parked keys, those that have been failing for the longest first."""
+    keys = _with(ParkedKeys, lambda store: store.list(group, limit=limit))
+    rows = [
+        {
+            "id": each.id,
+            "since": f"{each.since:%Y-%m-%d %H:%M:%S}",
+            "group": each.group,
+            "key": _text(each.key),
+            "waiting": each.waiting,
+            "error": _last_words(each.error),
+        }
+        for each in keys
+    ]
+    table(("id", "since", "group", "key", "waiting", "error"), rows, empty="no parked keys")
+
+
+@parked.command("show")
+def show_parked(id: UUID) -> None:
+    """Everything about one."""
+    key = _with(ParkedKeys, lambda store: store.get(id))
+    due = "when told to" if key.due is None else f"{key.due:%Y-%m-%d %H:%M:%S %Z}"
+    _show(
+        {
+            "id": key.id,
+            "group": key.group,
+            "read from": f"{key.topic}/{key.partition}",
+            "key": _text(key.key),
+            "waiting": key.waiting,
+            "failing": f"since {key.since:%Y-%m-%d %H:%M:%S %Z}",
+            "again": f"{due}, attempt {key.attempt}",
+            "error": key.error,
+        }
+    )
+
+
+@parked.command("retry")
+def retry_parked(ids: Ids) -> None:
+    """Have the events of keys tried again, each from its first one on."""
+    _to_each(ids, ParkedKeys.retry, "tried again")
+
+
+@parked.command("skip")
+def skip_parked(ids: Ids) -> None:
+    """Make the first event of keys a dead letter, and have the others tried."""
+    _to_each(ids, ParkedKeys.skip, "without its first event, tried again")
+
+
+@parked.command("discard")
+def discard_parked(ids: Ids) -> None:
+    """Delete the whole queues of keys, unhandled."""
+    _to_each(ids, ParkedKeys.discard, "discarded")
+
+
+def _to_each(ids: Sequence[UUID], act: Callable[[ParkedKeys, UUID], Awaitable[ParkedKey]], what: str) -> None:
+    done: list[ParkedKey] = []
+
+    async def each(store: ParkedKeys) -> None:
+        for parked_id in ids:
+            done.append(await act(store, parked_id))
+            say(f"{what}: {parked_id}, key {_text(done[-1].key)} in group {done[-1].group}")
+
+    try:
+        _with(ParkedKeys, each)
+    finally:  # also what was done before one could not be
+        if as_json():
+            document([{"id": key.id, "group": key.group, "key": _text(key.key)} for key in done])
+
+
+def _show(facts: Mapping[str, Any]) -> None:
+    if as_json():
+        document(facts)
+        return
+    for name, value in facts.items():
+        lines = [f"{key}: {text}" for key, text in value] if name == "headers" else str(value).splitlines() or [""]
+        say(f"{name:9} {lines[0] if lines else ''}", *(f"{'':9} {line}" for line in lines[1:]))
+
+
+def _with(service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
     settings = settings_of(EventsModule)
     if settings.transport == "memory":
         msg = "the memory transport keeps nothing for other processes"
         raise ConfigurationError(msg)
-    return _running(settings, lambda app: work(app.get(DeadLetters)))
+    return _running(
+        settings, lambda app: work(app.get(service)), database=settings.writes_database or service is ParkedKeys
+    )
 
 
-def _running(settings: EventsSettings, work: Callable[[App], Awaitable[T]]) -> T:
+def _running(settings: EventsSettings, work: Callable[[App], Awaitable[T]], *, database: bool = True) -> T:
     modules: list[Any] = []
-    if settings.writes_database:
-        database = settings_of(DatabaseModule).model_copy(update={"migrate": False})
-        modules.append(DatabaseModule.for_root(database))
+    if database:
+        looking = settings_of(DatabaseModule).model_copy(update={"migrate": False})
+        modules.append(DatabaseModule.for_root(looking))
 
     async def run() -> T:
         async with App(*modules, EventsModule.for_root(settings)) as app:

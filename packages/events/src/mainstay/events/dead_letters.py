@@ -65,7 +65,7 @@ class DeadLetter:
             key=record.key,
             value=record.value,
             headers=tuple(record.headers),
-            error=_text(error),
+            error=text_of(error),
             attempts=attempts,
             time=time,
         )
@@ -76,7 +76,7 @@ class DeadLetter:
         return Outgoing(self.topic, self.key, self.value, [*headers, (ONLY_GROUP, self.group.encode())])
 
 
-def _text(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     """The trace as every store takes it: one that was refused for its size or characters would block the partition."""
     text = "".join(traceback.format_exception(error)).strip().encode(errors="backslashreplace").decode()
     half = _LONGEST_ERROR // 2

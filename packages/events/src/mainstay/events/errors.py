@@ -56,3 +56,24 @@ class RefusedError(EventsError):
     retryable = False
     no_effect = True
     public_message = "There is no such refused event."
+
+
+class NotParkedError(EventsError):
+    """No parked key has this id: it is free already, or never was parked."""
+
+    code = "RES_EVENTS_NOT_PARKED"
+    retryable = False
+    no_effect = True
+    public_message = "There is no such parked key."
+
+
+class KeyIsParkedError(EventsError):
+    """An event's key is parked: the event waits behind those in its queue."""
+
+    code = "SYS_EVENTS_PARKED"
+
+
+class SkippedError(EventsError):
+    """A person has skipped the event, which had kept failing."""
+
+    code = "SYS_EVENTS_SKIPPED"

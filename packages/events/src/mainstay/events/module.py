@@ -15,11 +15,13 @@ from mainstay.events._consumer import Consumer
 from mainstay.events._delivery import Route
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
+from mainstay.events._parking import Parking
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._sql import SqlDeadLetters, SqlTransport
 from mainstay.events._transport import Transport
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import EventDefinition, definition_of
+from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, one_handler_each
@@ -38,30 +40,35 @@ class EventConsumers:
         """Degraded while a group's transport is away, or an event is in flight for too long."""
         reports = [await consumer.health() for consumer in self.consumers]
         worse = [report.detail for report in reports if report.status != "ok"]
-        return Health("degraded", "; ".join(worse)) if worse else Health("ok", f"{len(reports)} groups")
+        if worse:
+            return Health("degraded", "; ".join(worse))
+        parked = [f", {each.parked_keys} keys parked in {each.group}" for each in self.consumers if each.parked_keys]
+        return Health("ok", f"{len(reports)} groups{''.join(parked)}")
 
 
 class EventsModule(Module[EventsSettings, EventRouter]):
     """`EventsModule.for_root()` once; `EventsModule.for_feature(router)` for each feature.
 
-    Yields `EventPublisher` and `DeadLetters`. Consumers and the outbox relay run while the App serves.
+    Yields `EventPublisher`, `DeadLetters` and `ParkedKeys`. Consumers and the outbox relay run while the App serves.
     """
 
     name: ClassVar[str] = "events"
 
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
-        """The Database, where the log, the outbox or an inbox is kept in it."""
+        """The Database, where the log, the outbox, an inbox or parked keys are kept in it."""
         return [DatabaseModule] if self._needs_database() else []
 
     def _needs_database(self) -> bool:
-        return self.settings.writes_database or any(subscription.inbox for subscription in self._subscriptions())
+        return self.settings.writes_database or any(
+            subscription.inbox or subscription.on_failure == "park" for subscription in self._subscriptions()
+        )
 
     def _subscriptions(self) -> list[Subscription]:
         return [subscription for router in self.parts for subscription in router.subscriptions]
 
     def yields(self) -> Sequence[type]:
         """Publisher, dead letters, consumers, and the parts of the transport that the settings choose."""
-        return (EventPublisher, DeadLetters, EventConsumers, *_transport_classes(self.settings))
+        return (EventPublisher, DeadLetters, ParkedKeys, EventConsumers, *_transport_classes(self.settings))
 
     def functions(self) -> Sequence[Callable[..., Any]]:
         """The handlers."""
@@ -137,6 +144,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     routes,
                     transport=transport,
                     dead_letters=letters,
+                    parking=None if database is None else Parking(database, group),
                     concurrency=settings.concurrency,
                     window_bytes=settings.window_bytes,
                     drain_seconds=settings.drain_seconds,
@@ -152,7 +160,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
-            yield [publisher, DeadLetters(letters), EventConsumers(consumers), *services]
+            parked = ParkedKeys(database or _database_of(app), letters)
+            yield [publisher, DeadLetters(letters), parked, EventConsumers(consumers), *services]
 
 
 async def _transport(
@@ -254,7 +263,9 @@ def _groups(
                 routes[type_] = Route(type_, subscription.group)
             call, wants_metadata = _call(app, subscription, database)
             retry = settings.retry() if subscription.retry is None else subscription.retry
-            routes[type_].reads(event, call, wants_metadata=wants_metadata, retry=retry)
+            routes[type_].reads(
+                event, call, wants_metadata=wants_metadata, retry=retry, parks=subscription.on_failure == "park"
+            )
     return groups
 
 

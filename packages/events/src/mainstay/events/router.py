@@ -6,7 +6,7 @@ import inspect
 import typing
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from mainstay.core import Binding, Retry
 from mainstay.events.event import Event, definition_of
@@ -14,6 +14,8 @@ from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
 
 __all__ = ["EventRouter"]
+
+OnFailure = Literal["dead-letter", "park"]
 
 _LONGEST_GROUP = 200
 
@@ -68,6 +70,7 @@ class Subscription:
     call: Callable[..., Awaitable[None]]
     wants_metadata: bool
     retry: Retry | None
+    on_failure: OnFailure
     inbox: bool
     timeout_seconds: float | None
     name: str
@@ -92,6 +95,7 @@ class EventRouter:
         *,
         group: str,
         retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[E]: ...
@@ -104,6 +108,7 @@ class EventRouter:
         *,
         group: str,
         retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[E | F]: ...
@@ -113,6 +118,7 @@ class EventRouter:
         *events: type[Event],
         group: str,
         retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[Any]: ...
@@ -121,20 +127,25 @@ class EventRouter:
         *events: type[Event],
         group: str,
         retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[Any]:
         """Handle events: `@events.on(OrderPaid, group="receipts")` on an async function, or on a class with `handle`.
 
         The function takes the event, or the event and its `Metadata`, and services by keyword-only parameters whose
-        default is `given(…)`. It is called at least once for each event, with
-        equal keys one after the other, also through retries; when it keeps failing the event becomes a dead letter.
+        default is `given(…)`. It is called at least once for each event, with equal keys one after the other, also
+        through retries; when it keeps failing, `on_failure` says what becomes of the event.
 
         Args:
             events: the types to handle.
             group: who handles them. Each group receives every event once, however many processes share the work; it
                 keeps its place under this name, so a name is for ever.
             retry: when to call again after an exception; by default as the settings say.
+            on_failure: what becomes of an event that keeps failing. `dead-letter` sets it aside and goes on with what
+                follows. `park` sets its key aside: what follows of that key waits behind it, in order, in the
+                Database, until a person has it tried again or skipped (`ParkedKeys`), and other keys go on. An event
+                without a key becomes a dead letter.
             inbox: run the handler inside `db.transaction()` together with the note that this group has handled the
                 event, so that what it writes there happens exactly once. Not for handlers that call other services: the
                 transaction would stay open meanwhile.
@@ -143,7 +154,8 @@ class EventRouter:
 
         Raises:
             TypeError: what is decorated cannot be a handler, with the remedy.
-            ValueError: the group is empty, the timeout is not positive, or the group handles this type already.
+            ValueError: the group is empty, the timeout is not positive, `on_failure` is unknown, or the group handles
+                this type already.
         """
         if not events:
             msg = "on() needs an event class: @events.on(OrderPaid, group=…)"
@@ -153,10 +165,15 @@ class EventRouter:
         if not 1 <= len(group) <= _LONGEST_GROUP:
             msg = f"on(group=…) needs a name of 1 to {_LONGEST_GROUP} characters: the place is kept under it"
             raise ValueError(msg)
+        if on_failure not in typing.get_args(OnFailure):
+            msg = f"on(on_failure={on_failure!r}): it is 'dead-letter' or 'park'"
+            raise ValueError(msg)
         if timeout_seconds is not None and not timeout_seconds > 0:
             msg = f"on(timeout_seconds={timeout_seconds!r}): a call may take more than 0 seconds"
             raise ValueError(msg)
-        return On(self, events, group, retry, inbox=inbox, timeout_seconds=timeout_seconds)
+        return On(
+            self, events, group, retry, on_failure=on_failure, inbox=inbox, timeout_seconds=timeout_seconds
+        )  # fmt: skip
 
     async def publish(self, event: Event) -> str:
         """Publish an event, and return its id; see `EventPublisher.publish`."""
@@ -183,6 +200,7 @@ class On(Generic[E]):
         group: str,
         retry: Retry | None,
         *,
+        on_failure: OnFailure,
         inbox: bool,
         timeout_seconds: float | None,
     ) -> None:
@@ -190,6 +208,7 @@ class On(Generic[E]):
         self._events = events
         self._group = group
         self._retry = retry
+        self._on_failure: OnFailure = on_failure
         self._inbox = inbox
         self._timeout_seconds = timeout_seconds
 
@@ -210,6 +229,7 @@ class On(Generic[E]):
                 call=call,
                 wants_metadata=_wants_metadata(call, name, self._events),
                 retry=self._retry,
+                on_failure=self._on_failure,
                 inbox=self._inbox,
                 timeout_seconds=self._timeout_seconds,
                 name=name,

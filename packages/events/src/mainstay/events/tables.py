@@ -111,6 +111,40 @@ DEAD_LETTERS = sa.Table(
     sa.Column("time", sa.DateTime(timezone=True), nullable=False),
 )
 
+PARKED_KEYS = sa.Table(
+    "mainstay_events_parked_keys",
+    METADATA,
+    sa.Column("group_name", sa.Text, primary_key=True),
+    sa.Column("topic", sa.Text, primary_key=True),
+    sa.Column("key", sa.LargeBinary, primary_key=True),
+    sa.Column("id", sa.Uuid, nullable=False, unique=True),
+    sa.Column("partition", sa.Integer, nullable=False),
+    # Of the first event of its queue: the number of its next attempt, and what its retries go by.
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("postponed", sa.Integer, nullable=False),
+    sa.Column("waited_seconds", sa.Double, nullable=False),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("failing_since", sa.Double, nullable=False),
+    sa.Column("due_at", sa.Double),  # null while it waits for a person
+)
+PARKED = sa.Table(
+    "mainstay_events_parked",
+    METADATA,
+    sa.Column("position", _BIG, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.Uuid, nullable=False, unique=True),
+    sa.Column("group_name", sa.Text, nullable=False),
+    sa.Column("topic", sa.Text, nullable=False),
+    sa.Column("partition", sa.Integer, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False),
+    sa.Column("key", sa.LargeBinary, nullable=False),
+    sa.Column("value", sa.LargeBinary),
+    sa.Column("headers", sa.Text, nullable=False),
+    # It stays until its key is free: whoever reads the partition once more must not append it again.
+    sa.Column("handled", sa.Boolean, nullable=False),
+    sa.Index("mainstay_events_parked_queue", "group_name", "topic", "key", "position"),
+    sqlite_autoincrement=True,
+)
+
 SCHEMA = Schema("events", METADATA, Path(__file__).parent / "migrations")
 
 
@@ -312,3 +346,91 @@ LIST_DEAD_LETTERS = (
 LIST_DEAD_LETTERS_OF = LIST_DEAD_LETTERS.where(DEAD_LETTERS.c.group_name == sa.bindparam("group"))
 GET_DEAD_LETTER = sa.select(DEAD_LETTERS).where(DEAD_LETTERS.c.id == sa.bindparam("letter"))
 DELETE_DEAD_LETTER = sa.delete(DEAD_LETTERS).where(DEAD_LETTERS.c.id == sa.bindparam("letter"))
+
+_OF_KEY = (
+    PARKED_KEYS.c.group_name == sa.bindparam("of_group"),
+    PARKED_KEYS.c.topic == sa.bindparam("of_topic"),
+    PARKED_KEYS.c.key == sa.bindparam("of_key", type_=sa.LargeBinary),
+)
+_WAITS = (
+    PARKED.c.group_name == PARKED_KEYS.c.group_name,
+    PARKED.c.topic == PARKED_KEYS.c.topic,
+    PARKED.c.key == PARKED_KEYS.c.key,
+    ~PARKED.c.handled,
+)
+_WAITING = sa.select(sa.func.count()).select_from(PARKED).where(*_WAITS).correlate(PARKED_KEYS).scalar_subquery()
+_DUE = sa.bindparam("due", type_=sa.Double)  # null stays null
+READ_PARKED_KEYS = sa.select(PARKED_KEYS.c.key).where(
+    PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.topic == sa.bindparam("of_topic")
+)
+_ATTEMPTS = _binds(PARKED_KEYS, "attempt", "postponed", "waited_seconds", "error")
+PARK_KEY = _each(
+    lambda insert, now: (
+        insert(PARKED_KEYS)
+        .values(
+            **_binds(PARKED_KEYS, "id", "group_name", "topic", "key", "partition"),
+            **_ATTEMPTS,
+            failing_since=now - sa.bindparam("age", type_=sa.Double),
+            due_at=now + _DUE,
+        )
+        .on_conflict_do_nothing()
+    )
+)
+KEEP_PARKED_KEY = _each(lambda _, now: sa.update(PARKED_KEYS).where(*_OF_KEY).values(**_ATTEMPTS, due_at=now + _DUE))
+INSERT_PARKED = _each(
+    lambda insert, _: (
+        insert(PARKED)
+        .values(
+            _binds(PARKED, "id", "group_name", "topic", "partition", "offset", "key", "value", "headers", "handled")
+        )
+        .on_conflict_do_nothing()
+    )
+)
+# An update that changes nothing: it takes the row, so that nobody frees or works on the key meanwhile.
+HOLD_PARKED_KEY = sa.update(PARKED_KEYS).where(*_OF_KEY).values(partition=PARKED_KEYS.c.partition)
+NEXT_OF_PARKED_KEY = _each(
+    lambda _, now: (
+        sa.update(PARKED_KEYS)
+        .where(*_OF_KEY)
+        .values(attempt=1, postponed=0, waited_seconds=0.0, failing_since=now, due_at=now)
+    )
+)
+FREE_PARKED_KEY = sa.delete(PARKED_KEYS).where(*_OF_KEY, ~sa.exists().where(*_WAITS).correlate(PARKED_KEYS))
+READ_DUE_PARKED_KEYS = _each(
+    lambda _, now: (
+        sa.select(PARKED_KEYS.c.topic, PARKED_KEYS.c.partition, PARKED_KEYS.c.key)
+        .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.due_at <= now)
+        .order_by(PARKED_KEYS.c.due_at)
+        .limit(sa.bindparam("limit", type_=sa.Integer))
+    )
+)
+READ_FIRST_PARKED = _each(
+    lambda _, now: (
+        sa.select(
+            PARKED,
+            PARKED_KEYS.c.attempt,
+            PARKED_KEYS.c.postponed,
+            PARKED_KEYS.c.waited_seconds,
+            (now - PARKED_KEYS.c.failing_since).label("age"),
+        )
+        .join_from(PARKED_KEYS, PARKED, sa.and_(*_WAITS))
+        .where(*_OF_KEY)
+        .order_by(PARKED.c.position)
+        .limit(1)
+    )
+)
+HANDLE_PARKED = (
+    sa.update(PARKED).where(PARKED.c.position == sa.bindparam("done")).values(handled=True, value=None, headers="[]")
+)
+LIST_PARKED_KEYS = (
+    sa.select(PARKED_KEYS, _WAITING.label("waiting"))
+    .order_by(PARKED_KEYS.c.failing_since, PARKED_KEYS.c.id)
+    .limit(sa.bindparam("limit", type_=sa.Integer))
+)
+LIST_PARKED_KEYS_OF = LIST_PARKED_KEYS.where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"))
+GET_PARKED_KEY = sa.select(PARKED_KEYS, _WAITING.label("waiting")).where(PARKED_KEYS.c.id == sa.bindparam("parked"))
+DELETE_QUEUE = sa.delete(PARKED).where(
+    PARKED.c.group_name == sa.bindparam("of_group"),
+    PARKED.c.topic == sa.bindparam("of_topic"),
+    PARKED.c.key == sa.bindparam("of_key", type_=sa.LargeBinary),
+)

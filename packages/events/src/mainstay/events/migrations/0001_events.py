@@ -90,3 +90,34 @@ def upgrade() -> None:
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("time", sa.DateTime(timezone=True), nullable=False),
     )
+    op.create_table(
+        "mainstay_events_parked_keys",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("topic", sa.Text, primary_key=True),
+        sa.Column("key", sa.LargeBinary, primary_key=True),
+        sa.Column("id", sa.Uuid, nullable=False, unique=True),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("postponed", sa.Integer, nullable=False),
+        sa.Column("waited_seconds", sa.Double, nullable=False),
+        sa.Column("error", sa.Text, nullable=False),
+        sa.Column("failing_since", sa.Double, nullable=False),
+        sa.Column("due_at", sa.Double),
+    )
+    op.create_table(
+        "mainstay_events_parked",
+        sa.Column("position", big, primary_key=True, autoincrement=True),
+        sa.Column("id", sa.Uuid, nullable=False, unique=True),
+        sa.Column("group_name", sa.Text, nullable=False),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("offset", sa.BigInteger, nullable=False),
+        sa.Column("key", sa.LargeBinary, nullable=False),
+        sa.Column("value", sa.LargeBinary),
+        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("handled", sa.Boolean, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "mainstay_events_parked_queue", "mainstay_events_parked", ["group_name", "topic", "key", "position"]
+    )

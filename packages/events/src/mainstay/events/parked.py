@@ -1,0 +1,147 @@
+"""Parked keys, for a person: listed, tried again, skipped, discarded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from mainstay.core import ConfigurationError
+from mainstay.database import Database
+from mainstay.events import tables
+from mainstay.events._transport import LogRecord
+from mainstay.events.dead_letters import DeadLetterStore
+from mainstay.events.errors import NotParkedError, SkippedError
+from mainstay.events.tables import unpack_headers
+
+__all__ = ["ParkedKey", "ParkedKeys"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedKey:
+    """A key whose first event could not be handled, and behind which what follows of the key waits.
+
+    Attributes:
+        id: its name for `retry`, `skip` and `discard`.
+        group: who could not handle it.
+        topic, partition: where it is read.
+        key: as it was received.
+        waiting: how many events are in its queue, the one that failed among them.
+        error: the exception of the last attempt, and its trace.
+        attempt: the number that the next attempt has.
+        since: since when its first event has been failing, in UTC.
+        due: when it is tried again, in UTC; None while it waits for a person.
+    """
+
+    id: UUID
+    group: str
+    topic: str
+    partition: int
+    key: bytes
+    waiting: int
+    error: str
+    attempt: int
+    since: datetime
+    due: datetime | None
+
+
+class ParkedKeys:
+    """The parked keys of this service; `app.get(ParkedKeys)`, or the command `mainstay events parked`.
+
+    What is asked for here is done by the process that holds the key's partition, within a second where one runs. In an
+    App without a Database every method raises `ConfigurationError`.
+    """
+
+    def __init__(self, database: Database | None, dead_letters: DeadLetterStore) -> None:
+        self._known = database
+        self._dead_letters = dead_letters
+
+    @property
+    def _database(self) -> Database:
+        if self._known is None:
+            msg = "keys are parked in the Database, and this App has none: add DatabaseModule.for_root()"
+            raise ConfigurationError(msg)
+        return self._known
+
+    async def list(self, group: str | None = None, *, limit: int = 100) -> Sequence[ParkedKey]:
+        """The parked keys, those that have been failing for the longest first, of one group or of all."""
+        if group is None:
+            rows = await self._database.read(tables.LIST_PARKED_KEYS, {"limit": limit})
+        else:
+            rows = await self._database.read(tables.LIST_PARKED_KEYS_OF, {"limit": limit, "of_group": group})
+        return [_parked_key(row) for row in rows]
+
+    async def get(self, id: UUID) -> ParkedKey:
+        """One parked key.
+
+        Raises:
+            NotParkedError: there is none with this id.
+        """
+        rows = await self._database.read(tables.GET_PARKED_KEY, {"parked": id})
+        if not rows:
+            msg = f"no parked key {id}: list them with mainstay events parked list"
+            raise NotParkedError(msg)
+        return _parked_key(rows[0])
+
+    async def retry(self, id: UUID) -> ParkedKey:
+        """Have the events of a key tried again, from the first one on, with all their attempts.
+
+        Raises:
+            NotParkedError: there is none with this id.
+        """
+        parked = await self.get(id)
+        await self._database.write(tables.NEXT_OF_PARKED_KEY[self._database.dialect], _place(parked))
+        return parked
+
+    async def skip(self, id: UUID) -> ParkedKey:
+        """Make the first event of a key a dead letter, and have the others tried.
+
+        Raises:
+            NotParkedError: there is none with this id.
+        """
+        parked = await self.get(id)
+        dialect = self._database.dialect
+        async with self._database.transaction() as session:
+            await session.execute(tables.NEXT_OF_PARKED_KEY[dialect], _place(parked))
+            row: Any = (await session.execute(tables.READ_FIRST_PARKED[dialect], _place(parked))).first()
+            if row is not None:
+                headers = unpack_headers(row.headers)
+                record = LogRecord(row.topic, row.partition, row.offset, row.key, row.value, headers)
+                why = SkippedError(f"skipped by a person; its last error was\n{parked.error}")
+                await self._dead_letters.add(parked.group, record, why, parked.attempt)
+                await session.execute(tables.HANDLE_PARKED, {"done": row.position})
+        return parked
+
+    async def discard(self, id: UUID) -> ParkedKey:
+        """Delete a key's whole queue, unhandled: the key is free, and what comes next is handled.
+
+        Raises:
+            NotParkedError: there is none with this id.
+        """
+        parked = await self.get(id)
+        async with self._database.transaction() as session:
+            await session.execute(tables.NEXT_OF_PARKED_KEY[self._database.dialect], _place(parked))
+            await session.execute(tables.DELETE_QUEUE, _place(parked))
+            await session.execute(tables.FREE_PARKED_KEY, _place(parked))
+        return parked
+
+
+def _place(parked: ParkedKey) -> dict[str, object]:
+    return {"of_group": parked.group, "of_topic": parked.topic, "of_key": parked.key}
+
+
+def _parked_key(row: Any) -> ParkedKey:
+    return ParkedKey(
+        id=row.id,
+        group=row.group_name,
+        topic=row.topic,
+        partition=row.partition,
+        key=row.key,
+        waiting=row.waiting,
+        error=row.error,
+        attempt=row.attempt,
+        since=datetime.fromtimestamp(row.failing_since, UTC),
+        due=None if row.due_at is None else datetime.fromtimestamp(row.due_at, UTC),
+    )
