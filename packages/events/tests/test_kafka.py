@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.consumer import fetcher
 from aiokafka.errors import UnknownTopicOrPartitionError
 from aiokafka.partitioner import DefaultPartitioner
@@ -193,6 +193,104 @@ async def test_a_record_of_nearly_a_mebibyte_is_redriven_byte_for_byte(
     assert list(first.headers) == headers
     assert list(second.headers) == [*headers, ("ce_onlygroup", prefix.encode())]
     assert [letter.value for letter in again] == [value]
+
+
+async def test_a_letter_that_is_too_large_blocks_nothing_and_is_found_where_its_record_is(
+    kafka: str, prefix: str
+) -> None:
+    """A record just below the broker's limit is no letter beside its error; one that compresses well is one."""
+    events = EventRouter()
+    seen: list[int] = []
+
+    @events.on(Shipped, group=prefix)
+    async def handle(event: Shipped) -> None:
+        seen.append(event.number)
+
+    value, compressible, headers = (
+        os.urandom(1_048_300),
+        b"x" * 2_000_000,
+        [("ce_type", b"parcel.shipped"), ("n", None)],
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=kafka, compression_type="lz4", max_request_size=10_000_000)
+    await producer.start()
+    async with service(kafka, prefix, events, partitions=1, source=prefix).running(serve=True) as app:
+        await producer.send_and_wait(prefix, value, key=b"a", headers=headers)
+        await producer.send_and_wait(prefix, compressible, key=b"a", headers=headers)
+        await producer.stop()
+        await events.publish(Shipped(parcel="a", number=1))
+        await eventually(lambda: seen == [1], what="what follows")
+        letters = app.get(DeadLetters)
+        listed = await letters.list(prefix)
+        assert [(letter.type, letter.value) for letter in listed] == [
+            ("parcel.shipped", None),
+            ("parcel.shipped", compressible),
+        ]
+        found = await letters.get(listed[0].id)
+        assert (found.key, found.value, list(found.headers)) == (b"a", value, headers)
+        for letter in listed:
+            await letters.redrive(letter.id)
+        async with asyncio.timeout(60):
+            again = listed
+            while len(again) < 2 or {each.id for each in again} & {each.id for each in listed}:
+                await asyncio.sleep(0.05)
+                again = await letters.list(prefix)
+        assert [(await letters.get(each.id)).value for each in again] == [value, compressible]
+        health = await app.health()
+        assert {report.status for report in health.values()} == {"ok"}
+
+
+async def test_a_letter_whose_record_is_gone_is_not_sent_again(kafka: str, prefix: str) -> None:
+    """Where the topic has deleted the record meanwhile, nothing is sent in its place."""
+    events = EventRouter()
+
+    @events.on(Shipped, group=prefix)
+    async def handle(event: Shipped) -> None:
+        raise AssertionError
+
+    producer = AIOKafkaProducer(bootstrap_servers=kafka, max_request_size=10_000_000)
+    await producer.start()
+    async with service(kafka, prefix, events, partitions=1, source=prefix).running(serve=True) as app:
+        await producer.send_and_wait(prefix, os.urandom(1_048_300), key=b"a", headers=[("ce_type", b"parcel.shipped")])
+        letters = app.get(DeadLetters)
+        async with asyncio.timeout(60):
+            while not (listed := await letters.list(prefix)):  # noqa: ASYNC110  another task stores it
+                await asyncio.sleep(0.05)
+        admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+        await admin.start()
+        await admin.delete_records({TopicPartition(prefix, 0): RecordsToDelete(1)})
+        await admin.close()
+        assert (await letters.get(listed[0].id)).value is None
+        with pytest.raises(RedriveError, match="no longer in"):
+            await letters.redrive(listed[0].id)
+        assert len(await letters.list(prefix)) == 1
+    await producer.stop()
+
+
+async def test_dead_letters_are_in_a_topic_of_the_service_and_foreign_records_there_are_passed_over(
+    kafka: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another service's are in another topic; a record that is no letter is named, and the letters are listed."""
+    events = EventRouter()
+
+    @events.on(Shipped, group=prefix)
+    async def handle(event: Shipped) -> None:
+        raise AssertionError
+
+    producer = AIOKafkaProducer(bootstrap_servers=kafka)
+    await producer.start()
+    async with service(kafka, prefix, events, partitions=1, source=f"{prefix}/shop").running(serve=True) as app:
+        await app.get(DeadLetters).list()
+        for key in (None, b"short", bytes(16)):
+            await producer.send_and_wait(f"{prefix}-shop.dead-letters", b"hello", key=key or b"x")
+        await producer.send_and_wait(prefix, b"{}", key=b"a", headers=[("ce_type", b"parcel.shipped")])
+        async with asyncio.timeout(60):
+            while not (listed := await app.get(DeadLetters).list()):  # noqa: ASYNC110  another task stores it
+                await asyncio.sleep(0.05)
+        assert [letter.value for letter in listed] == [b"{}"]
+        assert f"topic {prefix}-shop.dead-letters holds a record at 0 that is no dead letter" in caplog.text
+        async with service(kafka, prefix, source=f"{prefix}-other") as other:
+            assert await other.get(DeadLetters).list() == []
+    await producer.stop()
 
 
 async def test_events_of_others_have_ids_and_times_of_their_own(kafka: str, prefix: str, sqlite_url: str) -> None:

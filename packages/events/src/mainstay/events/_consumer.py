@@ -278,7 +278,9 @@ class Consumer:
     def idle(self) -> bool:
         """Whether everything that is known to be there has been handled."""
         source = self._source
-        return source is not None and not source.lag() and not any(item.window for item in self._assignments)
+        return (
+            source is not None and not source.lag() and not any(item.window for item in _with_queues(self._assignments))
+        )
 
     async def health(self) -> Health:
         """Degraded while the transport is away, or while an event is in flight for too long."""

@@ -1,30 +1,46 @@
-"""Dead letters in a compacted topic, for services without a Database."""
+"""Dead letters in a compacted topic of the service, for services without a Database.
+
+A letter is the record as it was, with two more headers. Where that is more than the broker takes, only these are kept,
+and the record itself is read from the topic that it came from, for as long as that keeps it.
+"""
 
 # aiokafka ships no types.
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 
 from mainstay.core import Clock
-from mainstay.events._kafka.client import connection, ended
+from mainstay.events._kafka.client import REQUEST_SECONDS, connection, ended
 from mainstay.events._kafka.producer import KafkaProducer
 from mainstay.events._kafka.topics import Topics
 from mainstay.events.dead_letters import DeadLetter
-from mainstay.events.metadata import Headers, Record
+from mainstay.events.errors import PublishError, RedriveError
+from mainstay.events.metadata import TYPE, Headers, Record
 from mainstay.events.settings import EventsSettings
 
-_DEAD_LETTERS = "mainstay.dead-letters"
+_log = logging.getLogger("mainstay.events")
+
+
+class _Kept(NamedTuple):
+    letter: DeadLetter
+    whole: bool
 
 
 class KafkaDeadLetters:
-    """Dead letters in a compacted topic, for services without a Database.
+    """See the module.
 
     Args:
         settings: how to connect.
@@ -38,86 +54,132 @@ class KafkaDeadLetters:
         self._topics = topics
         self._producer = producer
         self._clock = clock
+        self._topic = re.sub(r"[^A-Za-z0-9._-]", "-", settings.source) + ".dead-letters"
 
     async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
         """See `DeadLetterStore`."""
         letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
-        await self._write(letter.id, letter.value or b"", _headers_of(letter))
+        try:
+            await self._write(letter.id, letter.value or b"", _headers_of(letter, whole=True))
+        except PublishError as refused:
+            if not isinstance(refused.__cause__, (MessageSizeTooLargeError, RecordListTooLargeError)):
+                raise
+            await self._write(letter.id, b"", _headers_of(letter, whole=False))
 
     async def _write(self, id: UUID, value: bytes | None, headers: Headers) -> None:
-        await self._topics.ensure(_DEAD_LETTERS, compacted=True)
-        await self._producer.send(_DEAD_LETTERS, [(id.bytes, value, headers)])
+        await self._topics.ensure(self._topic, compacted=True)
+        await self._producer.send(self._topic, [(id.bytes, value, headers)])
 
     async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
         """See `DeadLetterStore`."""
-        letters = [letter for letter in (await self._read()).values() if group in {None, letter.group}]
+        letters = [kept.letter for kept in (await self._read()).values() if group in {None, kept.letter.group}]
         return sorted(letters, key=lambda letter: (letter.time, letter.id))[:limit]
 
     async def get(self, id: UUID) -> DeadLetter | None:
         """See `DeadLetterStore`."""
-        return (await self._read()).get(id)
+        kept = (await self._read()).get(id)
+        if kept is None:
+            return None
+        return kept.letter if kept.whole else await self._with_its_record(kept.letter) or kept.letter
 
     async def redrive(self, letter: DeadLetter) -> bool:
         """See `DeadLetterStore`. Killed between the two, it is there twice."""
-        if letter.id not in await self._read():
+        kept = (await self._read()).get(letter.id)
+        if kept is None:
             return False
-        again = letter.again()
+        whole = kept.letter if kept.whole else await self._with_its_record(kept.letter)
+        if whole is None:
+            msg = (
+                f"dead letter {letter.id} was too large to be kept, and its record is no longer in "
+                f"{letter.topic}/{letter.partition}@{letter.offset}: there is nothing to send again"
+            )
+            raise RedriveError(msg)
+        again = whole.again()
         await self._producer.send(again.topic, [(again.key, again.value, again.headers)])
         await self._write(letter.id, None, [])
         return True
 
-    async def _read(self) -> dict[UUID, DeadLetter]:
+    async def _with_its_record(self, letter: DeadLetter) -> DeadLetter | None:
+        """The letter with what is at its place, None where that is another record by now, or nothing."""
+        place = TopicPartition(letter.topic, letter.partition)
+        async with self._reading(place) as consumer, asyncio.timeout(REQUEST_SECONDS):
+            end = (await consumer.end_offsets([place]))[place]
+            consumer.seek(place, letter.offset)
+            while await consumer.position(place) < min(end, letter.offset + 1):
+                for record in (await consumer.getmany(place, timeout_ms=1000, max_records=1)).get(place, ()):
+                    found = DeadLetter.of(letter.group, record, ValueError(), 1, letter.time)
+                    if found.id != letter.id:
+                        return None
+                    return replace(letter, key=found.key, value=found.value, headers=found.headers)
+        return None
+
+    async def _read(self) -> dict[UUID, _Kept]:
         """The whole topic: compaction keeps it as large as what waits in it."""
-        await self._topics.ensure(_DEAD_LETTERS, compacted=True)
-        consumer = AIOKafkaConsumer(
-            **connection(self._settings), enable_auto_commit=False, auto_offset_reset="earliest"
-        )
-        place = TopicPartition(_DEAD_LETTERS, 0)
-        letters: dict[UUID, DeadLetter] = {}
-        try:
-            await consumer.start()
-            consumer.assign([place])
+        await self._topics.ensure(self._topic, compacted=True)
+        place = TopicPartition(self._topic, 0)
+        letters: dict[UUID, _Kept] = {}
+        async with self._reading(place) as consumer:
             end = (await consumer.end_offsets([place]))[place]
             while await consumer.position(place) < end:
                 for record in (await consumer.getmany(place, timeout_ms=1000)).get(place, ()):
-                    name = UUID(bytes=record.key)
-                    if record.value is None:
-                        letters.pop(name, None)
-                    else:
-                        letters[name] = _letter_of(name, record.headers, record.value)
-        finally:
-            await ended("the reader of dead letters", consumer.stop(), consumer._client)
+                    self._take(letters, record)
         return letters
 
+    def _take(self, letters: dict[UUID, _Kept], record: Any) -> None:
+        try:
+            name = UUID(bytes=record.key)
+            if record.value is None:
+                letters.pop(name, None)
+            else:
+                letters[name] = _letter_of(name, record.headers, record.value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            _log.warning("topic %s holds a record at %d that is no dead letter of ours and is passed over: %r",
+                         self._topic, record.offset, error)  # fmt: skip
 
-def _headers_of(letter: DeadLetter) -> Headers:
+    @asynccontextmanager
+    async def _reading(self, place: TopicPartition) -> AsyncGenerator[AIOKafkaConsumer, None]:
+        consumer = AIOKafkaConsumer(
+            **connection(self._settings), enable_auto_commit=False, auto_offset_reset="earliest"
+        )
+        try:
+            await consumer.start()
+            consumer.assign([place])
+            yield consumer
+        finally:
+            await ended("the reader of dead letters", consumer.stop(), consumer._client)
+
+
+def _headers_of(letter: DeadLetter, *, whole: bool) -> Headers:
     """The headers that it had, byte for byte, and behind them its key and what is known about the failure."""
     facts = {
         "group": letter.group,
         "topic": letter.topic,
         "partition": letter.partition,
         "offset": letter.offset,
+        "whole": whole,
         "empty": letter.value is None,  # in a compacted topic a record without a value deletes
         "error": letter.error,
         "attempts": letter.attempts,
         "time": letter.time.isoformat(),
     }
-    return [*letter.headers, ("key", letter.key), ("letter", json.dumps(facts).encode())]
+    own = letter.headers if whole else [(TYPE, letter.type.encode())]
+    return [*own, ("key", letter.key if whole else None), ("letter", json.dumps(facts).encode())]
 
 
-def _letter_of(id: UUID, headers: Headers, value: bytes) -> DeadLetter:
+def _letter_of(id: UUID, headers: Headers, value: bytes) -> _Kept:
     *own, (_, key), (_, text) = headers
     facts: dict[str, Any] = json.loads(text or b"")
-    return DeadLetter(
+    letter = DeadLetter(
         id=id,
         group=facts["group"],
         topic=facts["topic"],
         partition=facts["partition"],
         offset=facts["offset"],
         key=key,
-        value=None if facts["empty"] else value,
+        value=None if facts["empty"] or not facts["whole"] else value,
         headers=tuple(own),
         error=facts["error"],
         attempts=facts["attempts"],
         time=datetime.fromisoformat(facts["time"]),
     )
+    return _Kept(letter, facts["whole"])

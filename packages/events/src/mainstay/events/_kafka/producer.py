@@ -41,6 +41,8 @@ from mainstay.events.settings import EventsSettings
 
 _BATCH_BYTES = 256 * 1024
 _REQUEST_BYTES = 1_048_576
+_RECORD_BYTES = 64 * 1024 * 1024
+"""The client's own limit for a record, before compression; the broker's is for what is left of it, and decides."""
 _LARGEST_BYTES = 900_000
 """The largest event: brokers refuse 1 MiB."""
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux alone has it
@@ -118,7 +120,7 @@ class KafkaProducer:
             acks="all",
             enable_idempotence=True,
             compression_type="lz4",
-            max_request_size=_REQUEST_BYTES,
+            max_request_size=_RECORD_BYTES,
             linger_ms=linger_ms,
             max_batch_size=max_batch_size,
         )
