@@ -328,6 +328,8 @@ class OutboxRelay:
                     await drain.pause(self._until_next_turn(), wakeable=True)
 
     def _until_next_turn(self) -> float:
+        if not self._lanes.held():
+            return _POLL_SECONDS
         now = self._clock.monotonic()
         turns = [trouble.again_at for trouble in (*self._topics.waiting.values(), *self._places.values())]
         return max(0.01, min([now + _POLL_SECONDS, *turns]) - now)
@@ -338,6 +340,7 @@ class OutboxRelay:
         """Send what waits in the lanes that are held; True when there may be more."""
         leases = self._lanes.held()
         if not leases:
+            self._places.clear()  # they are others' now
             return False
         topics = await self._topics.ready(lambda work: self._in_background(work, None, drain))
         # The reads are over before anything is sent: no transaction is open meanwhile.
@@ -384,25 +387,7 @@ class OutboxRelay:
                     widths[topic] = await carrier.partitions(topic)
             except Exception as error:  # noqa: BLE001  this topic is not as it was; the others are not its hostages
                 self._topics.lost(topic, error)
-        found = _Batches({}, {})
-        sizes: dict[Place, int] = {}
-        for row in rows:
-            if row.topic not in widths:
-                continue
-            event = event_of(row)
-            place = Place(row.topic, carrier.place(event, widths[row.topic]))
-            trouble = self._places.get(place)
-            if trouble is not None:
-                found.waiting.setdefault(place, []).append(row)
-            if trouble is not None and trouble.aside:
-                continue  # behind those that were put aside
-            size = sizes.get(place, 0) + event.size + _RECORD_BYTES
-            batch = found.batches.setdefault(place, [])
-            # The rest of a full one waits for the next wave, also where it is small, or it would overtake.
-            sizes[place] = size if not batch or size <= self._most_bytes.get(row.topic, BATCH_BYTES) else sys.maxsize
-            if sizes[place] < sys.maxsize:
-                batch.append(row)
-        return found
+        return _divided(carrier, rows, widths, self._places, self._most_bytes)
 
     async def _batch_of_aside(self, place: Place, rows: Sequence[Any], batches: dict[Place, list[Any]]) -> None:
         """Add a batch of rows that were put aside; where none are left, the partition is like any other again."""
@@ -429,6 +414,7 @@ class OutboxRelay:
             done, late = await asyncio.wait(sent.tasks.values(), timeout=_PATIENCE_SECONDS)
         except BaseException:  # the wave itself is cancelled
             self._carrier = None
+            carrier.deadline = -math.inf
             await sent.end()
             raise
         if late:
@@ -460,9 +446,10 @@ class OutboxRelay:
     async def _answers(self) -> None:
         """What became of the batches that went on in the background."""
         for task in [task for task in self._background if task.done()]:
-            sent = self._background.pop(task)
-            if sent is not None:
+            sent = self._background[task]
+            if sent is not None:  # once more where the database was away: what is noted twice is noted once
                 await self._answered(sent, sent.tasks)
+            del self._background[task]
             if not task.cancelled():
                 task.result()
 
@@ -538,6 +525,35 @@ class OutboxRelay:
         if said:
             return Health("degraded", f"the outbox: {'; '.join(said[:_NAMED])}{'; …' if len(said) > _NAMED else ''}")
         return Health("ok", f"{self.rows.depth} events wait in the outbox")
+
+
+def _divided(
+    carrier: Carrier,
+    rows: Sequence[Any],
+    widths: Mapping[str, int],
+    troubles: Mapping[Place, _Trouble],
+    most_bytes: Mapping[str, int],
+) -> _Batches:
+    """Rows by partition, of the topics whose number of partitions is known."""
+    found = _Batches({}, {})
+    sizes: dict[Place, int] = {}
+    for row in rows:
+        if row.topic not in widths:
+            continue
+        event = event_of(row)
+        place = Place(row.topic, carrier.place(event, widths[row.topic]))
+        trouble = troubles.get(place)
+        if trouble is not None:
+            found.waiting.setdefault(place, []).append(row)
+        if trouble is not None and trouble.aside:
+            continue  # behind those that were put aside
+        size = sizes.get(place, 0) + event.size + _RECORD_BYTES
+        batch = found.batches.setdefault(place, [])
+        # The rest of a full one waits for the next wave, also where it is small, or it would overtake.
+        sizes[place] = size if not batch or size <= most_bytes.get(row.topic, BATCH_BYTES) else sys.maxsize
+        if sizes[place] < sys.maxsize:
+            batch.append(row)
+    return found
 
 
 def _said(error: BaseException) -> str:
