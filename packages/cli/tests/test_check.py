@@ -170,10 +170,11 @@ async def test_a_look_changes_nothing_that_is_stored(command, service, monkeypat
 
 
 def stored(place):
-    """The names of all files, and all rows of the database."""
+    """The names of all files, without what Python compiled, and all rows of the database."""
     with contextlib.closing(sqlite3.connect(place / "library.db")) as connection:
         rows = list(connection.iterdump())
-    return {path.name for path in place.iterdir() if "-wal" not in path.name and "-shm" not in path.name}, rows
+    names = {path.name for path in place.iterdir() if not path.name.endswith(("-wal", "-shm"))}
+    return names - {"__pycache__"}, rows
 
 
 async def test_topics_are_not_created_by_being_looked_for(checked, kafka, monkeypatch, tmp_path):
