@@ -57,7 +57,7 @@ async def test_a_last_word_that_landed_unseen_is_no_lost_run(url, word, taken):
     words: dict[str, tuple[sa.Update, dict[str, object]]] = {
         "end": (END, {"status": "completed", "output": "1", "failure": None}),
         "park": (PARK, {"status": "parked", "note": "x", "cancellable": False}),
-        "release": (RELEASE, {"delay": 0.0, "seen": 0}),
+        "release": (RELEASE, {"delay": 0.0, "seen": 0, "knows": False}),
     }
     statement, values = words[word]
     async with workflows(flows, url=url, serve=False) as app:

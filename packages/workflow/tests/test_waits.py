@@ -23,7 +23,7 @@ from mainstay.workflow import (
     WorkflowRouter,
 )
 from mainstay.workflow._recording import Recording
-from mainstay.workflow.tables import RELEASE
+from mainstay.workflow.tables import CANCEL, NEXT_SIGNAL, RELEASE
 from mainstay.workflow.testing import workflows
 
 WAIT = 30.0
@@ -572,6 +572,29 @@ async def test_a_cancellation_at_the_moment_of_going_to_sleep_is_not_lost(url: s
     async with workflows(flows, url=url, suspend_after_seconds=0.01) as app:
         with pytest.raises(WorkflowFailed, match="cancelled"):
             await (await sleeps.start(1)).result(WAIT)
+    assert len(cancelled) == 1
+
+
+async def test_a_cancellation_that_a_wait_has_taken_for_its_own_news_is_not_lost(url: str, monkeypatch: Any) -> None:
+    """Another process asks for it after the claim and before the wait looks, and this one has not been told."""
+    flows, real, cancelled = WorkflowRouter(), Recording.read, list[str]()
+    answer = flows.signal("answer", int)
+
+    async def read(self: Recording, statement: Any, values: Any) -> Any:
+        if statement is NEXT_SIGNAL and not cancelled:
+            cancelled.append(self.run_id)
+            await app.get(Database).write(CANCEL, {"run": self.run_id})
+        return await real(self, statement, values)
+
+    monkeypatch.setattr(Recording, "read", read)
+
+    @flows.workflow(name="waits")
+    async def waits(n: int) -> int:
+        return await answer.wait(timeout_seconds=3_600.0) + n
+
+    async with workflows(flows, url=url, suspend_after_seconds=0.01) as app:
+        with pytest.raises(WorkflowFailed, match="cancelled"):
+            await (await waits.start(1)).result(WAIT)
     assert len(cancelled) == 1
 
 

@@ -78,9 +78,15 @@ class LastWords:
         values = {**self._claim, "status": status, "note": plain_text(note), "cancellable": cancellable}
         await self._give_back(PARK, values)
 
-    async def release(self, delay: float, *, seen: int) -> None:
-        """The run goes back into the queue, due after `delay` seconds or with the next news that it has not seen."""
-        await self._give_back(RELEASE, {**self._claim, "delay": delay, "seen": seen})
+    async def release(self, delay: float, *, seen: int, knows: bool) -> None:
+        """The run goes back into the queue, due after `delay` seconds or with the next news that it has not seen.
+
+        Args:
+            delay: in seconds.
+            seen: how much of its news this execution has seen.
+            knows: whether it knows of a cancellation.
+        """
+        await self._give_back(RELEASE, {**self._claim, "delay": delay, "seen": seen, "knows": knows})
 
     async def _give_back(self, statement: Any, values: Mapping[str, Any]) -> None:
         try:

@@ -329,7 +329,7 @@ class Run:
     async def _release(self, delay: float) -> None:
         if self._deadline is not None:
             delay = min(delay, max(0.0, self._deadline - self._around.clock.monotonic()))
-        await self._last.release(delay, seen=self._waits.seen)
+        await self._last.release(delay, seen=self._waits.seen, knows=self._cancel)
 
     def _may_cancel(self) -> bool:
         return self._cancel and self._has_way_back()

@@ -321,7 +321,14 @@ RELEASE = (
         worker=None,
         attempts=sa.case((runs.c.attempts > 0, runs.c.attempts - 1), else_=0),
         wake_at=sa.case(
-            (runs.c.news > sa.bindparam("seen", type_=sa.Integer), database_now()),
+            (
+                # News that a wait has seen may have been a cancellation, of which a wait sees nothing.
+                sa.or_(
+                    runs.c.news > sa.bindparam("seen", type_=sa.Integer),
+                    sa.and_(runs.c.cancel_requested, sa.not_(sa.bindparam("knows", type_=sa.Boolean))),
+                ),
+                database_now(),
+            ),
             else_=database_now() + sa.bindparam("delay", type_=sa.Double),
         ),
     )
