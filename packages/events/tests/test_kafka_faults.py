@@ -1,4 +1,4 @@
-"""A topic, a partition or an event that Kafka refuses holds up nobody else, and a frozen relay nobody's order."""
+"""A topic, a partition or an event that Kafka refuses holds up no other, and a frozen relay keeps the order."""
 
 import asyncio
 import multiprocessing

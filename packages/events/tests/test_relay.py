@@ -1,4 +1,4 @@
-"""The relay: in order, exactly what was confirmed, and what is refused or hangs holds up nobody else."""
+"""The relay: in order, exactly what was confirmed, and what is refused or hangs holds up no other."""
 
 import asyncio
 import time
@@ -398,7 +398,7 @@ async def test_no_byte_goes_out_after_the_lease(sqlite_url: str) -> None:
 
 
 async def test_trap_10_a_relay_that_lost_its_lane_deletes_nothing(database_url: str) -> None:
-    """Its lane is somebody else's by the time the broker confirms: the rows are the new owner's, who sends them."""
+    """Its lane is another relay's by the time the broker confirms: the rows are the new owner's, who sends them."""
     async with service(database_url) as app:
         broker, database = Broker(), app.get(Database)
         broker.hanging |= {("topic-a", 0), ("topic-a", 1)}

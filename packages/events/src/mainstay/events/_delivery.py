@@ -46,7 +46,7 @@ class Assignment:
         self.window: deque[Delivery] = deque()
         self.waiting: deque[Delivery] = deque()
         self.record_bytes = 0
-        self.most = 16  # nobody knows yet how large they are
+        self.most = 16  # until their size is known
         self.tails: dict[bytes, Delivery] = {}
         self.finished: Record | None = None
         self.parked: set[bytes] = set()

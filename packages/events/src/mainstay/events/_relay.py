@@ -33,7 +33,7 @@ from mainstay.database import Database, Lease
 from mainstay.events._lanes import SHORTEST_SECONDS, Lanes
 from mainstay.events._metrics import RELAYED
 from mainstay.events._outbox import BATCH_BYTES, Outbox, OutboxRows, Place, event_of
-from mainstay.events._sparing import Sparing
+from mainstay.events._sparing import Sparing, said
 from mainstay.events.metadata import Outgoing
 
 _log = logging.getLogger("mainstay.events")
@@ -180,7 +180,7 @@ class _Waits:
 
     def again(self, what: str, trouble: _Trouble, error: BaseException) -> None:
         """Its turn ended with an error."""
-        trouble.what = _said(error)
+        trouble.what = said(error)
         trouble.pause = min(2 * trouble.pause, _BACKOFF_SECONDS[1])
         trouble.again_at = self.clock.monotonic() + trouble.pause
         self.warn(what, "%s takes no events, again in %.1f s: %s", what, trouble.pause, trouble.what)
@@ -227,7 +227,7 @@ class _Topics:
     async def _prepare(self, name: str, trouble: _Trouble) -> None:
         try:
             await self._broker.prepare(name)
-        except Exception as error:  # noqa: BLE001  whatever it is, this topic waits and no other does
+        except Exception as error:  # noqa: BLE001  any error makes this topic wait, and no other
             self._waits.again(f"topic {name}", trouble, error)
         else:
             self.waiting.pop(name, None)
@@ -279,7 +279,7 @@ class OutboxRelay:
         self._what_fails = ""
 
     async def serve(self, drain: Drain) -> None:
-        """Relay until the drain begins, whatever happens to broker and database."""
+        """Relay until the drain begins, through outages of broker and database."""
         try:
             with self._outbox.arrivals.told_to(drain.wake):
                 await self._relay(drain)
@@ -316,7 +316,7 @@ class OutboxRelay:
             except Exception as error:  # noqa: BLE001  broker and database come back
                 if self._failing_since is None:
                     self._failing_since = self._clock.monotonic()
-                self._what_fails = _said(error)
+                self._what_fails = said(error)
                 text = "the outbox could not be relayed, again in %.1f s: %s"
                 self._waits.warn("outbox", text, delay, self._what_fails)
                 await drain.pause(delay)
@@ -554,7 +554,3 @@ def _divided(
         if sizes[place] < sys.maxsize:
             batch.append(row)
     return found
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -7,6 +7,11 @@ from mainstay.core import Clock
 _SECONDS = 60.0
 
 
+def said(error: BaseException) -> str:
+    """An error in one line: its type, and what it says if it says anything."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 class Sparing:
     """What was said lately, by kind.
 

@@ -214,7 +214,7 @@ def _page(*conditions: sa.ColumnElement[bool]) -> dict[str, sa.Select[Any]]:
     rows = sa.select(OUTBOX).order_by(OUTBOX.c.position)
     return {
         "sqlite": rows.where(OUTBOX.c.position.in_(fit)),
-        # As an array it is looked up, whatever the planner thinks of how many there are.
+        # As an array it is looked up, also where the planner expects many.
         "postgresql": rows.where(OUTBOX.c.position == sa.any_(sa.func.array(fit.scalar_subquery(), type_=_POSITIONS))),
     }
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from mainstay.core import ConfigurationError
+from mainstay.events._sparing import said
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
@@ -32,7 +33,7 @@ class Contact:
 
     def lost(self, error: BaseException) -> None:
         """It was not to be had."""
-        self.trouble = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self.trouble = said(error)
 
     def made(self) -> None:
         """It was."""

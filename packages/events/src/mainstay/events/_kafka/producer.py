@@ -35,6 +35,7 @@ from mainstay.database import Database
 from mainstay.events._kafka.client import Contact, connection, ended
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Refused, TooLarge
+from mainstay.events._sparing import said
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import Outgoing
 from mainstay.events.settings import EventsSettings
@@ -110,7 +111,7 @@ class KafkaProducer:
         Raises:
             KafkaError, OSError, TimeoutError: the cluster does not answer.
         """
-        # In a context of its own: its tasks outlive whoever happens to need it first.
+        # In a context of its own: its tasks outlive the relay that needs it.
         producer = await spawn(self._new(linger_ms=0, max_batch_size=_REQUEST_BYTES), name="events.producer")
         return Carrier(producer, self._contact, self._end)
 
@@ -134,13 +135,16 @@ class KafkaProducer:
         self._contact.made()
         return producer
 
+    async def _for_publishing(self) -> AIOKafkaProducer:
+        # In a context of its own: its tasks outlive the publisher that happens to need it first.
+        return await spawn(self._new(linger_ms=5, max_batch_size=_BATCH_BYTES), name="events.producer")
+
     async def _producer_of(self, topic: str | None) -> AIOKafkaProducer:
         async with self._starting:
             if topic in self._own:
                 return self._own[topic]
             if self._shared is None:
-                making = self._new(linger_ms=5, max_batch_size=_BATCH_BYTES)
-                self._shared = await spawn(making, name="events.producer")
+                self._shared = await self._for_publishing()
             return self._shared
 
     async def send(self, topic: str, batch: Sequence[tuple[bytes | None, bytes | None, Sequence[Any]]]) -> None:
@@ -168,7 +172,7 @@ class KafkaProducer:
             if isinstance(error, TimeoutError):
                 self._contact.lost(error)
             count = "an event" if len(batch) == 1 else f"{len(batch)} events"
-            msg = f"Kafka at {self._settings.kafka_servers} did not confirm {count} for topic {topic}: {_said(error)}"
+            msg = f"Kafka at {self._settings.kafka_servers} did not confirm {count} for topic {topic}: {said(error)}"
             raise PublishError(msg, no_effect=not sent) from error
         self._contact.made()
 
@@ -182,15 +186,14 @@ class KafkaProducer:
                 del self._own[topic]
                 self._end(ended("a Kafka producer", refused.stop(), refused.client))
             with suppress(KafkaError, OSError, TimeoutError):  # then it begins with the shared one once more
-                making = self._new(linger_ms=5, max_batch_size=_BATCH_BYTES)
-                self._own[topic] = await spawn(making, name="events.producer")
+                self._own[topic] = await self._for_publishing()
 
 
 class Carrier:
     """A producer of batches: one to a partition at a time, and no byte of any after the deadline.
 
     Args:
-        producer: started, and nobody else's.
+        producer: started, for this carrier alone.
         contact: is told how it went.
         end: ends a producer in the background.
     """
@@ -238,7 +241,7 @@ class Carrier:
         Raises:
             TooLarge: with fewer events it may be taken.
             Refused: the broker will not take this event ever.
-            KafkaError: whatever else was wrong; nothing is known of the batch.
+            KafkaError: any other fault; it is not known whether the batch arrived.
         """
         builder = self._producer.create_batch()
         for event in events:
@@ -249,7 +252,7 @@ class Carrier:
         except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
             if len(events) > 1:
                 raise TooLarge from error
-            raise Refused(_said(error)) from error
+            raise Refused(said(error)) from error
         self._contact.made()
 
     def close(self) -> None:
@@ -316,10 +319,6 @@ def check_size(event: Outgoing) -> None:
     if size > _LARGEST_BYTES:
         msg = f"an event for topic {event.topic} has {size} bytes; at most {_LARGEST_BYTES} are taken"
         raise PublishError(msg, no_effect=True, retryable=False)
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _socket_of(connection_: Any) -> socket.socket | None:

@@ -61,7 +61,7 @@ class Topics:
     def _looked(self, topic: str, done: asyncio.Task[None]) -> None:
         del self._looking[topic]
         if not done.cancelled():
-            done.exception()  # whoever asked may have gone meanwhile
+            done.exception()  # the caller may have gone meanwhile
 
     def forget(self, topic: str) -> None:
         """Look for it again when it is asked for the next time: it may have been deleted."""
@@ -90,7 +90,7 @@ class Topics:
                 raise UnknownTopicOrPartitionError(msg)
         self._known.add(topic)
 
-    async def _create(self, admin: AIOKafkaAdminClient, topic: str, compacted: bool) -> None:  # noqa: FBT001
+    async def _create(self, admin: AIOKafkaAdminClient, topic: str, compacted: bool) -> None:  # noqa: FBT001  as above
         new = NewTopic(
             name=topic,
             num_partitions=1 if compacted else self._settings.partitions,
