@@ -153,7 +153,7 @@ async def test_workers_killed_while_keys_are_parked_and_worked_on_keep_each_keys
 
     async def wait_until(waiting: Callable[[int], bool]) -> None:
         async with asyncio.timeout(60):
-            while not waiting((await publisher.get(Database).read(parked))[0][0]):  # noqa: ASYNC110
+            while not waiting((await publisher.get(Database).read(parked))[0][0]):  # noqa: ASYNC110  another process or task does it
                 await asyncio.sleep(0.02)
 
     async with publisher, processes() as start:

@@ -110,7 +110,7 @@ async def parked_in(app: App, waiting: int) -> ParkedKey:
 async def free(app: App) -> None:
     """Return when no key is parked and nothing waits."""
     async with asyncio.timeout(30):
-        while await app.get(ParkedKeys).list() or await app.get(Database).read(sa.select(PARKED.c.id)):  # noqa: ASYNC110
+        while await app.get(ParkedKeys).list() or await app.get(Database).read(sa.select(PARKED.c.id)):  # noqa: ASYNC110  another process or task does it
             await asyncio.sleep(0.02)
 
 
