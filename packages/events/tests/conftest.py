@@ -10,7 +10,8 @@ import pytest
 from mainstay.database import upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import _consumer
-from mainstay.events._kafka import client, source
+from mainstay.events._aiokafka import client, source
+from mainstay.events._kafka import watch
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
 
@@ -61,6 +62,7 @@ def soon_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that does not answer is given up after one second instead of five: several such waits make a stop."""
     for part in (client, source):
         monkeypatch.setattr(part, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 1.0)
     monkeypatch.setattr(_consumer, "_CLOSING_SECONDS", 1.0)
 
 

@@ -12,7 +12,6 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.consumer import fetcher
-from aiokafka.errors import UnknownTopicOrPartitionError
 from aiokafka.partitioner import DefaultPartitioner
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
@@ -33,9 +32,10 @@ from mainstay.events import (
     PublishError,
     RedriveError,
 )
+from mainstay.events._aiokafka.client import connection
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
-from mainstay.events._kafka.client import connection
+from mainstay.events._kafka.topics import MissingTopicError
 from mainstay.events.metadata import Outgoing
 from mainstay_servers import Kafka
 
@@ -441,7 +441,7 @@ async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix:
     transport = KafkaTransport(
         EventsSettings(transport="kafka", kafka_servers=kafka, kafka_create_topics=False), App().clock
     )
-    with pytest.raises(UnknownTopicOrPartitionError, match="MAINSTAY_EVENTS_KAFKA_CREATE_TOPICS"):
+    with pytest.raises(MissingTopicError, match="MAINSTAY_EVENTS_KAFKA_CREATE_TOPICS"):
         await transport.topics.ensure(prefix)
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
     await admin.start()
@@ -493,14 +493,15 @@ async def test_trap_03_a_commit_of_an_older_assignment_is_none(kafka: str, prefi
         await app.get(EventPublisher).publish_batch([Shipped(parcel="a", number=number) for number in range(10)])
         reading = Reading()
         async with app.get(KafkaTransport).source(prefix, [prefix], reading) as source:
+            inside: Any = source
             await eventually(lambda: bool(reading.held), what="the partition")
             records: list[Any] = []
             while len(records) < 10:
                 for fetched in (await source.fetch(reading.held)).values():
                     records += fetched
             old = reading.held[0]
-            await source.revoke()
-            source.assign([TopicPartition(prefix, 0)])
+            await inside.revoke()
+            inside.assign([TopicPartition(prefix, 0)])
             new = reading.held[0]
             assert new is not old
             await source.commit({old: records[9]})
@@ -516,6 +517,7 @@ async def test_trap_03_whoever_the_broker_has_given_up_commits_nothing(kafka: st
         await app.get(EventPublisher).publish_batch([Shipped(parcel="a", number=number) for number in range(10)])
         reading = Reading()
         async with app.get(KafkaTransport).source(prefix, [prefix], reading) as source:
+            inside: Any = source
             await eventually(lambda: bool(reading.held), what="the partition")
             records: list[Any] = []
             while len(records) < 10:
@@ -523,7 +525,7 @@ async def test_trap_03_whoever_the_broker_has_given_up_commits_nothing(kafka: st
                     records += fetched
             (held,) = reading.held
             await source.commit({held: records[9]})
-            await source._consumer._coordinator._maybe_leave_group()  # as a broker has it after the session's end
+            await inside._consumer._coordinator._maybe_leave_group()  # as a broker has it after the session's end
             await source.commit({held: records[4]})
             assert await committed(kafka, prefix) == 10
 
@@ -536,7 +538,8 @@ async def test_trap_04_and_05_the_broker_waits_for_a_drain_and_takes_no_slow_han
         service(kafka, prefix, drain_seconds=40.0) as app,
         app.get(KafkaTransport).source(prefix, [prefix], Reading()) as source,
     ):
-        coordinator: Any = source._consumer._coordinator
+        inside: Any = source
+        coordinator: Any = inside._consumer._coordinator
         assert coordinator._rebalance_timeout_ms >= 40_000
         assert coordinator._session_timeout_ms < 40_000
         assert coordinator._max_poll_interval >= 86_400
@@ -655,7 +658,7 @@ def _key_of(partition: int, of: int = 2) -> str:
 async def test_prototype_05_a_producer_does_not_carry_its_first_publisher_for_ever(kafka: str, prefix: str) -> None:
     """A producer that replaces a broken one is made while somebody publishes; what it logs later is not his."""
     async with service(kafka, prefix, partitions=1) as app:
-        producer = app.get(KafkaTransport).producer
+        producer: Any = app.get(KafkaTransport).producer
         broken, producer._shared = producer._shared, None
         assert broken is not None
         began_with: dict[asyncio.Task[Any], str | None] = {}

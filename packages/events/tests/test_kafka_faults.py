@@ -232,7 +232,7 @@ async def test_publishing_without_outbox_what_is_refused_stops_nobody_else(kafka
     app = service(None, kafka, prefix, EventRouter(), outbox=False, partitions=2)
     async with app:
         publisher = app.get(EventPublisher)
-        producer = app.get(KafkaTransport).producer
+        producer: Any = app.get(KafkaTransport).producer
 
         async def refused(number: int) -> None:
             with pytest.raises(PublishError, match="MessageSizeTooLarge"):

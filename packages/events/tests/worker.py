@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, _outbox
-from mainstay.events._kafka import producer
+from mainstay.events._aiokafka import producer
 
 EFFECTS = sa.Table(
     "effects",

@@ -107,15 +107,7 @@ class Source(Protocol):
 
 
 class Transport(Protocol):
-    """Where events travel."""
-
-    async def send(self, batch: Sequence[Outgoing]) -> None:
-        """Make events durable, those with equal keys in the order given.
-
-        Raises:
-            PublishError: not all are known to be durable.
-        """
-        ...
+    """Where consumers read; what publishing writes to may be an outbox in front of it."""
 
     def source(self, group: str, topics: Sequence[str], reader: Reader) -> AbstractAsyncContextManager[Source]:
         """Read topics as a member of a group, from where it left off, else from their beginning.

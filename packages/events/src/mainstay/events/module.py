@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.events import _inbox, tables
+from mainstay.events import _inbox, _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._delivery import Route
@@ -88,10 +88,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 codec_of(event)  # also of a class that could not be looked at yet when it was declared
         except (TypeError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
-        _transport_classes(self.settings)
         _distinct_topics([definition_of(event) for each in subscriptions for event in each.events], self.settings)
         if self.settings.transport == "kafka":
-            _with_kafka().check_connection(self.settings)
+            _kafka.check_connection(self.settings)
 
     def describe(self) -> Mapping[str, Sequence[str]]:
         """The handlers with their groups, and the topics that they read."""
@@ -120,7 +119,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 )
         if self.settings.transport == "kafka":
             topics = sorted(self.describe()["topics"])
-            found += await app.get(_with_kafka().KafkaTransport).topics.wrong(topics)
+            found += await app.get(_kafka.KafkaTransport).topics.wrong(topics)
         return found
 
     @asynccontextmanager
@@ -184,16 +183,15 @@ async def _transport(
         app.serve("log", log.sweep)
         services.append(log)
         return log.send, log, SqlDeadLetters(database, log.send, app.clock)
-    parts = _with_kafka()
-    kafka = parts.KafkaTransport(settings, app.clock)
+    kafka = _kafka.KafkaTransport(settings, app.clock)
     stack.push_async_callback(kafka.close)
     services.append(kafka)
     if not settings.writes_database:
         await kafka.producer.connect()
-        direct = parts.Direct(kafka.producer, partial(_database_of, app))
+        direct = _kafka.Direct(kafka.producer, partial(_database_of, app))
         return direct.send, kafka, kafka.letters()
     assert database is not None  # noqa: S101  required
-    outbox = Outbox(database, parts.check_size)
+    outbox = Outbox(database, _kafka.check_size)
     relay = OutboxRelay(
         database,
         outbox,
@@ -213,8 +211,8 @@ def _transport_classes(settings: EventsSettings) -> Sequence[type]:
         return (MemoryTransport,)
     if settings.transport == "sql":
         return (SqlTransport,)
-    kafka: type = _with_kafka().KafkaTransport
-    return (kafka, OutboxRelay, RefusedEvents) if settings.writes_database else (kafka,)
+    relayed = (OutboxRelay, RefusedEvents) if settings.writes_database else ()
+    return (_kafka.KafkaTransport, *relayed)
 
 
 def _distinct_topics(events: Iterable[EventDefinition], settings: EventsSettings) -> None:
@@ -234,17 +232,6 @@ def _database_of(app: App) -> Database | None:
         return app.get(Database)
     except NotBoundError:
         return None
-
-
-def _with_kafka() -> Any:
-    try:
-        from mainstay.events import _kafka  # noqa: PLC0415  an extra
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"aiokafka", "cramjam"}:
-            raise
-        msg = "EventsSettings.transport is 'kafka', which needs an extra: pip install 'mainstay-events[kafka]'"
-        raise ConfigurationError(msg) from error
-    return _kafka
 
 
 def _groups(

@@ -1,20 +1,49 @@
-"""The `kafka` transport, on aiokafka: explicit offsets, idempotent batches, and an end also without a broker."""
+"""The `kafka` transport: topics, dead letters and what else does not depend on the client that connects to the cluster.
+
+The client is an extra, and `seam` says what it has to offer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from typing import Any
 
-from mainstay.core import Clock, Health
-from mainstay.events._kafka.client import Contact, check_connection
+from mainstay.core import Clock, ConfigurationError, Health
+from mainstay.events._kafka.direct import Direct, check_size
 from mainstay.events._kafka.letters import KafkaDeadLetters
-from mainstay.events._kafka.producer import Carrier, Direct, KafkaProducer, check_size
-from mainstay.events._kafka.source import KafkaSource, reading
+from mainstay.events._kafka.seam import Client, Contact, Producer
 from mainstay.events._kafka.topics import Topics
-from mainstay.events._transport import Reader
+from mainstay.events._relay import Carrier
+from mainstay.events._transport import Reader, Source
 from mainstay.events.settings import EventsSettings
 
 __all__ = ["Direct", "KafkaDeadLetters", "KafkaTransport", "check_connection", "check_size"]
+
+
+def _parts() -> Any:
+    """The package of the client.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        return import_module("mainstay.events._aiokafka")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"aiokafka", "cramjam"}:
+            raise
+        msg = "EventsSettings.transport is 'kafka', which needs an extra: pip install 'mainstay-events[kafka]'"
+        raise ConfigurationError(msg) from error
+
+
+def check_connection(settings: EventsSettings) -> None:
+    """Look at what a connection needs of this machine.
+
+    Raises:
+        ConfigurationError: the client is not installed, or does not take what the settings say.
+    """
+    _parts().check_connection(settings)
 
 
 class KafkaTransport:
@@ -33,13 +62,15 @@ class KafkaTransport:
         self._settings = settings
         self._clock = clock
         self._contact = Contact()
-        self.topics = Topics(settings)
-        self.producer = KafkaProducer(settings, self.topics, self._contact)
+        self._client: Client = _parts().Client(settings, self._contact)
+        self.topics = Topics(settings, self._client)
+        self.producer: Producer = self._client.producer(self.topics)
 
     async def close(self) -> None:
         """Disconnect, within seconds also from a broker that is away."""
         await self.topics.close()
         await self.producer.close()
+        await self._client.close()
 
     async def health(self) -> Health:
         """What the last contact showed."""
@@ -50,7 +81,7 @@ class KafkaTransport:
 
     def letters(self) -> KafkaDeadLetters:
         """Dead letters of a service without a Database."""
-        return KafkaDeadLetters(self._settings, self.topics, self.producer, self._clock)
+        return KafkaDeadLetters(self._settings, self.topics, self._client, self.producer, self._clock)
 
     async def prepare(self, topic: str) -> None:
         """See `Broker`."""
@@ -64,6 +95,6 @@ class KafkaTransport:
         """See `Broker`."""
         return await self.producer.carrier()
 
-    def source(self, group: str, topics: Sequence[str], reader: Reader) -> AbstractAsyncContextManager[KafkaSource]:
+    def source(self, group: str, topics: Sequence[str], reader: Reader) -> AbstractAsyncContextManager[Source]:
         """See `Transport`."""
-        return reading(self._settings, self.topics, self._contact, group=group, names=topics, reader=reader)
+        return self._client.reading(self.topics, group=group, names=topics, reader=reader)

@@ -4,30 +4,24 @@ A letter is the record as it was, with two more headers. Where that is more than
 and the record itself is read from the topic that it came from, for as long as that keeps it.
 """
 
-# aiokafka ships no types.
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
-
 from mainstay.core import Clock
-from mainstay.events._kafka.client import REQUEST_SECONDS, connection, ended
-from mainstay.events._kafka.producer import KafkaProducer
+from mainstay.events._kafka.seam import REQUEST_SECONDS, Client, Producer, TooLargeError
 from mainstay.events._kafka.topics import Topics
 from mainstay.events.dead_letters import DeadLetter
-from mainstay.events.errors import PublishError, RedriveError
+from mainstay.events.errors import RedriveError
 from mainstay.events.metadata import TYPE, Headers, Record
 from mainstay.events.settings import EventsSettings
 
@@ -45,13 +39,16 @@ class KafkaDeadLetters:
     Args:
         settings: how to connect.
         topics: where theirs is made.
+        client: reads them.
         producer: carries them.
         clock: stamps them.
     """
 
-    def __init__(self, settings: EventsSettings, topics: Topics, producer: KafkaProducer, clock: Clock) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: EventsSettings, topics: Topics, client: Client, producer: Producer, clock: Clock
+    ) -> None:
         self._topics = topics
+        self._client = client
         self._producer = producer
         self._clock = clock
         self._topic = re.sub(r"[^A-Za-z0-9._-]", "-", settings.source) + ".dead-letters"
@@ -61,9 +58,7 @@ class KafkaDeadLetters:
         letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
         try:
             await self._write(letter.id, letter.value or b"", _headers_of(letter, whole=True))
-        except PublishError as refused:
-            if not isinstance(refused.__cause__, (MessageSizeTooLargeError, RecordListTooLargeError)):
-                raise
+        except TooLargeError:
             await self._write(letter.id, b"", _headers_of(letter, whole=False))
 
     async def _write(self, id: UUID, value: bytes | None, headers: Headers) -> None:
@@ -101,31 +96,27 @@ class KafkaDeadLetters:
 
     async def _with_its_record(self, letter: DeadLetter) -> DeadLetter | None:
         """The letter with what is at its place, None where that is another record by now, or nothing."""
-        place = TopicPartition(letter.topic, letter.partition)
-        async with self._reading(place) as consumer, asyncio.timeout(REQUEST_SECONDS):
-            end = (await consumer.end_offsets([place]))[place]
-            consumer.seek(place, letter.offset)
-            while await consumer.position(place) < min(end, letter.offset + 1):
-                for record in (await consumer.getmany(place, timeout_ms=1000, max_records=1)).get(place, ()):
-                    found = DeadLetter.of(letter.group, record, ValueError(), 1, letter.time)
-                    if found.id != letter.id:
-                        return None
-                    return replace(letter, key=found.key, value=found.value, headers=found.headers)
+        async with (
+            asyncio.timeout(REQUEST_SECONDS),
+            aclosing(self._client.stored(letter.topic, letter.partition, offset=letter.offset)) as records,
+        ):
+            async for record in records:
+                found = DeadLetter.of(letter.group, record, ValueError(), 1, letter.time)
+                if found.id != letter.id:
+                    return None
+                return replace(letter, key=found.key, value=found.value, headers=found.headers)
         return None
 
     async def _read(self) -> dict[UUID, _Kept]:
         """The whole topic: compaction keeps it as large as what waits in it."""
         await self._topics.ensure(self._topic, compacted=True)
-        place = TopicPartition(self._topic, 0)
         letters: dict[UUID, _Kept] = {}
-        async with self._reading(place) as consumer:
-            end = (await consumer.end_offsets([place]))[place]
-            while await consumer.position(place) < end:
-                for record in (await consumer.getmany(place, timeout_ms=1000)).get(place, ()):
-                    self._take(letters, record)
+        async with aclosing(self._client.stored(self._topic, 0)) as records:
+            async for record in records:
+                self._take(letters, record)
         return letters
 
-    def _take(self, letters: dict[UUID, _Kept], record: Any) -> None:
+    def _take(self, letters: dict[UUID, _Kept], record: Record) -> None:
         try:
             name = UUID(bytes=record.key)
             if record.value is None:
@@ -135,18 +126,6 @@ class KafkaDeadLetters:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             _log.warning("topic %s holds a record at %d that is no dead letter of ours and is passed over: %r",
                          self._topic, record.offset, error)  # fmt: skip
-
-    @asynccontextmanager
-    async def _reading(self, place: TopicPartition) -> AsyncGenerator[AIOKafkaConsumer, None]:
-        consumer = AIOKafkaConsumer(
-            **connection(self._settings), enable_auto_commit=False, auto_offset_reset="earliest"
-        )
-        try:
-            await consumer.start()
-            consumer.assign([place])
-            yield consumer
-        finally:
-            await ended("the reader of dead letters", consumer.stop(), consumer._client)
 
 
 def _headers_of(letter: DeadLetter, *, whole: bool) -> Headers:

@@ -23,12 +23,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from mainstay.core import spawn
+from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
 from mainstay.events._delivery import Assignment
-from mainstay.events._kafka.client import CLOSE_SECONDS, REQUEST_SECONDS, Contact, connection, ended
+from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
 from mainstay.events._kafka.topics import Topics
+from mainstay.events._kafka.watch import watch
 from mainstay.events._metrics import MISSED
 from mainstay.events._transport import LogRecord, Reader
 from mainstay.events.metadata import UNREADABLE, Record
@@ -37,7 +39,6 @@ from mainstay.events.settings import EventsSettings
 _log = logging.getLogger("mainstay.events")
 
 _FETCH_MS = 250
-_LOOK_SECONDS = 1.0
 _SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accepts
 
 
@@ -70,59 +71,19 @@ async def reading(
         # which takes as long as the slowest member needs to drain.
         async with asyncio.timeout(REQUEST_SECONDS):
             await consumer.start()
-        watch = spawn(_watch(consumer, source, topics, names, contact), name=f"events.{group}.watch")
+
+        async def subscribe(there: list[str]) -> None:
+            consumer.subscribe(there, listener=_Listener(source))
+
+        looking = watch(topics, names, source.absent, contact, subscribe=subscribe, ask=consumer.topics)
+        watching = spawn(looking, name=f"events.{group}.watch")
         try:
             yield source
         finally:
-            watch.cancel()
-            await asyncio.wait((watch,))
+            watching.cancel()
+            await asyncio.wait((watching,))
     finally:
         await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
-
-
-async def _watch(
-    consumer: AIOKafkaConsumer, source: KafkaSource, topics: Topics, names: Sequence[str], contact: Contact
-) -> None:
-    """Subscribe to the topics that are there, then and when. A broker that is away is found by asking for something."""
-    there: set[str] = set()
-    looking: dict[str, asyncio.Task[bool]] = {}
-    try:
-        while True:
-            for name in names:
-                if name not in there and name not in looking:
-                    looking[name] = spawn(_is_there(topics, name, source), name="events.topics")
-            if looking:  # one of which nothing is heard for long does not hold up the others
-                await asyncio.wait(looking.values(), timeout=_LOOK_SECONDS)
-            new = {name for name, task in looking.items() if task.done() and task.result()}
-            looking = {name: task for name, task in looking.items() if not task.done()}
-            if new:
-                there |= new
-                consumer.subscribe(sorted(there), listener=_Listener(source))
-            await asyncio.sleep(CLOSE_SECONDS if there else _LOOK_SECONDS)
-            try:
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await consumer.topics()
-            except (KafkaError, OSError, TimeoutError) as error:
-                contact.lost(error)
-            else:
-                contact.made()
-    finally:
-        for task in looking.values():
-            task.cancel()
-        if looking:
-            await asyncio.wait(looking.values())
-
-
-async def _is_there(topics: Topics, name: str, source: KafkaSource) -> bool:
-    try:
-        await topics.ensure(name)
-    except (KafkaError, OSError, TimeoutError) as error:
-        if name not in source.absent:
-            _log.warning("topic %s cannot be read: %s: %s", name, type(error).__name__, error)
-        source.absent[name] = f"topic {name}: {type(error).__name__}: {error}"
-        return False
-    source.absent.pop(name, None)
-    return True
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types

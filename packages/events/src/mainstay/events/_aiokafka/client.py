@@ -12,32 +12,12 @@ from contextlib import suppress
 from typing import Any
 
 from mainstay.core import ConfigurationError
-from mainstay.events._sparing import said
+from mainstay.events._kafka.seam import REQUEST_SECONDS
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
 
 CLOSE_SECONDS = 5.0
-REQUEST_SECONDS = 20.0
-
-
-class Contact:
-    """What the last contact with the cluster showed.
-
-    Attributes:
-        trouble: why there was none, or None.
-    """
-
-    def __init__(self) -> None:
-        self.trouble: str | None = None
-
-    def lost(self, error: BaseException) -> None:
-        """It was not to be had."""
-        self.trouble = said(error)
-
-    def made(self) -> None:
-        """It was."""
-        self.trouble = None
 
 
 def check_connection(settings: EventsSettings) -> None:

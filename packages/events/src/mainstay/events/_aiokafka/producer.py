@@ -31,8 +31,8 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 
 from mainstay.core import ConfigurationError, spawn
-from mainstay.database import Database
-from mainstay.events._kafka.client import Contact, connection, ended
+from mainstay.events._aiokafka.client import connection, ended
+from mainstay.events._kafka.seam import RECORD_BYTES, Contact, Payload, TooLargeError
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Refused, TooLarge
 from mainstay.events._sparing import said
@@ -42,11 +42,9 @@ from mainstay.events.settings import EventsSettings
 
 _BATCH_BYTES = 256 * 1024
 _REQUEST_BYTES = 1_048_576
-_RECORD_BYTES = 64 * 1024 * 1024
-"""The client's own limit for a record, before compression; the broker's is for what is left of it, and decides."""
-_LARGEST_BYTES = 900_000
-"""The largest event: brokers refuse 1 MiB."""
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux alone has it
+
+_TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 _place_by_key = DefaultPartitioner()
 
@@ -121,7 +119,7 @@ class KafkaProducer:
             acks="all",
             enable_idempotence=True,
             compression_type="lz4",
-            max_request_size=_RECORD_BYTES,
+            max_request_size=RECORD_BYTES,
             linger_ms=linger_ms,
             max_batch_size=max_batch_size,
         )
@@ -147,10 +145,11 @@ class KafkaProducer:
                 self._shared = await self._for_publishing()
             return self._shared
 
-    async def send(self, topic: str, batch: Sequence[tuple[bytes | None, bytes | None, Sequence[Any]]]) -> None:
+    async def send(self, topic: str, batch: Sequence[Payload]) -> None:
         """Send keys, values and headers to one topic, and wait until all are confirmed.
 
         Raises:
+            TooLargeError: one is larger than the broker takes.
             PublishError: not all were, within the time of the settings.
         """
         sent = False
@@ -173,7 +172,8 @@ class KafkaProducer:
                 self._contact.lost(error)
             count = "an event" if len(batch) == 1 else f"{len(batch)} events"
             msg = f"Kafka at {self._settings.kafka_servers} did not confirm {count} for topic {topic}: {said(error)}"
-            raise PublishError(msg, no_effect=not sent) from error
+            kind = TooLargeError if isinstance(error, _TOO_LARGE) else PublishError
+            raise kind(msg, no_effect=not sent) from error
         self._contact.made()
 
     async def _part(self, topic: str, refused: AIOKafkaProducer) -> None:
@@ -249,7 +249,7 @@ class Carrier:
                 raise TooLarge
         try:
             await (await self._producer.send_batch(builder, topic, partition=partition))
-        except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+        except _TOO_LARGE as error:
             if len(events) > 1:
                 raise TooLarge from error
             raise Refused(said(error)) from error
@@ -267,58 +267,6 @@ class Carrier:
             _discard(connection_)
             connection_.close()
         self._end(ended("a Kafka producer", self._producer._sender.close(), client))
-
-
-class Direct:
-    """Publishing straight to the broker, where the settings say `outbox=False`.
-
-    Args:
-        producer: to the cluster.
-        database: asked for at each send.
-    """
-
-    def __init__(self, producer: KafkaProducer, database: Callable[[], Database | None]) -> None:
-        self._producer = producer
-        self._database = database
-
-    async def send(self, batch: Sequence[Outgoing]) -> None:
-        """Send, unless a transaction is open.
-
-        Raises:
-            PublishError: inside a unit of work, which may still roll back; or the broker did not confirm.
-        """
-        database = self._database()
-        if database is not None and database.in_unit_of_work():
-            msg = (
-                "publish() inside db.transaction() with outbox=False: the event would be out even if the transaction "
-                "rolls back. Use the outbox, or publish after the commit"
-            )
-            raise PublishError(msg, no_effect=True, retryable=False)
-        for event in batch:
-            check_size(event)
-        by_topic: dict[str, list[tuple[bytes | None, bytes | None, Sequence[Any]]]] = {}
-        for event in batch:
-            by_topic.setdefault(event.topic, []).append((event.key, event.value, event.headers))
-        outcomes = await asyncio.gather(
-            *(self._producer.send(topic, records) for topic, records in by_topic.items()), return_exceptions=True
-        )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                if isinstance(outcome, PublishError) and len(outcomes) > 1:
-                    outcome.no_effect = False  # the other topics may have theirs
-                raise outcome
-
-
-def check_size(event: Outgoing) -> None:
-    """Refuse what a broker would refuse, where the publisher learns of it.
-
-    Raises:
-        PublishError: the event is too large.
-    """
-    size = event.size
-    if size > _LARGEST_BYTES:
-        msg = f"an event for topic {event.topic} has {size} bytes; at most {_LARGEST_BYTES} are taken"
-        raise PublishError(msg, no_effect=True, retryable=False)
 
 
 def _socket_of(connection_: Any) -> socket.socket | None:

@@ -1,0 +1,132 @@
+"""What a client of Kafka has to offer, to all that does not depend on which one it is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from mainstay.events._relay import Carrier
+from mainstay.events._sparing import said
+from mainstay.events._transport import Reader, Source
+from mainstay.events.errors import PublishError
+from mainstay.events.metadata import Headers, Record
+
+if TYPE_CHECKING:
+    from mainstay.events._kafka.topics import Topics
+
+REQUEST_SECONDS = 20.0
+RECORD_BYTES = 64 * 1024 * 1024
+"""The clients' own limit for a record, before compression; the broker's is for what is left of it, and decides."""
+LOOK_SECONDS = 5.0
+
+Payload = tuple[bytes | None, bytes | None, Headers]
+"""Key, value and headers of a record that is to be sent."""
+
+
+class NotAllowed(Exception):
+    """This service may not do that."""
+
+
+class TooLargeError(PublishError):
+    """The broker does not take a record of this size."""
+
+
+class Contact:
+    """What the last contact with the cluster showed.
+
+    Attributes:
+        trouble: why there was none, or None.
+    """
+
+    def __init__(self) -> None:
+        self.trouble: str | None = None
+
+    def lost(self, error: BaseException) -> None:
+        """It was not to be had."""
+        self.trouble = said(error)
+
+    def made(self) -> None:
+        """It was."""
+        self.trouble = None
+
+
+class Admin(Protocol):
+    """What is asked of the cluster as a whole."""
+
+    async def names(self) -> set[str]:
+        """The topics that there are."""
+        ...
+
+    async def widths(self, topics: Collection[str]) -> Mapping[str, int]:
+        """How many partitions topics have that are there."""
+        ...
+
+    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> None:
+        """Create a topic, with as many replicas as the cluster says where that is None; one that is there is left.
+
+        Raises:
+            NotAllowed: this service may not create it.
+        """
+        ...
+
+
+class Producer(Protocol):
+    """Everything that is sent to the cluster."""
+
+    async def connect(self) -> None:
+        """Make sure that the cluster answers.
+
+        Raises:
+            ConfigurationError: it does not.
+        """
+        ...
+
+    async def send(self, topic: str, batch: Sequence[Payload]) -> None:
+        """Send records to one topic, those with equal keys in their order, and wait until all are confirmed.
+
+        Raises:
+            TooLargeError: one is larger than the broker takes.
+            PublishError: not all were confirmed within the time of the settings.
+        """
+        ...
+
+    async def carrier(self) -> Carrier:
+        """A producer of batches, for a relay."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect, within seconds also from a broker that is away."""
+        ...
+
+
+class Client(Protocol):
+    """A way to reach the cluster.
+
+    Attributes:
+        away: what it raises while the cluster refuses something or does not answer.
+    """
+
+    away: tuple[type[Exception], ...]
+
+    def admin(self) -> AbstractAsyncContextManager[Admin]:
+        """A connection for questions."""
+        ...
+
+    def producer(self, topics: Topics) -> Producer:
+        """Sends; it makes the topics that do not exist."""
+        ...
+
+    def reading(
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader
+    ) -> AbstractAsyncContextManager[Source]:
+        """Read topics as a member of a group, see `Transport.source`."""
+        ...
+
+    def stored(self, topic: str, partition: int, *, offset: int | None = None) -> AsyncGenerator[Record]:
+        """The records of a partition up to its present end, from an offset on or from its beginning."""
+        ...
+
+    async def close(self) -> None:
+        """Drop what it has open beside the rest."""
+        ...
