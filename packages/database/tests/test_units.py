@@ -335,6 +335,20 @@ async def test_sqlites_turn_is_fair(tmp_path, open_database, tables, until):
         assert longest < 2.0
 
 
+async def test_after_a_long_turn_sqlite_is_left_to_others_for_a_moment(tmp_path, open_database):
+    """Other processes and the leases ask for the file now and then, and must not find it taken every time."""
+    async with open_database(f"sqlite:///{tmp_path / 'x.db'}") as db:
+
+        async def unit(seconds: float) -> tuple[float, float]:
+            async with db.transaction():
+                begun = time.monotonic()
+                await asyncio.sleep(seconds)
+            return begun, begun + seconds
+
+        long, after = await asyncio.gather(spawn(unit(0.05), name="long"), spawn(unit(0.0), name="after"))
+        assert after[0] - long[1] >= 0.005
+
+
 async def test_prototype_3_a_fenced_unit_stalls_nobody_but_a_takeover(postgres, open_database, tables, count):
     """On PostgreSQL other writes with the same fence go through while a fenced unit is open; taking over must wait."""
     async with open_database(postgres) as db:

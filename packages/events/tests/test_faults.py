@@ -196,6 +196,40 @@ async def test_trap_08_a_stopped_consumer_that_wakes_up_doubles_no_effect(option
         exactly_once_and_in_order(done, keys=8, each=20)
 
 
+async def test_a_consumer_frozen_inside_its_handlers_holds_up_their_keys_only(postgres_url: str, prefix: str) -> None:
+    """Survivors wait for none of its locks, the server ends its transactions, and what it does on waking is refused."""
+    options: dict[str, Any] = {
+        "url": postgres_url,
+        "topic": f"{prefix}-fault",
+        "group": f"{prefix}-g",
+        "events": {"transport": "sql", "lease_seconds": 1.5, "partitions": 4, "retry_max_seconds": 0.5},
+        "database": {"idle_transaction_seconds": 4.0},
+    }
+    waiting = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%events_inbox%'"
+    )
+    idle = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND datname = current_database()"
+    )
+    publisher = service(options)
+    async with publisher, processes() as start:
+        database = publisher.get(Database)
+        await prepare(publisher)
+        await publish(publisher, keys=24, each=6)
+        first = await start({**options, "pause": 1.0})
+        async with asyncio.timeout(60):
+            while (await database.read(idle))[0][0] < 7:  # noqa: ASYNC110  another process does it
+                await asyncio.sleep(0.02)
+        with frozen(first.pid, options["url"]):
+            await start(options)
+            async with asyncio.timeout(60):
+                while len(await effects(publisher)) < 24 * 6:
+                    assert (await database.read(waiting))[0][0] == 0, "a survivor waits for what is frozen"
+                    await asyncio.sleep(0.02)
+        await publish(publisher, keys=24, each=8, start=6)
+        exactly_once_and_in_order(await wait_for(publisher, 24 * 8), keys=24, each=8)
+
+
 async def test_two_processes_share_the_partitions(options: dict[str, Any]) -> None:
     """A second worker takes its share while the first works, and neither repeats or reorders anything."""
     publisher = service(options)

@@ -22,7 +22,7 @@ from mainstay.events import (
     Metadata,
     PublishError,
 )
-from mainstay.events._inbox import sweep
+from mainstay.events._inbox import Inbox
 from mainstay.events._outbox import LANES, lane_of
 from mainstay.events.metadata import ID, Outgoing
 from mainstay.events.tables import DELETE_OLD_INBOX, INBOX, LOG, OUTBOX, unpack_headers
@@ -231,7 +231,7 @@ async def test_notes_are_swept_some_at_a_time(database_url: str) -> None:
         await database.write(DELETE_OLD_INBOX[database.dialect], {"seconds": 86_400.0})
         assert len(await database.read(sa.select(INBOX.c.event_id))) == 1_001
         drain = Drain()
-        sweeping = asyncio.create_task(sweep(database, 1.0, drain))
+        sweeping = asyncio.create_task(Inbox(database, 1).sweep(1.0, drain))
 
         async def swept() -> bool:
             return len(await database.read(sa.select(INBOX.c.event_id))) == 1

@@ -37,7 +37,8 @@ def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
     settings = EventsSettings(topics={"fault.step": options["topic"]}, **{**options["events"], **more})
     modules: list[Any] = [EventsModule.for_root(settings), EventsModule.for_feature(*routers)]
     if options["url"]:
-        modules.insert(0, DatabaseModule.for_root(DatabaseSettings(url=SecretStr(options["url"]))))
+        database = DatabaseSettings(url=SecretStr(options["url"]), **options.get("database", {}))
+        modules.insert(0, DatabaseModule.for_root(database))
     return App(*modules)
 
 

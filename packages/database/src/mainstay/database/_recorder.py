@@ -65,6 +65,8 @@ _BATCH_ROWS = 2_000  # more would hold locks, and other callers' answers, for lo
 _PATIENCE_SECONDS = 0.2  # how long a whole batch waits for a lock that another session holds
 _SHORT_PATIENCE_SECONDS = 0.01  # and how long a write that is tried by itself
 _HUNG = 3.0  # times the busy timeout: a server that has not answered by then is taken for gone
+_LONG_TURN_SECONDS = 0.02  # of a unit of work; the recorder's own turns are shorter
+_GAP_SECONDS = 0.005  # some rounds of those who ask for the file
 _AGAIN_SECONDS = 0.02  # how soon what was put aside is tried again when there is nothing else to do
 
 
@@ -242,12 +244,19 @@ def _settle(writes: Iterable[PendingWrite], errors: Mapping[int, Exception]) -> 
 class Turn:
     """The process's turn to write to SQLite, first come first served, between units of work and the recorder.
 
-    SQLite has one writer and lets others poll for it. Within the process they queue instead.
+    SQLite has one writer and lets others poll for it. Within the process they queue instead. After a long turn the file
+    is left alone for a moment: other processes, and the leases of this one, ask for it every millisecond or two, and
+    where one long turn follows the other would find it taken each time.
+
+    Args:
+        busy_timeout_seconds: how long a turn is waited for.
+        alone: there are no others, or time does not pass for them.
     """
 
-    def __init__(self, busy_timeout_seconds: float) -> None:
+    def __init__(self, busy_timeout_seconds: float, *, alone: bool = False) -> None:
         self._lock = asyncio.Lock()
         self._seconds = busy_timeout_seconds
+        self._alone = alone
 
     @contextlib.asynccontextmanager
     async def mine(self) -> AsyncGenerator[None, None]:
@@ -265,10 +274,14 @@ class Turn:
                 "it; keep units of work short, and never await in one what itself waits for a write"
             )
             raise DatabaseBusy(msg) from None
+        began = time.monotonic()
         try:
             yield
         finally:
-            self._lock.release()
+            if self._alone or time.monotonic() - began < _LONG_TURN_SECONDS:
+                self._lock.release()
+            else:
+                asyncio.get_running_loop().call_later(_GAP_SECONDS, self._lock.release)
 
 
 class SQLiteWriter:

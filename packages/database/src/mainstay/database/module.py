@@ -114,7 +114,7 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
     event.listen(engine.sync_engine, "checkout", _checked_out)
     event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin
     statements = Statements(engine.dialect)
-    turn = Turn(busy) if address.dialect == "sqlite" else None
+    turn = Turn(busy, alone=app.clock.virtual) if address.dialect == "sqlite" else None
     writers: list[Writer] = (
         [SQLiteWriter(address, statements, turn, busy, app.clock)]
         if turn is not None

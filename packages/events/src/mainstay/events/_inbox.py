@@ -1,12 +1,22 @@
-"""Effects exactly once: the note that a group has handled an event commits with what its handler wrote."""
+"""Effects exactly once: the note that a group has handled an event commits with what its handler wrote.
+
+A process that is frozen in the middle of a handler keeps its transaction, and with it the note, until the server ends
+that. A second note of the same event would wait for it, with a connection of the pool in its hands. So the note is
+written under an advisory lock of the transaction, which is had at once or not at all: an event that is another's at the
+moment is tried again later, at no cost of an attempt, and its connection goes back.
+
+A handler has a connection for as long as it runs, and there are few. No more handlers run at once than leave some for
+everybody else; on SQLite, where a transaction is the one writer's turn, it is one.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mainstay.core import Drain
-from mainstay.database import CommitUnknown, Database
+from mainstay.database import CommitUnknown, Database, DatabaseBusy
 from mainstay.events import tables
 from mainstay.events._metrics import DUPLICATES
 from mainstay.events._sql import swept
@@ -15,45 +25,81 @@ from mainstay.events.event import Event
 from mainstay.events.metadata import ID, SOURCE, Metadata
 
 
-def exactly_once(
-    database: Database, group: str, call: Callable[[Event, Metadata], Awaitable[None]]
-) -> Callable[[Event, Metadata], Awaitable[None]]:
-    """A handler that runs inside `db.transaction()` and is not called for an event that the group has handled.
+def handlers_at_once(dialect: str, pool_size: int) -> int:
+    """How many handlers with an inbox a process runs at once: three quarters of the pool, on SQLite one."""
+    return 1 if dialect == "sqlite" else max(1, pool_size * 3 // 4)
 
-    The note comes first: two processes with the same event wait for each other there, and the second finds it taken.
+
+class Inbox:
+    """The notes of the groups of this process.
+
+    Args:
+        database: where they are, and where the handlers write.
+        at_once: the most handlers, of all groups together.
+
+    Attributes:
+        at_once: as given.
     """
-    insert = tables.INSERT_INBOX[database.dialect]
-    duplicates = DUPLICATES.labels(group)
 
-    async def handle(event: Event, meta: Metadata) -> None:
-        event_id = meta.headers.get(ID)
-        if event_id is None:
-            msg = f"an event without the header {ID} cannot be told from its duplicates: the inbox refuses it"
-            raise DecodeError(msg)
-        # An id is one of its source (CloudEvents 1.0): others number theirs as they like.
-        whole = b"%b\n%b" % (meta.headers.get(SOURCE, b""), event_id)
-        note = {"group_name": group, "event_id": whole.decode("latin-1").replace("\0", "\\0")}
-        try:
-            async with database.transaction() as session:
-                result: Any = await session.execute(insert, note)
-                if result.rowcount == 0:
-                    duplicates.inc()
-                    return
-                await call(event, meta)
-        except CommitUnknown as error:
-            # Elsewhere nobody could tell whether to try again. Here the next attempt finds the note, or writes it.
-            error.retryable = True
-            raise
+    def __init__(self, database: Database, at_once: int) -> None:
+        self._database = database
+        self.at_once = at_once
+        self._places = asyncio.Semaphore(at_once)
+        self._insert = tables.INSERT_INBOX[database.dialect]
 
-    return handle
+    def around(
+        self, group: str, call: Callable[[Event, Metadata], Awaitable[None]]
+    ) -> Callable[[Event, Metadata], Awaitable[None]]:
+        """A handler that runs inside `db.transaction()` and is not called for an event that the group has handled."""
+        duplicates = DUPLICATES.labels(group)
+
+        async def handle(event: Event, meta: Metadata) -> None:
+            note = _note(group, meta)
+            try:
+                async with self._places, self._database.transaction():
+                    if await self._is_noted(note):
+                        duplicates.inc()
+                        return
+                    await call(event, meta)
+            except CommitUnknown as error:
+                # Elsewhere nobody could tell whether to try again. Here the next attempt finds the note, or writes it.
+                error.retryable = True
+                raise
+
+        return handle
+
+    async def _is_noted(self, note: dict[str, str]) -> bool:
+        """Write the note in the unit of work that is open; whether it was there already.
+
+        Raises:
+            DatabaseBusy: another process is in the middle of the event.
+        """
+        async with self._database.transaction() as session:
+            result: Any = await session.execute(self._insert, note)
+        if result.rowcount:
+            return False
+        if not await self._database.read(tables.READ_INBOX, note):
+            msg = "another process is in the middle of this event, or is frozen there: it is tried again later"
+            raise DatabaseBusy(msg)
+        return True
+
+    async def sweep(self, days: float, drain: Drain) -> None:
+        """Worker: forgets events older than the window within which duplicates are recognised, some at a time."""
+        age = {"seconds": days * 86_400.0}
+        database = self._database
+
+        async def delete() -> None:
+            while not drain.begun and await database.read(tables.OLDEST_INBOX[database.dialect], age):
+                await database.write(tables.DELETE_OLD_INBOX[database.dialect], age)
+
+        await swept(delete, drain)
 
 
-async def sweep(database: Database, days: float, drain: Drain) -> None:
-    """Worker: forgets events that are older than the window within which duplicates are recognised, some at a time."""
-    age = {"seconds": days * 86_400.0}
-
-    async def delete() -> None:
-        while not drain.begun and await database.read(tables.OLDEST_INBOX[database.dialect], age):
-            await database.write(tables.DELETE_OLD_INBOX[database.dialect], age)
-
-    await swept(delete, drain)
+def _note(group: str, meta: Metadata) -> dict[str, str]:
+    event_id = meta.headers.get(ID)
+    if event_id is None:
+        msg = f"an event without the header {ID} cannot be told from its duplicates: the inbox refuses it"
+        raise DecodeError(msg)
+    # An id is one of its source (CloudEvents 1.0): others number theirs as they like.
+    whole = b"%b\n%b" % (meta.headers.get(SOURCE, b""), event_id)
+    return {"group_name": group, "event_id": whole.decode("latin-1").replace("\0", "\\0")}

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from mainstay.core import Clock, Drain, Health, uuid7
-from mainstay.database import Database, FenceLost, Lease
+from mainstay.database import Database, DatabaseBusy, FenceLost, Lease
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment
 from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
@@ -41,6 +41,8 @@ _log = logging.getLogger("mainstay.events")
 _BACKLOG = 1000
 """From so many new rows on, the beginning of a window is looked for in another way."""
 _POLL_SECONDS = 0.2
+_BUSY_SECONDS = 30.0
+"""For so long a database that answers, but is too busy to be read, is waited for."""
 _REBALANCE_SECONDS = 1.0
 _REMEMBER_SECONDS = 30.0
 """How often the place of an idle partition is stored, so that a restart does not look again at what was not for it."""
@@ -231,6 +233,7 @@ class SqlSource:
         self._announced_until = 0.0
         self._rebalance_at = 0.0
         self._remember_at = clock.monotonic() + _REMEMBER_SECONDS
+        self._read_at = clock.monotonic()
         self._window_statement, self._page_statement = _STATEMENTS[database.dialect]
         self._lag: int | None = None
         self.absent: Mapping[str, str] = {}
@@ -239,19 +242,30 @@ class SqlSource:
 
     async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """See `Source`."""
-        await self._keep_partitions()
+        fetched: dict[Assignment, Sequence[Record]] = {}
+        try:
+            await self._keep_partitions()
+            await self._read(ready, fetched)
+        except DatabaseBusy:
+            # Handlers and requests have all connections, or the writer's turn. That is no loss of the transport: the
+            # leases are renewed by a connection of their own, and what they hold is read a little later.
+            if self._clock.monotonic() - self._read_at > _BUSY_SECONDS:
+                raise
+        else:
+            self._read_at = self._clock.monotonic()
+        return fetched
+
+    async def _read(self, ready: Sequence[Assignment], fetched: dict[Assignment, Sequence[Record]]) -> None:
         arrival = self._arrivals.next()
         slots = [self._slots[assignment] for assignment in ready if assignment in self._slots]
         exhausted = [slot for slot in slots if slot.low == slot.high]
         if exhausted:
             await self._open_window(exhausted)
-        fetched: dict[Assignment, Sequence[Record]] = {}
         reading = [slot for slot in slots if slot.low != slot.high]
         for high in sorted({slot.high for slot in reading}, key=_age):
             await self._read_page([slot for slot in reading if slot.high == high], high, fetched)
         if not reading:
             await arrived(arrival, _POLL_SECONDS)
-        return fetched
 
     async def _open_window(self, slots: Sequence[_Slot]) -> None:
         low = min((slot.low for slot in slots), key=_age)

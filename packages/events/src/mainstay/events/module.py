@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.events import _inbox, _kafka, tables
+from mainstay.events import _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._delivery import Route
+from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
@@ -107,20 +108,34 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     async def inspect(self, app: App) -> Sequence[str]:
         """Missing rights, topics that are missing or too narrow, and a pool that is smaller than the groups need."""
         found: list[str] = []
-        groups = {subscription.group for subscription in self._subscriptions()}
         if self._needs_database():
             database = app.get(Database)
             found += await database.missing_rights(tables.SCHEMA.metadata.sorted_tables)
-            size = next(module.settings.pool_size for module in app.modules if isinstance(module, DatabaseModule))
-            if size < len(groups):
-                found.append(
-                    f"{len(groups)} consumer groups share {size} connections, so some always wait for others: set "
-                    f"{DatabaseSettings.variable('pool_size')} to {len(groups)} or more"
-                )
+            found += self._too_few_connections(_pool_size(app), database.dialect)
         if self.settings.transport == "kafka":
             topics = sorted(self.describe()["topics"])
             found += await app.get(_kafka.KafkaTransport).topics.wrong(topics)
         return found
+
+    def _too_few_connections(self, size: int, dialect: str) -> list[str]:
+        variable = DatabaseSettings.variable("pool_size")
+        groups = {subscription.group for subscription in self._subscriptions()}
+        if size < len(groups):
+            shared = f"{len(groups)} consumer groups share {size} connections, so some always wait for others"
+            return [f"{shared}: set {variable} to {len(groups)} or more"]
+        if self._has_inbox() and handlers_at_once(dialect, size) >= size:
+            return [f"a handler with an inbox takes the only connection: set {variable} to 4 or more"]
+        return []
+
+    def _has_inbox(self) -> bool:
+        return any(subscription.inbox for subscription in self._subscriptions())
+
+    def _concurrency(self, group: str, inbox: Inbox | None) -> int:
+        """The most handlers of a group at once; where all have an inbox, no more than may run."""
+        most = self.settings.concurrency
+        if inbox is None or not all(each.inbox for each in self._subscriptions() if each.group == group):
+            return most
+        return min(most, inbox.at_once)
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
@@ -136,6 +151,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             send, transport, letters = await _transport(app, settings, database, services, stack)
             if isinstance(transport, SqlTransport) and not self.looking:
                 await transport.note_partitions()
+            inbox: Inbox | None = None
+            if database is not None and self._has_inbox():
+                inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
             consumers = [
                 Consumer(
                     group,
@@ -144,18 +162,18 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     transport=transport,
                     dead_letters=letters,
                     parking=None if database is None else Parking(database, group),
-                    concurrency=settings.concurrency,
+                    concurrency=self._concurrency(group, inbox),
                     window_bytes=settings.window_bytes,
                     drain_seconds=settings.drain_seconds,
                     stuck_seconds=settings.stuck_seconds,
                     clock=app.clock,
                 )
-                for group, (topics, routes) in _groups(app, subscriptions, settings, database).items()
+                for group, (topics, routes) in _groups(app, subscriptions, settings, inbox).items()
             ]
             for consumer in consumers:
                 app.serve(consumer.group, consumer.serve)
-            if database is not None and any(subscription.inbox for subscription in subscriptions):
-                app.serve("inbox", partial(_inbox.sweep, database, settings.inbox_days))
+            if inbox is not None:
+                app.serve("inbox", partial(inbox.sweep, settings.inbox_days))
             publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
@@ -234,8 +252,12 @@ def _database_of(app: App) -> Database | None:
         return None
 
 
+def _pool_size(app: App) -> int:
+    return next(module.settings.pool_size for module in app.modules if isinstance(module, DatabaseModule))
+
+
 def _groups(
-    app: App, subscriptions: Sequence[Subscription], settings: EventsSettings, database: Database | None
+    app: App, subscriptions: Sequence[Subscription], settings: EventsSettings, inbox: Inbox | None
 ) -> Mapping[str, tuple[list[str], dict[str, Route]]]:
     """For each group, its topics and its routes by type."""
     groups: dict[str, tuple[list[str], dict[str, Route]]] = {}
@@ -248,7 +270,7 @@ def _groups(
                 topics.append(topic)
             if type_ not in routes:
                 routes[type_] = Route(type_, subscription.group)
-            call, wants_metadata = _call(app, subscription, database)
+            call, wants_metadata = _call(app, subscription, inbox)
             retry = settings.retry() if subscription.retry is None else subscription.retry
             routes[type_].reads(
                 event, call, wants_metadata=wants_metadata, retry=retry, parks=subscription.on_failure == "park"
@@ -256,17 +278,14 @@ def _groups(
     return groups
 
 
-def _call(
-    app: App, subscription: Subscription, database: Database | None
-) -> tuple[Callable[..., Awaitable[None]], bool]:
+def _call(app: App, subscription: Subscription, inbox: Inbox | None) -> tuple[Callable[..., Awaitable[None]], bool]:
     """What a delivery calls, and whether that takes the metadata."""
     call, wants_metadata = app.fill(subscription.call), subscription.wants_metadata
     if subscription.timeout_seconds is not None:
         call = _limited(call, subscription.timeout_seconds)
     if subscription.inbox:
-        assert database is not None  # noqa: S101  required
-        with_metadata = call if wants_metadata else _without_metadata(call)
-        return _inbox.exactly_once(database, subscription.group, with_metadata), True
+        assert inbox is not None  # noqa: S101  made for it
+        return inbox.around(subscription.group, call if wants_metadata else _without_metadata(call)), True
     return call, wants_metadata
 
 

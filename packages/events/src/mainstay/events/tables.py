@@ -315,8 +315,22 @@ COMMIT_OFFSET = _each(
     )
 )
 
-INSERT_INBOX = _each(
-    lambda insert, _: insert(INBOX).values(_binds(INBOX, "group_name", "event_id")).on_conflict_do_nothing()
+_INBOX_NOTE = _binds(INBOX, "group_name", "event_id")
+_WHOLE_NOTE = _INBOX_NOTE["group_name"] + "\n" + _INBOX_NOTE["event_id"]
+INSERT_INBOX = {
+    "sqlite": sqlite.insert(INBOX).values(_INBOX_NOTE).on_conflict_do_nothing(),
+    # Where another transaction is in the middle of the event there is no row and no waiting.
+    "postgresql": postgresql.insert(INBOX)
+    .from_select(
+        [*_INBOX_NOTE],
+        sa.select(*_INBOX_NOTE.values()).where(
+            sa.func.pg_try_advisory_xact_lock(sa.func.hashtextextended(_WHOLE_NOTE, 0))
+        ),
+    )
+    .on_conflict_do_nothing(),
+}
+READ_INBOX = sa.select(INBOX.c.event_id).where(
+    INBOX.c.group_name == _INBOX_NOTE["group_name"], INBOX.c.event_id == _INBOX_NOTE["event_id"]
 )
 _NOTE = sa.tuple_(INBOX.c.group_name, INBOX.c.event_id)
 DELETE_OLD_INBOX = _each(

@@ -1,0 +1,180 @@
+"""Handlers with an inbox beside everybody else who needs the database."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from pydantic import SecretStr
+
+from mainstay.core import App
+from mainstay.core.testing import eventually
+from mainstay.database import Database, DatabaseBusy, DatabaseModule, DatabaseSettings
+from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
+from mainstay.events._inbox import handlers_at_once
+from mainstay.events._sql import SqlTransport
+from mainstay.events.tables import INBOX, INSERT_INBOX
+from packages.events.tests.test_sql import Line, Reading
+
+
+class Slow:
+    """A feature with an inbox whose handlers wait for a gate; counts them."""
+
+    def __init__(self) -> None:
+        self.router = EventRouter()
+        self.gate = asyncio.Event()
+        self.running = self.most = self.begun = self.done = 0
+
+        @self.router.on(Line, group="slow", inbox=True)
+        async def handle(_event: Line) -> None:
+            self.begun += 1
+            self.running += 1
+            self.most = max(self.most, self.running)
+            try:
+                await self.gate.wait()
+            finally:
+                self.running -= 1
+            self.done += 1
+
+
+def service(url: str, *routers: EventRouter, pool: int, wait: float = 5.0, **settings: Any) -> App:
+    """An App with a pool of so many connections."""
+    database = DatabaseSettings(url=SecretStr(url), pool_size=pool, pool_timeout_seconds=wait)
+    return App(
+        DatabaseModule.for_root(database),
+        EventsModule.for_root(EventsSettings(**settings)),
+        EventsModule.for_feature(*routers),
+    )
+
+
+async def publish(app: App, count: int) -> None:
+    """So many events, each with a key of its own."""
+    await app.get(EventPublisher).publish_batch([Line(name=f"{number}", number=number) for number in range(count)])
+
+
+async def test_slow_handlers_with_an_inbox_leave_connections_to_others(postgres_url: str) -> None:
+    """As many run as three quarters of the pool; requests find a connection, and no event fails for want of one."""
+    slow = Slow()
+    app = service(postgres_url, slow.router, pool=4, partitions=2)
+    async with app.running(serve=True):
+        await publish(app, 40)
+        await eventually(lambda: slow.running == 3, what="three of four connections")
+        for _ in range(20):
+            async with app.get(Database).transaction() as session:
+                await session.execute(sa.select(1))
+        consumers = app.get(EventConsumers)
+        assert slow.most == 3
+        assert (await consumers.health()).detail == "1 groups"
+        slow.gate.set()
+        await eventually(lambda: slow.done == 40)
+    assert slow.begun == 40
+
+
+async def test_on_sqlite_a_write_waits_for_one_handler_with_an_inbox_and_not_for_all(sqlite_url: str) -> None:
+    """The handlers take the one writer's turn one after the other, and whoever else asks has the next."""
+    slow = Slow()
+    app = service(sqlite_url, slow.router, pool=10)
+    async with app.running(serve=True):
+        await publish(app, 40)
+        await eventually(lambda: slow.running == 1)
+
+        async def write() -> int:
+            async with app.get(Database).transaction():
+                return slow.begun
+
+        writing = asyncio.create_task(write())
+        await asyncio.sleep(0)  # it has asked for its turn
+        slow.gate.set()
+        assert await writing <= 2
+        assert slow.most == 1
+        await eventually(lambda: slow.done == 40)
+
+
+async def test_a_database_that_is_too_busy_to_be_read_is_no_lost_transport(postgres_url: str) -> None:
+    """Where others have all connections the next look finds the same; only after long the transport counts as lost."""
+    async with service(postgres_url, pool=1, wait=0.05, partitions=1) as app, AsyncExitStack() as stack:
+        await publish(app, 3)
+        reading = Reading()
+        source = await stack.enter_async_context(app.get(SqlTransport).source("g", ["sql"], reading))
+        while not reading.held:
+            await source.fetch([])
+        async with app.get(Database).engine.connect():
+            assert await source.fetch(reading.held) == {}
+            source._read_at = float("-inf")
+            with pytest.raises(DatabaseBusy):
+                await source.fetch(reading.held)
+        found: list[int] = []
+        while len(found) < 3:
+            for records in (await source.fetch(reading.held)).values():
+                found += [Line.model_validate_json(record.value or b"").number for record in records]
+        assert found == [0, 1, 2]
+
+
+async def test_an_event_that_another_process_is_in_the_middle_of_is_not_waited_for(postgres_url: str) -> None:
+    """Its connection goes back at once, no attempt is spent, and when the other has committed it is a duplicate."""
+    events = EventRouter()
+    seen: list[int] = []
+
+    @events.on(Line, group="g", inbox=True)
+    async def handle(event: Line) -> None:
+        seen.append(event.number)
+
+    async with service(postgres_url, events, pool=4, retry_attempts=1, retry_max_seconds=0.1) as app:
+        await publish(app, 2)
+        publisher = app.get(EventPublisher)
+        ids = [await publisher.publish(Line(name="a", number=2)), await publisher.publish(Line(name="b", number=3))]
+        database = app.get(Database)
+
+        async with database.transaction() as session:
+            for id_ in ids:
+                note = {"group_name": "g", "event_id": f"mainstay\n{id_}"}
+                await session.execute(INSERT_INBOX["postgresql"], note)
+            async with service(postgres_url, events_of(events), pool=4).running(serve=True):
+                await eventually(lambda: sorted(seen) == [0, 1], what="those that nobody is in the middle of")
+        await publisher.publish(Line(name="a", number=4))
+        async with service(postgres_url, events_of(events), pool=4).running(serve=True):
+            await eventually(lambda: sorted(seen) == [0, 1, 4])
+        assert len(await database.read(sa.select(INBOX))) == 5
+
+
+def events_of(router: EventRouter) -> EventRouter:
+    """The same handlers for another App."""
+    other = EventRouter()
+    for subscription in router.subscriptions:
+        other.add(subscription)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("dialect", "pool", "at_once"),
+    [("sqlite", 10, 1), ("postgresql", 10, 7), ("postgresql", 2, 1), ("postgresql", 1, 1)],
+)
+def test_how_many_handlers_run_at_once_follows_from_the_pool(dialect: str, pool: int, at_once: int) -> None:
+    """Three quarters of it; on SQLite there is one writer."""
+    assert handlers_at_once(dialect, pool) == at_once
+
+
+@pytest.mark.parametrize(("pool", "groups", "said"), [(1, 1, "set MAINSTAY_DATABASE_POOL_SIZE to 4"), (2, 1, "")])
+async def test_check_says_where_the_pool_is_too_small(postgres_url: str, pool: int, groups: int, said: str) -> None:
+    """With one connection a handler with an inbox leaves none to others."""
+    routers: list[EventRouter] = []
+    for number in range(groups):
+        router = EventRouter()
+        add(router, f"g{number}")
+        routers.append(router)
+    async with service(postgres_url, *routers, pool=pool) as app:
+        module = next(module for module in app.modules if isinstance(module, EventsModule))
+        found = "; ".join(await module.inspect(app))
+        assert said in found
+        assert bool(said) == bool(found)
+
+
+def add(router: EventRouter, group: str) -> Callable[..., Any]:
+    """A handler that does nothing."""
+
+    @router.on(Line, group=group, inbox=True)
+    async def handle(_event: Event) -> None: ...
+
+    return handle
