@@ -53,6 +53,10 @@ class Process:
             self._process.join()
             pytest.fail(f"the worker ended with status {self._process.exitcode}")
 
+    def ended(self) -> bool:
+        """Whether it is gone by itself."""
+        return self._process.exitcode is not None
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()

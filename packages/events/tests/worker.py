@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,8 +34,15 @@ class Step(Event, type="fault.step", version="1.0", key="key"):
     number: int
 
 
+class Loose(Event, type="fault.loose", version="1.0"):
+    key: str
+    number: int
+
+
 def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
-    settings = EventsSettings(topics={"fault.step": options["topic"]}, **{**options["events"], **more})
+    settings = EventsSettings(
+        topics={"fault.step": options["topic"], "fault.loose": options["topic"]}, **{**options["events"], **more}
+    )
     modules: list[Any] = [EventsModule.for_root(settings), EventsModule.for_feature(*routers)]
     if options["url"]:
         database = DatabaseSettings(url=SecretStr(options["url"]), **options.get("database", {}))
@@ -60,6 +68,33 @@ def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
     return events
 
 
+ENDS = "ends its process"
+"""The key of what no process survives."""
+
+
+def noting(options: dict[str, Any]) -> EventRouter:
+    """Handlers that note each call in a file before anything else."""
+    events = EventRouter()
+
+    calls = Path(options["calls"]).open("a", buffering=1)  # noqa: SIM115  for as long as the process lives
+
+    async def note(event: Step | Loose) -> None:
+        calls.write(f"{event.key} {event.number}\n")
+        if event.key == ENDS:
+            os._exit(1)
+        await asyncio.sleep(options["slow"] if event.key == "slow" else 0)
+
+    @events.on(Step, group=options["group"], **options.get("on", {}))
+    async def keyed(event: Step) -> None:
+        await note(event)
+
+    @events.on(Loose, group=options["group"], **options.get("on", {}))
+    async def keyless(event: Loose) -> None:
+        await note(event)
+
+    return events
+
+
 async def main(options: dict[str, Any], told: Connection) -> None:
     if options.get("hang") == "after sending":
 
@@ -80,7 +115,9 @@ async def main(options: dict[str, Any], told: Connection) -> None:
 
         producer.Carrier._guarded = frozen  # type: ignore[method-assign]
     holder: list[App] = []
-    routers = [] if options.get("relay only") else [recorder(options, holder)]
+    routers = (
+        [] if options.get("relay only") else [noting(options) if "calls" in options else recorder(options, holder)]
+    )
     app = service(options, *routers)
     holder.append(app)
     async with app.running(serve=True):

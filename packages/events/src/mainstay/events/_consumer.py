@@ -8,9 +8,11 @@ import math
 from collections.abc import Collection, Sequence
 
 from mainstay.core import Clock, Drain, Health, spawn
+from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Assignment, Delivery, Route
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
+from mainstay.events._intake import Intake
 from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, PARKED_KEYS, REVOKED
 from mainstay.events._parking import Parking
 from mainstay.events._queues import Queues
@@ -38,6 +40,7 @@ class Consumer:
         transport: where it reads.
         dead_letters: where what cannot be handled goes.
         parking: the group's parked keys, None without a Database.
+        crashes: how the holders of partitions ended, None without a Database.
         concurrency: the most handlers at once.
         window_bytes: about how much of the topics is in memory at once.
         drain_seconds: how long handlers may finish when a partition moves away.
@@ -54,6 +57,7 @@ class Consumer:
         transport: Transport,
         dead_letters: DeadLetterStore,
         parking: Parking | None,
+        crashes: Crashes | None,
         concurrency: int,
         window_bytes: int,
         drain_seconds: float,
@@ -66,19 +70,19 @@ class Consumer:
         self._transport = transport
         self._dead_letters = dead_letters
         self._parking = parking
+        self._crashes = crashes
         self._concurrency = concurrency
         self._window_bytes = window_bytes
         self._drain_seconds = drain_seconds
         self._stuck_seconds = stuck_seconds
         self._clock = clock
         self._assignments: dict[Assignment, None] = {}
-        self._unread: dict[Assignment, None] = {}  # whose parked keys are not known yet: nothing is handed out
         self._queues: Queues | None = None
         self._source: Source | None = None
         self._dispatcher = self._new_dispatcher()
+        self._intake = self._new_intake()
         self._committing = asyncio.Lock()
         self._trouble: str | None = None
-        self._unknown: str | None = None
         self._serving = False
 
     def _new_dispatcher(self) -> Dispatcher:
@@ -92,6 +96,16 @@ class Consumer:
         return Dispatcher(
             self.group, self._routes, concurrency=self._concurrency, failures=failures, clock=self._clock
         )  # fmt: skip
+
+    def _new_intake(self) -> Intake:
+        return Intake(
+            self.group,
+            self._dispatcher,
+            parking=self._parking,
+            crashes=self._crashes,
+            window=_WINDOW,
+            clock=self._clock,
+        )
 
     async def serve(self, drain: Drain) -> None:
         """Consume until the drain begins, whatever happens to the transport; then finish what is in flight."""
@@ -113,6 +127,7 @@ class Consumer:
 
     async def _session(self, drain: Drain) -> None:
         self._dispatcher = dispatcher = self._new_dispatcher()
+        self._intake = self._new_intake()
         self._assignments.clear()
         try:
             async with self._transport.source(self.group, self._topics, self) as source:
@@ -125,6 +140,7 @@ class Consumer:
                     self._trouble = None
                     while not drain.begun:
                         await self._turn(source)
+                    await self._intake.give_up(self._intake.held(self._assignments))
                     # What runs is finished before the partitions are given back; the App's own drain time ends this.
                     await self._drain(list(self._assignments), math.inf)
                 except Exception:
@@ -138,11 +154,11 @@ class Consumer:
                         await self._leave()
         finally:
             self._source = None
+            await self._intake.stop()
             await dispatcher.stop()
             if self._queues is not None:
                 await self._queues.stop()
             self._assignments.clear()
-            self._unread.clear()
 
     async def _drain(self, assignments: Collection[Assignment], seconds: float) -> bool:
         """Start nothing more of partitions and of the queues of their parked keys, and wait for the calls that run."""
@@ -151,24 +167,9 @@ class Consumer:
             await self._queues.settle(assignments, _CLOSING_SECONDS)
         return finished
 
-    async def _read_parked_keys(self) -> None:
-        """Know the parked keys of new partitions, before anything of theirs is handed out."""
-        assert self._parking is not None  # noqa: S101  nothing is unread without
-        try:
-            for assignment in list(self._unread):
-                assignment.parked |= await self._parking.keys_of(assignment.topic)
-                self._unread.pop(assignment, None)
-        except Exception as error:  # noqa: BLE001  the database comes back
-            self._unknown = type(error).__name__
-            _log.warning("group %s does not know its parked keys and waits", self.group, exc_info=error)
-            await self._dispatcher.progress(_RECONNECT_SECONDS[0])
-        else:
-            self._unknown = None
-
     async def _turn(self, source: Source) -> None:
         self._dispatcher.check()
-        if self._unread:
-            await self._read_parked_keys()
+        await self._intake.learn()
         share = self._window_bytes // max(1, len(self._assignments))
         ready: list[Assignment] = []
         for assignment in self._assignments:
@@ -176,7 +177,7 @@ class Consumer:
             if waiting >= _WINDOW or (waiting and waiting * assignment.record_bytes >= share):
                 if self._parking is not None:
                     self._dispatcher.make_room(assignment)
-            elif assignment.open and assignment not in self._unread:
+            elif assignment.open and self._intake.takes(assignment):
                 ready.append(assignment)
         if not ready and self._assignments:
             await self._dispatcher.progress(_COMMIT_SECONDS)
@@ -185,8 +186,8 @@ class Consumer:
             if assignment.open:
                 assignment.record_bytes = sum(map(_size_of, records)) // len(records)
                 assignment.most = min(_MOST, max(1, share // assignment.record_bytes))
-                self._dispatcher.feed(assignment, records)
         if fetched:
+            await self._intake.take({each: records for each, records in fetched.items() if each.open})
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
 
     async def _commit_often(self) -> None:
@@ -243,8 +244,7 @@ class Consumer:
         """See `Reader`."""
         assignment = Assignment(topic, partition)
         self._assignments[assignment] = None
-        if self._parking is not None:
-            self._unread[assignment] = None
+        self._intake.assigned(assignment)
         return assignment
 
     async def revoked(self, assignments: Collection[Assignment]) -> None:
@@ -259,9 +259,11 @@ class Consumer:
         except Exception:  # noqa: BLE001  the partitions go all the same; their next owner repeats
             _log.exception("group %s could not commit what it gave up: its next owner will repeat some", self.group)
         finally:
+            held = self._intake.held(mine)
             self._forget(mine)
             if not finished:
                 await self._dispatcher.cancel(_with_queues(mine))
+            await self._intake.give_up(held)
 
     async def lost(self, assignments: Collection[Assignment]) -> None:
         """See `Reader`."""
@@ -272,7 +274,7 @@ class Consumer:
     def _forget(self, assignments: Collection[Assignment]) -> None:
         for assignment in assignments:
             self._assignments.pop(assignment, None)
-            self._unread.pop(assignment, None)
+        self._intake.forget(assignments)
 
     @property
     def idle(self) -> bool:
@@ -290,8 +292,8 @@ class Consumer:
             return Health("degraded", f"group {self.group}: the transport is away ({self._trouble})")
         if self._source is not None and self._source.absent:
             return Health("degraded", f"group {self.group}: {'; '.join(self._source.absent.values())}")
-        if self._unknown is not None:
-            return Health("degraded", f"group {self.group}: its parked keys are not known ({self._unknown})")
+        if self._intake.trouble is not None:
+            return Health("degraded", f"group {self.group}: its parked keys are not known ({self._intake.trouble})")
         oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")

@@ -85,6 +85,7 @@ class Delivery:
         "next",
         "postponed",
         "record",
+        "refused",
         "timer",
         "verdict",
         "waited",
@@ -104,7 +105,13 @@ class Delivery:
         self.error: Exception | None = None  # the last one
         self.timer: Timer | None = None  # until its next attempt
         self.again_at = 0.0
+        self.refused: Exception | None = None  # why it is not called, whatever may come
         self.verdict: Verdict | None = None
+
+    def judge(self, verdict: Verdict) -> None:
+        """Say what becomes of it: it is not called any more."""
+        self.verdict = verdict
+        self.refused = verdict.error
 
     @property
     def record_name(self) -> str:

@@ -254,7 +254,7 @@ class Dispatcher:
                 record = delivery.record
                 headers = dict(record.headers)
                 route = routes.get(headers.get(TYPE) or b"")
-                error: Exception | None = delivery.verdict and delivery.verdict.error
+                error: Exception | None = delivery.refused
                 handling: Handling | None = None
                 clean = True
                 if error is None and (route is None or ONLY_GROUP in headers):

@@ -77,10 +77,13 @@ class Failures:
             if again is not None and not delivery.assignment.queue:
                 delivery.error = error
                 return again
-            delivery.verdict = self._verdict(delivery, route, handling, error, again)
+            verdict = self._verdict(delivery, route, handling, error, again)
+            delivery.judge(verdict)
             delivery.waited = 0.0 if again is None else delivery.waited
+        else:
+            verdict = delivery.verdict
         try:
-            await self._carry_out(delivery, delivery.verdict)
+            await self._carry_out(delivery, verdict)
         except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
             return self._not_stored(delivery, "what could not be handled")
@@ -193,6 +196,6 @@ def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: floa
             continue
         if delivery.record.key is not None and delivery.again_at - (delivery.began_at or 0.0) >= _PATIENCE_SECONDS:
             delivery.timer.cancel()
-            delivery.verdict = Verdict(delivery.error, parks=True, due_seconds=max(0.0, delivery.again_at - now))
+            delivery.judge(Verdict(delivery.error, parks=True, due_seconds=max(0.0, delivery.again_at - now)))
             found.append(delivery)
     return found

@@ -77,3 +77,11 @@ class SkippedError(EventsError):
     """A person has skipped the event, which had kept failing."""
 
     code = "SYS_EVENTS_SKIPPED"
+
+
+class ProcessEndedError(EventsError):
+    """The processes that handled the event ended during its call, as often as is allowed: it is not called again."""
+
+    code = "SYS_EVENTS_PROCESS_ENDED"
+    retryable = False
+    public_message = "The event could not be handled."

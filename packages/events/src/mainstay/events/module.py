@@ -12,6 +12,7 @@ from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
+from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Route
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._memory import MemoryTransport
@@ -60,8 +61,11 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         return [DatabaseModule] if self._needs_database() else []
 
     def _needs_database(self) -> bool:
-        return self.settings.writes_database or any(
-            subscription.inbox or subscription.on_failure == "park" for subscription in self._subscriptions()
+        counted = "crash_attempts" in self.settings.model_fields_set
+        return (
+            self.settings.writes_database
+            or counted
+            or any(subscription.inbox or subscription.on_failure == "park" for subscription in self._subscriptions())
         )
 
     def _subscriptions(self) -> list[Subscription]:
@@ -154,6 +158,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             inbox: Inbox | None = None
             if database is not None and self._has_inbox():
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
+            counts = database is not None and settings.transport != "memory"
+            crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
             consumers = [
                 Consumer(
                     group,
@@ -163,6 +169,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     dead_letters=letters,
                     parking=None if database is None else Parking(database, group),
                     concurrency=self._concurrency(group, inbox),
+                    crashes=crashes,
                     window_bytes=settings.window_bytes,
                     drain_seconds=settings.drain_seconds,
                     stuck_seconds=settings.stuck_seconds,

@@ -36,6 +36,8 @@ class EventsSettings(Settings):
         retry_attempts: how often a handler is called before its event becomes a dead letter, unless `on(retry=…)` says
             it.
         retry_initial_seconds, retry_max_seconds: the waits between attempts, exponential with full jitter.
+        crash_attempts: how often the call of an event may end its process before the event is given up. Counted in the
+            Database; on `kafka` without one nothing is counted, and the event is called for ever.
         drain_seconds: how long handlers may take to finish when their partition moves to another process.
         stuck_seconds: an event in flight for longer than this makes the health degraded.
         send_seconds: how long a confirmation by the broker may take.
@@ -61,6 +63,7 @@ class EventsSettings(Settings):
     retry_attempts: int = Field(default=5, ge=1)
     retry_initial_seconds: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     retry_max_seconds: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    crash_attempts: int = Field(default=3, ge=1)
     drain_seconds: float = Field(default=10.0, gt=0, le=3600)
     stuck_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     send_seconds: float = Field(default=30.0, ge=1, le=3600)
@@ -123,7 +126,7 @@ class EventsSettings(Settings):
                     f"transport {self.transport!r} cannot honour log_days: only the sql log is deleted by this service"
                 )
                 raise ValueError(msg)
-            if self.transport == "memory" and field == "lease_seconds":
+            if self.transport == "memory" and field in {"lease_seconds", "crash_attempts"}:
                 msg = f"transport 'memory' cannot honour {field}: no other process takes part"
                 raise ValueError(msg)
             if not self.kafka_create_topics and field in {"partitions", "kafka_replicas"}:

@@ -121,3 +121,17 @@ def upgrade() -> None:
     op.create_index(
         "mainstay_events_parked_queue", "mainstay_events_parked", ["group_name", "topic", "key", "position"]
     )
+    op.create_table(
+        "mainstay_events_holders",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("topic", sa.Text, primary_key=True),
+        sa.Column("partition", sa.Integer, primary_key=True),
+        sa.Column("holder", sa.Uuid, nullable=False),
+        sa.Column("held", sa.Boolean, nullable=False),
+        sa.Column("first", sa.BigInteger, nullable=False),
+        sa.Column("ends", sa.Integer, nullable=False),
+        sa.Column("called", sa.BigInteger),
+        sa.Column("calling", sa.Boolean, nullable=False),
+        sa.Column("called_seconds", sa.Double, nullable=False),
+        sa.Column("crashes", sa.Integer, nullable=False),
+    )

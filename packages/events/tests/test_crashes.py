@@ -1,0 +1,181 @@
+"""Events that end their process: counted over its ends, given up after some; a kill is held against no healthy one."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from pydantic import SecretStr
+
+from mainstay.core import App
+from mainstay.core.testing import eventually
+from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.events import DeadLetters, EventPublisher, EventsModule, EventsSettings, ParkedKeys
+from mainstay.events._crashes import Crashes, Holding
+from mainstay.events._delivery import Assignment
+from mainstay.events._transport import LogRecord
+from mainstay.events.tables import HOLDERS
+from packages.events.tests.test_faults import processes
+from packages.events.tests.worker import ENDS, Loose, Step, service
+
+pytestmark = [
+    pytest.mark.usefixtures("aiokafka_garbage"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
+]
+
+
+@pytest.fixture
+def options(database_url: str, prefix: str, tmp_path: Path) -> dict[str, Any]:
+    """A service whose handlers note their calls."""
+    return {
+        "url": database_url,
+        "topic": f"{prefix}-fault",
+        "group": f"{prefix}-g",
+        "calls": str(tmp_path / "calls"),
+        "slow": 3600.0,
+        "on": {"on_failure": "park"},
+        "events": {"transport": "sql", "lease_seconds": 1.0, "partitions": 1, "crash_attempts": 2},
+    }
+
+
+def calls_of(options: dict[str, Any]) -> list[str]:
+    """What was called so far, in order."""
+    path = Path(options["calls"])
+    return path.read_text().splitlines() if path.exists() else []
+
+
+async def started_until_one_lives(options: dict[str, Any], done: Callable[[], Any]) -> int:
+    """How many processes ended before the one under which `done()` came true."""
+    ended = 0
+    async with asyncio.timeout(180), processes() as start:
+        while True:
+            process = await start(options)
+            while not process.ended():
+                if await done():
+                    return ended
+                await asyncio.sleep(0.05)
+            ended += 1
+
+
+async def test_an_event_that_ends_its_process_is_parked_after_some_ends(options: dict[str, Any]) -> None:
+    """And what follows of other keys is handled, without being repeated at every start."""
+    async with service(options) as app:
+        good = [Step(key=f"k{number}", number=number) for number in range(20)]
+        bad = Step(key=ENDS, number=0)
+        await app.get(EventPublisher).publish_batch([*good[:5], bad, *good[5:], Step(key=ENDS, number=1)])
+
+        async def parked() -> bool:
+            return [key.waiting for key in await app.get(ParkedKeys).list()] == [2]
+
+        ended = await started_until_one_lives(options, parked)
+        (key,) = await app.get(ParkedKeys).list()
+        assert key.key == ENDS.encode()
+        assert "its process ended 2 times while it was handled" in key.error
+        assert ended == 4, "two before it was read carefully, two that are held against the event"
+        calls = calls_of(options)
+        assert calls.count(f"{ENDS} 0") == 4
+        assert f"{ENDS} 1" not in calls
+        for event in good:  # those in front of it once more, where its first careful call came before their commit
+            most = 4 if event.number < 5 else 3
+            assert 1 <= calls.count(f"{event.key} {event.number}") <= most, "not at every start"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_without_a_key_it_is_a_dead_letter(options: dict[str, Any]) -> None:
+    """There is nothing to park."""
+    options["events"]["crash_attempts"] = 1
+    async with service(options) as app:
+        await app.get(EventPublisher).publish_batch([Loose(key=ENDS, number=0), Loose(key="good", number=1)])
+
+        async def handled() -> bool:
+            return "good 1" in calls_of(options) and bool(await app.get(DeadLetters).list())
+
+        await started_until_one_lives(options, handled)
+        (letter,) = await app.get(DeadLetters).list()
+        assert "its process ended 1 times while it was handled" in letter.error
+        assert letter.attempts == 1
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_on_kafka_with_a_database_too(options: dict[str, Any], kafka: str) -> None:
+    """Its broker keeps a dead member's partitions for six seconds at least, so once is enough here."""
+    options["events"] = {
+        "transport": "kafka", "kafka_servers": kafka, "partitions": 1, "lease_seconds": 1.0, "crash_attempts": 1
+    }  # fmt: skip
+    async with service(options) as app:
+        await app.get(EventPublisher).publish_batch([Step(key=ENDS, number=0), Step(key="good", number=1)])
+
+        async def parked() -> bool:
+            return "good 1" in calls_of(options) and bool(await app.get(ParkedKeys).list())
+
+        assert await started_until_one_lives(options, parked) == 3
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_slow_event_whose_process_is_killed_again_and_again_is_not_given_up(options: dict[str, Any]) -> None:
+    """Kills that do not wait for its call also strike while it is only waited with: then it is not to blame."""
+    async with service(options) as app:
+        await app.get(EventPublisher).publish(Step(key="slow", number=1))
+        database = app.get(Database)
+        struck: dict[object, tuple[int, bool]] = {}
+
+        async def to_be_killed() -> bool:
+            """Once it waits with the event, or has been calling it for a while."""
+            rows = await database.read(sa.select(HOLDERS))
+            if not rows or rows[0].holder in struck:
+                return False
+            row = rows[0]
+            if row.ends >= 2 or row.crashes:
+                ready = row.crashes == 1 or row.called_seconds >= 2
+            else:
+                ready = len(calls_of(options)) > calls
+            if ready:
+                struck[row.holder] = (row.crashes, row.calling)
+            return ready
+
+        async with processes() as start:
+            for _ in range(6):
+                calls = len(calls_of(options))
+                process = await start(options)
+                await eventually(to_be_killed, seconds=60, what="a call, or a wait")
+                process.kill()
+            assert list(struck.values()) == [(0, False)] * 2 + [(0, True), (1, False)] * 2
+            await start({**options, "slow": 0.0})
+            await eventually(lambda: len(calls_of(options)) == 5, what="the last call")
+
+            async def at_rest() -> bool:
+                row = (await database.read(sa.select(HOLDERS)))[0]
+                return not row.calling and row.crashes == 0
+
+            await eventually(at_rest, what="the end of the call")
+        assert await app.get(ParkedKeys).list() == []
+        assert await app.get(DeadLetters).list() == []
+
+
+async def test_what_is_given_up_before_its_end_counts_for_nothing(sqlite_url: str) -> None:
+    """A deploy notes that before it drains, so a drain that is cut short by a kill is held against no event."""
+    record = LogRecord("t", 0, 7, b"k", b"", [])
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    async with App(database, EventsModule.for_root(EventsSettings())) as app:
+        crashes = [Crashes(app.get(Database), 3) for _process in range(6)]
+
+        async def hold(number: int, record: LogRecord = record) -> Holding:
+            assignment = Assignment("t", 0)
+            return (await crashes[number].hold("g", {assignment: record}))[assignment]
+
+        await hold(0)
+        assert not (await hold(1)).careful, "one end says nothing"
+        careful = await hold(2)
+        assert careful.careful
+        await careful.calls(record)
+        await crashes[2].give_up([careful])
+        after = await hold(3)
+        assert after.suspicion(record) is None
+        await after.calls(record)
+        assert (await hold(4)).suspicion(record) is not None
+        beyond = LogRecord("t", 0, 8, b"k", b"", [])
+        last = await hold(5, beyond)
+        assert last.suspicion(record) is None, "its process ended while it was not called"
+        assert not last.careful, "and there was progress"
