@@ -133,7 +133,7 @@ async def test_a_slow_event_whose_process_is_killed_again_and_again_is_not_given
                 ready = len(calls_of(options)) > calls
             if ready:
                 struck[row.holder] = (row.crashes, row.calling)
-            return ready
+            return bool(ready)
 
         async with processes() as start:
             for _ in range(6):
