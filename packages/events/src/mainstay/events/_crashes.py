@@ -103,7 +103,7 @@ class Crashes:
         holding = Holding(self._database, group, assignment, suspect)
         holding.ends = ends
         holding.careful = ends >= _ENDS or suspect is not None
-        row = {
+        row: dict[str, object] = {
             "group_name": group,
             "topic": assignment.topic,
             "partition": assignment.number,
