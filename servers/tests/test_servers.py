@@ -2,6 +2,8 @@
 
 import os
 import socket
+import ssl
+import stat
 import subprocess
 import sys
 import time
@@ -14,7 +16,17 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from mainstay_servers import Databases, Kafka, MissingServer, Postgres, Redis, flush, fresh_database, install
+from mainstay_servers import (
+    Databases,
+    Kafka,
+    MissingServer,
+    Postgres,
+    Redis,
+    SecureKafka,
+    flush,
+    fresh_database,
+    install,
+)
 
 
 def _until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -132,6 +144,28 @@ def test_kafka_comes_back_after_a_kill(own_kafka: Kafka):
     assert not _listening(port)
     own_kafka.start()
     assert _listening(port)
+
+
+@pytest.mark.parametrize(
+    ("listener", "trusted"), [("SSL", True), ("MTLS", True), ("SASL_SSL", True), ("EXPIRED", False)]
+)
+def test_secure_kafka_shows_certificates_of_its_own_authority(secure_kafka: SecureKafka, listener: str, trusted: bool):
+    """A client that trusts the authority accepts what the listeners show, but for the one of yesterday."""
+    host, port = secure_kafka.address_of(listener).split(":")
+    context = ssl.create_default_context(cafile=secure_kafka.ca_file)
+    with socket.create_connection((host, int(port))) as plain:
+        if trusted:
+            context.wrap_socket(plain, server_hostname=host).close()
+        else:
+            with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+                context.wrap_socket(plain, server_hostname=host)
+
+
+def test_secure_kafka_keeps_its_keys_to_itself(secure_kafka: SecureKafka):
+    """Nobody else on the machine reads a private key."""
+    keys = [path for path in secure_kafka.directory.iterdir() if path.suffix in {".key", ".both"}]
+    assert keys
+    assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
 
 
 def test_nothing_outlives_a_killed_run():

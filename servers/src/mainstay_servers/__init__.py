@@ -6,6 +6,7 @@ from mainstay_servers.kafka import Kafka
 from mainstay_servers.postgres import Databases, PgBouncer, Postgres, fresh_database
 from mainstay_servers.process import Server, ServerError
 from mainstay_servers.redis import Redis, flush
+from mainstay_servers.secure import SecureKafka
 
 __all__ = [
     "Databases",
@@ -16,6 +17,7 @@ __all__ = [
     "PgBouncer",
     "Postgres",
     "Redis",
+    "SecureKafka",
     "Server",
     "ServerError",
     "Standby",

@@ -24,16 +24,30 @@ class Kafka(Server):
         """The bootstrap address."""
         return f"127.0.0.1:{self.port}"
 
+    # ------------------------------------------------------------------------------------------------ for subclasses
+    def listeners(self) -> dict[str, int]:
+        """Return the port of each listener for clients."""
+        return {"PLAINTEXT": self.port}
+
+    def more_properties(self) -> str:
+        """Return further lines of `server.properties`."""
+        return ""
+
+    def more_format_arguments(self) -> Sequence[str]:
+        """Return further arguments of `StorageTool format`."""
+        return []
+
     def prepare(self) -> None:
         """Write the configuration and format the log directory."""
         kafka_jars()
         properties = self.directory / "server.properties"
+        listeners = ",".join(f"{name}://127.0.0.1:{port}" for name, port in self.listeners().items())
         properties.write_text(
             f"""\
 process.roles=broker,controller
 node.id=1
-listeners=PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self._controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{self.port}
+listeners={listeners},CONTROLLER://127.0.0.1:{self._controller_port}
+advertised.listeners={listeners}
 controller.listener.names=CONTROLLER
 controller.quorum.bootstrap.servers=127.0.0.1:{self._controller_port}
 log.dirs={self.directory / "data"}
@@ -50,12 +64,13 @@ broker.session.timeout.ms=1000
 broker.heartbeat.interval.ms=200
 # How often an idle controller writes that there is nothing to write; twice a second is a quarter of what it does.
 metadata.max.idle.interval.ms=5000
+{self.more_properties()}
 """,
         )
         # As `random-uuid` of the tool makes one, without a Java machine of its own for it.
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "--standalone")
-        self.run_once(*self._java(), *tool, "-c", str(properties))
+        self.run_once(*self._java(), *tool, *self.more_format_arguments(), "-c", str(properties))
 
     def command(self) -> Sequence[str]:
         """Return the command of the broker."""

@@ -7,6 +7,7 @@ Shared for the whole run, and replaceable by an address in the environment:
   whose user may create databases)
 - `pgbouncer`: the URL of the same fresh database by way of PgBouncer in transaction pooling
 - `redis_url`: the URL of a database that was emptied before the test (`MAINSTAY_TEST_REDIS`: give a number of its own)
+- `secure_kafka`: a second Kafka, always the run's own, with TLS, mutual TLS, SASL and rights by account
 
 A server of the test's own, to be killed, paused and restarted: `own_kafka`, `own_postgres`, `own_redis`.
 
@@ -24,6 +25,7 @@ from mainstay_servers.kafka import Kafka
 from mainstay_servers.postgres import Databases, PgBouncer, Postgres
 from mainstay_servers.process import Server
 from mainstay_servers.redis import Redis, flush
+from mainstay_servers.secure import SecureKafka
 
 _MARK = "no real server: "
 
@@ -58,6 +60,12 @@ def kafka() -> Iterator[str]:
     else:
         for server in owned(Kafka()):
             yield server.address
+
+
+@pytest.fixture(scope="session")
+def secure_kafka() -> Iterator[SecureKafka]:
+    """The run's Kafka with listeners that ask who is there; `SecureKafka` says which, and who is."""
+    yield from owned(SecureKafka())
 
 
 @pytest.fixture(scope="session")
