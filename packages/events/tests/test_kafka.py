@@ -17,7 +17,7 @@ from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
 from pydantic import SecretStr
 
-from mainstay.core import App, bind, current
+from mainstay.core import SYSTEM_CLOCK, App, bind, current
 from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import (
@@ -35,6 +35,7 @@ from mainstay.events import (
 from mainstay.events._aiokafka.client import connection
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
+from mainstay.events._kafka.seam import Contact
 from mainstay.events._kafka.topics import MissingTopicError
 from mainstay.events.metadata import Outgoing
 from mainstay_servers import Kafka
@@ -453,21 +454,21 @@ async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix:
         await admin.close()
 
 
-def test_secure_connections_are_configured_whole() -> None:
-    """Protocol, mechanism, account and certificate authority reach the client."""
-    settings = EventsSettings(
-        transport="kafka",
-        kafka_servers="x:1",
-        kafka_protocol="SASL_SSL",
-        kafka_username="ann",
-        kafka_password="hunter2",
-        kafka_mechanism="SCRAM-SHA-256",
-    )
-    options = connection(settings)
-    assert options["security_protocol"] == "SASL_SSL"
-    assert options["sasl_mechanism"] == "SCRAM-SHA-256"
-    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("ann", "hunter2")
-    assert options["ssl_context"].check_hostname
+def test_options_reach_the_clients_that_know_them() -> None:
+    """Each under its name there, over what we would choose ourselves."""
+    options: dict[str, int | str] = {
+        "linger.ms": 20,
+        "compression.type": "none",
+        "fetch.min.bytes": 7,
+        "retry.backoff.ms": 50,
+    }
+    contact = Contact(EventsSettings(transport="kafka", kafka_servers="x:1", kafka_options=options), SYSTEM_CLOCK)
+    every = {"bootstrap_servers", "client_id", "request_timeout_ms", "security_protocol", "retry_backoff_ms"}
+    assert set(connection(contact)) == every
+    consumer = connection(contact, "consumer", fetch_min_bytes=1, fetch_max_wait_ms=2)
+    assert consumer.items() >= {"fetch_min_bytes": 7, "fetch_max_wait_ms": 2, "retry_backoff_ms": 50}.items()
+    producer = connection(contact, "producer", "direct", linger_ms=5, compression_type="lz4")
+    assert producer.items() >= {"linger_ms": 20, "compression_type": None}.items()
 
 
 class Reading:

@@ -88,9 +88,9 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     *(
         (
             partial(app, transport="kafka", kafka_servers="[::1]:9092, h:1", kafka_protocol="SSL", kafka_ca_file=file),
-            f"MAINSTAY_EVENTS_KAFKA_CA_FILE={file} is no file of certificates",
+            f"MAINSTAY_EVENTS_KAFKA_CA_FILE={file} {wrong}",
         )
-        for file in ("/nowhere/ca.pem", __file__)
+        for file, wrong in {"/nowhere/ca.pem": "cannot be read", __file__: "holds no certificate"}.items()
     ),
     (lambda: app(transport="sql", outbox=True), "its log is its own outbox"),
     (lambda: app(transport="memory", log_days=1), "cannot honour log_days"),

@@ -16,7 +16,7 @@ from mainstay.events.parked import ParkedKey, ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvent, RefusedEvents
 from mainstay.events.router import EventRouter
-from mainstay.events.settings import EventsSettings
+from mainstay.events.settings import EventsSettings, KafkaToken
 
 __all__ = [
     "DeadLetter",
@@ -29,6 +29,7 @@ __all__ = [
     "EventsError",
     "EventsModule",
     "EventsSettings",
+    "KafkaToken",
     "Metadata",
     "NotParkedError",
     "ParkedKey",

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, ImportString, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import FullJitter, Retry, Settings
 from mainstay.events.event import TOPIC_RULE, EventDefinition, is_topic
 
-__all__ = ["EventsSettings"]
+__all__ = ["EventsSettings", "KafkaToken"]
 
 _SERVER = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
 _LAST_PORT = 65_535
+_INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+# Options of Kafka's clients that change how much is carried at once, and nothing that is promised: each with the least
+# and the most that is taken, or with the values that there are.
+_CLIENT_OPTIONS: dict[str, tuple[int, int] | frozenset[str]] = {
+    "batch.size": (0, 16 * 1024 * 1024),
+    "compression.type": frozenset({"none", "gzip", "snappy", "lz4", "zstd"}),
+    "connections.max.idle.ms": (10_000, 86_400_000),
+    "fetch.max.bytes": (1024, 1024 * 1024 * 1024),
+    "fetch.max.wait.ms": (1, 10_000),
+    "fetch.min.bytes": (1, 64 * 1024 * 1024),
+    "linger.ms": (0, 5_000),
+    "max.partition.fetch.bytes": (1024, 1024 * 1024 * 1024),
+    "metadata.max.age.ms": (1_000, 3_600_000),
+    "retry.backoff.ms": (10, 60_000),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaToken:
+    """A token for OAUTHBEARER, as its issuer has given it.
+
+    Args:
+        value: what the broker is shown.
+        expires_in_seconds: how long it counts from now. A new one is asked for before that time is over.
+    """
+
+    value: SecretStr
+    expires_in_seconds: float
 
 
 class EventsSettings(Settings):
@@ -47,7 +78,23 @@ class EventsSettings(Settings):
         kafka_servers: addresses to find the cluster by, `host:port,host:port`.
         kafka_create_topics: create the topics that do not exist. Default: True.
         kafka_replicas: how many brokers keep each topic that is created; by default what the cluster says.
-        kafka_protocol, kafka_mechanism, kafka_username, kafka_password, kafka_ca_file: how to connect securely.
+        kafka_protocol: `SSL` encrypts, `SASL_PLAINTEXT` shows an account, `SASL_SSL` does both. Default: `PLAINTEXT`.
+        kafka_ca_file: certificates of the authorities that may have signed the brokers', in PEM form. By default those
+            that the system trusts.
+        kafka_certificate_file: the certificate that this service shows to brokers that ask for one, in PEM form.
+        kafka_key_file: its private key, in PEM form. By default it is in the file of the certificate.
+        kafka_key_password: of the private key, if it has one.
+        kafka_mechanism: how SASL shows the account. Default: `PLAIN`.
+        kafka_username, kafka_password: the account, for all mechanisms but `OAUTHBEARER`.
+        kafka_token: `OAUTHBEARER` only: an async function without parameters that gets a `KafkaToken` from its issuer;
+            in the environment its place, `package.module:function`. It is called when a token is needed and then once
+            before each expires, not for each connection.
+        kafka_instance_id: a name of this process that it keeps over restarts and shares with no other, such as that of
+            a pod of a StatefulSet. A process that is back within `lease_seconds` finds its partitions waiting, without
+            a rebalance; one that stops for good keeps them from others for so long.
+        kafka_options: options of the client, by Kafka's names: `batch.size`, `compression.type`,
+            `connections.max.idle.ms`, `fetch.max.bytes`, `fetch.max.wait.ms`, `fetch.min.bytes`, `linger.ms`,
+            `max.partition.fetch.bytes`, `metadata.max.age.ms`, `retry.backoff.ms`.
     """
 
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_EVENTS_")
@@ -74,10 +121,16 @@ class EventsSettings(Settings):
     kafka_create_topics: bool = True
     kafka_replicas: int | None = Field(default=None, ge=1)
     kafka_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    kafka_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    kafka_ca_file: str | None = None
+    kafka_certificate_file: str | None = None
+    kafka_key_file: str | None = None
+    kafka_key_password: SecretStr | None = None
+    kafka_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = "PLAIN"
     kafka_username: str | None = None
     kafka_password: SecretStr | None = None
-    kafka_ca_file: str | None = None
+    kafka_token: ImportString[Callable[[], Awaitable[KafkaToken]]] | None = None
+    kafka_instance_id: str | None = None
+    kafka_options: dict[str, int | str] = Field(default_factory=dict[str, int | str])
 
     @field_validator("topics")
     @classmethod
@@ -104,55 +157,87 @@ class EventsSettings(Settings):
                 raise ValueError(msg)
         return ",".join(addresses)
 
+    @field_validator("kafka_instance_id")
+    @classmethod
+    def _is_instance(cls, name: str | None) -> str | None:
+        if name is not None and _INSTANCE.fullmatch(name) is None:
+            msg = f"{name!r} is no name of a member: 1 to 249 letters, digits, dots, underscores and hyphens"
+            raise ValueError(msg)
+        return name
+
+    @field_validator("kafka_options")
+    @classmethod
+    def _are_options(cls, options: dict[str, int | str]) -> dict[str, int | str]:
+        for name, value in options.items():
+            allowed = _CLIENT_OPTIONS.get(name)
+            if allowed is None:
+                msg = f"{name!r} cannot be passed to the client; {', '.join(_CLIENT_OPTIONS)} can"
+                raise ValueError(msg)
+            if isinstance(allowed, frozenset):
+                taken, wanted = value in allowed, f"one of {', '.join(sorted(allowed))}"
+            else:
+                taken = isinstance(value, int) and allowed[0] <= value <= allowed[1]
+                wanted = f"a whole number from {allowed[0]} to {allowed[1]}"
+            if not taken:
+                msg = f"{name!r} is {value!r}, and must be {wanted}"
+                raise ValueError(msg)
+        return options
+
     @model_validator(mode="after")
     def _honoured(self) -> Self:
         for field in sorted(self.model_fields_set):
-            if getattr(self, field) is None:
-                continue
-            if self.transport != "kafka" and (
-                field.startswith("kafka_") or field in {"outbox", "outbox_bytes", "send_seconds"}
-            ):
-                why = (
-                    "its log is its own outbox"
-                    if field == "outbox" and self.transport == "sql"
-                    else "it has no use for it"
-                )
-                msg = (
-                    f"transport {self.transport!r} cannot honour {field}: {why}; leave it out, or use transport 'kafka'"
-                )
-                raise ValueError(msg)
-            if self.transport != "sql" and field == "log_days":
-                msg = (
-                    f"transport {self.transport!r} cannot honour log_days: only the sql log is deleted by this service"
-                )
-                raise ValueError(msg)
-            if self.transport == "memory" and field in {"lease_seconds", "crash_attempts"}:
-                msg = f"transport 'memory' cannot honour {field}: no other process takes part"
-                raise ValueError(msg)
-            if not self.kafka_create_topics and field in {"partitions", "kafka_replicas"}:
-                msg = (
-                    f"kafka_create_topics=False cannot honour {field}: whoever creates the topics decides; leave it out"
-                )
-                raise ValueError(msg)
-            if field in self._unused_by_protocol():
-                msg = f"kafka_protocol {self.kafka_protocol!r} cannot honour {field}: leave it out, or use 'SASL_SSL'"
-                raise ValueError(msg)
+            if getattr(self, field) is not None:
+                msg = self._cannot_honour(field)
+                if msg is not None:
+                    raise ValueError(msg)
         if self.transport == "kafka":
-            if not self.kafka_servers:
-                msg = "transport 'kafka' needs kafka_servers: set MAINSTAY_EVENTS_KAFKA_SERVERS=host:port"
-                raise ValueError(msg)
-            if self.kafka_protocol.startswith("SASL") and not (self.kafka_username and self.kafka_password):
-                msg = f"kafka_protocol {self.kafka_protocol!r} needs kafka_username and kafka_password"
-                raise ValueError(msg)
+            missing = self._missing()
+            if missing is not None:
+                raise ValueError(missing)
         return self
 
-    def _unused_by_protocol(self) -> set[str]:
-        unused: set[str] = set()
-        if not self.kafka_protocol.startswith("SASL"):  # an account that is never shown to the broker
-            unused |= {"kafka_mechanism", "kafka_username", "kafka_password"}
-        if not self.kafka_protocol.endswith("SSL"):
-            unused |= {"kafka_ca_file"}
-        return unused
+    def _cannot_honour(self, field: str) -> str | None:
+        if self.transport != "kafka" and (
+            field.startswith("kafka_") or field in {"outbox", "outbox_bytes", "send_seconds"}
+        ):
+            own = field == "outbox" and self.transport == "sql"
+            why = "its log is its own outbox" if own else "it has no use for it"
+            return f"transport {self.transport!r} cannot honour {field}: {why}; leave it out, or use transport 'kafka'"
+        if self.transport != "sql" and field == "log_days":
+            return f"transport {self.transport!r} cannot honour log_days: only the sql log is deleted by this service"
+        if self.transport == "memory" and field in {"lease_seconds", "crash_attempts"}:
+            return f"transport 'memory' cannot honour {field}: no other process takes part"
+        if not self.kafka_create_topics and field in {"partitions", "kafka_replicas"}:
+            return f"kafka_create_topics=False cannot honour {field}: whoever creates the topics decides; leave it out"
+        return self._cannot_show(field)
+
+    def _cannot_show(self, field: str) -> str | None:
+        """Why a connection has no use for a setting: certificates without TLS, an account that no broker is shown."""
+        sasl = self.kafka_protocol.startswith("SASL")
+        if (not sasl and field in {"kafka_mechanism", "kafka_username", "kafka_password", "kafka_token"}) or (
+            not self.kafka_protocol.endswith("SSL")
+            and field in {"kafka_ca_file", "kafka_certificate_file", "kafka_key_file", "kafka_key_password"}
+        ):
+            return f"kafka_protocol {self.kafka_protocol!r} cannot honour {field}: leave it out, or use 'SASL_SSL'"
+        if field in (
+            {"kafka_username", "kafka_password"} if self.kafka_mechanism == "OAUTHBEARER" else {"kafka_token"}
+        ):
+            return f"kafka_mechanism {self.kafka_mechanism!r} cannot honour {field}: leave it out"
+        return None
+
+    def _missing(self) -> str | None:
+        """Which setting the others need."""
+        if not self.kafka_servers:
+            return "transport 'kafka' needs kafka_servers: set MAINSTAY_EVENTS_KAFKA_SERVERS=host:port"
+        if self.kafka_certificate_file is None and (self.kafka_key_file or self.kafka_key_password):
+            return "a private key needs kafka_certificate_file: the certificate that belongs to it"
+        if self.kafka_protocol.startswith("SASL"):
+            if self.kafka_mechanism == "OAUTHBEARER":
+                if self.kafka_token is None:
+                    return "kafka_mechanism 'OAUTHBEARER' needs kafka_token: a function that gets a KafkaToken"
+            elif not (self.kafka_username and self.kafka_password):
+                return f"kafka_protocol {self.kafka_protocol!r} needs kafka_username and kafka_password"
+        return None
 
     @property
     def writes_database(self) -> bool:

@@ -11,11 +11,11 @@ from typing import ClassVar
 from aiokafka.errors import KafkaError
 
 from mainstay.events._aiokafka.admin import AiokafkaAdmin, asking
-from mainstay.events._aiokafka.client import check_connection
 from mainstay.events._aiokafka.producer import KafkaProducer
 from mainstay.events._aiokafka.source import KafkaSource, reading
 from mainstay.events._aiokafka.stored import stored
 from mainstay.events._kafka.seam import Contact
+from mainstay.events._kafka.tls import check_connection
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
@@ -40,7 +40,7 @@ class Client:
 
     def admin(self) -> AbstractAsyncContextManager[AiokafkaAdmin]:
         """See `Client`."""
-        return asking(self._settings)
+        return asking(self._contact)
 
     def producer(self, topics: Topics) -> KafkaProducer:
         """See `Client`."""
@@ -54,7 +54,7 @@ class Client:
 
     def stored(self, topic: str, partition: int, *, offset: int | None = None) -> AsyncGenerator[Record]:
         """See `Client`."""
-        return stored(self._settings, topic, partition, offset)
+        return stored(self._contact, topic, partition, offset)
 
     async def close(self) -> None:
         """Nothing is open beside what the parts have."""

@@ -17,15 +17,14 @@ from aiokafka.errors import (
 )
 
 from mainstay.events._aiokafka.client import connection, ended
-from mainstay.events._kafka.seam import NotAllowed
+from mainstay.events._kafka.seam import Contact, NotAllowed
 from mainstay.events._sparing import said
-from mainstay.events.settings import EventsSettings
 
 
 @asynccontextmanager
-async def asking(settings: EventsSettings) -> AsyncGenerator[AiokafkaAdmin]:
+async def asking(contact: Contact) -> AsyncGenerator[AiokafkaAdmin]:
     """An admin client of the block's own."""
-    admin = AIOKafkaAdminClient(**connection(settings))
+    admin = AIOKafkaAdminClient(**connection(contact))
     try:
         await admin.start()
         yield AiokafkaAdmin(admin)

@@ -6,53 +6,79 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
-from mainstay.core import ConfigurationError
-from mainstay.events._kafka.seam import REQUEST_SECONDS
-from mainstay.events.settings import EventsSettings
+from aiokafka.abc import AbstractTokenProvider
+
+from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
+from mainstay.events._kafka.tls import context_of
+from mainstay.events._kafka.tokens import Tokens
 
 _log = logging.getLogger("mainstay.events")
 
 CLOSE_SECONDS = 5.0
 
 
-def check_connection(settings: EventsSettings) -> None:
-    """Look at what a connection needs of this machine.
+# By Kafka's names, those of aiokafka.
+_OPTIONS = {
+    "every": {
+        "connections.max.idle.ms": "connections_max_idle_ms",
+        "metadata.max.age.ms": "metadata_max_age_ms",
+        "retry.backoff.ms": "retry_backoff_ms",
+    },
+    "consumer": {
+        "fetch.max.bytes": "fetch_max_bytes",
+        "fetch.max.wait.ms": "fetch_max_wait_ms",
+        "fetch.min.bytes": "fetch_min_bytes",
+        "max.partition.fetch.bytes": "max_partition_fetch_bytes",
+    },
+    "producer": {"compression.type": "compression_type"},
+    "direct": {"batch.size": "max_batch_size", "linger.ms": "linger_ms"},
+}
+
+
+def connection(contact: Contact, *kinds: str, **ours: Any) -> dict[str, Any]:
+    """The options by which a client connects, and those of `kafka_options` that its kind knows, above ours.
+
+    Certificates are read anew each time: they are replaced while a service runs.
 
     Raises:
-        ConfigurationError: the file of certificates is missing, or is none.
+        ConfigurationError: a file of certificates or keys cannot be used any more.
     """
-    try:
-        connection(settings)
-    except (OSError, ssl.SSLError) as error:
-        msg = (
-            f"{settings.variable('kafka_ca_file')}={settings.kafka_ca_file} is no file of certificates in PEM form: "
-            f"{type(error).__name__}: {error}"
-        )
-        raise ConfigurationError(msg) from error
-
-
-def connection(settings: EventsSettings) -> dict[str, Any]:
-    """The options by which a client connects."""
-    options: dict[str, Any] = {
+    settings = contact.settings
+    options: dict[str, Any] = ours | {
         "bootstrap_servers": settings.kafka_servers,
         "client_id": settings.source,
         "request_timeout_ms": int(min(REQUEST_SECONDS, settings.send_seconds) * 1000),
+        "security_protocol": settings.kafka_protocol,
     }
-    if settings.kafka_protocol != "PLAINTEXT":
-        options["security_protocol"] = settings.kafka_protocol
-    if settings.kafka_protocol in {"SSL", "SASL_SSL"}:
-        options["ssl_context"] = ssl.create_default_context(cafile=settings.kafka_ca_file)
+    if settings.kafka_protocol.endswith("SSL"):
+        options["ssl_context"] = context_of(settings)
     if settings.kafka_protocol.startswith("SASL"):
-        assert settings.kafka_password is not None  # noqa: S101  the settings have seen to it
         options["sasl_mechanism"] = settings.kafka_mechanism
-        options["sasl_plain_username"] = settings.kafka_username
-        options["sasl_plain_password"] = settings.kafka_password.get_secret_value()
+        if contact.tokens is not None:
+            options["sasl_oauth_token_provider"] = _TokenProvider(contact.tokens)
+        else:
+            assert settings.kafka_password is not None  # noqa: S101  the settings have seen to it
+            options["sasl_plain_username"] = settings.kafka_username
+            options["sasl_plain_password"] = settings.kafka_password.get_secret_value()
+    for kind in ("every", *kinds):
+        for name, option in _OPTIONS[kind].items():
+            if name in settings.kafka_options:
+                value = settings.kafka_options[name]
+                options[option] = None if value == "none" else value
     return options
+
+
+class _TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    async def token(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  as their docs want it
+        token, _ = await self._tokens.current()
+        return token
 
 
 async def ended(what: str, stop: Coroutine[Any, Any, None], client: Any) -> None:

@@ -46,6 +46,13 @@ _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux alone has
 
 _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
+_OURS = {
+    "acks": "all",
+    "enable_idempotence": True,
+    "compression_type": "lz4",
+    "max_request_size": RECORD_BYTES,
+}
+
 _place_by_key = DefaultPartitioner()
 
 
@@ -110,19 +117,12 @@ class KafkaProducer:
             KafkaError, OSError, TimeoutError: the cluster does not answer.
         """
         # In a context of its own: its tasks outlive the relay that needs it.
-        producer = await spawn(self._new(linger_ms=0, max_batch_size=_REQUEST_BYTES), name="events.producer")
+        options = connection(self._contact, "producer", **_OURS, linger_ms=0, max_batch_size=_REQUEST_BYTES)
+        producer = await spawn(self._new(options), name="events.producer")
         return Carrier(producer, self._contact, self._end)
 
-    async def _new(self, *, linger_ms: int, max_batch_size: int) -> AIOKafkaProducer:
-        producer = AIOKafkaProducer(
-            **connection(self._settings),
-            acks="all",
-            enable_idempotence=True,
-            compression_type="lz4",
-            max_request_size=RECORD_BYTES,
-            linger_ms=linger_ms,
-            max_batch_size=max_batch_size,
-        )
+    async def _new(self, options: dict[str, Any]) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(**options)
         try:
             async with asyncio.timeout(self._settings.send_seconds):
                 await producer.start()
@@ -135,7 +135,8 @@ class KafkaProducer:
 
     async def _for_publishing(self) -> AIOKafkaProducer:
         # In a context of its own: its tasks outlive the publisher that happens to need it first.
-        return await spawn(self._new(linger_ms=5, max_batch_size=_BATCH_BYTES), name="events.producer")
+        options = connection(self._contact, "producer", "direct", **_OURS, linger_ms=5, max_batch_size=_BATCH_BYTES)
+        return await spawn(self._new(options), name="events.producer")
 
     async def _producer_of(self, topic: str | None) -> AIOKafkaProducer:
         async with self._starting:

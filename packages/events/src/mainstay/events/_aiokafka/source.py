@@ -53,8 +53,9 @@ async def reading(
     session_ms = int(max(_SHORTEST_SESSION_SECONDS, settings.lease_seconds) * 1000)
     drain_ms = int((settings.drain_seconds + 2 * CLOSE_SECONDS) * 1000)
     consumer = AIOKafkaConsumer(
-        **connection(settings),
+        **connection(contact, "consumer", fetch_max_wait_ms=100, metadata_max_age_ms=30_000),
         group_id=group,
+        group_instance_id=settings.kafka_instance_id,
         enable_auto_commit=False,
         auto_offset_reset="none",  # where a group has no place, or one that is gone, we choose it, and say so
         isolation_level="read_committed",
@@ -62,8 +63,6 @@ async def reading(
         session_timeout_ms=session_ms,
         heartbeat_interval_ms=session_ms // 4,
         max_poll_interval_ms=2_000_000_000,
-        fetch_max_wait_ms=100,
-        metadata_max_age_ms=30_000,
     )
     source = KafkaSource(consumer, reader, group)
     try:

@@ -9,14 +9,16 @@ from collections.abc import AsyncGenerator
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from mainstay.events._aiokafka.client import connection, ended
+from mainstay.events._kafka.seam import Contact
 from mainstay.events.metadata import Record
-from mainstay.events.settings import EventsSettings
 
 
-async def stored(settings: EventsSettings, topic: str, partition: int, offset: int | None) -> AsyncGenerator[Record]:
+async def stored(contact: Contact, topic: str, partition: int, offset: int | None) -> AsyncGenerator[Record]:
     """The records of a partition up to its present end, from an offset on or from its beginning."""
     place = TopicPartition(topic, partition)
-    consumer = AIOKafkaConsumer(**connection(settings), enable_auto_commit=False, auto_offset_reset="earliest")
+    consumer = AIOKafkaConsumer(
+        **connection(contact, "consumer"), enable_auto_commit=False, auto_offset_reset="earliest"
+    )
     try:
         await consumer.start()
         consumer.assign([place])

@@ -51,7 +51,7 @@ class KafkaTransport:
 
     Args:
         settings: where it is, and how topics are created.
-        clock: stamps dead letters.
+        clock: stamps dead letters, and measures how old tokens are.
 
     Attributes:
         topics: what is known of its topics.
@@ -61,7 +61,7 @@ class KafkaTransport:
     def __init__(self, settings: EventsSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
-        self._contact = Contact()
+        self._contact = Contact(settings, clock)
         self._client: Client = _parts().Client(settings, self._contact)
         self.topics = Topics(settings, self._client)
         self.producer: Producer = self._client.producer(self.topics)
@@ -71,6 +71,7 @@ class KafkaTransport:
         await self.topics.close()
         await self.producer.close()
         await self._client.close()
+        await self._contact.close()
 
     async def health(self) -> Health:
         """What the last contact showed."""

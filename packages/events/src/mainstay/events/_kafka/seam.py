@@ -6,11 +6,14 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from mainstay.core import Clock
+from mainstay.events._kafka.tokens import Tokens
 from mainstay.events._relay import Carrier
 from mainstay.events._sparing import said
 from mainstay.events._transport import Reader, Source
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import Headers, Record
+from mainstay.events.settings import EventsSettings
 
 if TYPE_CHECKING:
     from mainstay.events._kafka.topics import Topics
@@ -33,13 +36,21 @@ class TooLargeError(PublishError):
 
 
 class Contact:
-    """What the last contact with the cluster showed.
+    """The cluster as a client meets it, and what the last contact showed.
+
+    Args:
+        settings: where it is, and what it is shown.
+        clock: measures how old tokens are.
 
     Attributes:
-        trouble: why there was none, or None.
+        settings: as given.
+        tokens: to be shown, None where the settings name no function that gets them.
+        trouble: why there was no contact, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: EventsSettings, clock: Clock) -> None:
+        self.settings = settings
+        self.tokens = None if settings.kafka_token is None else Tokens(settings.kafka_token, clock)
         self.trouble: str | None = None
 
     def lost(self, error: BaseException) -> None:
@@ -49,6 +60,11 @@ class Contact:
     def made(self) -> None:
         """It was."""
         self.trouble = None
+
+    async def close(self) -> None:
+        """Ask for no more tokens."""
+        if self.tokens is not None:
+            await self.tokens.close()
 
 
 class Admin(Protocol):
