@@ -119,29 +119,24 @@ async def test_a_slow_event_whose_process_is_killed_again_and_again_is_not_given
     async with service(options) as app:
         await app.get(EventPublisher).publish(Step(key="slow", number=1))
         database = app.get(Database)
-        struck: dict[object, tuple[int, bool]] = {}
 
-        async def to_be_killed() -> bool:
-            """Once it waits with the event, or has been calling it for a while."""
-            rows = await database.read(sa.select(HOLDERS))
-            if not rows or rows[0].holder in struck:
-                return False
-            row = rows[0]
-            if row.ends >= 2 or row.crashes:
-                ready = row.crashes == 1 or row.called_seconds >= 2
-            else:
-                ready = len(calls_of(options)) > calls
-            if ready:
-                struck[row.holder] = (row.crashes, row.calling)
-            return bool(ready)
+        async def called() -> bool:
+            return len(calls_of(options)) > calls
+
+        async def called_for_long() -> bool:
+            row = (await database.read(sa.select(HOLDERS)))[0]
+            return bool(len(calls_of(options)) > calls and row.called_seconds >= 2 and row.crashes == 0)
+
+        async def waited_with() -> bool:
+            row = (await database.read(sa.select(HOLDERS)))[0]
+            return bool(row.crashes == 1 and not row.calling)
 
         async with processes() as start:
-            for _ in range(6):
+            for moment in (called, called, called_for_long, waited_with, called_for_long, waited_with):
                 calls = len(calls_of(options))
                 process = await start(options)
-                await eventually(to_be_killed, seconds=60, what="a call, or a wait")
+                await eventually(moment, seconds=90, what=moment.__name__)
                 process.kill()
-            assert list(struck.values()) == [(0, False)] * 2 + [(0, True), (1, False)] * 2
             await start({**options, "slow": 0.0})
             await eventually(lambda: len(calls_of(options)) == 5, what="the last call")
 
@@ -162,8 +157,9 @@ async def test_what_is_given_up_before_its_end_counts_for_nothing(sqlite_url: st
         crashes = [Crashes(app.get(Database), 3) for _process in range(6)]
 
         async def hold(number: int, record: LogRecord = record) -> Holding:
-            assignment = Assignment("t", 0)
-            return (await crashes[number].hold("g", {assignment: record}))[assignment]
+            (holding,) = (await crashes[number].take("g", [Assignment("t", 0)])).values()
+            await crashes[number].begin({holding: record})
+            return holding
 
         await hold(0)
         assert not (await hold(1)).careful, "one end says nothing"

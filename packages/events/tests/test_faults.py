@@ -2,6 +2,8 @@
 
 import asyncio
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -179,6 +181,27 @@ async def test_workers_killed_while_keys_are_parked_and_worked_on_keep_each_keys
         await publish(publisher, keys=8, each=16, start=15)
         done = [(key, number) for key, number in await wait_for(publisher, 129) if key != REPAIRED]
         exactly_once_and_in_order(done, keys=8, each=16)
+        assert await publisher.get(ParkedKeys).list() == []
+
+
+@pytest.mark.parametrize("options", ["sql on sqlite", "sql on postgres"], indirect=True)
+async def test_who_was_frozen_while_it_parked_parks_nothing_that_another_has_handled(options: dict[str, Any]) -> None:
+    """Its partition has moved: what it would park was handled there, and the key goes on."""
+    options["events"]["partitions"] = 1
+    options = {**options, "fails at": 2, "on": {"on_failure": "park", "retry": Retry(attempts=1)}}
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=1, each=4)
+        first = await start({**options, "hang": "before parking"}, until="parks")
+        await publisher.get(Database).write(sa.insert(EFFECTS), {"key": REPAIRED, "number": 0, "pid": 0})
+        await start(options)
+        await wait_for(publisher, 5)
+        os.kill(first.pid, signal.SIGCONT)
+        await asyncio.to_thread(first.says, "refused")
+        await publish(publisher, keys=1, each=6, start=4)
+        done = [(key, number) for key, number in await wait_for(publisher, 7) if key != REPAIRED]
+        exactly_once_and_in_order(done, keys=1, each=6)
         assert await publisher.get(ParkedKeys).list() == []
 
 

@@ -24,11 +24,13 @@ from mainstay.events import (
     ParkedKey,
     ParkedKeys,
 )
-from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._crashes import Crashes
+from mainstay.events._delivery import Assignment, Delivery, Route, Verdict
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
+from mainstay.events.errors import NotHeldError
 from mainstay.events.tables import PARKED, PARKED_KEYS
 
 pytestmark = [
@@ -324,3 +326,29 @@ async def test_what_is_read_once_more_is_not_appended_behind_what_followed_it(da
         assert calls == [1, 2, 3]
         waiting = sa.select(PARKED.c.offset).where(~PARKED.c.handled).order_by(PARKED.c.position)
         assert [row.offset for row in await app.get(Database).read(waiting)] == [3, 4]
+
+
+async def test_a_partition_that_another_has_taken_parks_nothing_and_appends_nothing(
+    database_url: str, prefix: str
+) -> None:
+    """Whoever stood still in between finds out in the very commit."""
+    record = LogRecord("stock", 0, 7, b"piano", b"{}", [])
+    async with App(
+        DatabaseModule.for_root(DatabaseSettings(url=SecretStr(database_url))),
+        EventsModule.for_root(EventsSettings()),
+    ) as app:
+        database = app.get(Database)
+        parking = Parking(database, prefix)
+        before, after = Assignment("stock", 0), Assignment("stock", 0)
+        await Crashes(database, 3).take(prefix, [before])
+        await Crashes(database, 3).take(prefix, [after])
+        verdict = Verdict(RuntimeError("no room"), parks=True)
+        with pytest.raises(NotHeldError, match="stock/0 is another process' now"):
+            await parking.park(Delivery(before, record), verdict, 0.0, [])
+        assert await parking.keys_of("stock") == set()
+        await parking.park(Delivery(after, record), verdict, 0.0, [])
+        later = LogRecord("stock", 0, 8, b"piano", b"{}", [])
+        with pytest.raises(NotHeldError):
+            await parking.append(before, later)
+        assert await parking.append(after, later)
+        assert [row.offset for row in await database.read(sa.select(PARKED.c.offset))] == [7, 8]

@@ -14,6 +14,7 @@ from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, _outbox
 from mainstay.events._aiokafka import producer
+from mainstay.events._parking import Parking
 
 EFFECTS = sa.Table(
     "effects",
@@ -114,6 +115,20 @@ async def main(options: dict[str, Any], told: Connection) -> None:
             return await guarded(self, node_id, request, **more)
 
         producer.Carrier._guarded = frozen  # type: ignore[method-assign]
+    if options.get("hang") == "before parking":
+        park = Parking.park
+
+        async def late(*arguments: Any) -> None:
+            told.send("parks")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            try:
+                await park(*arguments)
+            except BaseException:  # refused, or told before that that the partition is lost
+                told.send("refused")
+                raise
+            told.send("parked")
+
+        Parking.park = late  # type: ignore[method-assign]
     holder: list[App] = []
     routers = (
         [] if options.get("relay only") else [noting(options) if "calls" in options else recorder(options, holder)]

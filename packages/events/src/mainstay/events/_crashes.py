@@ -65,56 +65,31 @@ class Crashes:
         """One careful call of this process at a time: of two that run, nobody could tell which one ended it."""
         return self._alone
 
-    async def hold(self, group: str, firsts: Mapping[Assignment, Record]) -> dict[Assignment, Holding]:
-        """Take partitions, each from its first record on."""
-        found: dict[Assignment, Any] = {}
-        rows: list[dict[str, object]] = []
-        holdings: dict[Assignment, Holding] = {}
-        async with self._database.transaction() as session:
-            for assignment in firsts:
-                place = {"of_group": group, "of_topic": assignment.topic, "number": assignment.number}
-                found[assignment] = (await session.execute(tables.READ_HOLDER, place)).first()
-            for assignment, record in firsts.items():
-                holding, row = self._holding(group, assignment, record, found[assignment])
-                holdings[assignment] = holding
-                rows.append(row)
-            await session.execute(tables.HOLD_PARTITION[self._database.dialect], rows)
-        # One that was read by a process that ended may be to blame for those of the others, too.
-        self._careful = self._careful or any(each.careful for each in holdings.values())
-        if self._careful:
-            for holding in holdings.values():
-                holding.careful = holding.careful or holding.ends > 0
+    async def take(self, group: str, assignments: Sequence[Assignment]) -> dict[Assignment, Holding]:
+        """Become the holder of partitions: from now on nobody else parks their keys."""
+        holdings = {each: Holding(self._database, group, each) for each in assignments}
+        rows = [
+            {"group_name": group, "topic": each.topic, "partition": each.number, "holder": holding.id}
+            for each, holding in sorted(holdings.items(), key=lambda item: (item[0].topic, item[0].number))
+        ]  # in one order, whichever process takes them
+        await self._database.write(tables.TAKE_PARTITION[self._database.dialect], rows)
+        for each, holding in holdings.items():
+            each.holder = holding.id
         return holdings
 
-    def _holding(
-        self, group: str, assignment: Assignment, record: Record, before: Any | None
-    ) -> tuple[Holding, dict[str, object]]:
-        ends, suspect = 0, None
-        if before is not None:
-            if before.first == record.offset:
-                ends = before.ends
-            if before.held:
-                ends += 1
-            crashes = before.crashes
-            if before.held:  # during its call, or while it was only waited with
-                crashes = crashes + 1 if before.calling else 0
-            if crashes and before.called is not None:
-                suspect = Suspect(before.called, crashes, before.called_seconds)
-        holding = Holding(self._database, group, assignment, suspect)
-        holding.ends = ends
-        holding.careful = ends >= _ENDS or suspect is not None
-        row: dict[str, object] = {
-            "group_name": group,
-            "topic": assignment.topic,
-            "partition": assignment.number,
-            "holder": holding.id,
-            "first": record.offset,
-            "ends": ends,
-            "called": suspect and suspect.offset,
-            "called_seconds": 0.0 if suspect is None else suspect.seconds,
-            "crashes": 0 if suspect is None else suspect.crashes,
-        }
-        return holding, row
+    async def begin(self, firsts: Mapping[Holding, Record]) -> None:
+        """Note at which records partitions are begun, and learn how that went the last time."""
+        async with self._database.transaction() as session:
+            for holding, record in firsts.items():
+                row: Any = (await session.execute(tables.READ_HOLDER, holding.place)).first()
+                if row is None:  # another's meanwhile
+                    continue
+                await session.execute(tables.BEGIN_PARTITION, {**holding.place, **holding.begins(record, row)})
+        # One that was read by a process that ended may be to blame for those of the others, too.
+        self._careful = self._careful or any(each.careful for each in firsts)
+        if self._careful:
+            for holding in firsts:
+                holding.careful = holding.careful or holding.ends > 0
 
     async def give_up(self, holdings: Sequence[Holding]) -> None:
         """Note that partitions are given up: what ends now is held against no event."""
@@ -129,23 +104,40 @@ class Holding:
         database: where it is noted.
         group: whose.
         assignment: the partition.
-        suspect: the event that may have ended its last holder.
 
     Attributes:
-        assignment: the partition.
+        assignment: as given.
         id: of this holding.
         ends: of holders at this place, in a row.
         careful: how it is read.
     """
 
-    def __init__(self, database: Database, group: str, assignment: Assignment, suspect: Suspect | None) -> None:
+    def __init__(self, database: Database, group: str, assignment: Assignment) -> None:
         self.id: UUID = uuid7()
         self.ends = 0
         self.careful = False
+        self.assignment = assignment
         self._database = database
         self._group = group
-        self.assignment = assignment
-        self._suspect = suspect
+        self._suspect: Suspect | None = None
+
+    def begins(self, record: Record, before: Any) -> dict[str, object]:
+        """What to note when it begins at a record, by what its row says of the one before."""
+        same_place = before.first == record.offset
+        self.ends = (before.ends if same_place else 0) + bool(before.held)
+        crashes = before.crashes
+        if before.held:  # it ended during that call, or while the event was only waited with
+            crashes = crashes + 1 if before.calling else 0
+        if crashes and before.called is not None:
+            self._suspect = Suspect(before.called, crashes, before.called_seconds)
+        self.careful = self.ends >= _ENDS or self._suspect is not None
+        return {
+            "first": record.offset,
+            "ends": self.ends,
+            "called": self._suspect and self._suspect.offset,
+            "called_seconds": self._suspect.seconds if self._suspect else 0.0,
+            "crashes": self._suspect.crashes if self._suspect else 0,
+        }
 
     @property
     def place(self) -> dict[str, object]:

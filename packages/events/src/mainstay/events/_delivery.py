@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from mainstay.core import Retry, Timer
 from mainstay.events._codec import codec_of
@@ -31,11 +32,12 @@ class Assignment:
         finished: the last record before which all are finished, once it can be committed.
         parked: the keys whose events go to the end of their queues.
         queues: those that are being worked on.
+        holder: under which name this process holds it, where that is noted; see `_crashes`.
     """
 
     __slots__ = (
-        "finished", "most", "number", "open", "parked", "queue", "queues", "record_bytes", "tails", "topic", "waiting",
-        "window",
+        "finished", "holder", "most", "number", "open", "parked", "queue", "queues", "record_bytes", "tails", "topic",
+        "waiting", "window",
     )  # fmt: skip
 
     def __init__(self, topic: str, number: int, *, queue: bool = False) -> None:
@@ -51,6 +53,7 @@ class Assignment:
         self.finished: Record | None = None
         self.parked: set[bytes] = set()
         self.queues: set[Assignment] = set()
+        self.holder: UUID | None = None
 
     def __repr__(self) -> str:
         return f"{self.topic}/{self.number}"

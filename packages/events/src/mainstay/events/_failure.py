@@ -125,7 +125,7 @@ class Failures:
     async def _append(self, delivery: Delivery) -> Again | None:
         assert self._parking is not None  # noqa: S101  no key is parked elsewhere
         try:
-            appended = await self._parking.append(delivery.record)
+            appended = await self._parking.append(delivery.assignment, delivery.record)
         except Exception:  # noqa: BLE001  as above
             return self._not_stored(delivery, "an event of a parked key")
         if appended:

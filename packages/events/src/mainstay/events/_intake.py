@@ -55,6 +55,7 @@ class Intake:
         self._unread: dict[Assignment, None] = {}  # whose parked keys are not known yet
         self._waiting: dict[Assignment, Sequence[Record]] = {}  # their first records, fetched and not handed out
         self._held: dict[Assignment, Holding] = {}
+        self._begun: set[Assignment] = set()  # of which something was handed out
         self._careful: dict[Assignment, CarefulReading] = {}
         self.trouble: str | None = None
 
@@ -73,8 +74,8 @@ class Intake:
         if not self._unread and not self._waiting:
             return
         try:
-            await self._read_parked_keys()
-            await self._hold()
+            await self._take_over()
+            await self._begin()
         except Exception as error:  # noqa: BLE001  the database comes back
             self.trouble = type(error).__name__
             _log.warning("group %s does not know its parked keys and waits", self._group, exc_info=error)
@@ -82,22 +83,28 @@ class Intake:
         else:
             self.trouble = None
 
-    async def _read_parked_keys(self) -> None:
-        for assignment in list(self._unread):
+    async def _take_over(self) -> None:
+        """Keep others from parking keys of new partitions, and then know those that are parked."""
+        unread = list(self._unread)
+        if self._crashes is not None and unread:
+            held = await self._crashes.take(self._group, unread)
+            self._held |= {each: holding for each, holding in held.items() if each in self._unread}
+        for assignment in unread:
             assert self._parking is not None  # noqa: S101  nothing is unread without
             assignment.parked |= await self._parking.keys_of(assignment.topic)
             self._unread.pop(assignment, None)
 
-    async def _hold(self) -> None:
+    async def _begin(self) -> None:
         if not self._waiting:
             return
         assert self._crashes is not None  # noqa: S101  nothing waits without
-        waiting = dict(self._waiting)
-        held = await self._crashes.hold(self._group, {each: records[0] for each, records in waiting.items()})
-        for assignment, records in waiting.items():
+        waiting = {self._held[each]: records for each, records in self._waiting.items()}
+        await self._crashes.begin({holding: records[0] for holding, records in waiting.items()})
+        for holding, records in waiting.items():
+            assignment = holding.assignment
             if self._waiting.pop(assignment, None) is None:  # given up meanwhile
                 continue
-            holding = self._held[assignment] = held[assignment]
+            self._begun.add(assignment)
             if holding.careful:
                 _log.warning(
                     "group %s: processes that read %s have ended %d times in a row at %d: it is read carefully, one "
@@ -117,7 +124,7 @@ class Intake:
     async def take(self, fetched: Mapping[Assignment, Sequence[Record]]) -> None:
         """Hand out what was fetched, as soon as that may be."""
         for assignment, records in fetched.items():
-            if self._crashes is not None and assignment not in self._held:
+            if assignment in self._held and assignment not in self._begun:
                 self._waiting[assignment] = records
             else:
                 self._hand_over(assignment, records)
@@ -132,7 +139,7 @@ class Intake:
 
     def held(self, assignments: Collection[Assignment]) -> list[Holding]:
         """Those of them of which something was handed out."""
-        return [self._held[each] for each in assignments if each in self._held]
+        return [self._held[each] for each in assignments if each in self._begun]
 
     async def give_up(self, held: Sequence[Holding]) -> None:
         """Note that partitions are given up, or are about to be; an end after that is held against no event."""
@@ -150,6 +157,7 @@ class Intake:
             self._unread.pop(assignment, None)
             self._waiting.pop(assignment, None)
             self._held.pop(assignment, None)
+            self._begun.discard(assignment)
             reading = self._careful.pop(assignment, None)
             if reading is not None:
                 reading.task.cancel()

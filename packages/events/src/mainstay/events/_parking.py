@@ -15,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from mainstay.core import derived_id
 from mainstay.database import Database
 from mainstay.events import tables
-from mainstay.events._delivery import Delivery, Verdict
+from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events.dead_letters import text_of
+from mainstay.events.errors import NotHeldError
 from mainstay.events.metadata import Record
 from mainstay.events.tables import pack_headers
 
@@ -65,18 +68,41 @@ class Parking:
             **_state(delivery, verdict),
         }
         async with self._database.transaction() as session:
+            await self._still_held(session, delivery.assignment)
             await session.execute(tables.PARK_KEY[dialect], row)
             rows = [*(self._row(each, handled=True) for each in before), self._row(record)]
             await session.execute(tables.INSERT_PARKED[dialect], rows)
 
-    async def append(self, record: Record) -> bool:
+    async def append(self, assignment: Assignment, record: Record) -> bool:
         """Append an event to the queue of its key; False when the key is not parked any more."""
         async with self._database.transaction() as session:
+            await self._still_held(session, assignment)
             held: Any = await session.execute(tables.HOLD_PARKED_KEY, self._place(record.topic, record.key or b""))
             if held.rowcount == 0:
                 return False
             await session.execute(tables.INSERT_PARKED[self._database.dialect], self._row(record))
         return True
+
+    async def _still_held(self, session: AsyncSession, assignment: Assignment) -> None:
+        """Refuse to park for a partition that another process holds, and let none take it before the commit.
+
+        A process that stood still does not know that it lost its partition. What it would park, the next holder has
+        handled, and more of the key behind it.
+        """
+        if assignment.holder is None:  # no other process takes part
+            return
+        kept: Any = await session.execute(
+            tables.KEEP_PARTITION,
+            {
+                "of_group": self._group,
+                "of_topic": assignment.topic,
+                "number": assignment.number,
+                "of_holder": assignment.holder,
+            },
+        )
+        if kept.rowcount == 0:
+            msg = f"{assignment} is another process' now: it is the one to park its keys"
+            raise NotHeldError(msg)
 
     def _row(self, record: Record, *, handled: bool = False) -> Mapping[str, object]:
         # The bytes belong to its name: a topic that was deleted and made anew counts its offsets from 0 again.

@@ -85,3 +85,9 @@ class ProcessEndedError(EventsError):
     code = "SYS_EVENTS_PROCESS_ENDED"
     retryable = False
     public_message = "The event could not be handled."
+
+
+class NotHeldError(EventsError):
+    """The partition belongs to another process by now: this one has stood still for longer than its lease."""
+
+    code = "SYS_EVENTS_NOT_HELD"

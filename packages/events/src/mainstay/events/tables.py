@@ -153,14 +153,15 @@ HOLDERS = sa.Table(
     sa.Column("topic", sa.Text, primary_key=True),
     sa.Column("partition", sa.Integer, primary_key=True),
     sa.Column("holder", sa.Uuid, nullable=False),
-    sa.Column("held", sa.Boolean, nullable=False),  # false once it was given up, or is about to be
-    sa.Column("first", sa.BigInteger, nullable=False),  # the offset that this holder began at
-    sa.Column("ends", sa.Integer, nullable=False),  # of holders that began there and did not give it up, in a row
+    # Of the last one that has begun with an event:
+    sa.Column("held", sa.Boolean, nullable=False, server_default=sa.false()),  # until it gives up, or is about to
+    sa.Column("first", sa.BigInteger),  # the offset that it began at
+    sa.Column("ends", sa.Integer, nullable=False, server_default="0"),  # of those that began there, in a row
     # While it is read carefully: the event that was called last, and how often a holder has ended during its call.
     sa.Column("called", sa.BigInteger),
-    sa.Column("calling", sa.Boolean, nullable=False),
-    sa.Column("called_seconds", sa.Double, nullable=False),
-    sa.Column("crashes", sa.Integer, nullable=False),
+    sa.Column("calling", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("called_seconds", sa.Double, nullable=False, server_default="0"),
+    sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
 )
 
 SCHEMA = Schema("events", METADATA, Path(__file__).parent / "migrations")
@@ -467,21 +468,6 @@ DELETE_QUEUE = sa.delete(PARKED).where(
     PARKED.c.key == sa.bindparam("of_key", type_=sa.LargeBinary),
 )
 
-READ_HOLDER = sa.select(HOLDERS).where(
-    HOLDERS.c.group_name == sa.bindparam("of_group"),
-    HOLDERS.c.topic == sa.bindparam("of_topic"),
-    HOLDERS.c.partition == sa.bindparam("number"),
-)
-_HELD = _binds(HOLDERS, "holder", "first", "ends", "called", "called_seconds", "crashes")
-HOLD_PARTITION = _each(
-    lambda insert, _: (
-        insert(HOLDERS)
-        .values(**_binds(HOLDERS, "group_name", "topic", "partition"), **_HELD, held=True, calling=False)
-        .on_conflict_do_update(
-            index_elements=["group_name", "topic", "partition"], set_={**_HELD, "held": True, "calling": False}
-        )
-    )
-)
 # By its own name: a holder that was thought dead says nothing about its successor.
 _OF_HOLDER = (
     HOLDERS.c.group_name == sa.bindparam("of_group"),
@@ -489,6 +475,21 @@ _OF_HOLDER = (
     HOLDERS.c.partition == sa.bindparam("number"),
     HOLDERS.c.holder == sa.bindparam("of_holder", type_=sa.Uuid),
 )
+TAKE_PARTITION = _each(
+    lambda insert, _: (
+        insert(HOLDERS)
+        .values(**_binds(HOLDERS, "group_name", "topic", "partition", "holder"))
+        .on_conflict_do_update(index_elements=["group_name", "topic", "partition"], set_=_binds(HOLDERS, "holder"))
+    )
+)
+READ_HOLDER = sa.select(HOLDERS).where(*_OF_HOLDER)
+BEGIN_PARTITION = (
+    sa.update(HOLDERS)
+    .where(*_OF_HOLDER)
+    .values(held=True, calling=False, **_binds(HOLDERS, "first", "ends", "called", "called_seconds", "crashes"))
+)
+# An update that changes nothing: it takes the row, so that nobody takes the partition meanwhile.
+KEEP_PARTITION = sa.update(HOLDERS).where(*_OF_HOLDER).values(partition=HOLDERS.c.partition)
 NOTE_CALL = (
     sa.update(HOLDERS).where(*_OF_HOLDER).values(calling=True, **_binds(HOLDERS, "called", "called_seconds", "crashes"))
 )
