@@ -128,7 +128,7 @@ async def main(options: dict[str, Any], told: Connection) -> None:
                 raise
             told.send("parked")
 
-        Parking.park = late  # type: ignore[method-assign]
+        Parking.park = late  # type: ignore[method-assign, assignment]
     holder: list[App] = []
     routers = (
         [] if options.get("relay only") else [noting(options) if "calls" in options else recorder(options, holder)]
