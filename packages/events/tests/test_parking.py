@@ -28,6 +28,7 @@ from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Assignment, Delivery, Route, Verdict
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
+from mainstay.events._handled import Handled
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
 from mainstay.events.errors import NotHeldError
@@ -314,7 +315,7 @@ async def test_what_is_read_once_more_is_not_appended_behind_what_followed_it(da
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(database_url))),
         EventsModule.for_root(EventsSettings()),
     ) as app:
-        parking = Parking(app.get(Database), prefix)
+        parking = Parking(app.get(Database), prefix, Handled(app.get(Database), prefix, ["stock.moved 1.x"]), 10.0)
         for _process in range(2):
             failures = Failures(prefix, bury=bury, commit=commit, parking=parking, clock=clock)
             dispatcher = Dispatcher(prefix, {"stock.moved": route}, concurrency=4, failures=failures, clock=clock)
@@ -338,7 +339,7 @@ async def test_a_partition_that_another_has_taken_parks_nothing_and_appends_noth
         EventsModule.for_root(EventsSettings()),
     ) as app:
         database = app.get(Database)
-        parking = Parking(database, prefix)
+        parking = Parking(database, prefix, Handled(database, prefix, []), 10.0)
         before, after = Assignment("stock", 0), Assignment("stock", 0)
         await Crashes(database, 3).take(prefix, [before])
         await Crashes(database, 3).take(prefix, [after])

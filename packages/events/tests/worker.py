@@ -40,10 +40,24 @@ class Loose(Event, type="fault.loose", version="1.0"):
     number: int
 
 
+class Leap(Event, type="fault.leap", version="1.0", key="key"):
+    key: str | None
+    number: int
+
+
+class LongStep(Event, type="fault.step", version="2.0", key="key"):
+    key: str | None
+    number: int
+    metres: float
+
+
+RELEASES: dict[str, tuple[type[Event], ...]] = {"old": (Step,), "new": (Step, LongStep, Leap)}
+"""What the releases of the service handle."""
+
+
 def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
-    settings = EventsSettings(
-        topics={"fault.step": options["topic"], "fault.loose": options["topic"]}, **{**options["events"], **more}
-    )
+    topics = dict.fromkeys(("fault.step", "fault.loose", "fault.leap"), options["topic"])
+    settings = EventsSettings(topics=topics, **{**options["events"], **more})
     modules: list[Any] = [EventsModule.for_root(settings), EventsModule.for_feature(*routers)]
     if options["url"]:
         database = DatabaseSettings(url=SecretStr(options["url"]), **options.get("database", {}))
@@ -54,8 +68,8 @@ def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
 def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
     events = EventRouter()
 
-    @events.on(Step, group=options["group"], inbox=True, **options.get("on", {}))
-    async def record(event: Step) -> None:
+    @events.on(*RELEASES[options.get("release", "old")], group=options["group"], inbox=True, **options.get("on", {}))
+    async def record(event: Step | LongStep | Leap) -> None:
         async with app[0].get(Database).transaction() as session:
             if event.number == options.get("fails at"):
                 repaired = await session.execute(sa.select(EFFECTS.c.id).where(EFFECTS.c.key == REPAIRED))

@@ -13,8 +13,8 @@ from mainstay.events._delivery import Assignment, Delivery, Route
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._intake import Intake
-from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, PARKED_KEYS, REVOKED
-from mainstay.events._parking import Parking
+from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
+from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
@@ -83,6 +83,7 @@ class Consumer:
         self._intake = self._new_intake()
         self._committing = asyncio.Lock()
         self._trouble: str | None = None
+        self._parked = None if parking is None else ParkedCount(parking, group)
         self._serving = False
 
     def _new_dispatcher(self) -> Dispatcher:
@@ -133,18 +134,19 @@ class Consumer:
             async with self._transport.source(self.group, self._topics, self) as source:
                 self._source = source
                 beside = [spawn(self._commit_often(), name=f"events.{self.group}.commit")]
-                if self._parking is not None:
-                    self._queues = Queues(self._parking, dispatcher, self._assignments)
+                if self._parking is not None and self._parked is not None:
+                    self._queues = Queues(self._parking, dispatcher, self._clock)
                     beside.append(spawn(self._queues.run(), name=f"events.{self.group}.parked"))
+                    beside.append(spawn(self._parked.run(), name=f"events.{self.group}.parked keys"))
                 try:
                     self._trouble = None
                     while not drain.begun:
                         await self._turn(source)
                     await self._intake.give_up(self._intake.held(self._assignments))
                     # What runs is finished before the partitions are given back; the App's own drain time ends this.
-                    await self._drain(list(self._assignments), math.inf)
+                    await self._drain(self._all(), math.inf)
                 except Exception:
-                    await self._drain(list(self._assignments), self._drain_seconds)
+                    await self._drain(self._all(), self._drain_seconds)
                     raise
                 finally:
                     for task in beside:
@@ -161,10 +163,10 @@ class Consumer:
             self._assignments.clear()
 
     async def _drain(self, assignments: Collection[Assignment], seconds: float) -> bool:
-        """Start nothing more of partitions and of the queues of their parked keys, and wait for the calls that run."""
-        finished = await self._dispatcher.drain(_with_queues(assignments), seconds)
-        if self._queues is not None:
-            await self._queues.settle(assignments, _CLOSING_SECONDS)
+        """Start nothing more of partitions and of queues, and wait for the calls that run."""
+        finished = await self._dispatcher.drain(assignments, seconds)
+        if self._queues is not None and any(assignment.queue for assignment in assignments):
+            await self._queues.settle(_CLOSING_SECONDS)
         return finished
 
     async def _turn(self, source: Source) -> None:
@@ -191,12 +193,11 @@ class Consumer:
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
 
     async def _commit_often(self) -> None:
-        oldest, lag, parked = OLDEST.labels(self.group), LAG.labels(self.group), PARKED_KEYS.labels(self.group)
+        oldest, lag = OLDEST.labels(self.group), LAG.labels(self.group)
         failures = 0
         while True:
             await asyncio.sleep(_COMMIT_SECONDS)
             oldest.set(self._oldest_seconds())
-            parked.set(self.parked_keys)
             waiting = self._source.lag() if self._source is not None else None
             if waiting is not None:
                 lag.set(waiting)
@@ -229,7 +230,7 @@ class Consumer:
         """Before the source closes: what the time allows is finished, and what is finished is committed."""
         left = list(self._assignments)
         try:
-            await self._dispatcher.cancel(_with_queues(left))
+            await self._dispatcher.cancel(self._all())
             await self._commit(left)
         finally:
             self._assignments.clear()
@@ -262,14 +263,18 @@ class Consumer:
             held = self._intake.held(mine)
             self._forget(mine)
             if not finished:
-                await self._dispatcher.cancel(_with_queues(mine))
+                await self._dispatcher.cancel(mine)
             await self._intake.give_up(held)
 
     async def lost(self, assignments: Collection[Assignment]) -> None:
         """See `Reader`."""
         mine = [assignment for assignment in assignments if assignment in self._assignments]
         self._forget(mine)
-        await self._dispatcher.cancel(_with_queues(mine))
+        await self._dispatcher.cancel(mine)
+
+    def _all(self) -> list[Assignment]:
+        """The partitions that are held, and the queues that are worked on."""
+        return [*self._assignments, *(self._queues.assignments if self._queues is not None else ())]
 
     def _forget(self, assignments: Collection[Assignment]) -> None:
         for assignment in assignments:
@@ -280,9 +285,7 @@ class Consumer:
     def idle(self) -> bool:
         """Whether everything that is known to be there has been handled."""
         source = self._source
-        return (
-            source is not None and not source.lag() and not any(item.window for item in _with_queues(self._assignments))
-        )
+        return source is not None and not source.lag() and not any(item.window for item in self._all())
 
     async def health(self) -> Health:
         """Degraded while the transport is away, or while an event is in flight for too long."""
@@ -294,22 +297,20 @@ class Consumer:
             return Health("degraded", f"group {self.group}: {'; '.join(self._source.absent.values())}")
         if self._intake.trouble is not None:
             return Health("degraded", f"group {self.group}: its parked keys are not known ({self._intake.trouble})")
+        if self._parked is not None and (trouble := await self._parked.trouble()) is not None:
+            return Health("degraded", f"group {self.group}: {trouble}")
         oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
 
-    def _oldest_seconds(self) -> float:
-        return self._dispatcher.oldest_seconds(_with_queues(self._assignments))
-
     @property
     def parked_keys(self) -> int:
-        """How many keys of the topics that are read here are parked."""
-        return len({(assignment.topic, key) for assignment in self._assignments for key in assignment.parked})
+        """How many keys of the group were parked when it was last looked."""
+        return 0 if self._parked is None else self._parked.keys
 
-
-def _with_queues(assignments: Collection[Assignment]) -> list[Assignment]:
-    return [*assignments, *(queue for assignment in assignments for queue in assignment.queues)]
+    def _oldest_seconds(self) -> float:
+        return self._dispatcher.oldest_seconds(self._all())
 
 
 def _size_of(record: Record) -> int:

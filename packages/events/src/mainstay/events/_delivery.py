@@ -21,7 +21,7 @@ class Assignment:
     Args:
         topic: of which.
         number: of the partition.
-        queue: this is no partition, but the queue of one of its parked keys.
+        queue: this is no partition, but the queue of a parked key that was read from it.
 
     Attributes:
         window: what was handed out and is not finished, and what is finished behind that.
@@ -31,13 +31,12 @@ class Assignment:
         most: how many records to ask for at once.
         finished: the last record before which all are finished, once it can be committed.
         parked: the keys whose events go to the end of their queues.
-        queues: those that are being worked on.
         holder: under which name this process holds it, where that is noted; see `_crashes`.
     """
 
     __slots__ = (
-        "finished", "holder", "most", "number", "open", "parked", "queue", "queues", "record_bytes", "tails", "topic",
-        "waiting", "window",
+        "finished", "holder", "most", "number", "open", "parked", "queue", "record_bytes", "tails", "topic", "waiting",
+        "window",
     )  # fmt: skip
 
     def __init__(self, topic: str, number: int, *, queue: bool = False) -> None:
@@ -52,7 +51,6 @@ class Assignment:
         self.tails: dict[bytes, Delivery] = {}
         self.finished: Record | None = None
         self.parked: set[bytes] = set()
-        self.queues: set[Assignment] = set()
         self.holder: UUID | None = None
 
     def __repr__(self) -> str:

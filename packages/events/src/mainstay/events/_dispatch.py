@@ -37,8 +37,7 @@ from pydantic import ValidationError
 
 from mainstay.core import Clock, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route
-from mainstay.events._failure import KEY_IS_PARKED, Again, Failures, that_give_way
-from mainstay.events._metrics import SKIPPED
+from mainstay.events._failure import KEY_IS_PARKED, NOT_HANDLED_HERE, Again, Failures, that_give_way
 from mainstay.events.errors import DecodeError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Metadata, Record, context_of
 
@@ -87,13 +86,13 @@ class Dispatcher:
         self._callers: set[_Caller] = set()
         self._progress: asyncio.Future[None] | None = None
         self._failing: set[Delivery] = set()
-        self._skipped = SKIPPED.labels(group)
         self._crash: BaseException | None = None
 
     def feed(self, assignment: Assignment, records: Iterable[Record]) -> None:
         """Take records of a partition, in its order."""
         window, tails, ready = assignment.window, assignment.tails, assignment.waiting
         had_turns = bool(ready)
+        self._failures.fetched()
         for record in records:
             delivery = Delivery(assignment, record)
             window.append(delivery)
@@ -340,14 +339,14 @@ class Dispatcher:
         """Whether the group has to do with the record at all; topics carry several types, so skipping is normal."""
         only = headers.get(ONLY_GROUP)
         if only is not None and only != self._group.encode():
-            self._skipped.inc()
+            self._failures.skipped.inc()
             return None, None
         if route is None:
             if UNREADABLE in headers:
                 return None, DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
             if TYPE not in headers:
                 return None, DecodeError(f"the record has no header {TYPE}: it is not an event")
-            self._skipped.inc()
+            return None, None if self._failures.is_skipped(headers) else NOT_HANDLED_HERE
         return route, None
 
     def make_room(self, assignment: Assignment) -> None:

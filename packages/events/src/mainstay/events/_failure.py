@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Verdict
-from mainstay.events._metrics import FAILED, PARKED
+from mainstay.events._handled import kind_of
+from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
 from mainstay.events._sparing import Sparing
-from mainstay.events.errors import DecodeError, KeyIsParkedError
+from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError
 
 _log = logging.getLogger("mainstay.events")
 
@@ -35,6 +36,7 @@ class Again(NamedTuple):
 
 
 KEY_IS_PARKED = KeyIsParkedError()
+NOT_HANDLED_HERE = NotHandledHereError()
 
 
 class Failures:
@@ -46,6 +48,9 @@ class Failures:
         parking: the group's parked keys, None without a Database.
         commit: makes durable how far a partition is finished; needed with `parking`.
         clock: measures ages.
+
+    Attributes:
+        skipped: counts events that the group has nothing to do with.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Failures:
         self._parking = parking
         self._clock = clock
         self._sparing = Sparing(clock)
+        self.skipped = SKIPPED.labels(group)
 
     async def failed(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
@@ -70,6 +76,19 @@ class Failures:
         """Deal with a failure; None when the event needs nothing more here: it is parked, or a dead letter."""
         if error is KEY_IS_PARKED:
             return await self._append(delivery)
+        if delivery.verdict is None and handling is None and self._parking is not None:
+            kind = kind_of(dict(delivery.record.headers))
+            try:
+                elsewhere = await self._parking.handled.is_somebodys(kind)
+            except Exception:  # noqa: BLE001  whatever it is, the event must not be passed over
+                return self._not_stored(delivery, f"it is not known who handles {kind}")
+            if elsewhere:
+                if not delivery.assignment.queue and delivery.record.key in delivery.assignment.parked:
+                    return await self._append(delivery)
+                delivery.verdict = self._handed_over(kind)
+        if delivery.verdict is None and error is NOT_HANDLED_HERE:
+            self.skipped.inc()
+            return None
         if delivery.verdict is None:
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
@@ -86,8 +105,29 @@ class Failures:
             await self._carry_out(delivery, verdict)
         except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
-            return self._not_stored(delivery, "what could not be handled")
+            return self._not_stored(delivery, "what could not be handled cannot be stored")
         return None
+
+    def is_skipped(self, headers: Mapping[str, bytes | None]) -> bool:
+        """Count an event of a type without a handler here as skipped, where that is certain without asking."""
+        if self._parking is not None and not self._parking.handled.is_nobodys(kind_of(headers)):
+            return False
+        self.skipped.inc()
+        return True
+
+    def fetched(self) -> None:
+        """What was fetched now may be handled by a process of which nothing was known before."""
+        if self._parking is not None:
+            self._parking.handled.fetched()
+
+    def _handed_over(self, kind: str) -> Verdict:
+        HANDED_OVER.labels(self._group).inc()
+        if self._sparing.due(kind) is not None:
+            _log.info(
+                "group %s has no handler for %s in this process: its events wait for one that has", self._group, kind
+            )
+        error = NotHandledHereError(f"the process that read the event has no handler for {kind}; another has")
+        return Verdict(error, parks=True, due_seconds=0.0)
 
     def _verdict(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, again: Again | None
@@ -112,14 +152,16 @@ class Failures:
             await self._parking.keep(delivery, verdict)
             delivery.kept = True
             return
-        before = [each.record for each in assignment.window if each.done and each.record.key == record.key]
+        key = record.key
+        before = [each.record for each in assignment.window if each.done and each.record.key == key and key is not None]
         await self._commit(assignment)  # and what has left the window is read by nobody again
         if not assignment.open:
             msg = f"{assignment} is another process' now"
             raise RuntimeError(msg)
         age = delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
         await self._parking.park(delivery, verdict, age, before)
-        assignment.parked.add(record.key or b"")
+        if key is not None:
+            assignment.parked.add(key)
         PARKED.labels(self._group).inc()
 
     async def _append(self, delivery: Delivery) -> Again | None:
@@ -127,7 +169,7 @@ class Failures:
         try:
             appended = await self._parking.append(delivery.assignment, delivery.record)
         except Exception:  # noqa: BLE001  as above
-            return self._not_stored(delivery, "an event of a parked key")
+            return self._not_stored(delivery, "an event of a parked key cannot be stored")
         if appended:
             return None
         delivery.assignment.parked.discard(delivery.record.key or b"")
@@ -136,7 +178,7 @@ class Failures:
     def _not_stored(self, delivery: Delivery, what: str) -> Again:
         first, longest = _STORE_SECONDS
         delivery.waited = min(max(first, delivery.waited * 2), longest)
-        _log.exception("%s in group %s: %s cannot be stored, again in %g s", delivery.record_name, self._group, what,
+        _log.exception("%s in group %s: %s, again in %g s", delivery.record_name, self._group, what,
                        delivery.waited)  # fmt: skip
         return Again(delivery.waited)
 

@@ -17,6 +17,9 @@ DUPLICATES = Counter("mainstay_events_duplicates_total", "Events that the inbox 
 DEAD_LETTERS = Counter("mainstay_events_dead_letters_total", "Events that became dead letters.", ["group"])
 PARKED = Counter("mainstay_events_parked_total", "Times that a key was parked.", ["group"])
 PARKED_KEYS = Gauge("mainstay_events_parked_keys", "Parked keys of topics that this process reads.", ["group"])
+HANDED_OVER = Counter(
+    "mainstay_events_handed_over_total", "Events for which another process of the group has a handler.", ["group"]
+)
 RELAYED = Counter("mainstay_events_relayed_total", "Outbox rows confirmed by the broker.")
 REVOKED = Counter("mainstay_events_revoked_total", "Partitions given up to other processes.", ["group"])
 MISSED = Counter("mainstay_events_missed_total", "Events that were deleted before they were read.", ["group"])

@@ -1,32 +1,47 @@
-"""Parked keys: what failed waits in a table with all that follows of its key, in order, and the partition goes on.
+"""Parked keys: an event that cannot be handled waits in a table with all that follows of its key, in order.
 
-A key is parked in one commit with the event that failed. From then on its later events are appended to its queue, each
-of which counts as finished in its partition. The queue is worked from its front, by the process that holds the
-partition, once it is due: when a person says so, or when the wait before the next attempt is over. A key is free when
-its queue is empty; both are looked at in one transaction that holds the key's row, so nothing is appended in between.
+A key is parked in one commit with the event that failed, or that this process has no handler for while another of the
+group has one. From then on its later events are appended to its queue, each of which counts as finished in its
+partition, and the partition goes on. An event without a key has a queue of its own.
 
-The partition's owner knows its parked keys by heart: they are read before its first event is handed out, and where
-another process has changed them meanwhile (a person has discarded one) the table decides.
+A queue is worked from its front once it is due: when a person says so, when the wait before the next attempt is over,
+at once where a handler is all that is missing. Any process of the group may do so that handles the type and the major
+version of the queue's first event, whoever holds the partition. It claims the key for the time of a lease, by the
+database's clock, and what it writes is void once another has claimed it. Where no process has noted that it handles
+the first event (see `_handled`), any may take it.
+
+A key is free when its queue is empty; both are looked at in one transaction that holds the key's row, so nothing is
+appended in between. The holder of the partition knows its parked keys by heart: they are read before its first event is
+handed out, and where others have freed one meanwhile the table decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from mainstay.core import derived_id
+from mainstay.core import derived_id, uuid7
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment, Delivery, Verdict
+from mainstay.events._handled import KEPT_SECONDS, NOTE_SECONDS, Handled, kind_of
+from mainstay.events._metrics import PARKED_KEYS
 from mainstay.events.dead_letters import text_of
 from mainstay.events.errors import NotHeldError
 from mainstay.events.metadata import Record
 from mainstay.events.tables import pack_headers
 
-_DUE_AT_ONCE = 100
+_log = logging.getLogger("mainstay.events")
+
+_COUNT_SECONDS = 5.0
+_GONE_SECONDS = 3 * NOTE_SECONDS
+"""After which a kind of event that no process has noted again counts as one that none handles at the moment."""
 
 
 class Parking:
@@ -35,9 +50,17 @@ class Parking:
     Args:
         database: where they are.
         group: the consumer group.
+        handled: what the group handles, here and elsewhere.
+        lease_seconds: how long a claimed key is kept from others.
+
+    Attributes:
+        worker: by which name this process claims.
     """
 
-    def __init__(self, database: Database, group: str) -> None:
+    def __init__(self, database: Database, group: str, handled: Handled, lease_seconds: float) -> None:
+        self.handled = handled
+        self.lease_seconds = lease_seconds
+        self.worker = str(uuid7())
         self._database = database
         self._group = group
 
@@ -56,21 +79,24 @@ class Parking:
         partition, who would append it behind.
         """
         record = delivery.record
-        key = record.key or b""
+        first = self._row(record)
+        key = first["key"]
         dialect = self._database.dialect
         row = {
+            **{name: first[name] for name in ("group_name", "topic", "key", "partition", "kind", "keyless")},
             "id": derived_id(f"parked:{self._group}:{record.topic}:{key.hex()}"),
-            "group_name": self._group,
-            "topic": record.topic,
-            "key": key,
-            "partition": record.partition,
             "age": age_seconds,
             **_state(delivery, verdict),
         }
         async with self._database.transaction() as session:
             await self._still_held(session, delivery.assignment)
-            await session.execute(tables.PARK_KEY[dialect], row)
-            rows = [*(self._row(each, handled=True) for each in before), self._row(record)]
+            parked: Any = await session.execute(tables.PARK_KEY[dialect], row)
+            if parked.rowcount == 0:  # by another, before this process had the partition: the queue has a first event
+                held: Any = await session.execute(tables.HOLD_PARKED_KEY, self._place(record.topic, key))
+                if held.rowcount == 0:
+                    msg = f"a key of topic {record.topic} became free while it was parked"
+                    raise RuntimeError(msg)
+            rows = [*(self._row(each, handled=True) for each in before), first]
             await session.execute(tables.INSERT_PARKED[dialect], rows)
 
     async def append(self, assignment: Assignment, record: Record) -> bool:
@@ -104,32 +130,62 @@ class Parking:
             msg = f"{assignment} is another process' now: it is the one to park its keys"
             raise NotHeldError(msg)
 
-    def _row(self, record: Record, *, handled: bool = False) -> Mapping[str, object]:
+    def _row(self, record: Record, *, handled: bool = False) -> dict[str, Any]:
         # The bytes belong to its name: a topic that was deleted and made anew counts its offsets from 0 again.
         digest = blake2b(record.value or b"", digest_size=16).hexdigest()
+        name = derived_id(f"parked:{self._group}:{record.topic}/{record.partition}@{record.offset}:{digest}")
         return {
-            "id": derived_id(f"parked:{self._group}:{record.topic}/{record.partition}@{record.offset}:{digest}"),
+            "id": name,
             "group_name": self._group,
             "topic": record.topic,
             "partition": record.partition,
             "offset": record.offset,
-            "key": record.key or b"",
+            "key": name.bytes if record.key is None else record.key,
             "value": None if handled else record.value,
             "headers": pack_headers([] if handled else record.headers),
             "handled": handled,
+            "kind": kind_of(dict(record.headers)),
+            "keyless": record.key is None,
         }
 
-    async def keep(self, delivery: Delivery, verdict: Verdict) -> None:
-        """Note that the first of a queue has failed once more."""
-        place = self._place(delivery.record.topic, delivery.record.key or b"")
-        await self._database.write(
-            tables.KEEP_PARKED_KEY[self._database.dialect], {**place, **_state(delivery, verdict)}
-        )
+    async def claim(self, most: int) -> Sequence[Any]:
+        """Claim keys whose queues this process may work on now, at most so many: id, topic, partition and key."""
+        asked = {
+            "of_group": self._group,
+            "mine": sorted(self.handled.mine),
+            "kept": KEPT_SECONDS,
+            "most": most,
+        }
+        if not await self._database.read(tables.ARE_DUE[self._database.dialect], asked):
+            return ()
+        claim = tables.CLAIM_DUE_PARKED_KEYS[self._database.dialect]
+        async with self._database.transaction() as session:
+            claimed = await session.execute(claim, {**asked, "me": self.worker, "lease": self.lease_seconds})
+            return claimed.all()
 
-    async def due(self) -> Sequence[Any]:
-        """Topic, partition and key of what is to be tried now."""
-        statement = tables.READ_DUE_PARKED_KEYS[self._database.dialect]
-        return await self._database.read(statement, {"of_group": self._group, "limit": _DUE_AT_ONCE})
+    async def prolong(self, keys: Collection[UUID]) -> None:
+        """Keep claimed keys from others for another lease."""
+        async with self._database.transaction() as session:
+            await session.execute(
+                tables.PROLONG_CLAIMS[self._database.dialect],
+                {"me": self.worker, "keys": sorted(keys), "lease": self.lease_seconds},
+            )
+
+    async def release(self, keys: Collection[UUID]) -> None:
+        """Let others have claimed keys."""
+        async with self._database.transaction() as session:
+            await session.execute(tables.RELEASE_CLAIMS, {"me": self.worker, "keys": sorted(keys)})
+
+    async def release_all(self) -> None:
+        """Let others have whatever this process has claimed."""
+        await self._database.write(tables.RELEASE_ALL_CLAIMS, {"of_group": self._group, "me": self.worker})
+
+    async def keep(self, delivery: Delivery, verdict: Verdict) -> None:
+        """Note that the first of a claimed queue could not be handled this time either, and release it."""
+        place = self._place(delivery.record.topic, self._row(delivery.record)["key"])
+        await self._database.write(
+            tables.KEEP_PARKED_KEY[self._database.dialect], {**place, "me": self.worker, **_state(delivery, verdict)}
+        )
 
     async def first(self, topic: str, key: bytes) -> Any | None:
         """The first event of a queue, with how often it has been tried."""
@@ -138,16 +194,62 @@ class Parking:
         return rows[0] if rows else None
 
     async def finished(self, topic: str, key: bytes, position: int | None) -> bool:
-        """Take an event out of the queue of its key; True when that was the last one, and the key is free."""
+        """Take an event out of a claimed queue; True when there is no more to do: the key is free, or another's."""
         place = self._place(topic, key)
         async with self._database.transaction() as session:
-            await session.execute(tables.NEXT_OF_PARKED_KEY[self._database.dialect], place)
+            held: Any = await session.execute(tables.HOLD_CLAIMED_KEY, {**place, "me": self.worker})
+            if held.rowcount == 0:
+                return True
             if position is not None:
                 await session.execute(tables.HANDLE_PARKED, {"done": position})
+            await session.execute(tables.NEXT_OF_PARKED_KEY[self._database.dialect], place)
             freed: Any = await session.execute(tables.FREE_PARKED_KEY, place)
             if freed.rowcount:
                 await session.execute(tables.DELETE_QUEUE, place)
             return bool(freed.rowcount)
+
+    async def kinds(self) -> Sequence[Any]:
+        """How many keys are parked, and how many of them are due or wait for a time, by kind of their first event."""
+        return await self._database.read(tables.PARKED_KINDS, {"of_group": self._group})
+
+
+class ParkedCount:
+    """How many keys of a group are parked, and which of them no process that serves can handle.
+
+    Args:
+        parking: the tables.
+        group: the consumer group.
+
+    Attributes:
+        keys: how many there were when it was last looked.
+    """
+
+    def __init__(self, parking: Parking, group: str) -> None:
+        self.keys = 0
+        self._parking = parking
+        self._group = group
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            trouble = await self.trouble()
+            _log.debug("parked keys of group %s: %d, %s", self._group, self.keys, trouble or "all well")
+            await asyncio.sleep(_COUNT_SECONDS)
+
+    async def trouble(self) -> str | None:
+        """Look, and say what is wrong if anything is."""
+        try:
+            kinds = await self._parking.kinds()
+            waiting = {row.kind for row in kinds if row.due} - self._parking.handled.mine
+            seen = await self._parking.handled.look() if waiting else dict[str, float]()
+        except Exception as error:  # noqa: BLE001  whatever it is, it is said
+            return f"its parked keys are not known ({type(error).__name__})"
+        self.keys = sum(row.keys for row in kinds)
+        PARKED_KEYS.labels(self._group).set(self.keys)
+        unhandled = sorted(kind for kind in waiting if seen.get(kind, 0.0) > _GONE_SECONDS)
+        if unhandled:
+            return f"events of {', '.join(unhandled)} wait, and no process that serves has a handler for them"
+        return None
 
 
 def _state(delivery: Delivery, verdict: Verdict) -> Mapping[str, object]:

@@ -1,15 +1,16 @@
-"""Working on the queues of parked keys: in order, each key by itself, by the process that holds its partition."""
+"""Working on the queues of parked keys: in order, each key by itself, by a process that has claimed it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
 from typing import Any
+from uuid import UUID
 
-from mainstay.core import spawn
+from mainstay.core import Clock, spawn
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
+from mainstay.events._handled import kind_of
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
 from mainstay.events.tables import unpack_headers
@@ -19,89 +20,163 @@ _log = logging.getLogger("mainstay.events")
 _POLL_SECONDS = 0.5
 _AT_ONCE = 16
 """Keys of a group that a process works on at once."""
+_MARGIN = 0.2
+"""Of a lease: how long before the database's end of a claim this process stops believing in it."""
+
+
+class _Claim:
+    """A key that is being worked on."""
+
+    __slots__ = ("queue", "task", "until")
+
+    def __init__(self, queue: Assignment, until: float) -> None:
+        self.queue = queue
+        self.until = until
+        self.task: asyncio.Task[None] | None = None
 
 
 class Queues:
-    """Works on the parked keys of the partitions that a consumer holds.
+    """Works on parked keys whose first event this process can handle.
 
     Args:
         parking: the tables.
         dispatcher: calls the handlers, in their places among all others.
-        held: the partitions, at any time.
+        clock: measures how long a claim is certain.
     """
 
-    def __init__(self, parking: Parking, dispatcher: Dispatcher, held: Collection[Assignment]) -> None:
+    def __init__(self, parking: Parking, dispatcher: Dispatcher, clock: Clock) -> None:
         self._parking = parking
         self._dispatcher = dispatcher
-        self._held = held
-        self._tasks: dict[Assignment, asyncio.Task[None]] = {}
-        self._keys: set[tuple[str, bytes]] = set()
+        self._clock = clock
+        self._claims: dict[UUID, _Claim] = {}
+        self._prolong_at = 0.0
+        self._has_claimed = False
+
+    @property
+    def assignments(self) -> list[Assignment]:
+        """The queues that are being worked on."""
+        return [claim.queue for claim in self._claims.values()]
 
     async def run(self) -> None:
-        """Look for keys that are due, until cancelled; what has begun goes on."""
+        """Claim keys that are due, until cancelled; what has begun goes on."""
         while True:
-            await asyncio.sleep(_POLL_SECONDS)
+            more = False
             try:
-                due = await self._parking.due()
+                async with asyncio.timeout(self._parking.lease_seconds / 4):
+                    await self._prolong()
+                    more = await self._claim()
             except Exception as error:  # noqa: BLE001  the next look finds the same
                 _log.debug("the parked keys are not known", exc_info=error)
-                continue
-            places = {(held.topic, held.number): held for held in self._held if held.open}
-            for row in due:
-                assignment = places.get((row.topic, row.partition))
-                if assignment is not None and (row.topic, row.key) not in self._keys and len(self._keys) < _AT_ONCE:
-                    self._begin(assignment, row.topic, row.key)
+            await self._give_up()
+            tasks = [claim.task for claim in self._claims.values() if claim.task is not None]
+            if more and tasks:
+                await asyncio.wait(tasks, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(_POLL_SECONDS)
 
-    def _begin(self, assignment: Assignment, topic: str, key: bytes) -> None:
-        queue = Assignment(topic, assignment.number, queue=True)
-        assignment.queues.add(queue)
-        self._keys.add((topic, key))
-        task = self._tasks[queue] = spawn(self._work(assignment, queue, key), name="events.parked")
+    def _certain_until(self) -> float:
+        return self._clock.monotonic() + self._parking.lease_seconds * (1 - _MARGIN)
+
+    async def _prolong(self) -> None:
+        held = dict(self._claims)
+        if held and self._clock.monotonic() >= self._prolong_at:
+            until = self._certain_until()
+            await self._parking.prolong(held)
+            self._prolong_at = self._clock.monotonic() + self._parking.lease_seconds / 4
+            for claim in held.values():
+                claim.until = until
+
+    async def _claim(self) -> bool:
+        """Begin what is due; whether there may be more of it."""
+        room = _AT_ONCE - len(self._claims)
+        if room <= 0:
+            return True
+        until = self._certain_until()
+        self._has_claimed = True
+        claimed = await self._parking.claim(room)
+        for row in claimed:
+            # One that is here already was discarded by a person and parked anew: the claim ends with the work on it.
+            if row.id not in self._claims:
+                self._begin(row, until)
+        return len(claimed) == room
+
+    async def _give_up(self) -> None:
+        """End the work on keys that others may claim by now."""
+        now = self._clock.monotonic()
+        lapsed = [claim.queue for claim in self._claims.values() if claim.until <= now]
+        if lapsed:
+            _log.warning("%d parked keys could not be kept from others in time, who go on with them", len(lapsed))
+            await self._dispatcher.cancel(lapsed)
+
+    def _begin(self, row: Any, until: float) -> None:
+        queue = Assignment(row.topic, row.partition, queue=True)
+        claim = self._claims[row.id] = _Claim(queue, until)
+        claim.task = spawn(self._work(queue, row.id, row.key), name="events.parked")
 
         def ended(task: asyncio.Task[None]) -> None:
-            assignment.queues.discard(queue)
-            self._keys.discard((topic, key))
-            del self._tasks[queue]
+            del self._claims[row.id]
             if not task.cancelled() and task.exception() is not None:
-                _log.warning("a parked key of topic %s goes on waiting", topic, exc_info=task.exception())
+                _log.debug("a parked key could not be released", exc_info=task.exception())
 
-        task.add_done_callback(ended)
+        claim.task.add_done_callback(ended)
 
-    async def _work(self, assignment: Assignment, queue: Assignment, key: bytes) -> None:
-        """Hand out the events of a queue one after the other, until one fails or none is left."""
-        while queue.open and assignment.open:
+    async def _work(self, queue: Assignment, id: UUID, key: bytes) -> None:
+        try:
+            if await self._work_off(queue, key):
+                return
+        except Exception:  # noqa: BLE001  what has not left the queue is handled again
+            _log.warning("a parked key of topic %s goes on waiting", queue.topic, exc_info=True)
+        await self._parking.release([id])
+
+    async def _work_off(self, queue: Assignment, key: bytes) -> bool:
+        """Hand out the events of a queue one after the other; True when the claim has ended with the work."""
+        while queue.open:
             row = await self._parking.first(queue.topic, key)
             position = None
             if row is not None:
                 position = row.position
-                delivery = self._delivery(queue, row)
+                headers = unpack_headers(row.headers)
+                if await self._is_others(kind_of(dict(headers))):
+                    return False
+                record = LogRecord(
+                    row.topic, row.partition, row.offset, None if row.keyless else key, row.value, headers
+                )
+                delivery = self._hand_out(queue, record, row)
                 while queue.window and queue.open:
                     await self._dispatcher.progress(1.0)
                 if delivery.kept or not delivery.done:
-                    return
+                    return delivery.kept
             if await self._parking.finished(queue.topic, key, position):
-                assignment.parked.discard(key)
-                return
+                return True
+        return False
 
-    def _delivery(self, queue: Assignment, row: Any) -> Delivery:
-        headers = unpack_headers(row.headers)
-        record = LogRecord(row.topic, row.partition, row.offset, row.key, row.value, headers)
+    async def _is_others(self, kind: str) -> bool:
+        handled = self._parking.handled
+        return kind not in handled.mine and await handled.is_somebodys(kind)
+
+    def _hand_out(self, queue: Assignment, record: LogRecord, row: Any) -> Delivery:
         self._dispatcher.feed(queue, [record])
         delivery = queue.window[0]
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
         delivery.aged = row.age
         return delivery
 
-    async def settle(self, assignments: Iterable[Assignment], seconds: float) -> None:
-        """Wait until what was handled has left its queue; their calls have ended."""
-        tasks = [self._tasks[queue] for held in assignments for queue in held.queues if queue in self._tasks]
+    async def settle(self, seconds: float) -> None:
+        """Wait until what was handled has left its queue; the calls have ended."""
+        tasks = [claim.task for claim in self._claims.values() if claim.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
 
     async def stop(self) -> None:
-        """Cancel what still runs."""
-        tasks = list(self._tasks.values())
+        """Cancel what still runs, and let others have its keys."""
+        tasks = [claim.task for claim in self._claims.values() if claim.task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        if self._has_claimed:
+            try:
+                async with asyncio.timeout(self._parking.lease_seconds / 4):
+                    await self._parking.release_all()
+            except Exception as error:  # noqa: BLE001  the claims end by themselves
+                _log.debug("parked keys were not released", exc_info=error)

@@ -91,3 +91,9 @@ class NotHeldError(EventsError):
     """The partition belongs to another process by now: this one has stood still for longer than its lease."""
 
     code = "SYS_EVENTS_NOT_HELD"
+
+
+class NotHandledHereError(EventsError):
+    """This process has no handler for the event, and another process of the group has one."""
+
+    code = "SYS_EVENTS_ELSEWHERE"

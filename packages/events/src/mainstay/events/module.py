@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.events import _kafka, tables
+from mainstay.events import _handled, _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Route
+from mainstay.events._handled import Handled, kind_named
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
@@ -160,6 +161,11 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
+            parking = _parking(database, subscriptions, settings)
+            if parking and not self.looking:
+                handled = [each.handled for each in parking.values()]
+                await _handled.note(handled)  # now, since this App may publish what its handlers are for
+                app.serve("handled", partial(_handled.note_often, handled))
             consumers = [
                 Consumer(
                     group,
@@ -167,7 +173,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     routes,
                     transport=transport,
                     dead_letters=letters,
-                    parking=None if database is None else Parking(database, group),
+                    parking=parking.get(group),
                     concurrency=self._concurrency(group, inbox),
                     crashes=crashes,
                     window_bytes=settings.window_bytes,
@@ -283,6 +289,24 @@ def _groups(
                 event, call, wants_metadata=wants_metadata, retry=retry, parks=subscription.on_failure == "park"
             )
     return groups
+
+
+def _parking(
+    database: Database | None, subscriptions: Sequence[Subscription], settings: EventsSettings
+) -> Mapping[str, Parking]:
+    """For each group, its parked keys, with what this process handles; none without a Database."""
+    if database is None:
+        return {}
+    kinds: dict[str, set[str]] = {}
+    for subscription in subscriptions:
+        definitions = map(definition_of, subscription.events)
+        kinds.setdefault(subscription.group, set()).update(
+            kind_named(each.type, each.version.major) for each in definitions
+        )
+    return {
+        group: Parking(database, group, Handled(database, group, mine), settings.lease_seconds)
+        for group, mine in kinds.items()
+    }
 
 
 def _call(app: App, subscription: Subscription, inbox: Inbox | None) -> tuple[Callable[..., Awaitable[None]], bool]:

@@ -27,8 +27,9 @@ class ParkedKey:
         id: its name for `retry`, `skip` and `discard`.
         group: who could not handle it.
         topic, partition: where it is read.
-        key: as it was received.
+        key: as it was received; None for one event without a key, which has a queue of its own.
         waiting: how many events are in its queue, the one that failed among them.
+        kind: of its first event the type and the major version, such as `order.paid 2.x`; empty where it has none.
         error: the exception of the last attempt, and its trace.
         attempt: the number that the next attempt has.
         since: since when its first event has been failing, in UTC.
@@ -39,8 +40,9 @@ class ParkedKey:
     group: str
     topic: str
     partition: int
-    key: bytes
+    key: bytes | None
     waiting: int
+    kind: str
     error: str
     attempt: int
     since: datetime
@@ -50,8 +52,8 @@ class ParkedKey:
 class ParkedKeys:
     """The parked keys of this service; `app.get(ParkedKeys)`, or the command `mainstay events parked`.
 
-    What is asked for here is done by the process that holds the key's partition, within a second where one runs. In an
-    App without a Database every method raises `ConfigurationError`.
+    What is asked for here is done by a process that handles the first event of the key, within a second where one
+    serves. In an App without a Database every method raises `ConfigurationError`.
     """
 
     def __init__(self, database: Database | None, dead_letters: DeadLetterStore) -> None:
@@ -79,11 +81,14 @@ class ParkedKeys:
         Raises:
             NotParkedError: there is none with this id.
         """
+        return _parked_key(await self._row(id))
+
+    async def _row(self, id: UUID) -> Any:
         rows = await self._database.read(tables.GET_PARKED_KEY, {"parked": id})
         if not rows:
             msg = f"no parked key {id}: list them with mainstay events parked list"
             raise NotParkedError(msg)
-        return _parked_key(rows[0])
+        return rows[0]
 
     async def retry(self, id: UUID) -> ParkedKey:
         """Have the events of a key tried again, from the first one on, with all their attempts.
@@ -91,9 +96,9 @@ class ParkedKeys:
         Raises:
             NotParkedError: there is none with this id.
         """
-        parked = await self.get(id)
-        await self._database.write(tables.NEXT_OF_PARKED_KEY[self._database.dialect], _place(parked))
-        return parked
+        found = await self._row(id)
+        await self._database.write(tables.NEXT_OF_PARKED_KEY[self._database.dialect], _place(found))
+        return _parked_key(found)
 
     async def skip(self, id: UUID) -> ParkedKey:
         """Make the first event of a key a dead letter, and have the others tried.
@@ -101,17 +106,19 @@ class ParkedKeys:
         Raises:
             NotParkedError: there is none with this id.
         """
-        parked = await self.get(id)
+        found = await self._row(id)
+        parked, place = _parked_key(found), _place(found)
         dialect = self._database.dialect
         async with self._database.transaction() as session:
-            await session.execute(tables.NEXT_OF_PARKED_KEY[dialect], _place(parked))
-            row: Any = (await session.execute(tables.READ_FIRST_PARKED[dialect], _place(parked))).first()
+            await session.execute(tables.HOLD_PARKED_KEY, place)
+            row: Any = (await session.execute(tables.READ_FIRST_PARKED[dialect], place)).first()
             if row is not None:
                 headers = unpack_headers(row.headers)
-                record = LogRecord(row.topic, row.partition, row.offset, row.key, row.value, headers)
+                record = LogRecord(row.topic, row.partition, row.offset, parked.key, row.value, headers)
                 why = SkippedError(f"skipped by a person; its last error was\n{parked.error}")
                 await self._dead_letters.add(parked.group, record, why, parked.attempt)
                 await session.execute(tables.HANDLE_PARKED, {"done": row.position})
+            await session.execute(tables.NEXT_OF_PARKED_KEY[dialect], place)
         return parked
 
     async def discard(self, id: UUID) -> ParkedKey:
@@ -120,16 +127,17 @@ class ParkedKeys:
         Raises:
             NotParkedError: there is none with this id.
         """
-        parked = await self.get(id)
+        found = await self._row(id)
+        place = _place(found)
         async with self._database.transaction() as session:
-            await session.execute(tables.NEXT_OF_PARKED_KEY[self._database.dialect], _place(parked))
-            await session.execute(tables.DELETE_QUEUE, _place(parked))
-            await session.execute(tables.FREE_PARKED_KEY, _place(parked))
-        return parked
+            await session.execute(tables.NEXT_OF_PARKED_KEY[self._database.dialect], place)
+            await session.execute(tables.DELETE_QUEUE, place)
+            await session.execute(tables.FREE_PARKED_KEY, place)
+        return _parked_key(found)
 
 
-def _place(parked: ParkedKey) -> dict[str, object]:
-    return {"of_group": parked.group, "of_topic": parked.topic, "of_key": parked.key}
+def _place(row: Any) -> dict[str, object]:
+    return {"of_group": row.group_name, "of_topic": row.topic, "of_key": row.key}
 
 
 def _parked_key(row: Any) -> ParkedKey:
@@ -138,8 +146,9 @@ def _parked_key(row: Any) -> ParkedKey:
         group=row.group_name,
         topic=row.topic,
         partition=row.partition,
-        key=row.key,
+        key=None if row.keyless else row.key,
         waiting=row.waiting,
+        kind=row.kind,
         error=row.error,
         attempt=row.attempt,
         since=datetime.fromtimestamp(row.failing_since, UTC),

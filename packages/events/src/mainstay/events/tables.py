@@ -126,6 +126,18 @@ PARKED_KEYS = sa.Table(
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("failing_since", sa.Double, nullable=False),
     sa.Column("due_at", sa.Double),  # null while it waits for a person
+    sa.Column("kind", sa.Text, nullable=False),  # of the first event of its queue: only who handles it may work on it
+    # Who works on the queue, and until when no other may.
+    sa.Column("worker", sa.Text),
+    sa.Column("claimed_until", sa.Double),
+    sa.Column("keyless", sa.Boolean, nullable=False),  # one event without a key, in a queue of its own
+)
+HANDLED = sa.Table(
+    "mainstay_events_handled",
+    METADATA,
+    sa.Column("group_name", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),  # type and major version, like order.paid 2.x
+    sa.Column("seen_at", sa.Double, nullable=False),
 )
 PARKED = sa.Table(
     "mainstay_events_parked",
@@ -141,6 +153,8 @@ PARKED = sa.Table(
     sa.Column("headers", sa.Text, nullable=False),
     # It stays until its key is free: whoever reads the partition once more must not append it again.
     sa.Column("handled", sa.Boolean, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("keyless", sa.Boolean, nullable=False),
     sa.Index("mainstay_events_parked_queue", "group_name", "topic", "key", "position"),
     sqlite_autoincrement=True,
 )
@@ -394,14 +408,16 @@ _WAITS = (
 _WAITING = sa.select(sa.func.count()).select_from(PARKED).where(*_WAITS).correlate(PARKED_KEYS).scalar_subquery()
 _DUE = sa.bindparam("due", type_=sa.Double)  # null stays null
 READ_PARKED_KEYS = sa.select(PARKED_KEYS.c.key).where(
-    PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.topic == sa.bindparam("of_topic")
+    PARKED_KEYS.c.group_name == sa.bindparam("of_group"),
+    PARKED_KEYS.c.topic == sa.bindparam("of_topic"),
+    ~PARKED_KEYS.c.keyless,
 )
 _ATTEMPTS = _binds(PARKED_KEYS, "attempt", "postponed", "waited_seconds", "error")
 PARK_KEY = _each(
     lambda insert, now: (
         insert(PARKED_KEYS)
         .values(
-            **_binds(PARKED_KEYS, "id", "group_name", "topic", "key", "partition"),
+            **_binds(PARKED_KEYS, "id", "group_name", "topic", "key", "partition", "kind", "keyless"),
             **_ATTEMPTS,
             failing_since=now - sa.bindparam("age", type_=sa.Double),
             due_at=now + _DUE,
@@ -409,33 +425,94 @@ PARK_KEY = _each(
         .on_conflict_do_nothing()
     )
 )
-KEEP_PARKED_KEY = _each(lambda _, now: sa.update(PARKED_KEYS).where(*_OF_KEY).values(**_ATTEMPTS, due_at=now + _DUE))
+_ME = sa.bindparam("me", type_=sa.Text)
+_LEASE = sa.bindparam("lease", type_=sa.Double)
+_NO_CLAIM: dict[str, Any] = {"worker": None, "claimed_until": None}
+KEEP_PARKED_KEY = _each(
+    lambda _, now: (
+        sa.update(PARKED_KEYS)
+        .where(*_OF_KEY, PARKED_KEYS.c.worker == _ME)
+        .values(**_ATTEMPTS, due_at=now + _DUE, **_NO_CLAIM)
+    )
+)
 INSERT_PARKED = _each(
     lambda insert, _: (
         insert(PARKED)
-        .values(
-            _binds(PARKED, "id", "group_name", "topic", "partition", "offset", "key", "value", "headers", "handled")
-        )
+        .values(_binds(PARKED, *(column.name for column in PARKED.columns if column.name != "position")))
         .on_conflict_do_nothing()
     )
 )
 # An update that changes nothing: it takes the row, so that nobody frees or works on the key meanwhile.
 HOLD_PARKED_KEY = sa.update(PARKED_KEYS).where(*_OF_KEY).values(partition=PARKED_KEYS.c.partition)
+HOLD_CLAIMED_KEY = HOLD_PARKED_KEY.where(PARKED_KEYS.c.worker == _ME)
+_FIRST_KIND = (
+    sa.select(PARKED.c.kind).where(*_WAITS).order_by(PARKED.c.position).limit(1).correlate(PARKED_KEYS)
+).scalar_subquery()
 NEXT_OF_PARKED_KEY = _each(
     lambda _, now: (
         sa.update(PARKED_KEYS)
         .where(*_OF_KEY)
-        .values(attempt=1, postponed=0, waited_seconds=0.0, failing_since=now, due_at=now)
+        .values(
+            attempt=1,
+            postponed=0,
+            waited_seconds=0.0,
+            failing_since=now,
+            due_at=now,
+            kind=sa.func.coalesce(_FIRST_KIND, ""),
+        )
     )
 )
 FREE_PARKED_KEY = sa.delete(PARKED_KEYS).where(*_OF_KEY, ~sa.exists().where(*_WAITS).correlate(PARKED_KEYS))
-READ_DUE_PARKED_KEYS = _each(
-    lambda _, now: (
-        sa.select(PARKED_KEYS.c.topic, PARKED_KEYS.c.partition, PARKED_KEYS.c.key)
-        .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.due_at <= now)
-        .order_by(PARKED_KEYS.c.due_at)
-        .limit(sa.bindparam("limit", type_=sa.Integer))
+_KEPT_SECONDS = sa.bindparam("kept", type_=sa.Double)
+
+
+def _due(now: sa.ColumnElement[float]) -> sa.Select[Any]:
+    """Parked keys whose time has come, that no process works on, and whose first event this one may handle."""
+    handled = sa.exists().where(
+        HANDLED.c.group_name == PARKED_KEYS.c.group_name,
+        HANDLED.c.kind == PARKED_KEYS.c.kind,
+        HANDLED.c.seen_at > now - _KEPT_SECONDS,
     )
+    return (
+        sa.select(PARKED_KEYS.c.id)
+        .where(
+            PARKED_KEYS.c.group_name == sa.bindparam("of_group"),
+            PARKED_KEYS.c.due_at <= now,
+            sa.or_(PARKED_KEYS.c.claimed_until.is_(None), PARKED_KEYS.c.claimed_until <= now),
+            sa.or_(PARKED_KEYS.c.kind.in_(sa.bindparam("mine", expanding=True)), ~handled),
+        )
+        .order_by(PARKED_KEYS.c.due_at)
+        .limit(sa.bindparam("most", type_=sa.Integer))
+    )
+
+
+ARE_DUE = _each(lambda _, now: _due(now))
+CLAIM_DUE_PARKED_KEYS = _each(
+    lambda insert, now: (
+        sa.update(PARKED_KEYS)
+        .where(
+            PARKED_KEYS.c.id.in_(_due(now) if insert is sqlite.insert else _due(now).with_for_update(skip_locked=True))
+        )
+        .values(worker=_ME, claimed_until=now + _LEASE)
+        .returning(PARKED_KEYS.c.id, PARKED_KEYS.c.topic, PARKED_KEYS.c.partition, PARKED_KEYS.c.key)
+    )
+)
+_CLAIMED = (PARKED_KEYS.c.worker == _ME, PARKED_KEYS.c.id.in_(sa.bindparam("keys", expanding=True, type_=sa.Uuid)))
+PROLONG_CLAIMS = _each(lambda _, now: sa.update(PARKED_KEYS).where(*_CLAIMED).values(claimed_until=now + _LEASE))
+RELEASE_CLAIMS = sa.update(PARKED_KEYS).where(*_CLAIMED).values(**_NO_CLAIM)
+RELEASE_ALL_CLAIMS = (
+    sa.update(PARKED_KEYS)
+    .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.worker == _ME)
+    .values(**_NO_CLAIM)
+)
+PARKED_KINDS = (
+    sa.select(
+        PARKED_KEYS.c.kind,
+        sa.func.count().label("keys"),
+        sa.func.count(PARKED_KEYS.c.due_at).label("due"),
+    )
+    .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"))
+    .group_by(PARKED_KEYS.c.kind)
 )
 READ_FIRST_PARKED = _each(
     lambda _, now: (
@@ -495,3 +572,15 @@ NOTE_CALL = (
 )
 NOTE_NO_CALL = sa.update(HOLDERS).where(*_OF_HOLDER).values(calling=False, called=None, called_seconds=0.0, crashes=0)
 GIVE_UP_PARTITION = sa.update(HOLDERS).where(*_OF_HOLDER).values(held=False, calling=False)
+NOTE_HANDLED = _each(
+    lambda insert, now: (
+        insert(HANDLED)
+        .values(**_binds(HANDLED, "group_name", "kind"), seen_at=now)
+        .on_conflict_do_update(index_elements=["group_name", "kind"], set_={"seen_at": now})
+    )
+)
+READ_HANDLED = _each(
+    lambda _, now: sa.select(HANDLED.c.kind, (now - HANDLED.c.seen_at).label("age")).where(
+        HANDLED.c.group_name == sa.bindparam("of_group"), HANDLED.c.seen_at > now - _KEPT_SECONDS
+    )
+)

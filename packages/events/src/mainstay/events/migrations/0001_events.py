@@ -103,6 +103,16 @@ def upgrade() -> None:
         sa.Column("error", sa.Text, nullable=False),
         sa.Column("failing_since", sa.Double, nullable=False),
         sa.Column("due_at", sa.Double),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("worker", sa.Text),
+        sa.Column("claimed_until", sa.Double),
+        sa.Column("keyless", sa.Boolean, nullable=False),
+    )
+    op.create_table(
+        "mainstay_events_handled",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("kind", sa.Text, primary_key=True),
+        sa.Column("seen_at", sa.Double, nullable=False),
     )
     op.create_table(
         "mainstay_events_parked",
@@ -116,6 +126,8 @@ def upgrade() -> None:
         sa.Column("value", sa.LargeBinary),
         sa.Column("headers", sa.Text, nullable=False),
         sa.Column("handled", sa.Boolean, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("keyless", sa.Boolean, nullable=False),
         sqlite_autoincrement=True,
     )
     op.create_index(
