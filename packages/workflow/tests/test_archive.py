@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -246,6 +249,10 @@ async def test_a_file_that_is_none_or_in_use_is_refused(tmp_path: Path) -> None:
         with pytest.raises(WorkflowError, match="no archive of runs"):
             await archive(database, other, older_than_seconds=1, deleting=True)
         assert other.read_text() == "hello\n"
+        other.write_text("hello")  # no line that a kill broke off
+        with pytest.raises(WorkflowError, match="no archive of runs"):
+            await archive(database, other, older_than_seconds=1, deleting=True)
+        assert other.read_text() == "hello"
         path = tmp_path / "runs.jsonl"
         process = await asyncio.to_thread(holding, path)
         with pytest.raises(WorkflowError, match="is being written by another process"):
@@ -254,6 +261,58 @@ async def test_a_file_that_is_none_or_in_use_is_refused(tmp_path: Path) -> None:
         assert await archive(database, path, older_than_seconds=1, deleting=True) == Archived(1, 1)
         with pytest.raises(RunNotFound):
             archived_run(path, "other", Payloads())
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """A named pipe with nobody at its other end."""
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path, pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device has no end, keeps nothing or is full, and a pipe waits: the command names it, and deletes nothing."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+
+    async def filled() -> None:
+        async with workflows(WorkflowRouter(), url=url, serve=False) as app:
+            await fill(app.get(Database), 3)
+
+    async def left() -> int:
+        async with workflows(WorkflowRouter(), url=url, serve=False) as app:
+            return len(await app.get(Database).read(sa.select(runs.c.id)))
+
+    asyncio.run(filled())
+    for place in ("/dev/full", "/dev/zero", "/dev/null", str(pipe)):
+        archiving = ["workflow", "archive", "--older-than", "1d", "--delete", "--url", url, "--to", place]
+        for arguments in (archiving, ["workflow", "show", "r1", "--archive", place]):
+            assert main(arguments) == 2
+            assert f"{place} is no regular file" in capsys.readouterr().err
+    for place in (str(tmp_path), str(tmp_path / "nowhere" / "runs.jsonl")):
+        assert main(["workflow", "archive", "--older-than", "1d", "--delete", "--url", url, "--to", place]) == 2
+        assert place in capsys.readouterr().err
+    assert asyncio.run(left()) == 3
+
+
+async def test_a_full_disk_deletes_nothing_that_has_no_line(postgres: str, tmp_path: Path) -> None:
+    """The error names the file, whose lines are whole; with space again the archive goes on where it was."""
+    path, number = tmp_path / "runs.jsonl", 350
+    async with workflows(WorkflowRouter(), url=postgres, serve=False) as app:
+        database = app.get(Database)
+        await fill(database, number)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (130_000, before[1]))  # in the middle of the third hundred
+        try:
+            with pytest.raises(OSError, match=re.escape(str(path))):
+                await archive(database, path, older_than_seconds=60, deleting=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        written = [line["run"]["id"] for line in lines(path)]
+        left = [each.id for each in await database.read(sa.select(runs.c.id))]
+        assert 0 < len(written) < number
+        assert sorted(written + left) == sorted(f"r{n}" for n in range(number))
+        assert await archive(database, path, older_than_seconds=60, deleting=True) == Archived(len(left), len(left))
+        assert Counter(line["run"]["id"] for line in lines(path)) == Counter(f"r{n}" for n in range(number))
 
 
 async def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

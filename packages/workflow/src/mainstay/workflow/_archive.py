@@ -11,10 +11,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections import defaultdict
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from mainstay.workflow.value import ValueView
 from mainstay.workflow.workflow import RunStatus
 
 _AT_ONCE = 100  # runs that are read, written and deleted together
+_BEGINNING = b'{"run":{'  # of every line
+_AT_ONCE_OR_NEVER = os.O_NONBLOCK | os.O_NOCTTY  # to open a pipe must not wait for its other end
 
 _HELD = (
     sa.select(runs.c.id, runs.c.epoch, runs.c.ended_at)
@@ -68,13 +71,13 @@ async def archive(database: Database, path: Path, *, older_than_seconds: float, 
         deleting: also delete them. A run whose parent or child is younger stays for now, and is not written.
 
     Raises:
-        WorkflowError: the file is no archive, or another process writes to it.
-        OSError: it cannot be written; nothing is deleted then that has no line.
+        WorkflowError: the file is no archive, or no regular file, or another process writes to it.
+        OSError: it cannot be written; nothing is deleted then that has no line. It names the file.
     """
     ends = {status: older_than_seconds for status in RunStatus if status.terminal}
     ended = Ended(ends, alone=not deleting)
     written = deleted = 0
-    with _opened(path) as (file, known):
+    with _opened(path) as (append, known):
         more = True
         while more:  # with deleting, a parent's turn comes after its last child's
             more = False
@@ -83,7 +86,7 @@ async def archive(database: Database, path: Path, *, older_than_seconds: float, 
                 while found := await database.read(query, after):
                     names = {(row.id, row.epoch, row.ended_at) for row in found}
                     lines = await _lines(database, names - known)
-                    _append(file, lines.values())
+                    append(lines.values())
                     written += len(lines)
                     known.update(lines)
                     if deleting:
@@ -128,46 +131,94 @@ async def _delete(database: Database, names: AbstractSet[Name]) -> int:
 # The file
 
 
+Append = Callable[[Collection[bytes]], None]
+
+
 @contextmanager
-def _opened(path: Path) -> Generator[tuple[BinaryIO, set[Name]], None, None]:
-    """The file, for this process alone, at its end; and the ends of runs that it has."""
+def _opened(path: Path) -> Generator[tuple[Append, set[Name]], None, None]:
+    """The file, for this process alone: what appends to it, and the ends of runs that it has."""
     new = not path.exists()
     # It holds what the runs were about: for its owner only.
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _AT_ONCE_OR_NEVER, 0o600)
+    try:
+        _check_kind(path, descriptor)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             msg = f"{path} is being written by another process: wait for it, or archive to another file"
             raise WorkflowError(msg) from None
-        known = set[Name]()
-        end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # a kill came in the middle of it, so its run was not deleted
-            run = _read(path, line)["run"]
-            known.add((run["id"], run["epoch"], run["ended_at"]))
-            end += len(line)
-        file.seek(end)
-        file.truncate()
-        _sync(file)  # the lines that are known may be as new as the kill
+        known, end = _known(path, descriptor)
+        with _named(path):
+            os.ftruncate(descriptor, end)
+            os.fsync(descriptor)  # the lines that are known may be as new as the kill
         if new:
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        yield file, known
+        yield partial(_append, path, descriptor), known
+    finally:
+        os.close(descriptor)
 
 
-def _append(file: BinaryIO, lines: Collection[bytes]) -> None:
-    if lines:
-        file.writelines(lines)
-        _sync(file)
+def _check_kind(path: Path, descriptor: int) -> None:
+    """Refuse what has no end, as a device or a pipe, and what keeps nothing."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        msg = f"{path} is no regular file, which an archive is: name one that is, or that is not there yet"
+        raise WorkflowError(msg)
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _known(path: Path, descriptor: int) -> tuple[set[Name], int]:
+    """The ends of runs that have a line, and where the last whole line ends."""
+    known = set[Name]()
+    end = 0
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        for line in _whole_lines(path, file):
+            run = _read(path, line)["run"]
+            known.add((run["id"], run["epoch"], run["ended_at"]))
+            end += len(line)
+    return known, end
+
+
+def _whole_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The lines, without a last one that is not whole: a kill came in the middle of it, so its run was not deleted.
+
+    Raises:
+        WorkflowError: a line begins like none of an archive; it may be of any length, and is not read on.
+    """
+    while beginning := file.read(len(_BEGINNING)):
+        if not _BEGINNING.startswith(beginning):
+            raise _no_archive(path, beginning)
+        line = beginning + file.readline()
+        if line.endswith(b"\n"):
+            yield line
+
+
+def _append(path: Path, descriptor: int, lines: Collection[bytes]) -> None:
+    """Write lines at the end of the file; all of them are durable when this returns, or none is there."""
+    left = memoryview(b"".join(lines))
+    if not left:
+        return
+    end = os.fstat(descriptor).st_size
+    try:
+        with _named(path):
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+    except OSError:
+        with suppress(OSError):  # a line that may not be durable must not be taken for one that is
+            os.ftruncate(descriptor, end)
+        raise
+
+
+@contextmanager
+def _named(path: Path) -> Generator[None, None, None]:
+    """Let an error of the system name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _read(path: Path, line: bytes) -> dict[str, Any]:
@@ -177,15 +228,18 @@ def _read(path: Path, line: bytes) -> dict[str, Any]:
             return whole
     except (ValueError, AttributeError):
         pass
-    msg = f"{path} is no archive of runs, since it has a line that is none: {line[:80]!r}"
-    raise WorkflowError(msg)
+    raise _no_archive(path, line)
+
+
+def _no_archive(path: Path, line: bytes) -> WorkflowError:
+    return WorkflowError(f"{path} is no archive of runs, since it has a line that is none: {line[:80]!r}")
 
 
 def _whole(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield _read(path, line)
+    with os.fdopen(os.open(path, os.O_RDONLY | _AT_ONCE_OR_NEVER), "rb") as file:
+        _check_kind(path, file.fileno())
+        for line in _whole_lines(path, file):
+            yield _read(path, line)
 
 
 def archived_run(path: Path, id: str, payloads: Payloads) -> tuple[RunView, History, list[ValueView]]:
