@@ -1,12 +1,22 @@
 """Signals reach a run that waits, that will wait, that sleeps, and that does not exist yet; each is received once."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 from pydantic import BaseModel
 
 from mainstay.database import Database
-from mainstay.workflow import NotInRun, RunStatus, StepFailed, WorkflowEngine, WorkflowFailed, WorkflowRouter
+from mainstay.workflow import (
+    NotInRun,
+    RunStateError,
+    RunStatus,
+    SignalConflict,
+    StepFailed,
+    WorkflowEngine,
+    WorkflowFailed,
+    WorkflowRouter,
+)
 from mainstay.workflow.testing import explore, workflows
 
 WAIT = 15.0
@@ -69,6 +79,44 @@ async def test_a_waiting_run_receives(url):
         for _ in range(2):
             await approved.send("r", Approval(by="ann", amount=5), id="form-1")
         assert await run.result(WAIT) == "ann 6"
+
+
+async def test_a_known_message_with_another_value_is_refused(url):
+    """Equal is equal by value; another value or signal under the id is no repetition, whoever came first."""
+    loose = flows.signal("loose", set[str])
+    try:
+        async with workflows(flows, url=url) as app:
+            database = app.get(Database)
+            await two.start(1, id="there")
+            for run_id in ("there", "later"):
+                await approved.send(run_id, Approval(by="ann", amount=5), id="form-1")
+                await app.get(WorkflowEngine).send(run_id, "order/approved", '{"amount": 5, "by": "ann"}', "raw")
+                await approved.send(run_id, Approval(by="ann", amount=5), id="raw")
+                await loose.send(run_id, {"a", "b", "c"}, id="set")
+                await app.get(WorkflowEngine).send(run_id, "loose", '["c","b","a"]', "list")
+                await loose.send(run_id, {"a", "b", "c"}, id="list")
+                for again in (
+                    lambda to: approved.send(to, Approval(by="ann", amount=6), id="form-1"),
+                    lambda to: noted.send(to, "ann", id="form-1"),
+                    lambda to: loose.send(to, {"a"}, id="set"),
+                ):
+                    with pytest.raises(SignalConflict, match=f"of run '{run_id}' was sent as (another value|signal )"):
+                        await again(run_id)
+                    with pytest.raises(SignalConflict):
+                        async with database.transaction():
+                            await again(run_id)
+            await approved.send("r", Approval(by="ann", amount=5), id="form-1")
+            assert await (await approve.start(1, id="r")).result(WAIT) == "ann 6"
+            await approved.send("r", Approval(by="ann", amount=5), id="form-1")  # known, though its run has ended
+            with pytest.raises(SignalConflict):
+                await approved.send("r", Approval(by="ann", amount=6), id="form-1")
+            with pytest.raises(RunStateError, match="would never be received"):
+                await approved.send("r", Approval(by="ann", amount=5), id="form-2")
+            sends = [approved.send("race", Approval(by="ann", amount=n % 4), id="one") for n in range(16)]
+            ends = await asyncio.gather(*sends, return_exceptions=True)
+            assert Counter(type(end) for end in ends) == {type(None): 4, SignalConflict: 12}
+    finally:
+        del flows.signals["loose"]
 
 
 async def test_trap_13_a_signal_may_come_before_anyone_waits(url):

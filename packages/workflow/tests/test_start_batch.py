@@ -151,8 +151,11 @@ async def test_a_name_is_enough_where_the_code_is_elsewhere(postgres: str) -> No
         good = {"order": {"number": 4}}
         assert await engine.start_by_name("sell", good, version=1, id="good") == "good"
         assert await engine.start_by_name("sell", good, version=1, id="good") == "good"
-        with pytest.raises(RunConflict):
-            await engine.start_by_name("sell", {}, version=1, id="good")
+        assert await engine.start_by_name("sell", {**good, "times": 1}, version=1, id="two") == "two"
+        assert await engine.start_by_name("sell", {"times": 1, **good}, version=1, id="two") == "two"
+        for other in ({}, {"order": {"number": 4.0}}, {"order": {"number": "4"}}):
+            with pytest.raises(RunConflict):
+                await engine.start_by_name("sell", other, version=1, id="good")
         await engine.start_by_name("sell", {"order": {"number": "secret"}}, version=1, id="bad")
         await engine.start_by_name("sell", {"times": 1}, version=1, id="missing")
         await engine.start_by_name("sell", {**good, "colour": "secret"}, version=1, id="surplus")
@@ -234,6 +237,17 @@ def test_the_command_starts_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     for wrong in ("[]", "{", '{"order": 1}'):
         assert main([*command, "--input", wrong]) == 2
     capsys.readouterr()
+    for wrong, why in (
+        ('{"order": {"number": 6}, "order": {"number": 7}}', "has the member 'order' twice"),
+        ('{"order": {"number": 6, "number": 6}}', "has the member 'number' twice"),
+        ('{"order": [{"a": {"b": 1, "b": null}}]}', "has the member 'b' twice"),
+        ('{"order": NaN}', "nothing that JSON can say"),
+        ('{"order": 1e999}', "nothing that JSON can say"),
+        ('{"order": "\\ud800"}', "nothing that JSON can say"),
+        ('{"order": ' + "1" * 5_000 + "}", "no JSON"),
+    ):
+        assert main([*command, "--version", "1", "--id", "wrong", "--input", wrong]) == 2
+        assert why in capsys.readouterr().err.replace("\n", " ")
 
     async def result() -> int:
         async with workflows(flows, url=url):

@@ -36,7 +36,7 @@ from mainstay.workflow.workflow import RunStatus
 
 _AT_ONCE = 100  # runs that are read, written and deleted together
 _BEGINNING = b'{"run":{'  # of every line
-_AT_ONCE_OR_NEVER = os.O_NONBLOCK | os.O_NOCTTY  # to open a pipe must not wait for its other end
+_UNWAITED = os.O_NONBLOCK | os.O_NOCTTY  # to open a pipe must not wait for its other end
 
 _HELD = (
     sa.select(runs.c.id, runs.c.epoch, runs.c.ended_at)
@@ -139,7 +139,7 @@ def _opened(path: Path) -> Generator[tuple[Append, set[Name]], None, None]:
     """The file, for this process alone: what appends to it, and the ends of runs that it has."""
     new = not path.exists()
     # It holds what the runs were about: for its owner only.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _AT_ONCE_OR_NEVER, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _UNWAITED, 0o600)
     try:
         _check_kind(path, descriptor)
         try:
@@ -236,7 +236,7 @@ def _no_archive(path: Path, line: bytes) -> WorkflowError:
 
 
 def _whole(path: Path) -> Iterator[dict[str, Any]]:
-    with os.fdopen(os.open(path, os.O_RDONLY | _AT_ONCE_OR_NEVER), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | _UNWAITED), "rb") as file:
         _check_kind(path, file.fileno())
         for line in _whole_lines(path, file):
             yield _read(path, line)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mainstay.core import current, uuid7
+from mainstay.core import current, digest, uuid7
 from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
 from mainstay.workflow._identity import Identity
@@ -230,10 +230,12 @@ class Starts:
 
 def _json(name: str, input: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(input), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(dict(input), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()  # half a pair of surrogates is no text
     except (TypeError, ValueError) as error:
         msg = f"the input of workflow {name} is nothing that JSON can say: {error}"
         raise TypeError(msg) from None
+    return text
 
 
 def _slices(items: Sequence[Any]) -> Sequence[Sequence[Any]]:
@@ -259,8 +261,9 @@ def _difference(row: Mapping[str, Any], name: str, stored: str, workflow: AnyWor
         return f"workflow {name!r}"
     if stored == row["input"]:
         return None
-    if workflow is None:
-        return "another input"
+    if workflow is None:  # as JSON has it: the order of members does not count
+        same = digest(json.loads(stored)) == digest(json.loads(row["input"]))
+        return None if same else "another input"
     signature = workflow.signature
     try:
         there = signature.load_arguments(stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,7 +119,7 @@ def start_run(
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        found: object = json.loads(text)
+        found: object = json.loads(text, object_pairs_hook=_members)
     except (ValueError, RecursionError) as error:
         msg = f"no JSON: {error}"
         raise typer.BadParameter(msg, param_hint="'--input'") from None
@@ -126,6 +127,16 @@ def _object(text: str) -> dict[str, Any]:
         msg = 'it is a JSON object of arguments by name, such as {"order_id": 7}'
         raise typer.BadParameter(msg, param_hint="'--input'")
     return cast("dict[str, Any]", found)
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of an object; which of two with one name is meant, nobody can know."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        msg = f"an object has the member {name!r} twice"
+        raise ValueError(msg)
+    return members
 
 
 @commands.command("resume")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -24,7 +24,7 @@ from mainstay.workflow._worker import Worker
 from mainstay.workflow.approval import AnyApproval
 from mainstay.workflow.approvals import Approvals
 from mainstay.workflow.control import RunControl
-from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError
+from mainstay.workflow.errors import RunNotFound, RunParked, RunStateError, SignalConflict
 from mainstay.workflow.settings import WorkflowSettings
 from mainstay.workflow.step import AnyStep
 from mainstay.workflow.tables import (
@@ -33,6 +33,7 @@ from mainstay.workflow.tables import (
     FIND,
     ROUSE,
     SEND,
+    SENT,
     VALUE,
     VALUES,
     VIEW,
@@ -212,19 +213,50 @@ class WorkflowEngine(RunControl):
         """
         return await (await what.start(*args, **kwargs)).result()
 
-    async def send(self, run_id: str, name: str, body: str, id: str | None) -> None:
-        """Store a message for a run, and wake the run if it sleeps. See `Signal.send`."""
+    async def send(
+        self, run_id: str, name: str, body: str, id: str | None, *, same: Callable[[str], bool] | None = None
+    ) -> None:
+        """Store a message for a run, and wake the run if it sleeps. See `Signal.send`.
+
+        Args:
+            run_id: the run's.
+            name: of the signal.
+            body: the value as JSON.
+            id: of the message; None for a new one.
+            same: whether the value that a message of this id was sent with is this one; else it is compared as text.
+        """
         run_id = _names.run_id(run_id)
         message_id = str(uuid7()) if id is None else _names.signal_id(id)
-        found = await self._database.read(FIND, {"run": run_id})
-        if found and (status := RunStatus(found[0].status)).terminal:
-            msg = f"signal {name} for run {run_id!r}: it is {status}, so it would never be received"
-            raise RunStateError(msg)
         message = {"run_id": run_id, "id": message_id, "name": name, "body": self._payloads.seal(body, run_id)}
+        same = body.__eq__ if same is None else same
+        if await self._sent(message, same):
+            return
         async with self._database.batch(route=run_id):
             await self._database.write(SEND[self._database.dialect], message)
             await self._database.write(ROUSE, {"run": run_id})
             self._database.after_commit(lambda: self.worker.signal(run_id))
+        if id is not None:  # another sender may have been faster
+            await self._sent(message, same)
+
+    async def _sent(self, message: Mapping[str, str], same: Callable[[str], bool]) -> bool:
+        """Whether the message is there.
+
+        Raises:
+            SignalConflict: its id is that of another one.
+            RunStateError: it is not, and its run has ended.
+        """
+        run_id, id, name = message["run_id"], message["id"], message["name"]
+        ((status, there, body),) = await self._database.read(SENT, {"run": run_id, "message": id})
+        if there is None:
+            if status is not None and RunStatus(status).terminal:
+                msg = f"signal {name} for run {run_id!r}: it is {status}, so it would never be received"
+                raise RunStateError(msg)
+            return False
+        if there != name or not same(self._payloads.open(body, run_id)):
+            what = "another value" if there == name else f"signal {there}"
+            msg = f"message {id!r} of run {run_id!r} was sent as {what}: an id names one message of its run"
+            raise SignalConflict(msg)
+        return True
 
     # Results
 

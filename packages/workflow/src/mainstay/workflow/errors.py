@@ -4,6 +4,7 @@ MainstayError
 └── WorkflowError           SYS_WORKFLOW            base
     ├── NotInRun            SYS_NOT_IN_RUN          a step or a workflow was called where no run executes
     ├── RunConflict         RES_RUN_CONFLICT        the id belongs to a run with another input
+    ├── SignalConflict      RES_SIGNAL_CONFLICT     the id belongs to a message with another value
     ├── RunNotFound         RES_RUN_NOT_FOUND       no run has this id
     ├── RunStateError       RES_RUN_STATE_CONFLICT  the run is not in a state in which this can be done
     ├── ApprovalNotFound    RES_APPROVAL_NOT_FOUND  the run does not ask for this
@@ -51,6 +52,7 @@ __all__ = [
     "RunNotFound",
     "RunParked",
     "RunStateError",
+    "SignalConflict",
     "StepCancelled",
     "StepFailed",
     "Suspended",
@@ -83,6 +85,14 @@ class RunConflict(WorkflowError):
     code = "RES_RUN_CONFLICT"
     no_effect = True
     public_message = "This was already requested with other content."
+
+
+class SignalConflict(WorkflowError):
+    """A message with this id was sent to the run, of another signal or with another value."""
+
+    code = "RES_SIGNAL_CONFLICT"
+    no_effect = True
+    public_message = "This was already sent with other content."
 
 
 class PayloadUnreadable(WorkflowError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mainstay.core import Binding, Kept, derived_id, once
@@ -49,10 +50,14 @@ class Signal(Generic[T]):
         Args:
             run_id: the run's id.
             value: of the signal's type.
-            id: names the message within the run: sent again with the same id, it is the same message.
+            id: names the message within the run: sent again with the same id and an equal value, it is the same
+                message, also once it is received and the run has ended.
 
         Raises:
             TypeError: the value would not come back equal as the signal's type, or an id is no text.
+            SignalConflict: the id belongs to a message of another signal or with another value. In a `db.batch()`, which
+                writes at its end, only to one that was there before.
+            RunStateError: the run has ended.
             ValueError: an id breaks the rule for identifiers, 1 to 128 of the characters in `mainstay.core.ID_RULE`.
             NotBoundError: the router is not part of a running App.
         """
@@ -63,10 +68,21 @@ class Signal(Generic[T]):
 
         async def send(key: str | None) -> None:
             of_step = None if key is None else str(derived_id(key))
-            await engine.send(run_id, self.name, text, of_step if chosen is None else chosen)
+            await engine.send(run_id, self.name, text, of_step if chosen is None else chosen, same=self._same_as(text))
 
         arguments = (run_id, value, chosen)
         await once(f"send:{self.name}", send, transactional=False, arguments=lambda: arguments)
+
+    def _same_as(self, text: str) -> Callable[[str], bool]:
+        """Whether what a message was sent with is this value, as today's type reads both."""
+
+        def same(there: str) -> bool:
+            try:
+                return there == text or self._kept.same(self._kept.read(there), self._kept.read(text))
+            except ValueError:  # another release sent it
+                return False
+
+        return same
 
     async def wait(self, timeout_seconds: float | None = None) -> T:
         """In a workflow function: wait for the next message that is not received yet, durably and without memory.

@@ -479,6 +479,13 @@ SEND = {
     "sqlite": sqlite.insert(signals).values(_signal_values).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(signals).values(_signal_values).on_conflict_do_nothing(),
 }
+_sent_to = sa.select(sa.bindparam("run", type_=sa.String).label("id")).subquery()
+# How the run is, and the message of that id, where there are any: a message may come before its run.
+SENT = sa.select(runs.c.status, signals.c.name, signals.c.body).select_from(
+    _sent_to.outerjoin(runs, runs.c.id == _sent_to.c.id).outerjoin(
+        signals, sa.and_(signals.c.run_id == _sent_to.c.id, signals.c.id == sa.bindparam("message"))
+    )
+)
 # The row of the run is written whatever its state: who puts the run to sleep at this moment writes it, too, and waits.
 ROUSE = (
     sa.update(runs)
