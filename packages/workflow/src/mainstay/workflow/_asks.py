@@ -87,9 +87,8 @@ class Asks:
 
     async def given_up(self, label: str, record: StepRecord) -> Exception | None:
         """The function does not wait for the decision any longer, so none is accepted; None where one is there."""
-        error = {"type": GIVEN_UP, "detail": "the function did not wait for its end"}
-        if await self._close(record, error):
-            return step_failed(label, record.key, StepState.FAILED, error)
+        if await self._close(record, GIVEN_UP):
+            return step_failed(label, record.key, StepState.FAILED, GIVEN_UP)
         taken = record.in_doubt
         if taken is not None and (found := await self._recording.find(taken["seq"])) is not None:
             record.state, record.seq, record.output = StepState.DONE, taken["seq"], found[1]

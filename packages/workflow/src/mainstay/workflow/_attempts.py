@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -23,7 +23,7 @@ from mainstay.core import (
     retry_if_retryable,
 )
 from mainstay.database import CommitUnknown, DatabaseError
-from mainstay.workflow._effects import Effects, Work, or_parked
+from mainstay.workflow._effects import Attempt, Effects, Work, or_parked
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import History, Kind, StepRecord, StepState
 from mainstay.workflow._insistence import worth_repeating
@@ -152,7 +152,7 @@ class Attempts:
                 "Resume the run to go on with it"
             )
             raise Parked(msg)
-        error = {"type": GIVEN_UP, "detail": "the function did not wait for its end"}
+        error = GIVEN_UP
         if (row := record.in_doubt) is not None:  # a write of ours may be on its way, so one of the two is refused
             refusal = self._recording.filled(row | {"kind": Kind.FAILED}, None, {"error": error})
             if not await self._recording.claim(refusal):
@@ -327,9 +327,7 @@ class Attempts:
         record.maybe = False
         return None
 
-    async def _ask(
-        self, work: Work, record: StepRecord, ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]]
-    ) -> Done[Any] | Failed | Unknown:
+    async def _ask(self, work: Work, record: StepRecord, ask: Callable[[], Attempt]) -> Done[Any] | Failed | Unknown:
         attempt = 0
         while True:
             await self._execution.boundary()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,3 +37,39 @@ class Branch:
 
 
 current_branch: ContextVar[Branch | None] = ContextVar("mainstay_workflow_branch", default=None)
+
+
+@dataclass(slots=True)
+class SharedCommit:
+    """The transaction of a transactional step, which its record shares: it is rolled back where that is refused.
+
+    Attributes:
+        run_id: the run's.
+        unless_cancelled: the record is refused also where the run is to be cancelled.
+        going_on: it is not at its end, which a task that the step began may outlive.
+    """
+
+    run_id: str
+    unless_cancelled: bool
+    going_on: bool = True
+
+
+_shared_commit: ContextVar[SharedCommit | None] = ContextVar("mainstay_workflow_shared_commit", default=None)
+
+
+def shared_commit() -> SharedCommit | None:
+    """That of the step whose code is running, if it is transactional."""
+    shared = _shared_commit.get()
+    return shared if shared is not None and shared.going_on else None
+
+
+@contextmanager
+def sharing_commit(run_id: str, *, unless_cancelled: bool) -> Generator[None, None, None]:
+    """A transactional step of a run is executed within the block."""
+    shared = SharedCommit(run_id, unless_cancelled)
+    token = _shared_commit.set(shared)
+    try:
+        yield
+    finally:
+        shared.going_on = False
+        _shared_commit.reset(token)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.core import current
+from mainstay.workflow._branch import shared_commit
 from mainstay.workflow._history import COMPENSATION, History, Kind, recall, step_of
 from mainstay.workflow._verdict import TERMINATED, UNDONE
 from mainstay.workflow.errors import RunNotFound, RunStateError
@@ -27,6 +28,8 @@ from mainstay.workflow.tables import (
     UNDO_ENDED,
 )
 from mainstay.workflow.workflow import RunStatus
+
+_SHARES = "this would be rolled back with it, as it shares its commit: decide it in a step that is not transactional"
 
 
 async def hold(session: AsyncSession, id: str) -> Any:
@@ -55,6 +58,9 @@ async def cancel(session: AsyncSession, id: str) -> None:
     if past.pivoted:
         refuse(id, "cancelled", "it is past its pivot")
     elif row.status in {"queued", "running"}:
+        shared = shared_commit()
+        if shared is not None and shared.run_id == id and shared.unless_cancelled:
+            refuse(id, "cancelled", f"its pivot is being executed, and {_SHARES}")
         await session.execute(CANCEL, {"run": id})
     elif pivot is not None:
         why = f"its pivot {pivot.key} may have taken effect: resume it, and its pivot is attempted again"
@@ -148,6 +154,9 @@ async def terminate(session: AsyncSession, id: str, reason: str) -> Mapping[str,
     left: list[tuple[str, Any, str]] = [(id, row, told)]
     while left:
         run_id, held, detail = left.pop(0)
+        shared = shared_commit()
+        if shared is not None and shared.run_id == run_id:
+            refuse(id, "terminated", f"a transactional step of {run_id} is being executed, and {_SHARES}")
         failure = _terminated(held.failure, by, reason, detail)
         await session.execute(TERMINATE, {"run": run_id, "failure": json.dumps(failure)})
         ended[run_id] = held.workflow

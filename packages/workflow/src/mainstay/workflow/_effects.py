@@ -16,7 +16,7 @@ from mainstay.core import (
     timeout,
 )
 from mainstay.database import CommitUnknown, FenceLost
-from mainstay.workflow._branch import current_branch
+from mainstay.workflow._branch import current_branch, sharing_commit
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import History, Keys, Kind, Row, StepRecord, StepState
 from mainstay.workflow._metrics import STEP_SECONDS, count_step
@@ -28,13 +28,15 @@ from mainstay.workflow._verdict import (
     NoException,
     describe,
 )
-from mainstay.workflow.errors import CancelRequested, ControlFlow, Parked
-from mainstay.workflow.outcome import Done, Failed, Unknown
+from mainstay.workflow.errors import CancelRequested, Parked
 from mainstay.workflow.step import CompensationInfo, StepInfo, StepPolicy, current_info
 
 _log = logging.getLogger("mainstay.workflow")
 
 T = TypeVar("T")
+
+
+Attempt = Callable[[], Awaitable[Any]]
 
 
 @dataclass(slots=True)
@@ -44,24 +46,24 @@ class Work:
     Attributes:
         name: for metrics and messages.
         policy: how it is attempted.
-        call: one attempt.
+        call: makes one attempt ready, by reading what it is given; what it returns is the attempt, the code of others.
         keep: makes JSON of a result, and what reading that JSON gives.
         load: reads a result.
         input: JSON; kept with the first intent.
         undoes: in a compensation, the key of the step that it undoes.
-        ask: asks the other side what became of an attempt.
+        ask: makes ready to ask the other side what became of an attempt.
         entry: the work only writes to the database, and shares one commit with its record.
         own: the code of the step below policies of ours.
     """
 
     name: str
     policy: StepPolicy
-    call: Callable[[], Awaitable[Any]]
+    call: Callable[[], Attempt]
     keep: Callable[[Any], tuple[str, Any]]
     load: Callable[[str], Any] | None = None
     input: str | None = None
     undoes: str | None = None
-    ask: Callable[[], Awaitable[Done[Any] | Failed | Unknown]] | None = None
+    ask: Callable[[], Attempt] | None = None
     entry: bool = False
     own: CodeType | None = None
 
@@ -131,12 +133,21 @@ class Effects:
         record.seq, record.pivot = row["seq"], work.policy.pivot
         return row
 
-    async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Run user code once, outside the run's own branch."""
+    async def attempt(self, work: Work, record: StepRecord, number: int, call: Callable[[], Attempt]) -> Any:
+        """Run user code once, outside the run's own branch.
+
+        Raises:
+            Parked: what it is to be given cannot be read.
+            Interrupted: its run was cancelled.
+            NoException: the code raised what is no `Exception`; that decides nothing about the run.
+            Exception: the code's own.
+        """
+        attempt = call()
         if work.policy.cancellable:
             if self._execution.cancelled:
                 raise Interrupted
-            call = partial(self._execution.reach.within, call)
+            attempt = partial(self._execution.reach.within, attempt)
+        task = asyncio.current_task()
         about = (self._keys.run_id, work.name, self._keys.of(record.key), number)
         info = current_info.set(StepInfo(*about) if work.undoes is None else CompensationInfo(*about, work.undoes))
         branch = current_branch.set(None)
@@ -147,12 +158,14 @@ class Effects:
         try:
             with bind_journal(None):
                 if seconds is None:
-                    return await call()
+                    return await attempt()
                 async with timeout(seconds, clock=self._around.clock):
-                    return await call()
-        except (Exception, asyncio.CancelledError, ControlFlow, GeneratorExit):
+                    return await attempt()
+        except (Exception, asyncio.CancelledError):
             raise
         except BaseException as error:
+            if isinstance(error, GeneratorExit) and (self._execution.overdue or _current_task() is not task):
+                raise  # this coroutine is being closed
             if self._execution.ended_from_outside():
                 raise asyncio.CancelledError from error  # the worker's own end, in a group with others
             _log.warning("run %s: %s raised what is no Exception", self._keys.run_id, record.key, exc_info=True)
@@ -168,21 +181,24 @@ class Effects:
         """One attempt at a transactional step: its writes and its record share one commit."""
         await self._recording.flush()
         written, kept, body = record.in_doubt is not None, None, None
+        executed = False
         unless_cancelled = work.policy.pivot and self._history.has_way_back
         row = record.in_doubt or self._recording.row(Kind.DONE, record.key, position=record.position)
         record.in_doubt = row  # a cancellation may come while the commit is on its way
         try:
             async with self._around.database.transaction():
-                result = await self.attempt(work, record, record.attempts + 1, work.call)
+                with sharing_commit(self._keys.run_id, unless_cancelled=unless_cancelled):
+                    result = await self.attempt(work, record, record.attempts + 1, work.call)
+                executed = True
                 body, kept = or_parked(work.keep, result)
                 info = {"input": work.input, **({"pivot": True} if work.policy.pivot else {})}
                 self._recording.filled(row, body, info)
                 written = True
                 await self._recording.within_transaction(row, unless_cancelled=unless_cancelled)
-        except FenceLost:
-            record.in_doubt = None
-            raise await self._recording.refused(unless_cancelled=unless_cancelled) from None
         except Exception as error:
+            if isinstance(error, FenceLost) and executed:  # before that it is of a fence of the step's own
+                record.in_doubt = None
+                raise await self._recording.refused(unless_cancelled=unless_cancelled) from None
             # A commit whose end was not seen: only the history knows.
             found = await self._recording.find(row["seq"]) if written else None
             if found is None:
@@ -201,6 +217,13 @@ class Effects:
         if record.rejected:
             self._recording.outdate(record.rejected)
             record.rejected = ()
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop is running any more
+        return None
 
 
 def or_parked(keep: Callable[..., T], *args: Any) -> T:

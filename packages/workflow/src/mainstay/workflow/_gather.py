@@ -12,7 +12,7 @@ from mainstay.workflow._history import Kind, StepState
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Replay
 from mainstay.workflow._verdict import NoException, describe, error_text
-from mainstay.workflow.errors import ControlFlow, Parked
+from mainstay.workflow.errors import Parked
 
 
 async def side_by_side(
@@ -72,9 +72,9 @@ async def _ends(
             result = await execution.closable(run())
         except asyncio.CancelledError:
             raise
-        except (Exception, ControlFlow) as raised:  # noqa: BLE001  the gather raises it
+        except Exception as raised:  # noqa: BLE001  the gather raises it
             error = raised
-        except BaseException as raised:  # noqa: BLE001  the same
+        except BaseException as raised:  # noqa: BLE001  the same; what ends the execution is told by that
             error = NoException(raised)
         _end_of(branch, error, execution, replay, recording)
     finally:

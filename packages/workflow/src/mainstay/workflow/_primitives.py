@@ -97,11 +97,11 @@ class Primitives:
             work = Work(
                 name=step.name,
                 policy=step.policy,
-                call=lambda: step.call(given()),
+                call=lambda: partial(step.call, given()),
                 keep=step.signature.keep_result,
                 load=step.signature.load_result,
                 input=record.input,
-                ask=None if step.ask is None else lambda: step.call_probe(given()),
+                ask=None if step.ask is None else lambda: partial(step.call_probe, given()),
                 own=step.own_code,
             )
             return await self._attempts.settle(work, record)
@@ -125,7 +125,7 @@ class Primitives:
                 work = Work(
                     name=label,
                     policy=EFFECT,
-                    call=lambda: effect(key),
+                    call=lambda: partial(effect, key),
                     keep=nothing,
                     input=record.input,
                     entry=transactional,

@@ -270,13 +270,15 @@ class Recording:
         """
         async with self._turn:
             rows, held = list(self._buffer), self._held
+            executed = False
             try:
                 async with self._database.batch(fence=self._fence, route=self.run_id):
                     await effect()
+                    executed = True
                     await self._database.write(APPEND_ONCE, [*rows, row])
-            except FenceLost:
-                raise Lost from None
-            except Exception:
+            except Exception as error:
+                if isinstance(error, FenceLost) and executed:  # before that it is of a fence of the effect's own
+                    raise Lost from None
                 # It may have arrived all the same; only the history knows.
                 if await self.find(row["seq"]) is None:
                     raise

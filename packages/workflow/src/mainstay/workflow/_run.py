@@ -194,8 +194,7 @@ class Run:
         assert self._failure is not None  # noqa: S101  without one it has ended above
         self.status = RunStatus.COMPENSATING
         await self._back(only_unknown=False)
-        cancelled = self._failure["type"] == CANCELLED["type"]
-        return await self._end(RunStatus.CANCELLED if cancelled else RunStatus.FAILED, None)
+        return await self._end(RunStatus.CANCELLED if self._failure.get("cancelled") else RunStatus.FAILED, None)
 
     async def _forward(self) -> str | None:
         """Execute the function; its result as JSON, or None and a failure that is durable."""

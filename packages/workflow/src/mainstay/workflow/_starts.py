@@ -12,6 +12,7 @@ from mainstay.database import CommitUnknown, Conflict, Database
 from mainstay.workflow import _metrics, _names
 from mainstay.workflow._identity import Identity
 from mainstay.workflow._payloads import Payloads
+from mainstay.workflow._seconds import checked_seconds
 from mainstay.workflow._worker import Worker
 from mainstay.workflow.errors import RunConflict
 from mainstay.workflow.tables import FIND, FIND_ALL, START, START_QUIETLY, new_run
@@ -125,6 +126,8 @@ class Starts:
         """What `WorkflowEngine.start_by_name` is to begin."""
         _names.name_of("workflow", name)
         run_id = None if id is None else _names.run_id(id)
+        if timeout_seconds is not None:
+            checked_seconds("timeout_seconds", timeout_seconds, zero=False)
         if version is None:
             version = max((number for known, number in self._workflows if known == name), default=None)
             if version is None:

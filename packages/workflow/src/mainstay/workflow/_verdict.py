@@ -14,13 +14,14 @@ from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, Workflow
 from mainstay.workflow.step import StepPolicy
 
 SHORTEST_WAIT = 0.01
-GIVEN_UP = "StepCancelled"
-"""The `type` of the error of a step for whose end the function did not wait."""
-CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled"}
+# What an exception of the service's own is called says nothing: what decides has a member of its own.
+GIVEN_UP = {"type": "StepCancelled", "detail": "the function did not wait for its end", "given_up": True}
+"""The error of a step for whose end the function did not wait."""
+CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled", "cancelled": True}
 EXPIRED = {"type": "DeadlineExceeded", "code": DeadlineExceeded.code, "public": DeadlineExceeded.public_message}
 TERMINATED = "Terminated"
 """The `type` of the failure of a run that a person ended as it was."""
-UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end"}
+UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end", "cancelled": True}
 
 
 class NoException(Exception):
@@ -134,7 +135,7 @@ def step_failed(label: str, key: str, state: StepState, error: Mapping[str, Any]
     """The exception that the workflow function sees, live and on every replay."""
     if "run" in error:
         return workflow_failed(f"child {error['run']} ended", error)
-    kind = StepCancelled if error["type"] == GIVEN_UP else StepFailed
+    kind = StepCancelled if error.get("given_up") else StepFailed
     failure = kind(
         step=label.removeprefix("@"),
         outcome="failed" if state is StepState.FAILED else "unknown",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from mainstay.workflow._attempts import Attempts, Exhausted, nothing
@@ -84,7 +85,7 @@ class WayBack:
         work = Work(
             name=f"{name}{COMPENSATION}",
             policy=step.undo_policy,
-            call=lambda: step.call_undo(*given()),
+            call=lambda: partial(step.call_undo, *given()),
             keep=nothing,
             undoes=self._keys.of(record.key),
         )

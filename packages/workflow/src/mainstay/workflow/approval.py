@@ -14,6 +14,7 @@ from mainstay.core import App, Binding, Kept, once
 from mainstay.workflow import _names
 from mainstay.workflow._asks import Limits
 from mainstay.workflow._branch import current_branch
+from mainstay.workflow._seconds import checked_seconds
 from mainstay.workflow.errors import NotInRun, StepCancelled, StepFailed
 from mainstay.workflow.step import Step
 
@@ -250,9 +251,8 @@ class Approval(Generic[T]):
 def _checked(limits: Limits) -> Limits:
     timeout, escalate = limits.timeout_seconds, limits.escalate_after_seconds
     for name, seconds in (("timeout_seconds", timeout), ("escalate_after_seconds", escalate)):
-        if seconds is not None and not 0 <= seconds < float("inf"):
-            msg = f"ask({name}={seconds!r}): a finite number of seconds, 0 or more"
-            raise ValueError(msg)
+        if seconds is not None:
+            checked_seconds(f"ask: {name}", seconds)
     if timeout is not None and escalate is not None and escalate >= timeout:
         msg = f"ask(escalate_after_seconds={escalate!r}): that is not before the deadline, timeout_seconds={timeout!r}"
         raise ValueError(msg)

@@ -245,8 +245,8 @@ class WorkflowEngine(RunControl):
             SignalConflict: its id is that of another one.
             RunStateError: it is not, and its run has ended.
         """
-        run_id, id, name = message["run_id"], message["id"], message["name"]
-        ((status, there, body),) = await self._database.read(SENT, {"run": run_id, "message": id})
+        run_id, message_id, name = message["run_id"], message["id"], message["name"]
+        ((status, there, body),) = await self._database.read(SENT, {"run": run_id, "message": message_id})
         if there is None:
             if status is not None and RunStatus(status).terminal:
                 msg = f"signal {name} for run {run_id!r}: it is {status}, so it would never be received"
@@ -254,7 +254,7 @@ class WorkflowEngine(RunControl):
             return False
         if there != name or not same(self._payloads.open(body, run_id)):
             what = "another value" if there == name else f"signal {there}"
-            msg = f"message {id!r} of run {run_id!r} was sent as {what}: an id names one message of its run"
+            msg = f"message {message_id!r} of run {run_id!r} was sent as {what}: an id names one message of its run"
             raise SignalConflict(msg)
         return True
 

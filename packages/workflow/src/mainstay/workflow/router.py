@@ -12,6 +12,7 @@ from uuid import UUID
 from mainstay.core import Binding, Retry, uuid7
 from mainstay.workflow import _names
 from mainstay.workflow._branch import Branch, current_branch
+from mainstay.workflow._seconds import checked_seconds
 from mainstay.workflow.approval import Approval, MayDecide, OnDecision
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
@@ -94,7 +95,7 @@ class WorkflowRouter:
 
         Raises:
             TypeError: the function is none that can be a step, or options are none, or contradict each other.
-            ValueError: `timeout_seconds` is not positive, or the name is taken.
+            ValueError: `timeout_seconds` is not positive and finite, or the name is taken.
         """
         _check_limit(timeout_seconds)
         policy = StepPolicy(
@@ -165,11 +166,10 @@ class WorkflowRouter:
 
         Raises:
             NotInRun: this is no workflow function.
-            ValueError: `seconds` is negative or not finite.
+            TypeError: `seconds` is no number.
+            ValueError: it is negative or not finite.
         """
-        if not 0 <= seconds < float("inf"):
-            msg = f"sleep({seconds!r}): a finite number of seconds, 0 or more"
-            raise ValueError(msg)
+        checked_seconds("sleep: seconds", seconds)
         branch = _running("sleep", "asyncio.sleep")
         await branch.primitives.sleep(branch, seconds)
 
@@ -178,9 +178,13 @@ class WorkflowRouter:
 
         Raises:
             NotInRun: this is no workflow function.
-            ValueError: the moment has no time zone.
+            TypeError: it is no datetime.
+            ValueError: it has no time zone.
         """
-        if moment.tzinfo is None:
+        if not isinstance(moment, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]  what a caller gives
+            msg = f"sleep_until: the moment is a datetime with a time zone, and not {type(moment).__name__}"
+            raise TypeError(msg)
+        if moment.utcoffset() is None:
             msg = f"sleep_until: {moment} has no time zone: give it one, as `await flows.now()` has"
             raise ValueError(msg)
         branch = _running("sleep_until", "asyncio.sleep")
@@ -368,9 +372,8 @@ def _check_policy(policy: StepPolicy) -> None:
 
 
 def _check_limit(timeout_seconds: float | None) -> None:
-    if timeout_seconds is not None and not timeout_seconds > 0:
-        msg = f"timeout_seconds={timeout_seconds!r}: it is more than 0, or None for no limit"
-        raise ValueError(msg)
+    if timeout_seconds is not None:
+        checked_seconds("timeout_seconds", timeout_seconds, zero=False)
 
 
 def _running(what: str, elsewhere: str) -> Branch:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from mainstay.core import Binding, Kept, derived_id, once
 from mainstay.workflow import _names
 from mainstay.workflow._branch import current_branch
+from mainstay.workflow._seconds import checked_seconds
 from mainstay.workflow.errors import NotInRun
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Signal(Generic[T]):
 
         Raises:
             TypeError: the value would not come back equal as the signal's type, or an id is no text.
-            SignalConflict: the id belongs to a message of another signal or with another value. In a `db.batch()`, which
-                writes at its end, only to one that was there before.
+            SignalConflict: the id belongs to a message of another signal or with another value. In a `db.batch()`,
+                which writes at its end, only one that was there before is seen.
             RunStateError: the run has ended.
             ValueError: an id breaks the rule for identifiers, 1 to 128 of the characters in `mainstay.core.ID_RULE`.
             NotBoundError: the router is not part of a running App.
@@ -90,11 +91,11 @@ class Signal(Generic[T]):
         Raises:
             NotInRun: this is no workflow function.
             StepFailed: nothing came within `timeout_seconds`; its `error_type` is `DeadlineExceeded`.
-            ValueError: `timeout_seconds` is negative.
+            TypeError: `timeout_seconds` is no number.
+            ValueError: it is negative or not finite.
         """
-        if timeout_seconds is not None and not timeout_seconds >= 0:
-            msg = f"wait({timeout_seconds!r}): seconds must not be negative"
-            raise ValueError(msg)
+        if timeout_seconds is not None:
+            checked_seconds("wait: timeout_seconds", timeout_seconds)
         branch = current_branch.get()
         if branch is None:
             msg = f"signal {self.name} was waited for outside a run: only workflow functions wait for signals"
