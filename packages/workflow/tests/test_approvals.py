@@ -360,10 +360,12 @@ async def test_asks_of_one_name_are_told_apart_by_place(url):
 async def test_an_ask_that_the_function_gave_up_is_not_decided(url):
     """A time limit of the function's own ends the ask like a deadline, before and during the escalation."""
     office = Office()
-    gate = asyncio.Event()
+    gate, hanging = asyncio.Event(), asyncio.Event()
+    limits: list[asyncio.Timeout] = []
 
     @office.flows.step(harmless=True)
     async def hangs(n: int) -> None:
+        hanging.set()
         await gate.wait()
 
     slow = office.flows.approval("slow", int, may_decide=lambda _asked, _actor: True, on_escalation=hangs)
@@ -371,7 +373,8 @@ async def test_an_ask_that_the_function_gave_up_is_not_decided(url):
     @office.flows.workflow(name="impatient")
     async def impatient(n: int) -> str:
         try:
-            async with asyncio.timeout(0.2):
+            async with asyncio.timeout(None) as limit:
+                limits.append(limit)
                 if n:
                     await slow.ask(n, escalate_after_seconds=0.0)
                 else:
@@ -383,6 +386,11 @@ async def test_an_ask_that_the_function_gave_up_is_not_decided(url):
     async with workflows(office.flows, url=url) as app:
         for n in (0, 1):
             run = await impatient.start(n, id=f"r{n}")
+            if n:
+                await asyncio.wait_for(hanging.wait(), WAIT)
+            else:
+                await eventually(app.get(WorkflowEngine).approvals.waiting, seconds=WAIT)
+            limits[-1].reschedule(0.0)  # it passes now
             assert await run.result(WAIT) == "StepCancelled"
             assert await app.get(WorkflowEngine).approvals.waiting() == []
             with bind(actor="ann"), pytest.raises(ApprovalConflict, match="is not asked any more"):

@@ -299,7 +299,8 @@ async def test_trap_3_a_cancelled_step_is_recorded_first(tmp_path):
             held.set()
             await eventually(recording._turn.locked, seconds=WAIT)  # the result is on its way
             worker.cancel()
-            await asyncio.sleep(0.05)  # time in which nothing happens
+            (executing,) = (task for run, task in engine.worker._executing() if run is executed_run)
+            await eventually(executing.cancelling, seconds=WAIT)
             assert not worker.done()
         await asyncio.gather(worker, return_exceptions=True)
         further.set()

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from mainstay.database import Database
 from mainstay.workflow import RunStatus, WorkflowRouter
 from mainstay.workflow._ended import EXPIRE, FROM_THE_FIRST, UNCLAIMED, Ended
+from mainstay.workflow.engine import listed
 from mainstay.workflow.tables import (
     CHILD,
     CLAIM,
@@ -18,12 +19,14 @@ from mainstay.workflow.tables import (
     FIND,
     NEXT_SIGNAL,
     OF_WORKER,
+    OPEN_ASKS,
     PARKED,
     ROUSE,
     STATES,
     TAKE_OVER,
     WORKERS,
     Claims,
+    asks,
     runs,
     signals,
 )
@@ -53,6 +56,9 @@ LOOKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "signals without a run": (UNCLAIMED, {"kept_seconds": 60.0, "most": 200}),
     "their deletion": (EXPIRE, {"kept_seconds": 60.0, "most": 200}),
     "ended runs": (ENDS.locked(RunStatus.COMPLETED), {**FROM_THE_FIRST, "most": 200}),
+    "the newest runs": (listed(None, 50), {}),
+    **{f"the newest that are {status}": (listed(status, 50), {}) for status in RunStatus},
+    "what runs ask people": (OPEN_ASKS, {"most": 50}),
     "ended runs, later": (ENDS.of[RunStatus.FAILED], {"after": 7.5, "after_id": "r7", "most": 200}),
 }
 
@@ -102,6 +108,11 @@ async def session(url: str, flows: WorkflowRouter) -> AsyncGenerator[AsyncSessio
             for n in range(20_000)
         ]
         await database.write(sa.insert(signals), sent)
+        asked = [
+            {"run_id": f"r{n}", "id": "a", "name": "ask", "place": "ask:1", "question": "1", "open": n < 20}
+            for n in range(20_000)
+        ]
+        await database.write(sa.insert(asks), asked)
         async with database.transaction() as session:
             await session.execute(sa.text("ANALYZE"))
             yield session
@@ -130,7 +141,7 @@ async def test_every_look_goes_through_an_index(session: AsyncSession) -> None:
     """No statement of the loops and of those who wait reads a whole table of runs or signals."""
     plans = {what: await plan_of(session, *look) for what, look in LOOKS.items()}
     whole = re.compile(
-        r"Seq Scan on mainstay_workflow_(runs|signals)|SCAN (?!.* USING )\S*(_runs|_signals|parents|children)"
+        r"Seq Scan on mainstay_workflow_(runs|signals|asks)|SCAN (?!.* USING )\S*(_runs|_signals|_asks|parents|children)"
     )
     assert {what: plan for what, plan in plans.items() if whole.search(plan)} == {}
 
@@ -144,6 +155,19 @@ async def test_runs_that_sleep_cost_a_look_nothing(session: AsyncSession) -> Non
             r".*USING INDEX mainstay_workflow_runs_queue.*|.* using mainstay_workflow_runs_queue.*\n.*", plan
         ):
             assert re.search(r"Index Cond: \(\(?wake_at|\(wake_at[<>]\?\)", node), f"{what}:\n{plan}"
+
+
+async def test_a_list_is_read_in_its_order(session: AsyncSession) -> None:
+    """So many rows as are listed are read of those that there are, and what is sorted is no more than that."""
+    for status in (None, *RunStatus):
+        plan = await plan_of(session, listed(status, 50), {})
+        read = re.findall(r"_listed[^\n]*", plan)
+        assert read, f"{status}:\n{plan}"
+        if session.get_bind().dialect.name == "postgresql":
+            sorted_rows = [int(rows) for rows in re.findall(r"Sort  \(cost=\S+ rows=(\d+)", plan)]
+            assert all(rows <= 50 * len(read) for rows in sorted_rows), f"{status}:\n{plan}"
+        else:  # those of each state are found in their order
+            assert plan.count("USE TEMP B-TREE FOR ORDER BY") <= (status in {None, RunStatus.COMPENSATING}), plan
 
 
 async def test_a_claim_looks_once_into_each_history(session: AsyncSession) -> None:

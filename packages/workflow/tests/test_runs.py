@@ -20,7 +20,7 @@ from mainstay.core import (
     once,
     timeout,
 )
-from mainstay.core.testing import eventually
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import Database, WrongEventLoop
 from mainstay.workflow import (
     Done,
@@ -539,20 +539,22 @@ async def test_a_result_may_be_waited_for_with_a_limit(url):
 
 async def test_a_timeout_of_the_function_itself_leaves_an_unknown_step(url):
     """A step that the workflow function stopped waiting for may have happened: it is undone, after a crash as well."""
-    shop = Shop()
+    shop, clock = Shop(), VirtualClock()
 
     async def hang(n):
         await asyncio.sleep(60)
 
     @shop.flows.workflow(name="impatient")
     async def impatient(n: int) -> int:
-        async with timeout(1.0):
+        async with timeout(1.0, clock=clock):
             await shop.flows.gather(shop.hold(n), shop.charge(n))
         return n
 
     shop.behave |= {"hold": hang, "charge": hang}
     async with workflows(shop.flows, url=url) as app:
         run = await impatient.start(1, id="r")
+        await eventually(lambda: len(shop.log) == 2, seconds=WAIT)
+        await clock.advance(1.0)
         with pytest.raises(WorkflowFailed, match="StepCancelled"):
             await run.result(WAIT)
         history = await app.get(WorkflowEngine).history("r")

@@ -181,10 +181,12 @@ async def test_an_open_circuit_does_not_grow_the_history(url) -> None:
 async def test_a_limit_of_the_function_takes_the_same_way_on_replay() -> None:
     """`asyncio.timeout` around a step leads to plan B live; a replay goes there too, and undoes what may have been."""
     flows, did, gate = WorkflowRouter(), [], asyncio.Event()
+    limits: list[asyncio.Timeout] = []
 
     @flows.step()
     async def slow(n: int) -> int:
         did.append("slow")
+        limits[-1].reschedule(0.0)  # it passes now
         await asyncio.sleep(3600)
         return n
 
@@ -207,7 +209,8 @@ async def test_a_limit_of_the_function_takes_the_same_way_on_replay() -> None:
     @flows.workflow(name="w")
     async def w(n: int) -> int:
         try:
-            async with asyncio.timeout(0.1):
+            async with asyncio.timeout(None) as limit:
+                limits.append(limit)
                 await slow(n)
         except TimeoutError:
             await plan_b(n)

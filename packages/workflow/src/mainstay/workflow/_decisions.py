@@ -18,6 +18,7 @@ from mainstay.workflow.tables import (
     CANCEL,
     CANCEL_PARKED,
     CHILDREN_GOING_ON,
+    CLOSE_ASKS,
     ENTRIES,
     HOLD,
     NEXT_SEQ,
@@ -159,6 +160,7 @@ async def terminate(session: AsyncSession, id: str, reason: str) -> Mapping[str,
             refuse(id, "terminated", f"a transactional step of {run_id} is being executed, and {_SHARES}")
         failure = _terminated(held.failure, by, reason, detail)
         await session.execute(TERMINATE, {"run": run_id, "failure": json.dumps(failure)})
+        await session.execute(CLOSE_ASKS, {"run": run_id})
         ended[run_id] = held.workflow
         # Asked after its row is held: a worker that is starting a child has done so by now, or does not any more.
         children = (await session.execute(CHILDREN_GOING_ON, {"run": run_id})).all()

@@ -13,6 +13,7 @@ from mainstay.workflow._surroundings import Surroundings
 from mainstay.workflow._verdict import plain_text
 from mainstay.workflow.errors import Continued, Lost, Parked
 from mainstay.workflow.tables import (
+    CLOSE_ASKS,
     CONTINUE,
     END,
     FAIL,
@@ -49,7 +50,8 @@ class LastWords:
 
     async def fail(self, failure: Failure) -> None:
         """From here on the run only goes back, in whichever process."""
-        await self._recording.end((FAIL, {**self._claim, "failure": json.dumps(failure)}))
+        asks = CLOSE_ASKS, {"run": self._run_id}
+        await self._recording.end((FAIL, {**self._claim, "failure": json.dumps(failure)}), asks)
 
     async def end(self, status: RunStatus, output: str | None, failure: Failure, *, unless_cancelled: bool) -> None:
         """The run has ended; its parent has news. Raises what `Recording.end` does."""

@@ -343,18 +343,33 @@ def _health(worker: Worker) -> Health:
 
 
 def listed(status: RunStatus | None, limit: int) -> sa.Select[Any]:
-    """The query for the newest runs, or for those with this status."""
-    query = VIEW.order_by(runs.c.created_at.desc()).limit(limit)
-    if status is RunStatus.COMPENSATING:  # not `IN`: each of the two has an index of its own
-        goes_on = sa.or_(runs.c.status == "queued", runs.c.status == "running")
-        return query.where(goes_on, runs.c.failure.is_not(None))
-    if status is RunStatus.WAITING:
-        return query.where(ASLEEP, runs.c.failure.is_(None))
-    if status is RunStatus.QUEUED:
-        return query.where(runs.c.status == "queued", sa.not_(ASLEEP), runs.c.failure.is_(None))
-    if status is RunStatus.RUNNING:
-        return query.where(runs.c.status == "running", runs.c.failure.is_(None))
-    return query if status is None else query.where(runs.c.status == str(status))
+    """The query for the newest runs, or for those with this status.
+
+    The index has the runs of one stored state in the order in which they are listed; so the newest of several states
+    are those among the newest of each.
+    """
+    goes_back = runs.c.failure.is_not(None)
+    which: list[tuple[RunStatus, sa.ColumnElement[bool]]]
+    if status is None:
+        shown_only = {RunStatus.WAITING, RunStatus.COMPENSATING}
+        which = [(stored, sa.true()) for stored in RunStatus if stored not in shown_only]
+    elif status is RunStatus.COMPENSATING:
+        which = [(RunStatus.QUEUED, goes_back), (RunStatus.RUNNING, goes_back)]
+    elif status is RunStatus.WAITING:
+        which = [(RunStatus.QUEUED, sa.and_(ASLEEP, sa.not_(goes_back)))]
+    elif status is RunStatus.QUEUED:
+        which = [(RunStatus.QUEUED, sa.and_(sa.not_(ASLEEP), sa.not_(goes_back)))]
+    else:
+        which = [(status, sa.not_(goes_back) if status is RunStatus.RUNNING else sa.true())]
+    newest = [
+        sa.select(runs.c.id)
+        .where(runs.c.status == sa.literal_column(f"'{stored}'"), condition)
+        .order_by(runs.c.created_at.desc())
+        .limit(limit)
+        for stored, condition in which
+    ]
+    of_each = sa.union_all(*(sa.select(each.subquery().c.id) for each in newest))
+    return VIEW.where(runs.c.id.in_(of_each)).order_by(runs.c.created_at.desc()).limit(limit)
 
 
 def value_of(row: Any, body: str) -> ValueView:

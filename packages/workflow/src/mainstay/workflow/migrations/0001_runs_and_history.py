@@ -47,7 +47,6 @@ def upgrade() -> None:
         ("queue", ["wake_at"], "status = 'queued'"),
         ("suspects", ["company"], "status = 'queued' and deaths >= 2"),
         ("worker", ["worker"], "status = 'running'"),
-        ("parked", ["status", "created_at"], "status in ('parked', 'compensation_failed')"),
         ("ended", ["status", "ended_at", "id"], "ended_at is not null"),
         ("parent", ["parent"], "parent is not null"),
     ):
@@ -58,6 +57,7 @@ def upgrade() -> None:
             postgresql_where=sa.text(condition),
             sqlite_where=sa.text(condition),
         )
+    op.create_index("mainstay_workflow_runs_listed", "mainstay_workflow_runs", ["status", "created_at"])
     _create_history_and_signals(now)
     _create_values(now)
     _create_asks(now)
