@@ -30,7 +30,32 @@ async def _core_timeout(act: Act, seconds: float) -> Any:
         return await act()
 
 
-LIMITS = {"asyncio.timeout": _asyncio_timeout, "asyncio.wait_for": _wait_for, "mainstay.core.timeout": _core_timeout}
+async def _scope(act: Act, seconds: float) -> Any:
+    """A scope as anyio has them: once its time is over, it cancels the task again at each turn until that has left."""
+    loop, task, cancelled = asyncio.get_running_loop(), asyncio.current_task(), 0
+    assert task is not None
+
+    def cancel() -> None:
+        nonlocal cancelled, pending
+        cancelled += 1
+        task.cancel()
+        pending = loop.call_soon(cancel)
+
+    pending: asyncio.Handle = loop.call_later(seconds, cancel)
+    try:
+        return await act()
+    finally:
+        pending.cancel()
+        for _ in range(cancelled):
+            task.uncancel()
+
+
+LIMITS = {
+    "asyncio.timeout": _asyncio_timeout,
+    "asyncio.wait_for": _wait_for,
+    "mainstay.core.timeout": _core_timeout,
+    "a scope": _scope,
+}
 
 
 @asynccontextmanager
@@ -48,12 +73,13 @@ async def serving(engine: WorkflowEngine, clock: Any, *, killed: bool) -> Any:
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("what", ["step", "transactional", "sleep", "signal", "child", "gather", "once", "entry"])
+@pytest.mark.parametrize("what", ["step", "transactional", "sleep", "signal", "ask", "child", "gather", "once", "entry"])
 async def test_a_limit_around_each_primitive_is_replayed(url: str, what: str, limit: str) -> None:
     """The function sees the same error, and goes the same way."""
     flows, seen, gate = WorkflowRouter(), list[tuple[str, str, bool]](), asyncio.Event()
     lines: list[str] = []
     never, told = flows.signal("never", int), flows.signal("told", int)
+    asked = flows.approval("asked", int, may_decide=lambda _asked, _actor: True)
 
     @flows.step(retry=Retry(attempts=1))
     async def hang(n: int) -> int:
@@ -91,8 +117,9 @@ async def test_a_limit_around_each_primitive_is_replayed(url: str, what: str, li
         "transactional": lambda: book(1),
         "sleep": lambda: flows.sleep(9),
         "signal": told.wait,
+        "ask": lambda: asked.ask(1),
         "child": lambda: child(1),
-        "gather": lambda: flows.gather(hang(1), flows.sleep(9)),
+        "gather": lambda: flows.gather(hang(1), flows.sleep(9), asked.ask(1)),
         "once": lambda: once("effect", effect, transactional=False),
         "entry": lambda: once("effect", effect, transactional=True),
     }

@@ -657,12 +657,15 @@ async def uninterrupted(
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
+    loop, ends_at = asyncio.get_running_loop(), float("inf")
     while not task.done():
         try:
-            await asyncio.wait([task], timeout=None if cancelled is None else _CANCEL_GRACE_SECONDS)
-            if cancelled is not None:
-                task.cancel()
-        except asyncio.CancelledError as error:
-            cancelled = cancelled or error
+            await asyncio.wait([task], timeout=None if cancelled is None else max(0.0, ends_at - loop.time()))
+        except asyncio.CancelledError as error:  # a scope of anyio's cancels again at each turn of the task
+            if cancelled is None:
+                cancelled, ends_at = error, loop.time() + _CANCEL_GRACE_SECONDS
+        if loop.time() >= ends_at:
+            task.cancel()
+            ends_at = loop.time() + _CANCEL_GRACE_SECONDS
     failure = asyncio.CancelledError() if task.cancelled() else task.exception()
     return failure, cancelled

@@ -18,6 +18,7 @@ from mainstay.workflow._effects import Work, or_parked
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._gather import side_by_side
 from mainstay.workflow._history import Keys, Kind, StepRecord, StepState
+from mainstay.workflow._insistence import undisturbed
 from mainstay.workflow._recording import Recording
 from mainstay.workflow._replay import Difference, Replay, other_digest, other_text, other_values
 from mainstay.workflow._surroundings import Surroundings
@@ -327,7 +328,8 @@ class Primitives:
                 if execution.ended_from_outside() or record.state is StepState.DONE:
                     raise
                 # The function's own doing, by a time limit of its own for example: a replay has to see the same.
-                given_up = await (self._asks if record.closing else self._attempts).given_up(label, record)
+                settled = (self._asks if record.closing else self._attempts).given_up(label, record)
+                given_up = await undisturbed(settled, ends=execution.ended_from_outside)
                 if given_up is None:
                     return await perform(record)
                 raise given_up from None
