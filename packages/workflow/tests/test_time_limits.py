@@ -73,7 +73,9 @@ async def serving(engine: WorkflowEngine, clock: Any, *, killed: bool) -> Any:
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("what", ["step", "transactional", "sleep", "signal", "ask", "child", "gather", "once", "entry"])
+@pytest.mark.parametrize(
+    "what", ["step", "transactional", "sleep", "signal", "ask", "child", "gather", "once", "entry"]
+)
 async def test_a_limit_around_each_primitive_is_replayed(url: str, what: str, limit: str) -> None:
     """The function sees the same error, and goes the same way."""
     flows, seen, gate = WorkflowRouter(), list[tuple[str, str, bool]](), asyncio.Event()
