@@ -508,7 +508,7 @@ async def test_mistakes_are_said():
     with pytest.raises(NotInRun, match="only workflow functions ask"):
         await office.refund.ask(question)
     for wrong in ({"timeout_seconds": -1.0}, {"timeout_seconds": 5.0, "escalate_after_seconds": 5.0}):
-        with pytest.raises(ValueError, match="ask[:(]"):
+        with pytest.raises(ValueError, match=r"ask[:(]"):
             await office.refund.ask(question, **wrong)
     with pytest.raises(ValueError, match="already has an approval 'large/refund'"):
         office.flows.approval("large/refund", int, may_decide=lambda _asked, _actor: True)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from mainstay.core import App, bind
 from mainstay.core.testing import eventually
 from mainstay.database import Database, database_now
-from mainstay.database.lease import leases
+from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow import RunStateError, RunStatus, WorkflowEngine
 from mainstay.workflow.errors import ApprovalConflict, ApprovalNotFound
 from mainstay.workflow.testing import workflows
@@ -68,6 +68,7 @@ def size(ledger: Path) -> int:
 
 async def at_most_one_lease(database: Database) -> bool:
     """Whether the lease of one of two workers has ended: its runs may be taken over."""
+    leases = DATABASE.metadata.tables["mainstay_database_leases"]
     of_workers = leases.c.name.startswith("mainstay-workflow "), leases.c.expires_at > database_now()
     return len(await database.read(sa.select(leases.c.name).where(*of_workers))) <= 1
 
