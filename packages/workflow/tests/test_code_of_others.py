@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import date, datetime
 from typing import Any
 
 import pytest
@@ -384,3 +385,11 @@ async def test_a_length_of_time_that_is_none_is_refused_where_it_is_given(
                 flows.workflow(name="x", timeout_seconds=seconds)
             with pytest.raises(kind, match="seconds"):
                 await app.get(WorkflowEngine).start_by_name("y", version=1, timeout_seconds=seconds)
+
+
+async def test_a_moment_that_is_none_is_refused_where_it_is_given() -> None:
+    """A text, a date and a datetime without a time zone are no moment."""
+    flows = WorkflowRouter()
+    for wrong, kind in (("2026-01-01", TypeError), (date(2026, 1, 1), TypeError), (datetime(2026, 1, 1), ValueError)):  # noqa: DTZ001  what is refused
+        with pytest.raises(kind, match=r"sleep_until.* time zone"):
+            await flows.sleep_until(wrong)  # type: ignore[arg-type]  # what a caller may give

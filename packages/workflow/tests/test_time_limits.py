@@ -32,21 +32,22 @@ async def _core_timeout(act: Act, seconds: float) -> Any:
 
 async def _scope(act: Act, seconds: float) -> Any:
     """A scope as anyio has them: once its time is over, it cancels the task again at each turn until that has left."""
-    loop, task, cancelled = asyncio.get_running_loop(), asyncio.current_task(), 0
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
+    left = asyncio.Event()
+    before = task.cancelling()
 
     def cancel() -> None:
-        nonlocal cancelled, pending
-        cancelled += 1
-        task.cancel()
-        pending = loop.call_soon(cancel)
+        if not left.is_set():
+            task.cancel()
+            loop.call_soon(cancel)
 
-    pending: asyncio.Handle = loop.call_later(seconds, cancel)
+    loop.call_later(seconds, cancel)
     try:
         return await act()
     finally:
-        pending.cancel()
-        for _ in range(cancelled):
+        left.set()
+        while task.cancelling() > before:
             task.uncancel()
 
 

@@ -15,13 +15,21 @@ from mainstay.workflow.step import StepPolicy
 
 SHORTEST_WAIT = 0.01
 # What an exception of the service's own is called says nothing: what decides has a member of its own.
-GIVEN_UP = {"type": "StepCancelled", "detail": "the function did not wait for its end", "given_up": True}
+GIVEN_UP: dict[str, Any] = {
+    "type": "StepCancelled",
+    "detail": "the function did not wait for its end",
+    "given_up": True,
+}
 """The error of a step for whose end the function did not wait."""
-CANCELLED = {"type": "Cancelled", "detail": "the run was cancelled", "cancelled": True}
-EXPIRED = {"type": "DeadlineExceeded", "code": DeadlineExceeded.code, "public": DeadlineExceeded.public_message}
+CANCELLED: dict[str, Any] = {"type": "Cancelled", "detail": "the run was cancelled", "cancelled": True}
+EXPIRED: dict[str, Any] = {
+    "type": "DeadlineExceeded",
+    "code": DeadlineExceeded.code,
+    "public": DeadlineExceeded.public_message,
+}
 TERMINATED = "Terminated"
 """The `type` of the failure of a run that a person ended as it was."""
-UNDONE = {"type": "Cancelled", "detail": "the run was compensated after its end", "cancelled": True}
+UNDONE: dict[str, Any] = {"type": "Cancelled", "detail": "the run was compensated after its end", "cancelled": True}
 
 
 class NoException(Exception):

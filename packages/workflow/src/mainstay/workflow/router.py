@@ -181,8 +181,9 @@ class WorkflowRouter:
             TypeError: it is no datetime.
             ValueError: it has no time zone.
         """
-        if not isinstance(moment, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]  what a caller gives
-            msg = f"sleep_until: the moment is a datetime with a time zone, and not {type(moment).__name__}"
+        given: object = moment
+        if not isinstance(given, datetime):
+            msg = f"sleep_until: the moment is a datetime with a time zone, and not {type(given).__name__}"
             raise TypeError(msg)
         if moment.utcoffset() is None:
             msg = f"sleep_until: {moment} has no time zone: give it one, as `await flows.now()` has"
