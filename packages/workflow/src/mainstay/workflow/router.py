@@ -12,7 +12,7 @@ from uuid import UUID
 from mainstay.core import Binding, Retry, uuid7
 from mainstay.workflow import _names
 from mainstay.workflow._branch import Branch, current_branch
-from mainstay.workflow._seconds import checked_seconds
+from mainstay.workflow._seconds import checked_moment, checked_seconds
 from mainstay.workflow.approval import Approval, MayDecide, OnDecision
 from mainstay.workflow.errors import NotInRun
 from mainstay.workflow.signal import Signal
@@ -181,13 +181,7 @@ class WorkflowRouter:
             TypeError: it is no datetime.
             ValueError: it has no time zone.
         """
-        given: object = moment
-        if not isinstance(given, datetime):
-            msg = f"sleep_until: the moment is a datetime with a time zone, and not {type(given).__name__}"
-            raise TypeError(msg)
-        if moment.utcoffset() is None:
-            msg = f"sleep_until: {moment} has no time zone: give it one, as `await flows.now()` has"
-            raise ValueError(msg)
+        checked_moment("sleep_until: the moment", moment)
         branch = _running("sleep_until", "asyncio.sleep")
         await branch.primitives.sleep_until(branch, moment)
 
