@@ -10,9 +10,12 @@ from uuid import UUID
 from mainstay.core import Retry, Timer
 from mainstay.events._codec import codec_of
 from mainstay.events._metrics import handler_seconds
+from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, Version, definition_of
-from mainstay.events.metadata import Record
+from mainstay.events.metadata import Record, kind_named
+
+EventClass = type[Event]
 
 
 class Assignment:
@@ -138,7 +141,7 @@ class Route:
         group: the consumer group, for the metrics.
     """
 
-    __slots__ = ("_majors", "parks", "seconds", "type", "versions")
+    __slots__ = ("_classes", "_majors", "parks", "seconds", "type", "versions")
 
     def __init__(self, type: str, group: str) -> None:
         self.type = type
@@ -146,6 +149,7 @@ class Route:
         self.versions: dict[bytes, Handling] = {}
         self.parks = False  # as one of its handlers says: of a version that none of them reads
         self._majors: dict[int, Handling] = {}
+        self._classes: dict[int, EventClass] = {}
 
     def reads(
         self,
@@ -161,7 +165,19 @@ class Route:
         handling = Handling(codec_of(event).read, call, wants_metadata, retry, parks)
         self.parks = self.parks or parks
         self._majors[definition.version.major] = handling
+        self._classes[definition.version.major] = event
         self.versions[str(definition.version).encode()] = handling
+
+    def reads_older(self, upcasting: Upcasting) -> None:
+        """Read older major versions, too, into the classes that there are by now."""
+        for major, event in self._classes.items():
+            for older, read in upcasting.older(event, self._classes).items():
+                self._majors[older] = self._majors[major]._replace(validate=read)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The names of what is handled, such as `order.paid 2.x`."""
+        return {kind_named(self.type, major) for major in self._majors}
 
     def handling(self, version: bytes) -> Handling:
         """The one for a version that is not exactly a declared one: any other minor version will do.

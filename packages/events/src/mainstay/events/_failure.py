@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Verdict
-from mainstay.events._handled import kind_of
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
 from mainstay.events._sparing import Sparing
 from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError
+from mainstay.events.metadata import kind_of
 
 _log = logging.getLogger("mainstay.events")
 

@@ -17,13 +17,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 
 from mainstay.core import Drain, MainstayError
 from mainstay.database import Database
 from mainstay.events import tables
-from mainstay.events.event import Version
-from mainstay.events.metadata import TYPE, VERSION
 
 _log = logging.getLogger("mainstay.events")
 
@@ -31,24 +28,6 @@ KEPT_SECONDS = 30 * 86_400.0
 """How long a note counts when no process makes it again."""
 NOTE_SECONDS = 30.0
 """How often a process that serves makes its notes again."""
-
-
-def kind_of(headers: Mapping[str, bytes | None]) -> str:
-    """What a handler is chosen by: the type and the major version, like `order.paid 2.x`; empty where it has none."""
-    return _kind(headers.get(TYPE) or b"", headers.get(VERSION) or b"1.0")
-
-
-@lru_cache(maxsize=1024)
-def _kind(type: bytes, version: bytes) -> str:
-    try:
-        return kind_named(type.decode(), Version.parse(version.decode()).major) if type else ""
-    except ValueError:
-        return ""
-
-
-def kind_named(type: str, major: int) -> str:
-    """The name of a major version of a type."""
-    return f"{type} {major}.x"
 
 
 class Handled:

@@ -30,11 +30,11 @@ from mainstay.core import derived_id, uuid7
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment, Delivery, Verdict
-from mainstay.events._handled import KEPT_SECONDS, NOTE_SECONDS, Handled, kind_of
+from mainstay.events._handled import KEPT_SECONDS, NOTE_SECONDS, Handled
 from mainstay.events._metrics import PARKED_KEYS
 from mainstay.events.dead_letters import text_of
 from mainstay.events.errors import NotHeldError
-from mainstay.events.metadata import Record
+from mainstay.events.metadata import Record, kind_of
 from mainstay.events.tables import pack_headers
 
 _log = logging.getLogger("mainstay.events")

@@ -10,9 +10,9 @@ from uuid import UUID
 from mainstay.core import Clock, spawn
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
-from mainstay.events._handled import kind_of
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
+from mainstay.events.metadata import kind_of
 from mainstay.events.tables import unpack_headers
 
 _log = logging.getLogger("mainstay.events")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -288,3 +288,21 @@ def encode(event: Event, *, id: UUID, topic: str, shared: Envelope) -> Outgoing:
     headers = [*_label(codec.definition), (ID, written), correlation, *shared.headers]
     value = codec.write(event)  # first, since it names the field that cannot be written
     return Outgoing(topic, codec.key(event), value, headers)
+
+
+def kind_of(headers: Mapping[str, bytes | None]) -> str:
+    """What a handler is chosen by: the type and the major version, like `order.paid 2.x`; empty where it has none."""
+    return _kind(headers.get(TYPE) or b"", headers.get(VERSION) or b"1.0")
+
+
+@lru_cache(maxsize=1024)
+def _kind(type: bytes, version: bytes) -> str:
+    try:
+        return kind_named(type.decode(), Version.parse(version.decode()).major) if type else ""
+    except ValueError:
+        return ""
+
+
+def kind_named(type: str, major: int) -> str:
+    """The name of a major version of a type."""
+    return f"{type} {major}.x"

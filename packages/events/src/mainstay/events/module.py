@@ -14,7 +14,7 @@ from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Route
-from mainstay.events._handled import Handled, kind_named
+from mainstay.events._handled import Handled
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
@@ -22,6 +22,7 @@ from mainstay.events._parking import Parking
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._sql import SqlDeadLetters, SqlTransport
 from mainstay.events._transport import Transport
+from mainstay.events._upcasting import Upcast, Upcasting
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import EventDefinition, definition_of
 from mainstay.events.parked import ParkedKeys
@@ -72,6 +73,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def _subscriptions(self) -> list[Subscription]:
         return [subscription for router in self.parts for subscription in router.subscriptions]
 
+    def _upcasts(self) -> list[Upcast]:
+        return [upcast for router in self.parts for upcast in router.upcasts]
+
     def yields(self) -> Sequence[type]:
         """Publisher, dead letters, consumers, and the parts of the transport that the settings choose."""
         return (EventPublisher, DeadLetters, ParkedKeys, EventConsumers, *_transport_classes(self.settings))
@@ -92,6 +96,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             one_handler_each(subscriptions)
             for event in {event for subscription in subscriptions for event in subscription.events}:
                 codec_of(event)  # also of a class that could not be looked at yet when it was declared
+            Upcasting(self._upcasts())
         except (TypeError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
         _distinct_topics([definition_of(event) for each in subscriptions for event in each.events], self.settings)
@@ -161,7 +166,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
-            parking = _parking(database, subscriptions, settings)
+            groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox)
+            parking = _parking(database, groups, settings)
             if parking and not self.looking:
                 handled = [each.handled for each in parking.values()]
                 await _handled.note(handled)  # now, since this App may publish what its handlers are for
@@ -181,7 +187,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     stuck_seconds=settings.stuck_seconds,
                     clock=app.clock,
                 )
-                for group, (topics, routes) in _groups(app, subscriptions, settings, inbox).items()
+                for group, (topics, routes) in groups.items()
             ]
             for consumer in consumers:
                 app.serve(consumer.group, consumer.serve)
@@ -270,7 +276,7 @@ def _pool_size(app: App) -> int:
 
 
 def _groups(
-    app: App, subscriptions: Sequence[Subscription], settings: EventsSettings, inbox: Inbox | None
+    app: App, subscriptions: Sequence[Subscription], upcasting: Upcasting, settings: EventsSettings, inbox: Inbox | None
 ) -> Mapping[str, tuple[list[str], dict[str, Route]]]:
     """For each group, its topics and its routes by type."""
     groups: dict[str, tuple[list[str], dict[str, Route]]] = {}
@@ -288,21 +294,21 @@ def _groups(
             routes[type_].reads(
                 event, call, wants_metadata=wants_metadata, retry=retry, parks=subscription.on_failure == "park"
             )
+    for _, routes in groups.values():
+        for route in routes.values():
+            route.reads_older(upcasting)
     return groups
 
 
 def _parking(
-    database: Database | None, subscriptions: Sequence[Subscription], settings: EventsSettings
+    database: Database | None, groups: Mapping[str, tuple[list[str], dict[str, Route]]], settings: EventsSettings
 ) -> Mapping[str, Parking]:
     """For each group, its parked keys, with what this process handles; none without a Database."""
     if database is None:
         return {}
-    kinds: dict[str, set[str]] = {}
-    for subscription in subscriptions:
-        definitions = map(definition_of, subscription.events)
-        kinds.setdefault(subscription.group, set()).update(
-            kind_named(each.type, each.version.major) for each in definitions
-        )
+    kinds = {
+        group: {kind for route in routes.values() for kind in route.kinds} for group, (_, routes) in groups.items()
+    }
     return {
         group: Parking(database, group, Handled(database, group, mine), settings.lease_seconds)
         for group, mine in kinds.items()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from mainstay.core import Binding, Retry
+from mainstay.events._upcasting import Payload, Upcast
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
@@ -22,6 +23,7 @@ _LONGEST_GROUP = 200
 E = TypeVar("E", bound=Event)
 F = TypeVar("F", bound=Event)
 E_contra = TypeVar("E_contra", bound=Event, contravariant=True)
+U = TypeVar("U", bound=Callable[[Payload], Payload])
 H = TypeVar("H", bound="type[HandlesEvent[Any] | HandlesEventAndMetadata[Any]]")
 
 
@@ -85,6 +87,7 @@ class EventRouter:
 
     def __init__(self) -> None:
         self.subscriptions: list[Subscription] = []
+        self.upcasts: list[Upcast] = []
         self.binding: Binding[EventPublisher] = Binding("EventRouter", remedy="EventsModule.for_feature(router)")
 
     @overload
@@ -174,6 +177,39 @@ class EventRouter:
         return On(
             self, events, group, retry, on_failure=on_failure, inbox=inbox, timeout_seconds=timeout_seconds
         )  # fmt: skip
+
+    def upcast(self, event: type[Event], /, *, from_: int) -> Callable[[U], U]:
+        """Read events of an older major version: `@events.upcast(OrderPaid, from_=1)` on a plain function.
+
+        The function takes what the JSON of an event of that version says, as a dict, and returns it as the next major
+        version says it. Groups that handle the class are then called with older events, too; `Metadata.version` says
+        what was written. Where the class is several versions ahead, each step has a function of its own. A group that
+        has a handler for the older version itself keeps it.
+
+        Args:
+            event: the class that the events are read into in the end.
+            from_: the major version that the function takes.
+
+        Raises:
+            TypeError: what is decorated is no plain function, or the class no event.
+            ValueError: the class is of this version itself, or of an older one.
+        """
+        definition = definition_of(event)
+        if not 0 <= from_ < definition.version.major:
+            name, version = event.__name__, definition.version
+            msg = f"upcast({name}, from_={from_}): the class is version {version}, which is not newer"
+            raise ValueError(msg)
+
+        def register(function: U) -> U:
+            name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
+            what: object = function
+            if not inspect.isroutine(what) or inspect.iscoroutinefunction(what):
+                msg = f"{name} is no plain function: write def, with the old payload as its parameter"
+                raise TypeError(msg)
+            self.upcasts = [*self.upcasts, Upcast(event, from_, function, name)]
+            return function
+
+        return register
 
     async def publish(self, event: Event) -> str:
         """Publish an event, and return its id; see `EventPublisher.publish`."""
