@@ -1,7 +1,6 @@
 """The log in the database: nothing is missed, whatever order transactions commit in; partitions are shared."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,13 +10,14 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from mainstay.core import App, Drain
+from mainstay.core import App
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.database.testing import expire_lease
 from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
 from mainstay.events._delivery import Assignment
-from mainstay.events._sql import Snapshot, SqlSource, SqlTransport
+from mainstay.events._snapshot import Snapshot
+from mainstay.events._sql import SqlSource, SqlTransport
 from mainstay.events.metadata import Record, encode, envelope
 from mainstay.events.tables import INSERT_LOG, LOG, OFFSETS, pack_headers, unpack_headers
 
@@ -308,25 +308,6 @@ def test_headers_come_back_byte_for_byte() -> None:
     assert unpack_headers(pack_headers(headers)) == headers
 
 
-async def test_the_log_is_deleted_a_part_at_a_time(sqlite_url: str) -> None:
-    """Only old rows go, the oldest first."""
-    async with service(sqlite_url, partitions=1, log_days=1.0) as app:
-        database = app.get(Database)
-        await app.get(EventPublisher).publish_batch([Line(name="a", number=number) for number in range(10)])
-        async with database.transaction() as session:
-            old = sa.update(LOG).where(LOG.c.position <= 4).values(created_at=LOG.c.created_at - 100_000)
-            await session.execute(old)
-        drain = Drain()
-        sweeping = asyncio.create_task(app.get(SqlTransport).sweep(drain))
-        end = time.monotonic() + 60
-        while (left := await database.read(sa.select(LOG.c.position))) and len(left) > 6:
-            assert time.monotonic() < end
-            await asyncio.sleep(0.02)
-        drain.begin()
-        await sweeping
-        assert [row.position for row in left] == [5, 6, 7, 8, 9, 10]
-
-
 async def test_the_transport_names_its_place(sqlite_url: str) -> None:
     """Health says where events are."""
     async with service(sqlite_url) as app:
@@ -381,3 +362,51 @@ async def test_members_of_a_group_may_read_different_topics(database_url: str) -
             await eventually(lambda: len(lines) + len(words) + len(both) == 160, what="everything")
     assert sorted(lines + words + both) == sorted([*range(80), *range(80)])
     assert both
+
+
+async def test_the_lag_is_true_in_events_and_seconds(database_url: str) -> None:
+    """It counts what was not read and what is not finished; a mere backlog is said by health, and is no fault."""
+    events = EventRouter()
+    gate = asyncio.Event()
+
+    @events.on(Line, group="g")
+    async def handle(_event: Line) -> None:
+        await gate.wait()
+
+    async with service(database_url, partitions=2) as app:
+        publisher = app.get(EventPublisher)
+        await publisher.publish_batch([Line(name=f"{number % 50}", number=number) for number in range(3_000)])
+        async with app.get(Database).transaction() as session:
+            await session.execute(sa.update(LOG).values(created_at=LOG.c.created_at - 100))
+    async with service(database_url, events, partitions=2).running(serve=True) as app:
+        consumers = app.get(EventConsumers)
+        consumer = consumers.consumers[0]
+        await eventually(lambda: consumer.lag()[0] == 3_000, what="all of them, read or not")
+        assert 100 <= (consumer.lag()[1] or 0.0) < 1_000
+        assert sum(len(assignment.window) for assignment in consumer._assignments) < 3_000
+        health = await consumers.health()
+        assert health.status == "ok"
+        assert "3000 events wait in g, the oldest for 1" in (health.detail or "")
+        gate.set()
+        await eventually(lambda: consumer.lag() == (0, 0.0))
+        assert (await consumers.health()).detail == "1 groups"
+
+
+async def test_an_event_of_another_process_is_handled_at_its_hint(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NOTIFY wakes the reader, which without it would look again much later; polling alone finds it too."""
+    seen: list[int] = []
+    monkeypatch.setattr("mainstay.events._sql._POLL_SECONDS", 3_600.0)
+    async with (
+        service(postgres_url) as publishing,
+        service(postgres_url, collecting(seen), partitions=1).running(serve=True) as handling,
+    ):
+        database = handling.get(Database)
+        await eventually(lambda: database.hears_others)
+        for number in range(20):
+            await publishing.get(EventPublisher).publish(Line(name="a", number=number))
+            await eventually(lambda number=number: len(seen) == number + 1, what=f"event {number}")
+        monkeypatch.undo()  # or the stop would wait for the end of the last look
+        await publishing.get(EventPublisher).publish(Line(name="a", number=20))
+        await eventually(lambda: seen == list(range(21)))

@@ -13,7 +13,7 @@ from mainstay.events._delivery import Assignment, Delivery, Route
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._intake import Intake
-from mainstay.events._metrics import DEAD_LETTERS, LAG, OLDEST, REVOKED
+from mainstay.events._metrics import DEAD_LETTERS, LAG, LAG_SECONDS, OLDEST, REVOKED
 from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
 from mainstay.events._transport import Source, Transport
@@ -193,14 +193,17 @@ class Consumer:
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
 
     async def _commit_often(self) -> None:
-        oldest, lag = OLDEST.labels(self.group), LAG.labels(self.group)
+        oldest = OLDEST.labels(self.group)
+        lag, lag_seconds = LAG.labels(self.group), LAG_SECONDS.labels(self.group)
         failures = 0
         while True:
             await asyncio.sleep(_COMMIT_SECONDS)
             oldest.set(self._oldest_seconds())
-            waiting = self._source.lag() if self._source is not None else None
+            waiting, seconds = self.lag()
             if waiting is not None:
                 lag.set(waiting)
+            if seconds is not None:
+                lag_seconds.set(seconds)
             try:
                 await self._commit(list(self._assignments))
                 failures = 0
@@ -303,6 +306,24 @@ class Consumer:
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
+
+    def lag(self) -> tuple[int | None, float | None]:
+        """About how many events are not finished here, and for how long the oldest waits; None while nobody knows."""
+        if self._source is None:
+            return None, None
+        unread = self._source.lag()
+        unfinished = [each.oldest for each in self._assignments]
+        return (
+            None if unread is None else unread + sum(len(each.window) for each in self._assignments),
+            self._source.lag_seconds([record for record in unfinished if record is not None]),
+        )
+
+    def backlog(self) -> str | None:
+        """What to say of a group whose oldest event waits for long: that it has much to do is no fault."""
+        waiting, seconds = self.lag()
+        if seconds is None or seconds <= self._stuck_seconds:
+            return None
+        return f"{waiting} events wait in {self.group}, the oldest for {seconds:.0f} s"
 
     @property
     def parked_keys(self) -> int:

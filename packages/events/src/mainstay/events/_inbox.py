@@ -19,7 +19,7 @@ from mainstay.core import Drain
 from mainstay.database import CommitUnknown, Database, DatabaseBusy
 from mainstay.events import tables
 from mainstay.events._metrics import DUPLICATES
-from mainstay.events._sql import swept
+from mainstay.events._retention import swept
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event
 from mainstay.events.metadata import ID, SOURCE, Metadata

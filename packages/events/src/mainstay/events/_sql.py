@@ -18,19 +18,21 @@ commit is fenced by the lease.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from mainstay.core import Clock, Drain, Health, uuid7
+from mainstay.core import Clock, Health, uuid7
 from mainstay.database import Database, DatabaseBusy, FenceLost, Lease
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment
+from mainstay.events._lag import LogLag
+from mainstay.events._snapshot import START, Place, Snapshot
 from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
 from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Headers, Outgoing, Record
@@ -40,14 +42,13 @@ _log = logging.getLogger("mainstay.events")
 
 _BACKLOG = 1000
 """From so many new rows on, the beginning of a window is looked for in another way."""
+_CHANNEL = "mainstay_events"
 _POLL_SECONDS = 0.2
 _BUSY_SECONDS = 30.0
 """For so long a database that answers, but is too busy to be read, is waited for."""
 _REBALANCE_SECONDS = 1.0
 _REMEMBER_SECONDS = 30.0
 """How often the place of an idle partition is stored, so that a restart does not look again at what was not for it."""
-_SWEEP_SECONDS = 60.0
-_DAY = 86_400.0
 
 
 class SqlTransport:
@@ -57,18 +58,14 @@ class SqlTransport:
         database: where the log is.
         partitions: into how many parts it is divided.
         lease_seconds: how long a killed process keeps its partitions.
-        log_days: how long events are kept.
         clock: measures waits on this side.
     """
 
-    def __init__(
-        self, database: Database, *, partitions: int, lease_seconds: float, log_days: float, clock: Clock
-    ) -> None:
+    def __init__(self, database: Database, *, partitions: int, lease_seconds: float, clock: Clock) -> None:
         self.database = database
         self.arrivals = Arrivals()
         self._partitions = partitions
         self._lease_seconds = lease_seconds
-        self._log_days = log_days
         self._clock = clock
 
     async def note_partitions(self) -> None:
@@ -97,23 +94,11 @@ class SqlTransport:
             for event, number in zip(batch, numbers, strict=True)
         ]
         await self.database.write(tables.INSERT_LOG, rows, route=("events", numbers[0]))
-        self.database.after_commit(self.arrivals.announce)
+        self.database.notify(_CHANNEL)
 
     async def health(self) -> Health:
         """The Database answers for itself."""
         return Health("ok", "events are kept in the Database")
-
-    async def sweep(self, drain: Drain) -> None:
-        """Worker: deletes what is older than the log keeps, a little at a time."""
-        dialect = self.database.dialect
-        age = {"seconds": self._log_days * _DAY}
-
-        async def delete() -> None:
-            await self.database.write(tables.FORGET_MEMBERS[dialect], {"seconds": _DAY})
-            while not drain.begun and await self.database.read(tables.OLDEST_LOG[dialect], age):
-                await self.database.write(tables.DELETE_OLD_LOG[dialect], age)
-
-        await swept(delete, drain)
 
     @asynccontextmanager
     async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[SqlSource, None]:
@@ -130,45 +115,15 @@ class SqlTransport:
             lease_seconds=self._lease_seconds,
             clock=self._clock,
         )
-        try:
-            yield source
-        finally:
-            await source.close()
+        # A hint that there are events, also of other processes; polling is what finds them.
+        with self.database.listen(_CHANNEL, self._heard):
+            try:
+                yield source
+            finally:
+                await source.close()
 
-
-class Snapshot(NamedTuple):
-    """Which transactions had ended at some moment; on SQLite, which positions were taken.
-
-    Attributes:
-        end: every transaction from this number on had not begun.
-        running: those below it that had not ended.
-    """
-
-    end: int
-    running: tuple[int, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Snapshot:
-        """The snapshot in PostgreSQL's own form, `xmin:xmax:running,running`."""
-        _, end, running = text.split(":")
-        return cls(int(end), tuple(map(int, running.split(","))) if running else ())
-
-    def __str__(self) -> str:
-        """As `parse` takes it."""
-        return f"{min(self.running, default=self.end)}:{self.end}:{','.join(map(str, self.running))}"
-
-    def shows(self, transaction: int) -> bool:
-        """Whether the transaction had ended."""
-        return transaction < self.end and transaction not in self.running
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """Orders snapshots of one database by time: what has ended stays so."""
-        return self.end, -len(self.running)
-
-
-Place = tuple[Snapshot, Snapshot, int]
-_START: Place = (Snapshot(0), Snapshot(0), 0)
+    def _heard(self, _payload: str) -> None:
+        self.arrivals.announce()
 
 
 class _Slot:
@@ -182,11 +137,16 @@ class _Slot:
         self.low, self.high, self.position = place
         self.remembered = place
 
+    @property
+    def place(self) -> Place:
+        """Up to where it was read."""
+        return Place(self.low, self.high, self.position)
+
 
 class SqlRecord:
     """A row of the log, and the place that a group is at when it has finished it."""
 
-    __slots__ = ("_headers", "high", "key", "low", "offset", "partition", "topic", "value")
+    __slots__ = ("_headers", "created_at", "high", "key", "low", "offset", "partition", "topic", "value")
 
     def __init__(self, row: Any, low: Snapshot, high: Snapshot) -> None:
         self.topic: str = row.topic
@@ -195,6 +155,7 @@ class SqlRecord:
         self.key: bytes | None = row.key
         self.value: bytes | None = row.value
         self._headers: str = row.headers
+        self.created_at: int = row.created_at
         self.low = low
         self.high = high
 
@@ -235,7 +196,7 @@ class SqlSource:
         self._remember_at = clock.monotonic() + _REMEMBER_SECONDS
         self._read_at = clock.monotonic()
         self._window_statement, self._page_statement = _STATEMENTS[database.dialect]
-        self._lag: int | None = None
+        self._lag = LogLag(database, clock)
         self.absent: Mapping[str, str] = {}
 
     # Reading
@@ -246,6 +207,7 @@ class SqlSource:
         try:
             await self._keep_partitions()
             await self._read(ready, fetched)
+            await self._lag.look({assignment: slot.place for assignment, slot in self._slots.items()})
         except DatabaseBusy:
             # Handlers and requests have all connections, or the writer's turn. That is no loss of the transport: the
             # leases are renewed by a connection of their own, and what they hold is read a little later.
@@ -264,7 +226,9 @@ class SqlSource:
         reading = [slot for slot in slots if slot.low != slot.high]
         for high in sorted({slot.high for slot in reading}, key=_age):
             await self._read_page([slot for slot in reading if slot.high == high], high, fetched)
-        if not reading:
+        if not reading and (slots or not self._slots):  # or there is something else to do for those that are held
+            if slots and len(slots) == len(self._slots):
+                self._lag.nothing_left()
             await arrived(arrival, _POLL_SECONDS)
 
     async def _open_window(self, slots: Sequence[_Slot]) -> None:
@@ -309,11 +273,15 @@ class SqlSource:
                 slot.position = max(slot.position, rows[-1].position)
             else:
                 slot.low, slot.position = slot.high, 0
-        self._lag = len(rows) if full else 0
+        self._lag.handed_out(sum(map(len, pages.values())))
 
     def lag(self) -> int | None:
-        """See `Source`. Only whether there is more than a batch, since counting would read it all."""
-        return self._lag
+        """See `Source`."""
+        return self._lag.waiting
+
+    def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
+        """See `Source`."""
+        return self._lag.seconds(record.created_at for record in unfinished if isinstance(record, SqlRecord))
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:
         """See `Source`."""
@@ -321,7 +289,7 @@ class SqlSource:
         for assignment, record in finished.items():
             slot = self._slots.get(assignment)
             if slot is not None and isinstance(record, SqlRecord):
-                by_lease.setdefault(slot.lease, []).append((slot, (record.low, record.high, record.offset)))
+                by_lease.setdefault(slot.lease, []).append((slot, Place(record.low, record.high, record.offset)))
         await self._store(by_lease)
 
     async def _store(self, by_lease: Mapping[Lease, Sequence[tuple[_Slot, Place]]]) -> None:
@@ -359,7 +327,8 @@ class SqlSource:
         if now >= self._announced_until:
             note = {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds}
             statement = tables.JOIN_GROUP[self._database.dialect]
-            await self._database.write(statement, [{**note, "topic": topic} for topic in self._topics])
+            rows = [{**note, "topic": topic} for topic in self._topics]
+            await self._database.write(statement, [*rows, *({**row, "member": tables.ANY} for row in rows)])
             self._announced_until = now + self._lease_seconds / 3
         readers: dict[str, list[str]] = {}
         for row in await self._database.read(tables.READ_MEMBERS[self._database.dialect], {"group": self._group}):
@@ -391,9 +360,9 @@ class SqlSource:
             await lease.release()
             raise
         self._leases[topic, number] = lease
+        self._lag.look_again()
         assignment = self._reader.assigned(topic, number)
-        known = [(Snapshot.parse(row.low), Snapshot.parse(row.high), row.position) for row in rows]
-        self._slots[assignment] = _Slot(assignment, lease, known[0] if known else _START)
+        self._slots[assignment] = _Slot(assignment, lease, Place.of(rows[0]) if rows else START)
 
     async def _give_up(self, leases: Sequence[Lease]) -> None:
         assignments = self._of(leases)
@@ -422,7 +391,7 @@ class SqlSource:
     async def _remember_idle(self) -> None:
         idle: dict[Lease, list[tuple[_Slot, Place]]] = {}
         for assignment, slot in self._slots.items():
-            place = (slot.low, slot.high, slot.position)
+            place = slot.place
             if (
                 slot.low == slot.high
                 and not assignment.window
@@ -450,7 +419,7 @@ def _seen(name: str, snapshot: Snapshot) -> dict[str, object]:
 
 def _page(order: sa.ColumnElement[int], *window: sa.ColumnElement[bool]) -> sa.Executable:
     """The statement that reads a page of a window."""
-    columns = (LOG.c.position, LOG.c.topic, LOG.c.partition, LOG.c.key, LOG.c.value, LOG.c.headers)
+    columns = (LOG.c.position, LOG.c.topic, LOG.c.partition, LOG.c.key, LOG.c.value, LOG.c.headers, LOG.c.created_at)
     return (
         sa.select(order.label("xid"), *columns)
         .where(
@@ -496,16 +465,6 @@ def _on_postgresql() -> tuple[sa.Executable, sa.Executable]:
 _STATEMENTS = {"postgresql": _on_postgresql(), "sqlite": _on_sqlite()}
 # Where there is a backlog every plan finds its beginning quickly; what was committed since can only make it lower.
 _START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)
-
-
-async def swept(delete: Callable[[], Awaitable[None]], drain: Drain) -> None:
-    """Delete old rows, again and again until the drain begins; several processes may do so side by side."""
-    while not drain.begun:
-        try:
-            await delete()
-        except Exception as error:  # noqa: BLE001  the next sweep does it
-            _log.warning("deleting old rows failed, the next attempt is in a minute", exc_info=error)
-        await drain.pause(_SWEEP_SECONDS)
 
 
 class SqlDeadLetters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import NamedTuple, Protocol
 from zlib import crc32
@@ -102,7 +102,15 @@ class Source(Protocol):
         ...
 
     def lag(self) -> int | None:
-        """About how many records wait in the partitions that are held; None while nobody knows."""
+        """About how many records of the partitions that are held were not handed out yet; None while nobody knows."""
+        ...
+
+    def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
+        """For how long the oldest record waits that a group has not finished; 0.0 without one, None while nobody knows.
+
+        Args:
+            unfinished: those that were handed out, the oldest of each partition.
+        """
         ...
 
 

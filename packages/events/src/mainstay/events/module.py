@@ -20,6 +20,7 @@ from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
 from mainstay.events._relay import OutboxRelay
+from mainstay.events._retention import LogRetention
 from mainstay.events._sql import SqlDeadLetters, SqlTransport
 from mainstay.events._transport import Transport
 from mainstay.events._upcasting import Upcast, Upcasting
@@ -47,7 +48,8 @@ class EventConsumers:
         if worse:
             return Health("degraded", "; ".join(worse))
         parked = [f", {each.parked_keys} keys parked in {each.group}" for each in self.consumers if each.parked_keys]
-        return Health("ok", f"{len(reports)} groups{''.join(parked)}")
+        behind = [f", {backlog}" for each in self.consumers if (backlog := each.backlog())]
+        return Health("ok", f"{len(reports)} groups{''.join(parked)}{''.join(behind)}")
 
 
 class EventsModule(Module[EventsSettings, EventRouter]):
@@ -122,10 +124,29 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             database = app.get(Database)
             found += await database.missing_rights(tables.SCHEMA.metadata.sorted_tables)
             found += self._too_few_connections(_pool_size(app), database.dialect)
+            if self.settings.transport == "sql":
+                found += await self._given_up(app, database)
         if self.settings.transport == "kafka":
             topics = sorted(self.describe()["topics"])
             found += await app.get(_kafka.KafkaTransport).topics.wrong(topics)
         return found
+
+    def _retention(self, app: App, database: Database) -> LogRetention:
+        mine = {
+            (each.group, self.settings.topic_of(definition_of(event)))
+            for each in self._subscriptions()
+            for event in each.events
+        }
+        return LogRetention(database, days=self.settings.log_days, mine=mine, clock=app.clock)
+
+    async def _given_up(self, app: App, database: Database) -> list[str]:
+        days = self.settings.log_days
+        return [
+            f"group {group} has had no member that reads topic {topic} for {seconds / 86_400:.1f} days: after {days:g} "
+            "days what it has not read is deleted with the rest"
+            for (group, topic), seconds in (await self._retention(app, database).without_members()).items()
+            if seconds / 86_400 > days / 2
+        ]
 
     def _too_few_connections(self, size: int, dialect: str) -> list[str]:
         variable = DatabaseSettings.variable("pool_size")
@@ -159,8 +180,10 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         services: list[object] = []
         async with AsyncExitStack() as stack:
             send, transport, letters = await _transport(app, settings, database, services, stack)
-            if isinstance(transport, SqlTransport) and not self.looking:
-                await transport.note_partitions()
+            if isinstance(transport, SqlTransport):
+                app.serve("log", self._retention(app, transport.database).run)
+                if not self.looking:
+                    await transport.note_partitions()
             inbox: Inbox | None = None
             if database is not None and self._has_inbox():
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
@@ -214,10 +237,8 @@ async def _transport(
             database,
             partitions=settings.partitions,
             lease_seconds=settings.lease_seconds,
-            log_days=settings.log_days,
             clock=app.clock,
         )
-        app.serve("log", log.sweep)
         services.append(log)
         return log.send, log, SqlDeadLetters(database, log.send, app.clock)
     kafka = _kafka.KafkaTransport(settings, app.clock)

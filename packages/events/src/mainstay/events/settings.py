@@ -74,7 +74,8 @@ class EventsSettings(Settings):
         send_seconds: how long a confirmation by the broker may take.
         lease_seconds: how long a killed process keeps its lanes and partitions from others; brokers want 6 or more.
         inbox_days: how long the inbox remembers an event: the window within which a duplicate is recognised.
-        log_days: `sql` only: how long events stay in the log, handled or not.
+        log_days: `sql` only: how long events stay in the log at least, and how long a group without any process keeps
+            there what it has not read.
         kafka_servers: addresses to find the cluster by, `host:port,host:port`.
         kafka_create_topics: create the topics that do not exist. Default: True.
         kafka_replicas: how many brokers keep each topic that is created; by default what the cluster says.

@@ -61,6 +61,8 @@ MEMBERS = sa.Table(
     sa.Column("topic", sa.Text, primary_key=True),
     sa.Column("expires_at", sa.Double, nullable=False),
 )
+ANY = ""
+"""In place of a member: the row says when a group had one at last, whichever it was."""
 NOT_ASIDE = -1
 OUTBOX = sa.Table(
     "mainstay_events_outbox",
@@ -205,14 +207,21 @@ def _each(make: Callable[[Insert, sa.ColumnElement[float]], T]) -> dict[str, T]:
 _SECONDS = sa.bindparam("seconds", type_=sa.Double)
 
 INSERT_LOG = sa.insert(LOG).values(_binds(LOG, "topic", "partition", "key", "value", "headers"))
-_OLDEST = sa.select(LOG.c.position, LOG.c.created_at).order_by(LOG.c.position).limit(5000).subquery()
-# The oldest positions first: nothing else needs an index by time.
-DELETE_OLD_LOG = _each(
-    lambda _, now: sa.delete(LOG).where(
-        LOG.c.position.in_(sa.select(_OLDEST.c.position).where(_OLDEST.c.created_at < now - _SECONDS))
-    )
+_OLDEST = (
+    sa.select(LOG.c.xid, LOG.c.position, LOG.c.topic, LOG.c.partition, LOG.c.created_at)
+    .where(LOG.c.position > sa.bindparam("after", type_=sa.BigInteger))
+    .order_by(LOG.c.position)
+    .limit(2000)
+    .subquery()
 )
-OLDEST_LOG = _each(lambda _, now: sa.select(_OLDEST.c.position).where(_OLDEST.c.created_at < now - _SECONDS).limit(1))
+# The oldest positions first: nothing else needs an index by time.
+READ_OLD_LOG = {
+    dialect: sa.select(transaction.label("xid"), _OLDEST.c.position, _OLDEST.c.topic, _OLDEST.c.partition)
+    .where(_OLDEST.c.created_at < database_now() - _SECONDS)
+    .order_by(_OLDEST.c.position)
+    for dialect, transaction in (("sqlite", _OLDEST.c.position), ("postgresql", _OLDEST.c.xid))
+}
+DELETE_LOG = sa.delete(LOG).where(LOG.c.position == sa.bindparam("row", type_=sa.BigInteger))
 
 INSERT_OUTBOX = sa.insert(OUTBOX).values(_binds(OUTBOX, "lane", "topic", "key", "value", "headers"))
 OUTBOX_TOPICS = sa.text(
@@ -316,20 +325,28 @@ JOIN_GROUP = _each(
 READ_MEMBERS = _each(
     lambda _, now: (
         sa.select(MEMBERS.c.topic, MEMBERS.c.member)
-        .where(MEMBERS.c.group_name == sa.bindparam("group"), MEMBERS.c.expires_at > now)
+        .where(MEMBERS.c.group_name == sa.bindparam("group"), MEMBERS.c.member != ANY, MEMBERS.c.expires_at > now)
         .order_by(MEMBERS.c.member)
     )
 )
 LEAVE_GROUP = sa.delete(MEMBERS).where(
     MEMBERS.c.group_name == sa.bindparam("of_group"), MEMBERS.c.member == sa.bindparam("leaver")
 )
-FORGET_MEMBERS = _each(lambda _, now: sa.delete(MEMBERS).where(MEMBERS.c.expires_at < now - _SECONDS))
+FORGET_MEMBERS = _each(
+    lambda _, now: sa.delete(MEMBERS).where(MEMBERS.c.member != ANY, MEMBERS.c.expires_at < now - _SECONDS)
+)
+READ_AWAY = _each(
+    lambda _, now: sa.select(MEMBERS.c.group_name, MEMBERS.c.topic, (now - MEMBERS.c.expires_at).label("away")).where(
+        MEMBERS.c.member == ANY
+    )
+)
 
 READ_OFFSETS = sa.select(OFFSETS).where(
     OFFSETS.c.group_name == sa.bindparam("group"),
     OFFSETS.c.topic == sa.bindparam("of_topic"),
     OFFSETS.c.partition == sa.bindparam("number"),
 )
+READ_PLACES = sa.select(OFFSETS).where(OFFSETS.c.group_name != "")
 WIDEST_PARTITION = sa.select(sa.func.max(OFFSETS.c.partition))
 # Nobody's place: it only says that events are written to partitions up to this one, for those who read with fewer.
 NOTE_PARTITION = _each(

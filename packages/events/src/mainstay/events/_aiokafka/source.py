@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.structs import ConsumerRecord
 
 from mainstay.core import spawn
 from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
@@ -258,3 +260,10 @@ class KafkaSource:
             if end is not None:
                 waiting += max(0, end - self._delivered[place])
         return waiting
+
+    def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
+        """See `Source`, by the time that is in a record. When what was not fetched was written nobody here knows."""
+        times = [record.timestamp for record in unfinished if isinstance(record, ConsumerRecord)]
+        if not times:
+            return None if self.lag() else 0.0
+        return max(0.0, time.time() - min(times) / 1000)
