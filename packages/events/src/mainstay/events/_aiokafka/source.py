@@ -263,7 +263,7 @@ class KafkaSource:
 
     def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
         """See `Source`, by the time that is in a record. When what was not fetched was written nobody here knows."""
-        times = [record.timestamp for record in unfinished if isinstance(record, ConsumerRecord)]
+        times: list[int] = [record.timestamp for record in unfinished if isinstance(record, ConsumerRecord)]
         if not times:
             return None if self.lag() else 0.0
         return max(0.0, time.time() - min(times) / 1000)
