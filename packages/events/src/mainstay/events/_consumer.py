@@ -13,6 +13,7 @@ from mainstay.events._delivery import Assignment, Delivery, Route
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._intake import Intake
+from mainstay.events._lag import Lag
 from mainstay.events._metrics import DEAD_LETTERS, LAG, LAG_SECONDS, OLDEST, REVOKED
 from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
@@ -199,11 +200,7 @@ class Consumer:
         while True:
             await asyncio.sleep(_COMMIT_SECONDS)
             oldest.set(self._oldest_seconds())
-            waiting, seconds = self.lag()
-            if waiting is not None:
-                lag.set(waiting)
-            if seconds is not None:
-                lag_seconds.set(seconds)
+            self.lag().show(lag, lag_seconds)
             try:
                 await self._commit(list(self._assignments))
                 failures = 0
@@ -307,23 +304,13 @@ class Consumer:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
 
-    def lag(self) -> tuple[int | None, float | None]:
-        """About how many events are not finished here, and for how long the oldest waits; None while nobody knows."""
-        if self._source is None:
-            return None, None
-        unread = self._source.lag()
-        unfinished = [each.oldest for each in self._assignments]
-        return (
-            None if unread is None else unread + sum(len(each.window) for each in self._assignments),
-            self._source.lag_seconds([record for record in unfinished if record is not None]),
-        )
+    def lag(self) -> Lag:
+        """How far the group is behind in the partitions that are held here."""
+        return Lag.of(self._source, self._assignments)
 
     def backlog(self) -> str | None:
         """What to say of a group whose oldest event waits for long: that it has much to do is no fault."""
-        waiting, seconds = self.lag()
-        if seconds is None or seconds <= self._stuck_seconds:
-            return None
-        return f"{waiting} events wait in {self.group}, the oldest for {seconds:.0f} s"
+        return self.lag().said(self.group, self._stuck_seconds)
 
     @property
     def parked_keys(self) -> int:

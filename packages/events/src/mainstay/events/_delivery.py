@@ -56,11 +56,6 @@ class Assignment:
         self.parked: set[bytes] = set()
         self.holder: UUID | None = None
 
-    @property
-    def oldest(self) -> Record | None:
-        """Of the records that were handed out, the first that is not finished."""
-        return self.window[0].record if self.window else None
-
     def __repr__(self) -> str:
         return f"{self.topic}/{self.number}"
 

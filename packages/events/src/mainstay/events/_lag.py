@@ -1,16 +1,19 @@
-"""How far a group is behind in the log: how many events it has yet to read, and since when the oldest of them waits."""
+"""How far a group is behind: how many events it has yet to finish, and since when the oldest of them waits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import sqlalchemy as sa
+from prometheus_client import Gauge
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from mainstay.core import Clock
 from mainstay.database import Database, database_now
 from mainstay.events._delivery import Assignment
 from mainstay.events._snapshot import Place
+from mainstay.events._transport import Source
 from mainstay.events.tables import LOG
 
 _MEASURE_SECONDS = 5.0
@@ -18,6 +21,43 @@ _MOST = 100_000
 """So many rows are counted, and no more."""
 _NOWHERE = 2**62
 """A position behind all: of a window that was read to its end."""
+
+
+class Lag(NamedTuple):
+    """How far a group is behind in the partitions that a process holds.
+
+    Attributes:
+        events: about how many are not finished; None while nobody knows.
+        seconds: for how long the oldest of them waits; None while nobody knows.
+    """
+
+    events: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, source: Source | None, assignments: Iterable[Assignment]) -> Lag:
+        """What a source has yet to hand out, and what is not finished of the rest."""
+        if source is None:
+            return cls(None, None)
+        windows = [each.window for each in assignments]
+        unread = source.lag()
+        return cls(
+            None if unread is None else unread + sum(map(len, windows)),
+            source.lag_seconds([window[0].record for window in windows if window]),
+        )
+
+    def show(self, events: Gauge, seconds: Gauge) -> None:
+        """Set the metrics to what is known."""
+        if self.events is not None:
+            events.set(self.events)
+        if self.seconds is not None:
+            seconds.set(self.seconds)
+
+    def said(self, group: str, most_seconds: float) -> str | None:
+        """A sentence about it, None where no event waits for longer than so."""
+        if self.seconds is None or self.seconds <= most_seconds:
+            return None
+        return f"{self.events} events wait in {group}, the oldest for {self.seconds:.0f} s"
 
 
 class LogLag:
