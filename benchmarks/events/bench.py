@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from aiokafka.structs import ConsumerRecord
 from pydantic import SecretStr
 
 from benchmarks.events.load import Fields, Line, orders, per_second
-from benchmarks.rows import Peers, Row, compare
+from benchmarks.rows import Peers, Row, compare, row
 from mainstay.core import SYSTEM_CLOCK, App, Context, Retry
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.schema import SCHEMA
@@ -27,6 +28,7 @@ from mainstay.events._delivery import Assignment, Delivery, Route
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events.metadata import encode, envelope
+from mainstay.events.router import InboxMode
 from mainstay.events.tables import OUTBOX
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, Postgres, fresh_database
@@ -297,18 +299,117 @@ async def database_rows(servers: str, server: Postgres, folder: Path, *, quick: 
         yield await compare(f"consume the log in {kind}", "events/s", consume, better="higher", rounds=rounds)
 
 
+EFFECTS = sa.Table("effects", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("who", sa.Text))
+ADD = sa.insert(EFFECTS)
+
+
+class Added:
+    """A feature whose handler writes one row, exactly once, and the moment it has done so often enough."""
+
+    def __init__(self, count: int, mode: InboxMode) -> None:
+        self.router = EventRouter()
+        self.enough = asyncio.Event()
+        self.database: Database | None = None
+        self.first = 0.0
+        self.seen = 0
+
+        @self.router.on(Paid, group="inbox", inbox=mode)
+        async def handle(event: Paid) -> None:
+            self.first = self.first or time.perf_counter()
+            assert self.database is not None
+            await self.database.write(ADD, {"who": event.customer})
+            self.seen += 1
+            if self.seen == count:
+                self.enough.set()
+
+
+async def inbox_rows(server: Postgres, folder: Path, *, quick: bool) -> AsyncIterator[Row]:
+    numbers = itertools.count()
+    modes: list[tuple[str, InboxMode, int]] = [("a transaction each", True, 2_000), ("in batches", "batch", 20_000)]
+
+    async def handled(kind: str, mode: InboxMode, count: int) -> float:
+        added = Added(count, mode)
+        async with _database(kind, server, folder, next(numbers)) as url:
+            async with service(url, "bench", transport="sql") as app:
+                async with app.get(Database).transaction() as session:
+                    await (await session.connection()).run_sync(EFFECTS.metadata.create_all)
+                for start in range(0, count, 1000):
+                    await app.get(EventPublisher).publish_batch(events(min(1000, count - start)))
+            app = service(url, "bench", added.router, transport="sql")
+            async with app.running(serve=True):
+                added.database = app.get(Database)
+                await asyncio.wait_for(added.enough.wait(), 120)
+                rate = count / (time.perf_counter() - added.first)
+            async with service(url, "bench", transport="sql") as app:
+                found = await app.get(Database).read(sa.select(sa.func.count()).select_from(EFFECTS))
+                assert found[0][0] == count
+        return rate
+
+    for kind in ("SQLite", "PostgreSQL"):
+        for name, mode, count in modes:
+            yield await compare(
+                f"inbox on {kind}, {name}",
+                "events/s",
+                partial(handled, kind, mode, count // 10 if quick else count),
+                better="higher",
+                rounds=1 if quick else 5,
+            )
+
+
+async def hint_rows(server: Postgres, *, quick: bool) -> AsyncIterator[Row]:
+    count = 20 if quick else 200
+    router = EventRouter()
+    arrived = asyncio.Event()
+    handled = 0.0
+
+    @router.on(Paid, group="hint")
+    async def handle(_event: Paid) -> None:
+        nonlocal handled
+        handled = time.perf_counter()
+        arrived.set()
+
+    waits: list[float] = []
+    with fresh_database(server.url) as url:
+        await upgrade(url, [SCHEMA, EVENTS])
+        async with (
+            service(url, "bench", transport="sql") as publishing,
+            service(url, "bench", router, transport="sql").running(serve=True),
+        ):
+            await asyncio.sleep(2)  # until each hears the other
+            for event in events(count):
+                arrived.clear()
+                begun = time.perf_counter()
+                await publishing.get(EventPublisher).publish(event)
+                await arrived.wait()
+                waits.append((handled - begun) * 1000)
+                await asyncio.sleep(0.05)
+    waits.sort()
+    yield row(
+        "from publish in one App to the handler in another on PostgreSQL, p50",
+        "ms",
+        waits[count // 2],
+        low=waits[0],
+        high=waits[-1],
+        rounds=count,
+    )
+
+
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
-    async for row in dispatch_rows(quick=quick):
-        yield row
+    async for found in dispatch_rows(quick=quick):
+        yield found
     with ExitStack() as stack:
         kafka = stack.enter_context(Kafka())
         server = stack.enter_context(Postgres())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = stack.enter_context(Peers("events"))
-        async for row in kafka_rows(kafka.address, peers, quick=quick):
-            yield row
-        async for row in database_rows(kafka.address, server, folder, quick=quick):
-            yield row
+        async for found in kafka_rows(kafka.address, peers, quick=quick):
+            yield found
+        async for found in database_rows(kafka.address, server, folder, quick=quick):
+            yield found
+        async for found in inbox_rows(server, folder, quick=quick):
+            yield found
+        async for found in hint_rows(server, quick=quick):
+            yield found
 
 
 __all__ = ["Fields", "rows"]

@@ -257,6 +257,33 @@ async def test_a_consumer_frozen_inside_its_handlers_holds_up_their_keys_only(po
         exactly_once_and_in_order(await wait_for(publisher, 24 * 8), keys=24, each=8)
 
 
+async def test_consumers_killed_and_frozen_with_batches_in_their_hands_double_no_effect(
+    database_url: str, prefix: str
+) -> None:
+    """What handlers have collected is there with its note or not at all, whatever becomes of the process."""
+    options: dict[str, Any] = {
+        "url": database_url,
+        "topic": f"{prefix}-fault",
+        "group": f"{prefix}-g",
+        "events": {"transport": "sql", "lease_seconds": 1.5, "partitions": 4},
+        "inbox": "batch",
+    }
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=16, each=15)
+        first = await start(options)
+        await wait_for(publisher, 40)
+        first.kill()
+        second = await start(options)
+        await wait_for(publisher, 100)
+        with frozen(second.pid, options["url"]):
+            await start(options)
+            await wait_for(publisher, 16 * 15)
+        await publish(publisher, keys=16, each=17, start=15)
+        exactly_once_and_in_order(await wait_for(publisher, 16 * 17), keys=16, each=17)
+
+
 async def test_two_processes_share_the_partitions(options: dict[str, Any]) -> None:
     """A second worker takes its share while the first works, and neither repeats or reorders anything."""
     publisher = service(options)

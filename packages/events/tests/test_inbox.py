@@ -9,13 +9,22 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App
+from mainstay.core import App, bind_journal
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseBusy, DatabaseModule, DatabaseSettings
-from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
+from mainstay.events import (
+    DeadLetters,
+    Event,
+    EventConsumers,
+    EventPublisher,
+    EventRouter,
+    EventsModule,
+    EventsSettings,
+)
 from mainstay.events._inbox import handlers_at_once
 from mainstay.events._sql import SqlTransport
 from mainstay.events.tables import INBOX, INSERT_INBOX
+from packages.events.tests.test_publishing import Journal
 from packages.events.tests.test_sql import Line, Reading
 
 
@@ -178,3 +187,70 @@ def add(router: EventRouter, group: str) -> Callable[..., Any]:
     async def handle(_event: Event) -> None: ...
 
     return handle
+
+
+ROWS = sa.Table("rows", sa.MetaData(), sa.Column("number", sa.Integer, primary_key=True))
+ADD = sa.insert(ROWS)
+
+
+async def test_a_handler_in_batches_makes_a_repeated_event_one_effect(database_url: str) -> None:
+    """Its writes and the note are one commit: a repeated event, or a call that fails, leaves nothing."""
+    events = EventRouter()
+    calls: list[int] = []
+    app = service(database_url, events, pool=2, retry_initial_seconds=0.0)
+
+    @events.on(Line, group="g", inbox="batch")
+    async def handle(event: Line) -> None:
+        await app.get(Database).write(ADD, {"number": event.number})
+        calls.append(event.number)
+        if calls == [1]:
+            msg = "the first attempt fails"
+            raise RuntimeError(msg)
+
+    async with app.running(serve=True):
+        database = app.get(Database)
+        async with database.transaction() as session:
+            await (await session.connection()).run_sync(ROWS.metadata.create_all)
+        for _ in range(2):
+            with bind_journal(Journal()):
+                await events.publish(Line(name="a", number=1))
+        await events.publish(Line(name="a", number=2))
+        await eventually(lambda: 2 in calls)
+
+        async def rows() -> bool:
+            found = await database.read(sa.select(ROWS.c.number).order_by(ROWS.c.number))
+            return [row.number for row in found] == [1, 2]
+
+        await eventually(rows)
+        assert calls == [1, 1, 1, 2]  # it failed, succeeded, and came again
+        assert len(await database.read(sa.select(INBOX))) == 2
+        assert await app.get(DeadLetters).list() == []
+
+
+async def test_what_a_batch_refuses_is_the_event_s_own_failure(database_url: str) -> None:
+    """A row of the handler's that is there already is no sign of a duplicate: the event is a dead letter."""
+    events = EventRouter()
+    app = service(database_url, events, pool=2, retry_attempts=1)
+
+    @events.on(Line, group="g", inbox="batch")
+    async def handle(event: Line) -> None:
+        await app.get(Database).write(ADD, {"number": event.number // 10})
+
+    async with app.running(serve=True):
+        async with app.get(Database).transaction() as session:
+            await (await session.connection()).run_sync(ROWS.metadata.create_all)
+        await app.get(EventPublisher).publish_batch([Line(name=f"{n}", number=n) for n in (10, 20, 21, 30)])
+
+        async def settled() -> bool:
+            noted = await app.get(Database).read(sa.select(INBOX))
+            return len(noted) == 3 and len(await app.get(DeadLetters).list()) == 1
+
+        await eventually(settled)
+        found = await app.get(Database).read(sa.select(ROWS.c.number).order_by(ROWS.c.number))
+        assert [row.number for row in found] == [1, 2, 3]
+
+
+def test_an_unknown_kind_of_inbox_is_refused() -> None:
+    """Where it is written."""
+    with pytest.raises(ValueError, match=r"on\(inbox='batches'\): it is True, False or 'batch'"):
+        EventRouter().on(Line, group="g", inbox="batches")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]

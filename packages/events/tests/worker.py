@@ -65,7 +65,22 @@ def service(options: dict[str, Any], *routers: EventRouter, **more: Any) -> App:
     return App(*modules)
 
 
+def batcher(options: dict[str, Any], app: list[App]) -> EventRouter:
+    """What only writes, so that its effects are committed with those of others."""
+    events = EventRouter()
+
+    @events.on(Step, group=options["group"], inbox="batch")
+    async def record(event: Step) -> None:
+        row = {"key": event.key, "number": event.number, "pid": os.getpid()}
+        await app[0].get(Database).write(sa.insert(EFFECTS), row)
+        await asyncio.sleep(options.get("pause", 0.005))
+
+    return events
+
+
 def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
+    if options.get("inbox") == "batch":
+        return batcher(options, app)
     events = EventRouter()
 
     @events.on(*RELEASES[options.get("release", "old")], group=options["group"], inbox=True, **options.get("on", {}))

@@ -154,7 +154,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         if size < len(groups):
             shared = f"{len(groups)} consumer groups share {size} connections, so some always wait for others"
             return [f"{shared}: set {variable} to {len(groups)} or more"]
-        if self._has_inbox() and handlers_at_once(dialect, size) >= size:
+        if any(each.inbox is True for each in self._subscriptions()) and handlers_at_once(dialect, size) >= size:
             return [f"a handler with an inbox takes the only connection: set {variable} to 4 or more"]
         return []
 
@@ -164,7 +164,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def _concurrency(self, group: str, inbox: Inbox | None) -> int:
         """The most handlers of a group at once; where all have an inbox, no more than may run."""
         most = self.settings.concurrency
-        if inbox is None or not all(each.inbox for each in self._subscriptions() if each.group == group):
+        if inbox is None or not all(each.inbox is True for each in self._subscriptions() if each.group == group):
             return most
         return min(most, inbox.at_once)
 
@@ -343,7 +343,9 @@ def _call(app: App, subscription: Subscription, inbox: Inbox | None) -> tuple[Ca
         call = _limited(call, subscription.timeout_seconds)
     if subscription.inbox:
         assert inbox is not None  # noqa: S101  made for it
-        return inbox.around(subscription.group, call if wants_metadata else _without_metadata(call)), True
+        return inbox.around(
+            subscription.group, call if wants_metadata else _without_metadata(call), subscription.inbox
+        ), True
     return call, wants_metadata
 
 

@@ -379,6 +379,8 @@ INSERT_INBOX = {
     )
     .on_conflict_do_nothing(),
 }
+# Of a batch, which is refused as a whole where the note is there.
+INSERT_NEW_INBOX = sa.insert(INBOX).values(_INBOX_NOTE)
 READ_INBOX = sa.select(INBOX.c.event_id).where(
     INBOX.c.group_name == _INBOX_NOTE["group_name"], INBOX.c.event_id == _INBOX_NOTE["event_id"]
 )
