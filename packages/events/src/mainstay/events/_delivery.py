@@ -12,8 +12,8 @@ from mainstay.events._codec import codec_of
 from mainstay.events._metrics import handler_seconds
 from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
-from mainstay.events.event import Event, Version, definition_of
-from mainstay.events.metadata import Record, kind_named
+from mainstay.events.event import Event, definition_of
+from mainstay.events.metadata import Record, kind_named, version_of
 
 EventClass = type[Event]
 
@@ -187,7 +187,7 @@ class Route:
         """
         text = version.decode(errors="replace")
         try:
-            handling = self._majors.get(Version.parse(text).major)
+            handling = self._majors.get(version_of(text).major)
         except ValueError as error:
             msg = f"{self.type}: {error}"
             raise DecodeError(msg) from None

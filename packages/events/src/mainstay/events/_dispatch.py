@@ -37,9 +37,10 @@ from pydantic import ValidationError
 
 from mainstay.core import Clock, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route
-from mainstay.events._failure import KEY_IS_PARKED, NOT_HANDLED_HERE, Again, Failures, that_give_way
+from mainstay.events._failure import KEY_IS_PARKED, Again, Failures, that_give_way
+from mainstay.events._structured import understood
 from mainstay.events.errors import DecodeError
-from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Metadata, Record, context_of
+from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -253,6 +254,10 @@ class Dispatcher:
                 record = delivery.record
                 headers = dict(record.headers)
                 route = routes.get(headers.get(TYPE) or b"")
+                if route is None and not headers.get(TYPE):
+                    record = understood(record)
+                    headers = dict(record.headers)
+                    route = routes.get(headers.get(TYPE) or b"")
                 error: Exception | None = delivery.refused
                 handling: Handling | None = None
                 clean = True
@@ -342,11 +347,7 @@ class Dispatcher:
             self._failures.skipped.inc()
             return None, None
         if route is None:
-            if UNREADABLE in headers:
-                return None, DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
-            if TYPE not in headers:
-                return None, DecodeError(f"the record has no header {TYPE}: it is not an event")
-            return None, None if self._failures.is_skipped(headers) else NOT_HANDLED_HERE
+            return None, self._failures.without_handler(headers)
         return route, None
 
     def make_room(self, assignment: Assignment) -> None:

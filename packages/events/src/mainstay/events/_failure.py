@@ -11,8 +11,9 @@ from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Ver
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
 from mainstay.events._sparing import Sparing
+from mainstay.events._structured import kind_of_record
 from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError
-from mainstay.events.metadata import kind_of
+from mainstay.events.metadata import TYPE, UNREADABLE, kind_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -77,7 +78,7 @@ class Failures:
         if error is KEY_IS_PARKED:
             return await self._append(delivery)
         if delivery.verdict is None and handling is None and self._parking is not None:
-            kind = kind_of(dict(delivery.record.headers))
+            kind = kind_of_record(delivery.record)
             try:
                 elsewhere = await self._parking.handled.is_somebodys(kind)
             except Exception:  # noqa: BLE001  whatever it is, the event must not be passed over
@@ -108,12 +109,16 @@ class Failures:
             return self._not_stored(delivery, "what could not be handled cannot be stored")
         return None
 
-    def is_skipped(self, headers: Mapping[str, bytes | None]) -> bool:
-        """Count an event of a type without a handler here as skipped, where that is certain without asking."""
+    def without_handler(self, headers: Mapping[str, bytes | None]) -> Exception | None:
+        """What is wrong with an event of no type that is handled here; None where it is certain that it is skipped."""
+        if UNREADABLE in headers:
+            return DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
+        if not headers.get(TYPE):
+            return DecodeError(f"the record has no header {TYPE}: it is not an event")
         if self._parking is not None and not self._parking.handled.is_nobodys(kind_of(headers)):
-            return False
+            return NOT_HANDLED_HERE
         self.skipped.inc()
-        return True
+        return None
 
     def fetched(self) -> None:
         """What was fetched now may be handled by a process of which nothing was known before."""

@@ -32,9 +32,10 @@ from mainstay.events import tables
 from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._handled import KEPT_SECONDS, NOTE_SECONDS, Handled
 from mainstay.events._metrics import PARKED_KEYS
+from mainstay.events._structured import kind_of_record
 from mainstay.events.dead_letters import text_of
 from mainstay.events.errors import NotHeldError
-from mainstay.events.metadata import Record, kind_of
+from mainstay.events.metadata import Record
 from mainstay.events.tables import pack_headers
 
 _log = logging.getLogger("mainstay.events")
@@ -144,7 +145,7 @@ class Parking:
             "value": None if handled else record.value,
             "headers": pack_headers([] if handled else record.headers),
             "handled": handled,
-            "kind": kind_of(dict(record.headers)),
+            "kind": kind_of_record(record),
             "keyless": record.key is None,
         }
 

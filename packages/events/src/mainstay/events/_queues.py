@@ -11,8 +11,8 @@ from mainstay.core import Clock, spawn
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._parking import Parking
+from mainstay.events._structured import kind_of_record
 from mainstay.events._transport import LogRecord
-from mainstay.events.metadata import kind_of
 from mainstay.events.tables import unpack_headers
 
 _log = logging.getLogger("mainstay.events")
@@ -135,12 +135,16 @@ class Queues:
             position = None
             if row is not None:
                 position = row.position
-                headers = unpack_headers(row.headers)
-                if await self._is_others(kind_of(dict(headers))):
-                    return False
                 record = LogRecord(
-                    row.topic, row.partition, row.offset, None if row.keyless else key, row.value, headers
+                    row.topic,
+                    row.partition,
+                    row.offset,
+                    None if row.keyless else key,
+                    row.value,
+                    unpack_headers(row.headers),
                 )
+                if await self._is_others(kind_of_record(record)):
+                    return False
                 delivery = self._hand_out(queue, record, row)
                 while queue.window and queue.open:
                     await self._dispatcher.progress(1.0)

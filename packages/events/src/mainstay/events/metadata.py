@@ -139,8 +139,8 @@ class Metadata:
 
     @property
     def version(self) -> Version:
-        """The version of the type that the publisher wrote; 1.0 where it wrote none."""
-        return Version.parse(self._text(VERSION) or "1.0")
+        """The version of the type that the publisher wrote; 1.0 where it wrote none, 2.0 where it wrote 2."""
+        return version_of(self._text(VERSION))
 
     @property
     def source(self) -> str:
@@ -290,6 +290,15 @@ def encode(event: Event, *, id: UUID, topic: str, shared: Envelope) -> Outgoing:
     return Outgoing(topic, codec.key(event), value, headers)
 
 
+def version_of(text: str | None) -> Version:
+    """The version that a header says: others may write the major number only, or none.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return Version.parse(f"{text}.0" if text and text.isdecimal() else text or "1.0")
+
+
 def kind_of(headers: Mapping[str, bytes | None]) -> str:
     """What a handler is chosen by: the type and the major version, like `order.paid 2.x`; empty where it has none."""
     return _kind(headers.get(TYPE) or b"", headers.get(VERSION) or b"1.0")
@@ -298,7 +307,7 @@ def kind_of(headers: Mapping[str, bytes | None]) -> str:
 @lru_cache(maxsize=1024)
 def _kind(type: bytes, version: bytes) -> str:
     try:
-        return kind_named(type.decode(), Version.parse(version.decode()).major) if type else ""
+        return kind_named(type.decode(), version_of(version.decode()).major) if type else ""
     except ValueError:
         return ""
 
