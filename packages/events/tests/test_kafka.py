@@ -192,7 +192,7 @@ async def test_a_record_of_nearly_a_mebibyte_is_redriven_byte_for_byte(
     await consumer.stop()
     assert (second.key, second.value) == (first.key, first.value) == (b"a", value)
     assert list(first.headers) == headers
-    assert list(second.headers) == [*headers, ("ce_onlygroup", prefix.encode())]
+    assert list(second.headers) == [("ce_onlygroup", prefix.encode()), *headers]
     assert [letter.value for letter in again] == [value]
 
 

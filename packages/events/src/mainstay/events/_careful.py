@@ -92,7 +92,7 @@ class CarefulReading:
         if suspect is not None and suspect.crashes >= self._crashes.most:
             await self._refuse(record, suspect.crashes)
             return
-        if record.key is not None and record.key in self._assignment.tails:  # it is not called before another is done
+        if record.key is not None and record.key in self._assignment.busy:  # it is not called before another is done
             self._dispatcher.feed(self._assignment, [record])
             return
         if suspect is not None:
@@ -101,20 +101,20 @@ class CarefulReading:
             await self._noted(partial(self._holding.calls, record))
             if not self._assignment.open:
                 return
-            self._dispatcher.feed(self._assignment, [record])
-            delivery = self._assignment.window[-1]
+            delivery = Delivery(self._assignment, record)
+            self._dispatcher.feed_one(delivery)
             if await self._called(delivery, _ALONE_SECONDS):
                 return
         await self._called(delivery, None)
 
     async def _refuse(self, record: Record, crashes: int) -> None:
-        self._dispatcher.feed(self._assignment, [record])
-        delivery = self._assignment.window[-1]
+        delivery = Delivery(self._assignment, record)
         delivery.attempt = crashes
         delivery.refused = ProcessEndedError(
             f"its process ended {crashes} times while it was handled: no exception can say why. Look at what these "
             "processes ended with (exit status, out of memory, a watchdog), and then have it tried again"
         )
+        self._dispatcher.feed_one(delivery)
         while not delivery.done and self._assignment.open:
             await self._dispatcher.progress(1.0)
 

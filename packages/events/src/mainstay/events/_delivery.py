@@ -27,9 +27,12 @@ class Assignment:
         queue: this is no partition, but the queue of a parked key that was read from it.
 
     Attributes:
-        window: what was handed out and is not finished, and what is finished behind that.
-        waiting: of that, the heads of chains that no caller has taken yet.
-        tails: the last of each chain, by key.
+        window: what was handed out, from the first that is not finished on.
+        behind: of that, what is finished, by identity and in the order in which it ended.
+        unread: of that, what no caller has looked at yet.
+        has_turns: callers are given what is unread.
+        busy: the keys of events that are being handled, and what waits behind each.
+        known: what is known of events before their first call, by identity of their records.
         record_bytes: about how large a record is, by the last that were handed out; 0 before the first.
         most: how many records to ask for at once.
         finished: the last record before which all are finished, once it can be committed.
@@ -38,8 +41,8 @@ class Assignment:
     """
 
     __slots__ = (
-        "finished", "holder", "most", "number", "open", "parked", "queue", "record_bytes", "tails", "topic", "waiting",
-        "window",
+        "behind", "busy", "finished", "has_turns", "holder", "known", "most", "number", "open", "parked", "queue",
+        "record_bytes", "topic", "unread", "window",
     )  # fmt: skip
 
     def __init__(self, topic: str, number: int, *, queue: bool = False) -> None:
@@ -47,14 +50,38 @@ class Assignment:
         self.number = number
         self.queue = queue
         self.open = True
-        self.window: deque[Delivery] = deque()
-        self.waiting: deque[Delivery] = deque()
+        self.window: deque[Record] = deque()
+        self.behind: dict[int, Record] = {}
+        self.unread: deque[Record] = deque()
+        self.has_turns = False
+        self.busy: dict[bytes, deque[Record] | None] = {}
+        self.known: dict[int, Delivery] = {}
         self.record_bytes = 0
         self.most = 16  # until their size is known
-        self.tails: dict[bytes, Delivery] = {}
         self.finished: Record | None = None
         self.parked: set[bytes] = set()
         self.holder: UUID | None = None
+
+    def finish(self, record: Record) -> None:
+        """Note the end of an event; what left the window last can be committed."""
+        window, behind = self.window, self.behind
+        if window[0] is not record:
+            behind[id(record)] = record
+            return
+        self.finished = window.popleft()
+        while behind and behind.pop(id(window[0]), None) is not None:
+            self.finished = window.popleft()
+
+    def next_of(self, key: bytes) -> Record | None:
+        """What waits first behind a key whose event has ended; without one the key is not busy any more."""
+        waiting = self.busy[key]
+        if waiting is None:
+            del self.busy[key]
+            return None
+        record = waiting.popleft()
+        if not waiting:
+            self.busy[key] = None
+        return record
 
     def __repr__(self) -> str:
         return f"{self.topic}/{self.number}"
@@ -75,7 +102,7 @@ class Verdict(NamedTuple):
 
 
 class Delivery:
-    """One record on its way through a group."""
+    """One record on its way through a group, from its first failure on or from the first thing known of it."""
 
     __slots__ = (
         "again_at",
@@ -86,7 +113,6 @@ class Delivery:
         "done",
         "error",
         "kept",
-        "next",
         "postponed",
         "record",
         "refused",
@@ -98,9 +124,8 @@ class Delivery:
     def __init__(self, assignment: Assignment, record: Record) -> None:
         self.assignment = assignment
         self.record = record
-        self.began_at: float | None = None  # when its first call began, known once that has failed
+        self.began_at: float | None = None  # when its first call began
         self.aged = 0.0  # how long it has been failing before this process had it
-        self.next: Delivery | None = None
         self.done = False
         self.kept = False  # it stays the first of the queue of its parked key
         self.attempt = 1

@@ -4,21 +4,20 @@ The benchmark row is `events/dispatch`: microseconds an event beyond validating 
 taught:
 
 - **Callers, not a task for each event.** A task with a fresh context costs more than reading the event. A few
-  long-lived callers take *chains* from a queue; a chain is what waits for one key, and one caller works it off.
-  So equal keys are serial, different keys never wait for each other, and there are never more calls at once than
-  callers.
-- **A chain is a linked list through the deliveries**, and its tail is in a dict by key. A deque for each key costs as
-  much as the call.
+  long-lived callers take events from `Turns`, and one goes on with what waits behind the key that it works on. So equal
+  keys are serial, different keys never wait for each other, and there are never more calls at once than callers.
+- **No object for an event.** A record is known by itself: as the first of its partition's window, by identity where it
+  ends before that. A `Delivery` is made when it fails.
+- **Type and version are read by position**, since our publisher writes them first, and by name for everything else: a
+  dict of the headers costs as much as the call.
 - **A fresh context for each event, without creating one.** A caller binds the event's context over the last one's, and
   reads it out of the headers only for a handler that asks: most do not. If a handler sets a context variable of its own
   and leaves it set, the caller would carry it to the next event; comparing two `copy_context()` is nearly free, and a
   caller that was changed is replaced.
-- **Partitions take turns.** What can be called next is taken from each in small portions, so that an event does not
-  wait for the backlog of another partition.
-- **A retry waits in a timer, not in a caller.** The chain stays closed meanwhile, since the delivery is still its head:
-  order is kept and no caller is lost to a slow key.
+- **A retry waits in a timer, not in a caller.** Its key stays busy meanwhile: order is kept and no caller is lost to a
+  slow key.
 
-What may be committed is a matter of the *window*: deliveries in the order in which they were handed out. A finished one
+What may be committed is a matter of the *window*: records in the order in which they were handed out. A finished one
 leaves it only when all before it have; whatever left last is where a restart resumes, whichever numbers lie between.
 Each assignment of a partition has a window of its own, so that work from before a partition was lost and regained
 finishes into a window that nobody commits any more.
@@ -28,24 +27,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 
 from pydantic import ValidationError
 
-from mainstay.core import Clock, Later, rebind, spawn
+from mainstay.core import Clock, Context, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route
-from mainstay.events._failure import KEY_IS_PARKED, Again, Failures, that_give_way
-from mainstay.events._structured import understood
+from mainstay.events._failure import KEY_IS_PARKED, NOT_HANDLED_HERE, Failures, that_give_way
+from mainstay.events._turns import Turns
 from mainstay.events.errors import DecodeError
-from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Metadata, Record, context_of
+from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Headers, Metadata, Record, context_of
 
 _log = logging.getLogger("mainstay.events")
 
-_PORTION = 16
-"""Events that are taken from a partition before the next one has its turn."""
 _TURNS = 64
 """Events that a caller may handle without giving the loop to others."""
 _CANCELLATIONS = 3
@@ -53,11 +49,11 @@ _CANCELLATIONS = 3
 
 
 class _Caller:
-    __slots__ = ("began_at", "delivery", "stopping", "task")
+    __slots__ = ("assignment", "began_at", "stopping", "task")
 
     def __init__(self) -> None:
-        self.began_at = 0.0
-        self.delivery: Delivery | None = None
+        self.assignment: Assignment | None = None  # of which it calls a handler
+        self.began_at: float | None = None  # while it calls
         self.stopping = False
         self.task: asyncio.Task[None] | None = None
 
@@ -81,35 +77,24 @@ class Dispatcher:
         self._concurrency = concurrency
         self._failures = failures
         self._clock = clock
-        self._ready: deque[Delivery] = deque()  # the portion whose turn it is
-        self._turns: deque[Assignment] = deque()  # those with something that waits
+        self._turns = Turns()
         self._idle: list[asyncio.Future[None]] = []
         self._callers: set[_Caller] = set()
         self._progress: asyncio.Future[None] | None = None
         self._failing: set[Delivery] = set()
         self._crash: BaseException | None = None
+        self._waking = False  # a caller has been called and has not begun yet
 
-    def feed(self, assignment: Assignment, records: Iterable[Record]) -> None:
+    def feed(self, assignment: Assignment, records: Sequence[Record]) -> None:
         """Take records of a partition, in its order."""
-        window, tails, ready = assignment.window, assignment.tails, assignment.waiting
-        had_turns = bool(ready)
         self._failures.fetched()
-        for record in records:
-            delivery = Delivery(assignment, record)
-            window.append(delivery)
-            key = record.key
-            if key is None:
-                ready.append(delivery)
-            else:
-                tail = tails.get(key)
-                tails[key] = delivery
-                if tail is None:
-                    ready.append(delivery)
-                else:
-                    tail.next = delivery
-        if ready and not had_turns:
-            self._turns.append(assignment)
+        self._turns.add(assignment, records)
         self._wake()
+
+    def feed_one(self, delivery: Delivery) -> None:
+        """Take an event of which something is known before its first call here."""
+        delivery.assignment.known[id(delivery.record)] = delivery
+        self.feed(delivery.assignment, [delivery.record])
 
     def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
         """How long ago the first call of an event began that is not finished, 0.0 without one.
@@ -117,13 +102,10 @@ class Dispatcher:
         An event that only waits for those before it is no sign of anything but load.
         """
         mine = set(assignments)
-        running = [
-            caller.began_at
-            for caller in self._callers
-            if caller.delivery is not None and caller.delivery.assignment in mine and caller.delivery.began_at is None
-        ]
-        failing = [each.began_at for each in self._failing if each.assignment in mine and each.began_at is not None]
-        return self._clock.monotonic() - min(running + failing) if running or failing else 0.0
+        running = [caller.began_at for caller in self._callers if caller.assignment in mine]
+        failing = [each.began_at for each in self._failing if each.assignment in mine]
+        began = [at for at in running + failing if at is not None]
+        return self._clock.monotonic() - min(began) if began else 0.0
 
     async def progress(self, seconds: float) -> None:
         """Return when some delivery has finished since the call, at the latest after `seconds`."""
@@ -171,11 +153,7 @@ class Dispatcher:
             raise self._crash
 
     def _running(self, assignments: Collection[Assignment]) -> list[_Caller]:
-        return [
-            caller
-            for caller in self._callers
-            if caller.delivery is not None and caller.delivery.assignment in assignments
-        ]
+        return [caller for caller in self._callers if caller.assignment in assignments]
 
     async def _end(self, callers: Sequence[_Caller]) -> None:
         tasks: list[asyncio.Task[None]] = []
@@ -194,28 +172,22 @@ class Dispatcher:
         if tasks:  # what it still does is its own affair: nothing of it is committed, and an inbox refuses its effects
             _log.error("group %s: %d handlers go on although they were cancelled", self._group, len(tasks))
 
-    def _next_portion(self) -> bool:
-        """Make the next partition's heads of chains ready; False when nothing waits."""
-        while self._turns:
-            assignment = self._turns.popleft()
-            waiting = assignment.waiting
-            self._ready.extend(waiting.popleft() for _ in range(min(_PORTION, len(waiting))))
-            if waiting:
-                self._turns.append(assignment)
-            if self._ready:
-                return True
-        return False
-
     def _wake(self) -> None:
-        waiting = len(self._ready) + sum(len(assignment.waiting) for assignment in self._turns)
-        while waiting and self._idle:
+        """See that a caller is on its way while something waits; it sees to the next one itself.
+
+        Where no handler ever waits for anything, one caller does it all, and waking the others is half of the cost.
+        """
+        if self._waking or not self._turns.waiting:
+            return
+        while self._idle:
             parked = self._idle.pop()
             if not parked.done():
+                self._waking = True
                 parked.set_result(None)
-                waiting -= 1
-        while waiting and len(self._callers) < self._concurrency:
+                return
+        if len(self._callers) < self._concurrency:
+            self._waking = True
             self._hire()
-            waiting -= 1
 
     def _hire(self) -> None:
         caller = _Caller()
@@ -225,6 +197,7 @@ class Dispatcher:
 
     def _left(self, caller: _Caller, task: asyncio.Task[None]) -> None:
         self._callers.discard(caller)
+        self._waking = False
         if not caller.stopping and not task.cancelled() and task.exception() is not None:
             self._crash = task.exception()
         self._step()
@@ -236,119 +209,135 @@ class Dispatcher:
             progress.set_result(None)
 
     async def _work(self, caller: _Caller) -> None:
-        ready, routes, monotonic = self._ready, self._routes, self._clock.monotonic
+        heads, routes, monotonic = self._turns.heads, self._routes, self._clock.monotonic
         loop = asyncio.get_running_loop()
-        turns = 0
+        calls = 0
+        self._waking = False
         while True:
-            while not ready and not self._next_portion():
+            while (head := next(heads)) is None:
                 parked = loop.create_future()
                 self._idle.append(parked)
                 await parked
-            delivery: Delivery | None = ready.popleft()
-            while delivery is not None:
-                assignment = delivery.assignment
-                if not assignment.open:  # given up: another process will handle this and all that follows
-                    break
-                caller.delivery = delivery
-                caller.began_at = 0.0
-                record = delivery.record
-                headers = dict(record.headers)
-                route = routes.get(headers.get(TYPE) or b"")
-                if route is None and not headers.get(TYPE):
-                    record = understood(record)
-                    headers = dict(record.headers)
-                    route = routes.get(headers.get(TYPE) or b"")
-                error: Exception | None = delivery.refused
+                self._waking = False
+            if not self._waking:
+                self._wake()
+            assignment, taken, delivery = head
+            record: Record | None = taken
+            # One that is not open is given up: another process will handle this and all that follows.
+            while record is not None and assignment.open:
+                caller.assignment = assignment
+                if assignment.known and delivery is None:
+                    delivery = assignment.known.pop(id(record), None)
+                headers = record.headers
+                route: Route | None = None
                 handling: Handling | None = None
+                error: Exception | None = None
+                if delivery is None and not assignment.parked and len(headers) > 1:
+                    (first, name), (second, version) = headers[0], headers[1]
+                    if first == TYPE and second == VERSION and (route := routes.get(name or b"")) is not None:
+                        handling = route.versions.get(version or b"")
+                if handling is None:
+                    route, handling, error = self._wanted(assignment, record, delivery)
                 clean = True
-                if error is None and (route is None or ONLY_GROUP in headers):
-                    route, error = self._wanted(route, headers)
-                if route is not None and error is None and assignment.parked and record.key in assignment.parked:
-                    error = KEY_IS_PARKED
-                if route is not None and error is None:
+                if route is not None and handling is not None:
                     try:
-                        version = headers.get(VERSION) or b"1.0"
-                        handling = route.versions.get(version) or route.handling(version)
                         event = handling.validate(record.value or b"")
-                    except ValidationError as invalid:
-                        error = DecodeError(_explain(route.type, invalid))
-                    except DecodeError as unreadable:
-                        error = unreadable
-                    except Exception as defect:  # noqa: BLE001  an event's own validator may raise anything
-                        error = DecodeError(f"{route.type} cannot be read: its class raised {type(defect).__name__}")
-                        error.__cause__ = defect
+                    except Exception as invalid:  # noqa: BLE001  an event's own validator may raise anything
+                        error = _unreadable(route.type, invalid)
                     else:
-                        rebind(Later(context_of, headers))
+                        rebind(Later(_context_of, headers))
                         before = copy_context()
                         started = caller.began_at = monotonic()
                         try:
                             if handling.wants_metadata:
-                                meta = Metadata(record, group=self._group, attempt=delivery.attempt, headers=headers)
-                                await handling.call(event, meta)
+                                attempt = 1 if delivery is None else delivery.attempt
+                                await handling.call(event, Metadata(record, group=self._group, attempt=attempt))
                             else:
                                 await handling.call(event)
                         except Exception as failure:  # noqa: BLE001  whatever a handler raises is its verdict on the event
                             error = failure
                         except asyncio.CancelledError:
                             if caller.stopping:
-                                caller.delivery = None
+                                caller.assignment = None
                                 self._step()
                                 raise
                             error = _own_cancellation()
                         else:
                             route.seconds.observe(monotonic() - started)
                         clean = copy_context() == before
-                following: Delivery | None = None
-                again: Again | None = None
+                following: Record | None = None
                 if error is not None:
-                    if delivery.began_at is None:
-                        delivery.began_at = caller.began_at or monotonic()
-                        self._failing.add(delivery)
-                    again = await self._failures.failed(delivery, route, handling, error)
-                if again is not None:
-                    delivery.again_at = monotonic() + again.after_seconds
-                    delivery.timer = self._clock.call_later(again.after_seconds, partial(self._hand_out, delivery))
+                    delivery = delivery or Delivery(assignment, record)
+                    if not await self._failed(caller, delivery, route, handling, error):
+                        following = self._finished(delivery)
+                elif delivery is not None:
+                    following = self._finished(delivery)
                 else:
-                    delivery.done = True
-                    if delivery.began_at is not None:
-                        self._failing.discard(delivery)
-                    window = assignment.window
-                    if window and window[0] is delivery:
-                        while window and window[0].done:
-                            assignment.finished = window.popleft().record
-                    following = delivery.next
-                    if following is None and record.key is not None:
-                        del assignment.tails[record.key]
-                caller.delivery = None
+                    assignment.finish(record)
+                    if record.key is not None:
+                        following = assignment.next_of(record.key)
+                caller.assignment = caller.began_at = None
                 if self._progress is not None:
                     self._step()
-                if caller.stopping:  # the handler went on to its end although it was cancelled: this caller does not
+                # A handler may have gone on to its end although it was cancelled: its caller does not.
+                if caller.stopping or not clean:
                     if following is not None:
-                        ready.appendleft(following)
-                    self._wake()
-                    return
-                if not clean:
-                    if following is not None:
-                        ready.appendleft(following)
+                        self._turns.add_again((assignment, following, None))
                     self._callers.discard(caller)
                     self._wake()
                     return
-                delivery = following
-                turns += 1
-                if not turns % _TURNS:
+                record, delivery = following, None
+                calls += 1
+                if not calls % _TURNS:
                     await asyncio.sleep(0)
 
+    async def _failed(
+        self, caller: _Caller, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
+    ) -> bool:
+        """Deal with a failure; whether the event is handed out again."""
+        if delivery.began_at is None:
+            began = caller.began_at
+            delivery.began_at = self._clock.monotonic() if began is None else began
+            self._failing.add(delivery)
+        again = await self._failures.failed(delivery, route, handling, error)
+        if again is None:
+            return False
+        delivery.again_at = self._clock.monotonic() + again.after_seconds
+        delivery.timer = self._clock.call_later(again.after_seconds, partial(self._hand_out, delivery))
+        return True
+
+    def _finished(self, delivery: Delivery) -> Record | None:
+        """Note the end of an event that had failed; what waits behind its key."""
+        delivery.done = True
+        self._failing.discard(delivery)
+        delivery.assignment.finish(delivery.record)
+        key = delivery.record.key
+        return None if key is None else delivery.assignment.next_of(key)
+
     def _wanted(
-        self, route: Route | None, headers: Mapping[str, bytes | None]
-    ) -> tuple[Route | None, Exception | None]:
-        """Whether the group has to do with the record at all; topics carry several types, so skipping is normal."""
+        self, assignment: Assignment, record: Record, delivery: Delivery | None
+    ) -> tuple[Route | None, Handling | None, Exception | None]:
+        """How an event is handled, or why it is not; nothing of it all where the group has nothing to do with it."""
+        if delivery is not None and delivery.refused is not None:
+            return None, None, delivery.refused
+        headers = dict(record.headers)
         only = headers.get(ONLY_GROUP)
+        route = self._routes.get(headers.get(TYPE) or b"")
         if only is not None and only != self._group.encode():
             self._failures.skipped.inc()
-            return None, None
+            return None, None, None
         if route is None:
-            return None, self._failures.without_handler(headers)
-        return route, None
+            if UNREADABLE in headers:
+                return None, None, DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
+            if TYPE not in headers:
+                return None, None, DecodeError(f"the record has no header {TYPE}: it is not an event")
+            return None, None, None if self._failures.is_skipped(headers) else NOT_HANDLED_HERE
+        if record.key in assignment.parked:
+            return route, None, KEY_IS_PARKED
+        try:
+            return route, route.handling(headers.get(VERSION) or b"1.0"), None
+        except DecodeError as unknown:
+            return route, None, unknown
 
     def make_room(self, assignment: Assignment) -> None:
         """Park the keys of a full window that hold back the others; see `that_give_way`."""
@@ -358,7 +347,7 @@ class Dispatcher:
     def _hand_out(self, delivery: Delivery) -> None:
         delivery.timer = None
         if delivery.assignment.open:
-            self._ready.append(delivery)
+            self._turns.add_again((delivery.assignment, delivery.record, delivery))
             self._wake()
         else:
             self._failing.discard(delivery)
@@ -372,10 +361,20 @@ def _own_cancellation() -> Exception:
     return RuntimeError("the handler was cancelled from inside: it awaited something that was cancelled")
 
 
-def _explain(type: str, invalid: ValidationError) -> str:
+def _context_of(headers: Headers) -> Context:
+    return context_of(dict(headers))
+
+
+def _unreadable(type: str, invalid: Exception) -> DecodeError:
     """What is wrong with which field; never the value, which may be anybody's secret."""
+    if isinstance(invalid, DecodeError):
+        return invalid
+    if not isinstance(invalid, ValidationError):
+        error = DecodeError(f"{type} cannot be read: its class raised {invalid.__class__.__name__}")
+        error.__cause__ = invalid
+        return error
     problems = (
         f"{'.'.join(map(str, problem['loc'])) or 'the value'}: {problem['msg']}"
         for problem in invalid.errors(include_input=False, include_url=False, include_context=False)[:5]
     )
-    return f"{type} cannot be read: {'; '.join(problems)}"
+    return DecodeError(f"{type} cannot be read: {'; '.join(problems)}")

@@ -158,7 +158,7 @@ class Failures:
             delivery.kept = True
             return
         key = record.key
-        before = [each.record for each in assignment.window if each.done and each.record.key == key and key is not None]
+        before = [each for each in assignment.behind.values() if each.key == key and key is not None]
         await self._commit(assignment)  # and what has left the window is read by nobody again
         if not assignment.open:
             msg = f"{assignment} is another process' now"

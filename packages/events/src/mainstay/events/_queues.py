@@ -159,10 +159,10 @@ class Queues:
         return kind not in handled.mine and await handled.is_somebodys(kind)
 
     def _hand_out(self, queue: Assignment, record: LogRecord, row: Any) -> Delivery:
-        self._dispatcher.feed(queue, [record])
-        delivery = queue.window[0]
+        delivery = Delivery(queue, record)
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
         delivery.aged = row.age
+        self._dispatcher.feed_one(delivery)
         return delivery
 
     async def settle(self, seconds: float) -> None:

@@ -73,7 +73,7 @@ class DeadLetter:
     def again(self) -> Outgoing:
         """The event as it is sent again: for its group only, so that those who handled it do not do so twice."""
         headers = [(name, value) for name, value in self.headers if name != ONLY_GROUP]
-        return Outgoing(self.topic, self.key, self.value, [*headers, (ONLY_GROUP, self.group.encode())])
+        return Outgoing(self.topic, self.key, self.value, [(ONLY_GROUP, self.group.encode()), *headers])
 
 
 def text_of(error: Exception) -> str:
