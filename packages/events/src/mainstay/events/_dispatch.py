@@ -85,7 +85,7 @@ class Dispatcher:
         self._crash: BaseException | None = None
         self._waking = False  # a caller has been called and has not begun yet
 
-    def feed(self, assignment: Assignment, records: Sequence[Record]) -> None:
+    def feed(self, assignment: Assignment, records: Collection[Record]) -> None:
         """Take records of a partition, in its order."""
         self._failures.fetched()
         self._turns.add(assignment, records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator
 
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events.metadata import Record
@@ -30,7 +30,7 @@ class Turns:
         self._with_unread: deque[Assignment] = deque()
         self.heads = self._heads()
 
-    def add(self, assignment: Assignment, records: Sequence[Record]) -> None:
+    def add(self, assignment: Assignment, records: Collection[Record]) -> None:
         """Take records of a partition, in its order."""
         assignment.window.extend(records)
         assignment.unread.extend(records)
