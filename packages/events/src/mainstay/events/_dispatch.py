@@ -318,11 +318,11 @@ class Dispatcher:
         self, assignment: Assignment, record: Record, delivery: Delivery | None
     ) -> tuple[Route | None, Handling | None, Exception | None]:
         """How an event is handled, or why it is not; nothing of it all where the group has nothing to do with it."""
-        if delivery is not None and delivery.refused is not None:
-            return None, None, delivery.refused
         headers = dict(record.headers)
         only = headers.get(ONLY_GROUP)
         route = self._routes.get(headers.get(TYPE) or b"")
+        if delivery is not None and delivery.refused is not None:
+            return route, None, delivery.refused
         if only is not None and only != self._group.encode():
             self._failures.skipped.inc()
             return None, None, None
