@@ -77,7 +77,7 @@ class Failures:
         """Deal with a failure; None when the event needs nothing more here: it is parked, or a dead letter."""
         if error is KEY_IS_PARKED:
             return await self._append(delivery)
-        if delivery.verdict is None and handling is None and self._parking is not None:
+        if delivery.refused is None and handling is None and self._parking is not None:
             kind = kind_of_record(delivery.record)
             try:
                 elsewhere = await self._parking.handled.is_somebodys(kind)
@@ -86,7 +86,7 @@ class Failures:
             if elsewhere:
                 if not delivery.assignment.queue and delivery.record.key in delivery.assignment.parked:
                     return await self._append(delivery)
-                delivery.verdict = self._handed_over(kind)
+                delivery.judge(self._handed_over(kind))
         if delivery.verdict is None and error is NOT_HANDLED_HERE:
             self.skipped.inc()
             return None
