@@ -43,7 +43,7 @@ class Lag(NamedTuple):
         unread = source.lag()
         return cls(
             None if unread is None else unread + sum(map(len, windows)),
-            source.lag_seconds([window[0].record for window in windows if window]),
+            source.lag_seconds([window[0] for window in windows if window]),
         )
 
     def show(self, events: Gauge, seconds: Gauge) -> None:
