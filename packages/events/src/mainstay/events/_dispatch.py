@@ -35,10 +35,11 @@ from pydantic import ValidationError
 
 from mainstay.core import Clock, Context, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route
-from mainstay.events._failure import KEY_IS_PARKED, NOT_HANDLED_HERE, Failures, that_give_way
+from mainstay.events._failure import KEY_IS_PARKED, Failures, that_give_way
+from mainstay.events._structured import understood
 from mainstay.events._turns import Turns
 from mainstay.events.errors import DecodeError
-from mainstay.events.metadata import ONLY_GROUP, TYPE, UNREADABLE, VERSION, Headers, Metadata, Record, context_of
+from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Headers, Metadata, Record, context_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -228,7 +229,7 @@ class Dispatcher:
                 caller.assignment = assignment
                 if assignment.known and delivery is None:
                     delivery = assignment.known.pop(id(record), None)
-                headers = record.headers
+                seen, headers = record, record.headers
                 route: Route | None = None
                 handling: Handling | None = None
                 error: Exception | None = None
@@ -237,21 +238,21 @@ class Dispatcher:
                     if first == TYPE and second == VERSION and (route := routes.get(name or b"")) is not None:
                         handling = route.versions.get(version or b"")
                 if handling is None:
-                    route, handling, error = self._wanted(assignment, record, delivery)
+                    seen, route, handling, error = self._wanted(assignment, record, delivery)
                 clean = True
                 if route is not None and handling is not None:
                     try:
-                        event = handling.validate(record.value or b"")
+                        event = handling.validate(seen.value or b"")
                     except Exception as invalid:  # noqa: BLE001  an event's own validator may raise anything
                         error = _unreadable(route.type, invalid)
                     else:
-                        rebind(Later(_context_of, headers))
+                        rebind(Later(_context_of, seen.headers))
                         before = copy_context()
                         started = caller.began_at = monotonic()
                         try:
                             if handling.wants_metadata:
                                 attempt = 1 if delivery is None else delivery.attempt
-                                await handling.call(event, Metadata(record, group=self._group, attempt=attempt))
+                                await handling.call(event, Metadata(seen, group=self._group, attempt=attempt))
                             else:
                                 await handling.call(event)
                         except Exception as failure:  # noqa: BLE001  whatever a handler raises is its verdict on the event
@@ -316,28 +317,27 @@ class Dispatcher:
 
     def _wanted(
         self, assignment: Assignment, record: Record, delivery: Delivery | None
-    ) -> tuple[Route | None, Handling | None, Exception | None]:
-        """How an event is handled, or why it is not; nothing of it all where the group has nothing to do with it."""
+    ) -> tuple[Record, Route | None, Handling | None, Exception | None]:
+        """A record as it is read, and how it is handled or why not; neither where the group has no use for it."""
         headers = dict(record.headers)
+        if not headers.get(TYPE):
+            record = understood(record)
+            headers = dict(record.headers)
         only = headers.get(ONLY_GROUP)
         route = self._routes.get(headers.get(TYPE) or b"")
         if delivery is not None and delivery.refused is not None:
-            return route, None, delivery.refused
+            return record, route, None, delivery.refused
         if only is not None and only != self._group.encode():
             self._failures.skipped.inc()
-            return None, None, None
+            return record, None, None, None
         if route is None:
-            if UNREADABLE in headers:
-                return None, None, DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
-            if TYPE not in headers:
-                return None, None, DecodeError(f"the record has no header {TYPE}: it is not an event")
-            return None, None, None if self._failures.is_skipped(headers) else NOT_HANDLED_HERE
+            return record, None, None, self._failures.without_handler(headers)
         if record.key in assignment.parked:
-            return route, None, KEY_IS_PARKED
+            return record, route, None, KEY_IS_PARKED
         try:
-            return route, route.handling(headers.get(VERSION) or b"1.0"), None
+            return record, route, route.handling(headers.get(VERSION) or b"1.0"), None
         except DecodeError as unknown:
-            return route, None, unknown
+            return record, route, None, unknown
 
     def make_room(self, assignment: Assignment) -> None:
         """Park the keys of a full window that hold back the others; see `that_give_way`."""
