@@ -14,6 +14,7 @@ from mainstay.database import Database, Fence, FenceLost
 from mainstay.workflow import (
     Done,
     Failed,
+    RunParked,
     RunStateError,
     RunStatus,
     StepCancelled,
@@ -393,3 +394,81 @@ async def test_a_moment_that_is_none_is_refused_where_it_is_given() -> None:
     for wrong, kind in (("2026-01-01", TypeError), (date(2026, 1, 1), TypeError), (datetime(2026, 1, 1), ValueError)):  # noqa: DTZ001  what is refused
         with pytest.raises(kind, match=r"sleep_until.* time zone"):
             await flows.sleep_until(wrong)  # type: ignore[arg-type]  # what a caller may give
+
+
+def nested() -> BaseException:
+    """A group that is deeper than Python's stack."""
+    group = ExceptionGroup("innermost", [OSError()])
+    for _ in range(3_000):
+        group = ExceptionGroup("in another", [group])
+    return group
+
+
+class NoAnswer(BaseException):
+    """What a policy may raise."""
+
+
+def no_answer(_state: Any) -> Any:
+    """Say nothing about an attempt."""
+    raise NoAnswer
+
+
+ANSWERS: dict[str, Any] = {
+    "raises": no_answer,
+    "text": lambda _state: "soon",
+    "too large": lambda _state: 10**400,
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+async def test_a_retry_policy_that_breaks_parks_the_run(answer: Any) -> None:
+    """At once, by the step's name, on the way back as well; mended, the run goes on from there."""
+    flows, broken, calls = WorkflowRouter(), [True], list[str]()
+
+    def wait(state: Any) -> float:
+        waited: float = answer(state) if broken else 0.001
+        return waited
+
+    policy = Retry(4, wait, retry=QUICK.retry)
+
+    @flows.step(retry=policy)
+    async def act(n: int) -> int:
+        calls.append("act")
+        if n and calls.count("act") < 3:
+            raise nested()
+        return n
+
+    @act.compensation
+    async def undo_act(outcome: Done[int] | Unknown, n: int) -> None:
+        calls.append("undo act")
+
+    @flows.step(compensation_retry=policy)
+    async def good(n: int) -> int:
+        return n
+
+    @good.compensation
+    async def undo(outcome: Done[int] | Unknown, n: int) -> None:
+        calls.append("undo")
+        if calls.count("undo") < 2:
+            raise OSError
+
+    @flows.workflow(name="w")
+    async def w(n: int) -> int:
+        await good(n)
+        await act(n)
+        raise LookupError
+
+    async with workflows(flows) as app:
+        engine = app.get(WorkflowEngine)
+        for n, key in ((1, "act:1"), (0, "good:1:compensation")):
+            calls.clear()
+            broken[:] = [True]
+            run = await w.start(n)
+            with pytest.raises(RunParked, match=f"the retry policy of {key} could not say how to go on"):
+                await run.result(WAIT)
+            assert (await engine.run(run.id)).attempts == 1
+            broken.clear()
+            await engine.resume(run.id)
+            with pytest.raises(WorkflowFailed, match="LookupError"):
+                await run.result(WAIT)
+            assert calls == [*["act"] * (3 if n else 1), "undo act", "undo", "undo"]

@@ -4,6 +4,8 @@ import asyncio
 import os
 import sys
 import zlib
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,9 +17,11 @@ from pydantic import SecretStr
 
 from mainstay.cli import main
 from mainstay.core import App, ConfigurationError
+from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.workflow import (
     PayloadCodec,
+    PayloadNotStored,
     PayloadUnreadable,
     RunConflict,
     RunParked,
@@ -60,6 +64,18 @@ class Small(PayloadCodec):
 
     def decode(self, stored: bytes, run_id: str) -> bytes:
         return zlib.decompress(stored)
+
+
+class Fickle(Small):
+    """Compressed, as long as its key is there: for so many payloads."""
+
+    left = 1_000_000
+
+    def encode(self, payload: bytes, run_id: str) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(payload)
+        return super().encode(payload, run_id)
 
 
 OLD, NEW = b"o" * 32, b"n" * 32
@@ -291,3 +307,41 @@ def test_the_command_opens_the_payloads_of_an_archive(tmp_path, monkeypatch, cap
     assert SECRET in capsys.readouterr().out
     assert main(["workflow", "show", "one", "--archive", path]) == 0
     assert SECRET not in capsys.readouterr().out
+
+
+async def test_a_payload_that_cannot_be_stored_parks_its_run(url: str) -> None:
+    """Whichever it is: who starts or signals is told, the run waits for a person, and goes on once that is mended."""
+    service, fickle = of_everything(), Fickle()
+    text = SECRET
+
+    async def insist(act: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await act()
+        except PayloadNotStored as error:
+            assert SECRET not in str(error)
+            fickle.left = 1_000_000
+            await act()
+
+    async with workflows(service.flows, fickle, url=url) as app:
+        engine = app.get(WorkflowEngine)
+
+        async def resumed_to_its_end(run_id: str) -> bool:
+            for parked in await engine.runs(RunStatus.PARKED):
+                assert "the codec 'small' cannot store a payload of run" in (parked.note or "")
+                assert (parked.attempts, SECRET in (parked.note or "")) == (1, False)
+                fickle.left = 1_000_000
+                await engine.resume(parked.id)
+            return (await engine.status(run_id)).terminal
+
+        places = 0
+        while fickle.left >= 0:
+            run_id = f"r{places}"
+            fickle.left = places
+            await insist(lambda run_id=run_id: service.everything.start(text, id=run_id))
+            await insist(lambda run_id=run_id: service.told.send(run_id, "!", id="told"))
+            await eventually(partial(resumed_to_its_end, run_id), seconds=60)
+            assert await service.everything.handle(run_id).result() == (text + "!" + text + "!")[::-1] * 2
+            if fickle.left < 1_000_000 - 100:  # it was never in the way
+                break
+            places += 1
+        assert places > 10

@@ -42,7 +42,7 @@ from mainstay.workflow._verdict import (
     rejection_seconds,
     step_failed,
 )
-from mainstay.workflow.errors import Parked, StepFailed
+from mainstay.workflow.errors import Parked, PayloadNotStored, StepFailed
 from mainstay.workflow.outcome import Done, Failed, Unknown
 from mainstay.workflow.step import StepPolicy, any_error
 
@@ -214,7 +214,7 @@ class Attempts:
             Parked: a person has to look at it.
         """
         policy, kept = work.policy, describe(error)
-        if isinstance(error, ConfigurationError):
+        if isinstance(error, ConfigurationError | PayloadNotStored):
             raise misconfigured(record.key, kept) from error
         if _to_be_repeated(error, policy):
             pace.repeated += 1
@@ -256,7 +256,14 @@ class Attempts:
 
     def _delay(self, work: Work, record: StepRecord, outcome: Outcome, pace: _Pace, *, more: int = 0) -> float | None:
         elapsed = self._clock.monotonic() - pace.began
-        return delay_seconds(work.policy, RetryState(record.attempts + more, outcome, elapsed, pace.waited))
+        try:
+            return delay_seconds(work.policy, RetryState(record.attempts + more, outcome, elapsed, pace.waited))
+        except BaseException as broken:  # code of others, too, which knows nothing of how the attempt ended
+            msg = (
+                f"the retry policy of {record.key} could not say how to go on: {error_text(describe(broken))}. Mend it, "
+                "then resume the run, which attempts the step again with the same key"
+            )
+            raise Parked(msg) from broken
 
     def _asks_again(self, work: Work, record: StepRecord, result: Any, pace: _Pace) -> float | None:
         """How long to wait before another attempt where a result asks for one, by the policy's `retry`."""

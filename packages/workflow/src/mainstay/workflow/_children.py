@@ -69,7 +69,7 @@ class Children:
                 id=child_id,
                 workflow=workflow.name,
                 version=workflow.version,
-                input=self._around.payloads.seal(record.input or "{}", child_id),
+                input=self._recording.sealed(record.input or "{}", child_id) or "{}",
                 context=json.dumps(current().to_dict()),
                 parent=(self._keys.run_id, self._keys.generation),
                 left_seconds=workflow.timeout_seconds,

@@ -6,7 +6,7 @@ import base64
 import binascii
 
 from mainstay.workflow.codec import PayloadCodec
-from mainstay.workflow.errors import PayloadUnreadable
+from mainstay.workflow.errors import PayloadNotStored, PayloadUnreadable
 
 _MARK = "~"  # no JSON begins with it
 
@@ -18,11 +18,20 @@ class Payloads:
         self._codec = codec
 
     def seal(self, payload: str, run_id: str) -> str:
-        """The text to store."""
+        """The text to store.
+
+        Raises:
+            PayloadNotStored: the codec cannot encode the payload.
+        """
         if self._codec is None:
             return payload
-        encoded = self._codec.encode(payload.encode(), run_id)
-        return f"{_MARK}{self._codec.name}:{base64.b64encode(encoded).decode()}"
+        try:
+            text = base64.b64encode(self._codec.encode(payload.encode(), run_id)).decode()
+        except Exception as error:
+            # Its message might hold some of the payload.
+            msg = f"the codec {self._codec.name!r} cannot store a payload of run {run_id!r} ({type(error).__name__})"
+            raise PayloadNotStored(msg) from error
+        return f"{_MARK}{self._codec.name}:{text}"
 
     def open(self, stored: str, run_id: str) -> str:
         """The payload again.

@@ -35,7 +35,7 @@ from mainstay.workflow._history import Kind, Row, StepRecord, StepState
 from mainstay.workflow._insistence import Insistence, worth_repeating
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._values import Values
-from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked, PayloadUnreadable
+from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked, PayloadNotStored, PayloadUnreadable
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET, SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
@@ -139,8 +139,16 @@ class Recording:
         return row
 
     def sealed(self, payload: str | None, run_id: str | None = None) -> str | None:
-        """A payload as it is stored, of this run or of another one."""
-        return None if payload is None else self._payloads.seal(payload, run_id or self.run_id)
+        """A payload as it is stored, of this run or of another one.
+
+        Raises:
+            Parked: it cannot be stored.
+        """
+        try:
+            return None if payload is None else self._payloads.seal(payload, run_id or self.run_id)
+        except PayloadNotStored as error:
+            msg = f"{error}. Mend that, then resume the run"
+            raise Parked(msg) from error
 
     def opened(self, stored: str | None, run_id: str | None = None) -> str | None:
         """A stored payload, of this run or of another one.

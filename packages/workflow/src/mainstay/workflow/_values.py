@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from mainstay.core import Clock, FullJitter, Outcome, RetryState, spawn
+from mainstay.workflow.errors import PayloadNotStored
 from mainstay.workflow.tables import SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
@@ -129,8 +130,14 @@ class Voice:
     def say(self, name: str, body: str) -> None:
         """Set a value; after the end of the attempt nothing."""
         values = self._values
-        if values is not None:
-            values.say(values.row(name, body, self._place))
+        if values is None:
+            return
+        try:
+            row = values.row(name, body, self._place)
+        except PayloadNotStored as error:
+            _log.error("value %s of %s is not set: %s", name, self._place, error)
+        else:
+            values.say(row)
 
     def end(self) -> None:
         """The attempt has ended; its thread may not have."""

@@ -62,8 +62,8 @@ def delay_seconds(policy: StepPolicy, state: RetryState) -> float | None:
         return None
     delay = policy.retry.delay_seconds(state)
     if delay is None or error is None:
-        return delay
-    return max(delay, _asked_seconds(error) or 0.0)  # `Retry` does not look into a group
+        return None if delay is None else float(delay)
+    return max(float(delay), _asked_seconds(error) or 0.0)  # `Retry` does not look into a group
 
 
 def _asked_seconds(error: BaseException) -> float | None:
@@ -95,11 +95,15 @@ def failed_for_good(policy: StepPolicy, error: BaseException) -> bool:
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
-    """The errors of a group, or the one."""
-    if isinstance(error, BaseExceptionGroup):
-        members = cast("BaseExceptionGroup[BaseException]", error).exceptions
-        return [leaf for member in members for leaf in _leaves(member)]
-    return [error]
+    """The errors of a group, however deep it is, or the one."""
+    leaves, left = list[BaseException](), [error]
+    while left:
+        each = left.pop()
+        if isinstance(each, BaseExceptionGroup):
+            left.extend(reversed(cast("BaseExceptionGroup[BaseException]", each).exceptions))
+        else:
+            leaves.append(each)
+    return leaves
 
 
 def _entered(own: CodeType, error: BaseException) -> bool:

@@ -11,6 +11,7 @@ MainstayError
     ├── ApprovalConflict    RES_APPROVAL_CONFLICT   it is decided already, or not asked any more
     ├── DecisionDenied      AUTH_DECISION_DENIED    who wants to decide may not
     ├── RunParked           SYS_RUN_PARKED          the run waits for a person
+    ├── PayloadNotStored    SYS_PAYLOAD_NOT_STORED  the App's codec cannot make of a payload what is stored
     ├── PayloadUnreadable   SYS_PAYLOAD_UNREADABLE  a stored payload cannot be read by this App's codec
     ├── WorkflowFailed      BIZ_WORKFLOW_FAILED     the run failed, was cancelled or was terminated
     └── StepFailed          BIZ_STEP_FAILED         raised inside a workflow function when a step ends without a result
@@ -46,6 +47,7 @@ __all__ = [
     "Lost",
     "NotInRun",
     "Parked",
+    "PayloadNotStored",
     "PayloadUnreadable",
     "Released",
     "RunConflict",
@@ -93,6 +95,13 @@ class SignalConflict(WorkflowError):
     code = "RES_SIGNAL_CONFLICT"
     no_effect = True
     public_message = "This was already sent with other content."
+
+
+class PayloadNotStored(WorkflowError):
+    """A payload cannot be stored: the codec of this App cannot encode it, since its key is away for example."""
+
+    code = "SYS_PAYLOAD_NOT_STORED"
+    no_effect = True
 
 
 class PayloadUnreadable(WorkflowError):
