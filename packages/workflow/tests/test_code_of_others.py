@@ -398,7 +398,7 @@ async def test_a_moment_that_is_none_is_refused_where_it_is_given() -> None:
 
 def nested() -> BaseException:
     """A group that is deeper than Python's stack."""
-    group = ExceptionGroup("innermost", [OSError()])
+    group: ExceptionGroup[Exception] = ExceptionGroup("innermost", [OSError()])
     for _ in range(3_000):
         group = ExceptionGroup("in another", [group])
     return group

@@ -260,8 +260,8 @@ class Attempts:
             return delay_seconds(work.policy, RetryState(record.attempts + more, outcome, elapsed, pace.waited))
         except BaseException as broken:  # code of others, too, which knows nothing of how the attempt ended
             msg = (
-                f"the retry policy of {record.key} could not say how to go on: {error_text(describe(broken))}. Mend it, "
-                "then resume the run, which attempts the step again with the same key"
+                f"the retry policy of {record.key} could not say how to go on: {error_text(describe(broken))}. Mend "
+                "it, then resume the run, which attempts the step again with the same key"
             )
             raise Parked(msg) from broken
 
