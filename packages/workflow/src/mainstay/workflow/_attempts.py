@@ -33,7 +33,7 @@ from mainstay.workflow._recording import Recording
 from mainstay.workflow._verdict import (
     GIVEN_UP,
     SHORTEST_WAIT,
-    delay_seconds,
+    delay_or_parked,
     describe,
     error_text,
     failed_for_good,
@@ -256,14 +256,8 @@ class Attempts:
 
     def _delay(self, work: Work, record: StepRecord, outcome: Outcome, pace: _Pace, *, more: int = 0) -> float | None:
         elapsed = self._clock.monotonic() - pace.began
-        try:
-            return delay_seconds(work.policy, RetryState(record.attempts + more, outcome, elapsed, pace.waited))
-        except BaseException as broken:  # code of others, too, which knows nothing of how the attempt ended
-            msg = (
-                f"the retry policy of {record.key} could not say how to go on: {error_text(describe(broken))}. Mend "
-                "it, then resume the run, which attempts the step again with the same key"
-            )
-            raise Parked(msg) from broken
+        state = RetryState(record.attempts + more, outcome, elapsed, pace.waited)
+        return delay_or_parked(record.key, work.policy, state)
 
     def _asks_again(self, work: Work, record: StepRecord, result: Any, pace: _Pace) -> float | None:
         """How long to wait before another attempt where a result asks for one, by the policy's `retry`."""

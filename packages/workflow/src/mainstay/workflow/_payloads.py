@@ -6,7 +6,7 @@ import base64
 import binascii
 
 from mainstay.workflow.codec import PayloadCodec
-from mainstay.workflow.errors import PayloadNotStored, PayloadUnreadable
+from mainstay.workflow.errors import Parked, PayloadNotStored, PayloadUnreadable
 
 _MARK = "~"  # no JSON begins with it
 
@@ -57,6 +57,29 @@ class Payloads:
             # Its message might hold some of the payload.
             msg = f"the codec {name!r} cannot read a payload of run {run_id!r} ({type(error).__name__})"
             raise PayloadUnreadable(msg) from None
+
+    def seal_or_park(self, payload: str, run_id: str) -> str:
+        """What `seal` gives, for a run that is being executed.
+
+        Raises:
+            Parked: the codec cannot encode the payload.
+        """
+        try:
+            return self.seal(payload, run_id)
+        except PayloadNotStored as error:
+            msg = f"{error}. Mend that, then resume the run"
+            raise Parked(msg) from error
+
+    def open_or_park(self, stored: str, run_id: str) -> str:
+        """What `open` gives, for a run that is being executed.
+
+        Raises:
+            Parked: it cannot be read.
+        """
+        try:
+            return self.open(stored, run_id)
+        except PayloadUnreadable as error:
+            raise Parked(str(error)) from error
 
     def shown(self, stored: str, run_id: str) -> str:
         """The payload for people, or in words that it cannot be read here."""

@@ -35,7 +35,7 @@ from mainstay.workflow._history import Kind, Row, StepRecord, StepState
 from mainstay.workflow._insistence import Insistence, worth_repeating
 from mainstay.workflow._payloads import Payloads
 from mainstay.workflow._values import Values
-from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked, PayloadNotStored, PayloadUnreadable
+from mainstay.workflow.errors import CancelRequested, ControlFlow, Lost, Parked
 from mainstay.workflow.tables import APPEND, APPEND_ONCE, CLAIM, ENTRY, FORGET, SET_VALUE
 
 _log = logging.getLogger("mainstay.workflow")
@@ -144,11 +144,7 @@ class Recording:
         Raises:
             Parked: it cannot be stored.
         """
-        try:
-            return None if payload is None else self._payloads.seal(payload, run_id or self.run_id)
-        except PayloadNotStored as error:
-            msg = f"{error}. Mend that, then resume the run"
-            raise Parked(msg) from error
+        return None if payload is None else self._payloads.seal_or_park(payload, run_id or self.run_id)
 
     def opened(self, stored: str | None, run_id: str | None = None) -> str | None:
         """A stored payload, of this run or of another one.
@@ -156,10 +152,7 @@ class Recording:
         Raises:
             Parked: it cannot be read.
         """
-        try:
-            return None if stored is None else self._payloads.open(stored, run_id or self.run_id)
-        except PayloadUnreadable as error:
-            raise Parked(str(error)) from error
+        return None if stored is None else self._payloads.open_or_park(stored, run_id or self.run_id)
 
     def settle(self, row: Row, *, executed: bool) -> None:
         """Keep an outcome, to be durable before the next effect.

@@ -55,8 +55,23 @@ def rejection_seconds(policy: StepPolicy, error: BaseException, own: CodeType | 
     return max(SHORTEST_WAIT, seconds) * (1 + random.random() / 4)  # noqa: S311  guards nothing
 
 
-def delay_seconds(policy: StepPolicy, state: RetryState) -> float | None:
-    """How long to wait before the next attempt; None where there is none."""
+def delay_or_parked(key: str, policy: StepPolicy, state: RetryState) -> float | None:
+    """How long to wait before the next attempt of a step; None where there is none.
+
+    Raises:
+        Parked: the policy is code of others, too, and broke, which says nothing about how the attempt ended.
+    """
+    try:
+        return _delay_seconds(policy, state)
+    except BaseException as broken:
+        msg = (
+            f"the retry policy of {key} could not say how to go on: {error_text(describe(broken))}. Mend it, then "
+            "resume the run, which attempts the step again with the same key"
+        )
+        raise Parked(msg) from broken
+
+
+def _delay_seconds(policy: StepPolicy, state: RetryState) -> float | None:
     error = state.outcome.exception()
     if error is not None and failed_for_good(policy, error):
         return None
