@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from mainstay.cli import main
 from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, EventPublisher, EventsModule, ParkedKeys
@@ -193,6 +194,48 @@ async def test_an_app_that_only_publishes_notes_what_its_handlers_are_for(databa
     async with service(options, recorder(options, holder)) as app:
         noted = await app.get(Database).read(sa.select(HANDLED.c.kind).order_by(HANDLED.c.kind))
         assert [row.kind for row in noted] == ["fault.leap 1.x", "fault.step 1.x", "fault.step 2.x"]
+
+
+async def test_a_handler_that_was_removed_for_good_is_forgotten_by_a_person(
+    sqlite_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then its events are what they are for a group that never had it, and what waits behind them goes on."""
+
+    async def forget(kind: str) -> int:
+        return await asyncio.to_thread(main, ["events", "parked", "forget", "--group", prefix, kind])
+
+    monkeypatch.setenv("MAINSTAY_DATABASE_URL", sqlite_url)
+    options = {"url": sqlite_url, "topic": prefix, "group": prefix, "events": {}}
+    holder: list[App] = []
+    app = service(options, recorder(options, holder))
+    holder.append(app)
+    async with app.running(serve=True):
+        await prepare(app)
+        await parking(app, prefix, "fault.leap 1.x", "fault.step 2.x").handled.note()
+        batch = [
+            Leap(key="a", number=1),
+            LongStep(key="b", number=1, metres=1),
+            Step(key="a", number=2),
+            Step(key="b", number=2),
+        ]
+        await app.get(EventPublisher).publish_batch(batch)
+        async with asyncio.timeout(60):
+            while sum(key.waiting for key in await app.get(ParkedKeys).list()) < 4:  # noqa: ASYNC110  another task does it
+                await asyncio.sleep(0.05)
+        assert await forget("fault.leap 1.x") == 2
+        assert "had a handler for fault.leap 1.x 0 s ago" in capsys.readouterr().err
+        assert await forget("fault.jump 1.x") == 2
+        assert "it handles fault.leap 1.x, fault.step 1.x, fault.step 2.x" in capsys.readouterr().err
+        await app.get(Database).write(sa.update(HANDLED).values(seen_at=HANDLED.c.seen_at - 100.0), {})
+        for kind in ("fault.leap 1.x", "fault.step 2.x"):
+            assert await forget(kind) == 0
+            assert f"forgotten: {kind} in group {prefix}" in capsys.readouterr().out
+        assert sorted(await wait_for(app, 2)) == [("a", 2), ("b", 2)]
+        async with asyncio.timeout(30):
+            while await app.get(ParkedKeys).list():  # noqa: ASYNC110  another task does it
+                await asyncio.sleep(0.05)
+        (letter,) = await app.get(DeadLetters).list()
+        assert "fault.step has version '2.0'" in letter.error
 
 
 async def test_health_names_what_waits_when_no_process_that_handles_it_serves(sqlite_url: str, prefix: str) -> None:

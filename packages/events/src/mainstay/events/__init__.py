@@ -4,6 +4,7 @@ from mainstay.events.dead_letters import DeadLetter, DeadLetters
 from mainstay.events.errors import (
     DecodeError,
     EventsError,
+    ForgetError,
     NotParkedError,
     PublishError,
     RedriveError,
@@ -29,6 +30,7 @@ __all__ = [
     "EventsError",
     "EventsModule",
     "EventsSettings",
+    "ForgetError",
     "KafkaToken",
     "Metadata",
     "NotParkedError",

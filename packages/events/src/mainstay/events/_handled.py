@@ -9,7 +9,7 @@ parked with its key, for a process that knows it.
   published after a note was made is thus never taken for an event that the group has nothing to do with. One look
   serves all that was fetched before it.
 - A note counts for a month after the last process that made it was seen. A release that is taken back for a week
-  finds its events where they wait.
+  finds its events where they wait. `ParkedKeys.forget` ends it sooner.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ KEPT_SECONDS = 30 * 86_400.0
 """How long a note counts when no process makes it again."""
 NOTE_SECONDS = 30.0
 """How often a process that serves makes its notes again."""
+GONE_SECONDS = 3 * NOTE_SECONDS
+"""After which what no process has noted again counts as handled by none at the moment."""
 
 
 class Handled:

@@ -30,7 +30,7 @@ from mainstay.core import derived_id, uuid7
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment, Delivery, Verdict
-from mainstay.events._handled import KEPT_SECONDS, NOTE_SECONDS, Handled
+from mainstay.events._handled import GONE_SECONDS, KEPT_SECONDS, Handled
 from mainstay.events._metrics import PARKED_KEYS
 from mainstay.events._structured import kind_of_record
 from mainstay.events.dead_letters import text_of
@@ -41,8 +41,6 @@ from mainstay.events.tables import pack_headers
 _log = logging.getLogger("mainstay.events")
 
 _COUNT_SECONDS = 5.0
-_GONE_SECONDS = 3 * NOTE_SECONDS
-"""After which a kind of event that no process has noted again counts as one that none handles at the moment."""
 
 
 class Parking:
@@ -247,9 +245,13 @@ class ParkedCount:
             return f"its parked keys are not known ({type(error).__name__})"
         self.keys = sum(row.keys for row in kinds)
         PARKED_KEYS.labels(self._group).set(self.keys)
-        unhandled = sorted(kind for kind in waiting if seen.get(kind, 0.0) > _GONE_SECONDS)
+        unhandled = sorted(kind for kind in waiting if seen.get(kind, 0.0) > GONE_SECONDS)
         if unhandled:
-            return f"events of {', '.join(unhandled)} wait, and no process that serves has a handler for them"
+            which = ", ".join(unhandled)
+            return (
+                f"events of {which} wait, and no process that serves has a handler for them; if none will have, "
+                "mainstay events parked forget"
+            )
         return None
 
 

@@ -156,7 +156,10 @@ class Queues:
 
     async def _is_others(self, kind: str) -> bool:
         handled = self._parking.handled
-        return kind not in handled.mine and await handled.is_somebodys(kind)
+        if kind in handled.mine:
+            return False
+        handled.fetched()  # it may have been forgotten
+        return await handled.is_somebodys(kind)
 
     def _hand_out(self, queue: Assignment, record: LogRecord, row: Any) -> Delivery:
         delivery = Delivery(queue, record)

@@ -153,6 +153,7 @@ def list_parked(
             "group": each.group,
             "key": _text(each.key),
             "waiting": each.waiting,
+            "kind": each.kind,
             "error": _last_words(each.error),
         }
         for each in keys
@@ -172,6 +173,7 @@ def show_parked(id: UUID) -> None:
             "read from": f"{key.topic}/{key.partition}",
             "key": _text(key.key),
             "waiting": key.waiting,
+            "kind": key.kind or "(no type)",
             "failing": f"since {key.since:%Y-%m-%d %H:%M:%S %Z}",
             "again": f"{due}, attempt {key.attempt}",
             "error": key.error,
@@ -195,6 +197,18 @@ def skip_parked(ids: Ids) -> None:
 def discard_parked(ids: Ids) -> None:
     """Delete the whole queues of keys, unhandled."""
     _to_each(ids, ParkedKeys.discard, "discarded")
+
+
+@parked.command("forget")
+def forget_kind(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Type and major version, like 'order.paid 1.x'.")],
+    group: Annotated[str, typer.Option(help="The consumer group.")],
+) -> None:
+    """Let no event of a kind wait any more for a process that handles it: none will."""
+    _with(ParkedKeys, lambda store: store.forget(group, kind))
+    say(f"forgotten: {kind} in group {group}")
+    if as_json():
+        document({"group": group, "kind": kind})
 
 
 def _to_each(ids: Sequence[UUID], act: Callable[[ParkedKeys, UUID], Awaitable[ParkedKey]], what: str) -> None:

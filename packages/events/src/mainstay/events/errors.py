@@ -4,6 +4,7 @@ EventsError             SYS_EVENTS          base
 ├── PublishError        EXT_EVENTS_PUBLISH  the transport did not confirm an event: it may or may not have arrived
 ├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
 ├── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
+├── ForgetError         RES_EVENTS_FORGET   a kind of event that a process handles, or none ever did
 └── RefusedError        RES_EVENTS_REFUSED  a refused event that is not there (any more)
 
 Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
-__all__ = ["DecodeError", "PublishError", "RedriveError", "RefusedError"]
+__all__ = ["DecodeError", "ForgetError", "PublishError", "RedriveError", "RefusedError"]
 
 
 class EventsError(MainstayError):
@@ -65,6 +66,15 @@ class NotParkedError(EventsError):
     retryable = False
     no_effect = True
     public_message = "There is no such parked key."
+
+
+class ForgetError(EventsError):
+    """A kind of event cannot be forgotten: a process that serves has a handler for it, or none ever had."""
+
+    code = "RES_EVENTS_FORGET"
+    retryable = False
+    no_effect = True
+    public_message = "This kind of event cannot be forgotten."
 
 
 class KeyIsParkedError(EventsError):

@@ -11,9 +11,10 @@ from uuid import UUID
 from mainstay.core import ConfigurationError
 from mainstay.database import Database
 from mainstay.events import tables
+from mainstay.events._handled import GONE_SECONDS, Handled
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetterStore
-from mainstay.events.errors import NotParkedError, SkippedError
+from mainstay.events.errors import ForgetError, NotParkedError, SkippedError
 from mainstay.events.tables import unpack_headers
 
 __all__ = ["ParkedKey", "ParkedKeys"]
@@ -134,6 +135,32 @@ class ParkedKeys:
             await session.execute(tables.DELETE_QUEUE, place)
             await session.execute(tables.FREE_PARKED_KEY, place)
         return _parked_key(found)
+
+    async def forget(self, group: str, kind: str) -> None:
+        """Note that no process of a group will handle a kind of event any more, such as `order.paid 1.x`.
+
+        While a release is rolled out, or taken back, events wait for the processes that can handle them. Where a
+        handler was removed for good they would wait for 30 days, and what follows of their keys behind them. Once their
+        kind is forgotten they are dealt with as if the group had never handled it: those of a type that it does not
+        know are skipped, those of a major version that it cannot read become dead letters.
+
+        Raises:
+            ForgetError: a process that serves has a handler for it, or the group never had one.
+        """
+        place = {"of_group": group, "of_kind": kind, "gone": GONE_SECONDS}
+        async with self._database.transaction() as session:
+            forgotten: Any = await session.execute(tables.FORGET_HANDLED[self._database.dialect], place)
+        if forgotten.rowcount == 0:
+            known = await Handled(self._database, group, ()).look()
+            if kind in known:
+                msg = (
+                    f"a process of group {group} had a handler for {kind} {known[kind]:.0f} s ago: it can be forgotten "
+                    f"{GONE_SECONDS:.0f} s after the last one has ended"
+                )
+            else:
+                handles = ", ".join(sorted(known)) or "nothing"
+                msg = f"group {group} has no handler for {kind!r} that could be forgotten; it handles {handles}"
+            raise ForgetError(msg)
 
 
 def _place(row: Any) -> dict[str, object]:

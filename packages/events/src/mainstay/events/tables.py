@@ -603,3 +603,10 @@ READ_HANDLED = _each(
         HANDLED.c.group_name == sa.bindparam("of_group"), HANDLED.c.seen_at > now - _KEPT_SECONDS
     )
 )
+FORGET_HANDLED = _each(
+    lambda _, now: sa.delete(HANDLED).where(
+        HANDLED.c.group_name == sa.bindparam("of_group"),
+        HANDLED.c.kind == sa.bindparam("of_kind"),
+        HANDLED.c.seen_at <= now - sa.bindparam("gone", type_=sa.Double),
+    )
+)
