@@ -331,6 +331,18 @@ class Word(Event, type="word.written", version="1.0", key="name"):
     number: int
 
 
+async def test_a_partition_that_stays_empty_keeps_the_pages_of_no_other_small() -> None:
+    """It is read together with them, and of its records no size is known."""
+    seen: list[int] = []
+    lines = collecting(seen)
+    async with service("sqlite+aiosqlite:///:memory:", lines, partitions=4).running(serve=True) as app:
+        await lines.publish_batch([Line(name="a", number=number) for number in range(100)])
+        await eventually(lambda: len(seen) == 100)
+        held = app.get(EventConsumers).consumers[0]._assignments
+        assert len(held) == 4
+        assert {each.most for each in held} == {500}
+
+
 async def test_members_of_a_group_may_read_different_topics(database_url: str) -> None:
     """Two releases of a service do, for a while: the partitions of a topic are divided among those that read it."""
     lines, words, both = list[int](), list[int](), list[int]()

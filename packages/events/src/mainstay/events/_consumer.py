@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._crashes import Crashes
@@ -185,13 +185,20 @@ class Consumer:
         if not ready and self._assignments:
             await self._dispatcher.progress(_COMMIT_SECONDS)
         fetched = await source.fetch(ready)
-        for assignment, records in fetched.items():
-            if assignment.open:
-                assignment.record_bytes = sum(map(_size_of, records)) // len(records)
-                assignment.most = min(_MOST, max(1, share // assignment.record_bytes))
         if fetched:
+            self._note_sizes(fetched, share)
             await self._intake.take({each: records for each, records in fetched.items() if each.open})
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
+
+    def _note_sizes(self, fetched: Mapping[Assignment, Sequence[Record]], share: int) -> None:
+        """Decide how many records to ask for next, of partitions that are as yet unread as of the others."""
+        for assignment, records in fetched.items():
+            assignment.record_bytes = sum(map(_size_of, records)) // len(records)
+            assignment.most = min(_MOST, max(1, share // assignment.record_bytes))
+        known = min((each.most for each in self._assignments if each.record_bytes), default=1)
+        for assignment in self._assignments:  # or one that stays empty would keep all pages small
+            if not assignment.record_bytes:
+                assignment.most = known
 
     async def _commit_often(self) -> None:
         oldest = OLDEST.labels(self.group)
