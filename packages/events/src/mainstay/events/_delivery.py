@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from mainstay.core import Retry, Timer
+from pydantic import ValidationError
+
+from mainstay.core import Retry, Timer, bind
 from mainstay.events._codec import codec_of
 from mainstay.events._metrics import handler_seconds
 from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
-from mainstay.events.metadata import Record, kind_named, version_of
+from mainstay.events.metadata import Metadata, Record, context_of, kind_named, version_of
 
 EventClass = type[Event]
 
@@ -157,6 +159,24 @@ class Handling(NamedTuple):
     retry: Retry
     parks: bool
 
+    def read(self, type: str, value: bytes) -> Any:
+        """The event, as a handler is given it.
+
+        Raises:
+            DecodeError: it cannot be read; the message names the fields.
+        """
+        try:
+            return self.validate(value)
+        except Exception as invalid:  # noqa: BLE001  an event's own validator may raise anything
+            raise unreadable(type, invalid) from invalid.__cause__
+
+    async def tried(self, event: Any, record: Record, group: str) -> None:
+        """Call the handler outside of any delivery, in the event's context."""
+        headers = dict(record.headers)
+        arguments = (event, Metadata(record, group=group, headers=headers)) if self.wants_metadata else (event,)
+        with bind(context_of(headers)):
+            await self.call(*arguments)
+
 
 class Route:
     """What a group does with one type of event.
@@ -221,3 +241,18 @@ class Route:
             msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"
             raise DecodeError(msg)
         return handling
+
+
+def unreadable(type: str, invalid: Exception) -> DecodeError:
+    """What is wrong with which field; never the value, which may be anybody's secret."""
+    if isinstance(invalid, DecodeError):
+        return invalid
+    if not isinstance(invalid, ValidationError):
+        error = DecodeError(f"{type} cannot be read: its class raised {invalid.__class__.__name__}")
+        error.__cause__ = invalid
+        return error
+    problems = (
+        f"{'.'.join(map(str, problem['loc'])) or 'the value'}: {problem['msg']}"
+        for problem in invalid.errors(include_input=False, include_url=False, include_context=False)[:5]
+    )
+    return DecodeError(f"{type} cannot be read: {'; '.join(problems)}")

@@ -31,10 +31,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 
-from pydantic import ValidationError
-
 from mainstay.core import Clock, Context, Later, rebind, spawn
-from mainstay.events._delivery import Assignment, Delivery, Handling, Route
+from mainstay.events._delivery import Assignment, Delivery, Handling, Route, unreadable
 from mainstay.events._failure import KEY_IS_PARKED, Failures, that_give_way
 from mainstay.events._structured import understood
 from mainstay.events._turns import Turns
@@ -244,7 +242,7 @@ class Dispatcher:
                     try:
                         event = handling.validate(seen.value or b"")
                     except Exception as invalid:  # noqa: BLE001  an event's own validator may raise anything
-                        error = _unreadable(route.type, invalid)
+                        error = unreadable(route.type, invalid)
                     else:
                         rebind(Later(_context_of, seen.headers))
                         before = copy_context()
@@ -363,18 +361,3 @@ def _own_cancellation() -> Exception:
 
 def _context_of(headers: Headers) -> Context:
     return context_of(dict(headers))
-
-
-def _unreadable(type: str, invalid: Exception) -> DecodeError:
-    """What is wrong with which field; never the value, which may be anybody's secret."""
-    if isinstance(invalid, DecodeError):
-        return invalid
-    if not isinstance(invalid, ValidationError):
-        error = DecodeError(f"{type} cannot be read: its class raised {invalid.__class__.__name__}")
-        error.__cause__ = invalid
-        return error
-    problems = (
-        f"{'.'.join(map(str, problem['loc'])) or 'the value'}: {problem['msg']}"
-        for problem in invalid.errors(include_input=False, include_url=False, include_context=False)[:5]
-    )
-    return DecodeError(f"{type} cannot be read: {'; '.join(problems)}")

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
+from mainstay.database import CommitUnknown
 from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Verdict
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
@@ -196,6 +197,9 @@ class Failures:
         postponed = isinstance(error, ConfigurationError) or (
             isinstance(error, MainstayError) and error.no_effect and error.retryable
         )
+        if isinstance(error, CommitUnknown):
+            # Elsewhere nobody could tell whether to try again. An event may always be handled once more.
+            error.retryable = True
         delay = self._delay(delivery, handling, error, postponed=postponed)
         if delay is None:
             return None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 from uuid import UUID
 
 from mainstay.core import Clock, Health
 from mainstay.database import Database
 from mainstay.events._delivery import Assignment
 from mainstay.events._transport import Arrivals, LogRecord, Reader, arrived, partition_of
-from mainstay.events.dead_letters import DeadLetter
+from mainstay.events.dead_letters import DeadLetter, Wanted
 from mainstay.events.metadata import Outgoing, Record
 
 _log = logging.getLogger("mainstay.events")
@@ -80,20 +82,42 @@ class MemoryTransport:
         letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
         self._letters.setdefault(letter.id, letter)
 
-    async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
+    async def list(self, wanted: Wanted, limit: int) -> Sequence[DeadLetter]:
         """See `DeadLetterStore`."""
-        return list(islice((letter for letter in self._letters.values() if group in {None, letter.group}), limit))
+        return list(islice((letter for letter in self._letters.values() if wanted.has(letter)), limit))
 
     async def get(self, id: UUID) -> DeadLetter | None:
         """See `DeadLetterStore`."""
         return self._letters.get(id)
 
-    async def redrive(self, letter: DeadLetter) -> bool:
+    async def redrive(self, letter: DeadLetter, by: str) -> bool:
         """See `DeadLetterStore`."""
-        if self._letters.pop(letter.id, None) is None:
+        known = self._letters[letter.id]
+        if known.state == "redriven":
             return False
-        self._append([letter.again()])
+        self._letters[letter.id] = replace(known, state="redriven", **self._change(by))
+        self._append([known.again()])
         return True
+
+    async def discard(self, letter: DeadLetter, reason: str, by: str) -> bool:
+        """See `DeadLetterStore`."""
+        known = self._letters[letter.id]
+        if known.state != "waiting":
+            return False
+        self._letters[letter.id] = replace(known, state="discarded", reason=reason, **self._change(by))
+        return True
+
+    async def edit(self, letter: DeadLetter, value: bytes, by: str) -> bool:
+        """See `DeadLetterStore`."""
+        known = self._letters[letter.id]
+        if known.state == "redriven":
+            return False
+        received = known.received if known.edited else known.value
+        self._letters[letter.id] = replace(known, value=value, edited=True, received=received, **self._change(by))
+        return True
+
+    def _change(self, by: str) -> dict[str, Any]:
+        return {"changed_by": by, "changed_at": self._clock.now()}
 
 
 class MemorySource:

@@ -18,11 +18,9 @@ commit is fenced by the lease.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC
 from typing import Any
-from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -34,7 +32,6 @@ from mainstay.events._delivery import Assignment
 from mainstay.events._lag import LogLag
 from mainstay.events._snapshot import START, Place, Snapshot
 from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
-from mainstay.events.dead_letters import DeadLetter
 from mainstay.events.metadata import Headers, Outgoing, Record
 from mainstay.events.tables import LOG, pack_headers, unpack_headers
 
@@ -467,74 +464,3 @@ _STATEMENTS = {"postgresql": _on_postgresql(), "sqlite": _on_sqlite()}
 _START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)
 
 
-class SqlDeadLetters:
-    """Dead letters in a table.
-
-    Args:
-        database: where.
-        send: writes a redriven event: to the log, or the outbox.
-        clock: stamps them.
-    """
-
-    def __init__(self, database: Database, send: Callable[[Sequence[Outgoing]], Awaitable[None]], clock: Clock) -> None:
-        self._database = database
-        self._send = send
-        self._clock = clock
-
-    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
-        """See `DeadLetterStore`."""
-        letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
-        await self._database.write(
-            tables.INSERT_DEAD_LETTER[self._database.dialect],
-            {
-                "id": letter.id,
-                "group_name": letter.group,
-                "topic": letter.topic,
-                "partition": letter.partition,
-                "offset": letter.offset,
-                "key": letter.key,
-                "value": letter.value,
-                "headers": pack_headers(letter.headers),
-                "error": letter.error.replace("\0", ""),
-                "attempts": letter.attempts,
-                "time": letter.time,
-            },
-        )
-
-    async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
-        """See `DeadLetterStore`."""
-        if group is None:
-            rows = await self._database.read(tables.LIST_DEAD_LETTERS, {"limit": limit})
-        else:
-            rows = await self._database.read(tables.LIST_DEAD_LETTERS_OF, {"limit": limit, "group": group})
-        return [_letter(row) for row in rows]
-
-    async def get(self, id: UUID) -> DeadLetter | None:
-        """See `DeadLetterStore`."""
-        rows = await self._database.read(tables.GET_DEAD_LETTER, {"letter": id})
-        return _letter(rows[0]) if rows else None
-
-    async def redrive(self, letter: DeadLetter) -> bool:
-        """See `DeadLetterStore`. Sent and removed in one commit."""
-        async with self._database.transaction() as session:
-            result: Any = await session.execute(tables.DELETE_DEAD_LETTER, {"letter": letter.id})
-            if result.rowcount == 0:
-                return False
-            await self._send([letter.again()])
-        return True
-
-
-def _letter(row: Any) -> DeadLetter:
-    return DeadLetter(
-        id=row.id,
-        group=row.group_name,
-        topic=row.topic,
-        partition=row.partition,
-        offset=row.offset,
-        key=row.key,
-        value=row.value,
-        headers=unpack_headers(row.headers),
-        error=row.error,
-        attempts=row.attempts,
-        time=row.time if row.time.tzinfo else row.time.replace(tzinfo=UTC),
-    )

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import blake2b
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
-from mainstay.core import derived_id
+from mainstay.core import ConfigurationError, current, derived_id
+from mainstay.database import Database
+from mainstay.events._codec import codec_of
+from mainstay.events._delivery import Handling, Route
+from mainstay.events._structured import understood
 from mainstay.events.errors import RedriveError
-from mainstay.events.metadata import ONLY_GROUP, TYPE, Headers, Outgoing, Record
+from mainstay.events.event import Event
+from mainstay.events.metadata import CORRELATION, ONLY_GROUP, TYPE, VERSION, Headers, Outgoing, Record
 
 __all__ = ["DeadLetter", "DeadLetters"]
 
 _LONGEST_ERROR = 20_000
+
+State = Literal["waiting", "redriven", "discarded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,11 @@ class DeadLetter:
         error: the exception and its trace.
         attempts: how often the handler was called.
         time: when it was given up, in UTC.
+        state: `waiting`, or what a person has done with it.
+        edited: whether `value` is what a person has made of it; `received` is what it was then.
+        reason: why it was discarded.
+        changed_by: who redrove, discarded or edited it last, as they said.
+        changed_at: when, in UTC.
     """
 
     id: UUID
@@ -44,11 +56,23 @@ class DeadLetter:
     error: str
     attempts: int
     time: datetime
+    state: State = "waiting"
+    edited: bool = False
+    received: bytes | None = None
+    reason: str = ""
+    changed_by: str = ""
+    changed_at: datetime | None = None
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The conversation that the event is part of."""
+        value = dict(understood(self).headers).get(CORRELATION)
+        return None if value is None else value.decode(errors="replace")
 
     @property
     def type(self) -> str:
         """The event's type, empty where the record had none."""
-        return (dict(self.headers).get(TYPE) or b"").decode(errors="replace")
+        return (dict(understood(self).headers).get(TYPE) or b"").decode(errors="replace")
 
     @classmethod
     def of(cls, group: str, record: Record, error: Exception, attempts: int, time: datetime) -> DeadLetter:
@@ -83,6 +107,30 @@ def text_of(error: Exception) -> str:
     return text if len(text) <= _LONGEST_ERROR else f"{text[:half]}\n…\n{text[-half:]}"
 
 
+class Wanted(NamedTuple):
+    """Which dead letters are asked for; what is None is not looked at. `until` is the first moment beyond them."""
+
+    group: str | None = None
+    type: str | None = None
+    key: bytes | None = None
+    correlation_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    state: State | None = None
+
+    def has(self, letter: DeadLetter) -> bool:
+        """Whether a letter is one of them."""
+        return (
+            self.group in {None, letter.group}
+            and self.type in {None, letter.type}
+            and self.key in {None, letter.key}
+            and self.correlation_id in {None, letter.correlation_id}
+            and self.state in {None, letter.state}
+            and (self.since is None or letter.time >= self.since)
+            and (self.until is None or letter.time < self.until)
+        )
+
+
 class DeadLetterStore(Protocol):
     """Where a transport keeps dead letters."""
 
@@ -90,28 +138,73 @@ class DeadLetterStore(Protocol):
         """Keep one; returns when it is durable. Adding it again changes nothing."""
         ...
 
-    async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
-        """The oldest, of one group or of all."""
+    async def list(self, wanted: Wanted, limit: int) -> Sequence[DeadLetter]:
+        """The oldest of those that are wanted."""
         ...
 
     async def get(self, id: UUID) -> DeadLetter | None:
         """One of them."""
         ...
 
-    async def redrive(self, letter: DeadLetter) -> bool:
-        """Send one again and remove it; False when it was gone."""
+    async def redrive(self, letter: DeadLetter, by: str) -> bool:
+        """Send one again that was not sent yet, and note that; False when there is none any more."""
+        ...
+
+    async def discard(self, letter: DeadLetter, reason: str, by: str) -> bool:
+        """Note that one that waits is not to be handled; False when it waits no more."""
+        ...
+
+    async def edit(self, letter: DeadLetter, value: bytes, by: str) -> bool:
+        """Put another value into one that was not sent yet; False when there is none any more."""
         ...
 
 
 class DeadLetters:
-    """The dead letters of this service; `app.get(DeadLetters)`, or the command `mainstay events dead-letters`."""
+    """The dead letters of this service; `app.get(DeadLetters)`, or the command `mainstay events dead-letters`.
 
-    def __init__(self, store: DeadLetterStore) -> None:
+    A letter waits until a person redrives or discards it, and may be edited before. With a table the settled ones can
+    still be listed for `dead_letter_days`; in a topic they are gone at once.
+    """
+
+    def __init__(
+        self, store: DeadLetterStore, routes: Mapping[str, Mapping[str, Route]], database: Database | None
+    ) -> None:
         self._store = store
+        self._routes = routes
+        self._database = database
 
-    async def list(self, group: str | None = None, *, limit: int = 100) -> Sequence[DeadLetter]:
-        """The oldest dead letters, of one group or of all."""
-        return await self._store.list(group, limit)
+    async def list(
+        self,
+        group: str | None = None,
+        *,
+        type: str | None = None,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        state: State | None = "waiting",
+        limit: int = 100,
+    ) -> Sequence[DeadLetter]:
+        """The oldest dead letters that fit.
+
+        Args:
+            group: of this group; by default of all.
+            type: with events of this type.
+            key: with this key.
+            correlation_id: of this conversation.
+            since, until: given up from this moment on, and before that one; with a zone.
+            state: in this state; None for all.
+            limit: at most so many.
+
+        Raises:
+            ValueError: a moment has no zone.
+        """
+        for name, moment in (("since", since), ("until", until)):
+            if moment is not None and moment.tzinfo is None:
+                msg = f"{name}={moment!r} has no zone: say which one, such as datetime.UTC"
+                raise ValueError(msg)
+        wanted = Wanted(group, type, None if key is None else key.encode(), correlation_id, since, until, state)
+        return await self._store.list(wanted, limit)
 
     async def get(self, id: UUID) -> DeadLetter:
         """One dead letter.
@@ -125,17 +218,122 @@ class DeadLetters:
             raise RedriveError(msg)
         return letter
 
-    async def redrive(self, id: UUID) -> DeadLetter:
+    async def redrive(self, id: UUID, *, by: str | None = None) -> DeadLetter:
         """Send one again to the group that failed, and to no other, at the end of its topic.
 
-        The event keeps its id: an inbox that has seen it stays the judge. It is not in order with what was published
-        meanwhile.
+        It is what was received, byte for byte, unless it was edited. The event keeps its id: an inbox that has seen it
+        stays the judge. It is not in order with what was published meanwhile. One that was discarded may be redriven.
+
+        Args:
+            id: which.
+            by: who does it; by default the actor of the current context.
 
         Raises:
-            RedriveError: there is none with this id (any more).
+            RedriveError: there is none with this id (any more), or it was redriven before.
         """
         letter = await self.get(id)
-        if not await self._store.redrive(letter):
-            msg = f"dead letter {id} was redriven or deleted by somebody else a moment ago"
-            raise RedriveError(msg)
+        if not await self._store.redrive(letter, _who(by)):
+            raise _settled(await self.get(id))
         return letter
+
+    async def discard(self, id: UUID, *, reason: str, by: str | None = None) -> DeadLetter:
+        """Say that one is not to be handled.
+
+        Args:
+            id: which.
+            reason: why, for those who ask later.
+            by: who does it; by default the actor of the current context.
+
+        Raises:
+            ValueError: the reason is empty.
+            RedriveError: none with this id waits (any more).
+        """
+        if not reason.strip():
+            msg = "discard(reason=…) says why the event is not to be handled: it cannot be empty"
+            raise ValueError(msg)
+        letter = await self.get(id)
+        if not await self._store.discard(letter, reason, _who(by)):
+            raise _settled(await self.get(id))
+        return letter
+
+    async def edit(self, id: UUID, value: bytes, *, by: str | None = None) -> DeadLetter:
+        """Replace the value of one that was not sent again yet. What was received stays on it, with a table.
+
+        Args:
+            id: which.
+            value: the event as JSON, as the class that its group handles reads it, with the same key.
+            by: who does it; by default the actor of the current context.
+
+        Raises:
+            RedriveError: there is none with this id (any more), or it was redriven.
+            DecodeError: the class does not read this; the message names the fields.
+            ValueError: the key is another: that would be out of order with its own; publish an event instead.
+            ConfigurationError: this App has no handler for it in its group.
+        """
+        letter = await self.get(id)
+        event = self._read(replace(letter, value=value))
+        if codec_of(type(event)).key(event) != letter.key:
+            msg = f"dead letter {id} has another key: an edited event stays where it is in order; publish one instead"
+            raise ValueError(msg)
+        if not await self._store.edit(letter, value, _who(by)):
+            raise _settled(await self.get(id))
+        return await self.get(id)
+
+    async def dry_run(self, id: UUID, *, handler: bool = False) -> Event:
+        """Read one as its group does, and have its handler try it if asked to; nothing is redriven.
+
+        Args:
+            id: which.
+            handler: call the handler in a unit of work that is rolled back. What it does elsewhere than in the
+                Database is done.
+
+        Returns:
+            The event.
+
+        Raises:
+            RedriveError: there is none with this id.
+            DecodeError: it cannot be read.
+            ConfigurationError: this App has no handler for it in its group, or no Database to roll back.
+            Exception: whatever the handler raises.
+        """
+        letter = await self.get(id)
+        event = self._read(letter)
+        if not handler:
+            return event
+        if self._database is None:
+            msg = "a handler is tried in a unit of work that is rolled back: add DatabaseModule.for_root()"
+            raise ConfigurationError(msg)
+        try:
+            async with self._database.transaction():
+                await self._handling(letter).tried(event, understood(letter), letter.group)
+                raise _RollBackError
+        except _RollBackError:
+            return event
+
+    def _read(self, letter: DeadLetter) -> Event:
+        event: Event = self._handling(letter).read(letter.type, understood(letter).value or b"")
+        return event
+
+    def _handling(self, letter: DeadLetter) -> Handling:
+        route = self._routes.get(letter.group, {}).get(letter.type)
+        if route is None:
+            msg = (
+                f"this App has no handler for {letter.type or 'events without a type'} in group {letter.group}: "
+                "name the one that has it, on the command line with --app"
+            )
+            raise ConfigurationError(msg)
+        return route.handling(dict(understood(letter).headers).get(VERSION) or b"1.0")
+
+
+class _RollBackError(Exception):
+    pass
+
+
+def _who(by: str | None) -> str:
+    return by or current().actor or ""
+
+
+def _settled(letter: DeadLetter) -> RedriveError:
+    when = "" if letter.changed_at is None else f" on {letter.changed_at:%Y-%m-%d %H:%M:%S %Z}"
+    by = f" by {letter.changed_by}" if letter.changed_by else ""
+    return RedriveError(f"dead letter {letter.id} was {letter.state}{when}{by}")

@@ -16,12 +16,13 @@ from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Route
 from mainstay.events._handled import Handled
 from mainstay.events._inbox import Inbox, handlers_at_once
+from mainstay.events._letters import SqlDeadLetters
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._retention import LogRetention
-from mainstay.events._sql import SqlDeadLetters, SqlTransport
+from mainstay.events._sql import SqlTransport
 from mainstay.events._transport import Transport
 from mainstay.events._upcasting import Upcast, Upcasting
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
@@ -187,6 +188,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             inbox: Inbox | None = None
             if database is not None and self._has_inbox():
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
+            if isinstance(letters, SqlDeadLetters):
+                app.serve("dead-letters", partial(letters.sweep, settings.dead_letter_days))
+            groups = _groups(app, subscriptions, settings, inbox)
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
             groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox)
@@ -220,7 +224,10 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             parked = ParkedKeys(database or _database_of(app), letters)
-            yield [publisher, DeadLetters(letters), parked, EventConsumers(consumers), *services]
+            dead = DeadLetters(
+                letters, {group: routes for group, (_, routes) in groups.items()}, database or _database_of(app)
+            )
+            yield [publisher, dead, parked, EventConsumers(consumers), *services]
 
 
 async def _transport(

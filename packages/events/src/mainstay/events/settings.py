@@ -74,6 +74,8 @@ class EventsSettings(Settings):
         send_seconds: how long a confirmation by the broker may take.
         lease_seconds: how long a killed process keeps its lanes and partitions from others; brokers want 6 or more.
         inbox_days: how long the inbox remembers an event: the window within which a duplicate is recognised.
+        dead_letter_days: how long dead letters that were redriven or discarded can still be listed. Those that wait are
+            kept for as long as they do. Not for the topic that a service on `kafka` without outbox keeps them in.
         log_days: `sql` only: how long events stay in the log at least, and how long a group without any process keeps
             there what it has not read.
         kafka_servers: addresses to find the cluster by, `host:port,host:port`.
@@ -117,6 +119,7 @@ class EventsSettings(Settings):
     send_seconds: float = Field(default=30.0, ge=1, le=3600)
     lease_seconds: float = Field(default=10.0, ge=1, le=3600)
     inbox_days: float = Field(default=7.0, gt=0, allow_inf_nan=False)
+    dead_letter_days: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     log_days: float = Field(default=7.0, gt=0, allow_inf_nan=False)
     kafka_servers: str | None = None
     kafka_create_topics: bool = True

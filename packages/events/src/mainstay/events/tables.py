@@ -111,6 +111,16 @@ DEAD_LETTERS = sa.Table(
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("time", sa.DateTime(timezone=True), nullable=False),
+    # What it is looked for by, as its headers say.
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("correlation_id", sa.Text),
+    sa.Column("state", sa.Text, nullable=False, server_default="waiting"),
+    sa.Column("received", sa.LargeBinary),  # the value before it was edited
+    sa.Column("edited", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("reason", sa.Text, nullable=False, server_default=""),
+    sa.Column("changed_by", sa.Text, nullable=False, server_default=""),
+    sa.Column("changed_at", sa.DateTime(timezone=True)),
+    sa.Index("mainstay_events_dead_letters_state", "state", "time", "id"),
 )
 
 PARKED_KEYS = sa.Table(
@@ -397,21 +407,43 @@ DELETE_OLD_INBOX = _each(
 )
 OLDEST_INBOX = _each(lambda _, now: sa.select(INBOX.c.event_id).where(INBOX.c.created_at < now - _SECONDS).limit(1))
 
+_LETTER_COLUMNS = (
+    "id", "group_name", "topic", "partition", "offset", "key", "value", "headers", "error", "attempts", "time", "type",
+    "correlation_id",
+)  # fmt: skip
 INSERT_DEAD_LETTER = _each(
-    lambda insert, _: (
-        insert(DEAD_LETTERS)
-        .values(_binds(DEAD_LETTERS, *(column.name for column in DEAD_LETTERS.columns)))
-        .on_conflict_do_nothing()
+    lambda insert, _: insert(DEAD_LETTERS).values(_binds(DEAD_LETTERS, *_LETTER_COLUMNS)).on_conflict_do_nothing()
+)
+_THE_LETTER = DEAD_LETTERS.c.id == sa.bindparam("letter", type_=sa.Uuid)
+GET_DEAD_LETTER = sa.select(DEAD_LETTERS).where(_THE_LETTER)
+# Not one that was sent again: twice would be too often.
+_CHANGED = _binds(DEAD_LETTERS, "changed_by", "changed_at")
+SETTLE_DEAD_LETTER = (
+    sa.update(DEAD_LETTERS)
+    .where(_THE_LETTER, DEAD_LETTERS.c.state.in_(sa.bindparam("from_states", expanding=True)))
+    .values(**_CHANGED, **_binds(DEAD_LETTERS, "state", "reason"))
+)
+EDIT_DEAD_LETTER = (
+    sa.update(DEAD_LETTERS)
+    .where(_THE_LETTER, DEAD_LETTERS.c.state != "redriven")
+    .values(
+        **_CHANGED,
+        received=sa.case((DEAD_LETTERS.c.edited, DEAD_LETTERS.c.received), else_=DEAD_LETTERS.c.value),
+        value=sa.bindparam("payload", type_=sa.LargeBinary),
+        edited=True,
     )
 )
-LIST_DEAD_LETTERS = (
-    sa.select(DEAD_LETTERS)
-    .order_by(DEAD_LETTERS.c.time, DEAD_LETTERS.c.id)
-    .limit(sa.bindparam("limit", type_=sa.Integer))
+_SETTLED = (
+    sa.select(DEAD_LETTERS.c.id)
+    .where(
+        DEAD_LETTERS.c.state.in_(["redriven", "discarded"]),
+        DEAD_LETTERS.c.changed_at < sa.bindparam("before", type_=sa.DateTime(timezone=True)),
+    )
+    .limit(1000)
 )
-LIST_DEAD_LETTERS_OF = LIST_DEAD_LETTERS.where(DEAD_LETTERS.c.group_name == sa.bindparam("group"))
-GET_DEAD_LETTER = sa.select(DEAD_LETTERS).where(DEAD_LETTERS.c.id == sa.bindparam("letter"))
-DELETE_DEAD_LETTER = sa.delete(DEAD_LETTERS).where(DEAD_LETTERS.c.id == sa.bindparam("letter"))
+OLD_DEAD_LETTERS = _SETTLED.limit(1)
+DELETE_OLD_DEAD_LETTERS = sa.delete(DEAD_LETTERS).where(DEAD_LETTERS.c.id.in_(_SETTLED))
+
 
 _OF_KEY = (
     PARKED_KEYS.c.group_name == sa.bindparam("of_group"),

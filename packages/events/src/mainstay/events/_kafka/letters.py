@@ -20,9 +20,9 @@ from uuid import UUID
 from mainstay.core import Clock
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Client, Producer, TooLargeError
 from mainstay.events._kafka.topics import Topics
-from mainstay.events.dead_letters import DeadLetter
+from mainstay.events.dead_letters import DeadLetter, Wanted
 from mainstay.events.errors import RedriveError
-from mainstay.events.metadata import TYPE, Headers, Record
+from mainstay.events.metadata import CORRELATION, TYPE, Headers, Record
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
@@ -65,9 +65,9 @@ class KafkaDeadLetters:
         await self._topics.ensure(self._topic, compacted=True)
         await self._producer.send(self._topic, [(id.bytes, value, headers)])
 
-    async def list(self, group: str | None, limit: int) -> Sequence[DeadLetter]:
-        """See `DeadLetterStore`."""
-        letters = [kept.letter for kept in (await self._read()).values() if group in {None, kept.letter.group}]
+    async def list(self, wanted: Wanted, limit: int) -> Sequence[DeadLetter]:
+        """See `DeadLetterStore`. Here are only those that wait."""
+        letters = [kept.letter for kept in (await self._read()).values() if wanted.has(kept.letter)]
         return sorted(letters, key=lambda letter: (letter.time, letter.id))[:limit]
 
     async def get(self, id: UUID) -> DeadLetter | None:
@@ -77,8 +77,9 @@ class KafkaDeadLetters:
             return None
         return kept.letter if kept.whole else await self._with_its_record(kept.letter) or kept.letter
 
-    async def redrive(self, letter: DeadLetter) -> bool:
+    async def redrive(self, letter: DeadLetter, by: str) -> bool:
         """See `DeadLetterStore`. Killed between the two, it is there twice."""
+        _log.info("dead letter %s is redriven by %s", letter.id, by or "somebody without a name")
         kept = (await self._read()).get(letter.id)
         if kept is None:
             return False
@@ -92,6 +93,30 @@ class KafkaDeadLetters:
         again = whole.again()
         await self._producer.send(again.topic, [(again.key, again.value, again.headers)])
         await self._write(letter.id, None, [])
+        return True
+
+    async def discard(self, letter: DeadLetter, reason: str, by: str) -> bool:
+        """See `DeadLetterStore`. What is discarded is gone, and why is in the log only."""
+        if letter.id not in await self._read():
+            return False
+        await self._write(letter.id, None, [])
+        place = f"{letter.topic}/{letter.partition}@{letter.offset}"
+        who = by or "somebody without a name"
+        _log.warning("dead letter %s of group %s, %s, was discarded by %s: %s", letter.id, letter.group, place, who,
+                     reason)  # fmt: skip
+        return True
+
+    async def edit(self, letter: DeadLetter, value: bytes, by: str) -> bool:
+        """See `DeadLetterStore`. What was received is where it was read, for as long as that topic keeps it."""
+        kept = (await self._read()).get(letter.id)
+        if kept is None:
+            return False
+        edited = replace(letter, value=value, edited=True, changed_by=by, changed_at=self._clock.now())
+        try:
+            await self._write(letter.id, value, _headers_of(edited, whole=True))
+        except TooLargeError as error:
+            msg = f"dead letter {letter.id} cannot be edited: its topic takes no record of that size beside its error"
+            raise RedriveError(msg) from error
         return True
 
     async def _with_its_record(self, letter: DeadLetter) -> DeadLetter | None:
@@ -140,8 +165,11 @@ def _headers_of(letter: DeadLetter, *, whole: bool) -> Headers:
         "error": letter.error,
         "attempts": letter.attempts,
         "time": letter.time.isoformat(),
+        "edited": letter.edited,
+        "changed_by": letter.changed_by,
+        "changed_at": letter.changed_at and letter.changed_at.isoformat(),
     }
-    own = letter.headers if whole else [(TYPE, letter.type.encode())]
+    own = letter.headers if whole else [pair for pair in letter.headers if pair[0] in {TYPE, CORRELATION}]
     return [*own, ("key", letter.key if whole else None), ("letter", json.dumps(facts).encode())]
 
 
@@ -160,5 +188,8 @@ def _letter_of(id: UUID, headers: Headers, value: bytes) -> _Kept:
         error=facts["error"],
         attempts=facts["attempts"],
         time=datetime.fromisoformat(facts["time"]),
+        edited=facts["edited"],
+        changed_by=facts["changed_by"],
+        changed_at=datetime.fromisoformat(facts["changed_at"]) if facts["changed_at"] else None,
     )
     return _Kept(letter, facts["whole"])

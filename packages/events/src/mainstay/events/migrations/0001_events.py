@@ -89,7 +89,16 @@ def upgrade() -> None:
         sa.Column("error", sa.Text, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("correlation_id", sa.Text),
+        sa.Column("state", sa.Text, nullable=False, server_default="waiting"),
+        sa.Column("received", sa.LargeBinary),
+        sa.Column("edited", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("reason", sa.Text, nullable=False, server_default=""),
+        sa.Column("changed_by", sa.Text, nullable=False, server_default=""),
+        sa.Column("changed_at", sa.DateTime(timezone=True)),
     )
+    op.create_index("mainstay_events_dead_letters_state", "mainstay_events_dead_letters", ["state", "time", "id"])
     op.create_table(
         "mainstay_events_parked_keys",
         sa.Column("group_name", sa.Text, primary_key=True),
