@@ -77,6 +77,15 @@ async def test_an_event_that_ends_its_process_is_parked_after_some_ends(options:
         calls = calls_of(options)
         assert calls.count(f"{ENDS} 0") == 4
         assert f"{ENDS} 1" not in calls
+        # A person who has it tried again changes nothing about that: its queue is claimed a few times, and then waits.
+        await app.get(ParkedKeys).retry(key.id)
+
+        async def again() -> bool:
+            (key,) = await app.get(ParkedKeys).list()
+            return key.due is None
+
+        assert await started_until_one_lives(options, again) == 4
+        assert "its process ended 2 times" in (await app.get(ParkedKeys).get(key.id)).error
         for event in good:  # those in front of it once more, where its first careful call came before their commit
             most = 4 if event.number < 5 else 3
             assert 1 <= calls.count(f"{event.key} {event.number}") <= most, "not at every start"

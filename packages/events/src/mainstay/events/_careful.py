@@ -110,10 +110,7 @@ class CarefulReading:
     async def _refuse(self, record: Record, crashes: int) -> None:
         delivery = Delivery(self._assignment, record)
         delivery.attempt = crashes
-        delivery.refused = ProcessEndedError(
-            f"its process ended {crashes} times while it was handled: no exception can say why. Look at what these "
-            "processes ended with (exit status, out of memory, a watchdog), and then have it tried again"
-        )
+        delivery.refused = ProcessEndedError(crashes)
         self._dispatcher.feed_one(delivery)
         while not delivery.done and self._assignment.open:
             await self._dispatcher.progress(1.0)

@@ -136,7 +136,7 @@ class Consumer:
                 self._source = source
                 beside = [spawn(self._commit_often(), name=f"events.{self.group}.commit")]
                 if self._parking is not None and self._parked is not None:
-                    self._queues = Queues(self._parking, dispatcher, self._clock)
+                    self._queues = Queues(self._parking, dispatcher, self._crashes, self._clock)
                     beside.append(spawn(self._queues.run(), name=f"events.{self.group}.parked"))
                     beside.append(spawn(self._parked.run(), name=f"events.{self.group}.parked keys"))
                 try:

@@ -186,6 +186,10 @@ class Parking:
             tables.KEEP_PARKED_KEY[self._database.dialect], {**place, "me": self.worker, **_state(delivery, verdict)}
         )
 
+    async def may_crash(self, topic: str, key: bytes) -> None:
+        """Note that the first event of a claimed queue is called, by a process that may end of it."""
+        await self._database.write(tables.NOTE_CRASH, {**self._place(topic, key), "me": self.worker})
+
     async def first(self, topic: str, key: bytes) -> Any | None:
         """The first event of a queue, with how often it has been tried."""
         statement = tables.READ_FIRST_PARKED[self._database.dialect]

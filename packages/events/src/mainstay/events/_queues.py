@@ -8,11 +8,13 @@ from typing import Any
 from uuid import UUID
 
 from mainstay.core import Clock, spawn
+from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._parking import Parking
 from mainstay.events._structured import kind_of_record
 from mainstay.events._transport import LogRecord
+from mainstay.events.errors import ProcessEndedError
 from mainstay.events.tables import unpack_headers
 
 _log = logging.getLogger("mainstay.events")
@@ -20,6 +22,8 @@ _log = logging.getLogger("mainstay.events")
 _POLL_SECONDS = 0.5
 _AT_ONCE = 16
 """Keys of a group that a process works on at once."""
+_ENDS = 2
+"""After so many claims that ended with their process a queue's first event is called while no other suspect is."""
 _MARGIN = 0.2
 """Of a lease: how long before the database's end of a claim this process stops believing in it."""
 
@@ -41,11 +45,13 @@ class Queues:
     Args:
         parking: the tables.
         dispatcher: calls the handlers, in their places among all others.
+        crashes: how often an event may end its process, None where that is not counted.
         clock: measures how long a claim is certain.
     """
 
-    def __init__(self, parking: Parking, dispatcher: Dispatcher, clock: Clock) -> None:
+    def __init__(self, parking: Parking, dispatcher: Dispatcher, crashes: Crashes | None, clock: Clock) -> None:
         self._parking = parking
+        self._crashes = crashes
         self._dispatcher = dispatcher
         self._clock = clock
         self._claims: dict[UUID, _Claim] = {}
@@ -145,9 +151,7 @@ class Queues:
                 )
                 if await self._is_others(kind_of_record(record)):
                     return False
-                delivery = self._hand_out(queue, record, row)
-                while queue.window and queue.open:
-                    await self._dispatcher.progress(1.0)
+                delivery = await self._called(queue, record, row)
                 if delivery.kept or not delivery.done:
                     return delivery.kept
             if await self._parking.finished(queue.topic, key, position):
@@ -161,10 +165,28 @@ class Queues:
         handled.fetched()  # it may have been forgotten
         return await handled.is_somebodys(kind)
 
-    def _hand_out(self, queue: Assignment, record: LogRecord, row: Any) -> Delivery:
+    async def _called(self, queue: Assignment, record: LogRecord, row: Any) -> Delivery:
+        """Have the first event of a queue called, alone where processes that did so before have ended."""
+        if self._crashes is None or row.begun <= _ENDS:
+            return await self._ended(queue, self._hand_out(queue, record, row))
+        async with self._crashes.alone:
+            if row.crashes < self._crashes.most:
+                await self._parking.may_crash(queue.topic, row.key)
+            refused = ProcessEndedError(row.crashes) if row.crashes >= self._crashes.most else None
+            return await self._ended(queue, self._hand_out(queue, record, row, refused))
+
+    async def _ended(self, queue: Assignment, delivery: Delivery) -> Delivery:
+        while queue.window and queue.open:
+            await self._dispatcher.progress(1.0)
+        return delivery
+
+    def _hand_out(
+        self, queue: Assignment, record: LogRecord, row: Any, refused: ProcessEndedError | None = None
+    ) -> Delivery:
         delivery = Delivery(queue, record)
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
         delivery.aged = row.age
+        delivery.refused = refused
         self._dispatcher.feed_one(delivery)
         return delivery
 

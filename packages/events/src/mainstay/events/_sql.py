@@ -462,5 +462,3 @@ def _on_postgresql() -> tuple[sa.Executable, sa.Executable]:
 _STATEMENTS = {"postgresql": _on_postgresql(), "sqlite": _on_sqlite()}
 # Where there is a backlog every plan finds its beginning quickly; what was committed since can only make it lower.
 _START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)
-
-

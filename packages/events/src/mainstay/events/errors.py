@@ -90,11 +90,21 @@ class SkippedError(EventsError):
 
 
 class ProcessEndedError(EventsError):
-    """The processes that handled the event ended during its call, as often as is allowed: it is not called again."""
+    """The processes that handled the event ended during its call, as often as is allowed: it is not called again.
+
+    Args:
+        times: how often.
+    """
 
     code = "SYS_EVENTS_PROCESS_ENDED"
     retryable = False
     public_message = "The event could not be handled."
+
+    def __init__(self, times: int) -> None:
+        super().__init__(
+            f"its process ended {times} times while it was handled: no exception can say why. Look at what these "
+            "processes ended with (exit status, out of memory, a watchdog), and then have it tried again"
+        )
 
 
 class NotHeldError(EventsError):

@@ -28,7 +28,7 @@ from mainstay.events._upcasting import Upcast, Upcasting
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import EventDefinition, definition_of
 from mainstay.events.parked import ParkedKeys
-from mainstay.events.publisher import EventPublisher
+from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, one_handler_each
 from mainstay.events.settings import EventsSettings
@@ -188,9 +188,6 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             inbox: Inbox | None = None
             if database is not None and self._has_inbox():
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
-            if isinstance(letters, SqlDeadLetters):
-                app.serve("dead-letters", partial(letters.sweep, settings.dead_letter_days))
-            groups = _groups(app, subscriptions, settings, inbox)
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
             groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox)
@@ -224,9 +221,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             parked = ParkedKeys(database or _database_of(app), letters)
-            dead = DeadLetters(
-                letters, {group: routes for group, (_, routes) in groups.items()}, database or _database_of(app)
-            )
+            by_type = {group: routes for group, (_, routes) in groups.items()}
+            dead = DeadLetters(letters, by_type, database or _database_of(app))
             yield [publisher, dead, parked, EventConsumers(consumers), *services]
 
 
@@ -247,7 +243,7 @@ async def _transport(
             clock=app.clock,
         )
         services.append(log)
-        return log.send, log, SqlDeadLetters(database, log.send, app.clock)
+        return log.send, log, _letters(app, settings, database, log.send)
     kafka = _kafka.KafkaTransport(settings, app.clock)
     stack.push_async_callback(kafka.close)
     services.append(kafka)
@@ -268,7 +264,13 @@ async def _transport(
     app.serve("relay", relay.serve)
     app.serve("outbox", relay.rows.measure)
     services += [relay, RefusedEvents(database, outbox)]
-    return outbox.send, kafka, SqlDeadLetters(database, outbox.send_again, app.clock)
+    return outbox.send, kafka, _letters(app, settings, database, outbox.send_again)
+
+
+def _letters(app: App, settings: EventsSettings, database: Database, send: Send) -> SqlDeadLetters:
+    letters = SqlDeadLetters(database, send, app.clock)
+    app.serve("dead-letters", partial(letters.sweep, settings.dead_letter_days))
+    return letters
 
 
 def _transport_classes(settings: EventsSettings) -> Sequence[type]:

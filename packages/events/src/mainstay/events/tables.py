@@ -138,6 +138,9 @@ PARKED_KEYS = sa.Table(
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("failing_since", sa.Double, nullable=False),
     sa.Column("due_at", sa.Double),  # null while it waits for a person
+    # How often it was claimed, and its first event called by a process that did nothing else carefully, to no end.
+    sa.Column("begun", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("kind", sa.Text, nullable=False),  # of the first event of its queue: only who handles it may work on it
     # Who works on the queue, and until when no other may.
     sa.Column("worker", sa.Text),
@@ -478,7 +481,7 @@ PARK_KEY = _each(
 )
 _ME = sa.bindparam("me", type_=sa.Text)
 _LEASE = sa.bindparam("lease", type_=sa.Double)
-_NO_CLAIM: dict[str, Any] = {"worker": None, "claimed_until": None}
+_NO_CLAIM: dict[str, Any] = {"worker": None, "claimed_until": None, "begun": 0, "crashes": 0}
 KEEP_PARKED_KEY = _each(
     lambda _, now: (
         sa.update(PARKED_KEYS)
@@ -496,6 +499,9 @@ INSERT_PARKED = _each(
 # An update that changes nothing: it takes the row, so that nobody frees or works on the key meanwhile.
 HOLD_PARKED_KEY = sa.update(PARKED_KEYS).where(*_OF_KEY).values(partition=PARKED_KEYS.c.partition)
 HOLD_CLAIMED_KEY = HOLD_PARKED_KEY.where(PARKED_KEYS.c.worker == _ME)
+NOTE_CRASH = (
+    sa.update(PARKED_KEYS).where(*_OF_KEY, PARKED_KEYS.c.worker == _ME).values(crashes=PARKED_KEYS.c.crashes + 1)
+)
 _FIRST_KIND = (
     sa.select(PARKED.c.kind).where(*_WAITS).order_by(PARKED.c.position).limit(1).correlate(PARKED_KEYS)
 ).scalar_subquery()
@@ -509,6 +515,8 @@ NEXT_OF_PARKED_KEY = _each(
             waited_seconds=0.0,
             failing_since=now,
             due_at=now,
+            begun=0,
+            crashes=0,
             kind=sa.func.coalesce(_FIRST_KIND, ""),
         )
     )
@@ -544,7 +552,7 @@ CLAIM_DUE_PARKED_KEYS = _each(
         .where(
             PARKED_KEYS.c.id.in_(_due(now) if insert is sqlite.insert else _due(now).with_for_update(skip_locked=True))
         )
-        .values(worker=_ME, claimed_until=now + _LEASE)
+        .values(worker=_ME, claimed_until=now + _LEASE, begun=PARKED_KEYS.c.begun + 1)
         .returning(PARKED_KEYS.c.id, PARKED_KEYS.c.topic, PARKED_KEYS.c.partition, PARKED_KEYS.c.key)
     )
 )
@@ -572,6 +580,8 @@ READ_FIRST_PARKED = _each(
             PARKED_KEYS.c.attempt,
             PARKED_KEYS.c.postponed,
             PARKED_KEYS.c.waited_seconds,
+            PARKED_KEYS.c.begun,
+            PARKED_KEYS.c.crashes,
             (now - PARKED_KEYS.c.failing_since).label("age"),
         )
         .join_from(PARKED_KEYS, PARKED, sa.and_(*_WAITS))

@@ -112,6 +112,8 @@ def upgrade() -> None:
         sa.Column("error", sa.Text, nullable=False),
         sa.Column("failing_since", sa.Double, nullable=False),
         sa.Column("due_at", sa.Double),
+        sa.Column("begun", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("worker", sa.Text),
         sa.Column("claimed_until", sa.Double),
