@@ -56,9 +56,13 @@ class Bad(Event, type="bad.happened", key="key"):
     text: str = ""
 
 
+class Keyless(Event, type="bad.keyless"):
+    number: int
+
+
 def service(url: str | None, servers: str, prefix: str, *routers: EventRouter, **settings: Any) -> App:
     """An App on Kafka, behind the outbox where there is a database."""
-    topics = {"good.happened": f"{prefix}-good", "bad.happened": f"{prefix}-bad"}
+    topics = {"good.happened": f"{prefix}-good", "bad.happened": f"{prefix}-bad", "bad.keyless": f"{prefix}-bad"}
     events = EventsSettings(transport="kafka", kafka_servers=servers, topics=topics, **settings)
     modules: list[Any] = [EventsModule.for_root(events), EventsModule.for_feature(*routers)]
     if url is not None:
@@ -191,6 +195,36 @@ async def test_an_event_that_its_topic_does_not_take_is_put_before_a_person(
         await events.publish(Good(key="a", number=1))
         await eventually(lambda: good == [1])
     assert bad == [*range(300)]
+
+
+async def test_an_event_without_a_key_on_a_compacted_topic_blocks_nothing(
+    sqlite_url: str, kafka: str, prefix: str
+) -> None:
+    """It is put before a person with the broker's reason; what shared its batch and its partition goes on."""
+    await make(kafka, f"{prefix}-bad", cleanup_policy="compact")
+    events, _, bad = listening(prefix)
+    app = service(sqlite_url, kafka, prefix, events, partitions=2)
+    async with app.running(serve=True):
+        batch: list[Event] = [Bad(key=str(number % 7), number=number) for number in range(40)]
+        batch[20:20] = [Keyless(number=number) for number in range(2)]
+        await app.get(EventPublisher).publish_batch(batch)
+        await eventually(lambda: len(bad) >= 40, seconds=60)
+        await eventually(lambda: is_empty(app))
+        refused = await app.get(Database).read(sa.select(REFUSED))
+        assert [row.topic for row in refused] == [f"{prefix}-bad"] * 2
+        assert all("InvalidRecordError: [Error 87]" in row.reason for row in refused)
+        assert not app.get(OutboxRelay)._most_bytes  # and the batches are no smaller than before
+    assert sorted(bad) == [*range(40)]
+
+
+async def test_publishing_what_a_topic_does_not_take_is_an_error_that_says_so(kafka: str, prefix: str) -> None:
+    """Without an outbox the publisher learns that another attempt is of no use."""
+    await make(kafka, f"{prefix}-bad", cleanup_policy="compact")
+    async with service(None, kafka, prefix, EventRouter(), outbox=False, partitions=2) as app:
+        with pytest.raises(PublishError, match="it is compacted and there is no key") as caught:
+            await app.get(EventPublisher).publish(Keyless(number=1))
+        assert (caught.value.retryable, caught.value.no_effect) == (False, True)
+        await app.get(EventPublisher).publish(Bad(key="a", number=1))
 
 
 async def an_operator_looks(app: App, servers: str, prefix: str, bad: list[int]) -> None:

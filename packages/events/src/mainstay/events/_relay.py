@@ -468,6 +468,7 @@ class OutboxRelay:
                     self._places.pop(place, None)
             elif isinstance(error, Refused):
                 await self._refuse(sent.leases, rows[0], str(error))
+                self._most_bytes.pop(place.topic, None)  # it was divided to find this one
                 self._at_once(place)
             elif isinstance(error, TooLarge):
                 size = sum(event_of(row).size + _RECORD_BYTES for row in rows)

@@ -20,12 +20,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, errors
 from aiokafka.client import ConnectionGroup
 from aiokafka.errors import (
+    BrokerResponseError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
+    PolicyViolationError,
     RecordListTooLargeError,
 )
 from aiokafka.partitioner import DefaultPartitioner
@@ -45,6 +47,24 @@ _REQUEST_BYTES = 1_048_576
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux alone has it
 
 _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+
+class InvalidRecordError(BrokerResponseError):  # type: ignore[misc]  # aiokafka ships no types
+    """A record is none that its topic takes: one without a key where the topic is compacted, say."""
+
+    errno = 87
+
+    def __init__(self, *said: object) -> None:  # what is said already where aiokafka copies it for each who waits
+        text = "the topic takes no such record: it is compacted and there is no key, or it checks schemas"
+        super().__init__(*said or (text,))
+
+
+# Aiokafka knows the codes of brokers up to 79; all above are an `UnknownError`, of which nothing can be concluded.
+errors.kafka_errors.setdefault(InvalidRecordError.errno, InvalidRecordError)
+
+_NOT_THIS_RECORD = (*_TOO_LARGE, InvalidRecordError, PolicyViolationError)
+"""What a broker answers because of a record that it will not take, however often. All else may pass: rights are given,
+replicas come back, a topic is configured otherwise. That is waited for, and named."""
 
 _OURS = {
     "acks": "all",
@@ -174,7 +194,8 @@ class KafkaProducer:
             count = "an event" if len(batch) == 1 else f"{len(batch)} events"
             msg = f"Kafka at {self._settings.kafka_servers} did not confirm {count} for topic {topic}: {said(error)}"
             kind = TooLargeError if isinstance(error, _TOO_LARGE) else PublishError
-            raise kind(msg, no_effect=not sent) from error
+            alone = len(batch) == 1 and isinstance(error, _NOT_THIS_RECORD)
+            raise kind(msg, no_effect=alone or not sent, retryable=not isinstance(error, _NOT_THIS_RECORD)) from error
         self._contact.made()
 
     async def _part(self, topic: str, refused: AIOKafkaProducer) -> None:
@@ -250,8 +271,8 @@ class Carrier:
                 raise TooLarge
         try:
             await (await self._producer.send_batch(builder, topic, partition=partition))
-        except _TOO_LARGE as error:
-            if len(events) > 1:
+        except _NOT_THIS_RECORD as error:
+            if len(events) > 1:  # one of them
                 raise TooLarge from error
             raise Refused(said(error)) from error
         self._contact.made()
