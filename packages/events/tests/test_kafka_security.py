@@ -2,17 +2,25 @@
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.protocol.admin import CreateAclsRequest
 from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, ConfigurationError
-from mainstay.core.testing import VirtualClock
-from mainstay.events import EventsModule, EventsSettings, KafkaToken
+from mainstay.core.testing import VirtualClock, eventually
+from mainstay.database import DatabaseModule, DatabaseSettings
+from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings, KafkaToken
+from mainstay.events._aiokafka import source as _source
+from mainstay.events._kafka import KafkaTransport
+from mainstay.events._kafka import watch as _watch
 from mainstay.events._kafka.tls import context_of
 from mainstay.events._kafka.tokens import NoTokenError, Tokens
+from mainstay_servers import SecureKafka
 from mainstay_servers.secure import Authority
 
 pytestmark = [
@@ -224,3 +232,270 @@ async def test_an_issuer_that_is_away_is_not_noticed_while_the_last_token_counts
     await clock.advance(1)
     with pytest.raises(NoTokenError, match="IndexError"):
         await tokens.current()
+
+
+class Paid(Event, type="secure.paid", key="key"):
+    key: str
+    number: int
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks for what is missing once a second."""
+    monkeypatch.setattr(_watch, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(_source, "LOOK_SECONDS", 1.0)
+
+
+Ways = dict[str, dict[str, Any]]
+
+
+def ways_of(kafka: SecureKafka) -> Ways:
+    """How this service may show itself to each listener."""
+    account = {"kafka_username": kafka.user, "kafka_password": kafka.password}
+    tls = {"kafka_ca_file": str(kafka.ca_file)}
+    certificate, key = map(str, kafka.locked_client_files)
+    shown = {"kafka_certificate_file": certificate, "kafka_key_file": key, "kafka_key_password": kafka.key_password}
+
+    async def fetch() -> KafkaToken:
+        return KafkaToken(SecretStr(kafka.token(60)), 60)
+
+    bearer = {"kafka_mechanism": "OAUTHBEARER", "kafka_token": fetch}
+    scram = {"kafka_mechanism": "SCRAM-SHA-256"}
+    return {
+        "TLS": {"kafka_servers": kafka.address_of("SSL"), "kafka_protocol": "SSL", **tls},
+        "mutual TLS": {"kafka_servers": kafka.address_of("MTLS"), "kafka_protocol": "SSL", **tls, **shown},
+        "TLS and SCRAM": {
+            "kafka_servers": kafka.address_of("SASL_SSL"), "kafka_protocol": "SASL_SSL", **tls, **account, **scram,
+            "kafka_mechanism": "SCRAM-SHA-512",
+        },
+        "SCRAM": {
+            "kafka_servers": kafka.address_of("SASL_PLAINTEXT"), "kafka_protocol": "SASL_PLAINTEXT", **account, **scram,
+        },
+        "PLAIN": {"kafka_servers": kafka.address_of("SASL_PLAINTEXT"), "kafka_protocol": "SASL_PLAINTEXT", **account},
+        "TLS and tokens": {
+            "kafka_servers": kafka.address_of("SASL_SSL"), "kafka_protocol": "SASL_SSL", **tls, **bearer,
+        },
+        "tokens": {
+            "kafka_servers": kafka.address_of("SASL_PLAINTEXT"), "kafka_protocol": "SASL_PLAINTEXT", **bearer,
+        },
+    }  # fmt: skip
+
+
+def service(way: dict[str, Any], topic: str, *routers: EventRouter, url: str | None = None, **more: Any) -> App:
+    """An App on Kafka, behind the outbox where there is a database."""
+    settings = EventsSettings(
+        transport="kafka", outbox=url is not None, topics={"secure.paid": topic}, partitions=2, **way, **more
+    )
+    modules: list[Any] = [EventsModule.for_root(settings), EventsModule.for_feature(*routers)]
+    if url is not None:
+        modules.insert(0, DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))))
+    return App(*modules)
+
+
+def counting(group: str) -> tuple[EventRouter, list[int]]:
+    events = EventRouter()
+    seen: list[int] = []
+
+    @events.on(Paid, group=group)
+    async def handle(event: Paid) -> None:
+        seen.append(event.number)
+
+    return events, seen
+
+
+@pytest.mark.parametrize("way", ["TLS", "mutual TLS", "TLS and SCRAM", "SCRAM", "PLAIN", "TLS and tokens", "tokens"])
+async def test_events_travel_however_the_listener_asks(secure_kafka: SecureKafka, prefix: str, way: str) -> None:
+    """Published, handled, and handled by a second process that takes over half of it."""
+    events, seen = counting(prefix)
+    others, seen_there = counting(prefix)
+    shown = ways_of(secure_kafka)[way]
+    async with service(shown, prefix, events).running(serve=True) as app:
+        await app.get(EventPublisher).publish_batch([Paid(key=str(number), number=number) for number in range(20)])
+        await eventually(lambda: len(seen) == 20, seconds=60)
+        async with service(shown, prefix, others).running(serve=True):
+            number = 100
+            async with asyncio.timeout(60):
+                while not seen_there:
+                    number += 1
+                    await events.publish(Paid(key=str(number), number=number))
+                    await asyncio.sleep(0.05)
+            await eventually(lambda: len(set(seen + seen_there)) == number - 80, seconds=60)
+        assert {report.status for report in (await app.health()).values()} == {"ok"}
+
+
+async def test_a_connection_outlives_its_token(secure_kafka: SecureKafka, prefix: str) -> None:
+    """The broker ends a connection with the token that opened it; the next one shows the next token."""
+    asked = 0
+
+    async def fetch() -> KafkaToken:
+        nonlocal asked
+        asked += 1
+        return KafkaToken(SecretStr(secure_kafka.token(2)), 2)
+
+    events, seen = counting(prefix)
+    way = {**ways_of(secure_kafka)["tokens"], "kafka_token": fetch}
+    published = 0
+    async with service(way, prefix, events).running(serve=True) as app:
+        async with asyncio.timeout(90):
+            while asked < 4:
+                await events.publish(Paid(key="a", number=published))
+                published += 1
+                await asyncio.sleep(0.2)
+        await eventually(lambda: set(seen) == {*range(published)}, seconds=60)
+        await eventually(lambda: _well(app), seconds=60)
+
+
+async def _well(app: App) -> bool:
+    return {report.status for report in (await app.health()).values()} == {"ok"}
+
+
+async def no_token() -> KafkaToken:
+    msg = "the secret of the client is hunter2"
+    raise RuntimeError(msg)
+
+
+def wrong_ways(kafka: SecureKafka) -> dict[str, tuple[dict[str, Any], str]]:
+    """Each with what is said about it."""
+    ways = ways_of(kafka)
+    other = [*map(str, kafka.other_client_files)]
+    expired = [*map(str, kafka.expired_client_files)]
+    anonymous = {name: value for name, value in ways["mutual TLS"].items() if name not in SHOWN}
+
+    async def stale() -> KafkaToken:
+        return KafkaToken(SecretStr(kafka.token(-60)), 60)
+
+    return {
+        "another password": (
+            {**ways["TLS and SCRAM"], "kafka_password": "hunter2"},
+            f"refuses the account {kafka.user} .*KAFKA_PASSWORD",
+        ),
+        "another user": ({**ways["PLAIN"], "kafka_username": "bob"}, "refuses the account bob .*KAFKA_USERNAME"),
+        "another authority": (
+            {**ways["TLS"], "kafka_ca_file": str(kafka.other_ca_file)},
+            "signed by none of the authorities .*KAFKA_CA_FILE",
+        ),
+        "an expired broker": (
+            {**ways["TLS"], "kafka_servers": kafka.address_of("EXPIRED")},
+            "certificate of 127.0.0.1:.* is out of date",
+        ),
+        "another name": (
+            {**ways["TLS"], "kafka_servers": kafka.address_of("SSL").replace("127.0.0.1", "localhost")},
+            "certificate of localhost:.* is for another name",
+        ),
+        "no certificate": (anonymous, "wants a certificate of this service: set .*KAFKA_CERTIFICATE_FILE"),
+        "a certificate of another authority": (
+            {**anonymous, "kafka_certificate_file": other[0], "kafka_key_file": other[1]},
+            "does not take the certificate in .*KAFKA_CERTIFICATE_FILE",
+        ),
+        "an expired certificate": (
+            {**anonymous, "kafka_certificate_file": expired[0], "kafka_key_file": expired[1]},
+            "does not take the certificate in .*KAFKA_CERTIFICATE_FILE",
+        ),
+        "a listener with TLS": (
+            {"kafka_servers": kafka.address_of("SSL")},
+            "closes the connection instead of answering.*KAFKA_PROTOCOL than PLAINTEXT",
+        ),
+        "a listener without TLS": (
+            {**ways["TLS"], "kafka_servers": kafka.address},
+            "KAFKA_PROTOCOL",
+        ),
+        "a listener without accounts": (
+            {**ways["TLS and SCRAM"], "kafka_servers": kafka.address_of("SSL")},
+            "asks for no account: set .*KAFKA_PROTOCOL to SSL",
+        ),
+        "an old token": ({**ways["tokens"], "kafka_token": stale}, "does not take the token of .*stale"),
+        "no token": ({**ways["tokens"], "kafka_token": no_token}, ":no_token gave no token: RuntimeError"),
+        "nobody": ({"kafka_servers": "127.0.0.1:1"}, "nothing listens at 127.0.0.1:1"),
+    }
+
+
+SHOWN = {"kafka_certificate_file", "kafka_key_file", "kafka_key_password"}
+WRONG = [
+    "another password", "another user", "another authority", "an expired broker", "another name", "no certificate",
+    "a certificate of another authority", "an expired certificate", "a listener with TLS", "a listener without TLS",
+    "a listener without accounts", "an old token", "no token", "nobody",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+async def test_what_is_wrong_with_a_connection_is_named(
+    secure_kafka: SecureKafka, prefix: str, sqlite_url: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a start that needs the broker; in log, health and check where the outbox does not; never with a secret."""
+    way, message = wrong_ways(secure_kafka)[what]
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        async with service(way, prefix):
+            pass
+    events, _ = counting(prefix)
+    async with service(way, prefix, events, url=sqlite_url).running(serve=True) as app:
+        await events.publish(Paid(key="a", number=1))
+
+        async def named() -> bool:
+            report = (await app.get(KafkaTransport).health()).detail
+            return re.search(message, report) is not None and report.startswith("Kafka at ")
+
+        await eventually(named, seconds=60)
+        (module,) = [module for module in app.modules if isinstance(module, EventsModule)]
+        found = await module.inspect(app)
+        assert re.search(message, "\n".join(found))
+        health = str(await app.health())
+    lines = [record.getMessage() for record in caplog.records if record.name == "mainstay.events"]
+    assert re.search(message, "\n".join(lines))
+    said = "\n".join([str(caught.value), *found, health, caplog.text])
+    assert "hunter2" not in said
+    assert secure_kafka.password not in said
+
+
+@pytest.mark.usefixtures("quick")
+async def test_rights_that_are_missing_are_named_and_delay_no_other_topic(
+    secure_kafka: SecureKafka, prefix: str, sqlite_url: str
+) -> None:
+    """A stranger may neither make, nor write, nor read, nor take part, until each right is granted."""
+    events, seen = counting(prefix)
+    way = {**ways_of(secure_kafka)["PLAIN"], "kafka_username": secure_kafka.stranger}
+    async with service(way, prefix, events, url=sqlite_url).running(serve=True) as app:
+        await events.publish(Paid(key="a", number=1))
+
+        async def says(text: str) -> bool:
+            return text in str(await app.health())
+
+        await eventually(lambda: says(f"may not create the topic {prefix}"), seconds=60)
+        await make(secure_kafka, prefix)
+        await allow(secure_kafka, TOPIC, prefix, DESCRIBE)
+        await eventually(lambda: says("may not write to any topic: grant WRITE"), seconds=60)
+        await eventually(lambda: says(f"may not take part in the group {prefix}: grant READ"), seconds=60)
+        await make(secure_kafka, f"{prefix}-other")
+        await allow(secure_kafka, TOPIC, f"{prefix}-other", WRITE)
+        await eventually(lambda: says(f"may not write to the topic {prefix}: grant WRITE"), seconds=60)
+        await allow(secure_kafka, TOPIC, prefix, WRITE)
+        await allow(secure_kafka, GROUP, prefix, READ)
+        await eventually(lambda: says(f"may not read the topic {prefix}: grant READ"), seconds=60)
+        await allow(secure_kafka, TOPIC, prefix, READ)
+        await eventually(lambda: seen == [1], seconds=60)
+        await eventually(lambda: _well(app), seconds=60)
+
+
+READ, WRITE, DESCRIBE = 3, 4, 8
+TOPIC, GROUP = 2, 3
+
+
+async def make(kafka: SecureKafka, topic: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.address)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(topic, 2, 1)])
+    finally:
+        await admin.close()
+
+
+async def allow(kafka: SecureKafka, kind: int, name: str, operation: int) -> None:
+    """Grant a right to the stranger."""
+    literal, allowed = 3, 3
+    request = CreateAclsRequest(kind, name, literal, f"User:{kafka.stranger}", "*", operation, allowed)
+    admin: Any = AIOKafkaAdminClient(bootstrap_servers=kafka.address)
+    await admin.start()
+    try:
+        answer = await admin._send_to_controller(request)
+        assert [code for code, _ in answer.creation_responses] == [0]
+    finally:
+        await admin.close()

@@ -17,6 +17,7 @@ from mainstay.events._lag import Lag
 from mainstay.events._metrics import DEAD_LETTERS, LAG, LAG_SECONDS, OLDEST, REVOKED
 from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
+from mainstay.events._sparing import said
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
 from mainstay.events.metadata import Record
@@ -120,7 +121,7 @@ class Consumer:
                     delay = _RECONNECT_SECONDS[0]
                 except Exception as error:  # noqa: BLE001  a transport that is away comes back
                     self._dispatcher.check()
-                    self._trouble = f"{type(error).__name__}"
+                    self._trouble = said(error)
                     _log.warning("group %s lost its transport, again in %.1f s", self.group, delay, exc_info=error)
                     await drain.pause(delay)
                     delay = min(delay * 2, longest)

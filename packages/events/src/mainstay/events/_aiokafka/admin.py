@@ -17,6 +17,7 @@ from aiokafka.errors import (
 )
 
 from mainstay.events._aiokafka.client import connection, ended
+from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._kafka.seam import Contact, NotAllowed
 from mainstay.events._sparing import said
 
@@ -25,6 +26,7 @@ from mainstay.events._sparing import said
 async def asking(contact: Contact) -> AsyncGenerator[AiokafkaAdmin]:
     """An admin client of the block's own."""
     admin = AIOKafkaAdminClient(**connection(contact))
+    NamingClient.instead_of(admin._client, contact)
     try:
         await admin.start()
         yield AiokafkaAdmin(admin)
@@ -60,5 +62,9 @@ class AiokafkaAdmin:
             if code and error is not TopicAlreadyExistsError:
                 failure = error(f"topic {name} could not be created{': ' + rest[0] if rest and rest[0] else ''}")
                 if isinstance(failure, (TopicAuthorizationFailedError, ClusterAuthorizationFailedError)):
-                    raise NotAllowed(said(failure)) from failure
+                    msg = (
+                        f"this service may not create the topic {topic}, nor see it where it exists: grant CREATE, or "
+                        f"create the topic and grant DESCRIBE ({said(failure)})"
+                    )
+                    raise NotAllowed(msg) from failure
                 raise failure

@@ -24,17 +24,20 @@ from aiokafka import AIOKafkaProducer, errors
 from aiokafka.client import ConnectionGroup
 from aiokafka.errors import (
     BrokerResponseError,
+    ClusterAuthorizationFailedError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     PolicyViolationError,
     RecordListTooLargeError,
+    TopicAuthorizationFailedError,
 )
 from aiokafka.partitioner import DefaultPartitioner
 
 from mainstay.core import ConfigurationError, spawn
 from mainstay.events._aiokafka.client import connection, ended
-from mainstay.events._kafka.seam import RECORD_BYTES, Contact, Payload, TooLargeError
+from mainstay.events._aiokafka.connecting import NamingClient, UnreachableError
+from mainstay.events._kafka.seam import RECORD_BYTES, Contact, NotAllowed, Payload, TooLargeError
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Refused, TooLarge
 from mainstay.events._sparing import said
@@ -108,6 +111,9 @@ class KafkaProducer:
         """
         try:
             await self._producer_of(None)
+        except (UnreachableError, NotAllowed) as error:
+            msg = f"EventsModule cannot connect to Kafka: {error}. With the outbox on, a start does not need the broker"
+            raise ConfigurationError(msg) from error
         except (KafkaError, OSError, TimeoutError) as error:
             msg = (
                 f"EventsModule cannot reach Kafka at {self._settings.kafka_servers} ({type(error).__name__}): correct "
@@ -135,6 +141,7 @@ class KafkaProducer:
 
         Raises:
             KafkaError, OSError, TimeoutError: the cluster does not answer.
+            NotAllowed: this service may not write.
         """
         # In a context of its own: its tasks outlive the relay that needs it.
         options = connection(self._contact, "producer", **_OURS, linger_ms=0, max_batch_size=_REQUEST_BYTES)
@@ -143,12 +150,18 @@ class KafkaProducer:
 
     async def _new(self, options: dict[str, Any]) -> AIOKafkaProducer:
         producer = AIOKafkaProducer(**options)
+        NamingClient.instead_of(producer.client, self._contact)
         try:
             async with asyncio.timeout(self._settings.send_seconds):
                 await producer.start()
         except BaseException as error:
-            self._contact.lost(error)
             await ended("a Kafka producer", producer.stop(), producer.client)
+            if isinstance(error, ClusterAuthorizationFailedError):
+                msg = "this service may not write to any topic: grant WRITE on those that it publishes to"
+                refused = NotAllowed(msg)
+                self._contact.lost(refused)
+                raise refused from error
+            self._contact.lost(error)
             raise
         self._contact.made()
         return producer
@@ -185,7 +198,7 @@ class KafkaProducer:
                     sent = True
                     confirmations.append(await producer.send(topic, value, key=key, headers=headers))
                 await asyncio.gather(*confirmations)
-        except (KafkaError, OSError, TimeoutError) as error:
+        except self._topics.away as error:
             # What timed out is tried on by the client, in order; what was refused has left a hole in the numbers.
             if producer is not None and isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError):
                 await self._part(topic, producer)
@@ -207,7 +220,7 @@ class KafkaProducer:
             if topic in self._own:
                 del self._own[topic]
                 self._end(ended("a Kafka producer", refused.stop(), refused.client))
-            with suppress(KafkaError, OSError, TimeoutError):  # then it begins with the shared one once more
+            with suppress(*self._topics.away):  # then it begins with the shared one once more
                 self._own[topic] = await self._for_publishing()
 
 
@@ -263,6 +276,7 @@ class Carrier:
         Raises:
             TooLarge: with fewer events it may be taken.
             Refused: the broker will not take this event ever.
+            NotAllowed: this service may not write there.
             KafkaError: any other fault; it is not known whether the batch arrived.
         """
         builder = self._producer.create_batch()
@@ -271,6 +285,9 @@ class Carrier:
                 raise TooLarge
         try:
             await (await self._producer.send_batch(builder, topic, partition=partition))
+        except TopicAuthorizationFailedError as error:
+            msg = f"this service may not write to the topic {topic}: grant WRITE"
+            raise NotAllowed(msg) from error
         except _NOT_THIS_RECORD as error:
             if len(events) > 1:  # one of them
                 raise TooLarge from error

@@ -18,19 +18,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.structs import ConsumerRecord
 
 from mainstay.core import spawn
 from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
+from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._delivery import Assignment
-from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
+from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watch
 from mainstay.events._metrics import MISSED
@@ -66,6 +73,7 @@ async def reading(
         heartbeat_interval_ms=session_ms // 4,
         max_poll_interval_ms=2_000_000_000,
     )
+    NamingClient.instead_of(consumer._client, contact)
     source = KafkaSource(consumer, reader, group)
     try:
         # Subscribed to after the start: a start with topics waits for each of them, and for the group to be dealt out,
@@ -117,6 +125,7 @@ class KafkaSource:
         self._by_assignment: dict[Assignment, TopicPartition] = {}
         self._delivered: dict[TopicPartition, int] = {}
         self._generation = -1
+        self._refused_until: dict[str, float] = {}
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """New partitions, in a generation of their own: what is left of older ones no longer counts."""
@@ -140,10 +149,12 @@ class KafkaSource:
         places = [
             place
             for place in (self._by_assignment.get(assignment) for assignment in ready)
-            if place is not None and place in self._held
+            if place is not None and place in self._held and self._may_read(place)
         ]
         if not places:
             if not self._held:  # nothing is subscribed to yet, or is being dealt out
+                self._allowed_in_group()
+            if ready or not self._held:  # or what has room may not be read
                 await asyncio.sleep(_FETCH_MS / 1000)
             return {}  # all are full, and asking for no partition asks for every one
         try:
@@ -155,6 +166,11 @@ class KafkaSource:
                 )
         except TimeoutError:
             return {}
+        except TopicAuthorizationFailedError as error:
+            self._refused(error.args[0])
+            return {}
+        except GroupAuthorizationFailedError as error:
+            raise self._not_allowed() from error
         except NoOffsetForPartitionError as error:
             await self._begin(error.args[0])
             return {}
@@ -164,11 +180,34 @@ class KafkaSource:
             return {}
         except UnicodeDecodeError:  # the name of a header, anywhere in what was fetched
             fetched = await self._one_by_one(places)
+        for topic in self._refused_until.keys() & {place.topic for place in places}:
+            del self._refused_until[topic], self.absent[topic]
         # A rebalance may have happened meanwhile: what belongs to nobody any more is dropped and not committed.
         mine = {place: records for place, records in fetched.items() if place in self._held}
         for place, records in mine.items():
             self._delivered[place] = records[-1].offset + 1
         return {self._held[place]: records for place, records in mine.items()}
+
+    def _may_read(self, place: TopicPartition) -> bool:
+        return self._refused_until.get(place.topic, -math.inf) <= time.monotonic()
+
+    def _refused(self, topic: str) -> None:
+        """Leave a topic alone for a while: the others are read on."""
+        if topic not in self._refused_until:
+            self.absent[topic] = f"this service may not read the topic {topic}: grant READ"
+            _log.error("group %s: %s", self._group, self.absent[topic])
+        self._refused_until[topic] = time.monotonic() + LOOK_SECONDS
+
+    def _allowed_in_group(self) -> None:
+        """Ask what aiokafka tells only to those who fetch: that this service may not take part."""
+        coordinator: Any = self._consumer._coordinator
+        try:
+            coordinator.check_errors()
+        except GroupAuthorizationFailedError as error:
+            raise self._not_allowed() from error
+
+    def _not_allowed(self) -> NotAllowed:
+        return NotAllowed(f"this service may not take part in the group {self._group}: grant READ on that group")
 
     async def _begin(self, place: TopicPartition) -> None:
         """A group that has no place in a partition begins with the oldest record that is there."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from mainstay.events._aiokafka.client import connection, ended
+from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._kafka.seam import Contact
 from mainstay.events.metadata import Record
 
@@ -19,6 +20,7 @@ async def stored(contact: Contact, topic: str, partition: int, offset: int | Non
     consumer = AIOKafkaConsumer(
         **connection(contact, "consumer"), enable_auto_commit=False, auto_offset_reset="earliest"
     )
+    NamingClient.instead_of(consumer._client, contact)
     try:
         await consumer.start()
         consumer.assign([place])

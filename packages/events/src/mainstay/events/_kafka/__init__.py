@@ -78,7 +78,7 @@ class KafkaTransport:
         trouble = self._contact.trouble
         if trouble is None:
             return Health("ok", f"Kafka at {self._settings.kafka_servers}")
-        return Health("degraded", f"Kafka at {self._settings.kafka_servers} is away: {trouble}")
+        return Health("degraded", f"Kafka at {self._settings.kafka_servers} cannot be used: {trouble}")
 
     def letters(self) -> KafkaDeadLetters:
         """Dead letters of a service without a Database."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from mainstay.core import Clock
 from mainstay.events._kafka.tokens import Tokens
 from mainstay.events._relay import Carrier
-from mainstay.events._sparing import said
+from mainstay.events._sparing import Sparing, said
 from mainstay.events._transport import Reader, Source
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import Headers, Record
@@ -17,6 +18,8 @@ from mainstay.events.settings import EventsSettings
 
 if TYPE_CHECKING:
     from mainstay.events._kafka.topics import Topics
+
+_log = logging.getLogger("mainstay.events")
 
 REQUEST_SECONDS = 20.0
 RECORD_BYTES = 64 * 1024 * 1024
@@ -52,10 +55,13 @@ class Contact:
         self.settings = settings
         self.tokens = None if settings.kafka_token is None else Tokens(settings.kafka_token, clock)
         self.trouble: str | None = None
+        self._sparing = Sparing(clock)
 
     def lost(self, error: BaseException) -> None:
         """It was not to be had."""
         self.trouble = said(error)
+        if self._sparing.due(self.trouble) is not None:
+            _log.warning("Kafka at %s: %s", self.settings.kafka_servers, self.trouble)
 
     def made(self) -> None:
         """It was."""

@@ -72,10 +72,10 @@ class Tokens:
         try:
             async with asyncio.timeout(_GIVE_UP_SECONDS):
                 token = cast("object", await self._source())
-        except Exception as error:
-            # By its type alone: what it says may hold what the issuer was asked with.
+        except Exception as error:  # noqa: BLE001  whatever a function of the service raises
+            # By its type alone, and not as the cause: what it says may hold what the issuer was asked with.
             msg = f"{self.name} gave no token: {type(error).__name__}"
-            raise NoTokenError(msg) from error
+            raise NoTokenError(msg) from None
         if not isinstance(token, KafkaToken):
             msg = f"{self.name} gave no KafkaToken, but a {type(token).__name__}"
             raise NoTokenError(msg)

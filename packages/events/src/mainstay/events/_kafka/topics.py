@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mainstay.core import spawn
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Admin, Client, NotAllowed
+from mainstay.events._sparing import said
 from mainstay.events.settings import EventsSettings
 
 _AT_ONCE = 4  # admin clients: those who look at many topics do not each open one
@@ -102,7 +103,7 @@ class Topics:
             async with self._client.admin() as admin:
                 widths = await admin.widths(topics)
         except self._client.away as error:
-            return [f"Kafka at {settings.kafka_servers} does not answer ({type(error).__name__}: {error})"]
+            return [f"Kafka at {settings.kafka_servers} cannot be asked: {said(error)}"]
         found: list[str] = []
         for name in topics:
             width = widths.get(name, 0)
