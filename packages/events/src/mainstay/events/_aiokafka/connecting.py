@@ -45,11 +45,10 @@ class UnreachableError(KafkaConnectionError):  # type: ignore[misc]  # aiokafka 
 class _Bearer(OAuthAuthenticator):  # type: ignore[misc]  # aiokafka ships no types
     """A broker that refuses a token says so in its challenge and waits for an answer, which aiokafka never sends."""
 
-    async def step(self, payload: bytes | None) -> tuple[bytes, bool] | None:
+    async def step(self, payload: bytes | None) -> Any:
         if payload:
             return b"\x01", True
-        answer: tuple[bytes, bool] | None = await super().step(payload)
-        return answer
+        return await super().step(payload)
 
 
 class _Connection(AIOKafkaConnection):  # type: ignore[misc]  # aiokafka ships no types
@@ -61,6 +60,7 @@ class NamingClient(AIOKafkaClient):  # type: ignore[misc]  # aiokafka ships no t
     """Connects as aiokafka's client does, and says why it cannot."""
 
     _contact: Contact
+    _sync_task: asyncio.Task[None] | None
 
     @classmethod
     def instead_of(cls, client: Any, contact: Contact) -> None:
