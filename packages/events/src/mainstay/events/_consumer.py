@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._crashes import Crashes
-from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._delivery import Assignment, Delivery, Routes
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._intake import Intake
@@ -54,7 +54,7 @@ class Consumer:
         self,
         group: str,
         topics: Sequence[str],
-        routes: dict[str, Route],
+        routes: Routes,
         *,
         transport: Transport,
         dead_letters: DeadLetterStore,
@@ -89,11 +89,12 @@ class Consumer:
         self._serving = False
 
     def _new_dispatcher(self) -> Dispatcher:
-        failures = Failures(
+        self._failures = failures = Failures(
             self.group,
             bury=self._bury,
             commit=lambda assignment: self._commit((assignment,)),
             parking=self._parking,
+            unknown=self._routes.unknown,
             clock=self._clock,
         )
         return Dispatcher(
@@ -307,6 +308,9 @@ class Consumer:
             return Health("degraded", f"group {self.group}: its parked keys are not known ({self._intake.trouble})")
         if self._parked is not None and (trouble := await self._parked.trouble()) is not None:
             return Health("degraded", f"group {self.group}: {trouble}")
+        stopped = [why for delivery, why in self._failures.stopped.items() if delivery.assignment in self._assignments]
+        if stopped:
+            return Health("degraded", f"group {self.group} has stopped: {'; '.join(stopped[:3])}")
         oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")

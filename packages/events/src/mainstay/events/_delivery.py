@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata, Record, context_of, kind_named, version_of
 
 EventClass = type[Event]
+OnUnknown = Literal["skip", "dead-letter", "stop"]
 
 
 class Assignment:
@@ -256,3 +257,25 @@ def unreadable(type: str, invalid: Exception) -> DecodeError:
         for problem in invalid.errors(include_input=False, include_url=False, include_context=False)[:5]
     )
     return DecodeError(f"{type} cannot be read: {'; '.join(problems)}")
+
+
+class Unknown(NamedTuple):
+    """What becomes of events that no process of a group can handle, as its routers say.
+
+    Attributes:
+        types: of those of types without a handler.
+        versions: of those of a handled type, in a major version without a handler.
+    """
+
+    types: OnUnknown = "skip"
+    versions: OnUnknown = "dead-letter"
+
+
+class Routes(dict[str, Route]):
+    """What a group does with each type.
+
+    Attributes:
+        unknown: what becomes of all others.
+    """
+
+    unknown = Unknown()

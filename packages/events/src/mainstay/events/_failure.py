@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
 from mainstay.database import CommitUnknown
-from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Verdict
+from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Unknown, Verdict
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
 from mainstay.events._sparing import Sparing
@@ -20,6 +20,8 @@ _log = logging.getLogger("mainstay.events")
 
 _STORE_SECONDS = (1.0, 30.0)
 """The first and the longest wait before what could not be stored is tried again."""
+
+_STOPPED_SECONDS = 5.0
 
 _FEW = 20
 """Of so many events in a full window one may hold back the others, and its key is parked then."""
@@ -49,10 +51,12 @@ class Failures:
         bury: stores a dead letter; returns when it is durable.
         parking: the group's parked keys, None without a Database.
         commit: makes durable how far a partition is finished; needed with `parking`.
+        unknown: what becomes of events that no process of the group can handle.
         clock: measures ages.
 
     Attributes:
         skipped: counts events that the group has nothing to do with.
+        stopped: events at which their partitions wait, and why.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Failures:
         bury: Callable[[Delivery, Exception], Awaitable[None]],
         parking: Parking | None = None,
         commit: Callable[[Assignment], Awaitable[None]] | None = None,
+        unknown: Unknown | None = None,
         clock: Clock,
     ) -> None:
         self._group = group
@@ -70,7 +75,9 @@ class Failures:
         self._parking = parking
         self._clock = clock
         self._sparing = Sparing(clock)
+        self._unknown = Unknown() if unknown is None else unknown
         self.skipped = SKIPPED.labels(group)
+        self.stopped: dict[Delivery, str] = {}
 
     async def failed(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
@@ -78,19 +85,26 @@ class Failures:
         """Deal with a failure; None when the event needs nothing more here: it is parked, or a dead letter."""
         if error is KEY_IS_PARKED:
             return await self._append(delivery)
-        if delivery.refused is None and handling is None and self._parking is not None:
+        self.stopped.pop(delivery, None)
+        if delivery.refused is None and handling is None:
             kind = kind_of_record(delivery.record)
             try:
-                elsewhere = await self._parking.handled.is_somebodys(kind)
+                elsewhere = self._parking is not None and await self._parking.handled.is_somebodys(kind)
             except Exception:  # noqa: BLE001  whatever it is, the event must not be passed over
                 return self._not_stored(delivery, f"it is not known who handles {kind}")
             if elsewhere:
                 if not delivery.assignment.queue and delivery.record.key in delivery.assignment.parked:
                     return await self._append(delivery)
                 delivery.judge(self._handed_over(kind))
-        if delivery.verdict is None and error is NOT_HANDLED_HERE:
-            self.skipped.inc()
-            return None
+            elif error is NOT_HANDLED_HERE or (kind and route is not None):
+                fate = self._unknown.types if route is None else self._unknown.versions
+                if fate == "skip":
+                    self.skipped.inc()
+                    return None
+                if route is None:
+                    error = DecodeError(f"group {self._group} has no handler for {kind or 'a malformed version'}")
+                if fate == "stop":
+                    return self._stop(delivery, kind)
         if delivery.verdict is None:
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
@@ -116,7 +130,8 @@ class Failures:
             return DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
         if not headers.get(TYPE):
             return DecodeError(f"the record has no header {TYPE}: it is not an event")
-        if self._parking is not None and not self._parking.handled.is_nobodys(kind_of(headers)):
+        elsewhere = self._parking is not None and not self._parking.handled.is_nobodys(kind_of(headers))
+        if elsewhere or self._unknown.types != "skip":
             return NOT_HANDLED_HERE
         self.skipped.inc()
         return None
@@ -134,6 +149,13 @@ class Failures:
             )
         error = NotHandledHereError(f"the process that read the event has no handler for {kind}; another has")
         return Verdict(error, parks=True, due_seconds=0.0)
+
+    def _stop(self, delivery: Delivery, kind: str) -> Again:
+        """Leave the event where it is, and look again after a while: another process may have come that handles it."""
+        if self._sparing.due(f"stops {kind}") is not None:
+            _log.error("group %s stops at %s: it has no handler for %s", self._group, delivery.record_name, kind)
+        self.stopped[delivery] = f"no handler for {kind} at {delivery.record_name}"
+        return Again(_STOPPED_SECONDS)
 
     def _verdict(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, again: Again | None

@@ -13,7 +13,7 @@ from mainstay.events import _handled, _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._crashes import Crashes
-from mainstay.events._delivery import Route
+from mainstay.events._delivery import Route, Routes
 from mainstay.events._handled import Handled
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._letters import SqlDeadLetters
@@ -30,7 +30,7 @@ from mainstay.events.event import EventDefinition, definition_of
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
-from mainstay.events.router import EventRouter, Subscription, one_handler_each
+from mainstay.events.router import EventRouter, Subscription, one_handler_each, one_rule_each
 from mainstay.events.settings import EventsSettings
 
 __all__ = ["EventConsumers", "EventsModule"]
@@ -100,6 +100,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for event in {event for subscription in subscriptions for event in subscription.events}:
                 codec_of(event)  # also of a class that could not be looked at yet when it was declared
             Upcasting(self._upcasts())
+            one_rule_each(subscriptions)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
         _distinct_topics([definition_of(event) for each in subscriptions for event in each.events], self.settings)
@@ -307,11 +308,12 @@ def _pool_size(app: App) -> int:
 
 def _groups(
     app: App, subscriptions: Sequence[Subscription], upcasting: Upcasting, settings: EventsSettings, inbox: Inbox | None
-) -> Mapping[str, tuple[list[str], dict[str, Route]]]:
+) -> Mapping[str, tuple[list[str], Routes]]:
     """For each group, its topics and its routes by type."""
-    groups: dict[str, tuple[list[str], dict[str, Route]]] = {}
+    groups: dict[str, tuple[list[str], Routes]] = {}
     for subscription in subscriptions:
-        topics, routes = groups.setdefault(subscription.group, ([], {}))
+        topics, routes = groups.setdefault(subscription.group, ([], Routes()))
+        routes.unknown = subscription.unknown
         for event in subscription.events:
             definition = definition_of(event)
             type_, topic = definition.type, settings.topic_of(definition)
@@ -331,7 +333,7 @@ def _groups(
 
 
 def _parking(
-    database: Database | None, groups: Mapping[str, tuple[list[str], dict[str, Route]]], settings: EventsSettings
+    database: Database | None, groups: Mapping[str, tuple[list[str], Routes]], settings: EventsSettings
 ) -> Mapping[str, Parking]:
     """For each group, its parked keys, with what this process handles; none without a Database."""
     if database is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from mainstay.core import Binding, Retry
+from mainstay.events._delivery import OnUnknown, Unknown
 from mainstay.events._upcasting import Payload, Upcast
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata
@@ -77,6 +78,7 @@ class Subscription:
     inbox: InboxMode
     timeout_seconds: float | None
     name: str
+    unknown: Unknown
 
 
 class EventRouter:
@@ -84,9 +86,24 @@ class EventRouter:
 
     `events = EventRouter()` at module level; `EventsModule.for_feature(events)` adds it to an App. Importing it starts
     nothing.
+
+    Args:
+        unknown_types: what becomes of events of types that no process of a group has a handler for. `skip` counts them,
+            since topics carry several types; `dead-letter` sets them aside; `stop` has the partition wait, and health
+            says so, until a process comes that has a handler.
+        unknown_versions: what becomes of events of a handled type in a major version that no process of a group has a
+            handler for: `dead-letter` (or its key is parked, where the handlers do that), `skip` or `stop`.
+
+    Raises:
+        ValueError: one of them is no such rule.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, unknown_types: OnUnknown = "skip", unknown_versions: OnUnknown = "dead-letter") -> None:
+        for name, rule in (("unknown_types", unknown_types), ("unknown_versions", unknown_versions)):
+            if rule not in typing.get_args(OnUnknown):
+                msg = f"EventRouter({name}={rule!r}): it is 'skip', 'dead-letter' or 'stop'"
+                raise ValueError(msg)
+        self.unknown = Unknown(unknown_types, unknown_versions)
         self.subscriptions: list[Subscription] = []
         self.upcasts: list[Upcast] = []
         self.binding: Binding[EventPublisher] = Binding("EventRouter", remedy="EventsModule.for_feature(router)")
@@ -275,6 +292,7 @@ class On(Generic[E]):
                 inbox=self._inbox,
                 timeout_seconds=self._timeout_seconds,
                 name=name,
+                unknown=self._router.unknown,
             )
         )
         return handler
@@ -298,6 +316,23 @@ def one_handler_each(subscriptions: Sequence[Subscription]) -> None:
                 )
                 raise ValueError(msg)
             handlers[key] = subscription.name
+
+
+def one_rule_each(subscriptions: Sequence[Subscription]) -> None:
+    """Check that the routers of a group agree about what it cannot handle.
+
+    Raises:
+        ValueError: naming the group and two handlers.
+    """
+    rules: dict[str, Subscription] = {}
+    for subscription in subscriptions:
+        other = rules.setdefault(subscription.group, subscription)
+        if other.unknown != subscription.unknown:
+            msg = (
+                f"group {subscription.group!r} is told two things about what it cannot handle, by the routers of "
+                f"{other.name} and {subscription.name}: give both the same unknown_types and unknown_versions"
+            )
+            raise ValueError(msg)
 
 
 def _bound_method(kind: type[Any], name: str) -> Callable[..., Awaitable[None]]:
