@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -18,6 +20,8 @@ import sqlalchemy as sa
 from aiokafka.structs import ConsumerRecord
 from pydantic import SecretStr
 
+from benchmarks.events.consumer import HANDLED, Beat
+from benchmarks.events.consumer import service as beats
 from benchmarks.events.load import Fields, Line, orders, per_second
 from benchmarks.rows import Peers, Row, compare, row
 from mainstay.core import SYSTEM_CLOCK, App, Context, Retry
@@ -394,6 +398,60 @@ async def hint_rows(server: Postgres, *, quick: bool) -> AsyncIterator[Row]:
     )
 
 
+async def recovery_rows(server: Postgres, *, quick: bool) -> AsyncIterator[Row]:
+    """One of three consumers is killed under load, again and again: until all that was its is handled by others."""
+    kills = 2 if quick else 20
+    keys = [f"k{number}" for number in range(48)]
+    by_pid = sa.select(HANDLED.c.key, HANDLED.c.pid).where(HANDLED.c.id > sa.bindparam("after", type_=sa.Integer))
+    newest = sa.select(sa.func.coalesce(sa.func.max(HANDLED.c.id), 0))
+    with fresh_database(server.url) as url, ExitStack() as stack:
+        await upgrade(url, [SCHEMA, EVENTS])
+        children: list[subprocess.Popen[bytes]] = []
+
+        def begin() -> None:
+            child = subprocess.Popen([sys.executable, "-m", "benchmarks.events.consumer", url])
+            stack.callback(child.kill)
+            children.append(child)
+
+        async with beats(url) as app, app.get(Database).transaction() as session:
+            await (await session.connection()).run_sync(HANDLED.metadata.create_all)
+        async with beats(url) as app:
+            database, publisher = app.get(Database), app.get(EventPublisher)
+
+            async def owners() -> dict[str, int]:
+                """Who handles each key now."""
+                after = (await database.read(newest))[0][0]
+                found: dict[str, int] = {}
+                while len(found) < len(keys):
+                    await publisher.publish_batch([Beat(name=key) for key in keys])
+                    await asyncio.sleep(0.05)
+                    found |= {row.key: row.pid for row in await database.read(by_pid, {"after": after})}
+                return found
+
+            for _ in range(3):
+                begin()
+            seconds: list[float] = []
+            for _ in range(kills):
+                while len(set((held := await owners()).values())) < len(children):
+                    pass
+                victim = children.pop(0)
+                lost = {key for key, pid in held.items() if pid == victim.pid}
+                victim.kill()
+                killed = time.perf_counter()
+                victim.wait()
+                after = (await database.read(newest))[0][0]
+                while lost:
+                    await publisher.publish_batch([Beat(name=key) for key in keys])
+                    await asyncio.sleep(0.05)
+                    lost -= {row.key for row in await database.read(by_pid, {"after": after}) if row.pid != victim.pid}
+                seconds.append(time.perf_counter() - killed)
+                begin()
+    seconds.sort()
+    name = "recovery on the log in PostgreSQL after a kill of one of three consumers with leases of 4 s"
+    for which, value in (("p50", seconds[kills // 2]), ("longest", seconds[-1])):
+        yield row(f"{name}, {which}", "s", value, low=seconds[0], high=seconds[-1], rounds=kills)
+
+
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
     async for found in dispatch_rows(quick=quick):
         yield found
@@ -409,6 +467,8 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
         async for found in inbox_rows(server, folder, quick=quick):
             yield found
         async for found in hint_rows(server, quick=quick):
+            yield found
+        async for found in recovery_rows(server, quick=quick):
             yield found
 
 

@@ -136,6 +136,14 @@ async def test_a_group_that_was_given_up_is_named_and_counted(
         caplog.clear()
         await sweeper.sweep(Drain())
         assert (await left(app), missed(prefix), caplog.text) == (0, 4, "")  # it is said once a day
+        async with app.get(Database).transaction() as session:  # as the finding says
+            for table in (OFFSETS, MEMBERS):
+                await session.execute(sa.delete(table).where(table.c.group_name == prefix, table.c.topic == "sql"))
+        assert not any(prefix in found for found in await module.inspect(app))
+        await publish(app, 6)
+        await pass_days(app, 8)
+        await retention(app).sweep(Drain())
+        assert (await left(app), missed(prefix)) == (0, 4)
 
 
 async def test_a_sweep_goes_on_behind_what_it_spares(sqlite_url: str, prefix: str, monkeypatch: Any) -> None:

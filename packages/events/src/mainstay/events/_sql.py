@@ -44,6 +44,7 @@ _POLL_SECONDS = 0.2
 _BUSY_SECONDS = 30.0
 """For so long a database that answers, but is too busy to be read, is waited for."""
 _REBALANCE_SECONDS = 1.0
+_WAITING_SECONDS = 0.25
 _REMEMBER_SECONDS = 30.0
 """How often the place of an idle partition is stored, so that a restart does not look again at what was not for it."""
 
@@ -322,7 +323,8 @@ class SqlSource:
             return
         self._rebalance_at = now + min(_REBALANCE_SECONDS, self._lease_seconds / 4)
         if now >= self._announced_until:
-            note = {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds}
+            # It ends before the leases do, so that the others are waiting for these when a process was killed.
+            note = {"group_name": self._group, "member": self._member, "seconds": self._lease_seconds * 2 / 3}
             statement = tables.JOIN_GROUP[self._database.dialect]
             rows = [{**note, "topic": topic} for topic in self._topics]
             await self._database.write(statement, [*rows, *({**row, "member": tables.ANY} for row in rows)])
@@ -342,6 +344,8 @@ class SqlSource:
         await self._give_up([lease for place, lease in self._leases.items() if place not in share])
         for topic, number in sorted(share - self._leases.keys()):
             await self._take(topic, number)
+        if share - self._leases.keys():  # another has yet to give them back, or was killed
+            self._rebalance_at = now + min(_WAITING_SECONDS, self._lease_seconds / 4)
         if now >= self._remember_at:
             self._remember_at = now + _REMEMBER_SECONDS
             await self._remember_idle()

@@ -145,7 +145,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         days = self.settings.log_days
         return [
             f"group {group} has had no member that reads topic {topic} for {seconds / 86_400:.1f} days: after {days:g} "
-            "days what it has not read is deleted with the rest"
+            "days what it has not read is deleted with the rest. Start a process of it; or, if it is gone for good, "
+            "delete its rows of that topic from mainstay_events_offsets and mainstay_events_members"
             for (group, topic), seconds in (await self._retention(app, database).without_members()).items()
             if seconds / 86_400 > days / 2
         ]
