@@ -59,6 +59,8 @@ class TestSql(TransportContract):
 
 
 class TestKafkaBehindTheOutbox(TransportContract):
+    client = "aiokafka"
+
     @pytest.fixture(autouse=True)
     def _names(self, prefix: str, database_url: str, kafka: str) -> None:
         self.prefix = prefix
@@ -66,11 +68,15 @@ class TestKafkaBehindTheOutbox(TransportContract):
         self.servers = kafka
 
     def service(self, *routers: EventRouter, **settings: Any) -> App:
-        root = EventsModule.for_root(EventsSettings(transport="kafka", kafka_servers=self.servers, **settings))
+        root = EventsModule.for_root(
+            EventsSettings(transport="kafka", kafka_client=self.client, kafka_servers=self.servers, **settings)
+        )
         return App(_database(self.url), root, EventsModule.for_feature(*routers))
 
 
 class TestKafkaDirectly(TransportContract):
+    client = "aiokafka"
+
     @pytest.fixture(autouse=True)
     def _names(self, prefix: str, kafka: str) -> None:
         self.prefix = prefix
@@ -78,6 +84,16 @@ class TestKafkaDirectly(TransportContract):
 
     def service(self, *routers: EventRouter, **settings: Any) -> App:
         root = EventsModule.for_root(
-            EventsSettings(transport="kafka", outbox=False, kafka_servers=self.servers, **settings)
+            EventsSettings(
+                transport="kafka", kafka_client=self.client, outbox=False, kafka_servers=self.servers, **settings
+            )
         )
         return App(root, EventsModule.for_feature(*routers))
+
+
+class TestLibrdkafkaBehindTheOutbox(TestKafkaBehindTheOutbox):
+    client = "confluent"
+
+
+class TestLibrdkafkaDirectly(TestKafkaDirectly):
+    client = "confluent"

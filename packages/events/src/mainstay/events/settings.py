@@ -78,6 +78,7 @@ class EventsSettings(Settings):
             kept for as long as they do. Not for the topic that a service on `kafka` without outbox keeps them in.
         log_days: `sql` only: how long events stay in the log at least, and how long a group without any process keeps
             there what it has not read.
+        kafka_client: by what the cluster is reached: aiokafka, or `confluent`, which is librdkafka; each is an extra.
         kafka_servers: addresses to find the cluster by, `host:port,host:port`.
         kafka_create_topics: create the topics that do not exist. Default: True.
         kafka_replicas: how many brokers keep each topic that is created; by default what the cluster says.
@@ -121,6 +122,7 @@ class EventsSettings(Settings):
     inbox_days: float = Field(default=7.0, gt=0, allow_inf_nan=False)
     dead_letter_days: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     log_days: float = Field(default=7.0, gt=0, allow_inf_nan=False)
+    kafka_client: Literal["aiokafka", "confluent"] = "aiokafka"
     kafka_servers: str | None = None
     kafka_create_topics: bool = True
     kafka_replicas: int | None = Field(default=None, ge=1)

@@ -37,7 +37,7 @@ from aiokafka.partitioner import DefaultPartitioner
 from mainstay.core import ConfigurationError, spawn
 from mainstay.events._aiokafka.client import connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient, UnreachableError
-from mainstay.events._kafka.seam import RECORD_BYTES, Contact, NotAllowed, Payload, TooLargeError
+from mainstay.events._kafka.seam import RECORD_BYTES, Contact, NotAllowed, Payload, TooLargeError, unconfirmed, unreachable
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Refused, TooLarge
 from mainstay.events._sparing import said
@@ -115,11 +115,7 @@ class KafkaProducer:
             msg = f"EventsModule cannot connect to Kafka: {error}. With the outbox on, a start does not need the broker"
             raise ConfigurationError(msg) from error
         except (KafkaError, OSError, TimeoutError) as error:
-            msg = (
-                f"EventsModule cannot reach Kafka at {self._settings.kafka_servers} ({type(error).__name__}): correct "
-                "MAINSTAY_EVENTS_KAFKA_SERVERS, or keep the outbox on, with which a start does not need the broker"
-            )
-            raise ConfigurationError(msg) from error
+            raise unreachable(self._settings, error) from error
 
     async def close(self) -> None:
         """Disconnect, within seconds also from a broker that is away."""
@@ -204,8 +200,7 @@ class KafkaProducer:
                 await self._part(topic, producer)
             if isinstance(error, TimeoutError):
                 self._contact.lost(error)
-            count = "an event" if len(batch) == 1 else f"{len(batch)} events"
-            msg = f"Kafka at {self._settings.kafka_servers} did not confirm {count} for topic {topic}: {said(error)}"
+            msg = unconfirmed(self._settings, topic, len(batch), error)
             kind = TooLargeError if isinstance(error, _TOO_LARGE) else PublishError
             alone = len(batch) == 1 and isinstance(error, _NOT_THIS_RECORD)
             raise kind(msg, no_effect=alone or not sent, retryable=not isinstance(error, _NOT_THIS_RECORD)) from error

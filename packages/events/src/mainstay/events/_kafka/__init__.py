@@ -1,6 +1,6 @@
 """The `kafka` transport: topics, dead letters and what else does not depend on the client that connects to the cluster.
 
-The client is an extra, and `seam` says what it has to offer.
+There are two clients, `_aiokafka` and `_confluent`; each is an extra, and `seam` says what they have to offer.
 """
 
 from __future__ import annotations
@@ -21,19 +21,29 @@ from mainstay.events.settings import EventsSettings
 
 __all__ = ["Direct", "KafkaDeadLetters", "KafkaTransport", "check_connection", "check_size"]
 
+_CLIENTS = {
+    "aiokafka": ("mainstay.events._aiokafka", "kafka", {"aiokafka", "cramjam"}),
+    "confluent": ("mainstay.events._confluent", "confluent", {"confluent_kafka"}),
+}
+"""The package of each client, its extra, and what that installs."""
 
-def _parts() -> Any:
-    """The package of the client.
+
+def _parts(settings: EventsSettings) -> Any:
+    """The package of the client that the settings choose.
 
     Raises:
         ConfigurationError: it is not installed.
     """
+    package, extra, needs = _CLIENTS[settings.kafka_client]
     try:
-        return import_module("mainstay.events._aiokafka")
+        return import_module(package)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"aiokafka", "cramjam"}:
+        if (error.name or "").partition(".")[0] not in needs:
             raise
-        msg = "EventsSettings.transport is 'kafka', which needs an extra: pip install 'mainstay-events[kafka]'"
+        msg = (
+            f"EventsSettings.transport is 'kafka' with kafka_client {settings.kafka_client!r}, which needs an extra: "
+            f"pip install 'mainstay-events[{extra}]'"
+        )
         raise ConfigurationError(msg) from error
 
 
@@ -43,14 +53,14 @@ def check_connection(settings: EventsSettings) -> None:
     Raises:
         ConfigurationError: the client is not installed, or does not take what the settings say.
     """
-    _parts().check_connection(settings)
+    _parts(settings).check_connection(settings)
 
 
 class KafkaTransport:
     """The cluster.
 
     Args:
-        settings: where it is, and how topics are created.
+        settings: where it is, by which client it is reached, and how topics are created.
         clock: stamps dead letters, and measures how old tokens are.
 
     Attributes:
@@ -62,7 +72,7 @@ class KafkaTransport:
         self._settings = settings
         self._clock = clock
         self._contact = Contact(settings, clock)
-        self._client: Client = _parts().Client(settings, self._contact)
+        self._client: Client = _parts(settings).Client(settings, self._contact)
         self.topics = Topics(settings, self._client)
         self.producer: Producer = self._client.producer(self.topics)
 

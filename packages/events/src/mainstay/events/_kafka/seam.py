@@ -1,4 +1,4 @@
-"""What a client of Kafka has to offer, to all that does not depend on which one it is."""
+"""What a client of Kafka has to offer: two stand behind this seam, aiokafka and librdkafka."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from mainstay.core import Clock
+from mainstay.core import Clock, ConfigurationError
 from mainstay.events._kafka.tokens import Tokens
 from mainstay.events._relay import Carrier
 from mainstay.events._sparing import Sparing, said
@@ -36,6 +36,21 @@ class NotAllowed(Exception):
 
 class TooLargeError(PublishError):
     """The broker does not take a record of this size."""
+
+
+def unreachable(settings: EventsSettings, error: BaseException) -> ConfigurationError:
+    """Say that a start without an outbox needs the cluster."""
+    msg = (
+        f"EventsModule cannot reach Kafka at {settings.kafka_servers} ({type(error).__name__}): correct "
+        "MAINSTAY_EVENTS_KAFKA_SERVERS, or keep the outbox on, with which a start does not need the broker"
+    )
+    return ConfigurationError(msg)
+
+
+def unconfirmed(settings: EventsSettings, topic: str, count: int, error: BaseException) -> str:
+    """Say that events for a topic were not confirmed."""
+    events = "an event" if count == 1 else f"{count} events"
+    return f"Kafka at {settings.kafka_servers} did not confirm {events} for topic {topic}: {said(error)}"
 
 
 class Contact:
@@ -123,7 +138,7 @@ class Producer(Protocol):
 
 
 class Client(Protocol):
-    """A way to reach the cluster.
+    """One of the two.
 
     Attributes:
         away: what it raises while the cluster refuses something or does not answer.

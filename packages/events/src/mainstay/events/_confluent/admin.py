@@ -1,0 +1,126 @@
+"""Questions to the cluster, and topics made in it, by librdkafka."""
+
+# Confluent-kafka's types end at what its futures have.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
+
+from mainstay.events._confluent.client import connection, fault_of
+from mainstay.events._confluent.threads import answer, aside
+from mainstay.events._kafka.seam import REQUEST_SECONDS, NotAllowed
+from mainstay.events._sparing import said
+from mainstay.events.settings import EventsSettings
+
+_NOT_ALLOWED = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
+_MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART}
+
+T = TypeVar("T")
+
+
+class ConfluentAdmin:
+    """One connection for all questions of a process, made with the first.
+
+    Args:
+        settings: where the cluster is.
+    """
+
+    def __init__(self, settings: EventsSettings) -> None:
+        self._settings = settings
+        self._client: AdminClient | None = None
+
+    async def __aenter__(self) -> Self:
+        """There is nothing to do: it connects when it is asked for something."""
+        return self
+
+    async def __aexit__(self, *_details: object) -> None:
+        """It stays for the next one."""
+
+    def _connected(self) -> AdminClient:
+        if self._client is None:
+            options: dict[str, Any] = {**connection(self._settings), "error_cb": _nothing}
+            self._client = AdminClient(options)
+        return self._client
+
+    async def _ask(self, asked: Future[T], about: str = "") -> T:
+        try:
+            return await answer(asked)
+        except KafkaException as error:
+            raise fault_of(error, about) from error
+
+    async def names(self) -> set[str]:
+        """See `Admin`."""
+        client = self._connected()
+        try:
+            found = await aside(lambda: client.list_topics(timeout=REQUEST_SECONDS), "events.topics")
+        except KafkaException as error:
+            raise fault_of(error) from error
+        return {name for name, topic in found.topics.items() if topic.error is None}
+
+    async def widths(self, topics: Collection[str]) -> Mapping[str, int]:
+        """See `Admin`. Asked in this way a broker creates no topic."""
+        if not topics:
+            return {}
+        asked = self._connected().describe_topics(TopicCollection(list(topics)), request_timeout=REQUEST_SECONDS)
+        found: dict[str, int] = {}
+        for topic, future in asked.items():
+            try:
+                found[topic] = len((await answer(future)).partitions)
+            except KafkaException as error:
+                if error.args[0].code() not in _MISSING:
+                    raise fault_of(error, f"topic {topic}") from error
+        return found
+
+    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> None:
+        """See `Admin`."""
+        new = NewTopic(topic, partitions, -1 if replicas is None else replicas, config=dict(config))
+        (asked,) = self._connected().create_topics([new], request_timeout=REQUEST_SECONDS).values()
+        try:
+            await answer(asked)
+        except KafkaException as error:
+            failure = fault_of(error, f"topic {topic} could not be created")
+            if failure.code in _NOT_ALLOWED:
+                raise NotAllowed(said(failure)) from error
+            if failure.code != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise failure from error
+
+    async def ask(self, seconds: float) -> list[int]:
+        """The numbers of the brokers that are there; asked for to see whether the cluster answers."""
+        cluster: Any = await self._ask(self._connected().describe_cluster(request_timeout=seconds))
+        return [node.id for node in cluster.nodes]
+
+    async def consumer_session_seconds(self) -> float | None:
+        """How long a member of a group of Kafka 4's own protocol may be silent; None where it is not offered.
+
+        Raises:
+            KafkaFault: this service may not ask that.
+        """
+        number, *_ = await self.ask(REQUEST_SECONDS)
+        broker = ConfigResource(ConfigResource.Type.BROKER, str(number))
+        (asked,) = self._connected().describe_configs([broker], request_timeout=REQUEST_SECONDS).values()
+        found: Any = await self._ask(asked)
+        offered, session = (
+            found.get(name) for name in ("group.coordinator.rebalance.protocols", "group.consumer.session.timeout.ms")
+        )
+        if offered is None or session is None or "consumer" not in offered.value.split(","):
+            return None
+        return int(session.value) / 1000
+
+    async def close(self) -> None:
+        """Disconnect."""
+        client, self._client = self._client, None
+        if client is not None:
+            holding = [client]
+            del client
+            # Its end joins threads, and is that of the last reference.
+            await asyncio.shield(aside(holding.clear, "events.admin.end"))
+
+
+def _nothing(_error: KafkaError) -> None:
+    """What goes wrong is the answer of what was asked."""

@@ -1,0 +1,433 @@
+"""Sending, by librdkafka's idempotent producer.
+
+For publishing without an outbox there is one producer, whose answers a thread collects: what was answered while it
+looked goes to the loop together. What is refused or times out concerns its own partition alone.
+
+A relay has `Carrier`s, and a batch of theirs must be confirmed whole or not at all, or its rest would overtake what
+failed. Librdkafka cuts batches where it likes: by size, by number, and by time. So sizes and numbers are out of reach,
+and nothing is sent by itself: the thread hands everything over and then flushes, and each partition's batch is one
+request. Nothing goes out after the deadline either. What is alive takes its batches back then; what stands still, and
+comes to itself later, does not send what has timed out meanwhile, which librdkafka looks for once a second: a batch is
+handed over only where the deadline is further away than its time and that second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException, Producer, murmur2
+
+from mainstay.events._confluent.admin import ConfluentAdmin
+from mainstay.events._confluent.client import CHECK_SECONDS, CLOSE_SECONDS, KafkaFault, connection, reporting
+from mainstay.events._confluent.threads import post
+from mainstay.events._kafka.seam import (
+    RECORD_BYTES,
+    REQUEST_SECONDS,
+    Contact,
+    Payload,
+    TooLargeError,
+    unconfirmed,
+    unreachable,
+)
+from mainstay.events._kafka.topics import MissingTopicError, Topics
+from mainstay.events._relay import Refused, TooLarge
+from mainstay.events._sparing import said
+from mainstay.events.errors import PublishError
+from mainstay.events.metadata import Outgoing
+from mainstay.events.settings import EventsSettings
+
+_log = logging.getLogger("mainstay.events")
+
+_QUEUE_BYTES = 64 * 1024 * 1024
+_WIDTHS_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+_FLUSH_SECONDS = 0.02
+_MARGIN_SECONDS = 0.2
+"""A batch is taken back whole before librdkafka finds its records too old, one by one."""
+_PART_OF_LEASE = 0.3
+"""The time of a batch of a relay, beside its lease, which is renewed when a third of it is over."""
+_TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
+_TAKEN_BACK = {
+    KafkaError._PURGE_QUEUE: "it was not sent within its time",
+    KafkaError._PURGE_INFLIGHT: "no answer within its time",
+    KafkaError._MSG_TIMED_OUT: "no answer within its time",
+}
+_GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
+
+
+def _options(settings: EventsSettings, timeout_seconds: float) -> dict[str, Any]:
+    return {
+        **connection(settings),
+        "enable.idempotence": True,
+        "compression.type": "lz4",
+        "partitioner": "murmur2_random",  # as Java places keys
+        "message.max.bytes": RECORD_BYTES,
+        "message.timeout.ms": int(timeout_seconds * 1000),
+        "topic.metadata.propagation.max.ms": 5000,
+    }
+
+
+class _Answer:
+    """What becomes of records that were sent together. The thread counts the answers, the loop what it has sent.
+
+    Args:
+        done: is given this once all are answered, in the thread.
+
+    Attributes:
+        error: the first, where one was not confirmed.
+        waiting: for all answers.
+    """
+
+    __slots__ = ("_answered", "_done", "_sent", "error", "waiting")
+
+    def __init__(self, done: list[_Answer], waiting: asyncio.Future[None]) -> None:
+        self._answered = 0
+        self._sent = -1
+        self._done = done
+        self.error: KafkaError | None = None
+        self.waiting = waiting
+
+    def told(self, error: KafkaError | None, _record: object) -> None:
+        """One is answered; in the thread."""
+        self._answered += 1
+        if error is not None and self.error is None:
+            self.error = error
+        if self._answered == self._sent:
+            self._done.append(self)
+
+    def sent(self, count: int) -> bool:
+        """So many were sent; whether all of them are answered already."""
+        self._sent = count
+        return self._answered == count
+
+    @property
+    def partly(self) -> bool:
+        """Whether some failed while others are not answered."""
+        return self.error is not None and self._answered < self._sent
+
+
+def _wake(answers: Sequence[_Answer], waiting: Sequence[asyncio.Future[None]]) -> None:
+    for each in (*(answer.waiting for answer in answers), *waiting):
+        if not each.done():
+            each.set_result(None)
+
+
+class _Sending:
+    """One producer for publishing, and the thread that its answers come to."""
+
+    def __init__(self, settings: EventsSettings, contact: Contact) -> None:
+        limit = settings.send_seconds
+        self._loop = asyncio.get_running_loop()
+        self._producer = Producer(
+            {
+                **_options(settings, max(limit / 2, limit - CHECK_SECONDS)),
+                "linger.ms": 5,
+                "queue.buffering.max.kbytes": _QUEUE_BYTES // 1024,
+                "error_cb": reporting(contact),
+            }
+        )
+        self._done: list[_Answer] = []
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._over = False
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        Thread(target=self._listen, name="events.producer", daemon=True).start()
+
+    def _listen(self) -> None:
+        while not self._over:
+            self._producer.poll(_POLL_SECONDS)
+            self._hand_over()
+        self._producer.flush(CLOSE_SECONDS)
+        self._producer.purge()
+        self._producer.flush(1)
+        self._hand_over()
+        self._producer.close()
+        post(self._loop, _wake, (), [self.ended])
+
+    def _hand_over(self) -> None:
+        """All answers that are there, in one call of the loop."""
+        answers = self._done.copy()
+        self._done.clear()
+        waiting: list[asyncio.Future[None]] = []
+        while self._room:
+            waiting.append(self._room.popleft())
+        if answers or waiting:
+            post(self._loop, _wake, answers, waiting)
+
+    async def send(self, topic: str, batch: Sequence[Payload]) -> None:
+        """Send records, and wait for all answers.
+
+        Raises:
+            KafkaFault: one was not confirmed.
+        """
+        given = _Answer(self._done, self._loop.create_future())
+        told, produce, count = given.told, self._producer.produce, 0
+        refused: KafkaError | None = None
+        for key, value, headers in batch:
+            while True:
+                try:
+                    produce(topic, value, key, -1, told, None, 0, list(headers))
+                except BufferError:
+                    self._room.append(room := self._loop.create_future())
+                    await room
+                except KafkaException as error:
+                    refused = error.args[0]
+                    break
+                else:
+                    count += 1
+                    break
+            if refused is not None:
+                break
+        if not given.sent(count):
+            await given.waiting
+        failed = given.error or refused
+        if failed is not None:
+            raise KafkaFault(failed)
+
+    def end(self) -> None:
+        """Send what is left, within seconds, and disconnect."""
+        self._over = True
+
+
+class ConfluentProducer:
+    """Everything that is sent to the cluster.
+
+    Args:
+        settings: where it is, and how long a confirmation may take.
+        topics: makes those that do not exist.
+        admin: knows how many partitions they have.
+        contact: is told how it went.
+    """
+
+    def __init__(self, settings: EventsSettings, topics: Topics, admin: ConfluentAdmin, contact: Contact) -> None:
+        self._settings = settings
+        self._topics = topics
+        self._admin = admin
+        self._contact = contact
+        self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+        self._shared: _Sending | None = None
+        self._ending: set[asyncio.Future[None]] = set()
+
+    async def connect(self) -> None:
+        """See `Producer`."""
+        try:
+            await self._admin.ask(min(REQUEST_SECONDS, self._settings.send_seconds))
+        except (KafkaFault, OSError, TimeoutError) as error:
+            raise unreachable(self._settings, error) from error
+
+    async def send(self, topic: str, batch: Sequence[Payload]) -> None:
+        """See `Producer`."""
+        if os.getpid() != self._process or asyncio.get_running_loop() is not self._loop:
+            msg = "publish() in another process or event loop than the one that its App was started in: start one there"
+            raise PublishError(msg, no_effect=True, retryable=False)
+        sent = False
+        try:
+            async with asyncio.timeout(self._settings.send_seconds):
+                await self._topics.ensure(topic)
+                if self._shared is None:
+                    self._shared = _Sending(self._settings, self._contact)
+                sent = True
+                await self._shared.send(topic, batch)
+        except self._topics.away as error:
+            if isinstance(error, TimeoutError):
+                self._contact.lost(error)
+            if isinstance(error, KafkaFault):
+                self._had(topic, error)
+            kind = TooLargeError if isinstance(error, KafkaFault) and error.code in _TOO_LARGE else PublishError
+            raise kind(unconfirmed(self._settings, topic, len(batch), error), no_effect=not sent) from error
+        self._contact.made()
+
+    def _had(self, topic: str, error: KafkaFault) -> None:
+        if error.code in _GONE:
+            self._topics.forget(topic)
+        if error.fatal and self._shared is not None:
+            self._end(self._shared)
+            self._shared = None
+
+    async def carrier(self) -> Carrier:
+        """See `Producer`."""
+        carrier = Carrier(self._settings, self._admin, self._contact)
+        self._ending.add(carrier.ended)
+        carrier.ended.add_done_callback(self._ending.discard)
+        return carrier
+
+    def _end(self, shared: _Sending) -> None:
+        self._ending.add(shared.ended)
+        shared.ended.add_done_callback(self._ending.discard)
+        shared.end()
+
+    async def close(self) -> None:
+        """See `Producer`."""
+        if self._shared is not None:
+            self._end(self._shared)
+            self._shared = None
+        if self._ending:
+            _, late = await asyncio.wait(self._ending, timeout=2 * CLOSE_SECONDS)
+            if late:
+                _log.warning(
+                    "%d Kafka producers did not end within %g s and are abandoned", len(late), 2 * CLOSE_SECONDS
+                )
+
+
+class _Batch(NamedTuple):
+    topic: str
+    partition: int
+    events: Sequence[Outgoing]
+    answer: _Answer
+
+
+class Carrier:
+    """A producer of batches: one to a partition at a time, and none goes out after the deadline; see the module.
+
+    Args:
+        settings: where the cluster is, and how long leases are.
+        admin: knows how many partitions topics have.
+        contact: is told how it went.
+
+    Attributes:
+        deadline: by the monotonic clock, of everything that is handed over.
+        ended: is done when the thread has.
+    """
+
+    def __init__(self, settings: EventsSettings, admin: ConfluentAdmin, contact: Contact) -> None:
+        self.deadline = math.inf
+        self._admin = admin
+        self._contact = contact
+        self._loop = asyncio.get_running_loop()
+        self._seconds = settings.lease_seconds * _PART_OF_LEASE
+        self._producer = Producer(
+            {
+                **_options(settings, self._seconds),
+                "linger.ms": int(self._seconds * 900),
+                "batch.size": 2 * RECORD_BYTES,
+                "batch.num.messages": 1_000_000,
+                "queue.buffering.max.messages": 0,  # as many as the relay hands over
+                "queue.buffering.max.kbytes": 2_097_151,
+                "error_cb": reporting(contact),
+            }
+        )
+        self._widths: dict[str, tuple[float, int]] = {}
+        self._next: list[_Batch] = []
+        self._done: list[_Answer] = []
+        self._handed: SimpleQueue[list[_Batch] | None] = SimpleQueue()
+        self._over = False
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        Thread(target=self._work, name="events.carrier", daemon=True).start()
+
+    async def partitions(self, topic: str) -> int:
+        """See `Carrier` of the relay.
+
+        Raises:
+            MissingTopicError: there is no such topic.
+            KafkaFault: it is refused.
+        """
+        now = time.monotonic()
+        at, width = self._widths.get(topic, (-math.inf, 0))
+        if now - at > _WIDTHS_SECONDS:
+            width = (await self._admin.widths([topic])).get(topic, 0)
+            if not width:
+                msg = f"topic {topic} does not exist"
+                raise MissingTopicError(msg)
+            self._widths[topic] = now, width
+        return width
+
+    def place(self, event: Outgoing, partitions: int) -> int:
+        """The partition of an event, as every Kafka client computes it: by its key, else by its id."""
+        return murmur2(event.placing_key, partitions)
+
+    async def send(self, topic: str, partition: int, events: Sequence[Outgoing]) -> None:
+        """Send a batch, and wait until it is confirmed, or its time is over.
+
+        Raises:
+            TooLarge: with fewer events it may be taken.
+            Refused: the broker will not take this event ever.
+            TimeoutError: it was not sent within its time, or not answered.
+            KafkaFault: any other fault; it is not known whether the batch arrived.
+        """
+        batch = _Batch(topic, partition, events, _Answer(self._done, self._loop.create_future()))
+        if not self._next:
+            self._loop.call_soon(self._hand_over)  # with what others send in this turn of the loop
+        self._next.append(batch)
+        await batch.answer.waiting
+        if batch.answer.error is None:
+            self._contact.made()
+            return
+        fault = KafkaFault(batch.answer.error)
+        if fault.code in _TOO_LARGE:
+            if len(events) > 1:
+                raise TooLarge from fault
+            raise Refused(said(fault)) from fault
+        if fault.code in _TAKEN_BACK:
+            msg = _TAKEN_BACK[fault.code]
+            raise TimeoutError(msg)
+        raise fault
+
+    def _hand_over(self) -> None:
+        batches, self._next = self._next, []
+        self._handed.put(batches)
+
+    def close(self) -> None:
+        """End it, all being answered."""
+        self._over = True
+        self._handed.put(None)
+
+    def abandon(self) -> None:
+        """End it with what it has not answered for: none of that goes out from now on."""
+        self.deadline = -math.inf
+        if not self._over:
+            self._producer.purge(blocking=False)
+        self.close()
+
+    # In the thread
+
+    def _work(self) -> None:
+        while (batches := self._handed.get()) is not None:
+            until = time.monotonic() + self._seconds - _MARGIN_SECONDS
+            whole = True
+            for batch in batches:
+                whole = self._produce(batch) and whole
+            # What was produced until here times out soon enough, or is not sent at all.
+            if whole and time.monotonic() + self._seconds + CHECK_SECONDS < self.deadline:
+                self._flush(until, batches)
+            self._producer.purge()
+            while self._producer.flush(_POLL_SECONDS):
+                pass
+            self._hand_back()
+        self._producer.close()
+        post(self._loop, _wake, (), [self.ended])
+
+    def _produce(self, batch: _Batch) -> bool:
+        """Put a batch in the producer's queue, from where nothing goes out yet; whether it is there whole."""
+        told, produce, count = batch.answer.told, self._producer.produce, 0
+        for event in batch.events:
+            try:
+                produce(batch.topic, event.value, event.key, batch.partition, told, None, 0, list(event.headers))
+            except KafkaException as error:
+                batch.answer.error = error.args[0]
+                break
+            count += 1
+        if batch.answer.sent(count):
+            self._done.append(batch.answer)
+        return count in {0, len(batch.events)}
+
+    def _flush(self, until: float, batches: Sequence[_Batch]) -> None:
+        """Send, until all are answered, their time is over, or one was answered in part: the rest must not follow."""
+        while time.monotonic() < min(until, self.deadline) and self._producer.flush(_FLUSH_SECONDS):
+            self._hand_back()
+            if any(batch.answer.partly for batch in batches):
+                break
+
+    def _hand_back(self) -> None:
+        if self._done:
+            answers = self._done.copy()
+            self._done.clear()
+            post(self._loop, _wake, answers, ())
