@@ -10,7 +10,10 @@ import pytest
 from mainstay.database import upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import _consumer
-from mainstay.events._aiokafka import client, source
+from mainstay.events._aiokafka import client as aiokafka_client
+from mainstay.events._aiokafka import source
+from mainstay.events._confluent import producer as confluent_producer
+from mainstay.events._confluent import source as confluent_source
 from mainstay.events._kafka import watch
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
@@ -20,6 +23,13 @@ from mainstay_servers import Kafka, plugin
 def prefix() -> str:
     """A name that no other test uses."""
     return f"t{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture(params=["aiokafka", "confluent"])
+def client(request: pytest.FixtureRequest) -> str:
+    """By what the service under test reaches Kafka."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -60,7 +70,7 @@ def broker(_broker: Kafka) -> Kafka:
 @pytest.fixture
 def soon_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that does not answer is given up after one second instead of five: several such waits make a stop."""
-    for part in (client, source):
+    for part in (aiokafka_client, source, confluent_producer, confluent_source):
         monkeypatch.setattr(part, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(watch, "LOOK_SECONDS", 1.0)
     monkeypatch.setattr(_consumer, "_CLOSING_SECONDS", 1.0)

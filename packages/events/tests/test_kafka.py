@@ -60,9 +60,9 @@ def service(servers: str, topic: str, *routers: EventRouter, **settings: Any) ->
     return App(EventsModule.for_root(root), EventsModule.for_feature(*routers))
 
 
-async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: str) -> None:
+async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: str, client: str) -> None:
     """The value is the event as JSON; everything about it is in headers that any CloudEvents reader knows."""
-    async with service(kafka, prefix, source="shop", partitions=3) as app:
+    async with service(kafka, prefix, kafka_client=client, source="shop", partitions=3) as app:
         with bind(correlation_id="c-1", traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"):
             published = await app.get(EventPublisher).publish(Shipped(parcel="p1", number=7))
     consumer = AIOKafkaConsumer(prefix, bootstrap_servers=kafka, auto_offset_reset="earliest", enable_auto_commit=False)
@@ -97,10 +97,10 @@ async def test_the_wire_form_is_cloudevents_in_binary_mode(kafka: str, prefix: s
     assert others.get_extension("partitionkey") == "p1"
 
 
-async def test_trap_07_a_batch_keeps_keys_on_their_partitions(kafka: str, prefix: str) -> None:
+async def test_trap_07_a_batch_keeps_keys_on_their_partitions(kafka: str, prefix: str, client: str) -> None:
     """The same key lands on the same partition alone, in a batch, and by any client with the default partitioner."""
     producer = AIOKafkaProducer(bootstrap_servers=kafka)
-    async with service(kafka, prefix, partitions=5) as app:
+    async with service(kafka, prefix, kafka_client=client, partitions=5) as app:
         publisher = app.get(EventPublisher)
         for number in range(2):
             await publisher.publish_batch([Shipped(parcel=f"p{key}", number=number) for key in range(20)])
@@ -127,7 +127,7 @@ async def test_trap_07_a_batch_keeps_keys_on_their_partitions(kafka: str, prefix
     assert len(places) == 20
 
 
-async def test_trap_06_records_of_others_on_the_topic_stop_nothing(kafka: str, prefix: str) -> None:
+async def test_trap_06_records_of_others_on_the_topic_stop_nothing(kafka: str, prefix: str, client: str) -> None:
     """A tombstone and a record without our headers become dead letters; a type nobody handles is skipped."""
     events = EventRouter()
     seen: list[int] = []
@@ -136,7 +136,7 @@ async def test_trap_06_records_of_others_on_the_topic_stop_nothing(kafka: str, p
     async def handle(event: Shipped) -> None:
         seen.append(event.number)
 
-    async with service(kafka, prefix, events, partitions=1).running(serve=True) as app:
+    async with service(kafka, prefix, events, kafka_client=client, partitions=1).running(serve=True) as app:
         await events.publish(Shipped(parcel="a", number=1))
         producer = AIOKafkaProducer(bootstrap_servers=kafka)
         await producer.start()
@@ -197,7 +197,7 @@ async def test_a_record_of_nearly_a_mebibyte_is_redriven_byte_for_byte(
 
 
 async def test_a_letter_that_is_too_large_blocks_nothing_and_is_found_where_its_record_is(
-    kafka: str, prefix: str
+    kafka: str, prefix: str, client: str
 ) -> None:
     """A record just below the broker's limit is no letter beside its error; one that compresses well is one."""
     events = EventRouter()
@@ -214,7 +214,9 @@ async def test_a_letter_that_is_too_large_blocks_nothing_and_is_found_where_its_
     )
     producer = AIOKafkaProducer(bootstrap_servers=kafka, compression_type="lz4", max_request_size=10_000_000)
     await producer.start()
-    async with service(kafka, prefix, events, partitions=1, source=prefix).running(serve=True) as app:
+    async with service(kafka, prefix, events, kafka_client=client, partitions=1, source=prefix).running(
+        serve=True
+    ) as app:
         await producer.send_and_wait(prefix, value, key=b"a", headers=headers)
         await producer.send_and_wait(prefix, compressible, key=b"a", headers=headers)
         await producer.stop()
@@ -240,7 +242,7 @@ async def test_a_letter_that_is_too_large_blocks_nothing_and_is_found_where_its_
         assert {report.status for report in health.values()} == {"ok"}
 
 
-async def test_a_letter_whose_record_is_gone_is_not_sent_again(kafka: str, prefix: str) -> None:
+async def test_a_letter_whose_record_is_gone_is_not_sent_again(kafka: str, prefix: str, client: str) -> None:
     """Where the topic has deleted the record meanwhile, nothing is sent in its place."""
     events = EventRouter()
 
@@ -250,7 +252,9 @@ async def test_a_letter_whose_record_is_gone_is_not_sent_again(kafka: str, prefi
 
     producer = AIOKafkaProducer(bootstrap_servers=kafka, max_request_size=10_000_000)
     await producer.start()
-    async with service(kafka, prefix, events, partitions=1, source=prefix).running(serve=True) as app:
+    async with service(kafka, prefix, events, kafka_client=client, partitions=1, source=prefix).running(
+        serve=True
+    ) as app:
         await producer.send_and_wait(prefix, os.urandom(1_048_300), key=b"a", headers=[("ce_type", b"parcel.shipped")])
         letters = app.get(DeadLetters)
         async with asyncio.timeout(60):
@@ -335,7 +339,7 @@ async def test_events_of_others_have_ids_and_times_of_their_own(kafka: str, pref
     ]
 
 
-async def test_events_of_kafka_transactions_count_once_they_are_committed(kafka: str, prefix: str) -> None:
+async def test_events_of_kafka_transactions_count_once_they_are_committed(kafka: str, prefix: str, client: str) -> None:
     """What was aborted is never handled, and what is open not before its commit; what comes behind it waits for it."""
     events, got = EventRouter(), list[str]()
 
@@ -343,7 +347,7 @@ async def test_events_of_kafka_transactions_count_once_they_are_committed(kafka:
     async def handle(event: Shipped) -> None:
         got.append(event.parcel)
 
-    app = service(kafka, prefix, events, partitions=1)
+    app = service(kafka, prefix, events, kafka_client=client, partitions=1)
     foreign = AIOKafkaProducer(bootstrap_servers=kafka, transactional_id=f"{prefix}-foreign")
     async with app.running(serve=True):
         await app.get(EventPublisher).publish(Shipped(parcel="ours"))
@@ -372,7 +376,7 @@ async def test_events_of_kafka_transactions_count_once_they_are_committed(kafka:
     assert got == ["ours", "committed", "open", "behind"]
 
 
-async def test_trap_01_offsets_are_committed_only_for_what_is_finished(kafka: str, prefix: str) -> None:
+async def test_trap_01_offsets_are_committed_only_for_what_is_finished(kafka: str, prefix: str, client: str) -> None:
     """A stop with the first event still at work commits nothing, although all after it were handed out and handled."""
     gate = asyncio.Event()
     seen: list[int] = []
@@ -389,7 +393,7 @@ async def test_trap_01_offsets_are_committed_only_for_what_is_finished(kafka: st
         return events
 
     events = feature()
-    app = service(kafka, prefix, events, partitions=1, drain_seconds=0.1)
+    app = service(kafka, prefix, events, kafka_client=client, partitions=1, drain_seconds=0.1)
     app._drain_seconds = 0.1  # it has a handler that would use all of the usual time
     async with app.running(serve=True):
         await events.publish_batch([Shipped(parcel=f"p{number}", number=number) for number in range(10)])
@@ -397,7 +401,7 @@ async def test_trap_01_offsets_are_committed_only_for_what_is_finished(kafka: st
     assert await committed(kafka, prefix) in {None, 0}
     gate.set()
     seen.clear()
-    async with service(kafka, prefix, feature(), partitions=1).running(serve=True):
+    async with service(kafka, prefix, feature(), kafka_client=client, partitions=1).running(serve=True):
         await eventually(lambda: len(seen) == 10)
     assert sorted(seen) == list(range(10))
     assert await committed(kafka, prefix) == 10
@@ -415,7 +419,7 @@ async def committed(servers: str, group: str) -> int | None:
 
 
 @pytest.mark.usefixtures("soon_abandoned")
-async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, prefix: str) -> None:
+async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, prefix: str, client: str) -> None:
     """A consumer and a producer whose broker died are gone within seconds, and publishing says so."""
     events = EventRouter()
     seen: list[int] = []
@@ -424,7 +428,7 @@ async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, pref
     async def handle(event: Shipped) -> None:
         seen.append(event.number)
 
-    app = service(broker.address, prefix, events, partitions=1, send_seconds=2.0)
+    app = service(broker.address, prefix, events, kafka_client=client, partitions=1, send_seconds=2.0)
     async with app.running(serve=True):
         await events.publish(Shipped(parcel="a", number=1))
         await eventually(lambda: seen == [1])
@@ -437,10 +441,11 @@ async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, pref
     assert time.monotonic() - before < 60
 
 
-async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix: str) -> None:
+async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix: str, client: str) -> None:
     """With kafka_create_topics=False creating them is the operators' business."""
     transport = KafkaTransport(
-        EventsSettings(transport="kafka", kafka_servers=kafka, kafka_create_topics=False), App().clock
+        EventsSettings(transport="kafka", kafka_client=client, kafka_servers=kafka, kafka_create_topics=False),
+        App().clock,
     )
     with pytest.raises(MissingTopicError, match="MAINSTAY_EVENTS_KAFKA_CREATE_TOPICS"):
         await transport.topics.ensure(prefix)
@@ -609,9 +614,9 @@ async def test_trap_13_back_pressure_keeps_what_was_prefetched(
     assert seen == {slow: list(range(each)), fast: list(range(each))}
 
 
-async def test_what_is_in_memory_is_bounded_in_bytes(kafka: str, prefix: str) -> None:
+async def test_what_is_in_memory_is_bounded_in_bytes(kafka: str, prefix: str, client: str) -> None:
     """However large the events are: a group has no more of them in hand than the setting, and what came with them."""
-    publisher = service(kafka, prefix, partitions=2)
+    publisher = service(kafka, prefix, kafka_client=client, partitions=2)
     async with publisher:
         for _ in range(10):
             await publisher.get(EventPublisher).publish_batch(
@@ -627,7 +632,7 @@ async def test_what_is_in_memory_is_bounded_in_bytes(kafka: str, prefix: str) ->
         await gate.wait()
         handled += 1
 
-    app = service(kafka, prefix, events, partitions=2, window_bytes=1_000_000)
+    app = service(kafka, prefix, events, kafka_client=client, partitions=2, window_bytes=1_000_000)
     app._drain_seconds = 1.0
     async with app.running(serve=True):
         consumer = app.get(EventConsumers).consumers[0]

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException, Producer, murmur2
 
 from mainstay.events._confluent.admin import ConfluentAdmin
-from mainstay.events._confluent.client import CHECK_SECONDS, CLOSE_SECONDS, KafkaFault, connection, reporting
+from mainstay.events._confluent.client import CHECK_SECONDS, CLOSE_SECONDS, KafkaFault, connection, fault_of, reporting
 from mainstay.events._confluent.threads import post
 from mainstay.events._kafka.seam import (
     RECORD_BYTES,
@@ -51,6 +51,7 @@ _QUEUE_BYTES = 64 * 1024 * 1024
 _WIDTHS_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _FLUSH_SECONDS = 0.02
+_NUMBER_SECONDS = 0.55  # librdkafka asks again after half a second
 _MARGIN_SECONDS = 0.2
 """A batch is taken back whole before librdkafka finds its records too old, one by one."""
 _PART_OF_LEASE = 0.3
@@ -215,6 +216,7 @@ class ConfluentProducer:
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
         self._shared: _Sending | None = None
+        self._spare: Carrier | None = None
         self._ending: set[asyncio.Future[None]] = set()
 
     async def connect(self) -> None:
@@ -223,6 +225,12 @@ class ConfluentProducer:
             await self._admin.ask(min(REQUEST_SECONDS, self._settings.send_seconds))
         except (KafkaFault, OSError, TimeoutError) as error:
             raise unreachable(self._settings, error) from error
+        self._sending()
+
+    def _sending(self) -> _Sending:
+        if self._shared is None:
+            self._shared = _Sending(self._settings, self._contact)
+        return self._shared
 
     async def send(self, topic: str, batch: Sequence[Payload]) -> None:
         """See `Producer`."""
@@ -233,10 +241,9 @@ class ConfluentProducer:
         try:
             async with asyncio.timeout(self._settings.send_seconds):
                 await self._topics.ensure(topic)
-                if self._shared is None:
-                    self._shared = _Sending(self._settings, self._contact)
+                sending = self._sending()
                 sent = True
-                await self._shared.send(topic, batch)
+                await sending.send(topic, batch)
         except self._topics.away as error:
             if isinstance(error, TimeoutError):
                 self._contact.lost(error)
@@ -254,7 +261,23 @@ class ConfluentProducer:
             self._shared = None
 
     async def carrier(self) -> Carrier:
-        """See `Producer`."""
+        """See `Producer`. The next one is made in advance: it takes half a second until librdkafka can send by it.
+
+        Raises:
+            KafkaFault: the cluster does not answer.
+        """
+        carrier, self._spare = self._spare or self._made(), None
+        try:
+            await asyncio.shield(carrier.ready)
+        except BaseException as error:
+            if isinstance(error, KafkaFault):
+                self._contact.lost(error)
+            carrier.abandon()
+            raise
+        self._spare = self._made()
+        return carrier
+
+    def _made(self) -> Carrier:
         carrier = Carrier(self._settings, self._admin, self._contact)
         self._ending.add(carrier.ended)
         carrier.ended.add_done_callback(self._ending.discard)
@@ -270,6 +293,9 @@ class ConfluentProducer:
         if self._shared is not None:
             self._end(self._shared)
             self._shared = None
+        if self._spare is not None:
+            self._spare.abandon()
+            self._spare = None
         if self._ending:
             _, late = await asyncio.wait(self._ending, timeout=2 * CLOSE_SECONDS)
             if late:
@@ -295,6 +321,7 @@ class Carrier:
 
     Attributes:
         deadline: by the monotonic clock, of everything that is handed over.
+        ready: is done when the cluster has answered, or has the reason why it has not.
         ended: is done when the thread has.
     """
 
@@ -320,6 +347,7 @@ class Carrier:
         self._done: list[_Answer] = []
         self._handed: SimpleQueue[list[_Batch] | None] = SimpleQueue()
         self._over = False
+        self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         Thread(target=self._work, name="events.carrier", daemon=True).start()
 
@@ -390,6 +418,7 @@ class Carrier:
     # In the thread
 
     def _work(self) -> None:
+        self._prepare()
         while (batches := self._handed.get()) is not None:
             until = time.monotonic() + self._seconds - _MARGIN_SECONDS
             whole = True
@@ -398,12 +427,31 @@ class Carrier:
             # What was produced until here times out soon enough, or is not sent at all.
             if whole and time.monotonic() + self._seconds + CHECK_SECONDS < self.deadline:
                 self._flush(until, batches)
-            self._producer.purge()
-            while self._producer.flush(_POLL_SECONDS):
-                pass
+            if len(self._producer):  # else a late purge could meet what is produced next
+                self._producer.purge()
+                while self._producer.flush(_POLL_SECONDS):
+                    pass
             self._hand_back()
         self._producer.close()
         post(self._loop, _wake, (), [self.ended])
+
+    def _prepare(self) -> None:
+        made = time.monotonic()
+        try:
+            self._producer.list_topics(timeout=self._seconds)
+        except KafkaException as error:
+            post(self._loop, self._prepared, fault_of(error))
+            return
+        # Before its first connection librdkafka has asked in vain for the number that makes it idempotent.
+        time.sleep(max(0.0, made + _NUMBER_SECONDS - time.monotonic()))
+        post(self._loop, self._prepared, None)
+
+    def _prepared(self, fault: KafkaFault | None) -> None:
+        if fault is None:
+            self.ready.set_result(None)
+        else:
+            self.ready.set_exception(fault)
+            self.ready.exception()  # a spare one may never be asked for
 
     def _produce(self, batch: _Batch) -> bool:
         """Put a batch in the producer's queue, from where nothing goes out yet; whether it is there whole."""

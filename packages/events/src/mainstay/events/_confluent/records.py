@@ -15,13 +15,19 @@ _log = logging.getLogger("mainstay.events")
 
 def records_of(messages: Sequence[Message]) -> list[LogRecord]:
     """Messages without an error, as records; one that cannot be read is a record that says so."""
-    try:
-        # By `map`: called otherwise, a method that fails may leave its exception to whoever calls something next.
-        headers = list(map(Message.headers, messages))
-    except SystemError:
-        return [_record_of(message) for message in messages]
-    return [
-        LogRecord(topic, partition, offset, key, value, about or ())
+    headers: list[Headers | None] = []
+    broken: dict[int, str] = {}
+    # By `map`, and once each: where the name of a header is not UTF-8, the method raises only where its caller looks at
+    # the result as `map` does, and what it returns the second time is a list that ends the process of who reads it.
+    every = map(Message.headers, messages)
+    while len(headers) < len(messages):
+        try:
+            headers.extend(every)  # type: ignore[arg-type]
+        except SystemError as error:
+            broken[len(headers)] = f"the name of a header is not UTF-8, so the record cannot be read: {error.__cause__}"
+            headers.append(None)
+    records = [
+        LogRecord(topic or "", partition or 0, offset or 0, key, value, about or ())
         for topic, partition, offset, key, value, about in zip(
             map(Message.topic, messages),
             map(Message.partition, messages),
@@ -32,15 +38,8 @@ def records_of(messages: Sequence[Message]) -> list[LogRecord]:
             strict=True,
         )
     ]
-
-
-def _record_of(message: Message) -> LogRecord:
-    topic, partition, offset = message.topic() or "", message.partition() or 0, message.offset() or 0
-    try:
-        (headers,) = map(Message.headers, (message,))
-    except SystemError as error:
-        why = f"the name of a header is not UTF-8, so the record cannot be read: {error.__cause__}"
-        _log.error("%s/%d@%d: %s", topic, partition, offset, why)
-        return LogRecord(topic, partition, offset, None, None, [(UNREADABLE, why.encode())])
-    about: Headers = headers or ()  # type: ignore[assignment]
-    return LogRecord(topic, partition, offset, message.key(), message.value(), about)
+    for index, why in broken.items():
+        record = records[index]
+        _log.error("%s/%d@%d: %s", record.topic, record.partition, record.offset, why)
+        records[index] = record._replace(key=None, value=None, headers=[(UNREADABLE, why.encode())])
+    return records
