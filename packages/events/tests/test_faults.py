@@ -125,17 +125,29 @@ async def publish(app: App, keys: int, each: int, start: int = 0) -> None:
         await app.get(EventPublisher).publish_batch([Step(key=f"k{key}", number=number) for key in range(keys)])
 
 
-@pytest.fixture(params=["sql on sqlite", "sql on postgres", "kafka with postgres"])
+_SERVICES = ["sql on sqlite", "sql on postgres", "kafka with postgres"]
+_LIBRDKAFKA = "librdkafka with postgres"
+_SHORTEST_SECONDS = {"aiokafka": 1.5, "confluent": 4.0}  # leases; by librdkafka none is shorter
+
+with_librdkafka = pytest.mark.parametrize("options", [*_SERVICES, _LIBRDKAFKA], indirect=True)
+"""For those in which the client of Kafka decides."""
+
+
+@pytest.fixture(params=_SERVICES)
 def options(request: pytest.FixtureRequest, prefix: str) -> dict[str, Any]:
     """A service on either transport and either database."""
     transport, _, database = request.param.split()
-    events: dict[str, Any] = {"transport": transport, "lease_seconds": 1.5, "partitions": 4}
-    if transport == "kafka":
-        events["kafka_servers"] = request.getfixturevalue("kafka")
+    client = "confluent" if request.param == _LIBRDKAFKA else "aiokafka"
+    events: dict[str, Any] = {"lease_seconds": _SHORTEST_SECONDS[client], "partitions": 4, "transport": "sql"}
+    if transport != "sql":
+        events |= {
+            "transport": "kafka", "kafka_client": client, "kafka_servers": request.getfixturevalue("kafka")
+        }  # fmt: skip
     url = request.getfixturevalue(f"{database}_url")
     return {"url": url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events}
 
 
+@with_librdkafka
 async def test_a_consumer_killed_in_its_handler_loses_nothing_and_doubles_no_effect(options: dict[str, Any]) -> None:
     """A worker is killed twice while handlers run; every event has its effect once, in the order of its key."""
     publisher = service(options)
@@ -205,6 +217,7 @@ async def test_who_was_frozen_while_it_parked_parks_nothing_that_another_has_han
         assert await publisher.get(ParkedKeys).list() == []
 
 
+@with_librdkafka
 async def test_trap_08_a_stopped_consumer_that_wakes_up_doubles_no_effect(options: dict[str, Any]) -> None:
     """A worker that was frozen past its lease wakes up among others: what it still does is refused or a duplicate."""
     lease_seconds = 7.0 if options["events"]["transport"] == "kafka" else 2.5  # a broker's sessions are longer
@@ -284,6 +297,7 @@ async def test_consumers_killed_and_frozen_with_batches_in_their_hands_double_no
         exactly_once_and_in_order(await wait_for(publisher, 16 * 17), keys=16, each=17)
 
 
+@with_librdkafka
 async def test_two_processes_share_the_partitions(options: dict[str, Any]) -> None:
     """A second worker takes its share while the first works, and neither repeats or reorders anything."""
     publisher = service(options)
@@ -364,9 +378,12 @@ def _power_cut(broker: Kafka) -> None:
 
 
 @pytest.fixture
-def own_options(broker: Kafka, sqlite_url: str, prefix: str) -> dict[str, Any]:
+def own_options(broker: Kafka, sqlite_url: str, prefix: str, client: str) -> dict[str, Any]:
     """A service on a broker of the test's own."""
-    events = {"transport": "kafka", "kafka_servers": broker.address, "lease_seconds": 2.0, "partitions": 4}
+    events = {
+        "transport": "kafka", "kafka_client": client, "kafka_servers": broker.address, "partitions": 4,
+        "lease_seconds": max(2.0, _SHORTEST_SECONDS[client]),
+    }  # fmt: skip
     return {"url": sqlite_url, "topic": f"{prefix}-fault", "group": f"{prefix}-g", "events": events, "pause": 0}
 
 
@@ -497,6 +514,7 @@ async def test_trap_05_a_hung_handler_holds_back_its_key_only_and_is_seen(option
         await eventually(lambda: [n for key, n in seen if key == "k0"] == list(range(10)), what="the hung key")
 
 
+@with_librdkafka
 async def test_trap_04_handlers_finish_before_their_partitions_move(options: dict[str, Any]) -> None:
     """When a second consumer joins, what runs is finished and committed first: nothing is begun twice."""
     options["events"]["lease_seconds"] = 10.0  # no worker is lost here, also on a busy machine

@@ -308,7 +308,7 @@ async def values(servers: str, topic: str, count: int) -> list[bytes]:
 
 
 async def test_a_relay_that_freezes_with_a_batch_in_its_hands_does_not_send_it_late(
-    postgres_url: str, kafka: str, prefix: str
+    postgres_url: str, kafka: str, prefix: str, client: str
 ) -> None:
     """Its successor has sent it with what came after: sent now, it would arrive behind that."""
     options = {
@@ -316,7 +316,13 @@ async def test_a_relay_that_freezes_with_a_batch_in_its_hands_does_not_send_it_l
         "topic": f"{prefix}-fault",
         "relay only": True,
         "hang": "before sending",
-        "events": {"transport": "kafka", "kafka_servers": kafka, "lease_seconds": 2.0, "partitions": 1},
+        "events": {
+            "transport": "kafka",
+            "kafka_client": client,
+            "kafka_servers": kafka,
+            "lease_seconds": 2.0 if client == "aiokafka" else 4.0,
+            "partitions": 1,
+        },
     }
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=worker.run, args=(options, there), daemon=True)

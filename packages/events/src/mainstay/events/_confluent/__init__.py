@@ -29,16 +29,15 @@ class Client:
     """See `mainstay.events._kafka.seam.Client`.
 
     Args:
-        settings: where the cluster is.
-        contact: is told how it went.
+        settings: unused beside those of the contact.
+        contact: how the cluster is met.
     """
 
     away: ClassVar[tuple[type[Exception], ...]] = (KafkaFault, OSError, TimeoutError)
 
-    def __init__(self, settings: EventsSettings, contact: Contact) -> None:
-        self._settings = settings
+    def __init__(self, settings: EventsSettings, contact: Contact) -> None:  # noqa: ARG002  those of the contact
         self._contact = contact
-        self._admin = ConfluentAdmin(settings)
+        self._admin = ConfluentAdmin(contact)
 
     def admin(self) -> AbstractAsyncContextManager[ConfluentAdmin]:
         """See `Client`; one connection serves all questions."""
@@ -46,17 +45,17 @@ class Client:
 
     def producer(self, topics: Topics) -> ConfluentProducer:
         """See `Client`."""
-        return ConfluentProducer(self._settings, topics, self._admin, self._contact)
+        return ConfluentProducer(topics, self._admin, self._contact)
 
     def reading(
         self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader
     ) -> AbstractAsyncContextManager[ConfluentSource]:
         """See `Client`."""
-        return reading(self._settings, topics, self._admin, self._contact, group=group, names=names, reader=reader)
+        return reading(topics, self._admin, self._contact, group=group, names=names, reader=reader)
 
     def stored(self, topic: str, partition: int, *, offset: int | None = None) -> AsyncGenerator[Record]:
         """See `Client`."""
-        return stored(self._settings, topic, partition, offset)
+        return stored(self._contact, topic, partition, offset)
 
     async def close(self) -> None:
         """See `Client`."""

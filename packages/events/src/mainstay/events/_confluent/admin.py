@@ -12,11 +12,10 @@ from typing import Any, Self, TypeVar
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
-from mainstay.events._confluent.client import connection, fault_of
+from mainstay.events._confluent.client import connection, fault_of, made
 from mainstay.events._confluent.threads import answer, aside
-from mainstay.events._kafka.seam import REQUEST_SECONDS, NotAllowed
+from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact, NotAllowed
 from mainstay.events._sparing import said
-from mainstay.events.settings import EventsSettings
 
 _NOT_ALLOWED = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
 _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART}
@@ -28,12 +27,13 @@ class ConfluentAdmin:
     """One connection for all questions of a process, made with the first.
 
     Args:
-        settings: where the cluster is.
+        contact: how the cluster is met.
     """
 
-    def __init__(self, settings: EventsSettings) -> None:
-        self._settings = settings
+    def __init__(self, contact: Contact) -> None:
+        self._contact = contact
         self._client: AdminClient | None = None
+        self._connecting = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """There is nothing to do: it connects when it is asked for something."""
@@ -42,11 +42,12 @@ class ConfluentAdmin:
     async def __aexit__(self, *_details: object) -> None:
         """It stays for the next one."""
 
-    def _connected(self) -> AdminClient:
-        if self._client is None:
-            options: dict[str, Any] = {**connection(self._settings), "error_cb": _nothing}
-            self._client = AdminClient(options)
-        return self._client
+    async def _connected(self) -> AdminClient:
+        async with self._connecting:
+            if self._client is None:
+                options = {**connection(self._contact), "error_cb": _nothing}
+                self._client = await made(AdminClient, options)
+            return self._client
 
     async def _ask(self, asked: Future[T], about: str = "") -> T:
         try:
@@ -56,7 +57,7 @@ class ConfluentAdmin:
 
     async def names(self) -> set[str]:
         """See `Admin`."""
-        client = self._connected()
+        client = await self._connected()
         try:
             found = await aside(lambda: client.list_topics(timeout=REQUEST_SECONDS), "events.topics")
         except KafkaException as error:
@@ -67,7 +68,9 @@ class ConfluentAdmin:
         """See `Admin`. Asked in this way a broker creates no topic."""
         if not topics:
             return {}
-        asked = self._connected().describe_topics(TopicCollection(list(topics)), request_timeout=REQUEST_SECONDS)
+        asked = (await self._connected()).describe_topics(
+            TopicCollection(list(topics)), request_timeout=REQUEST_SECONDS
+        )
         found: dict[str, int] = {}
         for topic, future in asked.items():
             try:
@@ -80,7 +83,7 @@ class ConfluentAdmin:
     async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> None:
         """See `Admin`."""
         new = NewTopic(topic, partitions, -1 if replicas is None else replicas, config=dict(config))
-        (asked,) = self._connected().create_topics([new], request_timeout=REQUEST_SECONDS).values()
+        (asked,) = (await self._connected()).create_topics([new], request_timeout=REQUEST_SECONDS).values()
         try:
             await answer(asked)
         except KafkaException as error:
@@ -92,7 +95,7 @@ class ConfluentAdmin:
 
     async def ask(self, seconds: float) -> list[int]:
         """The numbers of the brokers that are there; asked for to see whether the cluster answers."""
-        cluster: Any = await self._ask(self._connected().describe_cluster(request_timeout=seconds))
+        cluster: Any = await self._ask((await self._connected()).describe_cluster(request_timeout=seconds))
         return [node.id for node in cluster.nodes]
 
     async def consumer_session_seconds(self) -> float | None:
@@ -103,7 +106,7 @@ class ConfluentAdmin:
         """
         number, *_ = await self.ask(REQUEST_SECONDS)
         broker = ConfigResource(ConfigResource.Type.BROKER, str(number))
-        (asked,) = self._connected().describe_configs([broker], request_timeout=REQUEST_SECONDS).values()
+        (asked,) = (await self._connected()).describe_configs([broker], request_timeout=REQUEST_SECONDS).values()
         found: Any = await self._ask(asked)
         offered, session = (
             found.get(name) for name in ("group.coordinator.rebalance.protocols", "group.consumer.session.timeout.ms")

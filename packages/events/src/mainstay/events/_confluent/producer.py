@@ -20,6 +20,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
@@ -27,7 +28,15 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException, Producer, murmur2
 
 from mainstay.events._confluent.admin import ConfluentAdmin
-from mainstay.events._confluent.client import CHECK_SECONDS, CLOSE_SECONDS, KafkaFault, connection, fault_of, reporting
+from mainstay.events._confluent.client import (
+    CHECK_SECONDS,
+    CLOSE_SECONDS,
+    KafkaFault,
+    connection,
+    fault_of,
+    made,
+    reporting,
+)
 from mainstay.events._confluent.threads import post
 from mainstay.events._kafka.seam import (
     RECORD_BYTES,
@@ -43,7 +52,6 @@ from mainstay.events._relay import Refused, TooLarge
 from mainstay.events._sparing import said
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import Outgoing
-from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
 
@@ -54,8 +62,8 @@ _FLUSH_SECONDS = 0.02
 _NUMBER_SECONDS = 0.55  # librdkafka asks again after half a second
 _MARGIN_SECONDS = 0.2
 """A batch is taken back whole before librdkafka finds its records too old, one by one."""
-_PART_OF_LEASE = 0.3
-"""The time of a batch of a relay, beside its lease, which is renewed when a third of it is over."""
+_PART_OF_LEASE = 0.5
+"""So much is left of a lease that is renewed as it should be."""
 _TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
 _TAKEN_BACK = {
     KafkaError._PURGE_QUEUE: "it was not sent within its time",
@@ -65,15 +73,15 @@ _TAKEN_BACK = {
 _GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
 
 
-def _options(settings: EventsSettings, timeout_seconds: float) -> dict[str, Any]:
+def _options(contact: Contact, timeout_seconds: float, *kinds: str, **ours: Any) -> dict[str, Any]:
     return {
-        **connection(settings),
+        **connection(contact, "producer", *kinds, compression_type="lz4", **ours),
         "enable.idempotence": True,
-        "compression.type": "lz4",
         "partitioner": "murmur2_random",  # as Java places keys
         "message.max.bytes": RECORD_BYTES,
         "message.timeout.ms": int(timeout_seconds * 1000),
         "topic.metadata.propagation.max.ms": 5000,
+        "error_cb": reporting(contact),
     }
 
 
@@ -125,17 +133,9 @@ def _wake(answers: Sequence[_Answer], waiting: Sequence[asyncio.Future[None]]) -
 class _Sending:
     """One producer for publishing, and the thread that its answers come to."""
 
-    def __init__(self, settings: EventsSettings, contact: Contact) -> None:
-        limit = settings.send_seconds
+    def __init__(self, producer: Producer) -> None:
         self._loop = asyncio.get_running_loop()
-        self._producer = Producer(
-            {
-                **_options(settings, max(limit / 2, limit - CHECK_SECONDS)),
-                "linger.ms": 5,
-                "queue.buffering.max.kbytes": _QUEUE_BYTES // 1024,
-                "error_cb": reporting(contact),
-            }
-        )
+        self._producer = producer
         self._done: list[_Answer] = []
         self._room: deque[asyncio.Future[None]] = deque()
         self._over = False
@@ -202,20 +202,20 @@ class ConfluentProducer:
     """Everything that is sent to the cluster.
 
     Args:
-        settings: where it is, and how long a confirmation may take.
         topics: makes those that do not exist.
         admin: knows how many partitions they have.
-        contact: is told how it went.
+        contact: how the cluster is met.
     """
 
-    def __init__(self, settings: EventsSettings, topics: Topics, admin: ConfluentAdmin, contact: Contact) -> None:
-        self._settings = settings
+    def __init__(self, topics: Topics, admin: ConfluentAdmin, contact: Contact) -> None:
+        self._settings = contact.settings
         self._topics = topics
         self._admin = admin
         self._contact = contact
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
         self._shared: _Sending | None = None
+        self._starting = asyncio.Lock()
         self._spare: Carrier | None = None
         self._ending: set[asyncio.Future[None]] = set()
 
@@ -223,14 +223,18 @@ class ConfluentProducer:
         """See `Producer`."""
         try:
             await self._admin.ask(min(REQUEST_SECONDS, self._settings.send_seconds))
+            await self._sending()  # in advance: it takes half a second until librdkafka can send
         except (KafkaFault, OSError, TimeoutError) as error:
             raise unreachable(self._settings, error) from error
-        self._sending()
 
-    def _sending(self) -> _Sending:
-        if self._shared is None:
-            self._shared = _Sending(self._settings, self._contact)
-        return self._shared
+    async def _sending(self) -> _Sending:
+        async with self._starting:
+            if self._shared is None:
+                limit = self._settings.send_seconds
+                options = _options(self._contact, max(limit / 2, limit - CHECK_SECONDS), "direct", linger_ms=5)
+                options["queue.buffering.max.kbytes"] = _QUEUE_BYTES // 1024
+                self._shared = _Sending(await made(Producer, options))
+            return self._shared
 
     async def send(self, topic: str, batch: Sequence[Payload]) -> None:
         """See `Producer`."""
@@ -241,7 +245,7 @@ class ConfluentProducer:
         try:
             async with asyncio.timeout(self._settings.send_seconds):
                 await self._topics.ensure(topic)
-                sending = self._sending()
+                sending = await self._sending()
                 sent = True
                 await sending.send(topic, batch)
         except self._topics.away as error:
@@ -278,7 +282,7 @@ class ConfluentProducer:
         return carrier
 
     def _made(self) -> Carrier:
-        carrier = Carrier(self._settings, self._admin, self._contact)
+        carrier = Carrier(self._admin, self._contact)
         self._ending.add(carrier.ended)
         carrier.ended.add_done_callback(self._ending.discard)
         return carrier
@@ -315,9 +319,8 @@ class Carrier:
     """A producer of batches: one to a partition at a time, and none goes out after the deadline; see the module.
 
     Args:
-        settings: where the cluster is, and how long leases are.
         admin: knows how many partitions topics have.
-        contact: is told how it went.
+        contact: how the cluster is met.
 
     Attributes:
         deadline: by the monotonic clock, of everything that is handed over.
@@ -325,23 +328,21 @@ class Carrier:
         ended: is done when the thread has.
     """
 
-    def __init__(self, settings: EventsSettings, admin: ConfluentAdmin, contact: Contact) -> None:
+    def __init__(self, admin: ConfluentAdmin, contact: Contact) -> None:
         self.deadline = math.inf
         self._admin = admin
         self._contact = contact
         self._loop = asyncio.get_running_loop()
-        self._seconds = settings.lease_seconds * _PART_OF_LEASE
-        self._producer = Producer(
-            {
-                **_options(settings, self._seconds),
-                "linger.ms": int(self._seconds * 900),
-                "batch.size": 2 * RECORD_BYTES,
-                "batch.num.messages": 1_000_000,
-                "queue.buffering.max.messages": 0,  # as many as the relay hands over
-                "queue.buffering.max.kbytes": 2_097_151,
-                "error_cb": reporting(contact),
-            }
-        )
+        self._seconds = contact.settings.lease_seconds * _PART_OF_LEASE - CHECK_SECONDS
+        self._options: dict[str, Any] = {
+            **_options(contact, self._seconds),
+            "linger.ms": int(self._seconds * 900),
+            "batch.size": 2 * RECORD_BYTES,
+            "batch.num.messages": 1_000_000,
+            "queue.buffering.max.messages": 0,  # as many as the relay hands over
+            "queue.buffering.max.kbytes": 2_097_151,
+        }
+        self._producer: Producer | None = None
         self._widths: dict[str, tuple[float, int]] = {}
         self._next: list[_Batch] = []
         self._done: list[_Answer] = []
@@ -411,40 +412,33 @@ class Carrier:
     def abandon(self) -> None:
         """End it with what it has not answered for: none of that goes out from now on."""
         self.deadline = -math.inf
-        if not self._over:
-            self._producer.purge(blocking=False)
+        if self._producer is not None:
+            with suppress(RuntimeError):  # it has ended already
+                self._producer.purge(blocking=False)
         self.close()
 
     # In the thread
 
     def _work(self) -> None:
-        self._prepare()
-        while (batches := self._handed.get()) is not None:
-            until = time.monotonic() + self._seconds - _MARGIN_SECONDS
-            whole = True
-            for batch in batches:
-                whole = self._produce(batch) and whole
-            # What was produced until here times out soon enough, or is not sent at all.
-            if whole and time.monotonic() + self._seconds + CHECK_SECONDS < self.deadline:
-                self._flush(until, batches)
-            if len(self._producer):  # else a late purge could meet what is produced next
-                self._producer.purge()
-                while self._producer.flush(_POLL_SECONDS):
-                    pass
-            self._hand_back()
-        self._producer.close()
+        try:
+            producer = self._prepare()
+        except (KafkaException, KafkaFault) as error:
+            post(self._loop, self._prepared, error if isinstance(error, KafkaFault) else fault_of(error))
+        else:
+            post(self._loop, self._prepared, None)
+            while (batches := self._handed.get()) is not None:
+                self._send(producer, batches)
+        if self._producer is not None:
+            self._producer.close()
         post(self._loop, _wake, (), [self.ended])
 
-    def _prepare(self) -> None:
-        made = time.monotonic()
-        try:
-            self._producer.list_topics(timeout=self._seconds)
-        except KafkaException as error:
-            post(self._loop, self._prepared, fault_of(error))
-            return
+    def _prepare(self) -> Producer:
+        made_at = time.monotonic()
+        self._producer = producer = Producer(self._options)
+        producer.list_topics(timeout=self._seconds)
         # Before its first connection librdkafka has asked in vain for the number that makes it idempotent.
-        time.sleep(max(0.0, made + _NUMBER_SECONDS - time.monotonic()))
-        post(self._loop, self._prepared, None)
+        time.sleep(max(0.0, made_at + _NUMBER_SECONDS - time.monotonic()))
+        return producer
 
     def _prepared(self, fault: KafkaFault | None) -> None:
         if fault is None:
@@ -453,9 +447,23 @@ class Carrier:
             self.ready.set_exception(fault)
             self.ready.exception()  # a spare one may never be asked for
 
-    def _produce(self, batch: _Batch) -> bool:
+    def _send(self, producer: Producer, batches: Sequence[_Batch]) -> None:
+        until = time.monotonic() + self._seconds - _MARGIN_SECONDS
+        whole = True
+        for batch in batches:
+            whole = self._produce(producer, batch) and whole
+        # What was produced until here times out soon enough, or is not sent at all.
+        if whole and time.monotonic() + self._seconds + CHECK_SECONDS < self.deadline:
+            self._flush(producer, until, batches)
+        if len(producer):  # else a late purge could meet what is produced next
+            producer.purge()
+            while len(producer):  # and no flush: it would send what is not purged yet
+                producer.poll(_FLUSH_SECONDS)
+        self._hand_back()
+
+    def _produce(self, producer: Producer, batch: _Batch) -> bool:
         """Put a batch in the producer's queue, from where nothing goes out yet; whether it is there whole."""
-        told, produce, count = batch.answer.told, self._producer.produce, 0
+        told, produce, count = batch.answer.told, producer.produce, 0
         for event in batch.events:
             try:
                 produce(batch.topic, event.value, event.key, batch.partition, told, None, 0, list(event.headers))
@@ -467,9 +475,9 @@ class Carrier:
             self._done.append(batch.answer)
         return count in {0, len(batch.events)}
 
-    def _flush(self, until: float, batches: Sequence[_Batch]) -> None:
+    def _flush(self, producer: Producer, until: float, batches: Sequence[_Batch]) -> None:
         """Send, until all are answered, their time is over, or one was answered in part: the rest must not follow."""
-        while time.monotonic() < min(until, self.deadline) and self._producer.flush(_FLUSH_SECONDS):
+        while time.monotonic() < min(until, self.deadline) and producer.flush(_FLUSH_SECONDS):
             self._hand_back()
             if any(batch.answer.partly for batch in batches):
                 break

@@ -90,7 +90,6 @@ class _Found(NamedTuple):
 
 @asynccontextmanager
 async def reading(
-    settings: EventsSettings,
     topics: Topics,
     admin: ConfluentAdmin,
     contact: Contact,
@@ -103,11 +102,17 @@ async def reading(
 
     A topic that is missing or refused is read as soon as it is there, and the others do not wait for it.
     """
+    settings = contact.settings
     options = await _group_options(settings, admin)
     moving_seconds = settings.drain_seconds + 2 * CLOSE_SECONDS
     members = _Members(
         {
-            **connection(settings),
+            **connection(
+                contact,
+                "consumer",
+                fetch_wait_max_ms=100,
+                fetch_max_bytes=max(1_048_576, min(52_428_800, settings.window_bytes // 4)),
+            ),
             **options,
             "group.id": group,
             "enable.auto.commit": False,
@@ -115,8 +120,6 @@ async def reading(
             "auto.offset.reset": "error",  # where a group has no place, or one that is gone, we choose it, and say so
             "isolation.level": "read_committed",
             "max.poll.interval.ms": int(max(_session_seconds(settings), moving_seconds + CLOSE_SECONDS) * 1000),
-            "fetch.wait.max.ms": 100,
-            "fetch.max.bytes": max(1_048_576, min(52_428_800, settings.window_bytes // 4)),
             "queued.max.messages.kbytes": max(1024, settings.window_bytes // 4 // 1024),
             "error_cb": reporting(contact),
         },
@@ -151,15 +154,17 @@ def _session_seconds(settings: EventsSettings) -> float:
 async def _group_options(settings: EventsSettings, admin: ConfluentAdmin) -> dict[str, Any]:
     """The group protocol: Kafka 4's own has its session from the broker, and must not keep partitions for longer."""
     wanted = _session_seconds(settings)
+    instance = {} if settings.kafka_instance_id is None else {"group.instance.id": settings.kafka_instance_id}
     try:
         offered = await admin.consumer_session_seconds()
     except KafkaFault as error:
         _log.info("the broker does not tell what group protocols it offers (%s); the cooperative one is used", error)
         offered = None
     if offered is not None and offered <= wanted:
-        return {"group.protocol": "consumer"}
+        return {**instance, "group.protocol": "consumer"}
     session_ms = int(wanted * 1000)
     return {
+        **instance,
         "group.protocol": "classic",
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": session_ms,
@@ -202,16 +207,18 @@ class _Members:
         await self._caller.run(partial(self._subscribe, topics))
 
     async def end(self) -> None:
-        """Give all partitions back, and end consumer and thread, within seconds."""
+        """Give all partitions back, and end consumer and thread, within seconds also without a broker."""
         closing = spawn(self._caller.run(self._close), name=f"events.{self._group}.close")
-        done, _ = await asyncio.wait((closing,), timeout=self._moving_seconds)
-        if done and closing.exception() is not None:
-            _log.info("the Kafka consumer of group %s ended with %r", self._group, closing.exception())
-        if not await self._caller.end(CLOSE_SECONDS):
-            _log.warning("the Kafka consumer of group %s did not stop in time and is abandoned", self._group)
-        if not done:
-            closing.cancel()
-            await asyncio.wait((closing,))
+        try:
+            done, _ = await asyncio.wait((closing,), timeout=CLOSE_SECONDS)
+            if done and closing.exception() is not None:
+                _log.info("the Kafka consumer of group %s ended with %r", self._group, closing.exception())
+            if not await self._caller.end(CLOSE_SECONDS if done else 0.0):
+                _log.warning("the Kafka consumer of group %s did not stop in time and is abandoned", self._group)
+        finally:
+            if not closing.done():
+                closing.cancel()
+                await asyncio.wait((closing,))
 
     async def look(
         self, seconds: float, pause: Sequence[Place], resume: Sequence[Place], landing: Callable[[_Found], None]
@@ -319,8 +326,8 @@ class _Members:
         consumer = self._consumer
         assert consumer is not None  # noqa: S101  started
         if _generation(consumer.consumer_group_metadata()) <= 0:
-            # Librdkafka would commit as nobody, which a group that all have left accepts: it would move the group back
-            # behind what the others have committed.
+            # It is no member any more. A commit of nobody is taken from a group that all have left, and would move it
+            # back behind what the others have committed.
             return False
         try:
             consumer.commit(offsets=offsets, asynchronous=False)

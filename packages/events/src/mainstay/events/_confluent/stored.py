@@ -13,15 +13,14 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from mainstay.events._confluent.client import KafkaFault, connection, fault_of
 from mainstay.events._confluent.records import records_of
 from mainstay.events._confluent.threads import aside
-from mainstay.events._kafka.seam import REQUEST_SECONDS
+from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
 from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import Record
-from mainstay.events.settings import EventsSettings
 
 _PAGE = 500
 
 
-async def stored(settings: EventsSettings, topic: str, partition: int, offset: int | None) -> AsyncGenerator[Record]:
+async def stored(contact: Contact, topic: str, partition: int, offset: int | None) -> AsyncGenerator[Record]:
     """The records of a partition up to its present end, from an offset on or from its beginning.
 
     Raises:
@@ -29,7 +28,7 @@ async def stored(settings: EventsSettings, topic: str, partition: int, offset: i
         TimeoutError: nothing came for a while.
     """
     options: dict[str, Any] = {
-        **connection(settings),
+        **connection(contact, "consumer"),
         "group.id": "unused",  # it joins none, but cannot be made without
         "enable.auto.commit": False,
         "enable.partition.eof": True,
