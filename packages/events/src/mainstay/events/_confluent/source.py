@@ -57,6 +57,9 @@ _ABOUT_ITS_TOPIC = {
 _PASSING = {KafkaError._PARTITION_EOF, KafkaError._MAX_POLL_EXCEEDED, KafkaError._TRANSPORT, KafkaError._TIMED_OUT}
 
 
+_Offsets = frozenset[tuple[str, int, int]]
+
+
 class Place(NamedTuple):
     """A partition."""
 
@@ -189,6 +192,9 @@ class _Members:
         self._consumer: Consumer | None = None
         self._source: ConfluentSource | None = None
         self._lag_at = 0.0
+        self._looking = 0
+        self._moving = False
+        self._committing: tuple[_Offsets, asyncio.Future[None]] | None = None
 
     async def start(self, source: ConfluentSource) -> None:
         """Make the consumer."""
@@ -196,7 +202,7 @@ class _Members:
 
         def make() -> None:
             try:
-                self._consumer = Consumer(self._options)
+                self._consumer = Consumer({**self._options, "on_commit": self.committed})
             except KafkaException as error:
                 raise fault_of(error) from error
 
@@ -224,15 +230,29 @@ class _Members:
         self, seconds: float, pause: Sequence[Place], resume: Sequence[Place], landing: Callable[[_Found], None]
     ) -> None:
         """Ask for what is there, for so long at most."""
-        await self._caller.run(partial(self._look, seconds, pause, resume), landing)
+        self._looking += 1
+        try:
+            await self._caller.run(partial(self._look, seconds, pause, resume), landing)
+        finally:
+            self._looking -= 1
 
-    async def commit(self, offsets: Mapping[Place, int]) -> bool:
+    async def commit(self, offsets: Mapping[Place, int], landing: Callable[[_Found], None]) -> bool:
         """Commit, unless the broker has given this member up; whether it was done.
+
+        The answer comes while the consumer is asked for records, which this does where nobody else does.
 
         Raises:
             KafkaFault: it was refused.
         """
-        return await self._caller.run(partial(self._commit, [TopicPartition(*at, to) for at, to in offsets.items()]))
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not await self._caller.run(partial(self._commit, offsets, answered)):
+            return False
+        while not answered.done():
+            if not self._looking:
+                await self.look(_SLICE_SECONDS, (), (), landing)
+            await asyncio.wait((answered,), timeout=_SLICE_SECONDS)
+        answered.result()
+        return True
 
     # In the thread
 
@@ -257,7 +277,11 @@ class _Members:
         source = self._source
         assert source is not None  # noqa: S101  started
         moved = [Place(each.topic, each.partition) for each in places]
-        self._caller.while_waiting_for(lambda: tell(source, moved), self._moving_seconds)
+        self._moving = True
+        try:
+            self._caller.while_waiting_for(lambda: tell(source, moved), self._moving_seconds)
+        finally:
+            self._moving = False
 
     def _look(self, seconds: float, pause: Sequence[Place], resume: Sequence[Place]) -> _Found:
         consumer = self._consumer
@@ -322,18 +346,36 @@ class _Members:
         consumer.incremental_unassign([start])
         consumer.incremental_assign([start])
 
-    def _commit(self, offsets: list[TopicPartition]) -> bool:
+    def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:
         consumer = self._consumer
         assert consumer is not None  # noqa: S101  started
         if _generation(consumer.consumer_group_metadata()) <= 0:
             # It is no member any more. A commit of nobody is taken from a group that all have left, and would move it
             # back behind what the others have committed.
             return False
+        places = [TopicPartition(*place, offset) for place, offset in offsets.items()]
         try:
-            consumer.commit(offsets=offsets, asynchronous=False)
+            if self._moving:  # within a callback no other one is called
+                consumer.commit(offsets=places, asynchronous=False)
+                self._caller.settle(answered, None)
+            else:
+                self._committing = _offsets_of(places), answered
+                consumer.commit(offsets=places, asynchronous=True)
         except KafkaException as error:
             raise fault_of(error) from error
         return True
+
+    def committed(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+        """A commit is answered: that of now, or an earlier one that nobody waits for any more."""
+        if self._committing is None or self._committing[0] != _offsets_of(places):
+            return
+        (_, answered), self._committing = self._committing, None
+        failed = error or next((place.error for place in places if place.error is not None), None)
+        self._caller.settle(answered, None if failed is None else KafkaFault(failed))
+
+
+def _offsets_of(places: Sequence[TopicPartition]) -> _Offsets:
+    return frozenset((place.topic, place.partition, place.offset) for place in places)
 
 
 def _each(do: Callable[[list[TopicPartition]], None], places: Sequence[Place]) -> None:
@@ -462,7 +504,7 @@ class ConfluentSource:
             for assignment, record in finished.items()
             if assignment in self._by_assignment
         }
-        if offsets and not await self._members.commit(offsets):
+        if offsets and not await self._members.commit(offsets, self._landed):
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
 
     def lag(self) -> int:

@@ -120,6 +120,15 @@ class Caller:
         self._calls.put(call)
         return await call.waiting
 
+    def settle(self, waiting: asyncio.Future[None], error: Exception | None) -> None:
+        """From the thread: end a wait in the loop, with an error if there is one."""
+
+        def outcome() -> None:
+            if error is not None:
+                raise error
+
+        post(self._loop, settle, waiting, outcome)
+
     def while_waiting_for(self, work: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
         """From within a call: have the loop do something, and serve other calls until it has, or time is over."""
         done = threading.Event()
