@@ -96,7 +96,7 @@ async def test_only_the_partitions_that_move_are_given_up(kafka: str, prefix: st
     async with service(kafka, prefix, partitions=4, lease_seconds=lease_seconds) as app:
         first, second = Reading(), Reading()
         async with reading(app, prefix, first) as source:
-            options = source._members._options
+            options = source._member._options
             assert (options["group.protocol"] == "consumer") == (lease_seconds == OWN_PROTOCOL)
 
             async def both(other: ConfluentSource | None) -> None:
@@ -128,10 +128,10 @@ async def test_trap_03_a_member_that_the_broker_has_given_up_commits_nothing(kaf
             records = await fetched(source, reader, 10)
             (held,) = reader.held
             await source.commit({held: records[9]})
-            consumer: Any = source._members._consumer
+            consumer: Any = source._member._consumer
 
             async def member() -> str:
-                name: str = await source._members._caller.run(consumer.memberid)
+                name: str = await source._member._caller.run(consumer.memberid)
                 return name
 
             name = await member()

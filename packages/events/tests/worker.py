@@ -15,7 +15,7 @@ from mainstay.core import App
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, _outbox
 from mainstay.events._aiokafka import producer
-from mainstay.events._confluent import producer as confluent_producer
+from mainstay.events._confluent import carrier as confluent_carrier
 from mainstay.events._parking import Parking
 
 EFFECTS = sa.Table(
@@ -146,14 +146,14 @@ async def main(options: dict[str, Any], told: Connection) -> None:
             return await guarded(self, node_id, request, **more)
 
         producer.Carrier._guarded = frozen  # type: ignore[method-assign]
-        flush = confluent_producer.Carrier._flush
+        flush = confluent_carrier.Carrier._flush
 
-        def frozen_as_well(self: confluent_producer.Carrier, *more: Any) -> None:
+        def frozen_as_well(self: confluent_carrier.Carrier, *more: Any) -> None:
             told.send("handed over")
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread takes no further step
             flush(self, *more)
 
-        confluent_producer.Carrier._flush = frozen_as_well  # type: ignore[method-assign, assignment]
+        confluent_carrier.Carrier._flush = frozen_as_well  # type: ignore[method-assign, assignment]
     if options.get("hang") == "before parking":
         park = Parking.park
 

@@ -14,26 +14,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
-
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from typing import Any
 
 from mainstay.core import spawn
 from mainstay.events._confluent.admin import ConfluentAdmin
-from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, connection, fault_of, reporting
-from mainstay.events._confluent.records import records_of
-from mainstay.events._confluent.threads import Caller
+from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, connection, reporting
+from mainstay.events._confluent.member import Found, Member, Place
 from mainstay.events._delivery import Assignment
-from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact
+from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watch
-from mainstay.events._metrics import MISSED
 from mainstay.events._transport import LogRecord, Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -41,30 +36,8 @@ from mainstay.events.settings import EventsSettings
 _log = logging.getLogger("mainstay.events")
 
 _FETCH_SECONDS = 0.25
-_SLICE_SECONDS = 0.05
-"""How long a commit waits for a fetch that finds nothing."""
-_PAGE = 1000
 _WAITING = 1000
-_LAG_SECONDS = 0.25
 _SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accepts
-_METADATA = b"CGMDv2:"
-_ABOUT_ITS_TOPIC = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,
-    KafkaError._UNKNOWN_PARTITION,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-}
-_PASSING = {KafkaError._PARTITION_EOF, KafkaError._MAX_POLL_EXCEEDED, KafkaError._TRANSPORT, KafkaError._TIMED_OUT}
-
-
-_Offsets = frozenset[tuple[str, int, int]]
-
-
-class Place(NamedTuple):
-    """A partition."""
-
-    topic: str
-    partition: int
 
 
 @dataclass(slots=True)
@@ -81,14 +54,6 @@ class _Held:
     paused: bool = False
     next: int | None = None
     end: int | None = None
-
-
-class _Found(NamedTuple):
-    """What a look brought."""
-
-    pages: Mapping[Place, Sequence[LogRecord]]
-    ends: Mapping[Place, int]
-    trouble: Sequence[tuple[str | None, KafkaFault]]
 
 
 @asynccontextmanager
@@ -108,7 +73,7 @@ async def reading(
     settings = contact.settings
     options = await _group_options(settings, admin)
     moving_seconds = settings.drain_seconds + 2 * CLOSE_SECONDS
-    members = _Members(
+    member = Member(
         {
             **connection(
                 contact,
@@ -129,15 +94,15 @@ async def reading(
         group,
         moving_seconds,
     )
-    source = ConfluentSource(members, reader, group, most_bytes=settings.window_bytes // 4)
+    source = ConfluentSource(member, reader, group, most_bytes=settings.window_bytes // 4)
     try:
-        await members.start(source)
+        await member.start(source)
         looking = watch(
             topics,
             names,
             source.absent,
             contact,
-            subscribe=members.subscribe,
+            subscribe=member.subscribe,
             ask=partial(admin.ask, LOOK_SECONDS),
         )
         watching = spawn(looking, name=f"events.{group}.watch")
@@ -147,7 +112,7 @@ async def reading(
             watching.cancel()
             await asyncio.wait((watching,))
     finally:
-        await members.end()
+        await member.end()
 
 
 def _session_seconds(settings: EventsSettings) -> float:
@@ -175,225 +140,6 @@ async def _group_options(settings: EventsSettings, admin: ConfluentAdmin) -> dic
     }
 
 
-class _Members:
-    """The consumer, and the thread that calls it.
-
-    Args:
-        options: of the consumer.
-        group: its group.
-        moving_seconds: how long partitions may take to be given up.
-    """
-
-    def __init__(self, options: dict[str, Any], group: str, moving_seconds: float) -> None:
-        self._options = options
-        self._group = group
-        self._moving_seconds = moving_seconds
-        self._caller = Caller(f"events.{group}")
-        self._consumer: Consumer | None = None
-        self._source: ConfluentSource | None = None
-        self._lag_at = 0.0
-        self._looking = 0
-        self._moving = False
-        self._committing: tuple[_Offsets, asyncio.Future[None]] | None = None
-
-    async def start(self, source: ConfluentSource) -> None:
-        """Make the consumer."""
-        self._source = source
-
-        def make() -> None:
-            try:
-                self._consumer = Consumer({**self._options, "on_commit": self.committed})
-            except KafkaException as error:
-                raise fault_of(error) from error
-
-        await self._caller.run(make)
-
-    async def subscribe(self, topics: list[str]) -> None:
-        """Read these topics from now on."""
-        await self._caller.run(partial(self._subscribe, topics))
-
-    async def end(self) -> None:
-        """Give all partitions back, and end consumer and thread, within seconds also without a broker."""
-        closing = spawn(self._caller.run(self._close), name=f"events.{self._group}.close")
-        try:
-            done, _ = await asyncio.wait((closing,), timeout=CLOSE_SECONDS)
-            if done and closing.exception() is not None:
-                _log.info("the Kafka consumer of group %s ended with %r", self._group, closing.exception())
-            if not await self._caller.end(CLOSE_SECONDS if done else 0.0):
-                _log.warning("the Kafka consumer of group %s did not stop in time and is abandoned", self._group)
-        finally:
-            if not closing.done():
-                closing.cancel()
-                await asyncio.wait((closing,))
-
-    async def look(
-        self, seconds: float, pause: Sequence[Place], resume: Sequence[Place], landing: Callable[[_Found], None]
-    ) -> None:
-        """Ask for what is there, for so long at most."""
-        self._looking += 1
-        try:
-            await self._caller.run(partial(self._look, seconds, pause, resume), landing)
-        finally:
-            self._looking -= 1
-
-    async def commit(self, offsets: Mapping[Place, int], landing: Callable[[_Found], None]) -> bool:
-        """Commit, unless the broker has given this member up; whether it was done.
-
-        The answer comes while the consumer is asked for records, which this does where nobody else does.
-
-        Raises:
-            KafkaFault: it was refused.
-        """
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not await self._caller.run(partial(self._commit, offsets, answered)):
-            return False
-        while not answered.done():
-            if not self._looking:
-                await self.look(_SLICE_SECONDS, (), (), landing)
-            await asyncio.wait((answered,), timeout=_SLICE_SECONDS)
-        answered.result()
-        return True
-
-    # In the thread
-
-    def _subscribe(self, topics: list[str]) -> None:
-        assert self._consumer is not None  # noqa: S101  started
-        self._consumer.subscribe(topics, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
-
-    def _close(self) -> None:
-        if self._consumer is not None:
-            self._consumer.close()
-
-    def _assigned(self, _consumer: Consumer, places: list[TopicPartition]) -> None:
-        self._moved(places, lambda source, moved: source.assign(moved))
-
-    def _revoked(self, _consumer: Consumer, places: list[TopicPartition]) -> None:
-        self._moved(places, lambda source, moved: source.revoke(moved))
-
-    def _lost(self, _consumer: Consumer, places: list[TopicPartition]) -> None:
-        self._moved(places, lambda source, moved: source.lose(moved))
-
-    def _moved(self, places: list[TopicPartition], tell: Callable[[ConfluentSource, list[Place]], Any]) -> None:
-        source = self._source
-        assert source is not None  # noqa: S101  started
-        moved = [Place(each.topic, each.partition) for each in places]
-        self._moving = True
-        try:
-            self._caller.while_waiting_for(lambda: tell(source, moved), self._moving_seconds)
-        finally:
-            self._moving = False
-
-    def _look(self, seconds: float, pause: Sequence[Place], resume: Sequence[Place]) -> _Found:
-        consumer = self._consumer
-        assert consumer is not None  # noqa: S101  started
-        _each(consumer.pause, pause)
-        _each(consumer.resume, resume)
-        until = time.monotonic() + seconds
-        first = consumer.poll(0)
-        while first is None and time.monotonic() < until and not self._caller.wanted:
-            first = consumer.poll(_SLICE_SECONDS)
-        messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
-        good = [message for message in messages if message.error() is None]
-        trouble = self._see_to(consumer, [message for message in messages if message.error() is not None])
-        pages: dict[Place, list[LogRecord]] = {}
-        for record in records_of(good):
-            pages.setdefault(Place(record.topic, record.partition), []).append(record)
-        return _Found(pages, self._ends(consumer), trouble)
-
-    def _ends(self, consumer: Consumer) -> Mapping[Place, int]:
-        now = time.monotonic()
-        if now - self._lag_at < _LAG_SECONDS:
-            return {}
-        self._lag_at = now
-        ends: dict[Place, int] = {}
-        for place in consumer.assignment():
-            _, end = consumer.get_watermark_offsets(place, cached=True)
-            if end >= 0:
-                ends[Place(place.topic, place.partition)] = end
-        return ends
-
-    def _see_to(self, consumer: Consumer, messages: Sequence[Message]) -> list[tuple[str | None, KafkaFault]]:
-        trouble: list[tuple[str | None, KafkaFault]] = []
-        for message in messages:
-            error = message.error()
-            assert error is not None  # noqa: S101  these are such
-            if error.code() == KafkaError._AUTO_OFFSET_RESET:
-                self._begin(consumer, Place(message.topic() or "", message.partition() or 0), message.offset())
-            elif error.fatal() or error.code() not in _PASSING:
-                trouble.append((message.topic() if error.code() in _ABOUT_ITS_TOPIC else None, KafkaFault(error)))
-        return trouble
-
-    def _begin(self, consumer: Consumer, place: Place, offset: int | None) -> None:
-        """A group without a place in a partition, or with one that is gone, begins with the oldest record there."""
-        start = TopicPartition(*place, OFFSET_BEGINNING)
-        if offset is None or offset < 0:
-            _log.info("group %s begins with all that is in %s/%d", self._group, *place)
-        else:
-            oldest, _ = consumer.get_watermark_offsets(start, timeout=REQUEST_SECONDS)
-            start.offset = oldest
-            missed = max(0, oldest - offset)
-            MISSED.labels(self._group).inc(missed)
-            _log.error(
-                "group %s was to go on at %d in %s/%d, which begins at %d: %s",
-                self._group,
-                offset,
-                place.topic,
-                place.partition,
-                oldest,
-                f"{missed} records were deleted before they were read" if missed else "the topic was made anew",
-            )
-        # It is no longer fetched, and what is not fetched cannot be told to seek.
-        consumer.incremental_unassign([start])
-        consumer.incremental_assign([start])
-
-    def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:
-        consumer = self._consumer
-        assert consumer is not None  # noqa: S101  started
-        if _generation(consumer.consumer_group_metadata()) <= 0:
-            # It is no member any more. A commit of nobody is taken from a group that all have left, and would move it
-            # back behind what the others have committed.
-            return False
-        places = [TopicPartition(*place, offset) for place, offset in offsets.items()]
-        try:
-            if self._moving:  # within a callback no other one is called
-                consumer.commit(offsets=places, asynchronous=False)
-                self._caller.settle(answered, None)
-            else:
-                self._committing = _offsets_of(places), answered
-                consumer.commit(offsets=places, asynchronous=True)
-        except KafkaException as error:
-            raise fault_of(error) from error
-        return True
-
-    def committed(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
-        """A commit is answered: that of now, or an earlier one that nobody waits for any more."""
-        if self._committing is None or self._committing[0] != _offsets_of(places):
-            return
-        (_, answered), self._committing = self._committing, None
-        failed = error or next((place.error for place in places if place.error is not None), None)
-        self._caller.settle(answered, None if failed is None else KafkaFault(failed))
-
-
-def _offsets_of(places: Sequence[TopicPartition]) -> _Offsets:
-    return frozenset((place.topic, place.partition, place.offset) for place in places)
-
-
-def _each(do: Callable[[list[TopicPartition]], None], places: Sequence[Place]) -> None:
-    for place in places:
-        try:
-            do([TopicPartition(*place)])
-        except KafkaException:  # it has gone meanwhile
-            _log.debug("partition %s/%d could neither be paused nor resumed", *place)
-
-
-def _generation(metadata: bytes) -> int:
-    """The group's generation, or the member's epoch, as librdkafka writes it for its transactions."""
-    if not metadata.startswith(_METADATA):
-        msg = f"librdkafka says what it knows of its group in another form than {_METADATA.decode()}"
-        raise RuntimeError(msg)
-    return int.from_bytes(metadata[len(_METADATA) : len(_METADATA) + 4], "little", signed=True)
-
-
 class ConfluentSource:
     """One group's consumer.
 
@@ -401,9 +147,9 @@ class ConfluentSource:
         absent: topics that are not read, and why.
     """
 
-    def __init__(self, members: _Members, reader: Reader, group: str, *, most_bytes: int) -> None:
+    def __init__(self, member: Member, reader: Reader, group: str, *, most_bytes: int) -> None:
         self.absent: dict[str, str] = {}
-        self._members = members
+        self._member = member
         self._reader = reader
         self._group = group
         self._most_bytes = most_bytes
@@ -446,7 +192,7 @@ class ConfluentSource:
         found = self._waiting_for(ready)
         if not found:
             seconds = _FETCH_SECONDS if ready or not self._held else 0.0
-            await self._members.look(seconds, *self._turns(), self._landed)
+            await self._member.look(seconds, *self._turns(), self._landed)
             if self._fault is not None:
                 raise self._fault
             found = self._waiting_for(ready)
@@ -480,7 +226,7 @@ class ConfluentSource:
                 resume.append(place)
         return pause, resume
 
-    def _landed(self, found: _Found) -> None:
+    def _landed(self, found: Found) -> None:
         """Keep what was read, of what is held still, also where the one who fetched has gone."""
         for place, records in found.pages.items():
             held = self._held.get(place)
@@ -504,7 +250,7 @@ class ConfluentSource:
             for assignment, record in finished.items()
             if assignment in self._by_assignment
         }
-        if offsets and not await self._members.commit(offsets, self._landed):
+        if offsets and not await self._member.commit(offsets, self._landed):
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
 
     def lag(self) -> int:
