@@ -148,14 +148,37 @@ async def dispatch_rows(*, quick: bool) -> AsyncIterator[Row]:
     )
 
 
-async def kafka_rows(servers: str, peers: Peers, *, quick: bool) -> AsyncIterator[Row]:
+def _options(servers: str, client: str) -> dict[str, Any]:
+    return {"transport": "kafka", "kafka_client": client, "outbox": False, "kafka_servers": servers}
+
+
+CLIENTS = {"aiokafka": "", "confluent": " by librdkafka"}
+"""The clients of Kafka, and what the names of their rows say of them."""
+PEERS = {
+    "publish many": {
+        "aiokafka": {"aiokafka by hand": "publish_many", "confluent-kafka": "confluent_publish_many"},
+        "confluent": {"confluent-kafka": "confluent_publish_many"},
+    },
+    "publish and wait": {
+        "aiokafka": {"aiokafka by hand": "publish_each", "FastStream": "faststream_publish_each"},
+        "confluent": {"FastStream": "faststream_publish_each"},
+    },
+    "consume": {
+        "aiokafka": {
+            "aiokafka by hand": "consume", "FastStream": "faststream_consume", "confluent-kafka": "confluent_consume"
+        },
+        "confluent": {"confluent-kafka": "confluent_consume"},
+    },
+}  # fmt: skip
+
+
+async def publish_rows(servers: str, client: str, peers: Peers, *, quick: bool) -> AsyncIterator[Row]:
     many = 5_000 if quick else 50_000
     single = 2_000 if quick else 20_000
     rounds = 1 if quick else 5
     topic = f"bench-{uuid.uuid4().hex[:8]}"
     load = events(many)
-    options = {"transport": "kafka", "outbox": False, "kafka_servers": servers}
-    async with service(None, topic, **options) as app:
+    async with service(None, topic, **_options(servers, client)) as app:
         publisher = app.get(EventPublisher)
         await publisher.publish(load[0])
 
@@ -179,24 +202,18 @@ async def kafka_rows(servers: str, peers: Peers, *, quick: bool) -> AsyncIterato
 
             return await per_second(single, work)
 
-        for peer, name in (
-            ("aiokafka by hand", "publish_many"),
-            ("confluent-kafka", "confluent_publish_many"),
-        ):
+        for peer, name in PEERS["publish many"][client].items():
             yield await compare(
-                f"publish many on Kafka, beside {peer}",
+                f"publish many on Kafka{CLIENTS[client]}, beside {peer}",
                 "events/s",
                 publish_many,
                 peer=(peer, peers(name, servers, f"{topic}-peer", many)),
                 better="higher",
                 rounds=rounds,
             )
-        for peer, name in (
-            ("aiokafka by hand", "publish_each"),
-            ("FastStream", "faststream_publish_each"),
-        ):
+        for peer, name in PEERS["publish and wait"][client].items():
             yield await compare(
-                f"publish and wait on Kafka, 200 at once, beside {peer}",
+                f"publish and wait on Kafka{CLIENTS[client]}, 200 at once, beside {peer}",
                 "events/s",
                 publish_each,
                 peer=(peer, peers(name, servers, f"{topic}-peer", single)),
@@ -204,30 +221,32 @@ async def kafka_rows(servers: str, peers: Peers, *, quick: bool) -> AsyncIterato
                 rounds=rounds,
             )
 
-    full = f"{topic}-full"
-    async with service(None, full, **options) as app:
+
+async def consume_rows(servers: str, peers: Peers, *, quick: bool) -> AsyncIterator[Row]:
+    many = 5_000 if quick else 50_000
+    full = f"bench-{uuid.uuid4().hex[:8]}-full"
+    load = events(many)
+    async with service(None, full, **_options(servers, "aiokafka")) as app:
         for start in range(0, many, 1000):
             await app.get(EventPublisher).publish_batch(load[start : start + 1000])
 
-    async def consume() -> float:
-        handled = Handled(many)
-        async with service(None, full, handled.router, **options).running(serve=True):
-            await asyncio.wait_for(handled.enough.wait(), 120)
-            return many / (time.perf_counter() - handled.first)
+    for client, by in CLIENTS.items():
 
-    for peer, name in (
-        ("aiokafka by hand", "consume"),
-        ("FastStream", "faststream_consume"),
-        ("confluent-kafka", "confluent_consume"),
-    ):
-        yield await compare(
-            f"consume from Kafka with validation and a call, beside {peer}",
-            "events/s",
-            consume,
-            peer=(peer, peers(name, servers, full, many)),
-            better="higher",
-            rounds=rounds,
-        )
+        async def consume(client: str = client) -> float:
+            handled = Handled(many)
+            async with service(None, full, handled.router, **_options(servers, client)).running(serve=True):
+                await asyncio.wait_for(handled.enough.wait(), 120)
+                return many / (time.perf_counter() - handled.first)
+
+        for peer, name in PEERS["consume"][client].items():
+            yield await compare(
+                f"consume from Kafka{by} with validation and a call, beside {peer}",
+                "events/s",
+                consume,
+                peer=(peer, peers(name, servers, full, many)),
+                better="higher",
+                rounds=1 if quick else 5,
+            )
 
 
 @asynccontextmanager
@@ -248,9 +267,9 @@ async def database_rows(servers: str, server: Postgres, folder: Path, *, quick: 
 
     for kind in ("SQLite", "PostgreSQL"):
 
-        async def relay(kind: str = kind) -> float:
+        async def relay(client: str = "aiokafka", kind: str = kind) -> float:
             async with _database(kind, server, folder, next(numbers)) as url:
-                options = {"transport": "kafka", "kafka_servers": servers}
+                options = {**_options(servers, client), "outbox": True}
                 topic = f"bench-{uuid.uuid4().hex[:8]}"
                 async with service(url, topic, **options) as app:
                     for start in range(0, count, 1000):
@@ -292,7 +311,9 @@ async def database_rows(servers: str, server: Postgres, folder: Path, *, quick: 
                     await asyncio.wait_for(handled.enough.wait(), 120)
                     return count / (time.perf_counter() - handled.first)
 
-        yield await compare(f"outbox relayed from {kind} to Kafka", "events/s", relay, better="higher", rounds=rounds)
+        for client, by in CLIENTS.items():
+            name = f"outbox relayed from {kind} to Kafka{by}"
+            yield await compare(name, "events/s", partial(relay, client), better="higher", rounds=rounds)
         yield await compare(
             f"publish and wait on the log in {kind}, 200 at once",
             "events/s",
@@ -460,7 +481,10 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
         server = stack.enter_context(Postgres())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = stack.enter_context(Peers("events"))
-        async for found in kafka_rows(kafka.address, peers, quick=quick):
+        for client in CLIENTS:
+            async for found in publish_rows(kafka.address, client, peers, quick=quick):
+                yield found
+        async for found in consume_rows(kafka.address, peers, quick=quick):
             yield found
         async for found in database_rows(kafka.address, server, folder, quick=quick):
             yield found

@@ -87,11 +87,12 @@ def confluent_publish_many(servers: str, topic: str, count: int) -> float:
             "queue.buffering.max.messages": 1_000_000,
         }
     )
+    headers: list[tuple[str, str | bytes | None]] = [*HEADERS]
     producer.produce(topic, b"warm")
     producer.flush()
     started = time.perf_counter()
     for key, value in load:
-        producer.produce(topic, value, key=key, headers=HEADERS)
+        producer.produce(topic, value, key=key, headers=headers)
     assert producer.flush() == 0
     return count / (time.perf_counter() - started)
 
@@ -162,7 +163,7 @@ def confluent_consume(servers: str, topic: str, count: int) -> float:
         records = consumer.consume(500, 0.5)
         started = started or (time.perf_counter() if records else 0.0)
         for record in records:
-            validate(record.value())
+            validate(record.value() or b"")
         done += len(records)
     figure = done / (time.perf_counter() - started)
     consumer.close()

@@ -13,11 +13,10 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 
 from mainstay.core import spawn
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, fault_of
-from mainstay.events._confluent.records import records_of
+from mainstay.events._confluent.records import KafkaRecord, records_of
 from mainstay.events._confluent.threads import Caller
 from mainstay.events._kafka.seam import REQUEST_SECONDS
 from mainstay.events._metrics import MISSED
-from mainstay.events._transport import LogRecord
 
 _log = logging.getLogger("mainstay.events")
 
@@ -32,6 +31,7 @@ _ABOUT_ITS_TOPIC = {
     KafkaError._UNKNOWN_PARTITION,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
 }
+_ABOUT_OTHERS = "the group has members by another client of Kafka, and takes this one once they have gone"
 _PASSING = {KafkaError._PARTITION_EOF, KafkaError._MAX_POLL_EXCEEDED, KafkaError._TRANSPORT, KafkaError._TIMED_OUT}
 
 _Offsets = frozenset[tuple[str, int, int]]
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 class Found(NamedTuple):
     """What a look brought."""
 
-    pages: Mapping[Place, Sequence[LogRecord]]
+    pages: Mapping[Place, Sequence[KafkaRecord]]
     ends: Mapping[Place, int]
     trouble: Sequence[tuple[str | None, KafkaFault]]
 
@@ -188,7 +188,7 @@ class Member:
         messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
         good = [message for message in messages if message.error() is None]
         trouble = self._see_to(consumer, [message for message in messages if message.error() is not None])
-        pages: dict[Place, list[LogRecord]] = {}
+        pages: dict[Place, list[KafkaRecord]] = {}
         for record in records_of(good):
             pages.setdefault(Place(record.topic, record.partition), []).append(record)
         return Found(pages, self._ends(consumer), trouble)
@@ -213,7 +213,9 @@ class Member:
             if error.code() == KafkaError._AUTO_OFFSET_RESET:
                 self._begin(consumer, Place(message.topic() or "", message.partition() or 0), message.offset())
             elif error.fatal() or error.code() not in _PASSING:
-                trouble.append((message.topic() if error.code() in _ABOUT_ITS_TOPIC else None, KafkaFault(error)))
+                about = _ABOUT_OTHERS if error.code() == KafkaError.INCONSISTENT_GROUP_PROTOCOL else ""
+                topic = message.topic() if error.code() in _ABOUT_ITS_TOPIC else None
+                trouble.append((topic, KafkaFault(error, about)))
         return trouble
 
     def _begin(self, consumer: Consumer, place: Place, offset: int | None) -> None:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from confluent_kafka import Message
 
-from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import UNREADABLE, Headers
 
 _log = logging.getLogger("mainstay.events")
 
 
-def records_of(messages: Sequence[Message]) -> list[LogRecord]:
+class KafkaRecord(NamedTuple):
+    """A record, and when it was written, in milliseconds of the time of day."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp: int
+
+
+def records_of(messages: Sequence[Message]) -> list[KafkaRecord]:
     """Messages without an error, as records; one that cannot be read is a record that says so."""
     headers: list[Headers | None] = []
     broken: dict[int, str] = {}
@@ -27,14 +39,15 @@ def records_of(messages: Sequence[Message]) -> list[LogRecord]:
             broken[len(headers)] = f"the name of a header is not UTF-8, so the record cannot be read: {error.__cause__}"
             headers.append(None)
     records = [
-        LogRecord(topic or "", partition or 0, offset or 0, key, value, about or ())
-        for topic, partition, offset, key, value, about in zip(
+        KafkaRecord(topic or "", partition or 0, offset or 0, key, value, about or (), written[1])
+        for topic, partition, offset, key, value, about, written in zip(
             map(Message.topic, messages),
             map(Message.partition, messages),
             map(Message.offset, messages),
             map(Message.key, messages),
             map(Message.value, messages),
             headers,
+            map(Message.timestamp, messages),
             strict=True,
         )
     ]

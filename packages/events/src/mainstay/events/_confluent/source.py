@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +26,12 @@ from mainstay.core import spawn
 from mainstay.events._confluent.admin import ConfluentAdmin
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, connection, reporting
 from mainstay.events._confluent.member import Found, Member, Place
+from mainstay.events._confluent.records import KafkaRecord
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watch
-from mainstay.events._transport import LogRecord, Reader
+from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
 
@@ -50,7 +52,7 @@ class _Held:
     """
 
     assignment: Assignment
-    waiting: deque[LogRecord] = field(default_factory=deque[LogRecord])
+    waiting: deque[KafkaRecord] = field(default_factory=deque[KafkaRecord])
     paused: bool = False
     next: int | None = None
     end: int | None = None
@@ -262,3 +264,11 @@ class ConfluentSource:
             else:
                 waiting += len(held.waiting)
         return waiting
+
+    def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
+        """See `Source`, by the time that is in a record. When what was not read was written nobody here knows."""
+        oldest = [held.waiting[0] for held in self._held.values() if held.waiting]
+        times = [record.timestamp for record in (*unfinished, *oldest) if isinstance(record, KafkaRecord)]
+        if not times:
+            return None if self.lag() else 0.0
+        return max(0.0, time.time() - min(times) / 1000)

@@ -11,10 +11,9 @@ from typing import Any
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from mainstay.events._confluent.client import KafkaFault, connection, fault_of
-from mainstay.events._confluent.records import records_of
+from mainstay.events._confluent.records import KafkaRecord, records_of
 from mainstay.events._confluent.threads import aside
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
-from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import Record
 
 _PAGE = 500
@@ -60,7 +59,7 @@ class _Reader:
         self._turn = Lock()  # who reads a page may have gone before it was there
         self._over = False
 
-    def page(self) -> list[LogRecord]:
+    def page(self) -> list[KafkaRecord]:
         """The next records, none at the end."""
         try:
             with self._turn:
@@ -68,7 +67,7 @@ class _Reader:
         except KafkaException as error:
             raise fault_of(error, f"{self._place.topic}/{self._place.partition}") from error
 
-    def _page(self) -> list[LogRecord]:
+    def _page(self) -> list[KafkaRecord]:
         if self._consumer is None:
             self._consumer = Consumer(self._options)
             _, self._end = self._consumer.get_watermark_offsets(self._place, REQUEST_SECONDS)
