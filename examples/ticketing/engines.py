@@ -64,7 +64,11 @@ async def engine(name: EngineName, directory: Path) -> AsyncGenerator[Engine, No
         return
     async with _servers() as (kafka, url):
         await upgrade(url, [*installed(), SCHEMA])  # what `mainstay db upgrade` does
-        environment = _environment(url, topic, key_file, transport="kafka", kafka_servers=kafka)
+        client = os.environ.get("MAINSTAY_EVENTS_KAFKA_CLIENT", "aiokafka")
+        events = {"transport": "kafka", "kafka_client": client, "kafka_servers": kafka}
+        if client == "confluent":
+            events["lease_seconds"] = "4"  # it takes none that is shorter
+        environment = _environment(url, topic, key_file, **events)
         yield Engine(url, kafka, topic, signing.verifier, environment)
 
 
