@@ -12,6 +12,8 @@ from mainstay.events._confluent.client import connection, reporting
 from mainstay.events._kafka.seam import RECORD_BYTES, Contact
 
 TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
+NOT_THIS_RECORD = {*TOO_LARGE, KafkaError.INVALID_RECORD, KafkaError.POLICY_VIOLATION}
+"""What a broker answers because of a record that it will not take, however often. All else may pass."""
 
 
 def options_of(contact: Contact, timeout_seconds: float, *kinds: str, **ours: Any) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException, Producer, murmur2
 
 from mainstay.events._confluent.admin import ConfluentAdmin
-from mainstay.events._confluent.answers import TOO_LARGE, Answer, options_of, wake
+from mainstay.events._confluent.answers import NOT_THIS_RECORD, Answer, options_of, wake
 from mainstay.events._confluent.client import CHECK_SECONDS, KafkaFault, fault_of
 from mainstay.events._confluent.threads import post
-from mainstay.events._kafka.seam import RECORD_BYTES, Contact
+from mainstay.events._kafka.seam import RECORD_BYTES, Contact, NotAllowed
 from mainstay.events._kafka.topics import MissingTopicError
 from mainstay.events._relay import Refused, TooLarge
 from mainstay.events._sparing import said
@@ -117,6 +117,7 @@ class Carrier:
         Raises:
             TooLarge: with fewer events it may be taken.
             Refused: the broker will not take this event ever.
+            NotAllowed: this service may not write there.
             TimeoutError: it was not sent within its time, or not answered.
             KafkaFault: any other fault; it is not known whether the batch arrived.
         """
@@ -129,10 +130,13 @@ class Carrier:
             self._contact.made()
             return
         fault = KafkaFault(batch.answer.error)
-        if fault.code in TOO_LARGE:
-            if len(events) > 1:
+        if fault.code in NOT_THIS_RECORD:
+            if len(events) > 1:  # one of them
                 raise TooLarge from fault
             raise Refused(said(fault)) from fault
+        if fault.code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+            msg = f"this service may not write to the topic {topic}: grant WRITE"
+            raise NotAllowed(msg) from fault
         if fault.code in _TAKEN_BACK:
             msg = _TAKEN_BACK[fault.code]
             raise TimeoutError(msg)

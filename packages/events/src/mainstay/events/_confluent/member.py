@@ -87,6 +87,7 @@ class Member:
         self._lag_at = 0.0
         self._looking = 0
         self._moving = False
+        self._hung = False  # the loop did not answer while partitions moved: what is read or committed may not be ours
         self._committing: tuple[_Offsets, asyncio.Future[None]] | None = None
 
     async def start(self, source: Holder) -> None:
@@ -138,7 +139,7 @@ class Member:
             KafkaFault: it was refused.
         """
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not await self._caller.run(partial(self._commit, offsets, answered)):
+        if not await self._caller.run(partial(self._commit, offsets, answered), within=True):
             return False
         while not answered.done():
             if not self._looking:
@@ -172,13 +173,26 @@ class Member:
         moved = [Place(each.topic, each.partition) for each in places]
         self._moving = True
         try:
-            self._caller.while_waiting_for(lambda: tell(source, moved), self._moving_seconds)
+            if not self._caller.while_waiting_for(lambda: tell(source, moved), self._moving_seconds):
+                self._hung = True
         finally:
             self._moving = False
 
+    def _in_use(self) -> Consumer:
+        if self._hung:
+            msg = f"the event loop stood still for over {self._moving_seconds:g} s while partitions moved"
+            raise TimeoutError(msg)
+        assert self._consumer is not None  # noqa: S101  started
+        return self._consumer
+
     def _look(self, seconds: float, pause: Sequence[Place], resume: Sequence[Place]) -> Found:
-        consumer = self._consumer
-        assert consumer is not None  # noqa: S101  started
+        try:
+            return self._found(seconds, pause, resume)
+        except KafkaException as error:
+            raise fault_of(error) from error
+
+    def _found(self, seconds: float, pause: Sequence[Place], resume: Sequence[Place]) -> Found:
+        consumer = self._in_use()
         _each(consumer.pause, pause)
         _each(consumer.resume, resume)
         until = time.monotonic() + seconds
@@ -188,6 +202,7 @@ class Member:
         messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
         good = [message for message in messages if message.error() is None]
         trouble = self._see_to(consumer, [message for message in messages if message.error() is not None])
+        self._in_use()  # partitions may have moved within
         pages: dict[Place, list[KafkaRecord]] = {}
         for record in records_of(good):
             pages.setdefault(Place(record.topic, record.partition), []).append(record)
@@ -242,8 +257,7 @@ class Member:
         consumer.incremental_assign([start])
 
     def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:
-        consumer = self._consumer
-        assert consumer is not None  # noqa: S101  started
+        consumer = self._in_use()
         if _generation(consumer.consumer_group_metadata()) <= 0:
             # It is no member any more. A commit of nobody is taken from a group that all have left, and would move it
             # back behind what the others have committed.

@@ -16,7 +16,7 @@ from threading import Thread
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from mainstay.events._confluent.admin import ConfluentAdmin
-from mainstay.events._confluent.answers import TOO_LARGE, Answer, options_of, wake
+from mainstay.events._confluent.answers import NOT_THIS_RECORD, TOO_LARGE, Answer, options_of, wake
 from mainstay.events._confluent.carrier import Carrier
 from mainstay.events._confluent.client import CHECK_SECONDS, CLOSE_SECONDS, KafkaFault, made
 from mainstay.events._confluent.threads import post
@@ -161,8 +161,13 @@ class ConfluentProducer:
                 self._contact.lost(error)
             if isinstance(error, KafkaFault):
                 self._had(topic, error)
-            kind = TooLargeError if isinstance(error, KafkaFault) and error.code in TOO_LARGE else PublishError
-            raise kind(unconfirmed(self._settings, topic, len(batch), error), no_effect=not sent) from error
+            code = error.code if isinstance(error, KafkaFault) else None
+            kind = TooLargeError if code in TOO_LARGE else PublishError
+            raise kind(
+                unconfirmed(self._settings, topic, len(batch), error),
+                no_effect=not sent or (len(batch) == 1 and code in NOT_THIS_RECORD),
+                retryable=code not in NOT_THIS_RECORD,
+            ) from error
         self._contact.made()
 
     def _had(self, topic: str, error: KafkaFault) -> None:

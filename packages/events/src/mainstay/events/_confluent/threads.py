@@ -18,6 +18,8 @@ _log = logging.getLogger("mainstay.events")
 
 T = TypeVar("T")
 
+_LOOK_SECONDS = 0.01
+
 
 def post(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
     """Call something in a loop from another thread; where the loop has ended there is nobody to tell."""
@@ -58,9 +60,14 @@ async def aside(work: Callable[[], T], name: str) -> T:
 
 
 class _Call(Generic[T]):
-    """A call for the thread, its result for the loop."""
+    """A call for the thread, its result for the loop.
 
-    def __init__(self, work: Callable[[], T], landing: Callable[[T], None] | None) -> None:
+    Attributes:
+        within: it may be served while another one waits.
+    """
+
+    def __init__(self, work: Callable[[], T], landing: Callable[[T], None] | None, *, within: bool) -> None:
+        self.within = within
         self._loop = asyncio.get_running_loop()
         self._work = work
         self._landing = landing
@@ -94,7 +101,7 @@ class Caller:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -109,14 +116,17 @@ class Caller:
         """Whether a call waits for the one that runs."""
         return not self._calls.empty()
 
-    async def run(self, work: Callable[[], T], landing: Callable[[T], None] | None = None) -> T:
+    async def run(
+        self, work: Callable[[], T], landing: Callable[[T], None] | None = None, *, within: bool = False
+    ) -> T:
         """Have the thread call something.
 
         Args:
             work: what it calls.
             landing: is given the result in the loop, also where the one who waits for it has gone.
+            within: also while `while_waiting_for` waits. The consumer must allow it in its callbacks.
         """
-        call = _Call(work, landing)
+        call = _Call(work, landing, within=within)
         self._calls.put(call)
         return await call.waiting
 
@@ -129,8 +139,8 @@ class Caller:
 
         post(self._loop, settle, waiting, outcome)
 
-    def while_waiting_for(self, work: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
-        """From within a call: have the loop do something, and serve other calls until it has, or time is over."""
+    def while_waiting_for(self, work: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> bool:
+        """From within a call: have the loop do something, and serve some calls until it has; whether it did in time."""
         done = threading.Event()
 
         def begin() -> None:
@@ -141,23 +151,20 @@ class Caller:
             if not task.cancelled() and task.exception() is not None:
                 _log.error("partitions could not be given up or taken as they should be", exc_info=task.exception())
             done.set()
-            self._calls.put(lambda: None)
 
         post(self._loop, begin)
         until = time.monotonic() + seconds
-        over = False
-        while not done.is_set():
-            try:
-                call = self._calls.get(timeout=max(0.0, until - time.monotonic()))
-            except Empty:
-                _log.error("the event loop did not answer within %g s while partitions moved", seconds)
-                break
-            if call is None:
-                over = True
-            else:
-                call()
-        if over:
-            self._calls.put(None)
+        later: list[_Call[Any] | None] = []
+        while not done.is_set() and time.monotonic() < until:
+            with suppress(Empty):
+                call = self._calls.get(timeout=_LOOK_SECONDS)
+                if call is not None and call.within:
+                    call()
+                else:
+                    later.append(call)
+        for call in later:
+            self._calls.put(call)
+        return done.is_set()
 
     async def end(self, seconds: float) -> bool:
         """Have the thread end, after the calls that wait; whether it did in time."""
