@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -23,6 +23,7 @@ from mainstay.events import (
     EventRouter,
     EventsModule,
     EventsSettings,
+    KafkaToken,
     PublishError,
 )
 from mainstay.events._confluent.client import KafkaFault, connection
@@ -31,6 +32,7 @@ from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
 from mainstay.events._kafka.seam import Contact
 from mainstay.events._relay import OutboxRelay
+from mainstay_servers.secure import SecureKafka
 
 
 class Counted(Event, type="count.counted", key="key"):
@@ -306,6 +308,64 @@ def test_a_client_that_is_not_installed_is_named_with_its_extra(
     settings = EventsSettings(transport="kafka", kafka_servers="h:1", outbox=False, kafka_client=client)
     with pytest.raises(ConfigurationError, match=rf"{client!r}.*pip install 'mainstay-events\[{extra}\]'"):
         App(EventsModule.for_root(settings))
+
+
+def way_in(kafka: SecureKafka, way: str) -> dict[str, Any]:
+    """Settings for a listener."""
+    if way == "mutual TLS":
+        certificate, key = map(str, kafka.locked_client_files)
+        return {
+            "servers": kafka.address_of("MTLS"), "kafka_protocol": "SSL", "kafka_ca_file": str(kafka.ca_file),
+            "kafka_certificate_file": certificate, "kafka_key_file": key, "kafka_key_password": kafka.key_password,
+        }  # fmt: skip
+    settings: dict[str, Any] = {
+        "servers": kafka.address_of("SASL_SSL"), "kafka_protocol": "SASL_SSL", "kafka_ca_file": str(kafka.ca_file)
+    }  # fmt: skip
+    if way == "tokens":
+
+        async def fetch() -> KafkaToken:
+            return KafkaToken(SecretStr(kafka.token(60)), 60)
+
+        return settings | {"kafka_mechanism": "OAUTHBEARER", "kafka_token": fetch}
+    return settings | {
+        "kafka_mechanism": "SCRAM-SHA-512", "kafka_username": kafka.user, "kafka_password": kafka.password
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["mutual TLS", "an account", "tokens"])
+async def test_events_travel_however_the_listener_asks(secure_kafka: SecureKafka, prefix: str, way: str) -> None:
+    """With certificates of both sides, with an account, and with tokens that a function of the service gets."""
+    settings = way_in(secure_kafka, way)
+    events = EventRouter()
+    seen: list[int] = []
+
+    @events.on(Counted, group=prefix)
+    async def handle(event: Counted) -> None:
+        seen.append(event.number)
+
+    async with service(settings.pop("servers"), prefix, events, partitions=2, **settings).running(serve=True):
+        await events.publish(Counted(key="a", number=1))
+        await eventually(lambda: seen == [1], seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda _: {"kafka_password": "hunter2"}, "[Aa]uthentication failed.*; see .*MAINSTAY_EVENTS_KAFKA_PASSWORD"),
+        (lambda kafka: {"kafka_ca_file": str(kafka.other_ca_file)}, "certificate.*MAINSTAY_EVENTS_KAFKA_CA_FILE"),
+    ],
+    ids=["password", "authority"],
+)
+async def test_what_is_wrong_with_a_connection_is_named(
+    secure_kafka: SecureKafka, prefix: str, wrong: Callable[[SecureKafka], dict[str, Any]], message: str
+) -> None:
+    """With the settings that mend it, and without a secret."""
+    settings = way_in(secure_kafka, "an account") | wrong(secure_kafka)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        async with service(settings.pop("servers"), prefix, send_seconds=2.0, **settings):
+            pass
+    assert "hunter2" not in str(caught.value)
+    assert secure_kafka.password not in str(caught.value)
 
 
 async def test_secure_connections_are_configured_whole() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
-from mainstay.events._confluent.client import connection, fault_of, made
+from mainstay.events._confluent.client import KafkaFault, Reasons, connection, fault_of, made
 from mainstay.events._confluent.threads import answer, aside
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact, NotAllowed
 from mainstay.events._sparing import said
@@ -32,6 +32,7 @@ class ConfluentAdmin:
 
     def __init__(self, contact: Contact) -> None:
         self._contact = contact
+        self._reasons = Reasons(contact)
         self._client: AdminClient | None = None
         self._connecting = asyncio.Lock()
 
@@ -45,7 +46,7 @@ class ConfluentAdmin:
     async def _connected(self) -> AdminClient:
         async with self._connecting:
             if self._client is None:
-                options = {**connection(self._contact), "error_cb": _nothing}
+                options = {**connection(self._contact), "error_cb": self._reasons}
                 self._client = await made(AdminClient, options)
             return self._client
 
@@ -95,7 +96,13 @@ class ConfluentAdmin:
 
     async def ask(self, seconds: float) -> list[int]:
         """The numbers of the brokers that are there; asked for to see whether the cluster answers."""
-        cluster: Any = await self._ask((await self._connected()).describe_cluster(request_timeout=seconds))
+        client = await self._connected()
+        try:
+            cluster: Any = await self._ask(client.describe_cluster(request_timeout=seconds))
+        except KafkaFault as error:
+            client.poll(0)  # it knows more than that nobody has answered
+            raise self._reasons.why or error from error
+        self._reasons.why = None
         return [node.id for node in cluster.nodes]
 
     async def consumer_session_seconds(self) -> float | None:
@@ -123,7 +130,3 @@ class ConfluentAdmin:
             del client
             # Its end joins threads, and is that of the last reference.
             await asyncio.shield(aside(holding.clear, "events.admin.end"))
-
-
-def _nothing(_error: KafkaError) -> None:
-    """What goes wrong is the answer of what was asked."""

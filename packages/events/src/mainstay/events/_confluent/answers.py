@@ -8,7 +8,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError
 
-from mainstay.events._confluent.client import connection, reporting
+from mainstay.events._confluent.client import Reasons, connection
 from mainstay.events._kafka.seam import RECORD_BYTES, Contact
 
 TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
@@ -25,7 +25,7 @@ def options_of(contact: Contact, timeout_seconds: float, *kinds: str, **ours: An
         "message.max.bytes": RECORD_BYTES,
         "message.timeout.ms": int(timeout_seconds * 1000),
         "topic.metadata.propagation.max.ms": 5000,
-        "error_cb": reporting(contact),
+        "error_cb": Reasons(contact),
     }
 
 

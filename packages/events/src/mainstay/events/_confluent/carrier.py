@@ -165,6 +165,8 @@ class Carrier:
         try:
             producer = self._prepare()
         except (KafkaException, KafkaFault) as error:
+            if self._producer is not None:
+                self._producer.poll(0)  # it says why
             post(self._loop, self._prepared, error if isinstance(error, KafkaFault) else fault_of(error))
         else:
             post(self._loop, self._prepared, None)

@@ -25,17 +25,26 @@ _SHORTEST_LEASE_SECONDS = 4.0
 """Enough for a batch to time out, to be found to have, and for the lease to have been renewed late."""
 
 
+_REMEDIES = {
+    KafkaError._AUTHENTICATION: ("kafka_mechanism", "kafka_username", "kafka_password", "kafka_token"),
+    KafkaError._SSL: ("kafka_protocol", "kafka_ca_file", "kafka_certificate_file"),
+    KafkaError._RESOLVE: ("kafka_servers",),
+}
+
+
 class KafkaFault(Exception):
     """An error of librdkafka or of the broker.
 
     Attributes:
         code: its number in `confluent_kafka.KafkaError`.
+        remedied: it says what mends it.
         fatal: the client that had it is of no use any more.
     """
 
-    def __init__(self, error: KafkaError, about: str = "") -> None:
-        super().__init__(f"{about}{': ' if about else ''}{error.str()} ({error.name()})")
+    def __init__(self, error: KafkaError, about: str = "", after: str = "") -> None:
+        super().__init__(f"{about}{': ' if about else ''}{error.str()} ({error.name()}){after}")
         self.code = error.code()
+        self.remedied = bool(after)
         self.fatal = error.fatal()
 
 
@@ -44,19 +53,31 @@ def fault_of(error: KafkaException, about: str = "") -> KafkaFault:
     return KafkaFault(error.args[0], about)
 
 
-def reporting(contact: Contact) -> Callable[[KafkaError], None]:
-    """Tell what librdkafka says by itself: why it has no connection, once it has none to any broker."""
-    loop = asyncio.get_running_loop()
-    why: KafkaFault | None = None
+class Reasons:
+    """What librdkafka says by itself, as its callback for errors: why there is no connection.
 
-    def heard(error: KafkaError) -> None:
-        nonlocal why
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            post(loop, contact.lost, why or KafkaFault(error))
-        else:  # a single connection comes and goes
-            why = KafkaFault(error)
+    Args:
+        contact: is told, once there is none to any broker, or at once where that does not pass by itself.
 
-    return heard
+    Attributes:
+        why: the last that was said.
+    """
+
+    def __init__(self, contact: Contact) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._contact = contact
+        self.why: KafkaFault | None = None
+
+    def __call__(self, error: KafkaError) -> None:
+        """See the class; in the thread that asks for news."""
+        if error.code() in _REMEDIES:
+            fields = (self._contact.settings.variable(field) for field in _REMEDIES[error.code()])
+            self.why = KafkaFault(error, after=f"; see {', '.join(fields)}")
+            post(self._loop, self._contact.lost, self.why)
+        elif error.code() == KafkaError._ALL_BROKERS_DOWN:
+            post(self._loop, self._contact.lost, self.why or KafkaFault(error))
+        elif self.why is None or self.why.code not in _REMEDIES:  # a single connection comes and goes
+            self.why = KafkaFault(error)
 
 
 def check_connection(settings: EventsSettings) -> None:

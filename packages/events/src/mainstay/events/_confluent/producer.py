@@ -15,6 +15,7 @@ from threading import Thread
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from mainstay.core import ConfigurationError
 from mainstay.events._confluent.admin import ConfluentAdmin
 from mainstay.events._confluent.answers import NOT_THIS_RECORD, TOO_LARGE, Answer, options_of, wake
 from mainstay.events._confluent.carrier import Carrier
@@ -133,6 +134,9 @@ class ConfluentProducer:
             await self._admin.ask(min(REQUEST_SECONDS, self._settings.send_seconds))
             await self._sending()  # in advance: it takes half a second until librdkafka can send
         except (KafkaFault, OSError, TimeoutError) as error:
+            if isinstance(error, KafkaFault) and error.remedied:
+                msg = f"EventsModule cannot connect to Kafka at {self._settings.kafka_servers}: {error}"
+                raise ConfigurationError(msg) from error
             raise unreachable(self._settings, error) from error
 
     async def _sending(self) -> _Sending:
@@ -187,7 +191,7 @@ class ConfluentProducer:
         try:
             await asyncio.shield(carrier.ready)
         except BaseException as error:
-            if isinstance(error, KafkaFault):
+            if isinstance(error, KafkaFault) and self._contact.trouble is None:
                 self._contact.lost(error)
             carrier.abandon()
             raise

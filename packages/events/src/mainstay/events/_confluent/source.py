@@ -24,7 +24,7 @@ from typing import Any
 
 from mainstay.core import spawn
 from mainstay.events._confluent.admin import ConfluentAdmin
-from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, connection, reporting
+from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, Reasons, connection
 from mainstay.events._confluent.member import Found, Member, Place
 from mainstay.events._confluent.records import KafkaRecord
 from mainstay.events._delivery import Assignment
@@ -91,7 +91,7 @@ async def reading(
             "isolation.level": "read_committed",
             "max.poll.interval.ms": int(max(_session_seconds(settings), moving_seconds + CLOSE_SECONDS) * 1000),
             "queued.max.messages.kbytes": max(1024, settings.window_bytes // 4 // 1024),
-            "error_cb": reporting(contact),
+            "error_cb": Reasons(contact),
         },
         group,
         moving_seconds,
