@@ -37,7 +37,15 @@ from aiokafka.partitioner import DefaultPartitioner
 from mainstay.core import ConfigurationError, spawn
 from mainstay.events._aiokafka.client import connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient, UnreachableError
-from mainstay.events._kafka.seam import RECORD_BYTES, Contact, NotAllowed, Payload, TooLargeError, unconfirmed, unreachable
+from mainstay.events._kafka.seam import (
+    RECORD_BYTES,
+    Contact,
+    NotAllowed,
+    Payload,
+    TooLargeError,
+    unconfirmed,
+    unreachable,
+)
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Refused, TooLarge
 from mainstay.events._sparing import said
