@@ -1,6 +1,7 @@
 """Two releases of a service share a group while one is rolled out: what only the new one handles is lost by neither."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from mainstay.events._handled import Handled
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
 from mainstay.events.tables import HANDLED, PARKED, PARKED_KEYS
+from mainstay_servers.frozen import frozen
 from packages.events.tests.test_faults import effects, options, prepare, processes, wait_for
 from packages.events.tests.worker import Leap, LongStep, Step, recorder, service
 
@@ -74,6 +76,24 @@ async def test_a_rolling_deploy_loses_nothing_and_keeps_each_keys_order(options:
         await all_once_and_in_order(publisher, 24)
 
 
+async def test_a_process_that_stood_still_with_claimed_keys_doubles_and_reorders_nothing(
+    options: dict[str, Any],
+) -> None:
+    """It works on keys of an old process' partitions, is frozen past its lease, and wakes up beside another."""
+    lease_seconds = 7.0 if options["events"]["transport"] == "kafka" else 2.5  # a broker's sessions are longer
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await start({**options, "release": "old"})
+        new = await start({**options, "release": "new", "pause": 0.05})
+        await publish(publisher, range(12))
+        await wait_for(publisher, 3 * len(KEYS))
+        with frozen(new.pid, options["url"]):
+            await start({**options, "release": "new"})
+            await asyncio.sleep(lease_seconds)  # the lease runs out: the time is what is tested
+        await all_once_and_in_order(publisher, 12)
+
+
 async def test_what_only_a_release_that_is_gone_handles_waits_until_it_is_back(options: dict[str, Any]) -> None:
     """The old release alone skips nothing of it and gives nothing up; health says what waits."""
     publisher = service(options)
@@ -104,6 +124,11 @@ def delivery(number: int, key: bytes | None, version: str = "1.0") -> Delivery:
     """A record of a type that a release does not know."""
     headers = [("ce_type", b"fault.leap"), ("ce_dataversion", version.encode())]
     return Delivery(Assignment("t", 0), LogRecord("t", 0, number, key, b"%d" % number, headers))
+
+
+async def claimed_by(parking: Parking) -> list[Any]:
+    """What it claims."""
+    return list((await parking.claim(10, time.monotonic))[0])
 
 
 HANDED_OVER = Verdict(RuntimeError("no handler here"), parks=True, due_seconds=0.0)
@@ -159,18 +184,18 @@ async def test_a_key_is_claimed_by_one_process_at_a_time_that_handles_its_first_
     await old.park(first, HANDED_OVER, 0.0, [])
     assert await old.append(first.assignment, delivery(2, b"k").record)
     await old.park(delivery(3, None), HANDED_OVER, 0.0, [])
-    assert await old.claim(10) == (), "it has no handler for them"
-    claimed = await one.claim(10)
+    assert await claimed_by(old) == [], "it has no handler for them"
+    claimed = await claimed_by(one)
     assert len(claimed) == 2
-    assert await other.claim(10) == ()
+    assert await claimed_by(other) == []
     (key,) = [row for row in claimed if row.key == b"k"]
-    await one.prolong([key.id])
+    await one.prolong([key.id], time.monotonic)
     await one.release([row.id for row in claimed if row is not key])
-    assert len(await other.claim(10)) == 1, "the one without a key"
-    assert await other.claim(10) == ()
+    assert len(await claimed_by(other)) == 1, "the one without a key"
+    assert await claimed_by(other) == []
     over = sa.update(PARKED_KEYS).where(PARKED_KEYS.c.key == b"k").values(claimed_until=1.0)
     await app.get(Database).write(over, {})
-    assert [row.key for row in await other.claim(10)] == [b"k"]
+    assert [row.key for row in await claimed_by(other)] == [b"k"]
     position = await place_of_first(one)
     assert await one.finished("t", b"k", position), "no more to do"
     await one.keep(first, HANDED_OVER)
@@ -184,7 +209,7 @@ async def test_what_the_group_has_forgotten_is_taken_by_any_process(app: App, pr
     """An event for which no process has noted a handler is claimed by one that has none, and skipped there."""
     old = parking(app, prefix, "fault.step 1.x")
     await old.park(delivery(1, b"k"), HANDED_OVER, 0.0, [])
-    assert [row.key for row in await old.claim(10)] == [b"k"]
+    assert [row.key for row in await claimed_by(old)] == [b"k"]
 
 
 async def test_an_app_that_only_publishes_notes_what_its_handlers_are_for(database_url: str, prefix: str) -> None:
@@ -223,7 +248,7 @@ async def test_a_handler_that_was_removed_for_good_is_forgotten_by_a_person(
             while sum(key.waiting for key in await app.get(ParkedKeys).list()) < 4:  # noqa: ASYNC110  another task does it
                 await asyncio.sleep(0.05)
         assert await forget("fault.leap 1.x") == 2
-        assert "had a handler for fault.leap 1.x 0 s ago" in capsys.readouterr().err
+        assert "had a handler for fault.leap 1.x" in capsys.readouterr().err
         assert await forget("fault.jump 1.x") == 2
         assert "it handles fault.leap 1.x, fault.step 1.x, fault.step 2.x" in capsys.readouterr().err
         await app.get(Database).write(sa.update(HANDLED).values(seen_at=HANDLED.c.seen_at - 100.0), {})

@@ -140,6 +140,7 @@ class Consumer:
                 if self._parking is not None and self._parked is not None:
                     self._queues = Queues(self._parking, dispatcher, self._crashes, self._clock)
                     beside.append(spawn(self._queues.run(), name=f"events.{self.group}.parked"))
+                    beside.append(spawn(self._queues.keep(), name=f"events.{self.group}.claims"))
                     beside.append(spawn(self._parked.run(), name=f"events.{self.group}.parked keys"))
                 try:
                     self._trouble = None

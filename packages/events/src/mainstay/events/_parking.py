@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 from uuid import UUID
@@ -147,8 +147,11 @@ class Parking:
             "keyless": record.key is None,
         }
 
-    async def claim(self, most: int) -> Sequence[Any]:
-        """Claim keys whose queues this process may work on now, at most so many: id, topic, partition and key."""
+    async def claim(self, most: int, monotonic: Callable[[], float]) -> tuple[Sequence[Any], float]:
+        """Claim keys whose queues this process may work on now, at most so many: id, topic, partition and key.
+
+        Also when it was asked for, once the database had time for it: the lease begins no earlier.
+        """
         asked = {
             "of_group": self._group,
             "mine": sorted(self.handled.mine),
@@ -156,19 +159,22 @@ class Parking:
             "most": most,
         }
         if not await self._database.read(tables.ARE_DUE[self._database.dialect], asked):
-            return ()
+            return (), monotonic()
         claim = tables.CLAIM_DUE_PARKED_KEYS[self._database.dialect]
         async with self._database.transaction() as session:
+            asked_at = monotonic()
             claimed = await session.execute(claim, {**asked, "me": self.worker, "lease": self.lease_seconds})
-            return claimed.all()
+            return claimed.all(), asked_at
 
-    async def prolong(self, keys: Collection[UUID]) -> None:
-        """Keep claimed keys from others for another lease."""
+    async def prolong(self, keys: Collection[UUID], monotonic: Callable[[], float]) -> float:
+        """Keep claimed keys from others for another lease; when it was asked for, as `claim` says."""
         async with self._database.transaction() as session:
+            asked_at = monotonic()
             await session.execute(
                 tables.PROLONG_CLAIMS[self._database.dialect],
                 {"me": self.worker, "keys": sorted(keys), "lease": self.lease_seconds},
             )
+        return asked_at
 
     async def release(self, keys: Collection[UUID]) -> None:
         """Let others have claimed keys."""

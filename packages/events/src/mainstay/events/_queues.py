@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
@@ -68,42 +69,49 @@ class Queues:
         while True:
             more = False
             try:
-                async with asyncio.timeout(self._parking.lease_seconds / 4):
-                    await self._prolong()
-                    more = await self._claim()
+                more = await self._claim()
             except Exception as error:  # noqa: BLE001  the next look finds the same
                 _log.debug("the parked keys are not known", exc_info=error)
-            await self._give_up()
             tasks = [claim.task for claim in self._claims.values() if claim.task is not None]
             if more and tasks:
                 await asyncio.wait(tasks, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    def _certain_until(self) -> float:
-        return self._clock.monotonic() + self._parking.lease_seconds * (1 - _MARGIN)
+    async def keep(self) -> None:
+        """Keep what is claimed from others, until cancelled; beside `run`, which may have to wait for the database."""
+        while True:
+            await asyncio.sleep(self._parking.lease_seconds / 8)
+            held = dict(self._claims)
+            if held and self._clock.monotonic() >= self._prolong_at:
+                try:
+                    await self._prolong(held)
+                except Exception as error:  # noqa: BLE001  until the lease is over it is tried again
+                    _log.debug("claims of parked keys were not prolonged", exc_info=error)
+            await self._give_up()
 
-    async def _prolong(self) -> None:
-        held = dict(self._claims)
-        if held and self._clock.monotonic() >= self._prolong_at:
-            until = self._certain_until()
-            await self._parking.prolong(held)
-            self._prolong_at = self._clock.monotonic() + self._parking.lease_seconds / 4
-            for claim in held.values():
-                claim.until = until
+    def _certain_until(self, asked_at: float) -> float:
+        return asked_at + self._parking.lease_seconds * (1 - _MARGIN)
+
+    async def _prolong(self, held: Mapping[UUID, _Claim]) -> None:
+        left = min(claim.until for claim in held.values()) - self._clock.monotonic()
+        async with asyncio.timeout(max(left, 0.0)):
+            until = self._certain_until(await self._parking.prolong(held, self._clock.monotonic))
+        self._prolong_at = self._clock.monotonic() + self._parking.lease_seconds / 4
+        for claim in held.values():
+            claim.until = until
 
     async def _claim(self) -> bool:
         """Begin what is due; whether there may be more of it."""
         room = _AT_ONCE - len(self._claims)
         if room <= 0:
             return True
-        until = self._certain_until()
         self._has_claimed = True
-        claimed = await self._parking.claim(room)
+        claimed, asked_at = await self._parking.claim(room, self._clock.monotonic)
         for row in claimed:
             # One that is here already was discarded by a person and parked anew: the claim ends with the work on it.
             if row.id not in self._claims:
-                self._begin(row, until)
+                self._begin(row, self._certain_until(asked_at))
         return len(claimed) == room
 
     async def _give_up(self) -> None:
