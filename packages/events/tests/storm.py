@@ -93,7 +93,9 @@ async def publish_next(app: App, keys: list[str], each: int) -> bool:
         await session.execute(sa.insert(PUBLISHED), [{"key": key, "number": number} for key, number in rows])
         await publisher.publish_batch(
             [
-                Odd(key=key, number=f"number {number}", size=[]) if is_odd(key, number) else Fell(key=key, number=number)
+                Odd(key=key, number=f"number {number}", size=[])
+                if is_odd(key, number)
+                else Fell(key=key, number=number)
                 for key, number in rows
             ]
         )
