@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mainstay.core import FullJitter, Retry, once
+from mainstay.core import FullJitter, MainstayError, Retry, once
 from mainstay.core.testing import eventually
 from mainstay.database import Database, Fence, FenceLost
 from mainstay.workflow import (
@@ -472,3 +472,54 @@ async def test_a_retry_policy_that_breaks_parks_the_run(answer: Any) -> None:
             with pytest.raises(WorkflowFailed, match="LookupError"):
                 await run.result(WAIT)
             assert calls == [*["act"] * (3 if n else 1), "undo act", "undo", "undo"]
+
+
+class Speechless(MainstayError):
+    """An error whose own code fails, as one may that reads headers that are not there."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__("speechless")
+        self.answer = answer
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in {"no_effect", "retry_after_seconds", "code", "public_message"}:
+            return super().__getattribute__(name)
+        if isinstance(self.answer, type):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "answer", [KeyError, SystemExit, 10**400, "soon", float("nan"), b"", -1], ids=lambda one: str(one)[:9]
+)
+async def test_an_error_that_cannot_speak_of_itself(answer: Any) -> None:
+    """It is unknown what happened, as with any error; where its own code fails, the retry policy cannot go on either."""
+    flows, calls = WorkflowRouter(), list[str]()
+    breaks = isinstance(answer, type | int) and answer != -1
+
+    @flows.step(one_call=True, retry=QUICK)
+    async def act(n: int) -> int:
+        calls.append("act")
+        raise Speechless(answer)
+
+    @act.compensation
+    async def undo(outcome: Done[int] | Unknown, n: int) -> None:
+        calls.append(type(outcome).__name__)
+
+    @flows.workflow(name="w")
+    async def w(n: int) -> int:
+        return await act(n)
+
+    async with workflows(flows) as app:
+        run = await w.start(1)
+        if breaks:
+            with pytest.raises(RunParked, match="the retry policy of act:1 could not say how to go on"):
+                await run.result(WAIT)
+            await run.cancel()
+            with pytest.raises(WorkflowFailed, match="cancelled"):
+                await run.result(WAIT)
+        else:
+            with pytest.raises(WorkflowFailed, match=r"Speechless: speechless \(it may have happened\)"):
+                await run.result(WAIT)
+        assert (await app.get(WorkflowEngine).run(run.id)).attempts == 1
+    assert calls == [*["act"] * (1 if breaks else 2), "Unknown"]

@@ -1,6 +1,7 @@
 """Many runs in one commit, and runs of workflows whose code is elsewhere."""
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,9 @@ async def test_a_run_that_is_started_by_name_has_the_time_limit_of_its_workflow(
             await engine.ended("none", WAIT)
 
 
-def test_the_command_starts_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_starts_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the App the input is checked at once; without it the worker does."""
     url = f"sqlite+aiosqlite:///{tmp_path}/runs.db"
     flows, sell = shop()
@@ -248,6 +251,10 @@ def test_the_command_starts_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         assert main([*command, "--version", "1", "--id", "wrong", "--input", wrong]) == 2
         assert why in capsys.readouterr().err.replace("\n", " ")
+
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([*command, "--version", "1", "--input", "-"]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
 
     async def result() -> int:
         async with workflows(flows, url=url):

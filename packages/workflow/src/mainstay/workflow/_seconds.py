@@ -8,6 +8,16 @@ from math import isfinite
 _LONG = 40
 
 
+def is_seconds(value: object) -> bool:
+    """Whether it is a length of time: a finite number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return isfinite(value) and value >= 0
+    except OverflowError:  # larger than a float
+        return False
+
+
 def checked_seconds(what: str, seconds: object, *, zero: bool = True) -> None:
     """Refuse what is no length of time.
 
@@ -24,11 +34,10 @@ def checked_seconds(what: str, seconds: object, *, zero: bool = True) -> None:
         msg = f"{what} is a number of seconds, an int or a float, and not {type(seconds).__name__}"
         raise TypeError(msg)
     try:
-        is_one = isfinite(seconds) and (seconds > 0 or (zero and seconds == 0))
         shown = f"{seconds!r}"
-    except (OverflowError, ValueError):  # larger than a float, or too long for a text
-        is_one, shown = False, ""
-    if not is_one:
+    except ValueError:  # too long for a text
+        shown = ""
+    if not is_seconds(seconds) or (seconds == 0 and not zero):
         which = f"{what}={shown}" if len(shown) < _LONG and shown else f"{what} is too large"
         msg = f"{which}: a finite number of seconds, {'0 or more' if zero else 'more than 0'}"
         raise ValueError(msg)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from mainstay.core import DeadlineExceeded, MainstayError, RetryState
 from mainstay.database import CommitUnknown
 from mainstay.workflow._history import StepState
+from mainstay.workflow._seconds import is_seconds
 from mainstay.workflow.errors import Parked, StepCancelled, StepFailed, WorkflowFailed, in_one_line
 from mainstay.workflow.step import StepPolicy
 
@@ -83,8 +84,20 @@ def _delay_seconds(policy: StepPolicy, state: RetryState) -> float | None:
 
 def _asked_seconds(error: BaseException) -> float | None:
     """The longest wait that rejections ask for: the error, or those in a group; None where none does."""
-    rejections = [found for found in _leaves(error) if isinstance(found, MainstayError) and found.no_effect]
-    return max((seconds for each in rejections if (seconds := each.retry_after_seconds) is not None), default=None)
+    asked = [_told(found, "retry_after_seconds") for found in _leaves(error) if _had_no_effect(found)]
+    return max((float(each) for each in asked if is_seconds(each)), default=None)
+
+
+def _had_no_effect(error: BaseException) -> bool:
+    return isinstance(error, MainstayError) and _told(error, "no_effect") is True
+
+
+def _told(error: BaseException, name: str) -> Any:
+    """What an error says of itself; None where it cannot, since that may be code of others, too."""
+    try:
+        return getattr(error, name)
+    except BaseException:  # noqa: BLE001  in any way
+        return None
 
 
 def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | None) -> bool:
@@ -96,9 +109,7 @@ def nothing_happened(policy: StepPolicy, error: BaseException, own: CodeType | N
     leaves = _leaves(error)
     # A deadline that had passed before something began says what the step's code did not do last; but that code spent
     # the time before on something.
-    if not all(
-        isinstance(leaf, MainstayError) and leaf.no_effect and not isinstance(leaf, DeadlineExceeded) for leaf in leaves
-    ):
+    if not all(_had_no_effect(leaf) and not isinstance(leaf, DeadlineExceeded) for leaf in leaves):
         return False
     # A group tells of several calls, and of those that ended well it tells nothing.
     return (policy.one_call and len(leaves) == 1) or (own is not None and not _entered(own, error))
@@ -143,8 +154,10 @@ def describe(error: BaseException) -> dict[str, Any]:
     if isinstance(error, StepFailed):  # the error behind it is what others have to know
         kept |= {"step": error.step, "code": error.error_code or error.code, "public": error.public_message}
     elif isinstance(error, MainstayError):
-        kept |= {"code": error.code, "public": error.public_message}
-    return kept
+        kept |= {"code": _told(error, "code"), "public": _told(error, "public_message")}
+    return {
+        name: value if value is None or isinstance(value, str) else type(value).__name__ for name, value in kept.items()
+    }
 
 
 def error_text(error: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def start_run(
     url: Url = "",
 ) -> None:
     """Begin a run. With --app its input is checked here, else by the worker that has the code."""
-    arguments = _object(sys.stdin.read() if input == "-" else input)
+    arguments = _object(_read_input() if input == "-" else input)
 
     async def start(engine: WorkflowEngine) -> str:
         return await engine.start_by_name(name, arguments, version=version or None, id=id or None)
@@ -115,6 +115,13 @@ def start_run(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     _tell(run_id, f"{run_id} begins as soon as a worker takes it")
+
+
+def _read_input() -> str:
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]  closed
+        msg = "standard input is closed: write the JSON object there, or give it instead of -"
+        raise typer.BadParameter(msg, param_hint="'--input'")
+    return sys.stdin.read()
 
 
 def _object(text: str) -> dict[str, Any]:
