@@ -493,7 +493,7 @@ class Speechless(MainstayError):
     "answer", [KeyError, SystemExit, 10**400, "soon", float("nan"), b"", -1], ids=lambda one: str(one)[:9]
 )
 async def test_an_error_that_cannot_speak_of_itself(answer: Any) -> None:
-    """It is unknown what happened, as with any error; where its own code fails, the retry policy cannot go on either."""
+    """It is unknown what happened; where its own code fails, the retry policy cannot say how to go on either."""
     flows, calls = WorkflowRouter(), list[str]()
     breaks = isinstance(answer, type | int) and answer != -1
 
