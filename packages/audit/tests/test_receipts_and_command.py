@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import subprocess
 import sys
 from uuid import uuid4
@@ -136,6 +137,9 @@ async def test_the_command(db, url, capsys, tmp_path, monkeypatch):
     status, _, err = await run(capsys, "verify", "--receipt", str(file), "--key", "nonsense")
     assert (status, "verifier key" in err) == (2, True)
 
+    os.mkfifo(tmp_path / "pipe")
+    status, _, err = await run(capsys, "verify", "--url", url, "--key", key, "--remember", str(tmp_path / "pipe"))
+    assert (status, "pipe is no regular file" in err) == (2, True)
     check = ("verify", "--url", url, "--remember", str(memory))
     status, out, _ = await run(capsys, *check, "--key", key)
     assert status == 0

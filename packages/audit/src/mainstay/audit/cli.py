@@ -73,7 +73,7 @@ def verify_log(  # noqa: PLR0917  typer passes them by name
     if receipt is not None:
         _check_receipt(receipt.read_text(), key or [])
         return
-    remembered = remember.read_text() if remember.exists() else None
+    remembered = _remembered(remember)
 
     async def look(database: Database) -> Report:
         keys: list[VerifierKey | str] = [*key] if key else [_own_key(database)]
@@ -174,11 +174,23 @@ def _own_key(database: Database) -> VerifierKey:
     return SigningKey.parse(file.read_text()).verifier
 
 
+def _remembered(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    if not file.is_file():  # a device or a pipe has no end, and would be replaced by the new checkpoint
+        msg = f"{file} is no regular file: name one that is, or that is not there yet, with --remember"
+        raise ConfigurationError(msg)
+    return file.read_text()
+
+
 def _remember(file: Path, note: str) -> None:
     # Whole or not at all: half a checkpoint would look like a forged one.
     draft = file.with_name(file.name + ".new")
-    draft.write_text(note)
-    draft.replace(file)
+    try:
+        draft.write_text(note)
+        draft.replace(file)
+    except OSError as error:  # a full disk is told without a name
+        raise OSError(error.errno, error.strerror, str(draft)) from error
 
 
 def _tell(report: Report, remembered: str | None) -> None:
