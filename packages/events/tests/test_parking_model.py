@@ -1,6 +1,7 @@
 """Parking as a state machine against the real tables: whoever holds, stands still or works, each key stays in order."""
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -136,7 +137,7 @@ class ParkingModel(RuleBasedStateMachine):
         """A process begins to work on a queue that is due."""
         member = self.members[number]
         if member.claimed is None:
-            claimed = self.run(member.parking.claim(1))
+            claimed, _ = self.run(member.parking.claim(1, time.monotonic))
             member.claimed, member.first = (claimed[0] if claimed else None), None
 
     @rule(number=ONE)
@@ -147,12 +148,12 @@ class ParkingModel(RuleBasedStateMachine):
             return
         parking, key = member.parking, member.claimed.key
         if member.first is None:
-            row = self.run(parking.first(self.topic, key))
+            row: Any = self.run(parking.first(self.topic, key))
             if row is None or self._call(key, row.offset, member=member, queue=True):
                 member.first = row or "none"
                 return
-            queue = Assignment(self.topic, 0, queue=True)
-            self.run(parking.keep(Delivery(queue, self.log[row.offset]), FAILS))
+            failed: LogRecord = self.log[row.offset]
+            self.run(parking.keep(Delivery(Assignment(self.topic, 0, queue=True), failed), FAILS))
             member.claimed = None
             return
         position = None if member.first == "none" else member.first.position
