@@ -91,6 +91,7 @@ class TestKafkaDirectly(TransportContract):
         return App(root, EventsModule.for_feature(*routers))
 
 
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)  # the client of Kafka does not know which it is
 class TestLibrdkafkaBehindTheOutbox(TestKafkaBehindTheOutbox):
     client = "confluent"
 
