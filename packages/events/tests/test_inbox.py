@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
@@ -146,6 +147,37 @@ async def test_an_event_that_another_process_is_in_the_middle_of_is_not_waited_f
         async with service(postgres_url, events_of(events), pool=4).running(serve=True):
             await eventually(lambda: sorted(seen) == [0, 1, 4])
         assert len(await database.read(sa.select(INBOX))) == 5
+
+
+async def test_a_client_that_froze_between_two_messages_of_a_statement_is_ended(postgres_url: str) -> None:
+    """Its transaction does not count as idle, so that no timeout of the server ends it: who meets its event does."""
+    seen: list[int] = []
+    async with service(postgres_url, pool=4) as app:
+        id_ = await app.get(EventPublisher).publish(Line(name="a", number=1))
+        frozen = await asyncpg.connect(postgres_url.replace("+asyncpg", ""))
+        try:
+            await frozen.execute("BEGIN")
+            key = (
+                f"SELECT pg_advisory_xact_lock(hashtextextended('g' || chr(10) || 'mainstay' || chr(10) || '{id_}', 0))"
+            )
+            await frozen.execute(key)
+            await frozen.prepare("SELECT 1")  # and the message to run it does not come
+            state = sa.text("SELECT state || wait_event FROM pg_stat_activity WHERE pid = :pid")
+            rows = await app.get(Database).read(state, {"pid": frozen.get_server_pid()})
+            assert rows[0][0] == "activeClientRead"
+            database = DatabaseSettings(url=SecretStr(postgres_url), idle_transaction_seconds=1.0)
+            events = EventsModule.for_root(EventsSettings(retry_max_seconds=0.2))
+            router = EventRouter()
+
+            @router.on(Line, group="g", inbox=True)
+            async def handle(event: Line) -> None:
+                seen.append(event.number)
+
+            other = App(DatabaseModule.for_root(database), events, EventsModule.for_feature(router))
+            async with other.running(serve=True):
+                await eventually(lambda: seen == [1], what="the event of the frozen process")
+        finally:
+            frozen.terminate()
 
 
 def events_of(router: EventRouter) -> EventRouter:

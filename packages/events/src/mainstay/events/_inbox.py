@@ -17,6 +17,7 @@ Benchmark rows: "inbox on PostgreSQL, a transaction each" and "inbox on PostgreS
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event
 from mainstay.events.metadata import ID, SOURCE, Metadata
 from mainstay.events.router import InboxMode
+
+_log = logging.getLogger("mainstay.events")
 
 
 def handlers_at_once(dialect: str, pool_size: int) -> int:
@@ -106,6 +109,8 @@ class Inbox:
         if result.rowcount:
             return False
         if not await self._database.read(tables.READ_INBOX, note):
+            if await self._database.read(tables.END_FROZEN, note):
+                _log.warning("a transaction of a frozen process was ended, which was in the middle of an event")
             msg = "another process is in the middle of this event, or is frozen there: it is tried again later"
             raise DatabaseBusy(msg)
         return True

@@ -392,6 +392,20 @@ INSERT_INBOX = {
     )
     .on_conflict_do_nothing(),
 }
+# A client that is frozen between two messages of one statement holds a transaction that does not count as idle, so that
+# the server would never end it: its backend is active, and waits for its client.
+END_FROZEN = sa.text(
+    "SELECT pg_terminate_backend(backend.pid) "
+    "FROM (SELECT hashtextextended(CAST(:group_name AS text) || chr(10) || CAST(:event_id AS text), 0) AS key) note "
+    "JOIN pg_locks held ON held.locktype = 'advisory' AND held.granted AND held.objsubid = 1 "
+    "AND held.classid = CAST((note.key >> 32) & 4294967295 AS oid) "
+    "AND held.objid = CAST(note.key & 4294967295 AS oid) "
+    "JOIN pg_stat_activity backend ON backend.pid = held.pid AND backend.datname = current_database() "
+    "WHERE backend.state = 'active' AND backend.wait_event = 'ClientRead' "
+    "AND current_setting('idle_in_transaction_session_timeout') <> '0' "
+    "AND backend.state_change < clock_timestamp() "
+    "- CAST(current_setting('idle_in_transaction_session_timeout') AS interval)"
+)
 # Of a batch, which is refused as a whole where the note is there.
 INSERT_NEW_INBOX = sa.insert(INBOX).values(_INBOX_NOTE)
 READ_INBOX = sa.select(INBOX.c.event_id).where(
