@@ -83,5 +83,5 @@ def aiokafka_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
     A client that stops while it connects leaves the socket to the collector of garbage, which then blames a later test.
     """
     yield
-    if {"kafka", "broker"} & set(request.fixturenames):
+    if {"kafka", "broker", "secure_kafka"} & set(request.fixturenames):
         gc.collect()

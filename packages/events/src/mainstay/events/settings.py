@@ -72,7 +72,8 @@ class EventsSettings(Settings):
         drain_seconds: how long handlers may take to finish when their partition moves to another process.
         stuck_seconds: an event in flight for longer than this makes the health degraded.
         send_seconds: how long a confirmation by the broker may take.
-        lease_seconds: how long a killed process keeps its lanes and partitions from others; brokers want 6 or more.
+        lease_seconds: how long a killed process keeps its lanes and partitions from others. Default: 6.0, the least that
+            brokers take by their own defaults (`group.min.session.timeout.ms`).
         inbox_days: how long the inbox remembers an event: the window within which a duplicate is recognised.
         dead_letter_days: how long dead letters that were redriven or discarded can still be listed. Those that wait are
             kept for as long as they do. Not for the topic that a service on `kafka` without outbox keeps them in.
@@ -118,7 +119,7 @@ class EventsSettings(Settings):
     drain_seconds: float = Field(default=10.0, gt=0, le=3600)
     stuck_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     send_seconds: float = Field(default=30.0, ge=1, le=3600)
-    lease_seconds: float = Field(default=10.0, ge=1, le=3600)
+    lease_seconds: float = Field(default=6.0, ge=1, le=3600)
     inbox_days: float = Field(default=7.0, gt=0, allow_inf_nan=False)
     dead_letter_days: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     log_days: float = Field(default=7.0, gt=0, allow_inf_nan=False)

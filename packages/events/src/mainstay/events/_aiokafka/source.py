@@ -70,7 +70,7 @@ async def reading(
         isolation_level="read_committed",
         rebalance_timeout_ms=drain_ms,
         session_timeout_ms=session_ms,
-        heartbeat_interval_ms=session_ms // 4,
+        heartbeat_interval_ms=session_ms // 6,  # by these the others learn that somebody is gone
         max_poll_interval_ms=2_000_000_000,
     )
     NamingClient.instead_of(consumer._client, contact)
