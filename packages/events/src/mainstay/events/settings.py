@@ -72,8 +72,8 @@ class EventsSettings(Settings):
         drain_seconds: how long handlers may take to finish when their partition moves to another process.
         stuck_seconds: an event in flight for longer than this makes the health degraded.
         send_seconds: how long a confirmation by the broker may take.
-        lease_seconds: how long a killed process keeps its lanes and partitions from others. Default: 6.0, the least that
-            brokers take by their own defaults (`group.min.session.timeout.ms`).
+        lease_seconds: how long a killed process keeps its lanes and partitions from others. Default: 6.0, the
+            least that brokers take by their own defaults (`group.min.session.timeout.ms`).
         inbox_days: how long the inbox remembers an event: the window within which a duplicate is recognised.
         dead_letter_days: how long dead letters that were redriven or discarded can still be listed. Those that wait are
             kept for as long as they do. Not for the topic that a service on `kafka` without outbox keeps them in.
