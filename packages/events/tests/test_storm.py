@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,9 +142,10 @@ async def befall(disaster: str, fleet: Fleet, chance: random.Random, broker: Kaf
         await asyncio.to_thread(fleet.kill, victim)
     elif disaster == "freeze":
         pid = fleet.pid(victim)
-        os.kill(pid, signal.SIGSTOP)
-        await asyncio.sleep(FREEZE_SECONDS)  # the session ends meanwhile: the time is what is tested
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(FREEZE_SECONDS)  # the session ends meanwhile: the time is what is tested
+            os.kill(pid, signal.SIGCONT)
     else:
         server = broker if disaster == "broker" else database
         if server is not None:  # the log of `sql` is in the database
