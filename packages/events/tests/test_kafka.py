@@ -32,11 +32,12 @@ from mainstay.events import (
     PublishError,
     RedriveError,
 )
+from mainstay.events._aiokafka import source
 from mainstay.events._aiokafka.client import connection
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
 from mainstay.events._kafka.seam import Contact
-from mainstay.events._kafka.topics import MissingTopicError
+from mainstay.events._kafka.topics import MissingTopicError, Topics
 from mainstay.events.metadata import Outgoing
 from mainstay_servers import Kafka
 
@@ -491,6 +492,33 @@ class Reading:
 
     async def lost(self, assignments: Any) -> None:
         raise AssertionError
+
+
+async def test_a_topic_that_the_first_broker_asked_knows_nothing_of_yet_is_read_soon(
+    kafka: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group has been dealt out without it, and the client would not ask again by itself."""
+
+    async def there(*_arguments: object) -> None:
+        """Say that it is there, as the broker does that has made it."""
+
+    def never(*arguments: Any, **options: Any) -> Any:
+        return connection(*arguments, **{**options, "metadata_max_age_ms": 10**8})
+
+    monkeypatch.setattr(Topics, "ensure", there)
+    monkeypatch.setattr(source, "connection", never)
+    async with service(kafka, prefix, partitions=1) as app:
+        reading = Reading()
+        async with app.get(KafkaTransport).source(prefix, [prefix], reading) as consumer:
+            inside: Any = consumer
+            await eventually(lambda: prefix in inside._consumer.subscription())
+            admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+            await admin.start()
+            try:
+                await admin.create_topics([NewTopic(prefix, 1, 1)])
+            finally:
+                await admin.close()
+            await eventually(lambda: bool(reading.held), what="the partition")
 
 
 async def test_trap_03_a_commit_of_an_older_assignment_is_none(kafka: str, prefix: str) -> None:

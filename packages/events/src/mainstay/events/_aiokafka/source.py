@@ -84,7 +84,14 @@ async def reading(
         async def subscribe(there: list[str]) -> None:
             consumer.subscribe(there, listener=_Listener(source))
 
-        looking = watch(topics, names, source.absent, contact, subscribe=subscribe, ask=consumer.topics)
+        async def ask() -> None:
+            await consumer.topics()
+            # A topic that was made just now may be unknown to the broker that is asked first. The group would be dealt
+            # out without it, until the client asks again by itself, half a minute later.
+            if not all(map(consumer.partitions_for_topic, consumer.subscription())):
+                await consumer._client.force_metadata_update()
+
+        looking = watch(topics, names, source.absent, contact, subscribe=subscribe, ask=ask)
         watching = spawn(looking, name=f"events.{group}.watch")
         try:
             yield source
