@@ -162,9 +162,9 @@ def why(error: BaseException, contact: Contact, broker: str) -> str:
         case socket.gaierror():
             return f"{broker} is no address that is known: correct {settings.variable('kafka_servers')}"
         case ConnectionRefusedError():
-            return f"nothing listens at {broker}"
+            return f"nothing listens at {broker}: start it, or correct {settings.variable('kafka_servers')}"
         case TimeoutError():
-            return f"{broker} does not answer"
+            return f"{broker} does not answer: it is away, or {settings.variable('kafka_servers')} names another"
         case asyncio.IncompleteReadError() | KafkaConnectionError() | ConnectionResetError():
             return (
                 f"{broker} closes the connection instead of answering; where it is up, it expects another "
