@@ -47,7 +47,7 @@ lock: $(VENV)/.locked
 demo: setup
 	@PYTHONPATH=examples ENGINE=$(ENGINE) PURCHASES="$(PURCHASES)" $(BIN)/python -m ticketing demo
 
-# Every package by its own tests, from Python 3.12 on with its own coverage, and the tests of all together, four suites
+# Every package by its own tests, from Python 3.12 on with its own coverage, and the tests of all together, six suites
 # at a time. PACKAGE=events for one, PYTHON=python3.13 on another Python, COVERAGE=no to measure nothing. Each server is started
 # once for all of them.
 test: setup
