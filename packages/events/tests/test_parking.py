@@ -29,6 +29,7 @@ from mainstay.events._delivery import Assignment, Delivery, Route, Verdict
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._handled import Handled
+from mainstay.events._intake import Intake
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
 from mainstay.events.errors import NotHeldError
@@ -327,6 +328,52 @@ async def test_what_is_read_once_more_is_not_appended_behind_what_followed_it(da
         assert calls == [1, 2, 3]
         waiting = sa.select(PARKED.c.offset).where(~PARKED.c.handled).order_by(PARKED.c.position)
         assert [row.offset for row in await app.get(Database).read(waiting)] == [3, 4]
+
+
+async def test_records_that_come_with_their_partition_wait_for_its_parked_keys(database_url: str, prefix: str) -> None:
+    """A fetch may return what it has of a partition that was dealt out in the middle of it."""
+    calls: list[int] = []
+
+    async def handle(event: Moved) -> None:
+        calls.append(event.number)
+
+    route = Route("stock.moved", prefix)
+    route.reads(Moved, handle, wants_metadata=False, retry=ONCE, parks=True)
+    records = [
+        LogRecord(
+            "stock", 0, number, item, b'{"item":"%b","number":%d}' % (item, number), [("ce_type", b"stock.moved")]
+        )
+        for number, item in enumerate([b"piano", b"piano", b"stool"])
+    ]
+    clock = App().clock
+
+    async def bury(delivery: Delivery, error: Exception) -> None:
+        raise AssertionError
+
+    async def commit(partition: Assignment) -> None:
+        """Nothing is noted here."""
+
+    async with App(
+        DatabaseModule.for_root(DatabaseSettings(url=SecretStr(database_url))),
+        EventsModule.for_root(EventsSettings()),
+    ) as app:
+        database = app.get(Database)
+        parking = Parking(database, prefix, Handled(database, prefix, ["stock.moved 1.x"]), 10.0)
+        await parking.park(Delivery(Assignment("stock", 0), records[0]), Verdict(RuntimeError(), parks=True), 0.0, [])
+        failures = Failures(prefix, bury=bury, commit=commit, parking=parking, clock=clock)
+        dispatcher = Dispatcher(prefix, {"stock.moved": route}, concurrency=4, failures=failures, clock=clock)
+        intake = Intake(
+            prefix, dispatcher, parking=parking, crashes=Crashes(database, 3), window=1000, clock=clock
+        )  # fmt: skip
+        partition = Assignment("stock", 0)
+        intake.assigned(partition)
+        await intake.take({partition: records[1:]})
+        assert await dispatcher.settle([partition], 30)
+        assert calls == [2]
+        waiting = sa.select(PARKED.c.offset).order_by(PARKED.c.position)
+        assert [row.offset for row in await database.read(waiting)] == [0, 1]
+        await intake.stop()
+        await dispatcher.stop()
 
 
 async def test_a_partition_that_another_has_taken_parks_nothing_and_appends_nothing(

@@ -95,17 +95,16 @@ class Intake:
             self._unread.pop(assignment, None)
 
     async def _begin(self) -> None:
-        if not self._waiting:
-            return
-        assert self._crashes is not None  # noqa: S101  nothing waits without
-        waiting = {self._held[each]: records for each, records in self._waiting.items()}
-        await self._crashes.begin({holding: records[0] for holding, records in waiting.items()})
-        for holding, records in waiting.items():
-            assignment = holding.assignment
+        waiting = dict(self._waiting)
+        firsts = {self._held[each]: records[0] for each, records in waiting.items() if each in self._held}
+        if self._crashes is not None and firsts:
+            await self._crashes.begin(firsts)
+        for assignment, records in waiting.items():
             if self._waiting.pop(assignment, None) is None:  # given up meanwhile
                 continue
+            holding = self._held.get(assignment)
             self._begun.add(assignment)
-            if holding.careful:
+            if self._crashes is not None and holding is not None and holding.careful:
                 _log.warning(
                     "group %s: processes that read %s have ended %d times in a row at %d: it is read carefully, one "
                     "event at a time", self._group, assignment, holding.ends, records[0].offset,
@@ -124,8 +123,9 @@ class Intake:
     async def take(self, fetched: Mapping[Assignment, Sequence[Record]]) -> None:
         """Hand out what was fetched, as soon as that may be."""
         for assignment, records in fetched.items():
-            if assignment in self._held and assignment not in self._begun:
-                self._waiting[assignment] = records
+            # A partition may have come during the fetch, and its first records with it.
+            if assignment in self._unread or (assignment in self._held and assignment not in self._begun):
+                self._waiting[assignment] = [*self._waiting.get(assignment, ()), *records]
             else:
                 self._hand_over(assignment, records)
         await self.learn()
