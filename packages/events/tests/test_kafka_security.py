@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings, KafkaToken
 from mainstay.events._aiokafka import source as _source
+from mainstay.events._aiokafka.connecting import why
 from mainstay.events._kafka import KafkaTransport
 from mainstay.events._kafka import watch as _watch
+from mainstay.events._kafka.seam import Contact
 from mainstay.events._kafka.tls import context_of
 from mainstay.events._kafka.tokens import NoTokenError, Tokens
 from mainstay_servers import SecureKafka
@@ -407,6 +410,17 @@ def wrong_ways(kafka: SecureKafka) -> dict[str, tuple[dict[str, Any], str]]:
         "no token": ({**ways["tokens"], "kafka_token": no_token}, ":no_token gave no token: RuntimeError"),
         "nobody": ({"kafka_servers": "127.0.0.1:1"}, "nothing listens at 127.0.0.1:1"),
     }
+
+
+def test_a_certificate_that_newer_pythons_do_not_take_is_no_matter_of_the_authority() -> None:
+    """They insist on what RFC 5280 wants of one: another authority's file would not help."""
+    refused = ssl.SSLCertVerificationError()
+    refused.verify_code, refused.verify_message = 85, "Missing Authority Key Identifier"
+    contact = Contact(EventsSettings(transport="kafka", kafka_servers="x:1"), SYSTEM_CLOCK)
+    said = why(refused, contact, "x:1")
+    assert "not as RFC 5280 has it" in said
+    assert "Missing Authority Key Identifier" in said
+    assert "CA_FILE" not in said
 
 
 SHOWN = {"kafka_certificate_file", "kafka_key_file", "kafka_key_password"}

@@ -48,8 +48,11 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._subject = _called(name)
         certificate = (
-            _certificate(self._subject, self._subject, self._key.public_key(), -_DAY, _DAY)
+            _certificate(
+                self._subject, self._subject, self._key.public_key(), self._key.public_key(), since=-_DAY, until=_DAY
+            )
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_SIGNS, critical=True)
             .sign(self._key, hashes.SHA256())
         )
         self.file = directory / f"{name}.pem"
@@ -59,7 +62,9 @@ class Authority:
         """Write a key and its certificate for `name` on 127.0.0.1; return the files of certificate and key."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
-            _certificate(_called(name), self._subject, key.public_key(), -2 * _DAY, until)
+            _certificate(
+                _called(name), self._subject, key.public_key(), self._key.public_key(), since=-2 * _DAY, until=until
+            )
             .add_extension(
                 x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
             )
@@ -84,9 +89,29 @@ def _called(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
+_SIGNS = x509.KeyUsage(
+    key_cert_sign=True,
+    crl_sign=True,
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, since: timedelta, until: timedelta
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePublicKey,
+    *,
+    since: timedelta,
+    until: timedelta,
 ) -> x509.CertificateBuilder:
+    # With all that RFC 5280 wants of it: Python 3.13 and later insist on that.
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -96,6 +121,8 @@ def _certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now + since)
         .not_valid_after(now + until)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
     )
 
 

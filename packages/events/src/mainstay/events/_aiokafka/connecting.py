@@ -33,6 +33,7 @@ _FAILED = (KafkaError, OSError, TimeoutError)
 
 # What OpenSSL calls a certificate that is out of time, and one for another name or address.
 _EXPIRED, _OTHER_NAMES = {9, 10}, {62, 64}
+_AGAINST_THE_RULES = range(79, 95)  # of RFC 5280, on which Python insists from 3.13 on
 
 
 class UnreachableError(KafkaConnectionError):  # type: ignore[misc]  # aiokafka ships no types
@@ -200,6 +201,11 @@ def _certificate(error: ssl.SSLError, settings: EventsSettings, broker: str) -> 
             return (
                 f"the certificate of {broker} is for another name ({error.verify_message}): write one of its names in "
                 f"{settings.variable('kafka_servers')}, and let the brokers advertise it"
+            )
+        if error.verify_code in _AGAINST_THE_RULES:
+            return (
+                f"the certificate of {broker}, or its authority's, is not as RFC 5280 has it, on which Python insists "
+                f"from 3.13 on ({error.verify_message}): it has to be made anew"
             )
         trusted = settings.kafka_ca_file or "which the system trusts"
         return (
