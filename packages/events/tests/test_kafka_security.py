@@ -415,7 +415,8 @@ def wrong_ways(kafka: SecureKafka) -> dict[str, tuple[dict[str, Any], str]]:
 def test_a_certificate_that_newer_pythons_do_not_take_is_no_matter_of_the_authority() -> None:
     """They insist on what RFC 5280 wants of one: another authority's file would not help."""
     refused = ssl.SSLCertVerificationError()
-    refused.verify_code, refused.verify_message = 85, "Missing Authority Key Identifier"
+    refused.reason, refused.verify_code = "CERTIFICATE_VERIFY_FAILED", 85
+    refused.verify_message = "Missing Authority Key Identifier"
     contact = Contact(EventsSettings(transport="kafka", kafka_servers="x:1"), SYSTEM_CLOCK)
     said = why(refused, contact, "x:1")
     assert "not as RFC 5280 has it" in said

@@ -37,6 +37,10 @@ class Kafka(Server):
         """Return further arguments of `StorageTool format`."""
         return []
 
+    def ready(self) -> bool:
+        """Say whether all listeners do: they open one after the other."""
+        return all(map(self.listening, self.listeners().values()))
+
     def prepare(self) -> None:
         """Write the configuration and format the log directory."""
         kafka_jars()

@@ -276,9 +276,9 @@ class Server:
             raise ServerError(msg)
         return done.stdout
 
-    def listening(self) -> bool:
-        """Say whether something accepts connections on the port."""
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+    def listening(self, port: int | None = None) -> bool:
+        """Say whether something accepts connections on a port, the server's own unless another is named."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port or self.port), 1):
             return True
         return False
 
