@@ -62,9 +62,9 @@ class CarefulReading:
         self.task = spawn(self._read(), name=f"events.{group}.careful")
 
     @property
-    def waiting(self) -> bool:
-        """Whether there is something that was not handed out yet."""
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """How many records were not handed out yet."""
+        return len(self._waiting)
 
     def add(self, records: Iterable[Record]) -> None:
         """Hand out more, behind what waits."""

@@ -319,7 +319,7 @@ class Consumer:
 
     def lag(self) -> Lag:
         """How far the group is behind in the partitions that are held here."""
-        return Lag.of(self._source, self._assignments)
+        return Lag.of(self._source, self._assignments, self._intake.waiting)
 
     def backlog(self) -> str | None:
         """What to say of a group whose oldest event waits for long: that it has much to do is no fault."""

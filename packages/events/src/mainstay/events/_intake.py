@@ -59,6 +59,11 @@ class Intake:
         self._careful: dict[Assignment, CarefulReading] = {}
         self.trouble: str | None = None
 
+    @property
+    def waiting(self) -> int:
+        """How many records were fetched and are not handed out yet."""
+        return sum(map(len, self._waiting.values())) + sum(each.waiting for each in self._careful.values())
+
     def assigned(self, assignment: Assignment) -> None:
         """A partition is new."""
         if self._parking is not None:

@@ -35,14 +35,14 @@ class Lag(NamedTuple):
     seconds: float | None
 
     @classmethod
-    def of(cls, source: Source | None, assignments: Iterable[Assignment]) -> Lag:
-        """What a source has yet to hand out, and what is not finished of the rest."""
+    def of(cls, source: Source | None, assignments: Iterable[Assignment], between: int) -> Lag:
+        """What a source has yet to hand out, what is `between` it and the handlers, and what they have not finished."""
         if source is None:
             return cls(None, None)
         windows = [each.window for each in assignments]
         unread = source.lag()
         return cls(
-            None if unread is None else unread + sum(map(len, windows)),
+            None if unread is None else unread + between + sum(map(len, windows)),
             source.lag_seconds([window[0] for window in windows if window]),
         )
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, timeout
+from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, Retry, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import _handled, _kafka, tables
 from mainstay.events._codec import codec_of
@@ -34,6 +34,9 @@ from mainstay.events.router import EventRouter, Subscription, one_handler_each, 
 from mainstay.events.settings import EventsSettings
 
 __all__ = ["EventConsumers", "EventsModule"]
+
+_AT_START = Retry(attempts=6)
+"""A file that others write to at the moment does not end a start; a database that is away has ended it before."""
 
 
 class EventConsumers:
@@ -186,7 +189,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             if isinstance(transport, SqlTransport):
                 app.serve("log", self._retention(app, transport.database).run)
                 if not self.looking:
-                    await transport.note_partitions()
+                    await _AT_START.call(transport.note_partitions)
             inbox: Inbox | None = None
             if database is not None and self._has_inbox():
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
@@ -196,7 +199,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             parking = _parking(database, groups, settings)
             if parking and not self.looking:
                 handled = [each.handled for each in parking.values()]
-                await _handled.note(handled)  # now, since this App may publish what its handlers are for
+                await _AT_START.call(_handled.note, handled)  # now: this App may publish what its handlers are for
                 app.serve("handled", partial(_handled.note_often, handled))
             consumers = [
                 Consumer(
