@@ -88,6 +88,7 @@ class LogLag:
             alike.setdefault(place, []).append(assignment)
         waiting, oldest = 0, list[float]()
         for (low, high, position), assignments in alike.items():
+            asked_at = self._clock.now().timestamp()
             row = (
                 await self._database.read(
                     _BEHIND[self._database.dialect],
@@ -104,7 +105,8 @@ class LogLag:
             )[0]
             waiting += row.waiting
             oldest += [] if row.oldest is None else [row.oldest]
-            self._ahead = row.now - self._clock.now().timestamp()
+            # From before the question: an age is overstated by how long the answer took, never understated.
+            self._ahead = row.now - asked_at
         self.waiting, self._oldest_at = waiting, min(oldest, default=None)
         self._due_at = self._clock.monotonic() + _MEASURE_SECONDS
 
