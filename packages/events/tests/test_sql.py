@@ -1,6 +1,7 @@
 """The log in the database: nothing is missed, whatever order transactions commit in; partitions are shared."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -394,11 +395,11 @@ async def test_the_lag_is_true_in_events_and_seconds(database_url: str) -> None:
         consumers = app.get(EventConsumers)
         consumer = consumers.consumers[0]
         await eventually(lambda: consumer.lag()[0] == 3_000, what="all of them, read or not")
-        assert 100 <= (consumer.lag()[1] or 0.0) < 1_000
+        assert 99 <= (consumer.lag()[1] or 0.0) < 1_000  # by two clocks, compared over a query
         assert sum(len(assignment.window) for assignment in consumer._assignments) < 3_000
         health = await consumers.health()
         assert health.status == "ok"
-        assert "3000 events wait in g, the oldest for 1" in (health.detail or "")
+        assert re.search(r"3000 events wait in g, the oldest for (99|1\d\d) s", health.detail or "")
         gate.set()
         await eventually(lambda: consumer.lag() == (0, 0.0))
         assert (await consumers.health()).detail == "1 groups"
