@@ -162,7 +162,7 @@ def test_secure_kafka_shows_certificates_of_its_own_authority(secure_kafka: Secu
 
 
 def test_secure_kafka_keeps_its_keys_to_itself(secure_kafka: SecureKafka):
-    """Nobody else on the machine reads a private key."""
+    """No other account of the machine reads a private key."""
     keys = [path for path in secure_kafka.directory.iterdir() if path.suffix in {".key", ".both"}]
     assert keys
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}

@@ -273,7 +273,7 @@ async def test_a_consumer_frozen_inside_its_handlers_holds_up_their_keys_only(po
 async def test_consumers_killed_and_frozen_with_batches_in_their_hands_double_no_effect(
     database_url: str, prefix: str
 ) -> None:
-    """What handlers have collected is there with its note or not at all, whatever becomes of the process."""
+    """What handlers have collected is there with its note or not at all, also where a process dies or hangs."""
     options: dict[str, Any] = {
         "url": database_url,
         "topic": f"{prefix}-fault",

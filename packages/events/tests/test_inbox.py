@@ -83,7 +83,7 @@ async def test_slow_handlers_with_an_inbox_leave_connections_to_others(postgres_
 
 
 async def test_on_sqlite_a_write_waits_for_one_handler_with_an_inbox_and_not_for_all(sqlite_url: str) -> None:
-    """The handlers take the one writer's turn one after the other, and whoever else asks has the next."""
+    """The handlers take the one writer's turn one after the other, and another caller has the next."""
     slow = Slow()
     app = service(sqlite_url, slow.router, pool=10)
     async with app.running(serve=True):
@@ -142,7 +142,7 @@ async def test_an_event_that_another_process_is_in_the_middle_of_is_not_waited_f
                 note = {"group_name": "g", "event_id": f"mainstay\n{id_}"}
                 await session.execute(INSERT_INBOX["postgresql"], note)
             async with service(postgres_url, events_of(events), pool=4).running(serve=True):
-                await eventually(lambda: sorted(seen) == [0, 1], what="those that nobody is in the middle of")
+                await eventually(lambda: sorted(seen) == [0, 1], what="those that no process is in the middle of")
         await publisher.publish(Line(name="a", number=4))
         async with service(postgres_url, events_of(events), pool=4).running(serve=True):
             await eventually(lambda: sorted(seen) == [0, 1, 4])
@@ -285,4 +285,4 @@ async def test_what_a_batch_refuses_is_the_event_s_own_failure(database_url: str
 def test_an_unknown_kind_of_inbox_is_refused() -> None:
     """Where it is written."""
     with pytest.raises(ValueError, match=r"on\(inbox='batches'\): it is True, False or 'batch'"):
-        EventRouter().on(Line, group="g", inbox="batches")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        EventRouter().on(Line, group="g", inbox="batches")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]  that is what is refused

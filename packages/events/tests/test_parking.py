@@ -379,7 +379,7 @@ async def test_records_that_come_with_their_partition_wait_for_its_parked_keys(d
 async def test_a_partition_that_another_has_taken_parks_nothing_and_appends_nothing(
     database_url: str, prefix: str
 ) -> None:
-    """Whoever stood still in between finds out in the very commit."""
+    """A process that stood still in between finds out in the very commit."""
     record = LogRecord("stock", 0, 7, b"piano", b"{}", [])
     async with App(
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(database_url))),

@@ -1,4 +1,4 @@
-"""Parking as a state machine against the real tables: whoever holds, stands still or works, each key stays in order."""
+"""Parking as a state machine against the real tables: processes hold, stop and work, and each key stays in order."""
 
 import asyncio
 import time

@@ -164,7 +164,7 @@ async def test_one_look_answers_all_that_ask_meanwhile_and_none_that_was_fetched
 
 
 async def test_a_note_counts_for_a_month_after_the_last_process_that_made_it(app: App, prefix: str) -> None:
-    """A release that is away for weeks finds its events; what nobody handles any more ends."""
+    """A release that is away for weeks finds its events; what no release handles any more ends."""
     handled = parking(app, prefix, "fault.leap 1.x").handled
     await handled.note()
     for days, counts in ((29, True), (31, False)):

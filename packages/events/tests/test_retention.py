@@ -165,7 +165,7 @@ async def test_a_sweep_goes_on_behind_what_it_spares(sqlite_url: str, prefix: st
 
 
 async def test_young_events_stay(database_url: str) -> None:
-    """Whatever was read; and while it is stopping a sweep ends soon."""
+    """Whether it was read or not; and while it is stopping a sweep ends soon."""
     async with service(database_url) as app:
         await publish(app, *range(10))
         async with app.get(Database).transaction() as session:

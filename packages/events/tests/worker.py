@@ -153,7 +153,7 @@ async def main(options: dict[str, Any], told: Connection) -> None:
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread takes no further step
             flush(self, *more)
 
-        confluent_carrier.Carrier._flush = frozen_as_well  # type: ignore[method-assign, assignment]
+        confluent_carrier.Carrier._flush = frozen_as_well  # type: ignore[method-assign, assignment]  # the moment to stop at
     if options.get("hang") == "before parking":
         park = Parking.park
 
@@ -167,7 +167,7 @@ async def main(options: dict[str, Any], told: Connection) -> None:
                 raise
             told.send("parked")
 
-        Parking.park = late  # type: ignore[method-assign, assignment]
+        Parking.park = late  # type: ignore[method-assign, assignment]  # the moment to stop at
     holder: list[App] = []
     routers = (
         [] if options.get("relay only") else [noting(options) if "calls" in options else recorder(options, holder)]

@@ -265,7 +265,7 @@ async def test_a_file_that_is_none_or_in_use_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Path:
-    """A named pipe with nobody at its other end."""
+    """A named pipe without a reader at its other end."""
     os.mkfifo(tmp_path / "pipe")
     return tmp_path / "pipe"
 

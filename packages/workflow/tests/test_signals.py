@@ -82,7 +82,7 @@ async def test_a_waiting_run_receives(url):
 
 
 async def test_a_known_message_with_another_value_is_refused(url):
-    """Equal is equal by value; another value or signal under the id is no repetition, whoever came first."""
+    """Equal is equal by value; another value or signal under the id is no repetition, in either order."""
     loose = flows.signal("loose", set[str])
     try:
         async with workflows(flows, url=url) as app:

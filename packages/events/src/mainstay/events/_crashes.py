@@ -62,11 +62,11 @@ class Crashes:
 
     @property
     def alone(self) -> AbstractAsyncContextManager[Any]:
-        """One careful call of this process at a time: of two that run, nobody could tell which one ended it."""
+        """One careful call of this process at a time: of two that run, none could be told to have ended it."""
         return self._alone
 
     async def take(self, group: str, assignments: Sequence[Assignment]) -> dict[Assignment, Holding]:
-        """Become the holder of partitions: from now on nobody else parks their keys."""
+        """Become the holder of partitions: from now on no other process parks their keys."""
         holdings = {each: Holding(self._database, group, each) for each in assignments}
         rows = [
             {"group_name": group, "topic": each.topic, "partition": each.number, "holder": holding.id}

@@ -137,7 +137,7 @@ class Delivery:
         self.error: Exception | None = None  # the last one
         self.timer: Timer | None = None  # until its next attempt
         self.again_at = 0.0
-        self.refused: Exception | None = None  # why it is not called, whatever may come
+        self.refused: Exception | None = None  # why it is never called
         self.verdict: Verdict | None = None
 
     def judge(self, verdict: Verdict) -> None:

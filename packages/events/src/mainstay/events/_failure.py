@@ -90,7 +90,7 @@ class Failures:
             kind = kind_of_record(delivery.record)
             try:
                 elsewhere = self._parking is not None and await self._parking.handled.is_somebodys(kind)
-            except Exception:  # noqa: BLE001  whatever it is, the event must not be passed over
+            except Exception:  # noqa: BLE001  any error: the event must not be passed over
                 return self._not_stored(delivery, f"it is not known who handles {kind}")
             if elsewhere:
                 if not delivery.assignment.queue and delivery.record.key in delivery.assignment.parked:
@@ -220,7 +220,7 @@ class Failures:
             isinstance(error, MainstayError) and error.no_effect and error.retryable
         )
         if isinstance(error, CommitUnknown):
-            # Elsewhere nobody could tell whether to try again. An event may always be handled once more.
+            # Elsewhere it would be unknown whether to try again. An event may always be handled once more.
             error.retryable = True
         delay = self._delay(delivery, handling, error, postponed=postponed)
         if delay is None:

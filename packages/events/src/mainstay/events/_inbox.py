@@ -68,7 +68,7 @@ class Inbox:
                 if await once(_note(group, meta), call, event, meta):
                     duplicates.inc()
             except CommitUnknown as error:
-                # Elsewhere nobody could tell whether to try again. Here the next attempt finds the note, or writes it.
+                # Elsewhere it would be unknown what to do. Here the next attempt finds the note, or writes it.
                 error.retryable = True
                 raise
 

@@ -27,8 +27,8 @@ class Lag(NamedTuple):
     """How far a group is behind in the partitions that a process holds.
 
     Attributes:
-        events: about how many are not finished; None while nobody knows.
-        seconds: for how long the oldest of them waits; None while nobody knows.
+        events: about how many are not finished; None while unknown.
+        seconds: for how long the oldest of them waits; None while unknown.
     """
 
     events: int | None

@@ -6,8 +6,8 @@ partition, and the partition goes on. An event without a key has a queue of its 
 
 A queue is worked from its front once it is due: when a person says so, when the wait before the next attempt is over,
 at once where a handler is all that is missing. Any process of the group may do so that handles the type and the major
-version of the queue's first event, whoever holds the partition. It claims the key for the time of a lease, by the
-database's clock, and what it writes is void once another has claimed it. Where no process has noted that it handles
+version of the queue's first event, not only the holder of the partition. It claims the key for the time of a lease, by
+the database's clock, and what it writes is void once another has claimed it. Where no process has noted that it handles
 the first event (see `_handled`), any may take it.
 
 A key is free when its queue is empty; both are looked at in one transaction that holds the key's row, so nothing is
@@ -182,7 +182,7 @@ class Parking:
             await session.execute(tables.RELEASE_CLAIMS, {"me": self.worker, "keys": sorted(keys)})
 
     async def release_all(self) -> None:
-        """Let others have whatever this process has claimed."""
+        """Let others have all that this process has claimed."""
         await self._database.write(tables.RELEASE_ALL_CLAIMS, {"of_group": self._group, "me": self.worker})
 
     async def keep(self, delivery: Delivery, verdict: Verdict) -> None:
@@ -251,7 +251,7 @@ class ParkedCount:
             kinds = await self._parking.kinds()
             waiting = {row.kind for row in kinds if row.due} - self._parking.handled.mine
             seen = await self._parking.handled.look() if waiting else dict[str, float]()
-        except Exception as error:  # noqa: BLE001  whatever it is, it is said
+        except Exception as error:  # noqa: BLE001  any error is said
             return f"its parked keys are not known ({type(error).__name__})"
         self.keys = sum(row.keys for row in kinds)
         PARKED_KEYS.labels(self._group).set(self.keys)

@@ -102,11 +102,11 @@ class Source(Protocol):
         ...
 
     def lag(self) -> int | None:
-        """About how many records of the partitions that are held were not handed out yet; None while nobody knows."""
+        """About how many records of the partitions that are held were not handed out yet; None while unknown."""
         ...
 
     def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
-        """For how long the oldest record waits that a group has not finished; 0.0 without one, None while nobody knows.
+        """For how long the oldest record waits that a group has not finished; 0.0 without one, None while unknown.
 
         Args:
             unfinished: those that were handed out, the oldest of each partition.

@@ -294,7 +294,7 @@ class DeadLetters:
             RedriveError: there is none with this id.
             DecodeError: it cannot be read.
             ConfigurationError: this App has no handler for it in its group, or no Database to roll back.
-            Exception: whatever the handler raises.
+            Exception: what the handler raises.
         """
         letter = await self.get(id)
         event = self._read(letter)

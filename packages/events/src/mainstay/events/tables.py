@@ -640,7 +640,7 @@ BEGIN_PARTITION = (
     .where(*_OF_HOLDER)
     .values(held=True, calling=False, **_binds(HOLDERS, "first", "ends", "called", "called_seconds", "crashes"))
 )
-# An update that changes nothing: it takes the row, so that nobody takes the partition meanwhile.
+# An update that changes nothing: it takes the row, so that no other takes the partition meanwhile.
 KEEP_PARTITION = sa.update(HOLDERS).where(*_OF_HOLDER).values(partition=HOLDERS.c.partition)
 NOTE_CALL = (
     sa.update(HOLDERS).where(*_OF_HOLDER).values(calling=True, **_binds(HOLDERS, "called", "called_seconds", "crashes"))

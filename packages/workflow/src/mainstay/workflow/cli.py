@@ -137,7 +137,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of an object; which of two with one name is meant, nobody can know."""
+    """The members of an object; which of two with one name is meant cannot be known."""
     members = dict(pairs)
     if len(members) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)

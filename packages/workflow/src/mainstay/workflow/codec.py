@@ -26,7 +26,7 @@ class PayloadCodec(ABC):
     def encode(self, payload: bytes, run_id: str) -> bytes:
         """What is stored for a payload. It is called on the event loop, so it takes microseconds.
 
-        Where it raises, whatever it is, the run is parked, and callers of the engine get `PayloadNotStored`.
+        Where it raises anything, the run is parked, and callers of the engine get `PayloadNotStored`.
 
         Args:
             payload: JSON, in UTF-8.

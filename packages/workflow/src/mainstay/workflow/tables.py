@@ -542,7 +542,7 @@ _this_ask = sa.and_(asks.c.run_id == sa.bindparam("run"), asks.c.id == sa.bindpa
 ASK_LEFT = sa.select((asks.c.due_at - database_now()).label("seconds")).where(_this_ask)
 ESCALATE = sa.update(asks).where(_this_ask, asks.c.escalated_at.is_(None)).values(escalated_at=database_now())
 CLOSE_ASK = sa.update(asks).where(_this_ask).values(open=False)
-# A run that goes back, or is ended as it is, waits for nobody any more.
+# A run that goes back, or is ended as it is, waits for no answer any more.
 CLOSE_ASKS = sa.update(asks).where(asks.c.run_id == sa.bindparam("run"), asks.c.open).values(open=False)
 # Refused where the ask is settled.
 SETTLE = sa.insert(signals).values({**_signal_values, "received_by": sa.bindparam("received_by")})

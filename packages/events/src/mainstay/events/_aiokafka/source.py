@@ -70,7 +70,7 @@ async def reading(
         isolation_level="read_committed",
         rebalance_timeout_ms=drain_ms,
         session_timeout_ms=session_ms,
-        heartbeat_interval_ms=session_ms // 6,  # by these the others learn that somebody is gone
+        heartbeat_interval_ms=session_ms // 6,  # by these the others learn that a member is gone
         max_poll_interval_ms=2_000_000_000,
     )
     NamingClient.instead_of(consumer._client, contact)
@@ -308,7 +308,7 @@ class KafkaSource:
         return waiting
 
     def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
-        """See `Source`, by the time that is in a record. When what was not fetched was written nobody here knows."""
+        """See `Source`, by the time that is in a record. When what was not fetched was written is not known here."""
         times: list[int] = [record.timestamp for record in unfinished if isinstance(record, ConsumerRecord)]
         if not times:
             return None if self.lag() else 0.0

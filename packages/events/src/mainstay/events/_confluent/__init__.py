@@ -1,6 +1,6 @@
 """The cluster by librdkafka, whose Python client is confluent-kafka.
 
-Librdkafka does its work in threads of its own and calls back from whatever thread asks it for news. Here each producer
+Librdkafka does its work in threads of its own and calls back from the thread that asks it for news. Here each producer
 and each consumer has one thread of ours that does nothing else; between it and the event loop go batches of answers and
 pages of records, never single ones.
 """

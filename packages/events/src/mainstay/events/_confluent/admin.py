@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]  # its stubs leave these out
 
 from mainstay.events._confluent.client import KafkaFault, Reasons, connection, fault_of, made
 from mainstay.events._confluent.threads import answer, aside
@@ -100,7 +100,7 @@ class ConfluentAdmin:
         try:
             cluster: Any = await self._ask(client.describe_cluster(request_timeout=seconds))
         except KafkaFault as error:
-            client.poll(0)  # it knows more than that nobody has answered
+            client.poll(0)  # it knows more than that there was no answer
             raise self._reasons.why or error from error
         self._reasons.why = None
         return [node.id for node in cluster.nodes]

@@ -133,7 +133,7 @@ class Member:
     async def commit(self, offsets: Mapping[Place, int], landing: Callable[[Found], None]) -> bool:
         """Commit, unless the broker has given this member up; whether it was done.
 
-        The answer comes while the consumer is asked for records, which this does where nobody else does.
+        The answer comes while the consumer is asked for records, which this does where no other task does.
 
         Raises:
             KafkaFault: it was refused.
@@ -259,8 +259,8 @@ class Member:
     def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:
         consumer = self._in_use()
         if _generation(consumer.consumer_group_metadata()) <= 0:
-            # It is no member any more. A commit of nobody is taken from a group that all have left, and would move it
-            # back behind what the others have committed.
+            # It is no member any more. A commit without a member is taken from a group that all have left, and would
+            # move it back behind what the others have committed.
             return False
         places = [TopicPartition(*place, offset) for place, offset in offsets.items()]
         try:
@@ -275,7 +275,7 @@ class Member:
         return True
 
     def committed(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
-        """A commit is answered: that of now, or an earlier one that nobody waits for any more."""
+        """A commit is answered: that of now, or an earlier one that is not waited for any more."""
         if self._committing is None or self._committing[0] != _offsets_of(places):
             return
         (_, answered), self._committing = self._committing, None

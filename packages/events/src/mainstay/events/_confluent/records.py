@@ -34,7 +34,7 @@ def records_of(messages: Sequence[Message]) -> list[KafkaRecord]:
     every = map(Message.headers, messages)
     while len(headers) < len(messages):
         try:
-            headers.extend(every)  # type: ignore[arg-type]
+            headers.extend(every)  # type: ignore[arg-type]  # its stubs know of no header without a value
         except SystemError as error:
             broken[len(headers)] = f"the name of a header is not UTF-8, so the record cannot be read: {error.__cause__}"
             headers.append(None)

@@ -266,7 +266,7 @@ class ConfluentSource:
         return waiting
 
     def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
-        """See `Source`, by the time that is in a record. When what was not read was written nobody here knows."""
+        """See `Source`, by the time that is in a record. When what was not read was written is not known here."""
         oldest = [held.waiting[0] for held in self._held.values() if held.waiting]
         times = [record.timestamp for record in (*unfinished, *oldest) if isinstance(record, KafkaRecord)]
         if not times:

@@ -22,7 +22,7 @@ _LOOK_SECONDS = 0.01
 
 
 def post(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
-    """Call something in a loop from another thread; where the loop has ended there is nobody to tell."""
+    """Call something in a loop from another thread; where the loop has ended nothing is called."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *arguments)
 

@@ -72,7 +72,7 @@ class Tokens:
         try:
             async with asyncio.timeout(_GIVE_UP_SECONDS):
                 token = cast("object", await self._source())
-        except Exception as error:  # noqa: BLE001  whatever a function of the service raises
+        except Exception as error:  # noqa: BLE001  a function of the service may raise anything
             # By its type alone, and not as the cause: what it says may hold what the issuer was asked with.
             msg = f"{self.name} gave no token: {type(error).__name__}"
             raise NoTokenError(msg) from None
