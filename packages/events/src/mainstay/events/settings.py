@@ -215,7 +215,7 @@ class EventsSettings(Settings):
         if self.transport == "memory" and field in {"lease_seconds", "crash_attempts"}:
             return f"transport 'memory' cannot honour {field}: no other process takes part"
         if not self.kafka_create_topics and field in {"partitions", "kafka_replicas"}:
-            return f"kafka_create_topics=False cannot honour {field}: that is up to the creator of the topics; leave it out"
+            return f"kafka_create_topics=False cannot honour {field}: their creator decides; leave it out"
         return self._cannot_show(field)
 
     def _cannot_show(self, field: str) -> str | None:
