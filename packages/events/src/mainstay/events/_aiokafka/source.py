@@ -37,10 +37,10 @@ from mainstay.core import spawn
 from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._delivery import Assignment
+from mainstay.events._kafka.missed import pass_over
 from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watch
-from mainstay.events._metrics import MISSED
 from mainstay.events._transport import LogRecord, Reader
 from mainstay.events.metadata import UNREADABLE, Record
 from mainstay.events.settings import EventsSettings
@@ -227,17 +227,7 @@ class KafkaSource:
         oldest = (await self._consumer.beginning_offsets([place]))[place]
         if place not in self._held:
             return
-        missed = max(0, oldest - offset)
-        MISSED.labels(self._group).inc(missed)
-        _log.error(
-            "group %s was to go on at %d in %s/%d, which begins at %d: %s",
-            self._group,
-            offset,
-            place.topic,
-            place.partition,
-            oldest,
-            f"{missed} records were deleted before they were read" if missed else "the topic was made anew",
-        )
+        pass_over(self._group, place.topic, place.partition, offset=offset, oldest=oldest)
         self._consumer.seek(place, oldest)
 
     async def _one_by_one(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, Sequence[Record]]:

@@ -15,8 +15,8 @@ from mainstay.core import spawn
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, fault_of
 from mainstay.events._confluent.records import KafkaRecord, records_of
 from mainstay.events._confluent.threads import Caller
+from mainstay.events._kafka.missed import pass_over
 from mainstay.events._kafka.seam import REQUEST_SECONDS
-from mainstay.events._metrics import MISSED
 
 _log = logging.getLogger("mainstay.events")
 
@@ -241,17 +241,7 @@ class Member:
         else:
             oldest, _ = consumer.get_watermark_offsets(start, timeout=REQUEST_SECONDS)
             start.offset = oldest
-            missed = max(0, oldest - offset)
-            MISSED.labels(self._group).inc(missed)
-            _log.error(
-                "group %s was to go on at %d in %s/%d, which begins at %d: %s",
-                self._group,
-                offset,
-                place.topic,
-                place.partition,
-                oldest,
-                f"{missed} records were deleted before they were read" if missed else "the topic was made anew",
-            )
+            pass_over(self._group, place.topic, place.partition, offset=offset, oldest=oldest)
         # It is no longer fetched, and what is not fetched cannot be told to seek.
         consumer.incremental_unassign([start])
         consumer.incremental_assign([start])
