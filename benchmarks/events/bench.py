@@ -28,9 +28,10 @@ from mainstay.core import SYSTEM_CLOCK, App, Context, Retry
 from mainstay.database import Database, DatabaseModule, DatabaseSettings, upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
-from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
+from mainstay.events._routes import Route
 from mainstay.events.metadata import encode, envelope
 from mainstay.events.router import InboxMode
 from mainstay.events.tables import OUTBOX

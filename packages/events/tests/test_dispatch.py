@@ -13,9 +13,10 @@ import pytest
 from mainstay.core import Context, FullJitter, MainstayError, Retry, current
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.events import DecodeError, Event, Metadata
-from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
+from mainstay.events._routes import Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.metadata import encode, envelope
 

@@ -321,7 +321,7 @@ async def test_events_travel_however_the_listener_asks(secure_kafka: SecureKafka
                 while not seen_there:
                     number += 1
                     await events.publish(Paid(key=str(number), number=number))
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.05)  # it takes seconds to join: a few at a time will do
             await eventually(lambda: len(set(seen + seen_there)) == number - 80, seconds=60)
         assert {report.status for report in (await app.health()).values()} == {"ok"}
 
@@ -343,7 +343,7 @@ async def test_a_connection_outlives_its_token(secure_kafka: SecureKafka, prefix
             while asked < 4:
                 await events.publish(Paid(key="a", number=published))
                 published += 1
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2)  # as time passes the tokens grow old: that is what is tested
         await eventually(lambda: set(seen) == {*range(published)}, seconds=60)
         await eventually(lambda: _well(app), seconds=60)
 

@@ -25,12 +25,13 @@ from mainstay.events import (
     ParkedKeys,
 )
 from mainstay.events._crashes import Crashes
-from mainstay.events._delivery import Assignment, Delivery, Route, Verdict
+from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._handled import Handled
 from mainstay.events._intake import Intake
 from mainstay.events._parking import Parking
+from mainstay.events._routes import Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.errors import NotHeldError
 from mainstay.events.tables import PARKED, PARKED_KEYS

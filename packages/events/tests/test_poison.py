@@ -9,9 +9,10 @@ from mainstay.core import App
 from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, Event, EventRouter, EventsModule, EventsSettings
-from mainstay.events._delivery import Assignment, Delivery, Route
+from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
+from mainstay.events._routes import Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetter
 

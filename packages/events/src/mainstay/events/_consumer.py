@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._crashes import Crashes
-from mainstay.events._delivery import Assignment, Delivery, Routes
+from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._intake import Intake
@@ -17,6 +17,7 @@ from mainstay.events._lag import Lag
 from mainstay.events._metrics import DEAD_LETTERS, LAG, LAG_SECONDS, OLDEST, REVOKED
 from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
+from mainstay.events._routes import Routes
 from mainstay.events._sparing import said
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore

@@ -1,24 +1,13 @@
-"""What is handed from transports to a group's handlers: partitions, their records, and how each type is handled."""
+"""What is handed from transports to a group's handlers: partitions, and their records on the way through."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
-from pydantic import ValidationError
-
-from mainstay.core import Retry, Timer, bind
-from mainstay.events._codec import codec_of
-from mainstay.events._metrics import handler_seconds
-from mainstay.events._upcasting import Upcasting
-from mainstay.events.errors import DecodeError
-from mainstay.events.event import Event, definition_of
-from mainstay.events.metadata import Metadata, Record, context_of, kind_named, version_of
-
-EventClass = type[Event]
-OnUnknown = Literal["skip", "dead-letter", "stop"]
+from mainstay.core import Timer
+from mainstay.events.metadata import Record
 
 
 class Assignment:
@@ -149,133 +138,3 @@ class Delivery:
     def record_name(self) -> str:
         """Where its record is, for a log."""
         return f"{self.record.topic}/{self.record.partition}@{self.record.offset}"
-
-
-class Handling(NamedTuple):
-    """How one major version of a type is read, and what is called with it."""
-
-    validate: Callable[[bytes], Any]
-    call: Callable[..., Awaitable[None]]
-    wants_metadata: bool
-    retry: Retry
-    parks: bool
-
-    def read(self, type: str, value: bytes) -> Any:
-        """The event, as a handler is given it.
-
-        Raises:
-            DecodeError: it cannot be read; the message names the fields.
-        """
-        try:
-            return self.validate(value)
-        except Exception as invalid:  # noqa: BLE001  an event's own validator may raise anything
-            raise unreadable(type, invalid) from invalid.__cause__
-
-    async def tried(self, event: Any, record: Record, group: str) -> None:
-        """Call the handler outside of any delivery, in the event's context."""
-        headers = dict(record.headers)
-        arguments = (event, Metadata(record, group=group, headers=headers)) if self.wants_metadata else (event,)
-        with bind(context_of(headers)):
-            await self.call(*arguments)
-
-
-class Route:
-    """What a group does with one type of event.
-
-    Args:
-        type: its name on the wire.
-        group: the consumer group, for the metrics.
-    """
-
-    __slots__ = ("_classes", "_majors", "parks", "seconds", "type", "versions")
-
-    def __init__(self, type: str, group: str) -> None:
-        self.type = type
-        self.seconds = handler_seconds(type, group)
-        self.versions: dict[bytes, Handling] = {}
-        self.parks = False  # as one of its handlers says: of a version that none of them reads
-        self._majors: dict[int, Handling] = {}
-        self._classes: dict[int, EventClass] = {}
-
-    def reads(
-        self,
-        event: type[Event],
-        call: Callable[..., Awaitable[None]],
-        *,
-        wants_metadata: bool,
-        retry: Retry,
-        parks: bool = False,
-    ) -> None:
-        """Read events into this class, and call this with them."""
-        definition = definition_of(event)
-        handling = Handling(codec_of(event).read, call, wants_metadata, retry, parks)
-        self.parks = self.parks or parks
-        self._majors[definition.version.major] = handling
-        self._classes[definition.version.major] = event
-        self.versions[str(definition.version).encode()] = handling
-
-    def reads_older(self, upcasting: Upcasting) -> None:
-        """Read older major versions, too, into the classes that there are by now."""
-        for major, event in self._classes.items():
-            for older, read in upcasting.older(event, self._classes).items():
-                self._majors[older] = self._majors[major]._replace(validate=read)
-
-    @property
-    def kinds(self) -> set[str]:
-        """The names of what is handled, such as `order.paid 2.x`."""
-        return {kind_named(self.type, major) for major in self._majors}
-
-    def handling(self, version: bytes) -> Handling:
-        """The one for a version that is not exactly a declared one: any other minor version will do.
-
-        Raises:
-            DecodeError: no class has this major version, or it is none.
-        """
-        text = version.decode(errors="replace")
-        try:
-            handling = self._majors.get(version_of(text).major)
-        except ValueError as error:
-            msg = f"{self.type}: {error}"
-            raise DecodeError(msg) from None
-        if handling is None:
-            known = ", ".join(f"{major}.x" for major in sorted(self._majors))
-            msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"
-            raise DecodeError(msg)
-        return handling
-
-
-def unreadable(type: str, invalid: Exception) -> DecodeError:
-    """What is wrong with which field; never the value, which may be anybody's secret."""
-    if isinstance(invalid, DecodeError):
-        return invalid
-    if not isinstance(invalid, ValidationError):
-        error = DecodeError(f"{type} cannot be read: its class raised {invalid.__class__.__name__}")
-        error.__cause__ = invalid
-        return error
-    problems = (
-        f"{'.'.join(map(str, problem['loc'])) or 'the value'}: {problem['msg']}"
-        for problem in invalid.errors(include_input=False, include_url=False, include_context=False)[:5]
-    )
-    return DecodeError(f"{type} cannot be read: {'; '.join(problems)}")
-
-
-class Unknown(NamedTuple):
-    """What becomes of events that no process of a group can handle, as its routers say.
-
-    Attributes:
-        types: of those of types without a handler.
-        versions: of those of a handled type, in a major version without a handler.
-    """
-
-    types: OnUnknown = "skip"
-    versions: OnUnknown = "dead-letter"
-
-
-class Routes(dict[str, Route]):
-    """What a group does with each type.
-
-    Attributes:
-        unknown: what becomes of all others.
-    """
-
-    unknown = Unknown()

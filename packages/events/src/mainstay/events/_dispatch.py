@@ -32,8 +32,9 @@ from contextvars import copy_context
 from functools import partial
 
 from mainstay.core import Clock, Context, Later, rebind, spawn
-from mainstay.events._delivery import Assignment, Delivery, Handling, Route, unreadable
+from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._failure import KEY_IS_PARKED, Failures, that_give_way
+from mainstay.events._routes import Handling, Route, unreadable
 from mainstay.events._structured import understood
 from mainstay.events._turns import Turns
 from mainstay.events.errors import DecodeError

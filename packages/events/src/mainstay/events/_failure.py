@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
 from mainstay.database import CommitUnknown
-from mainstay.events._delivery import Assignment, Delivery, Handling, Route, Unknown, Verdict
+from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
+from mainstay.events._routes import Handling, Route, Unknown
 from mainstay.events._sparing import Sparing
 from mainstay.events._structured import kind_of_record
 from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError

@@ -13,7 +13,7 @@ from uuid import UUID
 from mainstay.core import ConfigurationError, current, derived_id
 from mainstay.database import Database
 from mainstay.events._codec import codec_of
-from mainstay.events._delivery import Handling, Route
+from mainstay.events._routes import Handling, Route
 from mainstay.events._structured import understood
 from mainstay.events.errors import RedriveError
 from mainstay.events.event import Event

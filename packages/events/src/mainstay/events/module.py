@@ -13,7 +13,6 @@ from mainstay.events import _handled, _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._crashes import Crashes
-from mainstay.events._delivery import Route, Routes
 from mainstay.events._handled import Handled
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._letters import SqlDeadLetters
@@ -22,6 +21,7 @@ from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._retention import LogRetention
+from mainstay.events._routes import Route, Routes
 from mainstay.events._sql import SqlTransport
 from mainstay.events._transport import Transport
 from mainstay.events._upcasting import Upcast, Upcasting

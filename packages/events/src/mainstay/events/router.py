@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from mainstay.core import Binding, Retry
-from mainstay.events._delivery import OnUnknown, Unknown
+from mainstay.events._routes import OnUnknown, Unknown
 from mainstay.events._upcasting import Payload, Upcast
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata
