@@ -33,14 +33,13 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import ConsumerRecord
 
-from mainstay.core import spawn
 from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.missed import pass_over
 from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed
 from mainstay.events._kafka.topics import Topics
-from mainstay.events._kafka.watch import watch
+from mainstay.events._kafka.watch import watched
 from mainstay.events._transport import LogRecord, Reader
 from mainstay.events.metadata import UNREADABLE, Record
 from mainstay.events.settings import EventsSettings
@@ -91,13 +90,8 @@ async def reading(
             if not all(map(consumer.partitions_for_topic, consumer.subscription())):
                 await consumer._client.force_metadata_update()
 
-        looking = watch(topics, names, source.absent, contact, subscribe=subscribe, ask=ask)
-        watching = spawn(looking, name=f"events.{group}.watch")
-        try:
+        async with watched(group, topics, names, source.absent, contact, subscribe=subscribe, ask=ask):
             yield source
-        finally:
-            watching.cancel()
-            await asyncio.wait((watching,))
     finally:
         await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
 

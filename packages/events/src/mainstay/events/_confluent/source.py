@@ -12,7 +12,6 @@ session is. A partition that goes is drained from within the consumer's callback
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import deque
@@ -22,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mainstay.core import spawn
 from mainstay.events._confluent.admin import ConfluentAdmin
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, Reasons, connection
 from mainstay.events._confluent.member import Found, Member, Place
@@ -30,7 +28,7 @@ from mainstay.events._confluent.records import KafkaRecord
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
 from mainstay.events._kafka.topics import Topics
-from mainstay.events._kafka.watch import watch
+from mainstay.events._kafka.watch import watched
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -99,20 +97,9 @@ async def reading(
     source = ConfluentSource(member, reader, group, most_bytes=settings.window_bytes // 4)
     try:
         await member.start(source)
-        looking = watch(
-            topics,
-            names,
-            source.absent,
-            contact,
-            subscribe=member.subscribe,
-            ask=partial(admin.ask, LOOK_SECONDS),
-        )
-        watching = spawn(looking, name=f"events.{group}.watch")
-        try:
+        ask = partial(admin.ask, LOOK_SECONDS)
+        async with watched(group, topics, names, source.absent, contact, subscribe=member.subscribe, ask=ask):
             yield source
-        finally:
-            watching.cancel()
-            await asyncio.wait((watching,))
     finally:
         await member.end()
 

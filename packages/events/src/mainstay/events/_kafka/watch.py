@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from mainstay.core import spawn
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
@@ -15,7 +16,38 @@ _log = logging.getLogger("mainstay.events")
 _FIRST_SECONDS = 1.0
 
 
-async def watch(
+@asynccontextmanager
+async def watched(
+    group: str,
+    topics: Topics,
+    names: Sequence[str],
+    absent: dict[str, str],
+    contact: Contact,
+    *,
+    subscribe: Callable[[list[str]], Awaitable[None]],
+    ask: Callable[[], Awaitable[object]],
+) -> AsyncGenerator[None, None]:
+    """Within the block a group subscribes to its topics as soon as they are there, and contact is kept.
+
+    Args:
+        group: its name.
+        topics: looks for them.
+        names: of those that are wanted.
+        absent: has those that cannot be read and why, from here on.
+        contact: is told how it went.
+        subscribe: reads these topics from now on.
+        ask: asks the cluster for anything: a broker that is away is found by that.
+    """
+    looking = _watch(topics, names, absent, contact, subscribe=subscribe, ask=ask)
+    watching = spawn(looking, name=f"events.{group}.watch")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait((watching,))
+
+
+async def _watch(
     topics: Topics,
     names: Sequence[str],
     absent: dict[str, str],
@@ -24,16 +56,6 @@ async def watch(
     subscribe: Callable[[list[str]], Awaitable[None]],
     ask: Callable[[], Awaitable[object]],
 ) -> None:
-    """Subscribe to the topics that are there, then and when. A broker that is away is found by asking for something.
-
-    Args:
-        topics: looks for them.
-        names: of those that are wanted.
-        absent: has those that cannot be read and why, from here on.
-        contact: is told how it went.
-        subscribe: reads these topics from now on.
-        ask: asks the cluster for anything.
-    """
     there: set[str] = set()
     looking: dict[str, asyncio.Task[bool]] = {}
     try:
