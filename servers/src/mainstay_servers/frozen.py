@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -15,15 +16,29 @@ def frozen(pid: int, url: str) -> Generator[None]:
     SQLite has one lock and no server: a process that is frozen with it holds up all others for as long, and a test of
     what the others do would depend on the moment.
     """
-    os.kill(pid, signal.SIGSTOP)
+    _stop(pid)
     while _is_locked(url):
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.001)  # some time it is past that transaction
-        os.kill(pid, signal.SIGSTOP)
+        _stop(pid)
     try:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def _stop(pid: int) -> None:
+    """Return when every thread has stopped: until then one may still take the lock."""
+    os.kill(pid, signal.SIGSTOP)
+    while any(_state(task) not in "TtZX" for task in Path(f"/proc/{pid}/task").iterdir()):
+        time.sleep(0.001)
+
+
+def _state(task: Path) -> str:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it has ended
+        return "X"
 
 
 def _is_locked(url: str) -> bool:
