@@ -17,6 +17,7 @@ from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
 from mainstay.events.metadata import Record
 
 _PAGE = 500
+_NOT_KNOWN_YET = {KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART}
 
 
 async def stored(contact: Contact, topic: str, partition: int, offset: int | None) -> AsyncGenerator[Record]:
@@ -67,10 +68,23 @@ class _Reader:
         except KafkaException as error:
             raise fault_of(error, f"{self._place.topic}/{self._place.partition}") from error
 
+    def _present_end(self, consumer: Consumer) -> int:
+        until = time.monotonic() + REQUEST_SECONDS
+        while True:
+            try:
+                _, end = consumer.get_watermark_offsets(self._place, REQUEST_SECONDS)
+            except KafkaException as error:
+                # One that was made just now may be unknown to the broker that is asked.
+                if error.args[0].code() not in _NOT_KNOWN_YET or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+            else:
+                return end
+
     def _page(self) -> list[KafkaRecord]:
         if self._consumer is None:
             self._consumer = Consumer(self._options)
-            _, self._end = self._consumer.get_watermark_offsets(self._place, REQUEST_SECONDS)
+            self._end = self._present_end(self._consumer)
             self._consumer.assign([self._place])
         until = time.monotonic() + REQUEST_SECONDS
         while self._next < self._end and not self._over:
