@@ -9,12 +9,16 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from mainstay.core import App
+from mainstay.core import App, Retry
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import DeadLetters, EventPublisher, EventsModule, EventsSettings, ParkedKeys
+from mainstay.events._careful import CarefulReading
 from mainstay.events._crashes import Crashes, Holding
-from mainstay.events._delivery import Assignment
+from mainstay.events._delivery import Assignment, Delivery
+from mainstay.events._dispatch import Dispatcher
+from mainstay.events._failure import Failures
+from mainstay.events._routes import Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.tables import HOLDERS
 from packages.events.tests.test_faults import processes
@@ -184,3 +188,47 @@ async def test_what_is_given_up_before_its_end_counts_for_nothing(sqlite_url: st
         last = await hold(5, beyond)
         assert last.suspicion(record) is None, "its process ended while it was not called"
         assert not last.careful, "and there was progress"
+
+
+async def test_a_call_that_is_over_is_noted_before_another_partition_calls(sqlite_url: str) -> None:
+    """The other one may end the process, and what was handled here is not to blame for that."""
+
+    async def handle(event: Step) -> None:
+        calling.set()
+        await asyncio.wait((asking,))  # for the turn behind this call
+
+    async def bury(_delivery: Delivery, _error: Exception) -> None:
+        raise AssertionError
+
+    async def another() -> bool:
+        async with crashes.alone:
+            row = (await app.get(Database).read(sa.select(HOLDERS)))[0]
+            return bool(row.calling)
+
+    calling = asyncio.Event()
+    route = Route("fault.step", "g")
+    route.reads(Step, handle, wants_metadata=False, retry=Retry())
+    clock = App().clock
+    failures = Failures("g", bury=bury, clock=clock)
+    dispatcher = Dispatcher("g", {"fault.step": route}, concurrency=1, failures=failures, clock=clock)
+    records = [
+        LogRecord("t", 0, number, b"k", b'{"key":"k","number":%d}' % number, [("ce_type", b"fault.step")])
+        for number in range(2)
+    ]
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    async with App(database, EventsModule.for_root(EventsSettings())) as app:
+        crashes, partition = Crashes(app.get(Database), 3), Assignment("t", 0)
+        (holding,) = (await crashes.take("g", [partition])).values()
+        await crashes.begin({holding: records[0]})
+        reading = CarefulReading(
+            "g", holding, crashes=crashes, dispatcher=dispatcher, events=2, ended=lambda: None, clock=clock
+        )
+        asking = asyncio.get_running_loop().create_future()
+        reading.add(records)
+        await calling.wait()
+        asked = asyncio.create_task(another())
+        await asyncio.sleep(0)  # it has asked for its turn
+        asking.set_result(None)
+        assert await asked is False
+        await reading.task
+        await dispatcher.stop()

@@ -80,8 +80,6 @@ class CarefulReading:
             await self._pass(self._waiting[0])
             self._left -= 1
             self._waiting.popleft()
-            if not self._waiting or not self._left:
-                await self._noted(self._holding.rests)
         self._ended()
         if self._assignment.open:
             _log.info("group %s: nothing of %s ends its process any more", self._group, self._assignment)
@@ -104,8 +102,10 @@ class CarefulReading:
             delivery = Delivery(self._assignment, record)
             self._dispatcher.feed_one(delivery)
             if await self._called(delivery, _ALONE_SECONDS):
+                await self._noted(self._holding.rests)  # before another partition's call begins, which may be the one
                 return
         await self._called(delivery, None)
+        await self._noted(self._holding.rests)
 
     async def _refuse(self, record: Record, crashes: int) -> None:
         delivery = Delivery(self._assignment, record)
