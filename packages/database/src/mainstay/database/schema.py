@@ -7,12 +7,14 @@ version of the service is started.
 Revision files say `from alembic import op`, and `op` is one global of the process that points to the migration under
 way. So migrations of one process take turns, each in a thread with connections of its own, for any database that they
 belong to.
+
+Alembic is imported by the functions that change something: a start on tables that are up to date does without it, which
+saves a tenth of a second.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import sys
 import threading
@@ -20,22 +22,16 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
-from alembic import util
-from alembic.autogenerate import produce_migrations, render_python_code
-from alembic.autogenerate.api import AutogenContext
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mainstay.core import ConfigurationError
 from mainstay.database._engine import SQLITE_ARGUMENTS, Address, begin_events, behind_pooler, connects
+from mainstay.database._revisions import newest
 from mainstay.database.lease import metadata
 from mainstay.database.settings import parse_url
 
@@ -52,12 +48,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-Steps = Callable[[ScriptDirectory, Any], list[Any]]  # from the current revision, or revisions
-
 _log = logging.getLogger("mainstay.database")
 
 _UPGRADE_LOCK = 7_261_153_904_017  # an arbitrary number, the same in every process
-_TEMPLATES = Path(__file__).parent / "templates"
 _in_turn = threading.Lock()
 
 
@@ -101,12 +94,12 @@ class Schema:
         Raises:
             ConfigurationError: two revisions follow the same one.
         """
-        return _head(self, self._script())
+        try:
+            return newest(self.migrations)
+        except LookupError:
+            from mainstay.database import _alembic
 
-    def _script(self) -> ScriptDirectory:
-        return ScriptDirectory(
-            str(_TEMPLATES), version_locations=[str(self.migrations)], messaging_opts={"quiet": True}
-        )
+            return _alembic.head(self)
 
     def current(self, connection: sa.Connection) -> str | None:
         """The revision the database is at; None where there is none yet."""
@@ -123,31 +116,29 @@ class Schema:
         version before can go on.
         """
         current = self.current(connection)
-        script = self._script()
-        if current == _head(self, script):
+        if current == self.head():
             return True
-        if current is None or current in {known.revision for known in script.walk_revisions()}:
+        if current is None:
+            return False
+        from mainstay.database import _alembic
+
+        if _alembic.knows(self, current):
             return False
         _log.warning("the tables of %s are at revision %s, newer than this installation", self.package, current)
         return True
 
     def sql(self, dialect: str) -> str:
         """The statements of a first installation."""
-        buffer = io.StringIO()
-        script = self._script()
-        context = MigrationContext.configure(
-            dialect_name=dialect,
-            opts={
-                "as_sql": True,
-                "output_buffer": buffer,
-                "version_table": self.version_table,
-                "fn": _steps(script, _to_newest),
-                "literal_binds": True,
-            },
-        )
-        with _in_turn, Operations.context(context), context.begin_transaction():
-            context.run_migrations()
-        return buffer.getvalue()
+        from mainstay.database import _alembic
+
+        with _in_turn:
+            return _alembic.sql(self, dialect)
+
+    def differences(self, connection: sa.Connection) -> list[object]:
+        """How the tables of the database differ from the metadata, in Alembic's words; empty when they agree."""
+        from mainstay.database import _alembic
+
+        return _alembic.differences(self, connection)
 
 
 SCHEMA = Schema("database", metadata, Path(__file__).parent / "migrations")
@@ -178,11 +169,12 @@ async def upgrade(url: str, schemas: Sequence[Schema]) -> None:
 
 async def migrate(address: Address, schemas: Sequence[Schema]) -> None:
     """Bring the database at `address` to the newest revision of `schemas`; raises what `upgrade` does."""
+    from mainstay.database import _alembic
 
     def work(connection: sa.Connection) -> None:
         for schema in schemas:
             if not schema.is_current(connection):
-                _run(schema, connection, _to_newest)
+                _alembic.upgrade(schema, connection)
 
     await _changing(address, work)
 
@@ -201,25 +193,13 @@ async def downgrade(url: str, schema: Schema, target: str) -> None:
             before the current one, or a migration between the two has no `downgrade`.
         sqlalchemy.exc.DBAPIError: the database refused a statement of a migration.
     """
+    from mainstay.database import _alembic
 
     def work(connection: sa.Connection) -> None:
         if schema.current(connection) is None:
             msg = f"the database has no tables of the schema {schema.package}: there is nothing to take back"
             raise ConfigurationError(msg)
-        try:
-            _run(schema, connection, lambda script, current: script._downgrade_revs(target, current))
-        except CommandError as error:
-            msg = f"the schema {schema.package} cannot be taken back to revision {target!r}: {error}"
-            raise ConfigurationError(msg) from error
-        except AttributeError as error:
-            if error.name != "downgrade":
-                raise
-            file = Path(getattr(error.obj, "__file__", "") or "").name
-            msg = (
-                f"the schema {schema.package} cannot be taken back to revision {target!r}: its migration {file} has no "
-                "function downgrade()"
-            )
-            raise ConfigurationError(msg) from error
+        _alembic.downgrade(schema, connection, target)
 
     await _changing(Address(parse_url(url)), work)
 
@@ -241,6 +221,8 @@ async def revision(url: str, schema: Schema, message: str, *, autogenerate: bool
         ValueError: the URL is of no supported database.
         ConfigurationError: the database cannot be reached, or is not at the schema's newest revision.
     """
+    from mainstay.database import _alembic
+
     address = Address(parse_url(url))
 
     def work(connection: sa.Connection) -> tuple[str, str]:
@@ -248,25 +230,11 @@ async def revision(url: str, schema: Schema, message: str, *, autogenerate: bool
         if current != newest:
             msg = f"{_state(schema, current, newest)}: run `{upgrade_command(schema)}` before a revision is compared"
             raise ConfigurationError(msg)
-        context = MigrationContext.configure(connection, opts=comparison(schema))
-        script = produce_migrations(context, schema.metadata)
-        return _code(script.upgrade_ops, context), _code(script.downgrade_ops, context)
+        return _alembic.code(schema, connection)
 
     up, down = await _changing(address, work) if autogenerate else ("pass", "pass")
-    imports = [
-        f"from sqlalchemy.dialects import {name}" for name in ("postgresql", "sqlite") if f"{name}." in up + down
-    ]
     with _in_turn:  # Alembic reads the file that it has written, and with it `op`
-        written = schema._script().generate_revision(
-            util.rev_id(), message, upgrades=up, downgrades=down, imports="\n".join(imports)
-        )
-    return Path(cast("Any", written).path)
-
-
-def _code(operations: Any, context: MigrationContext) -> str:
-    code = render_python_code(operations, render_as_batch=True, render_item=_render, migration_context=context)
-    # Alembic leaves out the prefix where JSONB is a variant of another type.
-    return code.replace("(astext_type=Text())", "(astext_type=sa.Text())")
+        return _alembic.write(schema, message, up, down)
 
 
 async def status(url: str, schemas: Sequence[Schema]) -> list[SchemaStatus]:
@@ -320,65 +288,9 @@ def upgrade_command(schema: Schema) -> str:
     return f"mainstay db upgrade --schema {next(places, 'module:SCHEMA')}"
 
 
-def comparison(schema: Schema) -> dict[str, Any]:
-    """Alembic's options for comparing a database with the schema's own tables only."""
-
-    def ours(_object: object, name: str | None, kind: str, _reflected: bool, _to: object) -> bool:  # noqa: FBT001  Alembic calls it so
-        return kind != "table" or name in schema.metadata.tables
-
-    return {
-        "compare_type": True,
-        "compare_server_default": False,
-        "include_object": ours,
-    }
-
-
-def _render(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
-    # A revision file says what the database gets, which must not change when a type of ours does.
-    if kind == "type" and isinstance(item, sa.types.TypeDecorator):
-        implementation = item.impl_instance
-        if type(implementation).__module__.startswith("sqlalchemy."):
-            return f"sa.{implementation!r}"
-    return False
-
-
 def _state(schema: Schema, current: str | None, newest: str | None) -> str:
     state = "has no tables" if current is None else f"is at revision {current}"
     return f"the database {state} of the schema {schema.package}, whose newest revision is {newest}"
-
-
-def _head(schema: Schema, script: ScriptDirectory) -> str | None:
-    try:
-        return script.get_current_head()
-    except CommandError as error:
-        heads = ", ".join(sorted(script.get_heads()))
-        msg = (
-            f"the schema {schema.package} has several newest revisions ({heads}), probably of two branches that were "
-            f"merged: let one of them follow the other (`down_revision`) in {schema.migrations}"
-        )
-        raise ConfigurationError(msg) from error
-
-
-def _to_newest(script: ScriptDirectory, current: Any) -> list[Any]:
-    return cast("list[Any]", script._upgrade_revs("head", current))
-
-
-def _steps(script: ScriptDirectory, steps: Steps) -> Callable[[Any, MigrationContext], list[Any]]:
-    return lambda current, _context: steps(script, current)
-
-
-def _run(schema: Schema, connection: sa.Connection, steps: Steps) -> None:
-    script = schema._script()
-    context = MigrationContext.configure(
-        connection,
-        opts={
-            "version_table": schema.version_table,
-            "fn": _steps(script, steps),
-            "transactional_ddl": True,
-        },
-    )
-    with Operations.context(context):
-        context.run_migrations()
 
 
 async def _changing(address: Address, work: Callable[[sa.Connection], T]) -> T:

@@ -6,16 +6,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
 from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock
 from mainstay.database.database import Database
 from mainstay.database.lease import Lease
 from mainstay.database.module import DatabaseModule
-from mainstay.database.schema import Schema, comparison, upgrade
+from mainstay.database.schema import Schema, upgrade
 from mainstay.database.settings import DatabaseSettings
 
 __all__ = ["database", "expire_lease", "schema_differences"]
@@ -55,10 +52,5 @@ async def expire_lease(database: Database, lease: Lease) -> None:
 
 async def schema_differences(database: Database, schema: Schema) -> Sequence[object]:
     """What the migrations of a package fail to make of its metadata, in Alembic's words; empty when they agree."""
-
-    def compare(connection: sa.Connection) -> Sequence[object]:
-        context = MigrationContext.configure(connection, opts=comparison(schema))
-        return list(compare_metadata(context, schema.metadata))
-
     async with database.engine.connect() as connection:
-        return await connection.run_sync(compare)
+        return await connection.run_sync(schema.differences)
