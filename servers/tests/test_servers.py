@@ -1,7 +1,9 @@
 """The servers themselves: they keep port and data, they hang when told to, and nothing outlives the run."""
 
+import asyncio
 import os
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -27,6 +29,7 @@ from mainstay_servers import (
     fresh_database,
     install,
 )
+from mainstay_servers.frozen import frozen
 
 
 def _until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -243,3 +246,26 @@ def test_a_missing_server_fails_in_ci(tmp_path: Path):
     done = _run_without_redis(tmp_path, CI="true")
     assert done.returncode == 1, done.stdout
     assert "1 passed, 2 errors" in done.stdout
+
+
+async def test_a_process_is_frozen_although_the_test_itself_has_the_lock_for_a_moment(tmp_path: Path) -> None:
+    """The test's own transaction ends while it waits: it is not blocked by asking."""
+    file = tmp_path / "locked.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+
+        async def commit() -> None:
+            await asyncio.to_thread(_until, lambda: _stopped(sleeping.pid))
+            connection.execute("COMMIT")
+
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as sleeping:  # noqa: ASYNC220  it takes no time
+            committing = asyncio.create_task(commit())
+            async with asyncio.timeout(60), frozen(sleeping.pid, f"sqlite+aiosqlite:///{file}"):
+                assert committing.done()
+                assert _stopped(sleeping.pid)
+            await committing
+            sleeping.kill()
+
+
+def _stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -125,7 +125,7 @@ async def test_a_stopped_holder_is_fenced_off(shared, open_database, spawn_child
         child = spawn_child("hold", shared, "work", 1.0)
         assert await line(child) == "epoch 1"
         assert await ask(child, 1) == "True written"
-        with frozen(child.pid, shared):
+        async with frozen(child.pid, shared):
             lease = await taken(db, "work")
         assert await ask(child, 2) == "False lost"
         assert lease.held

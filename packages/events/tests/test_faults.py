@@ -227,7 +227,7 @@ async def test_trap_08_a_stopped_consumer_that_wakes_up_doubles_no_effect(option
         await publish(publisher, keys=8, each=15)
         first = await start(options)
         await wait_for(publisher, 10)
-        with frozen(first.pid, options["url"]):
+        async with frozen(first.pid, options["url"]):
             await start(options)
             await asyncio.sleep(lease_seconds)  # the lease runs out: the time is what is tested
         done = await wait_for(publisher, 120)
@@ -260,7 +260,7 @@ async def test_a_consumer_frozen_inside_its_handlers_holds_up_their_keys_only(po
         async with asyncio.timeout(180):
             while (await database.read(idle))[0][0] < 4:  # noqa: ASYNC110  another process does it
                 await asyncio.sleep(0.02)
-        with frozen(first.pid, options["url"]):
+        async with frozen(first.pid, options["url"]):
             await start(options)
             async with asyncio.timeout(180):
                 while len(await effects(publisher)) < 24 * 6:
@@ -290,7 +290,7 @@ async def test_consumers_killed_and_frozen_with_batches_in_their_hands_double_no
         first.kill()
         second = await start(options)
         await wait_for(publisher, 100)
-        with frozen(second.pid, options["url"]):
+        async with frozen(second.pid, options["url"]):
             await start(options)
             await wait_for(publisher, 16 * 15)
         await publish(publisher, keys=16, each=17, start=15)

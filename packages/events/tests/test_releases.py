@@ -88,7 +88,7 @@ async def test_a_process_that_stood_still_with_claimed_keys_doubles_and_reorders
         new = await start({**options, "release": "new", "pause": 0.05})
         await publish(publisher, range(12))
         await wait_for(publisher, 3 * len(KEYS))
-        with frozen(new.pid, options["url"]):
+        async with frozen(new.pid, options["url"]):
             await start({**options, "release": "new"})
             await asyncio.sleep(lease_seconds)  # the lease runs out: the time is what is tested
         await all_once_and_in_order(publisher, 12)

@@ -80,7 +80,7 @@ async def killing(running: Workers, ledger: Path, database: Database) -> None:
         with suppress(TimeoutError):  # they wait for people, and die in their sleep
             await eventually(lambda before=before: size(ledger) > before, seconds=3)
         if number == KILLS // 2:
-            with frozen(running.processes[1].pid, running.url):
+            async with frozen(running.processes[1].pid, running.url):
                 await eventually(partial(at_most_one_lease, database), seconds=WAIT, what="the end of its lease")
         running.kill(number)
 

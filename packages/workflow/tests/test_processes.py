@@ -129,7 +129,7 @@ async def test_trap_5_a_zombie_writes_nothing(url, workers, tmp_path, there):
         first = workers()
         run = await there.gated.start("g", id="g")
         await until(lambda: ["at", "g-1", str(first.pid)] in lines(tmp_path))
-        with frozen(first.pid, url):
+        async with frozen(first.pid, url):
             second = workers()
             await until(lambda: ["at", "g-1", str(second.pid)] in lines(tmp_path))
             (tmp_path / "open").touch()

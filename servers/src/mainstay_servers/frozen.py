@@ -1,27 +1,28 @@
 """A process that is frozen in the middle of its work."""
 
+import asyncio
 import os
 import signal
 import sqlite3
 import time
-from collections.abc import Generator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 
-@contextmanager
-def frozen(pid: int, url: str) -> Generator[None]:
+@asynccontextmanager
+async def frozen(pid: int, url: str) -> AsyncGenerator[None]:
     """Stop a process with SIGSTOP for the length of the block, but not while it has SQLite's lock on `url`.
 
     SQLite has one lock and no server: a process that is frozen with it holds up all others for as long, and a test of
-    what the others do would depend on the moment.
+    what the others do would depend on the moment. The test itself may have the lock, so it goes on meanwhile.
     """
-    _stop(pid)
-    while _is_locked(url):
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(0.001)  # some time it is past that transaction
-        _stop(pid)
     try:
+        await asyncio.to_thread(_stop, pid)
+        while await asyncio.to_thread(_is_locked, url):
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.001)  # some time it is past that transaction
+            await asyncio.to_thread(_stop, pid)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
