@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 
 from mainstay.cli import main
 from mainstay.core import Clock
+from mainstay.core.testing import eventually
 from mainstay.database import upgrade
 from mainstay.database.schema import installed
 from mainstay.database.testing import database
@@ -211,6 +212,11 @@ async def test_topics_that_are_missing_or_too_narrow(checked, create, kafka, mon
         admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
         await admin.start()
         await admin.create_topics([NewTopic(topic, 1, 1)])
+
+        async def known() -> bool:
+            return topic in await admin.list_topics()
+
+        await eventually(known, what="the topic, which the controller knows before the broker does")
         await admin.close()
     monkeypatch.setenv("MAINSTAY_EVENTS_TOPICS", json.dumps({"book.lent": topic}))
     monkeypatch.setenv("MAINSTAY_EVENTS_KAFKA_CREATE_TOPICS", str(create))

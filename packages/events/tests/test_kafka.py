@@ -455,6 +455,11 @@ async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix:
     try:
         assert prefix not in await admin.list_topics()
         await admin.create_topics([NewTopic(prefix, 1, 1)])
+
+        async def known() -> bool:
+            return prefix in await admin.list_topics()
+
+        await eventually(known, what="the topic, which the controller knows before the broker does")
         await transport.topics.ensure(prefix)
     finally:
         await admin.close()
