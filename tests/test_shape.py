@@ -105,6 +105,8 @@ def _package(place: Path, name: str) -> Iterator[str]:
     yield from (
         f"{name}: LACKS excuses {lack}, which is there" for of, lack in LACKS if of == name and lack not in lacks
     )
+    if (command := source / "cli" / "__init__.py").exists():
+        modules["cli"] = _parsed(command.read_text())
     yield from _by_need(source, name, modules)
 
 
@@ -158,7 +160,7 @@ def _by_need(source: Path, name: str, modules: dict[str, ast.Module]) -> Iterato
         if stem in modules and modules[stem].body and "__all__" not in _assigned(modules[stem]):
             yield f"{name}: {stem}.py has no __all__"
     if "cli" in modules and "mainstay.commands" not in (source.parents[2] / "pyproject.toml").read_text():
-        yield f"{name}: cli.py is in no entry point mainstay.commands"
+        yield f"{name}: cli is in no entry point mainstay.commands"
 
 
 def _assigned(tree: ast.Module) -> set[str]:
@@ -261,7 +263,7 @@ EVENTS = "packages/events/src/mainstay/events"
         ),
         (_instead(f"{EVENTS}/tables.py", "SCHEMA =", "schema ="), "events: has migrations and no SCHEMA"),
         (_instead(f"{EVENTS}/testing.py", "__all__", "__any__"), "events: testing.py has no __all__"),
-        (_instead("packages/events/pyproject.toml", "mainstay.commands", "console_scripts"), "events: cli.py is in no"),
+        (_instead("packages/events/pyproject.toml", "mainstay.commands", "console_scripts"), "events: cli is in no"),
         (_instead("pyproject.toml", "mainstay-events = {", "mainstay-other = {"), "events: is not in uv's sources"),
         (_instead("pyproject.toml", '    "packages/events/src",\n', ""), "events: is not in mypy's mypy_path"),
         (_instead("pyproject.toml", "mainstay.events |", ""), "events: is not in the layers"),

@@ -1,0 +1,115 @@
+"""What the commands are made of: a service of an App that looks, and what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from mainstay.cli import as_json, document, needed_app, say, settings_of
+from mainstay.core import App, ConfigurationError
+from mainstay.database import DatabaseModule
+from mainstay.events.dead_letters import DeadLetters
+from mainstay.events.module import EventsModule
+from mainstay.events.parked import ParkedKeys
+from mainstay.events.refused import RefusedEvents
+
+S = TypeVar("S", DeadLetters, ParkedKeys, RefusedEvents)
+T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741  an id, of whichever kind
+
+Done = tuple[str, Mapping[str, Any]]
+"""What was done, for a person and for a program."""
+
+
+def to_each(
+    service: type[S],
+    ids: Sequence[I] | Callable[[S], Awaitable[Sequence[I]]],
+    act: Callable[[S, I], Awaitable[Done | None]],
+) -> None:
+    """Do something to each of them, and say so one by one: also what was done before one could not be."""
+    done: list[Mapping[str, Any]] = []
+
+    async def each(store: S) -> None:
+        for one in await ids(store) if callable(ids) else ids:
+            result = await act(store, one)
+            if result is not None:
+                text, facts = result
+                done.append(facts)
+                say(text)
+
+    try:
+        with_service(service, each)
+    finally:
+        if as_json():
+            document(done)
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Show everything about one."""
+    if as_json():
+        document(facts)
+        return
+    for name, value in facts.items():
+        lines = [f"{key}: {text}" for key, text in value] if name == "headers" else str(value).splitlines() or [""]
+        say(f"{name:9} {lines[0] if lines else ''}", *(f"{'':9} {line}" for line in lines[1:]))
+
+
+def with_service(service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
+    """Do something with a service of an App that has the settings, and no handlers."""
+    settings = settings_of(EventsModule)
+    if settings.transport == "memory":
+        msg = "the memory transport keeps nothing for other processes"
+        raise ConfigurationError(msg)
+    if service is RefusedEvents and not (settings.transport == "kafka" and settings.writes_database):
+        msg = "only the outbox in front of Kafka keeps events that were refused"
+        raise ConfigurationError(msg)
+    modules: list[Any] = [EventsModule.for_root(settings)]
+    if settings.writes_database or service is ParkedKeys:
+        looking = settings_of(DatabaseModule).model_copy(update={"migrate": False})
+        modules.insert(0, DatabaseModule.for_root(looking))
+    return _running(App(*modules), service, work)
+
+
+def in_app(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
+    """Do something with the dead letters in the App that is named, which knows the handlers."""
+    app = needed_app()
+    for module in app.modules:
+        module.only_looking()
+    return _running(app, DeadLetters, work)
+
+
+def _running(app: App, service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with app:
+            return await work(app.get(service))
+
+    return asyncio.run(run())
+
+
+def user() -> str:
+    """The user of this terminal."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"user {os.getuid()}"
+
+
+def in_utc(moment: datetime | None) -> datetime | None:
+    """A moment that was written without a zone."""
+    return None if moment is None else moment.replace(tzinfo=UTC)
+
+
+def last_words(error: str) -> str:
+    """The exception below its traceback, all lines of its message: the last one alone may be anything."""
+    lines = error.split("\n")
+    below = max((number for number, line in enumerate(lines, 1) if line.startswith("  ")), default=0)
+    return "\n".join(lines[below:]) or lines[-1]
+
+
+def text_of(value: bytes | None) -> str:
+    """Bytes for people."""
+    return "(none)" if value is None else value.decode(errors="backslashreplace")
