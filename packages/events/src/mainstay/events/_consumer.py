@@ -96,6 +96,7 @@ class Consumer:
             commit=lambda assignment: self._commit((assignment,)),
             parking=self._parking,
             unknown=self._routes.unknown,
+            spans=self._routes.spans,
             clock=self._clock,
         )
         return Dispatcher(
@@ -104,13 +105,9 @@ class Consumer:
 
     def _new_intake(self) -> Intake:
         return Intake(
-            self.group,
-            self._dispatcher,
-            parking=self._parking,
-            crashes=self._crashes,
-            window=_WINDOW,
+            self.group, self._dispatcher, parking=self._parking, crashes=self._crashes, window=_WINDOW,
             clock=self._clock,
-        )
+        )  # fmt: skip
 
     async def serve(self, drain: Drain) -> None:
         """Consume until the drain begins, whatever happens to the transport; then finish what is in flight."""

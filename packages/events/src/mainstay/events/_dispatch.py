@@ -30,6 +30,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mainstay.core import Clock, Context, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery
@@ -40,6 +41,9 @@ from mainstay.events._turns import Turns
 from mainstay.events.errors import DecodeError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Headers, Metadata, Record, context_of
 
+if TYPE_CHECKING:
+    from mainstay.events._spans import Attempt
+
 _log = logging.getLogger("mainstay.events")
 
 _TURNS = 64
@@ -49,13 +53,19 @@ _CANCELLATIONS = 3
 
 
 class _Caller:
-    __slots__ = ("assignment", "began_at", "stopping", "task")
+    __slots__ = ("assignment", "began_at", "span", "stopping", "task")
 
     def __init__(self) -> None:
         self.assignment: Assignment | None = None  # of which it calls a handler
         self.began_at: float | None = None  # while it calls
+        self.span: Attempt | None = None  # of what it has in hand, where there are spans
         self.stopping = False
         self.task: asyncio.Task[None] | None = None
+
+    def end_span(self, fate: str | None = None) -> None:
+        span, self.span = self.span, None
+        if span is not None:
+            span.end(fate)
 
 
 class Dispatcher:
@@ -197,6 +207,7 @@ class Dispatcher:
 
     def _left(self, caller: _Caller, task: asyncio.Task[None]) -> None:
         self._callers.discard(caller)
+        caller.end_span("cancelled")
         self._waking = False
         if not caller.stopping and not task.cancelled() and task.exception() is not None:
             self._crash = task.exception()
@@ -210,6 +221,7 @@ class Dispatcher:
 
     async def _work(self, caller: _Caller) -> None:
         heads, routes, monotonic = self._turns.heads, self._routes, self._clock.monotonic
+        spans = self._failures.spans
         loop = asyncio.get_running_loop()
         calls = 0
         self._waking = False
@@ -246,6 +258,8 @@ class Dispatcher:
                         error = unreadable(route.type, invalid)
                     else:
                         rebind(Later(_context_of, seen.headers))
+                        if spans is not None:
+                            caller.span = spans.handling((seen,), self._group, delivery.attempt if delivery else 1)
                         before = copy_context()
                         started = caller.began_at = monotonic()
                         try:
@@ -277,6 +291,8 @@ class Dispatcher:
                     if record.key is not None:
                         following = assignment.next_of(record.key)
                 caller.assignment = caller.began_at = None
+                if caller.span is not None:
+                    caller.end_span()
                 if self._progress is not None:
                     self._step()
                 # A handler may have gone on to its end although it was cancelled: its caller does not.
@@ -299,6 +315,8 @@ class Dispatcher:
             began = caller.began_at
             delivery.began_at = self._clock.monotonic() if began is None else began
             self._failing.add(delivery)
+        if self._failures.spans is not None:
+            caller.span = self._failures.spans.failed(caller.span, delivery, self._group, error)
         again = await self._failures.failed(delivery, route, handling, error)
         if again is None:
             return False

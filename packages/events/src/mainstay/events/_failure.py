@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
 from mainstay.database import CommitUnknown
@@ -16,6 +16,9 @@ from mainstay.events._sparing import Sparing
 from mainstay.events._structured import kind_of_record
 from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError
 from mainstay.events.metadata import TYPE, UNREADABLE, kind_of
+
+if TYPE_CHECKING:
+    from mainstay.events._spans import Spans
 
 _log = logging.getLogger("mainstay.events")
 
@@ -53,9 +56,11 @@ class Failures:
         parking: the group's parked keys, None without a Database.
         commit: makes durable how far a partition is finished; needed with `parking`.
         unknown: what becomes of events that no process of the group can handle.
+        spans: of the attempts to handle events; None where nobody records any.
         clock: measures ages.
 
     Attributes:
+        spans: as given.
         skipped: counts events that the group has nothing to do with.
         stopped: events at which their partitions wait, and why.
     """
@@ -68,6 +73,7 @@ class Failures:
         parking: Parking | None = None,
         commit: Callable[[Assignment], Awaitable[None]] | None = None,
         unknown: Unknown | None = None,
+        spans: Spans | None = None,
         clock: Clock,
     ) -> None:
         self._group = group
@@ -77,6 +83,7 @@ class Failures:
         self._clock = clock
         self._sparing = Sparing(clock)
         self._unknown = Unknown() if unknown is None else unknown
+        self.spans = spans
         self.skipped = SKIPPED.labels(group)
         self.stopped: dict[Delivery, str] = {}
 
@@ -123,6 +130,8 @@ class Failures:
         except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
             return self._not_stored(delivery, "what could not be handled cannot be stored")
+        if self.spans is not None:
+            self.spans.fate("parked" if verdict.parks else "dead_letter")
         return None
 
     def without_handler(self, headers: Mapping[str, bytes | None]) -> Exception | None:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.database import Database, Lease
@@ -35,6 +35,9 @@ from mainstay.events._metrics import RELAYED
 from mainstay.events._outbox import BATCH_BYTES, Outbox, OutboxRows, Place, event_of
 from mainstay.events._sparing import Sparing, said
 from mainstay.events.metadata import Outgoing
+
+if TYPE_CHECKING:
+    from mainstay.events._spans import Spans
 
 _log = logging.getLogger("mainstay.events")
 
@@ -152,11 +155,15 @@ class _Round:
     rows: Mapping[Place, Sequence[Any]]
     tasks: dict[Place, asyncio.Task[None]] = field(default_factory=dict[Place, asyncio.Task[None]])
 
-    def begin(self) -> None:
-        """Hand everything over."""
+    def begin(self, spans: Spans | None) -> None:
+        """Hand everything over, each batch in a span where there are any."""
         self.carrier.deadline = time.monotonic() + min(lease.remaining_seconds for lease in self.leases.values())
         for place, rows in self.rows.items():
-            sending = self.carrier.send(*place, [event_of(row) for row in rows])
+            events = [event_of(row) for row in rows]
+            if spans is None:
+                sending = self.carrier.send(*place, events)
+            else:
+                sending = spans.relaying(self.carrier.send, *place, events)
             self.tasks[place] = spawn(sending, name="events.relay.batch")
 
     async def end(self) -> None:
@@ -249,6 +256,7 @@ class OutboxRelay:
         lease_seconds: how long a killed relay keeps its lanes.
         most_bytes: how much of the outbox is in memory at once.
         clock: measures waits.
+        spans: of the batches; None where nobody records any.
 
     Attributes:
         rows: of the outbox.
@@ -263,8 +271,10 @@ class OutboxRelay:
         lease_seconds: float,
         most_bytes: int,
         clock: Clock,
+        spans: Spans | None = None,
     ) -> None:
         self._outbox = outbox
+        self._spans = spans
         self._broker = broker
         self._lanes = Lanes(database, lease_seconds, clock)
         self.rows = OutboxRows(database, most_bytes)
@@ -409,7 +419,7 @@ class OutboxRelay:
     ) -> None:
         """Send to partitions that had no trouble. One that does not answer at once keeps the carrier to itself."""
         sent = _Round(carrier, leases, batches)
-        sent.begin()
+        sent.begin(self._spans)
         try:
             done, late = await asyncio.wait(sent.tasks.values(), timeout=_PATIENCE_SECONDS)
         except BaseException:  # the wave itself is cancelled
@@ -435,7 +445,7 @@ class OutboxRelay:
         sent = _Round(await self._broker.carrier(), leases, batches)
         for place in batches:
             self._places[place].again_at = math.inf
-        sent.begin()
+        sent.begin(self._spans)
         self._in_background(sent.end(), sent, drain)
 
     def _in_background(self, work: Coroutine[Any, Any, None], sent: _Round | None, drain: Drain) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -14,6 +14,9 @@ from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata, Record, context_of, kind_named, version_of
+
+if TYPE_CHECKING:
+    from mainstay.events._spans import Spans
 
 EventClass = type[Event]
 OnUnknown = Literal["skip", "dead-letter", "stop"]
@@ -144,6 +147,8 @@ class Routes(dict[str, Route]):
 
     Attributes:
         unknown: what becomes of all others.
+        spans: of the attempts; None where nobody records any.
     """
 
     unknown = Unknown()
+    spans: Spans | None = None

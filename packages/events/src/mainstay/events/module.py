@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, ClassVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, Retry, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
@@ -32,6 +34,9 @@ from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, one_handler_each, one_rule_each
 from mainstay.events.settings import EventsSettings
+
+if TYPE_CHECKING:
+    from mainstay.events._spans import Spans
 
 __all__ = ["EventConsumers", "EventsModule"]
 
@@ -183,6 +188,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         if self._needs_database():
             database = app.get(Database)
             await database.ensure_schema(tables.SCHEMA)
+        spans = _spans(settings)
         services: list[object] = []
         async with AsyncExitStack() as stack:
             send, transport, letters = await _transport(app, settings, database, services, stack)
@@ -195,7 +201,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
-            groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox)
+            groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox=inbox, spans=spans)
             parking = _parking(database, groups, settings)
             if parking and not self.looking:
                 handled = [each.handled for each in parking.values()]
@@ -222,7 +228,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 app.serve(consumer.group, consumer.serve)
             if inbox is not None:
                 app.serve("inbox", partial(inbox.sweep, settings.inbox_days))
-            publisher = EventPublisher(send, transactional=settings.writes_database, settings=settings, clock=app.clock)
+            publisher = EventPublisher(
+                send, transactional=settings.writes_database, settings=settings, clock=app.clock, spans=spans
+            )
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             parked = ParkedKeys(database or _database_of(app), letters)
@@ -265,11 +273,20 @@ async def _transport(
         lease_seconds=settings.lease_seconds,
         most_bytes=settings.outbox_bytes,
         clock=app.clock,
+        spans=_spans(settings),
     )
     app.serve("relay", relay.serve)
     app.serve("outbox", relay.rows.measure)
     services += [relay, RefusedEvents(database, outbox)]
     return outbox.send, kafka, _letters(app, settings, database, outbox.send_again)
+
+
+def _spans(settings: EventsSettings) -> Spans | None:
+    """What records spans; OpenTelemetry is not imported for it, since an SDK would have done so."""
+    if "opentelemetry.trace" not in sys.modules:
+        return None
+    found: Spans | None = import_module("mainstay.events._spans").spans_of(settings.transport)
+    return found
 
 
 def _letters(app: App, settings: EventsSettings, database: Database, send: Send) -> SqlDeadLetters:
@@ -311,13 +328,20 @@ def _pool_size(app: App) -> int:
 
 
 def _groups(
-    app: App, subscriptions: Sequence[Subscription], upcasting: Upcasting, settings: EventsSettings, inbox: Inbox | None
+    app: App,
+    subscriptions: Sequence[Subscription],
+    upcasting: Upcasting,
+    settings: EventsSettings,
+    *,
+    inbox: Inbox | None,
+    spans: Spans | None,
 ) -> Mapping[str, tuple[list[str], Routes]]:
     """For each group, its topics and its routes by type."""
     groups: dict[str, tuple[list[str], Routes]] = {}
     for subscription in subscriptions:
         topics, routes = groups.setdefault(subscription.group, ([], Routes()))
         routes.unknown = subscription.unknown
+        routes.spans = spans
         for event in subscription.events:
             definition = definition_of(event)
             type_, topic = definition.type, settings.topic_of(definition)

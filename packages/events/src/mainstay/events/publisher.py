@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from mainstay.core import Clock, current, derived_id, once, uuid7
@@ -11,6 +13,9 @@ from mainstay.events._metrics import published
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Outgoing, encode, envelope
 from mainstay.events.settings import EventsSettings
+
+if TYPE_CHECKING:
+    from mainstay.events._spans import Spans
 
 __all__ = ["EventPublisher"]
 
@@ -26,13 +31,23 @@ class EventPublisher:
         transactional: `send` writes to the Database and nowhere else.
         settings: the names of topics and of this service.
         clock: what stamps events.
+        spans: of what is published; None where nobody records any.
     """
 
-    def __init__(self, send: Send, *, transactional: bool, settings: EventsSettings, clock: Clock) -> None:
+    def __init__(
+        self,
+        send: Send,
+        *,
+        transactional: bool,
+        settings: EventsSettings,
+        clock: Clock,
+        spans: Spans | None = None,
+    ) -> None:
         self._send = send
         self._transactional = transactional
         self._settings = settings
         self._clock = clock
+        self._spans = spans
 
     async def publish(self, event: Event) -> str:
         """Publish one event; returns when it is durable, or joins the unit of work that is open and commits with it.
@@ -71,13 +86,15 @@ class EventPublisher:
         async def effect(key: str | None) -> None:
             settings = self._settings
             ids[:] = _ids(key, len(events))
-            shared = envelope(time=self._clock.now(), source=settings.source, context=current())
-            await self._send(
-                [
-                    encode(event, id=id_, topic=settings.topic_of(definition), shared=shared)
-                    for event, id_, definition in zip(events, ids, definitions, strict=True)
-                ]
-            )
+            topics = [settings.topic_of(definition) for definition in definitions]
+            with nullcontext(current()) if self._spans is None else self._spans.publishing(set(topics), ids) as context:
+                shared = envelope(time=self._clock.now(), source=settings.source, context=context)
+                await self._send(
+                    [
+                        encode(event, id=id_, topic=topic, shared=shared)
+                        for event, id_, topic in zip(events, ids, topics, strict=True)
+                    ]
+                )
             for definition in definitions:
                 published(definition.type).inc()
 
