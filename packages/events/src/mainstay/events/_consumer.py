@@ -13,8 +13,8 @@ from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._intake import Intake
-from mainstay.events._lag import Lag
-from mainstay.events._metrics import DEAD_LETTERS, LAG, LAG_SECONDS, OLDEST, REVOKED
+from mainstay.events._lag import Gauges, Lag
+from mainstay.events._metrics import DEAD_LETTERS, REVOKED
 from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
 from mainstay.events._routes import Routes
@@ -202,13 +202,11 @@ class Consumer:
                 assignment.most = known
 
     async def _commit_often(self) -> None:
-        oldest = OLDEST.labels(self.group)
-        lag, lag_seconds = LAG.labels(self.group), LAG_SECONDS.labels(self.group)
+        gauges = Gauges(self.group)
         failures = 0
         while True:
             await asyncio.sleep(_COMMIT_SECONDS)
-            oldest.set(self._oldest_seconds())
-            self.lag().show(lag, lag_seconds)
+            gauges.show(self.lag(), self._oldest_seconds(), self._assignments)
             try:
                 await self._commit(list(self._assignments))
                 failures = 0

@@ -112,9 +112,8 @@ class Dispatcher:
         An event that only waits for those before it is no sign of anything but load.
         """
         mine = set(assignments)
-        running = [caller.began_at for caller in self._callers if caller.assignment in mine]
-        failing = [each.began_at for each in self._failing if each.assignment in mine]
-        began = [at for at in running + failing if at is not None]
+        in_hand: list[_Caller | Delivery] = [*self._callers, *self._failing]
+        began = [each.began_at for each in in_hand if each.began_at is not None and each.assignment in mine]
         return self._clock.monotonic() - min(began) if began else 0.0
 
     async def progress(self, seconds: float) -> None:
@@ -220,8 +219,7 @@ class Dispatcher:
             progress.set_result(None)
 
     async def _work(self, caller: _Caller) -> None:
-        heads, routes, monotonic = self._turns.heads, self._routes, self._clock.monotonic
-        spans = self._failures.spans
+        heads, routes, monotonic, spans = self._turns.heads, self._routes, self._clock.monotonic, self._failures.spans
         loop = asyncio.get_running_loop()
         calls = 0
         self._waking = False
@@ -311,9 +309,11 @@ class Dispatcher:
         self, caller: _Caller, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
     ) -> bool:
         """Deal with a failure; whether the event is handed out again."""
+        now, began = self._clock.monotonic(), caller.began_at
+        if route is not None and began is not None:
+            route.failed_seconds.observe(now - began)
         if delivery.began_at is None:
-            began = caller.began_at
-            delivery.began_at = self._clock.monotonic() if began is None else began
+            delivery.began_at = now if began is None else began
             self._failing.add(delivery)
         if self._failures.spans is not None:
             caller.span = self._failures.spans.failed(caller.span, delivery, self._group, error)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import sqlalchemy as sa
-from prometheus_client import Gauge
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from mainstay.core import Clock
 from mainstay.database import Database, database_now
 from mainstay.events._delivery import Assignment
+from mainstay.events._metrics import IN_FLIGHT_BYTES, LAG, LAG_SECONDS, OLDEST, PARTITIONS
 from mainstay.events._snapshot import Place
 from mainstay.events._transport import Source
 from mainstay.events.tables import LOG
@@ -46,18 +46,30 @@ class Lag(NamedTuple):
             source.lag_seconds([window[0] for window in windows if window]),
         )
 
-    def show(self, events: Gauge, seconds: Gauge) -> None:
-        """Set the metrics to what is known."""
-        if self.events is not None:
-            events.set(self.events)
-        if self.seconds is not None:
-            seconds.set(self.seconds)
-
     def said(self, group: str, most_seconds: float) -> str | None:
         """A sentence about it, None where no event waits for longer than so."""
         if self.seconds is None or self.seconds <= most_seconds:
             return None
         return f"{self.events} events wait in {group}, the oldest for {self.seconds:.0f} s"
+
+
+class Gauges:
+    """What the metrics of a group say of its partitions in this process."""
+
+    def __init__(self, group: str) -> None:
+        self._events, self._seconds = LAG.labels(group), LAG_SECONDS.labels(group)
+        self._oldest = OLDEST.labels(group)
+        self._partitions, self._bytes = PARTITIONS.labels(group), IN_FLIGHT_BYTES.labels(group)
+
+    def show(self, lag: Lag, oldest_seconds: float, assignments: Collection[Assignment]) -> None:
+        """Set them to what is known."""
+        if lag.events is not None:
+            self._events.set(lag.events)
+        if lag.seconds is not None:
+            self._seconds.set(lag.seconds)
+        self._oldest.set(oldest_seconds)
+        self._partitions.set(len(assignments))
+        self._bytes.set(sum(len(each.window) * each.record_bytes for each in assignments))
 
 
 class LogLag:

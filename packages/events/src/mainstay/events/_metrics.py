@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from prometheus_client import REGISTRY, Counter, Gauge
@@ -17,6 +17,7 @@ DUPLICATES = Counter("mainstay_events_duplicates_total", "Events that the inbox 
 DEAD_LETTERS = Counter("mainstay_events_dead_letters_total", "Events that became dead letters.", ["group"])
 PARKED = Counter("mainstay_events_parked_total", "Times that a key was parked.", ["group"])
 PARKED_KEYS = Gauge("mainstay_events_parked_keys", "Parked keys of topics that this process reads.", ["group"])
+PARKED_AGE = Gauge("mainstay_events_parked_age_seconds", "For how long the oldest parked key waits.", ["group"])
 HANDED_OVER = Counter(
     "mainstay_events_handed_over_total", "Events for which another process of the group has a handler.", ["group"]
 )
@@ -26,6 +27,8 @@ MISSED = Counter("mainstay_events_missed_total", "Events that were deleted befor
 LAG = Gauge("mainstay_events_lag", "Unfinished events of the partitions this process holds, about.", ["group"])
 LAG_SECONDS = Gauge("mainstay_events_lag_seconds", "For how long the oldest of these events waits.", ["group"])
 OLDEST = Gauge("mainstay_events_oldest_in_flight_seconds", "Age of the oldest unfinished event.", ["group"])
+IN_FLIGHT_BYTES = Gauge("mainstay_events_in_flight_bytes", "Bytes of unfinished events in memory, about.", ["group"])
+PARTITIONS = Gauge("mainstay_events_partitions", "Partitions that this process holds.", ["group"])
 OUTBOX_AGE = Gauge("mainstay_events_outbox_age_seconds", "Age of the oldest row that waits in the outbox.")
 OUTBOX_REFUSED = Gauge("mainstay_events_outbox_refused", "Events that the broker refused for good.")
 OUTBOX_DEPTH = Gauge("mainstay_events_outbox_depth", "Rows that wait in the outbox, at most 10,000 are counted.")
@@ -40,45 +43,52 @@ def published(type: str) -> Counter:
 _BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class HandlerSeconds:
-    """How long one handler took, as plain numbers: `observe` runs for every event, a scrape once in a while."""
+class Seconds:
+    """How long something took, as plain numbers: `observe` runs for every event, a scrape once in a while."""
 
-    __slots__ = ("buckets", "group", "sum", "type")
+    __slots__ = ("buckets", "sum")
 
-    def __init__(self, type: str, group: str) -> None:
-        self.type = type
-        self.group = group
+    def __init__(self) -> None:
         self.buckets = [0] * (len(_BOUNDS) + 1)
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one call."""
+        """Count one."""
         self.buckets[bisect_left(_BOUNDS, seconds)] += 1
         self.sum += seconds
 
 
-class _HandledCollector(Collector):
-    def __init__(self) -> None:
-        self.known: dict[tuple[str, str], HandlerSeconds] = {}
+class _Histogram(Collector):
+    """A histogram of such numbers; each lives as long as the process, as every metric does."""
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str] = ()) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._labels = labels
+        self._known: dict[tuple[str, ...], Seconds] = {}
+        REGISTRY.register(self)
+
+    def of(self, *labels: str) -> Seconds:
+        """The numbers under these labels."""
+        return self._known.setdefault(labels, Seconds())
 
     def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(
-            "mainstay_events_handled_seconds", "Seconds that successful handler calls took.", labels=["type", "group"]
-        )
-        for (type_, group), seconds in sorted(self.known.items()):
+        """What there is by now."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        for labels, seconds in sorted(self._known.items()):
             total = 0
             buckets: list[tuple[str, float]] = []
             for bound, count in zip((*map(str, _BOUNDS), "+Inf"), seconds.buckets, strict=True):
                 total += count
                 buckets.append((bound, total))
-            family.add_metric([type_, group], buckets, seconds.sum)
+            family.add_metric(labels, buckets, seconds.sum)
         yield family
 
 
-_handled = _HandledCollector()
-REGISTRY.register(_handled)
-
-
-def handler_seconds(type: str, group: str) -> HandlerSeconds:
-    """The numbers of one type in one group; they live as long as the process, as every metric does."""
-    return _handled.known.setdefault((type, group), HandlerSeconds(type, group))
+HANDLED_SECONDS = _Histogram(
+    "mainstay_events_handled_seconds", "Seconds that successful handler calls took.", ["type", "group"]
+)
+FAILED_SECONDS = _Histogram(
+    "mainstay_events_failed_seconds", "Seconds that handler calls took that raised.", ["type", "group"]
+)
+PUBLISHED_SECONDS = _Histogram("mainstay_events_published_seconds", "Seconds that publishing took, a batch once.").of()

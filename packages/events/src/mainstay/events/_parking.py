@@ -31,7 +31,7 @@ from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._handled import GONE_SECONDS, KEPT_SECONDS, Handled
-from mainstay.events._metrics import PARKED_KEYS
+from mainstay.events._metrics import PARKED_AGE, PARKED_KEYS
 from mainstay.events._structured import kind_of_record
 from mainstay.events.dead_letters import text_of
 from mainstay.events.errors import NotHeldError
@@ -218,8 +218,8 @@ class Parking:
             return bool(freed.rowcount)
 
     async def kinds(self) -> Sequence[Any]:
-        """How many keys are parked, and how many of them are due or wait for a time, by kind of their first event."""
-        return await self._database.read(tables.PARKED_KINDS, {"of_group": self._group})
+        """How many keys are parked, how many of them have a time, and since when, by kind of their first event."""
+        return await self._database.read(tables.PARKED_KINDS[self._database.dialect], {"of_group": self._group})
 
 
 class ParkedCount:
@@ -255,6 +255,7 @@ class ParkedCount:
             return f"its parked keys are not known ({type(error).__name__})"
         self.keys = sum(row.keys for row in kinds)
         PARKED_KEYS.labels(self._group).set(self.keys)
+        PARKED_AGE.labels(self._group).set(max((row.age for row in kinds), default=0.0))
         unhandled = sorted(kind for kind in waiting if seen.get(kind, 0.0) > GONE_SECONDS)
         if unhandled:
             which = ", ".join(unhandled)

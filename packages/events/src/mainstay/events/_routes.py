@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from mainstay.core import Retry, bind
 from mainstay.events._codec import codec_of
-from mainstay.events._metrics import handler_seconds
+from mainstay.events._metrics import FAILED_SECONDS, HANDLED_SECONDS
 from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
@@ -58,11 +58,12 @@ class Route:
         group: the consumer group, for the metrics.
     """
 
-    __slots__ = ("_classes", "_majors", "parks", "seconds", "type", "versions")
+    __slots__ = ("_classes", "_majors", "failed_seconds", "parks", "seconds", "type", "versions")
 
     def __init__(self, type: str, group: str) -> None:
         self.type = type
-        self.seconds = handler_seconds(type, group)
+        self.seconds = HANDLED_SECONDS.of(type, group)
+        self.failed_seconds = FAILED_SECONDS.of(type, group)
         self.versions: dict[bytes, Handling] = {}
         self.parks = False  # as one of its handlers says: of a version that none of them reads
         self._majors: dict[int, Handling] = {}

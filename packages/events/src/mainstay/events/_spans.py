@@ -100,6 +100,7 @@ class Spans:
         """Send a batch, in a span that is linked to what the events were published in."""
         attributes = self._attributes("send", (topic,), len(events))
         attributes["messaging.destination.partition.id"] = str(partition)
+        attributes["messaging.batch.message_count"] = len(events)  # also of one: a relay sends batches
         links = _links(dict(event.headers) for event in events)
         with self._span(attributes, Ambient(), kind=SpanKind.CLIENT, links=links):
             await send(topic, partition, events)

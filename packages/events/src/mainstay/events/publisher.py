@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from mainstay.core import Clock, current, derived_id, once, uuid7
+from mainstay.core import Clock, Context, current, derived_id, once, uuid7
 from mainstay.events._codec import codec_of
-from mainstay.events._metrics import published
-from mainstay.events.event import Event, definition_of
+from mainstay.events._metrics import PUBLISHED_SECONDS, published
+from mainstay.events.event import Event, EventDefinition, definition_of
 from mainstay.events.metadata import Outgoing, encode, envelope
 from mainstay.events.settings import EventsSettings
 
@@ -84,23 +83,31 @@ class EventPublisher:
         ids: list[UUID] = []
 
         async def effect(key: str | None) -> None:
-            settings = self._settings
+            began = self._clock.monotonic()
             ids[:] = _ids(key, len(events))
-            topics = [settings.topic_of(definition) for definition in definitions]
-            with nullcontext(current()) if self._spans is None else self._spans.publishing(set(topics), ids) as context:
-                shared = envelope(time=self._clock.now(), source=settings.source, context=context)
-                await self._send(
-                    [
-                        encode(event, id=id_, topic=topic, shared=shared)
-                        for event, id_, topic in zip(events, ids, topics, strict=True)
-                    ]
-                )
+            if self._spans is None:
+                await self._send(self._encoded(events, definitions, ids, current()))
+            else:
+                topics = {self._settings.topic_of(definition) for definition in definitions}
+                with self._spans.publishing(topics, ids) as context:
+                    await self._send(self._encoded(events, definitions, ids, context))
+            PUBLISHED_SECONDS.observe(self._clock.monotonic() - began)
             for definition in definitions:
                 published(definition.type).inc()
 
         name = f"publish:{','.join(dict.fromkeys(definition.type for definition in definitions))}"
         key = await once(name, effect, transactional=self._transactional, arguments=lambda: events)
         return [str(id_) for id_ in ids or _ids(key, len(events))]  # none were made where a replay published nothing
+
+    def _encoded(
+        self, events: Sequence[Event], definitions: Sequence[EventDefinition], ids: Sequence[UUID], context: Context
+    ) -> list[Outgoing]:
+        settings = self._settings
+        shared = envelope(time=self._clock.now(), source=settings.source, context=context)
+        return [
+            encode(event, id=id_, topic=settings.topic_of(definition), shared=shared)
+            for event, id_, definition in zip(events, ids, definitions, strict=True)
+        ]
 
 
 def _ids(key: str | None, count: int) -> list[UUID]:

@@ -578,14 +578,17 @@ RELEASE_ALL_CLAIMS = (
     .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.worker == _ME)
     .values(**_NO_CLAIM)
 )
-PARKED_KINDS = (
-    sa.select(
-        PARKED_KEYS.c.kind,
-        sa.func.count().label("keys"),
-        sa.func.count(PARKED_KEYS.c.due_at).label("due"),
+PARKED_KINDS = _each(
+    lambda _, now: (
+        sa.select(
+            PARKED_KEYS.c.kind,
+            sa.func.count().label("keys"),
+            sa.func.count(PARKED_KEYS.c.due_at).label("due"),
+            (now - sa.func.min(PARKED_KEYS.c.failing_since)).label("age"),
+        )
+        .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"))
+        .group_by(PARKED_KEYS.c.kind)
     )
-    .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"))
-    .group_by(PARKED_KEYS.c.kind)
 )
 READ_FIRST_PARKED = _each(
     lambda _, now: (

@@ -1,0 +1,124 @@
+"""Metrics are what an operator's alerts stand on: each is on its package's page, and nothing is there that is not."""
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path.parent.name for path in (ROOT / "packages").glob("*/pyproject.toml"))
+ALERTS = ROOT / "docs" / "events-alerts.yml"
+SUFFIXES = {"Counter": "_total", "CounterMetricFamily": "_total"}
+KINDS = {
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "Summary",
+    "CounterMetricFamily",
+    "GaugeMetricFamily",
+    "HistogramMetricFamily",
+}
+NAME = re.compile(r"(?:mainstay_|(?<=…)_)[a-z_]*[a-z](?![a-z_])")
+LABELS = {
+    "breaker", "by", "from", "group", "kind", "method", "outcome", "part", "reason", "route", "state", "status", "step",
+    "to", "type", "workflow",
+}  # fmt: skip
+"""What series may differ by: what the code declares, or a handful of constants. Never a key, an id or a tenant."""
+
+
+class Declared(NamedTuple):
+    """A metric as the code says it."""
+
+    name: str
+    labels: tuple[str, ...]
+
+
+def _declared(tree: ast.AST) -> Iterator[Declared]:
+    for node in ast.walk(tree):
+        if (
+            not isinstance(node, ast.Call)
+            or not isinstance(node.func, ast.Name)
+            or node.func.id.lstrip("_") not in KINDS
+        ):
+            continue
+        first = node.args[0] if node.args else None
+        if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
+            continue
+        by_name = [keyword.value for keyword in node.keywords if keyword.arg in {"labels", "labelnames"}]
+        lists = [each for each in (*node.args[2:], *by_name) if isinstance(each, ast.List | ast.Tuple)]
+        labels = tuple(str(each.value) for found in lists for each in found.elts if isinstance(each, ast.Constant))
+        yield Declared(first.value.removesuffix("_total") + SUFFIXES.get(node.func.id, ""), labels)
+
+
+def declared(package: str) -> list[Declared]:
+    """Return the metrics that the source of a package declares."""
+    found = [
+        metric
+        for path in sorted((ROOT / "packages" / package / "src").rglob("*.py"))
+        for metric in _declared(ast.parse(path.read_text()))
+    ]
+    return sorted(found)
+
+
+def named(text: str) -> set[str]:
+    """Return the names that a text says, and the ends of those that it abbreviates with an ellipsis."""
+    return set(NAME.findall(text))
+
+
+def says(text: set[str], name: str) -> bool:
+    """Whether a name is among what a text says."""
+    return name in text or any(each.startswith("_") and name.endswith(each) for each in text)
+
+
+with_metrics = pytest.mark.parametrize("package", [name for name in PACKAGES if declared(name)])
+
+
+@with_metrics
+def test_each_metric_is_on_the_page_and_each_on_the_page_is_a_metric(package: str) -> None:
+    """By its whole name or with an ellipsis for what is before; the section "Seen from outside" names nothing else."""
+    page = (ROOT / "docs" / f"{package}.md").read_text()
+    section = page.partition("\n## Seen from outside\n")[2].partition("\n## ")[0]
+    names = {metric.name for metric in declared(package)}
+    assert [name for name in sorted(names) if not says(named(page), name)] == []
+    assert [name for name in sorted(named(section)) if not any(each.endswith(name) for each in names)] == []
+
+
+@with_metrics
+def test_no_label_is_what_a_record_says(package: str) -> None:
+    """Each value of a label is a series that is kept for ever: keys, ids and tenants have no bound."""
+    assert {label for metric in declared(package) for label in metric.labels} <= LABELS
+
+
+def test_the_check_finds_what_is_wrong() -> None:
+    """A metric that no page names, one that no code has, and a label without a bound."""
+    source = 'A = Counter("mainstay_x_sold", "Sold.", ["event_id"])\nB = Gauge("mainstay_x_age_seconds", "Age.")'
+    assert list(_declared(ast.parse(source))) == [
+        Declared("mainstay_x_sold_total", ("event_id",)), Declared("mainstay_x_age_seconds", ())
+    ]  # fmt: skip
+    assert says(named("`mainstay_x_sold_total` and `…_age_seconds`"), "mainstay_x_age_seconds")
+    assert not says(named("`mainstay_x_sold_total`"), "mainstay_x_sold")
+
+
+def test_alerts_are_on_metrics_that_there_are() -> None:
+    """The example for Prometheus is read as it would read it, and each expression names metrics and labels of ours."""
+    yaml: Any = importlib.import_module("yaml")
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    known = {metric.name: metric for metric in declared("events")}
+    assert len({rule["alert"] for rule in rules}) == len(rules)
+    for rule in rules:
+        names = NAME.findall(rule["expr"])
+        assert names, rule
+        assert set(names) <= known.keys(), rule
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}, rule
+        by = re.findall(r"by \((\w+)\)", rule["expr"])
+        assert {*by, *re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))} <= set(known[names[0]].labels), rule
+        assert {"summary", "remedy"} == set(rule["annotations"]), rule
+    promtool = shutil.which("promtool")
+    if promtool is not None:
+        subprocess.run([promtool, "check", "rules", str(ALERTS)], check=True, capture_output=True)
