@@ -1,6 +1,5 @@
 """A service that relays and handles, and prints its spans, one a line; configured by the environment. Not a test."""
 
-import asyncio
 import json
 import os
 
@@ -52,4 +51,4 @@ if __name__ == "__main__":
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter(formatter=line_of)))
     trace.set_tracer_provider(provider)
-    asyncio.run(service().run())
+    service().run()
