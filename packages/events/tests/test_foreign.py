@@ -1,21 +1,26 @@
 """What others publish: CloudEvents in structured mode, versions without a minor number, records that are no events."""
 
+import asyncio
 import json
+import math
 import re
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from cloudevents.core.bindings.kafka import to_structured
+from cloudevents.core.bindings.kafka import KafkaMessage, from_binary, to_binary, to_structured
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 
-from mainstay.core import App
+from mainstay.core import App, bind
 from mainstay.core.testing import eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, Metadata
@@ -83,6 +88,143 @@ async def test_an_event_in_structured_mode_is_handled_as_one_in_binary_mode() ->
         "x-trace": b"7",
     }
     assert "ce_note" not in meta.headers
+
+
+async def test_an_amount_in_structured_mode_is_what_was_written() -> None:
+    """Digit for digit: neither the envelope nor a float rounds it."""
+    scale = Scale()
+    data = '{"sack": "3.00000000000000000001", "kilos": 12345678901234567.89}'
+    text = json.dumps(envelope()).removesuffix("}") + f', "data": {data}}}'
+    async with scale.given(text.encode(), STRUCTURED) as rehearsal:
+        assert await rehearsal.dead_letters() == []
+    assert [event for event, _ in scale.seen] == [
+        Weighed(sack="3.00000000000000000001", kilos=Decimal("12345678901234567.89"))
+    ]
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Everything(Event, type="scale.everything", key="colour"):
+    colour: Colour
+    amount: Decimal
+    at: datetime
+    ref: UUID
+    raw: bytes
+    share: float
+    note: str | None
+    named: int = Field(alias="given-name")
+    lines: list[dict[str, Decimal]]
+
+
+EVERYTHING: dict[str, Any] = {
+    "colour": "red",
+    "amount": "0.10",
+    "at": "2026-03-01T10:00:00.123456+02:00",
+    "ref": "00000000-0000-0000-0000-000000000007",
+    "raw": "__4A",
+    "share": "Infinity",
+    "note": None,
+    "given-name": 3,
+    "lines": [{"a": "1.50"}],
+}
+VALUE = Everything.model_validate(
+    {
+        "colour": Colour.RED,
+        "amount": Decimal("0.10"),
+        "at": datetime(2026, 3, 1, 8, 0, 0, 123456, tzinfo=UTC),
+        "ref": UUID(int=7),
+        "raw": b"\xff\xfe\x00",
+        "share": math.inf,
+        "note": None,
+        "given-name": 3,
+        "lines": [{"a": Decimal("1.50")}],
+    }
+)
+
+
+@pytest.mark.parametrize("mode", [to_binary, to_structured])
+async def test_what_the_cloudevents_package_writes_is_read_by_value(mode: Any) -> None:
+    """In either mode: each kind of field, the attributes, and those of our own."""
+    events = EventRouter()
+    seen: list[tuple[Everything, Metadata]] = []
+
+    @events.on(Everything, group="scale")
+    async def handle(event: Everything, meta: Metadata) -> None:
+        seen.append((event, meta))
+
+    attributes = {
+        "type": "scale.everything",
+        "source": "/scales/4",
+        "id": "not a uuid",
+        "specversion": "1.0",
+        "time": datetime(2026, 3, 1, 10, tzinfo=timezone(timedelta(hours=2))),
+        "datacontenttype": "application/json",
+        "dataversion": "1.7",
+        "correlationid": "c-1",
+        "tenant": "acme",
+        "partitionkey": "red",
+    }
+    message = mode(CloudEvent(attributes, EVERYTHING), JSONFormat())
+    key = message.key.encode() if isinstance(message.key, str) else message.key
+    async with in_memory(events) as rehearsal:
+        await rehearsal.receive("scale", message.value, key=key, headers=list(message.headers.items()))
+        await rehearsal.settled()
+        assert await rehearsal.dead_letters() == []
+    ((event, meta),) = seen
+    assert event == VALUE
+    assert (meta.id, meta.source, str(meta.version), meta.key) == ("not a uuid", "/scales/4", "1.7", "red")
+    assert meta.time == datetime(2026, 3, 1, 8, tzinfo=UTC)
+    assert (meta.correlation_id, meta.tenant) == ("c-1", "acme")
+
+
+async def test_kcat_and_the_cloudevents_package_read_ours(kafka: str, kcat: str, client: str, prefix: str) -> None:
+    """Key, value and headers by another's client, and then the event by another's library."""
+    events = EventRouter()
+    settings = EventsSettings(
+        transport="kafka",
+        outbox=False,
+        kafka_client=client,
+        kafka_servers=kafka,
+        topics={"scale.everything": prefix},
+        partitions=1,
+        source="scales",
+    )
+    app = App(EventsModule.for_root(settings), EventsModule.for_feature(events))
+    async with app.running():
+        with bind(correlation_id="c-1", actor="ann", tenant="acme"):
+            id_ = await events.publish(VALUE)
+    command = [kcat, "-b", kafka, "-t", prefix, "-C", "-J", "-e", "-q", "-o", "beginning"]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=60, check=True)
+    (line,) = done.stdout.splitlines()
+    record = json.loads(line)
+    assert record["key"] == "red"
+    names, values = record["headers"][::2], record["headers"][1::2]
+    headers = dict(zip(names, values, strict=True))
+    assert len(headers) == len(names)
+    assert {name: headers[name] for name in headers if name != "ce_time"} == {
+        "ce_type": "scale.everything",
+        "ce_dataversion": "1.0",
+        "ce_specversion": "1.0",
+        "content-type": "application/json",
+        "ce_id": id_,
+        "ce_correlationid": "c-1",
+        "ce_source": "scales",
+        "ce_actor": "ann",
+        "ce_tenant": "acme",
+    }
+    payload = json.loads(record["payload"])
+    assert payload == {**EVERYTHING, "at": payload["at"]}
+    assert datetime.fromisoformat(payload["at"]) == VALUE.at
+    message = KafkaMessage({name: text.encode() for name, text in headers.items()}, b"red", record["payload"].encode())
+    event = from_binary(message, JSONFormat())
+    assert (event.get_id(), event.get_type(), event.get_source()) == (id_, "scale.everything", "scales")
+    assert event.get_extension("dataversion") == "1.0"
+    assert event.get_data() == payload
+    said = event.get_time()
+    assert said is not None
+    assert abs(datetime.now(UTC) - said) < timedelta(hours=1)
 
 
 async def test_a_payload_in_base64_is_its_bytes() -> None:

@@ -15,13 +15,14 @@ from pathlib import Path
 KAFKA = "4.1.1"
 _POM = Path(__file__).parent / "kafka.xml"
 
-# What a server needs, by the name that each kind of system gives it.
+# What a server needs, or a test beside it, by the name that each kind of system gives it.
 _DEBIAN = {
     "java": "default-jre-headless",
     "mvn": "maven",
     "postgres": "postgresql",
     "redis-server": "redis-server",
     "pgbouncer": "pgbouncer",
+    "kcat": "kcat",
 }
 _BREW = {
     "java": "openjdk@17",
@@ -29,6 +30,7 @@ _BREW = {
     "postgres": "postgresql@17",
     "redis-server": "redis",
     "pgbouncer": "pgbouncer",
+    "kcat": "kcat",
 }
 
 

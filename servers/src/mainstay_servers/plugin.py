@@ -9,6 +9,10 @@ Shared for the whole run, and replaceable by an address in the environment:
 - `redis_url`: the URL of a database that was emptied before the test (`MAINSTAY_TEST_REDIS`: give a number of its own)
 - `secure_kafka`: a second Kafka, always the run's own, with TLS, mutual TLS, SASL and rights by account
 
+Another's client:
+
+- `kcat`: the path of the program that reads Kafka on a command line, by librdkafka
+
 A server of the test's own, to be killed, paused and restarted: `own_kafka`, `own_postgres`, `own_redis`.
 
 A server that is missing fails the test where `CI=true`, and skips it elsewhere; the run's summary counts those.
@@ -20,7 +24,7 @@ from typing import NoReturn, TypeVar
 
 import pytest
 
-from mainstay_servers.install import MissingServer
+from mainstay_servers.install import MissingServer, find
 from mainstay_servers.kafka import Kafka
 from mainstay_servers.postgres import Databases, PgBouncer, Postgres
 from mainstay_servers.process import Server
@@ -66,6 +70,15 @@ def kafka() -> Iterator[str]:
 def secure_kafka() -> Iterator[SecureKafka]:
     """The run's Kafka with listeners that ask who is there; `SecureKafka` says which, and who is."""
     yield from owned(SecureKafka())
+
+
+@pytest.fixture(scope="session")
+def kcat() -> str:
+    """The path of `kcat`."""
+    try:
+        return find("kcat")
+    except MissingServer as error:
+        _missing(error)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from mainstay.events.errors import (
     PublishError,
     RedriveError,
     RefusedError,
+    SchemaError,
 )
 from mainstay.events.event import Event, Version
 from mainstay.events.metadata import Metadata
@@ -41,5 +42,6 @@ __all__ = [
     "RefusedError",
     "RefusedEvent",
     "RefusedEvents",
+    "SchemaError",
     "Version",
 ]

@@ -97,11 +97,10 @@ class Consumer:
             parking=self._parking,
             unknown=self._routes.unknown,
             spans=self._routes.spans,
+            decoders=self._routes.decoders,
             clock=self._clock,
         )
-        return Dispatcher(
-            self.group, self._routes, concurrency=self._concurrency, failures=failures, clock=self._clock
-        )  # fmt: skip
+        return Dispatcher(self.group, self._routes, concurrency=self._concurrency, failures=failures, clock=self._clock)
 
     def _new_intake(self) -> Intake:
         return Intake(
@@ -242,7 +241,8 @@ class Consumer:
             self._assignments.clear()
 
     async def _bury(self, delivery: Delivery, error: Exception) -> None:
-        await self._dead_letters.add(self.group, delivery.record, error, delivery.attempt)
+        type_ = self._routes.decoders.type_of(delivery.record)
+        await self._dead_letters.add(self.group, delivery.record, error, delivery.attempt, type=type_)
         DEAD_LETTERS.labels(self.group).inc()
 
     # What the source says

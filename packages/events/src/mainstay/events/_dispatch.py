@@ -36,7 +36,6 @@ from mainstay.core import Clock, Context, Later, rebind, spawn
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._failure import KEY_IS_PARKED, Failures, that_give_way
 from mainstay.events._routes import Handling, Route, unreadable
-from mainstay.events._structured import understood
 from mainstay.events._turns import Turns
 from mainstay.events.errors import DecodeError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Headers, Metadata, Record, context_of
@@ -336,25 +335,24 @@ class Dispatcher:
         self, assignment: Assignment, record: Record, delivery: Delivery | None
     ) -> tuple[Record, Route | None, Handling | None, Exception | None]:
         """A record as it is read, and how it is handled or why not; neither where the group has no use for it."""
-        headers = dict(record.headers)
-        if not headers.get(TYPE):
-            record = understood(record)
-            headers = dict(record.headers)
+        seen, headers, error = self._failures.decoders.seen(record)
         only = headers.get(ONLY_GROUP)
         route = self._routes.get(headers.get(TYPE) or b"")
         if delivery is not None and delivery.refused is not None:
-            return record, route, None, delivery.refused
+            return seen, route, None, delivery.refused
         if only is not None and only != self._group.encode():
             self._failures.skipped.inc()
-            return record, None, None, None
+            return seen, None, None, None
         if route is None:
-            return record, None, None, self._failures.without_handler(headers)
+            return seen, None, None, error or self._failures.without_handler(headers)
         if record.key in assignment.parked:
-            return record, route, None, KEY_IS_PARKED
+            return seen, route, None, KEY_IS_PARKED
+        if error is not None:
+            return seen, route, None, error
         try:
-            return record, route, route.handling(headers.get(VERSION) or b"1.0"), None
+            return seen, route, route.handling(headers.get(VERSION) or b"1.0"), None
         except DecodeError as unknown:
-            return record, route, None, unknown
+            return seen, route, None, unknown
 
     def make_room(self, assignment: Assignment) -> None:
         """Park the keys of a full window that hold back the others; see `that_give_way`."""

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
+from mainstay.core import Clock, ConfigurationError, Outcome, RetryState
 from mainstay.database import CommitUnknown
+from mainstay.events._decoding import NO_EVENT, OURS, Decoders, will_pass
 from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
 from mainstay.events._parking import Parking
 from mainstay.events._routes import Handling, Route, Unknown
 from mainstay.events._sparing import Sparing
-from mainstay.events._structured import kind_of_record
 from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError
-from mainstay.events.metadata import TYPE, UNREADABLE, kind_of
+from mainstay.events.metadata import TYPE, kind_of
 
 if TYPE_CHECKING:
     from mainstay.events._spans import Spans
@@ -26,6 +26,7 @@ _STORE_SECONDS = (1.0, 30.0)
 """The first and the longest wait before what could not be stored is tried again."""
 
 _STOPPED_SECONDS = 5.0
+_NOT_READ_SECONDS = 1.0
 
 _FEW = 20
 """Of so many events in a full window one may hold back the others, and its key is parked then."""
@@ -57,10 +58,12 @@ class Failures:
         commit: makes durable how far a partition is finished; needed with `parking`.
         unknown: what becomes of events that no process of the group can handle.
         spans: of the attempts to handle events; None where nobody records any.
+        decoders: read the topics that others write.
         clock: measures ages.
 
     Attributes:
         spans: as given.
+        decoders: as given.
         skipped: counts events that the group has nothing to do with.
         stopped: events at which their partitions wait, and why.
     """
@@ -74,12 +77,14 @@ class Failures:
         commit: Callable[[Assignment], Awaitable[None]] | None = None,
         unknown: Unknown | None = None,
         spans: Spans | None = None,
+        decoders: Decoders = OURS,
         clock: Clock,
     ) -> None:
         self._group = group
         self._bury = bury
         self._commit = commit
         self._parking = parking
+        self.decoders = decoders
         self._clock = clock
         self._sparing = Sparing(clock)
         self._unknown = Unknown() if unknown is None else unknown
@@ -95,7 +100,9 @@ class Failures:
             return await self._append(delivery)
         self.stopped.pop(delivery, None)
         if delivery.refused is None and handling is None:
-            kind = kind_of_record(delivery.record)
+            if will_pass(error):
+                return self._not_read_yet(delivery, error)
+            kind = self.decoders.kind_of(delivery.record)
             try:
                 elsewhere = self._parking is not None and await self._parking.handled.is_somebodys(kind)
             except Exception:  # noqa: BLE001  any error: the event must not be passed over
@@ -136,8 +143,9 @@ class Failures:
 
     def without_handler(self, headers: Mapping[str, bytes | None]) -> Exception | None:
         """What is wrong with an event of no type that is handled here; None where it is certain that it is skipped."""
-        if UNREADABLE in headers:
-            return DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
+        if NO_EVENT in headers:
+            self.skipped.inc()
+            return None
         if not headers.get(TYPE):
             return DecodeError(f"the record has no header {TYPE}: it is not an event")
         elsewhere = self._parking is not None and not self._parking.handled.is_nobodys(kind_of(headers))
@@ -213,6 +221,16 @@ class Failures:
         delivery.assignment.parked.discard(delivery.record.key or b"")
         return Again(0.0)
 
+    def _not_read_yet(self, delivery: Delivery, error: Exception) -> Again:
+        """Leave the event where it is until it is known what it says: that is no attempt, and ages nothing."""
+        delay: float = getattr(error, "retry_after_seconds", None) or _NOT_READ_SECONDS
+        left_out = self._sparing.due(f"not read {type(error).__name__}") if delay >= _NOT_READ_SECONDS else None
+        if left_out is not None:
+            more = f", nor {left_out} others meanwhile" if left_out else ""
+            _log.warning("%s cannot be read by group %s yet%s: %s", delivery.record_name, self._group, more, error)
+        delivery.began_at = None
+        return Again(delay)
+
     def _not_stored(self, delivery: Delivery, what: str) -> Again:
         first, longest = _STORE_SECONDS
         delivery.waited = min(max(first, delivery.waited * 2), longest)
@@ -226,9 +244,7 @@ class Failures:
         # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the
         # event and costs no attempt: an outage of a minute must not turn a minute's events into dead letters. A
         # mistake in how the App is put together is none either: the event waits until that is mended.
-        postponed = isinstance(error, ConfigurationError) or (
-            isinstance(error, MainstayError) and error.no_effect and error.retryable
-        )
+        postponed = isinstance(error, ConfigurationError) or will_pass(error)
         if isinstance(error, CommitUnknown):
             # Elsewhere it would be unknown whether to try again. An event may always be handled once more.
             error.retryable = True

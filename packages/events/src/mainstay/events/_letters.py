@@ -34,9 +34,9 @@ class SqlDeadLetters:
         self._send = send
         self._clock = clock
 
-    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
+    async def add(self, group: str, record: Record, error: Exception, attempts: int, *, type: str) -> None:
         """See `DeadLetterStore`."""
-        letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
+        letter = DeadLetter.of(group, record, error, attempts, self._clock.now(), type=type)
         correlation_id = letter.correlation_id
         await self._database.write(
             tables.INSERT_DEAD_LETTER[self._database.dialect],
@@ -138,6 +138,7 @@ def _letter(row: Any) -> DeadLetter:
         error=row.error,
         attempts=row.attempts,
         time=_in_utc(row.time),
+        type=row.type,
         state=row.state,
         edited=row.edited,
         received=row.received,

@@ -77,9 +77,9 @@ class MemoryTransport:
 
     # Dead letters
 
-    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
+    async def add(self, group: str, record: Record, error: Exception, attempts: int, *, type: str) -> None:
         """See `DeadLetterStore`."""
-        letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
+        letter = DeadLetter.of(group, record, error, attempts, self._clock.now(), type=type)
         self._letters.setdefault(letter.id, letter)
 
     async def list(self, wanted: Wanted, limit: int) -> Sequence[DeadLetter]:

@@ -29,10 +29,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from mainstay.core import derived_id, uuid7
 from mainstay.database import Database
 from mainstay.events import tables
+from mainstay.events._decoding import OURS, Decoders
 from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._handled import GONE_SECONDS, KEPT_SECONDS, Handled
 from mainstay.events._metrics import PARKED_AGE, PARKED_KEYS
-from mainstay.events._structured import kind_of_record
 from mainstay.events.dead_letters import text_of
 from mainstay.events.errors import NotHeldError
 from mainstay.events.metadata import Record
@@ -51,17 +51,21 @@ class Parking:
         group: the consumer group.
         handled: what the group handles, here and elsewhere.
         lease_seconds: how long a claimed key is kept from others.
+        decoders: read the topics that others write.
 
     Attributes:
         worker: by which name this process claims.
     """
 
-    def __init__(self, database: Database, group: str, handled: Handled, lease_seconds: float) -> None:
+    def __init__(
+        self, database: Database, group: str, handled: Handled, lease_seconds: float, decoders: Decoders = OURS
+    ) -> None:
         self.handled = handled
         self.lease_seconds = lease_seconds
         self.worker = str(uuid7())
         self._database = database
         self._group = group
+        self._decoders = decoders
 
     def _place(self, topic: str, key: bytes) -> dict[str, object]:
         return {"of_group": self._group, "of_topic": topic, "of_key": key}
@@ -143,7 +147,7 @@ class Parking:
             "value": None if handled else record.value,
             "headers": pack_headers([] if handled else record.headers),
             "handled": handled,
-            "kind": kind_of_record(record),
+            "kind": "" if handled else self._decoders.kind_of(record),
             "keyless": record.key is None,
         }
 

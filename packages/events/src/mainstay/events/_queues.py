@@ -13,7 +13,6 @@ from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._parking import Parking
-from mainstay.events._structured import kind_of_record
 from mainstay.events._transport import LogRecord
 from mainstay.events.errors import ProcessEndedError
 from mainstay.events.tables import unpack_headers
@@ -157,7 +156,7 @@ class Queues:
                     row.value,
                     unpack_headers(row.headers),
                 )
-                if await self._is_others(kind_of_record(record)):
+                if await self._is_others(row.kind):
                     return False
                 delivery = await self._called(queue, record, row)
                 if delivery.kept or not delivery.done:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mainstay.core import Retry, bind
 from mainstay.events._codec import codec_of
+from mainstay.events._decoding import OURS
 from mainstay.events._metrics import FAILED_SECONDS, HANDLED_SECONDS
 from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
@@ -58,13 +59,14 @@ class Route:
         group: the consumer group, for the metrics.
     """
 
-    __slots__ = ("_classes", "_majors", "failed_seconds", "parks", "seconds", "type", "versions")
+    __slots__ = ("_classes", "_majors", "failed_seconds", "parks", "seconds", "topics", "type", "versions")
 
     def __init__(self, type: str, group: str) -> None:
         self.type = type
         self.seconds = HANDLED_SECONDS.of(type, group)
         self.failed_seconds = FAILED_SECONDS.of(type, group)
         self.versions: dict[bytes, Handling] = {}
+        self.topics: set[str] = set()
         self.parks = False  # as one of its handlers says: of a version that none of them reads
         self._majors: dict[int, Handling] = {}
         self._classes: dict[int, EventClass] = {}
@@ -149,7 +151,9 @@ class Routes(dict[str, Route]):
     Attributes:
         unknown: what becomes of all others.
         spans: of the attempts; None where nobody records any.
+        decoders: read the topics that others write.
     """
 
     unknown = Unknown()
     spans: Spans | None = None
+    decoders = OURS

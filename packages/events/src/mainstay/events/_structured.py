@@ -6,10 +6,12 @@ import json
 import re
 from base64 import b64decode
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
+from mainstay.events._members import exact, members
 from mainstay.events._transport import LogRecord
-from mainstay.events.metadata import TYPE, UNREADABLE, Headers, Record, kind_of
+from mainstay.events.errors import DecodeError
+from mainstay.events.metadata import TYPE, UNREADABLE, Headers, Record
 
 _CONTENT_TYPE = "content-type"
 _MODE = b"application/cloudevents"
@@ -22,9 +24,8 @@ def understood(record: Record) -> Record:
 
     One that cannot be understood has a header `UNREADABLE` that says why.
     """
-    headers = {name.lower(): value for name, value in record.headers}
-    kind = (headers.get(_CONTENT_TYPE) or b"").partition(b";")[0].strip().lower()
-    if headers.get(TYPE) or not kind.startswith(_MODE):
+    kind = _kind_of_content(record)
+    if not kind.startswith(_MODE) or any(value and name.lower() == TYPE for name, value in record.headers):
         return record
     value: bytes | None = None
     try:
@@ -40,9 +41,14 @@ def understood(record: Record) -> Record:
     return LogRecord(record.topic, record.partition, record.offset, record.key, value, [*said, *rest])
 
 
-def kind_of_record(record: Record) -> str:
-    """What a handler of a record is chosen by; see `kind_of`."""
-    return kind_of(dict(understood(record).headers))
+def is_structured(record: Record) -> bool:
+    """Whether a record says that its value is a whole CloudEvent."""
+    return _kind_of_content(record).startswith(_MODE)
+
+
+def _kind_of_content(record: Record) -> bytes:
+    headers = {name.lower(): value for name, value in record.headers}
+    return (headers.get(_CONTENT_TYPE) or b"").partition(b";")[0].strip().lower()
 
 
 def _parts(value: bytes) -> tuple[Mapping[str, str], bytes | None]:
@@ -52,19 +58,18 @@ def _parts(value: bytes) -> tuple[Mapping[str, str], bytes | None]:
         ValueError: it is none; the message says why, and nothing of what it holds.
     """
     try:
-        whole = json.loads(value)
-    except (ValueError, RecursionError):
-        whole = None
-    if not isinstance(whole, dict):
+        whole = members(value.decode("utf-8-sig"))
+    except (ValueError, DecodeError):
         msg = "its value is no JSON object"
-        raise ValueError(msg)  # noqa: TRY004  as all that is wrong with it
-    members = cast("Mapping[str, Any]", whole)
+        raise ValueError(msg) from None
     attributes: dict[str, str] = {}
     payload: bytes | None = None
-    for name, said in members.items():
+    for name, written in whole.items():
         if name == "data":
-            payload = json.dumps(said).encode()
-        elif name == "data_base64":
+            payload = exact(written).encode()
+            continue
+        said: Any = json.loads(written)
+        if name == "data_base64":
             if not isinstance(said, str):
                 msg = "data_base64 is no text"
                 raise ValueError(msg)
@@ -75,7 +80,7 @@ def _parts(value: bytes) -> tuple[Mapping[str, str], bytes | None]:
             msg = "an attribute has a name or a value that none may have"
             raise ValueError(msg)
         else:
-            attributes[name] = said if isinstance(said, str) else json.dumps(said)
+            attributes[name] = said if isinstance(said, str) else written
     missing = [name for name in ("id", "source", "type") if not attributes.get(name)]
     if missing:
         msg = f"it has no {' and no '.join(missing)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +12,21 @@ from hashlib import blake2b
 from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
-from mainstay.core import ConfigurationError, current, derived_id
+from mainstay.core import ConfigurationError, MainstayError, current, derived_id
 from mainstay.database import Database
 from mainstay.events._codec import codec_of
-from mainstay.events._routes import Handling, Route
+from mainstay.events._decoding import FIRST_READ, OURS, identity, is_cloud_event
+from mainstay.events._routes import Handling, Routes
 from mainstay.events._structured import understood
-from mainstay.events.errors import RedriveError
+from mainstay.events.errors import DecodeError, RedriveError
 from mainstay.events.event import Event
-from mainstay.events.metadata import CORRELATION, ONLY_GROUP, TYPE, VERSION, Headers, Outgoing, Record
+from mainstay.events.metadata import CORRELATION, ONLY_GROUP, TYPE, UNREADABLE, VERSION, Headers, Outgoing, Record
 
 __all__ = ["DeadLetter", "DeadLetters"]
 
 _LONGEST_ERROR = 20_000
+_SCHEMA_SECONDS = 10.0
+_AGAIN_SECONDS = 0.1
 
 State = Literal["waiting", "redriven", "discarded"]
 
@@ -38,6 +43,7 @@ class DeadLetter:
         error: the exception and its trace.
         attempts: how often the handler was called.
         time: when it was given up, in UTC.
+        type: of the event, empty where the record had none.
         state: `waiting`, or what a person has done with it.
         edited: whether `value` is what a person has made of it; `received` is what it was then.
         reason: why it was discarded.
@@ -56,6 +62,7 @@ class DeadLetter:
     error: str
     attempts: int
     time: datetime
+    type: str = ""
     state: State = "waiting"
     edited: bool = False
     received: bytes | None = None
@@ -66,16 +73,19 @@ class DeadLetter:
     @property
     def correlation_id(self) -> str | None:
         """The conversation that the event is part of."""
+        if self._is_foreign:
+            return identity(self)
         value = dict(understood(self).headers).get(CORRELATION)
         return None if value is None else value.decode(errors="replace")
 
     @property
-    def type(self) -> str:
-        """The event's type, empty where the record had none."""
-        return (dict(understood(self).headers).get(TYPE) or b"").decode(errors="replace")
+    def _is_foreign(self) -> bool:
+        return bool(self.type) and not is_cloud_event(self)
 
     @classmethod
-    def of(cls, group: str, record: Record, error: Exception, attempts: int, time: datetime) -> DeadLetter:
+    def of(
+        cls, group: str, record: Record, error: Exception, attempts: int, time: datetime, *, type: str = ""
+    ) -> DeadLetter:
         """The dead letter for a record."""
         # The bytes belong to its name: a topic that was deleted and made anew counts its offsets from 0 again.
         digest = blake2b(record.value or b"", digest_size=16).hexdigest()
@@ -92,11 +102,15 @@ class DeadLetter:
             error=text_of(error),
             attempts=attempts,
             time=time,
+            type=type,
         )
 
     def again(self) -> Outgoing:
         """The event as it is sent again: for its group only, so that those who handled it do not do so twice."""
-        headers = [(name, value) for name, value in self.headers if name != ONLY_GROUP]
+        headers = [(name, value) for name, value in self.headers if name not in {ONLY_GROUP, FIRST_READ}]
+        if self._is_foreign:  # its place is its id, and it comes to another one
+            before = self if self.received is None else replace(self, value=self.received)
+            headers.insert(0, (FIRST_READ, identity(before).encode()))
         return Outgoing(self.topic, self.key, self.value, [(ONLY_GROUP, self.group.encode()), *headers])
 
 
@@ -134,8 +148,8 @@ class Wanted(NamedTuple):
 class DeadLetterStore(Protocol):
     """Where a transport keeps dead letters."""
 
-    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
-        """Keep one; returns when it is durable. Adding it again changes nothing."""
+    async def add(self, group: str, record: Record, error: Exception, attempts: int, *, type: str) -> None:
+        """Keep one, of an event of this type; returns when it is durable. Adding it again changes nothing."""
         ...
 
     async def list(self, wanted: Wanted, limit: int) -> Sequence[DeadLetter]:
@@ -166,9 +180,7 @@ class DeadLetters:
     still be listed for `dead_letter_days`; in a topic they are gone at once.
     """
 
-    def __init__(
-        self, store: DeadLetterStore, routes: Mapping[str, Mapping[str, Route]], database: Database | None
-    ) -> None:
+    def __init__(self, store: DeadLetterStore, routes: Mapping[str, Routes], database: Database | None) -> None:
         self._store = store
         self._routes = routes
         self._database = database
@@ -271,8 +283,11 @@ class DeadLetters:
             ConfigurationError: this App has no handler for it in its group.
         """
         letter = await self.get(id)
-        event = self._read(replace(letter, value=value))
-        if codec_of(type(event)).key(event) != letter.key:
+        edited = replace(letter, value=value)
+        seen = await self._seen(edited)
+        event = self._read(letter, seen)
+        # A record of others has the key that they gave it, whatever its value says.
+        if is_cloud_event(letter) and codec_of(type(event)).key(event) != letter.key:
             msg = f"dead letter {id} has another key: an edited event stays where it is in order; publish one instead"
             raise ValueError(msg)
         if not await self._store.edit(letter, value, _who(by)):
@@ -297,7 +312,8 @@ class DeadLetters:
             Exception: what the handler raises.
         """
         letter = await self.get(id)
-        event = self._read(letter)
+        seen = await self._seen(letter)
+        event = self._read(letter, seen)
         if not handler:
             return event
         if self._database is None:
@@ -305,24 +321,43 @@ class DeadLetters:
             raise ConfigurationError(msg)
         try:
             async with self._database.transaction():
-                await self._handling(letter).tried(event, understood(letter), letter.group)
+                await self._handling(letter, seen).tried(event, seen, letter.group)
                 raise _RollBackError
         except _RollBackError:
             return event
 
-    def _read(self, letter: DeadLetter) -> Event:
-        event: Event = self._handling(letter).read(letter.type, understood(letter).value or b"")
+    async def _seen(self, letter: DeadLetter) -> Record:
+        """The record as its group reads it; a schema that is not known yet is waited for."""
+        routes = self._routes.get(letter.group)
+        decoders = OURS if routes is None else routes.decoders
+        end = time.monotonic() + _SCHEMA_SECONDS
+        while True:
+            try:
+                return decoders.understood(letter)
+            except MainstayError as passing:
+                if time.monotonic() >= end:
+                    raise
+                wait = passing.retry_after_seconds or _AGAIN_SECONDS
+            await asyncio.sleep(wait)
+
+    def _read(self, letter: DeadLetter, seen: Record) -> Event:
+        event: Event = self._handling(letter, seen).read(letter.type, seen.value or b"")
         return event
 
-    def _handling(self, letter: DeadLetter) -> Handling:
-        route = self._routes.get(letter.group, {}).get(letter.type)
+    def _handling(self, letter: DeadLetter, seen: Record) -> Handling:
+        headers = dict(seen.headers)
+        if UNREADABLE in headers:
+            raise DecodeError((headers[UNREADABLE] or b"").decode(errors="replace"))
+        type_ = (headers.get(TYPE) or b"").decode(errors="replace")
+        routes = self._routes.get(letter.group)
+        route = None if routes is None else routes.get(type_)
         if route is None:
             msg = (
-                f"this App has no handler for {letter.type or 'events without a type'} in group {letter.group}: "
+                f"this App has no handler for {type_ or 'events without a type'} in group {letter.group}: "
                 "name the one that has it, on the command line with --app"
             )
             raise ConfigurationError(msg)
-        return route.handling(dict(understood(letter).headers).get(VERSION) or b"1.0")
+        return route.handling(headers.get(VERSION) or b"1.0")
 
 
 class _RollBackError(Exception):

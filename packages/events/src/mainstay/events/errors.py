@@ -3,6 +3,7 @@
 EventsError             SYS_EVENTS          base
 ├── PublishError        EXT_EVENTS_PUBLISH  the transport did not confirm an event: it may or may not have arrived
 ├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
+├── SchemaError         EXT_EVENTS_SCHEMA   a schema is not known yet: the record waits for the registry
 ├── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
 ├── ForgetError         RES_EVENTS_FORGET   a kind of event that a process handles, or none ever did
 └── RefusedError        RES_EVENTS_REFUSED  a refused event that is not there (any more)
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
-__all__ = ["DecodeError", "ForgetError", "PublishError", "RedriveError", "RefusedError"]
+__all__ = ["DecodeError", "ForgetError", "PublishError", "RedriveError", "RefusedError", "SchemaError"]
 
 
 class EventsError(MainstayError):
@@ -39,6 +40,15 @@ class DecodeError(EventsError):
     retryable = False
     no_effect = True
     public_message = "The event could not be read."
+
+
+class SchemaError(EventsError):
+    """The schema that a record was written by is not known yet, or its registry is away. The record waits for it."""
+
+    code = "EXT_EVENTS_SCHEMA"
+    retryable = True
+    no_effect = True
+    public_message = "The event cannot be read at the moment."
 
 
 class RedriveError(EventsError):

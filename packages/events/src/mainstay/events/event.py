@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, Unpack
 from pydantic import BaseModel, ConfigDict
 
 from mainstay.core import Kept
+from mainstay.events.foreign import Decoder
 
 __all__ = ["Event", "Version"]
 
@@ -57,12 +58,14 @@ class EventDefinition:
         version: a reader of a major version reads all of its minor ones: those only add fields.
         key: the field whose value orders events: those with equal keys are handled one after the other. None: no order.
         topic: where its events travel, unless the settings say otherwise. None: as its type says.
+        decoder: reads the topic, which others write. None: it holds CloudEvents.
     """
 
     type: str
     version: Version
     key: str | None
     topic: str | None
+    decoder: Decoder | None = None
 
 
 class Event(BaseModel):
@@ -70,6 +73,10 @@ class Event(BaseModel):
 
     `topic="…"` says where its events travel, if not on the topic that its type names: `order`. `topics` in the settings
     overrides both.
+
+    `decoder=…` says that others write the topic, and how its records are read: see `mainstay.events.foreign`. All
+    classes of the topic say the same. What this service publishes there itself is a CloudEvent as everywhere, and is
+    read as one.
 
     Immutable. Unknown fields are ignored when an event is read, so that a publisher may add some before its readers
     know them. A class without `type=` is abstract: it carries fields for others to inherit.
@@ -95,6 +102,7 @@ class Event(BaseModel):
         version: str | None = None,
         key: str | None = None,
         topic: str | None = None,
+        decoder: Decoder | None = None,
         **config: Unpack[ConfigDict],
     ) -> None:
         super().__init_subclass__(**config)
@@ -107,12 +115,13 @@ class Event(BaseModel):
         version: str | None = None,
         key: str | None = None,
         topic: str | None = None,
+        decoder: Decoder | None = None,
         **kwargs: Any,
     ) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if type is None:
-            if any(word is not None for word in (version, key, topic)):
-                msg = f"class {cls.__name__}(Event, …) has version=, key= or topic= but no type=: add it"
+            if any(word is not None for word in (version, key, topic, decoder)):
+                msg = f"class {cls.__name__}(Event, …) has version=, key=, topic= or decoder= but no type=: add it"
                 raise TypeError(msg)
             cls.__event__ = None
             return
@@ -134,7 +143,7 @@ class Event(BaseModel):
             fields = ", ".join(cls.model_fields) or "none"
             msg = f"{cls.__name__}: key={key!r} names no field; the fields are {fields}"
             raise TypeError(msg)
-        cls.__event__ = EventDefinition(type, number, key, topic)
+        cls.__event__ = EventDefinition(type, number, key, topic, decoder)
         if cls.__pydantic_complete__:  # else when it is first used
             kept(cls).check()
 

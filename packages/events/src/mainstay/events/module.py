@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib import import_module
@@ -15,12 +15,14 @@ from mainstay.events import _handled, _kafka, tables
 from mainstay.events._codec import codec_of
 from mainstay.events._consumer import Consumer
 from mainstay.events._crashes import Crashes
+from mainstay.events._decoding import Decoders, Foreign, NoSchemas
 from mainstay.events._handled import Handled
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._letters import SqlDeadLetters
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
+from mainstay.events._registry import SchemaRegistry, check_format, context_of
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._retention import LogRetention
 from mainstay.events._routes import Route, Routes
@@ -29,10 +31,11 @@ from mainstay.events._transport import Transport
 from mainstay.events._upcasting import Upcast, Upcasting
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import EventDefinition, definition_of
+from mainstay.events.foreign import Debezium, Decoder, Plain, Schemas
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
-from mainstay.events.router import EventRouter, Subscription, one_handler_each, one_rule_each
+from mainstay.events.router import EventRouter, Subscription, decoder_each, one_handler_each, one_rule_each
 from mainstay.events.settings import EventsSettings
 
 if TYPE_CHECKING:
@@ -89,7 +92,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
 
     def yields(self) -> Sequence[type]:
         """Publisher, dead letters, consumers, and the parts of the transport that the settings choose."""
-        return (EventPublisher, DeadLetters, ParkedKeys, EventConsumers, *_transport_classes(self.settings))
+        registry = () if self.settings.registry_url is None else (SchemaRegistry,)
+        return (EventPublisher, DeadLetters, ParkedKeys, EventConsumers, *registry, *_transport_classes(self.settings))
 
     def functions(self) -> Sequence[Callable[..., Any]]:
         """The handlers."""
@@ -103,17 +107,24 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 that brokers do not tell apart, a client that is not installed, a file of certificates that is none.
         """
         subscriptions = self._subscriptions()
+        decoders: Sequence[Decoder] = ()
         try:
             one_handler_each(subscriptions)
             for event in {event for subscription in subscriptions for event in subscription.events}:
                 codec_of(event)  # also of a class that could not be looked at yet when it was declared
             Upcasting(self._upcasts())
             one_rule_each(subscriptions)
+            decoders = [*self._decoders().values()]
         except (TypeError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
         _distinct_topics([definition_of(event) for each in subscriptions for event in each.events], self.settings)
+        _check_formats(decoders, self.settings)
         if self.settings.transport == "kafka":
             _kafka.check_connection(self.settings)
+
+    def _decoders(self) -> Mapping[str, Decoder]:
+        """Of the topics that others write, the decoder of each."""
+        return decoder_each(self._subscriptions(), self.settings)
 
     def describe(self) -> Mapping[str, Sequence[str]]:
         """The handlers with their groups, and the topics that they read."""
@@ -124,7 +135,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 definition = definition_of(event)
                 topics.add(self.settings.topic_of(definition))
                 what, once = f"{definition.type} {definition.version}", ", once" if subscription.inbox else ""
-                handlers.append(f"{subscription.name} handles {what} in group {subscription.group}{once}")
+                by = "" if definition.decoder is None else f", read by {definition.decoder}"
+                handlers.append(f"{subscription.name} handles {what} in group {subscription.group}{once}{by}")
         return {"handlers": handlers, "topics": sorted(topics)}
 
     async def inspect(self, app: App) -> Sequence[str]:
@@ -139,6 +151,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         if self.settings.transport == "kafka":
             topics = sorted(self.describe()["topics"])
             found += await app.get(_kafka.KafkaTransport).topics.wrong(topics)
+        if self.settings.registry_url is not None:
+            found += await app.get(SchemaRegistry).wrong()
         return found
 
     def _retention(self, app: App, database: Database) -> LogRetention:
@@ -191,7 +205,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         spans = _spans(settings)
         services: list[object] = []
         async with AsyncExitStack() as stack:
-            send, transport, letters = await _transport(app, settings, database, services, stack)
+            foreign = self._decoders()
+            send, transport, letters = await _transport(app, settings, database, services, stack, foreign=foreign)
+            schemas = _schemas(app, settings, services)
             if isinstance(transport, SqlTransport):
                 app.serve("log", self._retention(app, transport.database).run)
                 if not self.looking:
@@ -202,6 +218,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
             groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox=inbox, spans=spans)
+            _read_foreign(groups.values(), foreign, schemas)
             parking = _parking(database, groups, settings)
             if parking and not self.looking:
                 handled = [each.handled for each in parking.values()]
@@ -240,7 +257,13 @@ class EventsModule(Module[EventsSettings, EventRouter]):
 
 
 async def _transport(
-    app: App, settings: EventsSettings, database: Database | None, services: list[object], stack: AsyncExitStack
+    app: App,
+    settings: EventsSettings,
+    database: Database | None,
+    services: list[object],
+    stack: AsyncExitStack,
+    *,
+    foreign: Collection[str],
 ) -> tuple[Callable[..., Awaitable[None]], Transport, DeadLetterStore]:
     """Where publishing writes, where consumers read, where dead letters go."""
     if settings.transport == "memory":
@@ -257,7 +280,7 @@ async def _transport(
         )
         services.append(log)
         return log.send, log, _letters(app, settings, database, log.send)
-    kafka = _kafka.KafkaTransport(settings, app.clock)
+    kafka = _kafka.KafkaTransport(settings, app.clock, foreign)
     stack.push_async_callback(kafka.close)
     services.append(kafka)
     if not settings.writes_database:
@@ -316,6 +339,39 @@ def _distinct_topics(events: Iterable[EventDefinition], settings: EventsSettings
             raise ConfigurationError(msg)
 
 
+def _check_formats(decoders: Iterable[Decoder], settings: EventsSettings) -> None:
+    for decoder in decoders:
+        format_ = decoder.format if isinstance(decoder, Plain | Debezium) else "json"
+        check_format(format_)
+        if format_ != "json" and settings.registry_url is None:
+            msg = f"{decoder} asks a schema registry: set {settings.variable('registry_url')}=https://host:port"
+            raise ConfigurationError(msg)
+    if settings.registry_url is not None:
+        context_of(settings)
+
+
+def _schemas(app: App, settings: EventsSettings, services: list[object]) -> Schemas:
+    """What decoders look schemas up in."""
+    if settings.registry_url is None:
+        return NoSchemas()
+    registry = SchemaRegistry(settings, app.clock)
+    services.append(registry)
+    app.background("registry", registry.run)
+    return registry
+
+
+def _read_foreign(groups: Iterable[tuple[list[str], Routes]], foreign: Mapping[str, Decoder], schemas: Schemas) -> None:
+    """Have each group read the topics of others by their decoders."""
+    for _, routes in groups:
+        topics: dict[str, Foreign] = {}
+        for topic, decoder in foreign.items():
+            here = [route for route in routes.values() if topic in route.topics]
+            if here:  # one that parks decides what becomes of what cannot be read
+                topics[topic] = Foreign(decoder, max(here, key=lambda route: route.parks).type)
+        if topics:
+            routes.decoders = Decoders(topics, schemas)
+
+
 def _database_of(app: App) -> Database | None:
     try:
         return app.get(Database)
@@ -349,6 +405,7 @@ def _groups(
                 topics.append(topic)
             if type_ not in routes:
                 routes[type_] = Route(type_, subscription.group)
+            routes[type_].topics.add(topic)
             call, wants_metadata = _call(app, subscription, inbox)
             retry = settings.retry() if subscription.retry is None else subscription.retry
             routes[type_].reads(
@@ -370,7 +427,9 @@ def _parking(
         group: {kind for route in routes.values() for kind in route.kinds} for group, (_, routes) in groups.items()
     }
     return {
-        group: Parking(database, group, Handled(database, group, mine), settings.lease_seconds)
+        group: Parking(
+            database, group, Handled(database, group, mine), settings.lease_seconds, groups[group][1].decoders
+        )
         for group, mine in kinds.items()
     }
 

@@ -11,6 +11,7 @@ from uuid import UUID
 from mainstay.core import ConfigurationError
 from mainstay.database import Database
 from mainstay.events import tables
+from mainstay.events._decoding import OURS
 from mainstay.events._handled import GONE_SECONDS, Handled
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetterStore
@@ -117,7 +118,8 @@ class ParkedKeys:
                 headers = unpack_headers(row.headers)
                 record = LogRecord(row.topic, row.partition, row.offset, parked.key, row.value, headers)
                 why = SkippedError(f"skipped by a person; its last error was\n{parked.error}")
-                await self._dead_letters.add(parked.group, record, why, parked.attempt)
+                type_ = row.kind.rpartition(" ")[0] or OURS.type_of(record)
+                await self._dead_letters.add(parked.group, record, why, parked.attempt, type=type_)
                 await session.execute(tables.HANDLE_PARKED, {"done": row.position})
             await session.execute(tables.NEXT_OF_PARKED_KEY[dialect], place)
         return parked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
@@ -12,8 +12,10 @@ from mainstay.core import Binding, Retry
 from mainstay.events._routes import OnUnknown, Unknown
 from mainstay.events._upcasting import Payload, Upcast
 from mainstay.events.event import Event, definition_of
+from mainstay.events.foreign import Debezium, Decoder, Plain
 from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
+from mainstay.events.settings import EventsSettings
 
 __all__ = ["EventRouter"]
 
@@ -333,6 +335,32 @@ def one_rule_each(subscriptions: Sequence[Subscription]) -> None:
                 f"{other.name} and {subscription.name}: give both the same unknown_types and unknown_versions"
             )
             raise ValueError(msg)
+
+
+def decoder_each(subscriptions: Sequence[Subscription], settings: EventsSettings) -> Mapping[str, Decoder]:
+    """The decoder of each topic that others write.
+
+    Raises:
+        ValueError: two classes of a topic do not say the same about how it is read, or a class has a version that its
+            decoder does not find; the message names what to write.
+    """
+    firsts: dict[str, type[Event]] = {}
+    for event in {event: None for each in subscriptions for event in each.events}:
+        definition = definition_of(event)
+        topic = settings.topic_of(definition)
+        first = firsts.setdefault(topic, event)
+        if definition_of(first).decoder != definition.decoder:
+            msg = (
+                f"{first.__name__} and {event.__name__} share topic {topic} and do not say the same about how it is "
+                "read: give both the same decoder="
+            )
+            raise ValueError(msg)
+        if isinstance(definition.decoder, Plain | Debezium) and definition.version.major != 1:
+            name, version = event.__name__, definition.version
+            msg = f"{name} is version {version}, and {definition.decoder} finds 1.0: leave version= out"
+            raise ValueError(msg)
+    decoders = {topic: definition_of(event).decoder for topic, event in firsts.items()}
+    return {topic: decoder for topic, decoder in decoders.items() if decoder is not None}
 
 
 def _bound_method(kind: type[Any], name: str) -> Callable[..., Awaitable[None]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ImportString, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -100,6 +101,12 @@ class EventsSettings(Settings):
         kafka_options: options of the client, by Kafka's names: `batch.size`, `compression.type`,
             `connections.max.idle.ms`, `fetch.max.bytes`, `fetch.max.wait.ms`, `fetch.min.bytes`, `linger.ms`,
             `max.partition.fetch.bytes`, `metadata.max.age.ms`, `retry.backoff.ms`.
+        registry_url: of the schema registry that decoders of `avro` and `protobuf` ask, `https://host:port`.
+        registry_username, registry_password: the account that it is shown, by basic authentication.
+        registry_token: what it is shown instead, as a bearer's.
+        registry_ca_file: certificates of the authorities that may have signed its own, in PEM form. By default those
+            that the system trusts.
+        registry_seconds: how long its answer may take.
     """
 
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_EVENTS_")
@@ -138,6 +145,12 @@ class EventsSettings(Settings):
     kafka_token: ImportString[Callable[[], Awaitable[KafkaToken]]] | None = None
     kafka_instance_id: str | None = None
     kafka_options: dict[str, int | str] = Field(default_factory=dict[str, int | str])
+    registry_url: str | None = None
+    registry_username: str | None = None
+    registry_password: SecretStr | None = None
+    registry_token: SecretStr | None = None
+    registry_ca_file: str | None = None
+    registry_seconds: float = Field(default=5.0, gt=0, le=60)
 
     @field_validator("topics")
     @classmethod
@@ -163,6 +176,25 @@ class EventsSettings(Settings):
                 )
                 raise ValueError(msg)
         return ",".join(addresses)
+
+    @field_validator("registry_url")
+    @classmethod
+    def _is_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            well_formed = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+            well_formed = well_formed and parts.username is None and not parts.query and not parts.fragment
+        except ValueError:
+            well_formed = False
+        if not well_formed:
+            msg = (
+                "it is no address of a schema registry: write https://host:port, with a path if it has one. Its "
+                "account is registry_username and registry_password"
+            )
+            raise ValueError(msg)
+        return url
 
     @field_validator("kafka_instance_id")
     @classmethod
@@ -197,10 +229,9 @@ class EventsSettings(Settings):
                 msg = self._cannot_honour(field)
                 if msg is not None:
                     raise ValueError(msg)
-        if self.transport == "kafka":
-            missing = self._missing()
-            if missing is not None:
-                raise ValueError(missing)
+        missing = self._missing_of_registry() or (self._missing() if self.transport == "kafka" else None)
+        if missing is not None:
+            raise ValueError(missing)
         return self
 
     def _cannot_honour(self, field: str) -> str | None:
@@ -230,6 +261,19 @@ class EventsSettings(Settings):
             {"kafka_username", "kafka_password"} if self.kafka_mechanism == "OAUTHBEARER" else {"kafka_token"}
         ):
             return f"kafka_mechanism {self.kafka_mechanism!r} cannot honour {field}: leave it out"
+        return None
+
+    def _missing_of_registry(self) -> str | None:
+        """Which setting those of the schema registry need, or do not go with."""
+        mine = [field for field in sorted(self.model_fields_set) if field.startswith("registry_")]
+        if self.registry_url is None:
+            return next((f"{field} needs registry_url" for field in mine if getattr(self, field) is not None), None)
+        if (self.registry_username is None) != (self.registry_password is None):
+            return "registry_username and registry_password need each other"
+        if self.registry_username is not None and self.registry_token is not None:
+            return "registry_token and registry_username exclude each other: leave one of them out"
+        if self.registry_ca_file is not None and not self.registry_url.startswith("https:"):
+            return "registry_ca_file needs a registry_url that begins with https:"
         return None
 
     def _missing(self) -> str | None:

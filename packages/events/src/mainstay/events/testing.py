@@ -86,6 +86,17 @@ class Rehearsal:
         """Publish, as the service's own code would, and return the event's id."""
         return await self.app.get(EventPublisher).publish(event)
 
+    async def receive(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+    ) -> None:
+        """Put a record on a topic, as others would that know nothing of this package."""
+        await self.app.get(MemoryTransport).send([Outgoing(topic, key, value, headers)])
+
     async def dead_letters(self) -> Sequence[DeadLetter]:
         """What could not be handled."""
         return await self.app.get(DeadLetters).list()

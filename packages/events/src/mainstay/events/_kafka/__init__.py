@@ -5,7 +5,7 @@ There are two clients, `_aiokafka` and `_confluent`; each is an extra, and `seam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import Any
@@ -62,18 +62,19 @@ class KafkaTransport:
     Args:
         settings: where it is, by which client it is reached, and how topics are created.
         clock: stamps dead letters, and measures how old tokens are.
+        foreign: topics that others write, which this service does not create.
 
     Attributes:
         topics: what is known of its topics.
         producer: sends.
     """
 
-    def __init__(self, settings: EventsSettings, clock: Clock) -> None:
+    def __init__(self, settings: EventsSettings, clock: Clock, foreign: Collection[str] = ()) -> None:
         self._settings = settings
         self._clock = clock
         self._contact = Contact(settings, clock)
         self._client: Client = _parts(settings).Client(settings, self._contact)
-        self.topics = Topics(settings, self._client)
+        self.topics = Topics(settings, self._client, foreign)
         self.producer: Producer = self._client.producer(self.topics)
 
     async def close(self) -> None:

@@ -53,9 +53,9 @@ class KafkaDeadLetters:
         self._clock = clock
         self._topic = re.sub(r"[^A-Za-z0-9._-]", "-", settings.source) + ".dead-letters"
 
-    async def add(self, group: str, record: Record, error: Exception, attempts: int) -> None:
+    async def add(self, group: str, record: Record, error: Exception, attempts: int, *, type: str) -> None:
         """See `DeadLetterStore`."""
-        letter = DeadLetter.of(group, record, error, attempts, self._clock.now())
+        letter = DeadLetter.of(group, record, error, attempts, self._clock.now(), type=type)
         try:
             await self._write(letter.id, letter.value or b"", _headers_of(letter, whole=True))
         except TooLargeError:
@@ -165,6 +165,7 @@ def _headers_of(letter: DeadLetter, *, whole: bool) -> Headers:
         "error": letter.error,
         "attempts": letter.attempts,
         "time": letter.time.isoformat(),
+        "type": letter.type,
         "edited": letter.edited,
         "changed_by": letter.changed_by,
         "changed_at": letter.changed_at and letter.changed_at.isoformat(),
@@ -188,6 +189,7 @@ def _letter_of(id: UUID, headers: Headers, value: bytes) -> _Kept:
         error=facts["error"],
         attempts=facts["attempts"],
         time=datetime.fromisoformat(facts["time"]),
+        type=facts["type"],
         edited=facts["edited"],
         changed_by=facts["changed_by"],
         changed_at=datetime.fromisoformat(facts["changed_at"]) if facts["changed_at"] else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mainstay.core import spawn
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Admin, Client, NotAllowed
@@ -23,15 +23,17 @@ class Topics:
     Args:
         settings: where the cluster is, and how topics are created.
         client: asks it.
+        foreign: topics that others write, and make.
 
     Attributes:
         away: what `ensure` raises.
     """
 
-    def __init__(self, settings: EventsSettings, client: Client) -> None:
+    def __init__(self, settings: EventsSettings, client: Client, foreign: Collection[str] = ()) -> None:
         self.away: tuple[type[Exception], ...] = (MissingTopicError, NotAllowed, *client.away)
         self._settings = settings
         self._client = client
+        self._foreign = frozenset(foreign)
         self._known: set[str] = set()
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._places = asyncio.Semaphore(_AT_ONCE)
@@ -74,19 +76,24 @@ class Topics:
 
     async def _look_for(self, topic: str, compacted: bool) -> None:  # noqa: FBT001  what is asked for
         async with self._places, asyncio.timeout(REQUEST_SECONDS), self._client.admin() as admin:
-            if self._settings.kafka_create_topics:
+            if self._creates(topic):
                 try:
                     await self._create(admin, topic, compacted)
                 except NotAllowed:
                     if topic not in await admin.names():  # others may have made it
                         raise
             elif topic not in await admin.names():
-                msg = (
-                    f"topic {topic} does not exist: create it, or set "
-                    f"{self._settings.variable('kafka_create_topics')}=true"
-                )
+                msg = f"topic {topic} does not exist: {self._remedy(topic)}"
                 raise MissingTopicError(msg)
         self._known.add(topic)
+
+    def _creates(self, topic: str) -> bool:
+        return self._settings.kafka_create_topics and topic not in self._foreign
+
+    def _remedy(self, topic: str) -> str:
+        if topic in self._foreign:
+            return "others write it, so it is theirs to create"
+        return f"create it, or set {self._settings.variable('kafka_create_topics')}=true"
 
     async def _create(self, admin: Admin, topic: str, compacted: bool) -> None:  # noqa: FBT001  as above
         await admin.create(
@@ -108,9 +115,9 @@ class Topics:
         for name in topics:
             width = widths.get(name, 0)
             if not width:
-                if not settings.kafka_create_topics:
-                    found.append(f"topic {name} does not exist: create it, or set kafka_create_topics")
-            elif settings.kafka_create_topics and width < settings.partitions:
+                if not self._creates(name):
+                    found.append(f"topic {name} does not exist: {self._remedy(name)}")
+            elif self._creates(name) and width < settings.partitions:
                 found.append(
                     f"topic {name} has {width} partitions where the settings say {settings.partitions}: widen it, or "
                     f"set {settings.variable('partitions')}={width}"

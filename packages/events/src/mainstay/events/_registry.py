@@ -1,0 +1,313 @@
+"""The schema registry, by the interface that Confluent's has and others share: schemas by the id before each value.
+
+No call waits for it. An event whose schema is not known yet is tried again a moment later; meanwhile the schema is
+asked for here. So a registry that is away or hangs holds up the events whose schemas it has yet to tell, and nothing
+else. A schema never changes, and what is known stays known.
+
+A registry that says itself that it has no schema of an id may not have heard of it yet. That is believed after half a
+minute; before, and for every other answer or none, the events wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import urllib.request
+from base64 import b64encode
+from collections.abc import Mapping
+from http.client import HTTPException
+from importlib import import_module
+from itertools import islice
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, cast
+from urllib.error import HTTPError
+from urllib.parse import quote
+
+from mainstay.core import Clock, ConfigurationError, Drain, Health
+from mainstay.events._sparing import said
+from mainstay.events.errors import DecodeError, SchemaError
+from mainstay.events.foreign import Data
+from mainstay.events.settings import EventsSettings
+
+_log = logging.getLogger("mainstay.events")
+
+_PREFIX = 5
+_MOST = 1_000
+"""Schemas that are kept in memory; of as many it is remembered that they are of no use."""
+_LARGEST = 4 * 1024 * 1024
+_AT_ONCE = 4
+_AGAIN_SECONDS = 0.05
+_AWAY_SECONDS = 1.0
+_PATIENCE_SECONDS = 30.0
+"""For how long the answer that there is no such schema is not believed."""
+_REFUSED_SECONDS = 5.0
+"""How long a schema is not asked for again that is of no use."""
+_NO_SCHEMA = 40403
+_FORMATS: dict[str, tuple[str, str]] = {"avro": ("_avro", "fastavro"), "protobuf": ("_protobuf", "google")}
+"""The file that reads each format, and what it needs."""
+
+
+class Answer(NamedTuple):
+    """A schema, as the registry tells it.
+
+    Attributes:
+        text: the schema.
+        references: those that it names, by these names, each with its own.
+    """
+
+    text: str
+    references: Mapping[str, Answer]
+
+
+class Schema(Protocol):
+    """A schema that is known."""
+
+    def read(self, payload: bytes) -> Data:
+        """Read what was written by it.
+
+        Raises:
+            DecodeError: this was not.
+        """
+        ...
+
+
+class _Key(NamedTuple):
+    format: Literal["avro", "protobuf"]
+    id: int
+
+
+class _NotThereError(Exception):
+    pass
+
+
+class _UselessError(Exception):
+    pass
+
+
+def check_format(format: str) -> None:
+    """See that what reads a format is installed.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if format in _FORMATS:
+        file, needs = _FORMATS[format]
+        try:
+            import_module(f"mainstay.events.{file}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != needs:
+                raise
+            msg = f"a decoder of {format} needs an extra: pip install 'mainstay-events[{format}]'"
+            raise ConfigurationError(msg) from error
+
+
+def context_of(settings: EventsSettings) -> ssl.SSLContext:
+    """What a connection to the registry trusts.
+
+    Raises:
+        ConfigurationError: the file of certificates is missing, or is none.
+    """
+    try:
+        return ssl.create_default_context(cafile=settings.registry_ca_file)
+    except OSError as error:
+        msg = f"{settings.variable('registry_ca_file')}={settings.registry_ca_file}: {said(error)}"
+        raise ConfigurationError(msg) from error
+
+
+class SchemaRegistry:
+    """The schemas that values of others were written by.
+
+    Args:
+        settings: where it is, and how this service shows who it is.
+        clock: measures how long an answer counts.
+    """
+
+    def __init__(self, settings: EventsSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._url = (settings.registry_url or "").rstrip("/")
+        self._opener = urllib.request.OpenerDirector()  # without redirects: another server would be shown the account
+        for handler in (
+            urllib.request.HTTPHandler(),
+            urllib.request.HTTPSHandler(context=context_of(settings)),
+            urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.HTTPErrorProcessor(),
+        ):
+            self._opener.add_handler(handler)
+        self._known: dict[_Key, Schema] = {}
+        self._useless: dict[_Key, tuple[str, float]] = {}  # why, and until when that counts
+        self._missing: dict[_Key, float] = {}  # since when
+        self._wanted: dict[_Key, None] = {}
+        self._drain: Drain | None = None
+        self._trouble: str | None = None
+
+    def read(self, format: Literal["avro", "protobuf"], value: bytes) -> Data:
+        """See `Schemas`."""
+        if len(value) < _PREFIX or value[0] != 0:
+            msg = "the value has no id of a schema before it: it was not written through a schema registry"
+            raise DecodeError(msg)
+        key = _Key(format, int.from_bytes(value[1:_PREFIX], "big"))
+        schema = self._known.get(key)
+        if schema is None:
+            self._want(key)
+        return schema.read(value[_PREFIX:])
+
+    def _want(self, key: _Key) -> NoReturn:
+        """Have a schema asked for.
+
+        Raises:
+            SchemaError: it is not known yet.
+            DecodeError: it is of no use.
+        """
+        why, until = self._useless.get(key, ("", 0.0))
+        if why and self._clock.monotonic() < until:
+            raise DecodeError(why)
+        if len(self._wanted) < _MOST:
+            self._wanted[key] = None
+        if self._drain is not None:
+            self._drain.wake()
+        away = self._trouble is not None or key in self._missing
+        detail = self._trouble or f"the schema registry at {self._url} has yet to tell schema {key.id}"
+        raise SchemaError(detail, retry_after_seconds=_AWAY_SECONDS if away else _AGAIN_SECONDS)
+
+    async def run(self, drain: Drain) -> None:
+        """Worker: asks for what is wanted."""
+        self._drain = drain
+        while not drain.begun:
+            asked = list(islice(self._wanted, _AT_ONCE))
+            if asked:
+                await asyncio.gather(*map(self._ask, asked))
+                for key in asked:  # until now it was wanted, and so not asked for twice
+                    del self._wanted[key]
+            else:
+                await drain.pause(60.0, wakeable=True)
+
+    async def _ask(self, key: _Key) -> None:
+        try:
+            async with asyncio.timeout(self._settings.registry_seconds):
+                schema = await self._schema(key)
+        except _NotThereError:
+            self._trouble = None
+            since = self._missing.setdefault(key, self._clock.monotonic())
+            if self._clock.monotonic() - since >= _PATIENCE_SECONDS:
+                self._give_up(key, f"the schema registry at {self._url} has no schema {key.id}")
+        except _UselessError as error:
+            self._trouble = None
+            self._give_up(key, f"schema {key.id} of the registry at {self._url}: {error}")
+        except Exception as error:  # noqa: BLE001  whatever it answers, what waits for it goes on waiting
+            trouble = f"the schema registry at {self._url} does not answer as one: {said(error)}"
+            if self._trouble is None:
+                _log.warning("%s; events whose schema is not known wait for it", trouble)
+            self._trouble = trouble
+        else:
+            self._trouble = None
+            self._missing.pop(key, None)
+            self._useless.pop(key, None)
+            _bounded(self._known)[key] = schema
+
+    def _give_up(self, key: _Key, why: str) -> None:
+        self._missing.pop(key, None)
+        _bounded(self._useless)[key] = why, self._clock.monotonic() + _REFUSED_SECONDS
+
+    async def _schema(self, key: _Key) -> Schema:
+        """Look a schema up with all that it names.
+
+        Raises:
+            _NotThereError, _UselessError: it is not there, or cannot be used.
+            Exception: nothing is known.
+        """
+        form = "?format=serialized" if key.format == "protobuf" else ""
+        seen: dict[str, Answer] = {}
+
+        async def look(path: str) -> Answer:
+            if path not in seen:
+                told = await asyncio.to_thread(self._get, path + form)
+                kind = told.get("schemaType") or "AVRO"
+                if kind != key.format.upper():
+                    msg = f"it is {kind}, and the topic is said to hold {key.format}"
+                    raise _UselessError(msg)
+                if len(seen) > _MOST:
+                    msg = "it names too many others"
+                    raise _UselessError(msg)
+                references = cast("list[dict[str, Any]]", told.get("references") or [])
+                text = str(told["schema"])
+                seen[path] = Answer(text, {})  # for one that names itself
+                named = {str(each["name"]): await look(_path_of(each)) for each in references}
+                seen[path] = Answer(text, named)
+            return seen[path]
+
+        try:
+            answer = await look(f"/schemas/ids/{key.id}")
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = "an answer of another form than a registry's"
+            raise ValueError(msg) from error
+        try:
+            schema: Schema = import_module(f"mainstay.events.{_FORMATS[key.format][0]}").schema_of(answer)
+        except Exception as error:
+            msg = f"it cannot be used: {said(error)}"
+            raise _UselessError(msg) from error
+        return schema
+
+    def _get(self, path: str) -> dict[str, Any]:
+        settings = self._settings
+        request = urllib.request.Request(  # noqa: S310  the settings take http and https only
+            self._url + path, headers={"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
+        )
+        if settings.registry_token is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {settings.registry_token.get_secret_value()}")
+        elif settings.registry_password is not None:
+            account = f"{settings.registry_username}:{settings.registry_password.get_secret_value()}".encode()
+            request.add_unredirected_header("Authorization", f"Basic {b64encode(account).decode()}")
+        try:
+            with self._opener.open(request, timeout=settings.registry_seconds) as response:
+                body: bytes = response.read(_LARGEST + 1)
+        except HTTPError as error:
+            with error:
+                if _code_in(error.read(_LARGEST)) == _NO_SCHEMA:
+                    raise _NotThereError from None
+            raise
+        if len(body) > _LARGEST:
+            msg = "an answer of more than 4 MiB"
+            raise ValueError(msg)
+        told: object = json.loads(body)
+        if not isinstance(told, dict):
+            msg = "an answer of another form than a registry's"
+            raise ValueError(msg)  # noqa: TRY004  as all that is wrong with one
+        return cast("dict[str, Any]", told)
+
+    async def health(self) -> Health:
+        """Degraded while it does not answer."""
+        if self._trouble is not None:
+            return Health("degraded", self._trouble)
+        return Health("ok", f"{len(self._known)} schemas of the registry at {self._url} are known")
+
+    async def wrong(self) -> list[str]:
+        """What is wrong with the connection, a sentence each."""
+        try:
+            async with asyncio.timeout(self._settings.registry_seconds):
+                await asyncio.to_thread(self._get, "/config")
+        except (_NotThereError, ValueError):
+            return []
+        except (OSError, HTTPException, TimeoutError) as error:
+            return [f"the schema registry at {self._url} cannot be asked: {said(error)}"]
+        return []
+
+
+def _path_of(reference: Mapping[str, Any]) -> str:
+    return f"/subjects/{quote(str(reference['subject']), safe='')}/versions/{int(reference['version'])}"
+
+
+def _code_in(body: bytes) -> int | None:
+    try:
+        told: object = json.loads(body)
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", told).get("error_code") if isinstance(told, dict) else None
+
+
+def _bounded(kept: dict[_Key, Any]) -> dict[_Key, Any]:
+    """A place for one more: the oldest makes it."""
+    while len(kept) >= _MOST:
+        del kept[next(iter(kept))]
+    return kept

@@ -1,0 +1,260 @@
+"""Topics that others write: how a record that is no CloudEvent becomes an event.
+
+A decoder belongs to a topic, and the classes of the topic name it: `class StockCounted(Event, type="stock.counted",
+topic="warehouse.stock", key="item", decoder=Plain("stock.counted"))`. `Plain` and `Debezium` are here; anything else
+that has a method `decode` is one, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
+
+from mainstay.events._members import members
+from mainstay.events.errors import DecodeError
+
+__all__ = ["Data", "Debezium", "Decoded", "Decoder", "Format", "Plain", "Received", "Schemas"]
+
+Format = Literal["json", "avro", "protobuf"]
+
+_OPERATIONS = {"c": "changed", "u": "changed", "r": "changed", "d": "deleted", "t": "truncated"}
+_CONNECT = {"schema", "payload"}
+
+
+class Received(NamedTuple):
+    """A record, as it was read.
+
+    Attributes:
+        topic, partition, offset: where it was.
+        key, value: its bytes; None where it has none.
+        headers: the last of each name.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Mapping[str, bytes | None]
+
+
+class Data(NamedTuple):
+    """Bytes, as their format says what they mean.
+
+    Attributes:
+        name: of the schema that they were written by, such as `com.acme.OrderPlaced`; empty without one.
+        json: the same as JSON.
+    """
+
+    name: str
+    json: str
+
+
+class Schemas(Protocol):
+    """The schema registry, as a decoder sees it."""
+
+    def read(self, format: Literal["avro", "protobuf"], value: bytes) -> Data:
+        """Read bytes that a serializer of the registry wrote: a byte 0, four of the schema's id, and then the data.
+
+        Raises:
+            SchemaError: the schema is not known yet. The record is decoded again later, as often as that takes.
+            DecodeError: these are no such bytes.
+        """
+        ...
+
+
+class Decoded(NamedTuple):
+    """What a record says, as an event.
+
+    Attributes:
+        type: of the event; it is handled by the class that has it.
+        json: the event's fields, as JSON.
+        version: of the type.
+        key: what `Metadata.key` says. Default: the record's key as text. Order is always that of the record's key.
+        time: when it happened.
+        attributes: what else is known, by names of lowercase letters and digits; `op` is `ce_op` in `Metadata.headers`.
+    """
+
+    type: str
+    json: str
+    version: str = "1.0"
+    key: str | None = None
+    time: datetime | None = None
+    attributes: Mapping[str, str] = MappingProxyType({})
+
+
+class Decoder(Protocol):
+    """Makes events of the records of a topic. Equal decoders do the same: two classes of a topic have equal ones.
+
+    A decoder is used by all processes of a group side by side with those of the release before. It should find the same
+    type for a record whether or not there is a handler for it: then the event of a new type waits for the new release.
+    """
+
+    def decode(self, record: Received, schemas: Schemas) -> Decoded | None:
+        """What the record says; None where it says nothing, and is skipped and counted.
+
+        Raises:
+            DecodeError: it is not what it should be: a dead letter, byte for byte. Any other exception means the same.
+            SchemaError: what is needed to read it is away, and the record is not looked at before that is back.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Each value is an event, and nothing else.
+
+    A record without a value is an event of the type `<type>.deleted`: its fields are those of the key where that is an
+    object, else one field `key`. Where no type is named it is skipped.
+
+    Args:
+        type: of the events. `avro` and `protobuf` need none: it is the full name of the record's schema.
+        format: of the values: `json`, or `avro` and `protobuf` by a schema registry.
+
+    Raises:
+        ValueError: JSON does not say what type it is of.
+    """
+
+    type: str | None = None
+    format: Format = "json"
+
+    def __post_init__(self) -> None:
+        if self.format == "json" and self.type is None:
+            msg = 'Plain() needs a type: a value in JSON does not say what it is. Write Plain("stock.counted")'
+            raise ValueError(msg)
+
+    def decode(self, record: Received, schemas: Schemas) -> Decoded | None:
+        """See `Decoder`."""
+        key = _Key(record.key, self.format, schemas)
+        if record.value is not None:
+            data = _read(record.value, self.format, schemas)
+            return Decoded(self.type or data.name, data.json, key=key.text)
+        if self.type is None:
+            return None
+        fields = key.fields()
+        return Decoded(f"{self.type}.deleted", _object(fields or {"key": json.dumps(key.text)}), key=key.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Debezium:
+    """Each value is a change of a row, in the envelope of Debezium.
+
+    A row that is new, changed or part of a snapshot is an event of the type `<stem>.changed`, whose fields are the row
+    as it is now (`after`). One that is gone is `<stem>.deleted`: the row as it was (`before`), as far as the database
+    tells, and the columns of its key. A table that was emptied is `<stem>.truncated`, without fields. The record
+    without a value behind each deletion says nothing more and is skipped. In `Metadata.headers`, `ce_op` is Debezium's
+    `op`.
+
+    Args:
+        stem: how the types of the events begin.
+        format: of keys and values: `json` with schemas or without, or `avro` and `protobuf` by a schema registry.
+    """
+
+    stem: str
+    format: Format = "json"
+
+    def decode(self, record: Received, schemas: Schemas) -> Decoded | None:
+        """See `Decoder`."""
+        if record.value is None:
+            return None
+        change = members(_read(record.value, self.format, schemas).json)
+        op: Any = json.loads(change.get("op", "null"))
+        what = _OPERATIONS.get(op) if isinstance(op, str) else None
+        if what is None:
+            msg = (
+                "the value is no change event of Debezium: its op is none of c, u, r, d and t. Rows that were "
+                "unwrapped before they were written are read by Plain"
+            )
+            raise DecodeError(msg)
+        key = _Key(record.key, self.format, schemas)
+        row = "{}"
+        if what == "changed":
+            row = _object(_row(change, "after"))
+        elif what == "deleted":
+            row = _object(_row(change, "before", optional=True) | (key.fields() or {}))
+        return Decoded(f"{self.stem}.{what}", row, key=key.text, time=_time(change), attributes={"op": op})
+
+
+class _Key:
+    """The key of a record: text, or an object whose only member is the key, or several."""
+
+    def __init__(self, key: bytes | None, format: Format, schemas: Schemas) -> None:
+        self._columns: dict[str, str] | None = None
+        self.text: str | None = None
+        if key is None:
+            return
+        if format != "json" and key[:1] == b"\0":
+            self.text = schemas.read(format, key).json
+        else:  # others write keys as text beside values with a schema
+            self.text = key.decode(errors="replace")
+        try:
+            self._columns = members(_payload(self.text))
+        except DecodeError:
+            return
+        self.text = _text(*self._columns.values()) if len(self._columns) == 1 else _object(self._columns)
+
+    def fields(self) -> dict[str, str] | None:
+        """The members of the key, as JSON; None where it is a mere text.
+
+        Raises:
+            DecodeError: there is no key, or its text is none.
+        """
+        if self.text is None or "\ufffd" in self.text:
+            msg = "the record says by its key alone what it is about, and has none that could be read"
+            raise DecodeError(msg)
+        return self._columns
+
+
+def _text(value: str) -> str:
+    said: object = json.loads(value)
+    return said if isinstance(said, str) else value
+
+
+def _read(value: bytes, format: Format, schemas: Schemas) -> Data:
+    if format != "json":
+        return schemas.read(format, value)
+    try:
+        return Data("", _payload(value.decode()))
+    except UnicodeDecodeError:
+        msg = "the value is no JSON: it is not UTF-8"
+        raise DecodeError(msg) from None
+
+
+def _payload(text: str) -> str:
+    """What a text in JSON says; Kafka Connect may have put it beside its schema."""
+    if text.lstrip().startswith('{"schema"'):
+        both = members(text)
+        if both.keys() == _CONNECT and both["schema"][0] in "{n":
+            return both["payload"]
+    return text
+
+
+def _row(change: Mapping[str, str], name: str, *, optional: bool = False) -> dict[str, str]:
+    said = change.get(name, "null")
+    if optional and said == "null":
+        return {}
+    if not said.startswith("{"):
+        msg = f"the change event has no row {name}"
+        raise DecodeError(msg)
+    return members(said)
+
+
+def _time(change: Mapping[str, str]) -> datetime | None:
+    """When the row was changed; where the source does not say, when that was found."""
+    source = change.get("source", "null")
+    said = members(source) if source.startswith("{") else {}
+    for text in (said.get("ts_ms"), change.get("ts_ms")):
+        if text is not None and text.isdecimal() and text != "0":
+            try:
+                return datetime.fromtimestamp(int(text) / 1000, UTC)
+            except (ValueError, OverflowError, OSError):
+                return None
+    return None
+
+
+def _object(fields: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in fields.items()) + "}"
