@@ -2,13 +2,14 @@
 
 import asyncio
 import itertools
+import json
 import logging
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -420,58 +421,103 @@ async def hint_rows(server: Postgres, *, quick: bool) -> AsyncIterator[Row]:
     )
 
 
-async def recovery_rows(server: Postgres, *, quick: bool) -> AsyncIterator[Row]:
-    """One of three consumers is killed under load, again and again: until all that was its is handled by others."""
-    kills = 2 if quick else 20
-    keys = [f"k{number}" for number in range(48)]
-    by_pid = sa.select(HANDLED.c.key, HANDLED.c.pid).where(HANDLED.c.id > sa.bindparam("after", type_=sa.Integer))
-    newest = sa.select(sa.func.coalesce(sa.func.max(HANDLED.c.id), 0))
-    with fresh_database(server.url) as url, ExitStack() as stack:
-        await upgrade(url, [SCHEMA, EVENTS])
-        children: list[subprocess.Popen[bytes]] = []
+class Fleet:
+    """Three consumers in processes of their own, one of which is killed under load, again and again.
 
-        def begin() -> None:
-            child = subprocess.Popen([sys.executable, "-m", "benchmarks.events.consumer", url])
-            stack.callback(child.kill)
-            children.append(child)
+    Args:
+        options: of `consumer.service`, which each process is given.
+    """
 
-        async with beats(url) as app, app.get(Database).transaction() as session:
+    def __init__(self, options: Mapping[str, Any], stack: ExitStack) -> None:
+        self._options = options
+        self._stack = stack
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._keys = [f"k{number}" for number in range(48)]
+
+    def begin(self) -> None:
+        child = subprocess.Popen([sys.executable, "-m", "benchmarks.events.consumer", json.dumps(self._options)])
+        self._stack.callback(child.kill)
+        self._children.append(child)
+
+    async def recoveries(self, kills: int) -> list[float]:
+        """The seconds from each kill until all keys of the killed process were handled by another, shortest first."""
+        async with beats(**self._options) as app, app.get(Database).transaction() as session:
             await (await session.connection()).run_sync(HANDLED.metadata.create_all)
-        async with beats(url) as app:
-            database, publisher = app.get(Database), app.get(EventPublisher)
-
-            async def owners() -> dict[str, int]:
-                """Who handles each key now."""
-                after = (await database.read(newest))[0][0]
-                found: dict[str, int] = {}
-                while len(found) < len(keys):
-                    await publisher.publish_batch([Beat(name=key) for key in keys])
-                    await asyncio.sleep(0.05)
-                    found |= {row.key: row.pid for row in await database.read(by_pid, {"after": after})}
-                return found
-
+        seconds: list[float] = []
+        async with beats(**self._options) as app:
             for _ in range(3):
-                begin()
-            seconds: list[float] = []
+                self.begin()
             for _ in range(kills):
-                while len(set((held := await owners()).values())) < len(children):
-                    pass
-                victim = children.pop(0)
-                lost = {key for key, pid in held.items() if pid == victim.pid}
-                victim.kill()
-                killed = time.perf_counter()
-                victim.wait()
-                after = (await database.read(newest))[0][0]
-                while lost:
-                    await publisher.publish_batch([Beat(name=key) for key in keys])
-                    await asyncio.sleep(0.05)
-                    lost -= {row.key for row in await database.read(by_pid, {"after": after}) if row.pid != victim.pid}
-                seconds.append(time.perf_counter() - killed)
-                begin()
-    seconds.sort()
-    name = "recovery on the log in PostgreSQL after a kill of one of three consumers with leases of 4 s"
-    for which, value in (("p50", seconds[kills // 2]), ("longest", seconds[-1])):
-        yield row(f"{name}, {which}", "s", value, low=seconds[0], high=seconds[-1], rounds=kills)
+                seconds.append(await self._recovery(app.get(Database), app.get(EventPublisher)))
+                self.begin()
+        return sorted(seconds)
+
+    async def _recovery(self, database: Database, publisher: EventPublisher) -> float:
+        held: dict[str, int] = {}
+        while len(set(held.values())) < len(self._children):
+            after, held = await self._newest(database), {}
+            while len(held) < len(self._keys):
+                held |= await self._handled(database, publisher, after)
+        victim = self._children.pop(0)
+        lost = {key for key, pid in held.items() if pid == victim.pid}
+        victim.kill()
+        killed = time.perf_counter()
+        victim.wait()
+        after = await self._newest(database)
+        while lost:
+            now = await self._handled(database, publisher, after)
+            lost -= {key for key, pid in now.items() if pid != victim.pid}
+        return time.perf_counter() - killed
+
+    async def _newest(self, database: Database) -> int:
+        newest: int = (await database.read(sa.select(sa.func.coalesce(sa.func.max(HANDLED.c.id), 0))))[0][0]
+        return newest
+
+    async def _handled(self, database: Database, publisher: EventPublisher, after: int) -> dict[str, int]:
+        """Publish for each key, and say which process handled each that was handled since."""
+        await publisher.publish_batch([Beat(name=key) for key in self._keys])
+        await asyncio.sleep(0.05)
+        by_pid = sa.select(HANDLED.c.key, HANDLED.c.pid).where(HANDLED.c.id > after).order_by(HANDLED.c.id)
+        return {row.key: row.pid for row in await database.read(by_pid)}
+
+
+async def recovery_rows(server: Postgres, servers: str, *, quick: bool) -> AsyncIterator[Row]:
+    """How long what a killed process had is handled by nobody.
+
+    On Kafka it is for as long as the session that the group's members have at the broker. Its shortest one, by the
+    brokers' own defaults (`group.min.session.timeout.ms`), is 6 s, which is the default of `lease_seconds`.
+    """
+    leases = "after a kill of one of three consumers with leases of"
+    name = f"recovery on the log in PostgreSQL {leases} 4 s"
+    subjects: list[tuple[str, int, dict[str, Any]]] = [(name, 20, {"transport": "sql", "lease_seconds": 4.0})]
+    for client, by in CLIENTS.items():
+        topics = {"bench.beat": f"bench-{uuid.uuid4().hex[:8]}-beats"}
+        options = _options(servers, client) | {"lease_seconds": 6.0, "topics": topics}
+        subjects.append((f"recovery on Kafka{by} {leases} 6 s", 50, options))
+    for name, many, options in subjects:
+        kills = 2 if quick else many
+        with fresh_database(server.url) as url, ExitStack() as stack:
+            await upgrade(url, [SCHEMA, EVENTS])
+            seconds = await Fleet({"url": url, **options}, stack).recoveries(kills)
+        for which, value in (("p50", seconds[kills // 2]), ("longest", seconds[-1])):
+            yield row(f"{name}, {which}", "s", value, low=seconds[0], high=seconds[-1], rounds=kills)
+
+
+async def memory_rows(servers: str, folder: Path, *, quick: bool) -> AsyncIterator[Row]:
+    """How much larger a service becomes between 100,000 events and 1,000,000, which it publishes and handles itself."""
+    first, last = (10_000, 50_000) if quick else (100_000, 1_000_000)
+    log = f"sqlite+aiosqlite:///{folder / 'flat.db'}"
+    subjects: list[tuple[str, str | None, dict[str, Any]]] = [("the log in SQLite", log, {"transport": "sql"})]
+    for client, by in CLIENTS.items():
+        topics = {"bench.paid": f"bench-{uuid.uuid4().hex[:8]}-flat"}
+        subjects.append((f"Kafka{by}", None, _options(servers, client) | {"topics": topics}))
+    for name, url, settings in subjects:
+        command = [sys.executable, "-m", "benchmarks.events.flat", json.dumps([first, last, url, settings])]
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        told, _ = await process.communicate()
+        assert process.returncode == 0, name
+        early, late = map(float, told.split())
+        yield row(f"memory of {name}: growth from {first:,} events to {last:,}", "MiB", late - early)
 
 
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
@@ -493,7 +539,9 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             yield found
         async for found in hint_rows(server, quick=quick):
             yield found
-        async for found in recovery_rows(server, quick=quick):
+        async for found in recovery_rows(server, kafka.address, quick=quick):
+            yield found
+        async for found in memory_rows(kafka.address, folder, quick=quick):
             yield found
 
 

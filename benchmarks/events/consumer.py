@@ -1,6 +1,7 @@
 """A consumer of its own process, to be killed: notes who handled what, in the table that the benchmark reads."""
 
 import asyncio
+import json
 import os
 import sys
 from typing import Any
@@ -20,23 +21,22 @@ HANDLED = sa.Table(
     sa.Column("pid", sa.Integer),
 )
 NOTE = sa.insert(HANDLED)
-LEASE_SECONDS = 4.0
 
 
 class Beat(Event, type="bench.beat", key="name"):
     name: str
 
 
-def service(url: str, *routers: EventRouter) -> App:
+def service(*routers: EventRouter, url: str, **settings: Any) -> App:
     modules: list[Any] = [
         DatabaseModule.for_root(DatabaseSettings(url=SecretStr(url))),
-        EventsModule.for_root(EventsSettings(partitions=12, lease_seconds=LEASE_SECONDS)),
+        EventsModule.for_root(EventsSettings(partitions=12, **settings)),
         EventsModule.for_feature(*routers),
     ]
     return App(*modules)
 
 
-async def main(url: str) -> None:
+async def main(options: dict[str, Any]) -> None:
     router = EventRouter()
     holder: list[App] = []
 
@@ -44,11 +44,11 @@ async def main(url: str) -> None:
     async def handle(event: Beat) -> None:
         await holder[0].get(Database).write(NOTE, {"key": event.name, "pid": os.getpid()})
 
-    app = service(url, router)
+    app = service(router, **options)
     holder.append(app)
     async with app.running(serve=True):
         await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(json.loads(sys.argv[1])))
