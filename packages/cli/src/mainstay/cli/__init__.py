@@ -6,11 +6,12 @@ A package brings its commands as a `typer.Typer` through the entry point group `
 
 from mainstay.cli.main import main
 from mainstay.cli.target import named_app, needed_app, object_at, settings_of
-from mainstay.cli.terminal import as_json, document, say, shown, table
+from mainstay.cli.terminal import as_json, document, json_line, say, shown, table
 
 __all__ = [
     "as_json",
     "document",
+    "json_line",
     "main",
     "named_app",
     "needed_app",

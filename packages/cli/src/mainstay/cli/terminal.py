@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["as_json", "aside", "complain", "document", "say", "shown", "table"]
+__all__ = ["as_json", "aside", "complain", "document", "json_line", "say", "shown", "table"]
 
 JSON: ContextVar[bool] = ContextVar("mainstay_cli_json", default=False)
 
@@ -49,6 +49,11 @@ def document(value: object) -> None:
     What JSON does not know is printed as text, an infinite number too.
     """
     print(json.dumps(_plain(value), indent=2, ensure_ascii=True, allow_nan=False, default=str))
+
+
+def json_line(value: object) -> None:
+    """Print a JSON document on one line, as one of many, and what JSON does not know as `document` does."""
+    print(json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, default=str))
 
 
 def _plain(value: object) -> object:

@@ -13,7 +13,7 @@ from mainstay.database.errors import (
     WrongEventLoop,
 )
 from mainstay.database.fence import Fence, FenceOn
-from mainstay.database.lease import Lease
+from mainstay.database.lease import Lease, lease_holders
 from mainstay.database.module import DatabaseModule
 from mainstay.database.portable import UtcDateTime, upsert
 from mainstay.database.schema import Schema, upgrade
@@ -37,6 +37,7 @@ __all__ = [
     "UtcDateTime",
     "WrongEventLoop",
     "database_now",
+    "lease_holders",
     "upgrade",
     "upsert",
 ]

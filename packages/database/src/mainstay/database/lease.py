@@ -34,10 +34,11 @@ from mainstay.database import _metrics
 from mainstay.database._engine import Address, Bounds, postgres_connection, sqlite_connection
 from mainstay.database._recorder import begin_immediate
 from mainstay.database._translation import connection_is_gone, only_reads
+from mainstay.database.clock import database_now
 from mainstay.database.errors import DatabaseBusy, DatabaseUnavailable
 from mainstay.database.fence import Fence, FenceOn
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "lease_holders"]
 
 T = TypeVar("T")
 
@@ -66,6 +67,16 @@ _CLOSE_SECONDS = 2.0  # how long giving leases back may hold up the end of the p
 # shorter, and is NULL before SQLite 3.42. On PostgreSQL not `now()`: that is when the transaction began.
 _SQLITE_NOW = "coalesce(:now, (julianday('now') - 2440587.5) * 86400.0)"
 _POSTGRES_NOW = "coalesce($1::float8, extract(epoch from clock_timestamp())::float8)"
+
+
+def lease_holders(prefix: str) -> sa.Executable:
+    """The statement that reads who holds which leases at this moment: columns `name` and `holder`, for people.
+
+    Args:
+        prefix: what their names begin with.
+    """
+    begins = sa.func.substr(leases.c.name, 1, len(prefix)) == prefix
+    return sa.select(leases.c.name, leases.c.holder).where(begins, leases.c.expires_at > database_now())
 
 
 class Lease:

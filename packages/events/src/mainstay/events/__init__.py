@@ -10,8 +10,10 @@ from mainstay.events.errors import (
     RedriveError,
     RefusedError,
     SchemaError,
+    TransportError,
 )
 from mainstay.events.event import Event, Version
+from mainstay.events.log import EventLog, GroupMember, GroupState, LoggedEvent, PartitionLag, PartitionState, TopicState
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.parked import ParkedKey, ParkedKeys
@@ -26,22 +28,30 @@ __all__ = [
     "DecodeError",
     "Event",
     "EventConsumers",
+    "EventLog",
     "EventPublisher",
     "EventRouter",
     "EventsError",
     "EventsModule",
     "EventsSettings",
     "ForgetError",
+    "GroupMember",
+    "GroupState",
     "KafkaToken",
+    "LoggedEvent",
     "Metadata",
     "NotParkedError",
     "ParkedKey",
     "ParkedKeys",
+    "PartitionLag",
+    "PartitionState",
     "PublishError",
     "RedriveError",
     "RefusedError",
     "RefusedEvent",
     "RefusedEvents",
     "SchemaError",
+    "TopicState",
+    "TransportError",
     "Version",
 ]

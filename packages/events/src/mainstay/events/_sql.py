@@ -18,6 +18,8 @@ commit is fenced by the lease.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -37,7 +39,7 @@ from mainstay.events.tables import LOG, pack_headers, unpack_headers
 
 _log = logging.getLogger("mainstay.events")
 
-_BACKLOG = 1000
+BACKLOG = 1000
 """From so many new rows on, the beginning of a window is looked for in another way."""
 _CHANNEL = "mainstay_events"
 _POLL_SECONDS = 0.2
@@ -186,7 +188,7 @@ class SqlSource:
         self._partitions = partitions
         self._lease_seconds = lease_seconds
         self._clock = clock
-        self._member = str(uuid7())
+        self._member = f"{uuid7()} {socket.gethostname()}:{os.getpid()}"  # the oldest first, and who it is for people
         self._leases: dict[tuple[str, int], Lease] = {}
         self._slots: dict[Assignment, _Slot] = {}
         self._announced_until = 0.0
@@ -233,8 +235,8 @@ class SqlSource:
         low = min((slot.low for slot in slots), key=_age)
         row = (await self._database.read(self._window_statement, _seen("low", low)))[0]
         high, start = Snapshot.parse(row.high), row.start
-        if row.found >= _BACKLOG:
-            backlog = (await self._database.read(_START_OF_BACKLOG, {"low": low.end}))[0].start
+        if row.found >= BACKLOG:
+            backlog = (await self._database.read(START_OF_BACKLOG, {"low": low.end}))[0].start
             start = start if backlog is None else min(start, backlog)
         for slot in slots:
             if start is None:  # nothing for anybody up to there
@@ -454,7 +456,7 @@ def _on_postgresql() -> tuple[sa.Executable, sa.Executable]:
     """
     begun = LOG.c.xid == sa.any_(sa.bindparam("low_running", type_=ARRAY(sa.BigInteger)))
     ended = LOG.c.xid != sa.all_(sa.bindparam("high_running", type_=ARRAY(sa.BigInteger)))
-    later = sa.select(LOG.c.position).where(LOG.c.xid >= _LOW).order_by(LOG.c.xid).limit(_BACKLOG).subquery()
+    later = sa.select(LOG.c.position).where(LOG.c.xid >= _LOW).order_by(LOG.c.xid).limit(BACKLOG).subquery()
     fresh = sa.union_all(sa.select(later.c.position), sa.select(LOG.c.position).where(begun)).subquery()
     now = sa.literal_column("pg_current_snapshot()::text", sa.Text)
     window = sa.select(
@@ -464,5 +466,7 @@ def _on_postgresql() -> tuple[sa.Executable, sa.Executable]:
 
 
 _STATEMENTS = {"postgresql": _on_postgresql(), "sqlite": _on_sqlite()}
+WINDOW = {dialect: window for dialect, (window, _) in _STATEMENTS.items()}
+"""The statement that opens a window after a snapshot: what is seen now, and where it begins."""
 # Where there is a backlog every plan finds its beginning quickly; what was committed since can only make it lower.
-_START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)
+START_OF_BACKLOG = sa.select(sa.func.min(LOG.c.position).label("start")).where(LOG.c.xid >= _LOW)

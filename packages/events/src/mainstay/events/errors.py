@@ -1,6 +1,7 @@
 """What can go wrong with events.
 
 EventsError             SYS_EVENTS          base
+├── TransportError      EXT_EVENTS_TRANSPORT the cluster cannot be asked, or does not answer
 ├── PublishError        EXT_EVENTS_PUBLISH  the transport did not confirm an event: it may or may not have arrived
 ├── DecodeError         VAL_EVENTS_DECODE   bytes that are no event of ours: dead-lettered without another attempt
 ├── SchemaError         EXT_EVENTS_SCHEMA   a schema is not known yet: the record waits for the registry
@@ -16,13 +17,30 @@ from __future__ import annotations
 
 from mainstay.core import MainstayError
 
-__all__ = ["DecodeError", "ForgetError", "PublishError", "RedriveError", "RefusedError", "SchemaError"]
+__all__ = [
+    "DecodeError",
+    "ForgetError",
+    "PublishError",
+    "RedriveError",
+    "RefusedError",
+    "SchemaError",
+    "TransportError",
+]
 
 
 class EventsError(MainstayError):
     """Base of the errors of events."""
 
     code = "SYS_EVENTS"
+
+
+class TransportError(EventsError):
+    """The cluster cannot be asked or does not answer; the message names it and says why."""
+
+    code = "EXT_EVENTS_TRANSPORT"
+    retryable = True
+    no_effect = True
+    public_message = "The events cannot be reached."
 
 
 class PublishError(EventsError):

@@ -19,6 +19,7 @@ from mainstay.events._decoding import Decoders, Foreign, NoSchemas
 from mainstay.events._handled import Handled
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._letters import SqlDeadLetters
+from mainstay.events._log import Log
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
@@ -27,11 +28,13 @@ from mainstay.events._relay import OutboxRelay
 from mainstay.events._retention import LogRetention
 from mainstay.events._routes import Route, Routes
 from mainstay.events._sql import SqlTransport
+from mainstay.events._sql_log import SqlLog
 from mainstay.events._transport import Transport
 from mainstay.events._upcasting import Upcast, Upcasting
 from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import EventDefinition, definition_of
 from mainstay.events.foreign import Debezium, Decoder, Plain, Schemas
+from mainstay.events.log import EventLog
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
@@ -251,6 +254,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             parked = ParkedKeys(database or _database_of(app), letters)
+            if isinstance(transport, SqlTransport | _kafka.KafkaTransport):
+                services.append(EventLog(_log_of(transport, settings), database or _database_of(app), _mine(groups)))
             by_type = {group: routes for group, (_, routes) in groups.items()}
             dead = DeadLetters(letters, by_type, database or _database_of(app))
             yield [publisher, dead, parked, EventConsumers(consumers), *services]
@@ -322,9 +327,9 @@ def _transport_classes(settings: EventsSettings) -> Sequence[type]:
     if settings.transport == "memory":
         return (MemoryTransport,)
     if settings.transport == "sql":
-        return (SqlTransport,)
+        return (SqlTransport, EventLog)
     relayed = (OutboxRelay, RefusedEvents) if settings.writes_database else ()
-    return (_kafka.KafkaTransport, *relayed)
+    return (_kafka.KafkaTransport, EventLog, *relayed)
 
 
 def _distinct_topics(events: Iterable[EventDefinition], settings: EventsSettings) -> None:
@@ -370,6 +375,20 @@ def _read_foreign(groups: Iterable[tuple[list[str], Routes]], foreign: Mapping[s
                 topics[topic] = Foreign(decoder, max(here, key=lambda route: route.parks).type)
         if topics:
             routes.decoders = Decoders(topics, schemas)
+
+
+def _log_of(transport: SqlTransport | _kafka.KafkaTransport, settings: EventsSettings) -> Log:
+    if isinstance(transport, SqlTransport):
+        return SqlLog(transport.database, partitions=settings.partitions, log_days=settings.log_days)
+    return transport.log
+
+
+def _mine(groups: Mapping[str, tuple[list[str], Routes]]) -> Mapping[str, tuple[list[str], set[str]]]:
+    """For each group, its topics and the kinds of events that it handles."""
+    return {
+        group: (topics, {kind for route in routes.values() for kind in route.kinds})
+        for group, (topics, routes) in groups.items()
+    }
 
 
 def _database_of(app: App) -> Database | None:

@@ -662,6 +662,13 @@ READ_HANDLED = _each(
         HANDLED.c.group_name == sa.bindparam("of_group"), HANDLED.c.seen_at > now - _KEPT_SECONDS
     )
 )
+ALL_HANDLED = _each(
+    lambda _, now: sa.select(HANDLED.c.group_name, HANDLED.c.kind).where(HANDLED.c.seen_at > now - _KEPT_SECONDS)
+)
+COUNT_PARKED = sa.select(PARKED_KEYS.c.group_name, sa.func.count().label("keys")).group_by(PARKED_KEYS.c.group_name)
+COUNT_CRASHES = sa.select(HOLDERS.c.group_name, sa.func.max(HOLDERS.c.crashes).label("crashes")).group_by(
+    HOLDERS.c.group_name
+)
 FORGET_HANDLED = _each(
     lambda _, now: sa.delete(HANDLED).where(
         HANDLED.c.group_name == sa.bindparam("of_group"),

@@ -11,6 +11,7 @@ from typing import ClassVar
 from aiokafka.errors import KafkaError
 
 from mainstay.events._aiokafka.admin import AiokafkaAdmin, asking
+from mainstay.events._aiokafka.browser import AiokafkaBrowser
 from mainstay.events._aiokafka.producer import KafkaProducer
 from mainstay.events._aiokafka.source import KafkaSource, reading
 from mainstay.events._aiokafka.stored import stored
@@ -51,6 +52,16 @@ class Client:
     ) -> AbstractAsyncContextManager[KafkaSource]:
         """See `Client`."""
         return reading(self._settings, topics, self._contact, group=group, names=names, reader=reader)
+
+    async def browser(self) -> AiokafkaBrowser:
+        """See `Client`."""
+        browser = AiokafkaBrowser(self._contact)
+        try:
+            await browser.start()
+        except BaseException:
+            await browser.close()
+            raise
+        return browser
 
     def stored(self, topic: str, partition: int, *, offset: int | None = None) -> AsyncGenerator[Record]:
         """See `Client`."""

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import ClassVar
 
 from mainstay.events._confluent.admin import ConfluentAdmin
+from mainstay.events._confluent.browser import ConfluentBrowser
 from mainstay.events._confluent.client import KafkaFault, check_connection
 from mainstay.events._confluent.producer import ConfluentProducer
 from mainstay.events._confluent.source import ConfluentSource, reading
@@ -52,6 +53,10 @@ class Client:
     ) -> AbstractAsyncContextManager[ConfluentSource]:
         """See `Client`."""
         return reading(topics, self._admin, self._contact, group=group, names=names, reader=reader)
+
+    async def browser(self) -> ConfluentBrowser:
+        """See `Client`; it connects with its first reading."""
+        return ConfluentBrowser(self._contact, self._admin)
 
     def stored(self, topic: str, partition: int, *, offset: int | None = None) -> AsyncGenerator[Record]:
         """See `Client`."""

@@ -5,16 +5,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]  # its stubs leave these out
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec  # type: ignore[attr-defined]  # its stubs leave these out
 
 from mainstay.events._confluent.client import KafkaFault, Reasons, connection, fault_of, made
 from mainstay.events._confluent.threads import answer, aside
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact, NotAllowed
+from mainstay.events._log import Member, Partition
 from mainstay.events._sparing import said
 
 _NOT_ALLOWED = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
@@ -93,6 +101,66 @@ class ConfluentAdmin:
                 raise NotAllowed(said(failure)) from error
             if failure.code != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise failure from error
+
+    async def config(self, topic: str) -> Mapping[str, str]:
+        """See `Admin`."""
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+        (asked,) = (await self._connected()).describe_configs([resource], request_timeout=REQUEST_SECONDS).values()
+        try:
+            found: Any = await answer(asked)
+        except KafkaException as error:
+            if error.args[0].code() in _NOT_ALLOWED:
+                return {}
+            raise fault_of(error, f"topic {topic}") from error
+        return {name: entry.value for name, entry in found.items()}
+
+    async def groups(self) -> set[str]:
+        """See `Admin`."""
+        asked = (await self._connected()).list_consumer_groups(request_timeout=REQUEST_SECONDS)
+        found: Any = await self._ask(asked)
+        return {each.group_id for each in found.valid}
+
+    async def members(self, group: str) -> tuple[str, Sequence[Member]]:
+        """See `Admin`."""
+        (asked,) = (await self._connected()).describe_consumer_groups([group], request_timeout=REQUEST_SECONDS).values()
+        found: Any = await self._ask(asked, f"group {group}")
+        return found.state.name, [
+            Member(
+                each.member_id,
+                each.host.removeprefix("/"),
+                None,
+                frozenset((place.topic, place.partition) for place in each.assignment.topic_partitions),
+            )
+            for each in found.members
+        ]
+
+    async def committed(self, group: str) -> Mapping[Partition, int]:
+        """See `Admin`."""
+        wanted = [ConsumerGroupTopicPartitions(group)]
+        (asked,) = (
+            (await self._connected()).list_consumer_group_offsets(wanted, request_timeout=REQUEST_SECONDS).values()
+        )
+        found: Any = await self._ask(asked, f"group {group}")
+        return {(place.topic, place.partition): place.offset for place in found.topic_partitions if place.offset >= 0}
+
+    async def offsets(
+        self, partitions: Collection[Partition], at: Literal["first", "end"] | float
+    ) -> Mapping[Partition, int]:
+        """An offset of each partition: the first, the end, or that of a time, which is -1 where nothing came later."""
+        spec: Any = OffsetSpec
+        sought = (
+            spec.earliest() if at == "first" else spec.latest() if at == "end" else spec.for_timestamp(int(at * 1000))
+        )
+        asked = (await self._connected()).list_offsets(
+            {TopicPartition(*each): sought for each in partitions},
+            isolation_level=IsolationLevel.READ_COMMITTED,
+            request_timeout=REQUEST_SECONDS,
+        )
+        found: dict[Partition, int] = {}
+        for place, future in asked.items():
+            told: Any = await self._ask(future, f"{place.topic}/{place.partition}")
+            found[place.topic, place.partition] = told.offset
+        return found
 
     async def ask(self, seconds: float) -> list[int]:
         """The numbers of the brokers that are there; asked for to see whether the cluster answers."""

@@ -13,6 +13,7 @@ from typing import Any
 from mainstay.core import Clock, ConfigurationError, Health
 from mainstay.events._kafka.direct import Direct, check_size
 from mainstay.events._kafka.letters import KafkaDeadLetters
+from mainstay.events._kafka.log import KafkaLog
 from mainstay.events._kafka.seam import Client, Contact, Producer
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Carrier
@@ -67,6 +68,7 @@ class KafkaTransport:
     Attributes:
         topics: what is known of its topics.
         producer: sends.
+        log: what is there, read without a group.
     """
 
     def __init__(self, settings: EventsSettings, clock: Clock, foreign: Collection[str] = ()) -> None:
@@ -76,9 +78,11 @@ class KafkaTransport:
         self._client: Client = _parts(settings).Client(settings, self._contact)
         self.topics = Topics(settings, self._client, foreign)
         self.producer: Producer = self._client.producer(self.topics)
+        self.log = KafkaLog(self._client, self._contact)
 
     async def close(self) -> None:
         """Disconnect, within seconds also from a broker that is away."""
+        await self.log.close()
         await self.topics.close()
         await self.producer.close()
         await self._client.close()

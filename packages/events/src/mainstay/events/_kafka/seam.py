@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mainstay.core import Clock, ConfigurationError
 from mainstay.events._kafka.tokens import Tokens
+from mainstay.events._log import Member, Partition, Stored
 from mainstay.events._relay import Carrier
 from mainstay.events._sparing import Sparing, said
 from mainstay.events._transport import Reader, Source
@@ -107,6 +108,52 @@ class Admin(Protocol):
         """
         ...
 
+    async def config(self, topic: str) -> Mapping[str, str]:
+        """The configuration of a topic; nothing where this service may not see it."""
+        ...
+
+    async def groups(self) -> set[str]:
+        """The groups that there are."""
+        ...
+
+    async def members(self, group: str) -> tuple[str, Sequence[Member]]:
+        """The state of a group in the words of Kafka, and who takes part."""
+        ...
+
+    async def committed(self, group: str) -> Mapping[Partition, int]:
+        """Where a group goes on."""
+        ...
+
+
+class Browser(Protocol):
+    """A connection that reads without a group; whoever has it uses it alone."""
+
+    async def spans(self, partitions: Collection[Partition]) -> Mapping[Partition, tuple[int, int]]:
+        """The offset of the oldest record, and the one behind the newest that is committed."""
+        ...
+
+    async def at(self, partitions: Collection[Partition], time: float) -> Mapping[Partition, int]:
+        """The offset of the first record of that time or later; the end where there is none."""
+        ...
+
+    async def read(
+        self, starts: Mapping[Partition, int], ends: Mapping[Partition, int]
+    ) -> tuple[Sequence[Stored], Mapping[Partition, int]]:
+        """Some records from these offsets on, and the offsets behind them; none only where nothing is below the ends.
+
+        Args:
+            starts: of each partition, below its end.
+            ends: up to where there is something to wait for.
+
+        Raises:
+            TimeoutError: nothing came for a while.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Disconnect."""
+        ...
+
 
 class Producer(Protocol):
     """Everything that is sent to the cluster."""
@@ -158,6 +205,10 @@ class Client(Protocol):
         self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader
     ) -> AbstractAsyncContextManager[Source]:
         """Read topics as a member of a group, see `Transport.source`."""
+        ...
+
+    async def browser(self) -> Browser:
+        """A connection that reads without a group."""
         ...
 
     def stored(self, topic: str, partition: int, *, offset: int | None = None) -> AsyncGenerator[Record]:

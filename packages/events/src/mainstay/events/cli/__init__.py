@@ -1,14 +1,20 @@
-"""`mainstay events`: looks at what could not be handled, has it tried again, or clears it away."""
+"""`mainstay events`: looks at topics, groups and events, and at what could not be handled, and clears that away."""
 
 import typer
 
 from mainstay.events.cli._letters import dead_letters
 from mainstay.events.cli._parked import parked
 from mainstay.events.cli._refused import refused
+from mainstay.events.cli._tail import publish, tail
+from mainstay.events.cli._topics import groups, lag, topics
 
 __all__ = ["commands"]
 
-commands = typer.Typer(no_args_is_help=True, help="Events: what could not be handled, and sending it again.")
+commands = typer.Typer(
+    no_args_is_help=True, help="Events: where they are, who reads them, and what could not be handled."
+)
+for _command in (topics, groups, lag, tail, publish):
+    commands.command()(_command)
 commands.add_typer(dead_letters, name="dead-letters")
 commands.add_typer(refused, name="refused")
 commands.add_typer(parked, name="parked")

@@ -9,15 +9,20 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from mainstay.cli import as_json, document, needed_app, say, settings_of
+from mainstay.cli import as_json, document, named_app, needed_app, say, settings_of
 from mainstay.core import App, ConfigurationError
 from mainstay.database import DatabaseModule
 from mainstay.events.dead_letters import DeadLetters
+from mainstay.events.event import Event
+from mainstay.events.log import EventLog
 from mainstay.events.module import EventsModule
 from mainstay.events.parked import ParkedKeys
+from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvents
+from mainstay.events.settings import EventsSettings
 
 S = TypeVar("S", DeadLetters, ParkedKeys, RefusedEvents)
+Part = TypeVar("Part")
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  an id, of whichever kind
 
@@ -61,9 +66,7 @@ def show(facts: Mapping[str, Any]) -> None:
 def with_service(service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
     """Do something with a service of an App that has the settings, and no handlers."""
     settings = settings_of(EventsModule)
-    if settings.transport == "memory":
-        msg = "the memory transport keeps nothing for other processes"
-        raise ConfigurationError(msg)
+    _kept_for_others(settings)
     if service is RefusedEvents and not (settings.transport == "kafka" and settings.writes_database):
         msg = "only the outbox in front of Kafka keeps events that were refused"
         raise ConfigurationError(msg)
@@ -82,7 +85,38 @@ def in_app(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
     return _running(app, DeadLetters, work)
 
 
-def _running(app: App, service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
+def with_log(work: Callable[[EventLog], Awaitable[T]]) -> T:
+    """Look at the log of the App that is named, whose handlers are known then, or at that of the settings."""
+    settings = settings_of(EventsModule)
+    _kept_for_others(settings)
+    app = named_app()
+    if app is None:
+        modules: list[Any] = [EventsModule.for_root(settings)]
+        if settings.writes_database:
+            modules.insert(0, DatabaseModule.for_root(settings_of(DatabaseModule)))
+        app = App(*modules)
+    for module in app.modules:
+        module.only_looking()
+    return _running(app, EventLog, work)
+
+
+def to_publish(app: App, event: Event) -> str:
+    """Publish an event in the App that is named; no other part of it changes anything that is stored."""
+    for module in app.modules:
+        if isinstance(module, EventsModule):
+            _kept_for_others(module.settings)
+        else:
+            module.only_looking()
+    return _running(app, EventPublisher, lambda publisher: publisher.publish(event))
+
+
+def _kept_for_others(settings: EventsSettings) -> None:
+    if settings.transport == "memory":
+        msg = "the memory transport keeps nothing for other processes"
+        raise ConfigurationError(msg)
+
+
+def _running(app: App, service: type[Part], work: Callable[[Part], Awaitable[T]]) -> T:
     async def run() -> T:
         async with app:
             return await work(app.get(service))

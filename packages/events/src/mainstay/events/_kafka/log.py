@@ -1,0 +1,179 @@
+"""What the cluster keeps, read without a group; see `mainstay.events._log`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
+
+from mainstay.events._kafka.seam import REQUEST_SECONDS, Admin, Browser, Client, Contact
+from mainstay.events._log import Behind, Extent, Page, Partition, Places, Reading, Stored, Topic
+from mainstay.events._sparing import said
+from mainstay.events.errors import TransportError
+
+T = TypeVar("T")
+
+_BACK = 200
+"""Records of a partition that are read at once on the way back."""
+
+
+class KafkaLog:
+    """See `Log`.
+
+    Args:
+        client: asks the cluster, and reads.
+        contact: how the cluster is met.
+    """
+
+    def __init__(self, client: Client, contact: Contact) -> None:
+        self._client = client
+        self._contact = contact
+        self._browser: Browser | None = None
+        self._turn = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        browser, self._browser = self._browser, None
+        if browser is not None:
+            await browser.close()
+
+    async def _browsing(self, work: Callable[[Browser], Awaitable[T]]) -> T:
+        async with self._turn:
+            with self._translated():
+                if self._browser is None:
+                    self._browser = await self._client.browser()
+                return await work(self._browser)
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncGenerator[Admin, None]:
+        with self._translated():
+            async with asyncio.timeout(2 * REQUEST_SECONDS), self._client.admin() as admin:
+                yield admin
+
+    @contextmanager
+    def _translated(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except self._client.away as error:
+            why = self._contact.trouble or said(error)
+            msg = f"Kafka at {self._contact.settings.kafka_servers} cannot be asked: {why}"
+            raise TransportError(msg) from error
+
+    async def _spans(self, partitions: Collection[Partition]) -> Mapping[Partition, tuple[int, int]]:
+        if not partitions:
+            return {}
+        return await self._browsing(lambda browser: browser.spans(partitions))
+
+    async def _partitions(self, topics: Collection[str] | None) -> list[Partition]:
+        async with self._asking() as admin:
+            # Only what is there is asked for: by being asked, a broker creates a topic.
+            there = await admin.names()
+            wanted = {name for name in there if not name.startswith("__")} if topics is None else there & set(topics)
+            widths = await admin.widths(sorted(wanted))
+        return [(topic, number) for topic, width in sorted(widths.items()) for number in range(width)]
+
+    async def topics(self, names: Collection[str] | None) -> Mapping[str, Topic]:
+        """See `Log`."""
+        spans = await self._spans(await self._partitions(names))
+        found: dict[str, dict[int, Extent]] = {}
+        for (topic, number), (first, end) in sorted(spans.items()):
+            some = end > first
+            extent = Extent(first if some else None, end - 1 if some else None, end - first)
+            found.setdefault(topic, {})[number] = extent
+        topics: dict[str, Topic] = {}
+        async with self._asking() as admin:
+            for topic, extents in found.items():
+                config = await admin.config(topic)
+                policies = config.get("cleanup.policy", "delete").split(",")
+                topics[topic] = Topic(extents, _keeps(config), compacted="compact" in policies)
+        return topics
+
+    async def end(self, topics: Collection[str]) -> Places:
+        """See `Log`."""
+        spans = await self._spans(await self._partitions(topics))
+        return {partition: end for partition, (_, end) in spans.items()}
+
+    async def since(self, topics: Collection[str], time: float) -> Places:
+        """See `Log`."""
+        partitions = await self._partitions(topics)
+        return await self._browsing(lambda browser: browser.at(partitions, time)) if partitions else {}
+
+    async def read(self, places: Places) -> Page:
+        """See `Log`."""
+        spans = await self._spans(places.keys())
+        starts = {each: max(offset, spans[each][0]) for each, offset in places.items() if each in spans}
+        left = {each: offset for each, offset in starts.items() if offset < spans[each][1]}
+        if not left:
+            return Page((), starts, last=True)
+        ends = {each: spans[each][1] for each in left}
+        records, then = await self._browsing(lambda browser: browser.read(left, ends))
+        following = starts | dict(then)
+        return Page(records, following, all(following[each] >= end for each, end in ends.items()))
+
+    async def backwards(self, places: Places) -> AsyncGenerator[Sequence[Stored]]:
+        """See `Log`."""
+        spans = await self._spans(places.keys())
+        ends = {each: min(offset, spans[each][1]) for each, offset in places.items() if each in spans}
+        while ends := {each: end for each, end in ends.items() if end > spans[each][0]}:
+            begins = {each: max(spans[each][0], end - _BACK) for each, end in ends.items()}
+            page: list[Stored] = []
+            left: Mapping[Partition, int] = begins
+            while left:
+                wanted, until = left, {each: ends[each] for each in left}
+                records, then = await self._browsing(lambda browser, a=wanted, b=until: browser.read(a, b))  # type: ignore[misc]
+                page += [each for each in records if each.offset < ends[each.topic, each.partition]]
+                left = {each: offset for each, offset in (dict(left) | dict(then)).items() if offset < ends[each]}
+            yield page
+            ends = begins
+
+    async def groups(self, names: Collection[str] | None) -> Mapping[str, Reading]:
+        """See `Log`."""
+        found: dict[str, Reading] = {}
+        async with self._asking() as admin:
+            there = await admin.groups()
+            for group in sorted(there if names is None else there & set(names)):
+                state, members = await admin.members(group)
+                committed = await admin.committed(group)
+                topics = {topic for topic, _ in committed} | {topic for each in members for topic, _ in each.partitions}
+                widths = await admin.widths(sorted(topics))
+                places = {(topic, number): 0 for topic, width in widths.items() for number in range(width)}
+                places |= {each: offset for each, offset in committed.items() if each in places}
+                found[group] = Reading(state, members, frozenset(topics), places)
+        return found
+
+    async def behind(self, places: Places) -> Mapping[Partition, Behind]:
+        """See `Log`."""
+        spans = await self._spans(places.keys())
+        starts = {each: max(offset, spans[each][0]) for each, offset in places.items() if each in spans}
+        left = {each: offset for each, offset in starts.items() if offset < spans[each][1]}
+        firsts: dict[Partition, Stored] = {}
+        while left:
+            wanted, until = left, {each: spans[each][1] for each in left}
+            records, then = await self._browsing(lambda browser, a=wanted, b=until: browser.read(a, b))  # type: ignore[misc]
+            for record in records:
+                firsts.setdefault((record.topic, record.partition), record)
+            left = {
+                each: offset
+                for each, offset in (left | dict(then)).items()
+                if each not in firsts and offset < spans[each][1]
+            }
+        now = time.time()
+        return {
+            each: Behind(
+                max(0, spans[each][1] - start) if each in firsts else 0,
+                whole=True,
+                first=firsts.get(each),
+                seconds=max(0.0, now - firsts[each].written_at) if each in firsts else None,
+            )
+            for each, start in starts.items()
+        }
+
+
+def _keeps(config: Mapping[str, str]) -> float | None:
+    if "retention.ms" not in config:
+        return None
+    milliseconds = int(config["retention.ms"])
+    return math.inf if milliseconds < 0 else milliseconds / 1000

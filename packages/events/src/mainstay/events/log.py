@@ -1,0 +1,415 @@
+"""What topics hold and who reads them, seen from outside: no group is joined, no topic made and no place moved."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from mainstay.database import Database
+from mainstay.events import tables
+from mainstay.events._handled import KEPT_SECONDS
+from mainstay.events._log import Behind, Log, Member, Places, Stored, Topic
+from mainstay.events._structured import understood
+from mainstay.events.metadata import Metadata
+
+__all__ = ["EventLog", "GroupMember", "GroupState", "LoggedEvent", "PartitionLag", "PartitionState", "TopicState"]
+
+_FOLLOW_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionState:
+    """What is in a partition.
+
+    Attributes:
+        number: of the partition.
+        first, last: the offsets of the oldest and of the newest event that were counted; None where there is none.
+        events: how many were counted; on Kafka about, since transactions and compaction leave holes.
+    """
+
+    number: int
+    first: int | None
+    last: int | None
+    events: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopicState:
+    """A topic.
+
+    Attributes:
+        name: of the topic.
+        partitions: what is in them; none where the topic is missing.
+        missing: handlers of this App read it, and it is not there.
+        groups: those that read it.
+        keeps_seconds: for how long its events are kept at least, infinite where for ever; None where that is not known.
+        compacted: the newest event of each key is kept for ever.
+        whole: all events were counted; else those that are among the newest 100,000 of the `sql` log.
+    """
+
+    name: str
+    partitions: Sequence[PartitionState]
+    missing: bool
+    groups: Sequence[str]
+    keeps_seconds: float | None
+    compacted: bool
+    whole: bool
+
+    @property
+    def events(self) -> int:
+        """How many were counted in all of its partitions."""
+        return sum(each.events for each in self.partitions)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """A process that takes part in a group.
+
+    Attributes:
+        name: as the transport knows it.
+        process: on `sql` its host and its number there, `host:number`; on Kafka its host.
+        since: when it joined, in UTC; None on Kafka, which does not say so.
+        partitions: what it holds, as topic and number.
+    """
+
+    name: str
+    process: str
+    since: datetime | None
+    partitions: Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """A consumer group.
+
+    Attributes:
+        name: of the group.
+        state: `running`, `without members`, `not begun` (it has a handler in this App and was never seen), or what
+            Kafka says of it while its partitions are dealt out.
+        members: the processes that take part.
+        topics: what it reads.
+        handles: the kinds of events that it handles, such as `order.paid 2.x`; those of this App where there is no
+            Database.
+        parked: how many keys are parked; None without a Database.
+        crashes: how often in a row its processes have ended while the event was handled that is suspected now; None
+            without a Database.
+        away_seconds: for how long it has had no member; None where it has one, and on Kafka.
+    """
+
+    name: str
+    state: str
+    members: Sequence[GroupMember]
+    topics: Sequence[str]
+    handles: Sequence[str]
+    parked: int | None
+    crashes: int | None
+    away_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEvent:
+    """An event as it is kept.
+
+    Attributes:
+        meta: what its headers say; `meta.group` is empty.
+        value: its payload, raw.
+        written_at: when it was written to the topic, by the clock of the database or of Kafka, in UTC.
+    """
+
+    meta: Metadata
+    value: bytes | None
+    written_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionLag:
+    """How far a group is behind in a partition.
+
+    Attributes:
+        group, topic, partition: where.
+        events: how many it has not finished.
+        whole: all were counted; else there are more.
+        seconds: for how long the oldest of them has been waiting since it was written; 0.0 without one.
+        first: the oldest of them; None without one, or where it is gone.
+        holder: the process that holds the partition; None where none does.
+    """
+
+    group: str
+    topic: str
+    partition: int
+    events: int
+    whole: bool
+    seconds: float
+    first: LoggedEvent | None
+    holder: GroupMember | None
+
+
+class Sought(NamedTuple):
+    """Which events are looked for; what is None is not looked at."""
+
+    type: str | None = None
+    key: str | None = None
+    correlation_id: str | None = None
+    since: float | None = None
+    until: float | None = None
+
+    def has(self, event: LoggedEvent) -> bool:
+        """Whether an event is one of them."""
+        at = event.written_at.timestamp()
+        return (
+            self.type in {None, event.meta.type}
+            and self.key in {None, event.meta.key}
+            and self.correlation_id in {None, event.meta.correlation_id}
+            and (self.since is None or at >= self.since)
+            and (self.until is None or at < self.until)
+        )
+
+
+class EventLog:
+    """What topics hold and who reads them; `app.get(EventLog)` on `sql` and `kafka`, or the command `mainstay events`.
+
+    Args:
+        log: of the transport.
+        database: where handlers, parked keys and crashes are noted; None without one.
+        reading: of this App, the topics and the kinds of events of each group.
+    """
+
+    def __init__(
+        self, log: Log, database: Database | None, reading: Mapping[str, tuple[Collection[str], Collection[str]]]
+    ) -> None:
+        self._log = log
+        self._database = database
+        self._mine = reading
+
+    async def topics(self, names: Collection[str] | None = None) -> Sequence[TopicState]:
+        """Topics, those that handlers of this App read and that are missing among them.
+
+        Args:
+            names: of those that are asked for. Default: those of this App, in an App without handlers all there are.
+        """
+        mine = {topic for topics, _ in self._mine.values() for topic in topics}
+        wanted = set(names) if names is not None else mine or None
+        found = dict(await self._log.topics(wanted))
+        readers: dict[str, set[str]] = {}
+        known = {group: reading.topics for group, reading in (await self._log.groups(None)).items()}
+        for group, topics in [*known.items(), *((group, topics) for group, (topics, _) in self._mine.items())]:
+            for topic in topics:
+                readers.setdefault(topic, set()).add(group)
+        for name in (wanted or set()) - found.keys():
+            found[name] = Topic({}, None)
+        return [
+            TopicState(
+                name=name,
+                partitions=[PartitionState(number, *extent) for number, extent in sorted(topic.partitions.items())],
+                missing=not topic.partitions,
+                groups=sorted(readers.get(name, ())),
+                keeps_seconds=topic.keeps_seconds,
+                compacted=topic.compacted,
+                whole=topic.whole,
+            )
+            for name, topic in sorted(found.items())
+        ]
+
+    async def groups(self, names: Collection[str] | None = None) -> Sequence[GroupState]:
+        """Consumer groups.
+
+        Args:
+            names: of those that are asked for. Default: those of this App, in an App without handlers all there are.
+        """
+        wanted = set(names) if names is not None else set(self._mine) or None
+        found = await self._log.groups(wanted)
+        handles, parked, crashes = await self._noted()
+        states: list[GroupState] = []
+        for name in sorted(found.keys() | (wanted or set())):
+            reading = found.get(name)
+            topics, kinds = self._mine.get(name, ((), ()))
+            members = [] if reading is None else [_member(each) for each in reading.members]
+            states.append(
+                GroupState(
+                    name=name,
+                    state=_state_of(members, "" if reading is None else reading.state, begun=reading is not None),
+                    members=members,
+                    topics=sorted(topics if reading is None else reading.topics),
+                    handles=sorted({*kinds, *handles.get(name, ())}),
+                    parked=None if self._database is None else parked.get(name, 0),
+                    crashes=None if self._database is None else crashes.get(name, 0),
+                    away_seconds=None if reading is None else reading.away_seconds,
+                )
+            )
+        return states
+
+    async def _noted(self) -> tuple[Mapping[str, set[str]], Mapping[str, int], Mapping[str, int]]:
+        """What groups handle, how many keys they have parked, and how often their processes ended."""
+        if self._database is None:
+            return {}, {}, {}
+        handles: dict[str, set[str]] = {}
+        for row in await self._database.read(tables.ALL_HANDLED[self._database.dialect], {"kept": KEPT_SECONDS}):
+            handles.setdefault(row.group_name, set()).add(row.kind)
+        parked = {row.group_name: row.keys for row in await self._database.read(tables.COUNT_PARKED)}
+        crashes = {row.group_name: row.crashes for row in await self._database.read(tables.COUNT_CRASHES)}
+        return handles, parked, crashes
+
+    async def lag(self, group: str) -> Sequence[PartitionLag]:
+        """How far a group is behind in each partition of its topics; nothing for a group that there is not."""
+        reading = (await self._log.groups([group])).get(group)
+        if reading is None:
+            return []
+        members = [_member(each) for each in reading.members]
+        holders = {partition: member for member in members for partition in member.partitions}
+        behind = await self._log.behind(reading.places)
+        return [
+            _lag(group, topic, number, each, holders.get((topic, number)))
+            for (topic, number), each in sorted(behind.items())
+        ]
+
+    async def newest(
+        self,
+        topics: Collection[str],
+        *,
+        type: str | None = None,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        until: datetime | None = None,
+        limit: int = 20,
+    ) -> Sequence[LoggedEvent]:
+        """The newest events of topics, the oldest of them first.
+
+        Args:
+            topics: where to look; one that is not there holds nothing.
+            type, key, correlation_id: of those that are asked for only.
+            until: written before this moment.
+            limit: how many at most.
+        """
+        sought = Sought(type, key, correlation_id, until=None if until is None else until.timestamp())
+        return await self._newest(await self._log.end(topics), sought, limit)
+
+    async def _newest(self, ends: Places, sought: Sought, limit: int) -> Sequence[LoggedEvent]:
+        found: list[LoggedEvent] = []
+        async for page in self._log.backwards(ends):
+            found = sorted([*found, *_wanted(page, sought)], key=_in_order)[-limit:]
+            furthest: dict[tuple[str, int], float] = {}
+            for each in page:
+                at = furthest.setdefault((each.topic, each.partition), each.written_at)
+                furthest[each.topic, each.partition] = min(at, each.written_at)
+            # Every partition was read back to before the oldest that is kept: what comes next is older still.
+            if len(found) == limit and max(furthest.values(), default=0.0) <= found[0].written_at.timestamp():
+                break
+        return found
+
+    async def since(
+        self,
+        topics: Collection[str],
+        since: datetime,
+        *,
+        type: str | None = None,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        until: datetime | None = None,
+        limit: int = 20,
+    ) -> Sequence[LoggedEvent]:
+        """The first events of topics from a moment on, in the order of their times.
+
+        Args:
+            topics: where to look; one that is not there holds nothing.
+            since: written at this moment or later; `sql` counts in whole seconds.
+            type, key, correlation_id: of those that are asked for only.
+            until: written before this moment.
+            limit: how many at most.
+        """
+        from_second = float(int(since.timestamp()))
+        sought = Sought(type, key, correlation_id, from_second, None if until is None else until.timestamp())
+        places: Places = await self._log.since(topics, from_second)
+        found: dict[tuple[str, int], list[LoggedEvent]] = {}
+        while places:
+            page = await self._log.read(places)
+            over: set[tuple[str, int]] = set()
+            for each in page.records:
+                if sought.until is not None and each.written_at >= sought.until:
+                    over.add((each.topic, each.partition))
+            for event in _wanted(page.records, sought):
+                of_partition = found.setdefault((event.meta.topic, event.meta.partition), [])
+                of_partition.append(event)
+                if len(of_partition) >= limit:  # more of it cannot be among the first
+                    over.add((event.meta.topic, event.meta.partition))
+            if page.last:
+                break
+            places = {partition: place for partition, place in page.places.items() if partition not in over}
+        return sorted((event for some in found.values() for event in some), key=_in_order)[:limit]
+
+    async def follow(
+        self,
+        topics: Collection[str],
+        *,
+        type: str | None = None,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        since: datetime | None = None,
+        limit: int = 20,
+    ) -> AsyncGenerator[LoggedEvent]:
+        """Events as they come, without end: first the newest that are there, or those from a moment on.
+
+        Args:
+            topics: where to look; one that is not there yet is looked for again and again.
+            type, key, correlation_id: of those that are asked for only.
+            since: begin with all that were written at this moment or later.
+            limit: without `since`, how many of the newest to begin with.
+        """
+        sought = Sought(type, key, correlation_id)
+        if since is None:
+            places: Places = await self._log.end(topics)
+            for event in await self._newest(places, sought, limit):
+                yield event
+        else:
+            sought = sought._replace(since=float(int(since.timestamp())))
+            places = await self._log.since(topics, float(int(since.timestamp())))
+        while True:
+            page = await self._log.read(places)
+            for event in sorted(_wanted(page.records, sought), key=_in_order):
+                yield event
+            places = page.places
+            if page.last:
+                await asyncio.sleep(_FOLLOW_SECONDS)
+                missing = set(topics) - {topic for topic, _ in places}
+                if missing:
+                    places = {**await self._log.since(missing, 0.0), **places}
+
+
+def _wanted(records: Sequence[Stored], sought: Sought) -> list[LoggedEvent]:
+    return [event for event in map(_event, records) if sought.has(event)]
+
+
+def _event(record: Stored) -> LoggedEvent:
+    seen = understood(record)
+    return LoggedEvent(Metadata(seen, group=""), seen.value, datetime.fromtimestamp(record.written_at, UTC))
+
+
+def _in_order(event: LoggedEvent) -> tuple[datetime, int, str, int]:
+    return event.written_at, event.meta.offset, event.meta.topic, event.meta.partition
+
+
+def _member(member: Member) -> GroupMember:
+    since = None if member.since is None else datetime.fromtimestamp(member.since, UTC)
+    return GroupMember(member.name, member.process, since, sorted(member.partitions))
+
+
+def _state_of(members: Sequence[GroupMember], said: str, *, begun: bool) -> str:
+    if not begun:
+        return "not begun"
+    calm = said.upper() in {"", "STABLE", "EMPTY", "DEAD", "UNKNOWN"}
+    return ("running" if members else "without members") if calm else said.lower().replace("_", " ")
+
+
+def _lag(group: str, topic: str, number: int, behind: Behind, holder: GroupMember | None) -> PartitionLag:
+    return PartitionLag(
+        group=group,
+        topic=topic,
+        partition=number,
+        events=behind.events,
+        whole=behind.whole,
+        seconds=behind.seconds or 0.0,
+        first=None if behind.first is None else _event(behind.first),
+        holder=holder,
+    )
