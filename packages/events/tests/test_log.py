@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import textwrap
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from pydantic import SecretStr
 from sqlalchemy.dialects import postgresql
 
 from mainstay.cli import main
-from mainstay.core import App, bind
+from mainstay.core import SYSTEM_CLOCK, App, Retry, bind
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import (
@@ -26,8 +27,10 @@ from mainstay.events import (
     EventsModule,
     EventsSettings,
     TransportError,
+    _in_hand,
     _sql_log,
 )
+from mainstay.events._transport import LogRecord
 from mainstay.events.tables import LOG, OFFSETS
 
 pytestmark = [
@@ -138,6 +141,7 @@ async def test_events_are_read_without_a_group(service: Service, prefix: str) ->
         assert numbers(await log.newest([prefix], correlation_id="c1", limit=2)) == [25, 28]
         assert await log.newest([prefix], type="tale.untold") == []
         assert await log.newest([prefix], until=before) == []
+        assert numbers(await log.newest([prefix], until=datetime.now(UTC) + timedelta(hours=1), limit=2)) == [28, 29]
         assert numbers(await log.since([prefix], before, limit=100)) == list(range(30))
         assert numbers(await log.since([prefix], before, limit=3)) == [0, 1, 2]
         assert numbers(await log.since([prefix], before, key="n4", limit=2)) == [4, 9]
@@ -261,6 +265,7 @@ async def test_no_statement_walks_through_a_large_log(
         start = (await database.read(sa.select(sa.func.min(LOG.c.created_at))))[0][0]
         late = datetime.fromtimestamp(start + 50, UTC)
         some = await log.since(["noise"], late, limit=10)
+        assert {each.written_at for each in await log.newest(["noise"], until=late)} == {late - timedelta(seconds=1)}
         assert [each.written_at for each in some] == [late] * 10
         assert [each.meta.key for each in await log.since([prefix], late)] == []
         lags = await log.lag("old")
@@ -446,3 +451,79 @@ async def test_the_memory_transport_has_no_log_to_look_at(
     monkeypatch.setenv("MAINSTAY_EVENTS_TRANSPORT", "memory")
     assert await _run("topics") == 2
     assert "keeps nothing for other processes" in capsys.readouterr().err
+
+
+# Why a group is stuck
+
+
+async def test_why_a_group_is_stuck(
+    service: Service, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The event that hangs and the one that keeps failing: handler, attempt, since when, error, and which process.
+
+    Without a Database it is the first unfinished event of the partition and its holder.
+    """
+    monkeypatch.setattr(_in_hand, "LONG_SECONDS", 0.2)
+    router = EventRouter()
+    go_on = asyncio.Event()
+
+    @router.on(Told, group=prefix, retry=Retry(attempts=10, wait=lambda _: 3600.0))
+    async def handle(event: Told) -> None:
+        if event.name == "bad":
+            msg = "out of paper"
+            raise RuntimeError(msg)
+        await go_on.wait()
+
+    app = service(router)
+    noted = "MAINSTAY_DATABASE_URL" in os.environ
+    async with app.running(serve=True):
+        log = app.get(EventLog)
+        await app.get(EventPublisher).publish(Told(name="slow"))
+        await app.get(EventPublisher).publish(Told(name="bad"))
+
+        async def look() -> dict[str | None, Any]:
+            return {each.key: each for each in await log.stuck(prefix, seconds=0.0)}
+
+        async def is_told() -> bool:
+            found = await look()
+            told = found.get("slow") or found.get("bad")
+            return told is not None and told.process is not None and (not noted or len(found) == 2)
+
+        await eventually(is_told)
+        found = await look()
+        if noted:
+            slow, bad = found["slow"], found["bad"]
+            assert (slow.attempt, slow.why) == (1, "its handler has not returned")
+            assert slow.handler.endswith("handle")
+            assert slow.process.endswith(f":{os.getpid()}")
+            assert "tried again at" in bad.why
+            assert "RuntimeError: out of paper" in bad.why
+        assert all((each.topic, each.type) == (prefix, "tale.told") for each in found.values())
+        assert await _run("stuck", prefix, "--json") in {0, 1}  # those that have been waiting for some seconds
+        json.loads(capsys.readouterr().out)
+        if noted:
+            assert await _run("stuck", prefix) == 1
+            page = capsys.readouterr().out
+            assert "key slow" in page
+            assert "its handler has not returned" in page
+            assert f"held by {slow.process}" in page
+        go_on.set()
+    assert await _run("stuck", f"{prefix}-none") == 2
+    assert f"there is no group {prefix}-none" in capsys.readouterr().err
+
+
+async def test_what_is_done_is_not_in_hand_any_more(database_url: str, prefix: str) -> None:
+    """Notes are replaced, and nothing is written where nothing is in hand and nothing was."""
+    database_module = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(database_url)))
+    async with App(database_module, EventsModule.for_root(EventsSettings())) as app:
+        database = app.get(Database)
+        notes = _in_hand.InHand(database, prefix, {}, SYSTEM_CLOCK)
+        record = LogRecord(prefix, 0, 7, b"k", b"{}", [("ce_type", b"tale.told"), ("ce_id", b"x")])
+        error = RuntimeError("bad \0 \ud800")
+        await notes.note([_in_hand.Held(record, 2, 9.0, error, 3.0)])
+        (told,) = await app.get(EventLog).stuck(prefix)
+        assert (told.offset, told.key, told.id, told.attempt) == (7, "k", "x", 2)
+        assert "RuntimeError: bad" in told.why
+        assert 8.0 < (datetime.now(UTC) - told.since).total_seconds() < 300.0
+        await notes.note([])
+        assert await app.get(EventLog).stuck(prefix) == []

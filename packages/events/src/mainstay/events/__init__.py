@@ -13,7 +13,16 @@ from mainstay.events.errors import (
     TransportError,
 )
 from mainstay.events.event import Event, Version
-from mainstay.events.log import EventLog, GroupMember, GroupState, LoggedEvent, PartitionLag, PartitionState, TopicState
+from mainstay.events.log import (
+    EventLog,
+    GroupMember,
+    GroupState,
+    LoggedEvent,
+    PartitionLag,
+    PartitionState,
+    StuckEvent,
+    TopicState,
+)
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.parked import ParkedKey, ParkedKeys
@@ -51,6 +60,7 @@ __all__ = [
     "RefusedEvent",
     "RefusedEvents",
     "SchemaError",
+    "StuckEvent",
     "TopicState",
     "TransportError",
     "Version",

@@ -12,6 +12,7 @@ from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
+from mainstay.events._in_hand import InHand
 from mainstay.events._intake import Intake
 from mainstay.events._lag import Gauges, Lag
 from mainstay.events._metrics import DEAD_LETTERS, REVOKED
@@ -44,6 +45,7 @@ class Consumer:
         dead_letters: where what cannot be handled goes.
         parking: the group's parked keys, None without a Database.
         crashes: how the holders of partitions ended, None without a Database.
+        in_hand: where it is noted what is in hand for long, None without a Database.
         concurrency: the most handlers at once.
         window_bytes: about how much of the topics is in memory at once.
         drain_seconds: how long handlers may finish when a partition moves away.
@@ -61,6 +63,7 @@ class Consumer:
         dead_letters: DeadLetterStore,
         parking: Parking | None,
         crashes: Crashes | None,
+        in_hand: InHand | None,
         concurrency: int,
         window_bytes: int,
         drain_seconds: float,
@@ -74,6 +77,7 @@ class Consumer:
         self._dead_letters = dead_letters
         self._parking = parking
         self._crashes = crashes
+        self._in_hand = in_hand
         self._concurrency = concurrency
         self._window_bytes = window_bytes
         self._drain_seconds = drain_seconds
@@ -139,6 +143,8 @@ class Consumer:
                     beside.append(spawn(self._queues.run(), name=f"events.{self.group}.parked"))
                     beside.append(spawn(self._queues.keep(), name=f"events.{self.group}.claims"))
                     beside.append(spawn(self._parked.run(), name=f"events.{self.group}.parked keys"))
+                if self._in_hand is not None:
+                    beside.append(spawn(self._in_hand.run(dispatcher, self._all), name=f"events.{self.group}.in hand"))
                 try:
                     self._trouble = None
                     while not drain.begun:

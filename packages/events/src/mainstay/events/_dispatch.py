@@ -105,15 +105,15 @@ class Dispatcher:
         delivery.assignment.known[id(delivery.record)] = delivery
         self.feed(delivery.assignment, [delivery.record])
 
-    def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
-        """How long ago the first call of an event began that is not finished, 0.0 without one.
+    def ages(self, assignments: Iterable[Assignment]) -> list[tuple[_Caller | Delivery, float]]:
+        """Of each call, and of each event that failed, the seconds since its first call. What only waits has no age."""
+        mine, now = set(assignments), self._clock.monotonic()
+        those: list[_Caller | Delivery] = [*self._callers, *self._failing]
+        return [(one, now - one.began_at) for one in those if one.began_at is not None and one.assignment in mine]
 
-        An event that only waits for those before it is no sign of anything but load.
-        """
-        mine = set(assignments)
-        in_hand: list[_Caller | Delivery] = [*self._callers, *self._failing]
-        began = [each.began_at for each in in_hand if each.began_at is not None and each.assignment in mine]
-        return self._clock.monotonic() - min(began) if began else 0.0
+    def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
+        """How long ago the first call of an event began that is not finished, 0.0 without one."""
+        return max((age for _, age in self.ages(assignments)), default=0.0)
 
     async def progress(self, seconds: float) -> None:
         """Return when some delivery has finished since the call, at the latest after `seconds`."""

@@ -163,7 +163,9 @@ class SqlLog:
 
     async def backwards(self, places: Places) -> AsyncGenerator[Sequence[Stored]]:
         """See `Log`."""
-        before, topics = _BEYOND, {topic for topic, _ in places}
+        topics = {topic for topic, _ in places}
+        # Of a place that a time was looked for by, nothing behind its position is before it.
+        before = max((each.position + 1 if each.low == START.low else _BEYOND for each in places.values()), default=0)
         while (rows := await self._rows(-1, before, topics=topics, newest_first=True)) is not None:
             found, before = rows
             yield [

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
+from math import ceil
+from typing import Any, NamedTuple
 
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._handled import KEPT_SECONDS
+from mainstay.events._in_hand import FRESH_SECONDS, LONG_SECONDS
 from mainstay.events._log import Behind, Log, Member, Places, Stored, Topic
 from mainstay.events._structured import understood
 from mainstay.events.metadata import Metadata
 
-__all__ = ["EventLog", "GroupMember", "GroupState", "LoggedEvent", "PartitionLag", "PartitionState", "TopicState"]
+__all__ = [
+    "EventLog",
+    "GroupMember",
+    "GroupState",
+    "LoggedEvent",
+    "PartitionLag",
+    "PartitionState",
+    "StuckEvent",
+    "TopicState",
+]
 
 _FOLLOW_SECONDS = 0.5
+_LOOK_SECONDS = 5.0
+_MOST_PARKED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +161,35 @@ class PartitionLag:
     holder: GroupMember | None
 
 
+@dataclass(frozen=True, slots=True)
+class StuckEvent:
+    """An event that a group has not finished, and why.
+
+    Attributes:
+        group, topic, partition, offset: where it is.
+        key: as text; None without one.
+        type, id: as its headers say.
+        handler: the function that handles it; empty where that is not known.
+        attempt: the number of its last call, or of its next one where its key is parked; None where that is not known.
+        since: since when it has been failing or called; where that is not known, when it was written.
+        process: which has it in its hands, or holds its partition; None where none does.
+        why: a sentence.
+    """
+
+    group: str
+    topic: str
+    partition: int
+    offset: int | None
+    key: str | None
+    type: str
+    id: str
+    handler: str
+    attempt: int | None
+    since: datetime
+    process: str | None
+    why: str
+
+
 class Sought(NamedTuple):
     """Which events are looked for; what is None is not looked at."""
 
@@ -265,6 +308,47 @@ class EventLog:
             for (topic, number), each in sorted(behind.items())
         ]
 
+    async def stuck(self, group: str, *, seconds: float = LONG_SECONDS) -> Sequence[StuckEvent]:
+        """What keeps a group from going on, the oldest first.
+
+        It is the first unfinished event of each partition, what processes have had in hand for long, and the first
+        events of parked keys. A process notes every five seconds what it has had in hand for longer. On Kafka without
+        a Database it does not: known is then which event it is at, and neither since when nor how often it was tried.
+
+        Args:
+            group: the consumer group.
+            seconds: what waits for less is left out.
+        """
+        found = [*await self._in_hand(group), *await self._parked(group)]
+        known = {(each.topic, each.partition, each.offset) for each in found}
+        lags = [each for each in await self.lag(group) if each.first is not None and each.seconds >= seconds]
+        runs = bool(lags) and any(each.state == "running" for each in await self.groups([group]))
+        called = await self._called(group)
+        for lag in lags:
+            if lag.first is not None and (lag.topic, lag.partition, lag.first.meta.offset) not in known:
+                crashes = called.get((lag.topic, lag.partition, lag.first.meta.offset), 0)
+                found.append(_waiting(lag, lag.first, runs=runs, crashes=crashes))
+        return sorted(found, key=lambda each: each.since)
+
+    async def _in_hand(self, group: str) -> list[StuckEvent]:
+        if self._database is None:
+            return []
+        asked = {"of_group": group, "seconds": FRESH_SECONDS}
+        rows = await self._database.read(tables.READ_IN_HAND[self._database.dialect], asked)
+        return [_in_hand(row) for row in rows]
+
+    async def _parked(self, group: str) -> list[StuckEvent]:
+        if self._database is None:
+            return []
+        rows = await self._database.read(tables.LIST_PARKED_KEYS_OF, {"of_group": group, "limit": _MOST_PARKED})
+        return [_parked(row) for row in rows]
+
+    async def _called(self, group: str) -> Mapping[tuple[str, int, int], int]:
+        if self._database is None:
+            return {}
+        rows = await self._database.read(tables.READ_CALLED, {"of_group": group})
+        return {(row.topic, row.partition, row.called): row.crashes for row in rows}
+
     async def newest(
         self,
         topics: Collection[str],
@@ -283,8 +367,11 @@ class EventLog:
             until: written before this moment.
             limit: how many at most.
         """
-        sought = Sought(type, key, correlation_id, until=None if until is None else until.timestamp())
-        return await self._newest(await self._log.end(topics), sought, limit)
+        if until is None:
+            return await self._newest(await self._log.end(topics), Sought(type, key, correlation_id), limit)
+        sought = Sought(type, key, correlation_id, until=until.timestamp())
+        # `sql` counts in whole seconds: what was written in the last of them is looked at, too.
+        return await self._newest(await self._log.since(topics, float(ceil(until.timestamp()))), sought, limit)
 
     async def _newest(self, ends: Places, sought: Sought, limit: int) -> Sequence[LoggedEvent]:
         found: list[LoggedEvent] = []
@@ -365,6 +452,7 @@ class EventLog:
         else:
             sought = sought._replace(since=float(int(since.timestamp())))
             places = await self._log.since(topics, float(int(since.timestamp())))
+        looked_at = time.monotonic()
         while True:
             page = await self._log.read(places)
             for event in sorted(_wanted(page.records, sought), key=_in_order):
@@ -373,7 +461,8 @@ class EventLog:
             if page.last:
                 await asyncio.sleep(_FOLLOW_SECONDS)
                 missing = set(topics) - {topic for topic, _ in places}
-                if missing:
+                if missing and time.monotonic() - looked_at >= _LOOK_SECONDS:
+                    looked_at = time.monotonic()
                     places = {**await self._log.since(missing, 0.0), **places}
 
 
@@ -413,3 +502,73 @@ def _lag(group: str, topic: str, number: int, behind: Behind, holder: GroupMembe
         first=None if behind.first is None else _event(behind.first),
         holder=holder,
     )
+
+
+def _waiting(lag: PartitionLag, first: LoggedEvent, *, runs: bool, crashes: int) -> StuckEvent:
+    """The first event of a partition, of which no process says that it has it in hand."""
+    if lag.holder is None:
+        why = "no process holds the partition" if runs else "no process of the group runs"
+    elif crashes:
+        why = f"its process ended {crashes} times in a row while it was handled"
+    else:
+        why = f"it is being handled, or waits for its turn; {lag.events} events of the partition are not finished"
+    return StuckEvent(
+        group=lag.group,
+        topic=lag.topic,
+        partition=lag.partition,
+        offset=first.meta.offset,
+        key=first.meta.key,
+        type=first.meta.type,
+        id=first.meta.id,
+        handler="",
+        attempt=None,
+        since=first.written_at,
+        process=None if lag.holder is None else lag.holder.process,
+        why=why,
+    )
+
+
+def _in_hand(row: Any) -> StuckEvent:
+    again = row.again_at and f"tried again at {_utc(row.again_at):%H:%M:%S}"
+    last = row.error and f"its last attempt failed: {row.error}"
+    return StuckEvent(
+        group=row.group_name,
+        topic=row.topic,
+        partition=row.partition,
+        offset=row.offset,
+        key=_text(row.key),
+        type=row.type,
+        id=row.event_id,
+        handler=row.handler,
+        attempt=row.attempt,
+        since=_utc(row.began_at),
+        process=row.process,
+        why="; ".join(part for part in (again or "its handler has not returned", last) if part),
+    )
+
+
+def _parked(row: Any) -> StuckEvent:
+    due = "waits for a person" if row.due_at is None else f"tried again at {_utc(row.due_at):%Y-%m-%d %H:%M:%S}"
+    error = row.error.rstrip().rpartition("\n")[2]
+    return StuckEvent(
+        group=row.group_name,
+        topic=row.topic,
+        partition=row.partition,
+        offset=None,
+        key=None if row.keyless else _text(row.key),
+        type=row.kind.rpartition(" ")[0],
+        id="",
+        handler="",
+        attempt=row.attempt,
+        since=_utc(row.failing_since),
+        process=None,
+        why=f"its key is parked as {row.id}, events in its queue: {row.waiting}; {due}; {error}",
+    )
+
+
+def _utc(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _text(key: bytes | None) -> str | None:
+    return None if key is None else key.decode(errors="replace")

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mainstay.core import App, ConfigurationError, Health, Module, NotBoundError, Retry, timeout
+from mainstay.core import App, Clock, ConfigurationError, Health, Module, NotBoundError, Retry, timeout
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import _handled, _kafka, tables
 from mainstay.events._codec import codec_of
@@ -17,9 +17,9 @@ from mainstay.events._consumer import Consumer
 from mainstay.events._crashes import Crashes
 from mainstay.events._decoding import Decoders, Foreign, NoSchemas
 from mainstay.events._handled import Handled
+from mainstay.events._in_hand import InHand
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._letters import SqlDeadLetters
-from mainstay.events._log import Log
 from mainstay.events._memory import MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
@@ -189,6 +189,14 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def _has_inbox(self) -> bool:
         return any(subscription.inbox for subscription in self._subscriptions())
 
+    def _in_hand(self, group: str, database: Database | None, clock: Clock) -> InHand | None:
+        """The notes of what a group has in hand for long, where other processes can see them."""
+        if database is None or self.settings.transport == "memory":
+            return None
+        mine = [each for each in self._subscriptions() if each.group == group]
+        handlers = {definition_of(event).type: each.name for each in mine for event in each.events}
+        return InHand(database, group, handlers, clock)
+
     def _concurrency(self, group: str, inbox: Inbox | None) -> int:
         """The most handlers of a group at once; where all have an inbox, no more than may run."""
         most = self.settings.concurrency
@@ -200,7 +208,6 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
         """See `Module`."""
         settings = self.settings
-        subscriptions = self._subscriptions()
         database: Database | None = None
         if self._needs_database():
             database = app.get(Database)
@@ -210,7 +217,6 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         async with AsyncExitStack() as stack:
             foreign = self._decoders()
             send, transport, letters = await _transport(app, settings, database, services, stack, foreign=foreign)
-            schemas = _schemas(app, settings, services)
             if isinstance(transport, SqlTransport):
                 app.serve("log", self._retention(app, transport.database).run)
                 if not self.looking:
@@ -220,8 +226,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
-            groups = _groups(app, subscriptions, Upcasting(self._upcasts()), settings, inbox=inbox, spans=spans)
-            _read_foreign(groups.values(), foreign, schemas)
+            groups = _groups(app, self._subscriptions(), Upcasting(self._upcasts()), settings, inbox=inbox, spans=spans)
+            _read_foreign(groups.values(), foreign, _schemas(app, settings, services))
             parking = _parking(database, groups, settings)
             if parking and not self.looking:
                 handled = [each.handled for each in parking.values()]
@@ -237,6 +243,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     parking=parking.get(group),
                     concurrency=self._concurrency(group, inbox),
                     crashes=crashes,
+                    in_hand=self._in_hand(group, database, app.clock),
                     window_bytes=settings.window_bytes,
                     drain_seconds=settings.drain_seconds,
                     stuck_seconds=settings.stuck_seconds,
@@ -253,12 +260,10 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             )
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
-            parked = ParkedKeys(database or _database_of(app), letters)
-            if isinstance(transport, SqlTransport | _kafka.KafkaTransport):
-                services.append(EventLog(_log_of(transport, settings), database or _database_of(app), _mine(groups)))
-            by_type = {group: routes for group, (_, routes) in groups.items()}
-            dead = DeadLetters(letters, by_type, database or _database_of(app))
-            yield [publisher, dead, parked, EventConsumers(consumers), *services]
+            known = database or _database_of(app)
+            dead = DeadLetters(letters, {group: routes for group, (_, routes) in groups.items()}, known)
+            services += _log(transport, settings, known, groups)
+            yield [publisher, dead, ParkedKeys(known, letters), EventConsumers(consumers), *services]
 
 
 async def _transport(
@@ -377,18 +382,21 @@ def _read_foreign(groups: Iterable[tuple[list[str], Routes]], foreign: Mapping[s
             routes.decoders = Decoders(topics, schemas)
 
 
-def _log_of(transport: SqlTransport | _kafka.KafkaTransport, settings: EventsSettings) -> Log:
-    if isinstance(transport, SqlTransport):
-        return SqlLog(transport.database, partitions=settings.partitions, log_days=settings.log_days)
-    return transport.log
-
-
-def _mine(groups: Mapping[str, tuple[list[str], Routes]]) -> Mapping[str, tuple[list[str], set[str]]]:
-    """For each group, its topics and the kinds of events that it handles."""
-    return {
+def _log(
+    transport: Transport,
+    settings: EventsSettings,
+    database: Database | None,
+    groups: Mapping[str, tuple[list[str], Routes]],
+) -> list[object]:
+    """The log seen from outside, with the topics of each group and the kinds of events that it handles here."""
+    mine = {
         group: (topics, {kind for route in routes.values() for kind in route.kinds})
         for group, (topics, routes) in groups.items()
     }
+    if isinstance(transport, SqlTransport):
+        log = SqlLog(transport.database, partitions=settings.partitions, log_days=settings.log_days)
+        return [EventLog(log, database, mine)]
+    return [EventLog(transport.log, database, mine)] if isinstance(transport, _kafka.KafkaTransport) else []
 
 
 def _database_of(app: App) -> Database | None:

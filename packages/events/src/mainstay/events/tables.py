@@ -193,6 +193,26 @@ HOLDERS = sa.Table(
     sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
 )
 
+# Of each process, the events that it has had in hand for long. See `_in_hand`.
+IN_HAND = sa.Table(
+    "mainstay_events_in_hand",
+    METADATA,
+    sa.Column("group_name", sa.Text, primary_key=True),
+    sa.Column("process", sa.Text, primary_key=True),
+    sa.Column("topic", sa.Text, primary_key=True),
+    sa.Column("partition", sa.Integer, primary_key=True),
+    sa.Column("offset", sa.BigInteger, primary_key=True),
+    sa.Column("key", sa.LargeBinary),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("event_id", sa.Text, nullable=False),
+    sa.Column("handler", sa.Text, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("began_at", sa.Double, nullable=False),
+    sa.Column("again_at", sa.Double),  # null while it is called
+    sa.Column("noted_at", sa.Double, nullable=False),
+)
+
 SCHEMA = Schema("events", METADATA, Path(__file__).parent / "migrations")
 
 
@@ -675,4 +695,46 @@ FORGET_HANDLED = _each(
         HANDLED.c.kind == sa.bindparam("of_kind"),
         HANDLED.c.seen_at <= now - sa.bindparam("gone", type_=sa.Double),
     )
+)
+# Its own, and those of processes that have ended long ago.
+FORGET_IN_HAND = _each(
+    lambda _, now: sa.delete(IN_HAND).where(
+        IN_HAND.c.group_name == sa.bindparam("of_group"),
+        sa.or_(IN_HAND.c.process == _ME, IN_HAND.c.noted_at < now - _SECONDS),
+    )
+)
+NOTE_IN_HAND = _each(
+    lambda insert, now: (
+        insert(IN_HAND)
+        .values(
+            **_binds(
+                IN_HAND,
+                "group_name",
+                "process",
+                "topic",
+                "partition",
+                "offset",
+                "key",
+                "type",
+                "event_id",
+                "handler",
+                "attempt",
+                "error",
+            ),
+            began_at=now - sa.bindparam("age", type_=sa.Double),
+            again_at=now + sa.bindparam("again", type_=sa.Double),
+            noted_at=now,
+        )
+        .on_conflict_do_nothing()
+    )
+)
+READ_IN_HAND = _each(
+    lambda _, now: (
+        sa.select(IN_HAND)
+        .where(IN_HAND.c.group_name == sa.bindparam("of_group"), IN_HAND.c.noted_at > now - _SECONDS)
+        .order_by(IN_HAND.c.began_at)
+    )
+)
+READ_CALLED = sa.select(HOLDERS.c.topic, HOLDERS.c.partition, HOLDERS.c.called, HOLDERS.c.crashes).where(
+    HOLDERS.c.group_name == sa.bindparam("of_group"), HOLDERS.c.called.is_not(None)
 )

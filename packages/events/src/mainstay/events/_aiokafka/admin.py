@@ -80,7 +80,7 @@ class AiokafkaAdmin:
 
     async def groups(self) -> set[str]:
         """See `Admin`."""
-        return {name for name, _ in await self._admin.list_consumer_groups()}
+        return {name for name, kind in await self._admin.list_consumer_groups() if kind in {"", "consumer"}}
 
     async def members(self, group: str) -> tuple[str, Sequence[Member]]:
         """See `Admin`. A group of Kafka 4's own protocol is not told of: to aiokafka it is dead."""

@@ -16,6 +16,8 @@ from mainstay.events.errors import TransportError
 
 T = TypeVar("T")
 
+_AT_ONCE = 16
+"""Groups that are asked for at once."""
 _BACK = 200
 """Records of a partition that are read at once on the way back."""
 
@@ -130,19 +132,21 @@ class KafkaLog:
             ends = begins
 
     async def groups(self, names: Collection[str] | None) -> Mapping[str, Reading]:
-        """See `Log`."""
-        found: dict[str, Reading] = {}
+        """See `Log`. A group that is not told of is there, and its state says why."""
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def asked(admin: Admin, group: str) -> Reading:
+            async with places:
+                try:
+                    return await _reading(admin, group)
+                except self._client.away as error:
+                    return Reading(f"not told of: {said(error)}", (), frozenset(), {})
+
         async with self._asking() as admin:
             there = await admin.groups()
-            for group in sorted(there if names is None else there & set(names)):
-                state, members = await admin.members(group)
-                committed = await admin.committed(group)
-                topics = {topic for topic, _ in committed} | {topic for each in members for topic, _ in each.partitions}
-                widths = await admin.widths(sorted(topics))
-                places = {(topic, number): 0 for topic, width in widths.items() for number in range(width)}
-                places |= {each: offset for each, offset in committed.items() if each in places}
-                found[group] = Reading(state, members, frozenset(topics), places)
-        return found
+            wanted = sorted(there if names is None else there & set(names))
+            found = await asyncio.gather(*(asked(admin, group) for group in wanted))
+        return dict(zip(wanted, found, strict=True))
 
     async def behind(self, places: Places) -> Mapping[Partition, Behind]:
         """See `Log`."""
@@ -170,6 +174,16 @@ class KafkaLog:
             )
             for each, start in starts.items()
         }
+
+
+async def _reading(admin: Admin, group: str) -> Reading:
+    state, members = await admin.members(group)
+    committed = await admin.committed(group)
+    topics = {topic for topic, _ in committed} | {topic for each in members for topic, _ in each.partitions}
+    widths = await admin.widths(sorted(topics))
+    places = {(topic, number): 0 for topic, width in widths.items() for number in range(width)}
+    places |= {each: offset for each, offset in committed.items() if each in places}
+    return Reading(state, members, frozenset(topics), places)
 
 
 def _keeps(config: Mapping[str, str]) -> float | None:

@@ -6,14 +6,14 @@ from mainstay.events.cli._letters import dead_letters
 from mainstay.events.cli._parked import parked
 from mainstay.events.cli._refused import refused
 from mainstay.events.cli._tail import publish, tail
-from mainstay.events.cli._topics import groups, lag, topics
+from mainstay.events.cli._topics import groups, lag, stuck, topics
 
 __all__ = ["commands"]
 
 commands = typer.Typer(
     no_args_is_help=True, help="Events: where they are, who reads them, and what could not be handled."
 )
-for _command in (topics, groups, lag, tail, publish):
+for _command in (topics, groups, lag, stuck, tail, publish):
     commands.command()(_command)
 commands.add_typer(dead_letters, name="dead-letters")
 commands.add_typer(refused, name="refused")

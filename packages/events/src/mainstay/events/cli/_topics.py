@@ -1,4 +1,4 @@
-"""`mainstay events topics`, `groups` and `lag`: what there is, who reads it, and how far they are."""
+"""`mainstay events topics`, `groups`, `lag` and `stuck`: what there is, who reads it, how far they are, and why."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from mainstay.cli import as_json, document, json_line, say, table
 from mainstay.core import ConfigurationError
 from mainstay.events.cli._service import show, with_log
-from mainstay.events.log import EventLog, GroupState, PartitionLag, TopicState
+from mainstay.events.log import EventLog, GroupState, PartitionLag, StuckEvent, TopicState
 
 _WATCH_SECONDS = 2.0
 _DAY = 86_400.0
@@ -219,6 +220,34 @@ def _row(lag: PartitionLag) -> dict[str, Any]:
         "seconds": round(lag.seconds, 1),
         "held by": None if lag.holder is None else lag.holder.process,
     }
+
+
+def stuck(group: Annotated[str, typer.Argument(metavar="GROUP", help="Which.")]) -> None:
+    """Why a group does not go on: the events that it has not finished, since when, and which process has them."""
+
+    async def look(log: EventLog) -> Sequence[StuckEvent]:
+        if all(each.state == "not begun" for each in await log.groups([group])):
+            raise _no_group(group)
+        return await log.stuck(group)
+
+    found = with_log(look)
+    if as_json():
+        document([asdict(each) for each in found])
+    for each in found:
+        place = f"{each.topic}/{each.partition}" + ("" if each.offset is None else f"@{each.offset}")
+        attempt = "" if each.attempt is None else f"attempt {each.attempt}, "
+        age = _age((datetime.now(UTC) - each.since).total_seconds())
+        say(
+            f"{place}  {each.type or '(no type)'}  {'without key' if each.key is None else f'key {each.key}'}",
+            *([f"    id {each.id}"] if each.id else []),
+            *([f"    handler {each.handler}"] if each.handler else []),
+            f"    {attempt}since {each.since:%Y-%m-%d %H:%M:%S} ({age})",
+            *([] if each.offset is None else [f"    held by {each.process or 'no process'}"]),
+            f"    {each.why}",
+        )
+    if found:
+        raise typer.Exit(1)
+    say(f"nothing of group {group} has been waiting for longer than a few seconds")
 
 
 def _age(seconds: float) -> str:

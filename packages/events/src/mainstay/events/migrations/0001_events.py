@@ -158,3 +158,20 @@ def upgrade() -> None:
         sa.Column("called_seconds", sa.Double, nullable=False, server_default="0"),
         sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
     )
+    op.create_table(
+        "mainstay_events_in_hand",
+        sa.Column("group_name", sa.Text, primary_key=True),
+        sa.Column("process", sa.Text, primary_key=True),
+        sa.Column("topic", sa.Text, primary_key=True),
+        sa.Column("partition", sa.Integer, primary_key=True),
+        sa.Column("offset", sa.BigInteger, primary_key=True),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("event_id", sa.Text, nullable=False),
+        sa.Column("handler", sa.Text, nullable=False),
+        sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("error", sa.Text, nullable=False),
+        sa.Column("began_at", sa.Double, nullable=False),
+        sa.Column("again_at", sa.Double),
+        sa.Column("noted_at", sa.Double, nullable=False),
+    )
