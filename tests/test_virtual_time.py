@@ -10,9 +10,9 @@ from tenacity import wait_fixed
 
 from mainstay.circuit_breaker import BreakerConfig, CircuitBreaker, CircuitBreakerModule, CircuitOpen
 from mainstay.core import App, Retry
-from mainstay.core.testing import VirtualClock
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import DatabaseModule, DatabaseSettings
-from mainstay.events import Event, EventRouter, EventsModule, EventsSettings
+from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, Metadata, ScheduledEvents
 from mainstay.workflow import WorkflowModule, WorkflowRouter
 
 DAY = 86_400.0
@@ -112,3 +112,38 @@ async def test_fourteen_days_of_a_whole_app_pass_in_under_a_second() -> None:
     assert {what for _, what in first[:-1]} == {"ConnectionError", "CircuitOpen"}
     assert second == first
     assert min(taken) < 1.0  # of this process's own time; the first of them imports and compiles, too
+
+
+async def test_what_a_workflow_publishes_for_later_comes_once() -> None:
+    """It is a step with its time: a run that left the memory for weeks and is replayed publishes nothing again."""
+    clock, events, flows = VirtualClock(), EventRouter(), WorkflowRouter()
+    begun = clock.now()
+    seen: list[tuple[timedelta, str, str]] = []
+
+    @flows.workflow(name="lend", version=1)
+    async def lend(loan: str) -> list[str]:
+        due = await events.publish(LoanDue(loan=loan), delay_seconds=14 * DAY)
+        await flows.sleep(20 * DAY)
+        late = await events.publish(LoanDue(loan=f"{loan}, late"), at=await flows.now() + timedelta(days=1))
+        await flows.sleep(2 * DAY)
+        return [due, late]
+
+    @events.on(LoanDue, group="mails")
+    async def send(event: LoanDue, meta: Metadata) -> None:
+        seen.append((clock.now() - begun, event.loan, meta.id))
+
+    app = App(
+        DatabaseModule.for_root(DatabaseSettings(url=SecretStr("sqlite+aiosqlite:///:memory:"))),
+        EventsModule.for_root(EventsSettings(transport="sql")),
+        EventsModule.for_feature(events),
+        WorkflowModule.for_root(),
+        WorkflowModule.for_feature(flows),
+        clock=clock,
+    )
+    async with app.running(serve=True):
+        handle = await lend.start("loan-1", id="loan-1")
+        await clock.advance(30 * DAY)
+        due, late = await handle.result()
+        await eventually(lambda: len(seen) == 2)
+        assert await app.get(ScheduledEvents).list() == []
+    assert [(moment.days, *rest) for moment, *rest in seen] == [(14, "loan-1", due), (21, "loan-1, late", late)]

@@ -19,7 +19,7 @@ from mainstay.database import Database, upgrade
 from mainstay.database.schema import SCHEMA
 from mainstay.events import EventConsumers, EventPublisher, EventRouter, ParkedKeys
 from mainstay.events._relay import OutboxRelay
-from mainstay.events.tables import OUTBOX, PARKED
+from mainstay.events.tables import LOG, OUTBOX, PARKED, SCHEDULED
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, Postgres, fresh_database
 from mainstay_servers.frozen import frozen
@@ -215,6 +215,71 @@ async def test_who_was_frozen_while_it_parked_parks_nothing_that_another_has_han
         done = [(key, number) for key, number in await wait_for(publisher, 7) if key != REPAIRED]
         exactly_once_and_in_order(done, keys=1, each=6)
         assert await publisher.get(ParkedKeys).list() == []
+
+
+async def scheduled(app: App, count: int) -> None:
+    """Publish events that are due."""
+    for number in range(count):
+        await app.get(EventPublisher).publish(Step(key="a", number=number), delay_seconds=0)
+
+
+async def handed_on(app: App, count: int) -> None:
+    """Wait until so many are in the log, and nothing waits; each is there once, in order."""
+    database = app.get(Database)
+
+    async def there() -> bool:
+        return not await database.read(sa.select(SCHEDULED.c.position))
+
+    await eventually(there, seconds=120)
+    values = [row.value for row in await database.read(sa.select(LOG.c.value).order_by(LOG.c.position))]
+    assert values == [Step(key="a", number=number).model_dump_json().encode() for number in range(count)]
+
+
+@pytest.mark.parametrize("options", ["sql on sqlite", "sql on postgres"], indirect=True)
+async def test_what_was_due_when_its_mover_was_killed_is_handed_on_once(options: dict[str, Any]) -> None:
+    """It dies with a page taken and written, and not committed: the next process begins with that page."""
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await scheduled(publisher, 700)
+        process = await start({**options, "relay only": True, "hang": "handing on"}, until="hands on")
+        process.kill()
+        await start({**options, "relay only": True})
+        await handed_on(publisher, 700)
+
+
+async def test_a_mover_that_is_frozen_in_a_page_delays_and_doubles_nothing(postgres_url: str, prefix: str) -> None:
+    """The server ends its transaction and others go on; when it wakes up, what it still does is refused."""
+    options: dict[str, Any] = {
+        "url": postgres_url,
+        "topic": f"{prefix}-fault",
+        "events": {"transport": "sql", "lease_seconds": 1.5, "partitions": 4},
+        "database": {"idle_transaction_seconds": 2.0},
+        "relay only": True,
+    }
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await scheduled(publisher, 700)
+        first = await start({**options, "hang": "handing on"}, until="hands on")
+        await start(options)
+        await handed_on(publisher, 700)
+        os.kill(first.pid, signal.SIGCONT)
+        await asyncio.to_thread(first.says, "refused")
+        await handed_on(publisher, 700)
+
+
+@pytest.mark.parametrize("options", ["sql on sqlite", "sql on postgres"], indirect=True)
+async def test_a_mover_that_was_frozen_before_a_page_hands_on_nothing(options: dict[str, Any]) -> None:
+    """Its lease was over meanwhile, and another has done it."""
+    options = {**options, "relay only": True}
+    publisher = service(options)
+    async with publisher, processes() as start:
+        await scheduled(publisher, 700)
+        first = await start({**options, "hang": "before handing on"}, until="hands on")
+        await start(options)
+        await handed_on(publisher, 700)
+        os.kill(first.pid, signal.SIGCONT)
+        await asyncio.to_thread(first.says, "refused")
+        await handed_on(publisher, 700)
 
 
 @with_librdkafka

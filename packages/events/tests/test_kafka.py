@@ -31,6 +31,7 @@ from mainstay.events import (
     Metadata,
     PublishError,
     RedriveError,
+    ScheduledEvents,
 )
 from mainstay.events._aiokafka import source
 from mainstay.events._aiokafka.client import connection
@@ -718,3 +719,31 @@ async def test_prototype_05_a_producer_does_not_carry_its_first_publisher_for_ev
         living = [began_with[task] for task in asyncio.all_tasks() if task in began_with]
         assert len(living) > 1
         assert set(living) == {None}
+
+
+async def test_an_event_for_later_goes_through_the_outbox_when_its_time_has_come(
+    kafka: str, prefix: str, sqlite_url: str
+) -> None:
+    """Once and not before; one that the broker would refuse then is refused now."""
+    events = EventRouter()
+    seen: list[tuple[int, float]] = []
+
+    @events.on(Shipped, group=prefix)
+    async def handle(event: Shipped) -> None:
+        seen.append((event.number, time.time()))
+
+    root = EventsSettings(transport="kafka", kafka_servers=kafka, partitions=1, topics={"parcel.shipped": prefix})
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    app = App(database, EventsModule.for_root(root), EventsModule.for_feature(events))
+    async with app.running(serve=True):
+        with pytest.raises(PublishError, match="at most 900000 are taken"):
+            await events.publish(Shipped(parcel="p", note="x" * 1_000_000), delay_seconds=1)
+        began = time.time()
+        await events.publish(Shipped(parcel="p", number=2), delay_seconds=1)
+        await events.publish(Shipped(parcel="p", number=1))
+        gone = await events.publish(Shipped(parcel="p", number=0), delay_seconds=3600)
+        await app.get(ScheduledEvents).cancel(gone)
+        await eventually(lambda: len(seen) == 2, seconds=60)
+        assert await app.get(ScheduledEvents).list() == []
+    assert sorted(number for number, _ in seen) == [1, 2]
+    assert dict(seen)[2] >= began + 0.999

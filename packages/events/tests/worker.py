@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from mainstay.core import App
-from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, Lease
 from mainstay.events import Event, EventRouter, EventsModule, EventsSettings, _outbox
 from mainstay.events._aiokafka import producer
 from mainstay.events._confluent import carrier as confluent_carrier
 from mainstay.events._parking import Parking
+from mainstay.events._schedule import ScheduleMover
+from mainstay.events.metadata import Outgoing
 
 EFFECTS = sa.Table(
     "effects",
@@ -168,6 +171,31 @@ async def main(options: dict[str, Any], told: Connection) -> None:
             told.send("parked")
 
         Parking.park = late  # type: ignore[method-assign, assignment]  # the moment to stop at
+    if options.get("hang") in {"before handing on", "handing on"}:
+        move = ScheduleMover._move
+
+        def stop() -> None:
+            told.send("hands on")
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        async def hanging(self: ScheduleMover, lease: Lease) -> int:
+            send = self._send
+
+            async def send_and_stop(batch: Sequence[Outgoing]) -> None:
+                await send(batch)
+                stop()  # the page is out of the table and in the log, and not committed
+
+            if options["hang"] == "handing on":
+                self._send = send_and_stop
+            else:
+                stop()
+            try:
+                return await move(self, lease)
+            except Exception:
+                told.send("refused")
+                raise
+
+        ScheduleMover._move = hanging  # type: ignore[method-assign]  # the moment to stop at
     holder: list[App] = []
     routers = (
         [] if options.get("relay only") else [noting(options) if "calls" in options else recorder(options, holder)]

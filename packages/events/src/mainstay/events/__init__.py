@@ -6,6 +6,7 @@ from mainstay.events.errors import (
     EventsError,
     ForgetError,
     NotParkedError,
+    NotScheduledError,
     PublishError,
     RedriveError,
     RefusedError,
@@ -29,6 +30,7 @@ from mainstay.events.parked import ParkedKey, ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvent, RefusedEvents
 from mainstay.events.router import EventRouter
+from mainstay.events.scheduled import ScheduledEvent, ScheduledEvents
 from mainstay.events.settings import EventsSettings, KafkaToken
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "LoggedEvent",
     "Metadata",
     "NotParkedError",
+    "NotScheduledError",
     "ParkedKey",
     "ParkedKeys",
     "PartitionLag",
@@ -59,6 +62,8 @@ __all__ = [
     "RefusedError",
     "RefusedEvent",
     "RefusedEvents",
+    "ScheduledEvent",
+    "ScheduledEvents",
     "SchemaError",
     "StuckEvent",
     "TopicState",

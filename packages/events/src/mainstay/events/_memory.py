@@ -6,16 +6,18 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from mainstay.core import Clock, Health
+from mainstay.core import Clock, Health, Timer
 from mainstay.database import Database
 from mainstay.events._delivery import Assignment
 from mainstay.events._transport import Arrivals, LogRecord, Reader, arrived, partition_of
 from mainstay.events.dead_letters import DeadLetter, Wanted
 from mainstay.events.metadata import Outgoing, Record
+from mainstay.events.scheduled import Due, ScheduledEvent
 
 _log = logging.getLogger("mainstay.events")
 
@@ -48,13 +50,18 @@ class MemoryTransport:
 
     async def send(self, batch: Sequence[Outgoing]) -> None:
         """See `Transport`."""
+        self.after_commit(lambda: self.append(batch))
+
+    def after_commit(self, callback: Callable[[], None]) -> None:
+        """Call back once the unit of work that is open is committed; at once without one."""
         database = self._database()
         if database is not None and database.in_unit_of_work():
-            database.after_commit(lambda: self._append(batch))
+            database.after_commit(callback)
         else:
-            self._append(batch)
+            callback()
 
-    def _append(self, batch: Sequence[Outgoing]) -> None:
+    def append(self, batch: Sequence[Outgoing]) -> None:
+        """Put events into their topics."""
         self.sent.extend(batch)
         for event in batch:
             number = partition_of(event, self._partitions)
@@ -96,7 +103,7 @@ class MemoryTransport:
         if known.state == "redriven":
             return False
         self._letters[letter.id] = replace(known, state="redriven", **self._change(by))
-        self._append([known.again()])
+        self.append([known.again()])
         return True
 
     async def discard(self, letter: DeadLetter, reason: str, by: str) -> bool:
@@ -118,6 +125,69 @@ class MemoryTransport:
 
     def _change(self, by: str) -> dict[str, Any]:
         return {"changed_by": by, "changed_at": self._clock.now()}
+
+
+class MemorySchedule:
+    """Events that wait for their time by the App's clock; see `Schedule`.
+
+    Args:
+        transport: takes them then.
+        clock: the App's.
+    """
+
+    def __init__(self, transport: MemoryTransport, clock: Clock) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._waiting: dict[UUID, ScheduledEvent] = {}  # in the order in which they were published
+        self._timers: dict[UUID, Timer] = {}
+
+    async def add(self, id: UUID, event: Outgoing, due: Due) -> None:
+        """See `Schedule`."""
+        now = self._clock.now()
+        at = now + timedelta(seconds=due.delay_seconds or 0.0) if due.at is None else due.at
+        waiting = ScheduledEvent(str(id), at, *event, published_at=now.replace(microsecond=0))
+        self._transport.after_commit(lambda: self._wait(id, waiting))
+
+    def _wait(self, id: UUID, event: ScheduledEvent) -> None:
+        self._forget(id)  # a step of a workflow may be repeated
+        self._waiting[id] = event
+        seconds = (event.due - self._clock.now()).total_seconds()
+        if seconds > 0:
+            self._timers[id] = self._clock.call_later(seconds, lambda: self._hand_on(event.due))
+        else:
+            self._hand_on(event.due)
+
+    def _hand_on(self, now: datetime) -> None:
+        due = [event for event in self._waiting.values() if event.due <= now]
+        for event in sorted(due, key=lambda each: each.due):
+            self._forget(UUID(event.id))
+            self._transport.append([Outgoing(event.topic, event.key, event.value, event.headers)])
+
+    def _forget(self, id: UUID) -> None:
+        self._waiting.pop(id, None)
+        if (timer := self._timers.pop(id, None)) is not None:
+            timer.cancel()
+
+    async def list(self, type: str | None, key: bytes | None, limit: int) -> Sequence[ScheduledEvent]:
+        """See `Schedule`."""
+        wanted = (each for each in self._waiting.values() if type in {None, each.type} and key in {None, each.key})
+        return sorted(wanted, key=lambda event: event.due)[:limit]
+
+    async def cancel(self, id: UUID) -> ScheduledEvent | None:
+        """See `Schedule`."""
+        event = self._waiting.get(id)
+        if event is not None:
+            self._transport.after_commit(lambda: self._forget(id))
+        return event
+
+    async def health(self) -> Health:
+        """See `Schedule`."""
+        return Health("ok")
+
+    def close(self) -> None:
+        """Forget all."""
+        for known in list(self._waiting):
+            self._forget(known)
 
 
 class MemorySource:

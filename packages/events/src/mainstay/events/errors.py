@@ -7,6 +7,7 @@ EventsError             SYS_EVENTS          base
 ├── SchemaError         EXT_EVENTS_SCHEMA   a schema is not known yet: the record waits for the registry
 ├── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
 ├── ForgetError         RES_EVENTS_FORGET   a kind of event that a process handles, or none ever did
+├── NotScheduledError   RES_EVENTS_NOT_SCHEDULED  an event that does not wait for its time (any more)
 └── RefusedError        RES_EVENTS_REFUSED  a refused event that is not there (any more)
 
 Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is
@@ -94,6 +95,15 @@ class NotParkedError(EventsError):
     retryable = False
     no_effect = True
     public_message = "There is no such parked key."
+
+
+class NotScheduledError(EventsError):
+    """No event with this id waits for its time: it was handed on or cancelled already, or never was scheduled."""
+
+    code = "RES_EVENTS_NOT_SCHEDULED"
+    retryable = False
+    no_effect = True
+    public_message = "There is no such scheduled event."
 
 
 class ForgetError(EventsError):

@@ -151,7 +151,8 @@ class Metadata:
     def time(self) -> datetime | None:
         """When it was published, by the publisher's wall clock, in UTC; None where it does not say so as RFC 3339 does.
 
-        A time without a zone is taken for UTC, whatever the zone of this process.
+        That is so of an event that was published for later, too: it says when something happened, not when others were
+        to hear of it. A time without a zone is taken for UTC, whatever the zone of this process.
         """
         text = self._text(TIME)
         if text is None:

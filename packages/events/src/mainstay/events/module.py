@@ -20,13 +20,14 @@ from mainstay.events._handled import Handled
 from mainstay.events._in_hand import InHand
 from mainstay.events._inbox import Inbox, handlers_at_once
 from mainstay.events._letters import SqlDeadLetters
-from mainstay.events._memory import MemoryTransport
+from mainstay.events._memory import MemorySchedule, MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
 from mainstay.events._registry import SchemaRegistry, check_format, context_of
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._retention import LogRetention
 from mainstay.events._routes import Route, Routes
+from mainstay.events._schedule import ScheduleMover, SqlSchedule
 from mainstay.events._sql import SqlTransport
 from mainstay.events._sql_log import SqlLog
 from mainstay.events._transport import Transport
@@ -35,10 +36,12 @@ from mainstay.events.dead_letters import DeadLetters, DeadLetterStore
 from mainstay.events.event import EventDefinition, definition_of
 from mainstay.events.foreign import Debezium, Decoder, Plain, Schemas
 from mainstay.events.log import EventLog
+from mainstay.events.metadata import Outgoing
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, decoder_each, one_handler_each, one_rule_each
+from mainstay.events.scheduled import Schedule, ScheduledEvents
 from mainstay.events.settings import EventsSettings
 
 if TYPE_CHECKING:
@@ -70,7 +73,8 @@ class EventConsumers:
 class EventsModule(Module[EventsSettings, EventRouter]):
     """`EventsModule.for_root()` once; `EventsModule.for_feature(router)` for each feature.
 
-    Yields `EventPublisher`, `DeadLetters` and `ParkedKeys`. Consumers and the outbox relay run while the App serves.
+    Yields `EventPublisher`, `DeadLetters`, `ParkedKeys` and, but on Kafka without an outbox, `ScheduledEvents`. While
+    the App serves, consumers and the outbox relay run, and scheduled events are handed on.
     """
 
     name: ClassVar[str] = "events"
@@ -216,7 +220,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         services: list[object] = []
         async with AsyncExitStack() as stack:
             foreign = self._decoders()
-            send, transport, letters = await _transport(app, settings, database, services, stack, foreign=foreign)
+            send, transport, letters, schedule = await _transport(
+                app, settings, database, services, stack, foreign=foreign
+            )
             if isinstance(transport, SqlTransport):
                 app.serve("log", self._retention(app, transport.database).run)
                 if not self.looking:
@@ -255,15 +261,23 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 app.serve(consumer.group, consumer.serve)
             if inbox is not None:
                 app.serve("inbox", partial(inbox.sweep, settings.inbox_days))
-            publisher = EventPublisher(
-                send, transactional=settings.writes_database, settings=settings, clock=app.clock, spans=spans
-            )
+            publisher = self._publisher(app, send, schedule, spans)
             for router in self.parts:
                 stack.enter_context(router.binding.to(publisher))
             known = database or _database_of(app)
             dead = DeadLetters(letters, {group: routes for group, (_, routes) in groups.items()}, known)
             services += _log(transport, settings, known, groups)
             yield [publisher, dead, ParkedKeys(known, letters), EventConsumers(consumers), *services]
+
+    def _publisher(self, app: App, send: Send, schedule: Schedule | None, spans: Spans | None) -> EventPublisher:
+        return EventPublisher(
+            send,
+            transactional=self.settings.writes_database,
+            settings=self.settings,
+            clock=app.clock,
+            schedule=schedule,
+            spans=spans,
+        )
 
 
 async def _transport(
@@ -274,12 +288,15 @@ async def _transport(
     stack: AsyncExitStack,
     *,
     foreign: Collection[str],
-) -> tuple[Callable[..., Awaitable[None]], Transport, DeadLetterStore]:
-    """Where publishing writes, where consumers read, where dead letters go."""
+) -> tuple[Callable[..., Awaitable[None]], Transport, DeadLetterStore, Schedule | None]:
+    """Where publishing writes, where consumers read, where dead letters go, where events wait for their time."""
     if settings.transport == "memory":
         memory = MemoryTransport(partitions=settings.partitions, database=partial(_database_of, app), clock=app.clock)
         services.append(memory)
-        return memory.send, memory, memory
+        later = MemorySchedule(memory, app.clock)
+        services.append(ScheduledEvents(later))
+        stack.callback(later.close)
+        return memory.send, memory, memory, later
     if settings.transport == "sql":
         assert database is not None  # noqa: S101  required
         log = SqlTransport(
@@ -289,14 +306,16 @@ async def _transport(
             clock=app.clock,
         )
         services.append(log)
-        return log.send, log, _letters(app, settings, database, log.send)
+        schedule = _schedule(app, settings, database, log.send)
+        services.append(ScheduledEvents(schedule))
+        return log.send, log, _letters(app, settings, database, log.send), schedule
     kafka = _kafka.KafkaTransport(settings, app.clock, foreign)
     stack.push_async_callback(kafka.close)
     services.append(kafka)
     if not settings.writes_database:
         await kafka.producer.connect()
         direct = _kafka.Direct(kafka.producer, partial(_database_of, app))
-        return direct.send, kafka, kafka.letters()
+        return direct.send, kafka, kafka.letters(), None
     assert database is not None  # noqa: S101  required
     outbox = Outbox(database, _kafka.check_size)
     relay = OutboxRelay(
@@ -311,7 +330,9 @@ async def _transport(
     app.serve("relay", relay.serve)
     app.serve("outbox", relay.rows.measure)
     services += [relay, RefusedEvents(database, outbox)]
-    return outbox.send, kafka, _letters(app, settings, database, outbox.send_again)
+    schedule = _schedule(app, settings, database, outbox.send_again, _kafka.check_size)
+    services.append(ScheduledEvents(schedule))
+    return outbox.send, kafka, _letters(app, settings, database, outbox.send_again), schedule
 
 
 def _spans(settings: EventsSettings) -> Spans | None:
@@ -328,12 +349,26 @@ def _letters(app: App, settings: EventsSettings, database: Database, send: Send)
     return letters
 
 
+def _schedule(
+    app: App,
+    settings: EventsSettings,
+    database: Database,
+    send: Send,
+    check: Callable[[Outgoing], None] | None = None,
+) -> SqlSchedule:
+    schedule = SqlSchedule(database, check, settings.stuck_seconds)
+    mover = ScheduleMover(database, schedule.arrivals, send, lease_seconds=settings.lease_seconds, clock=app.clock)
+    app.serve("schedule", mover.serve)
+    app.serve("scheduled", schedule.measure)
+    return schedule
+
+
 def _transport_classes(settings: EventsSettings) -> Sequence[type]:
     if settings.transport == "memory":
-        return (MemoryTransport,)
+        return (MemoryTransport, ScheduledEvents)
     if settings.transport == "sql":
-        return (SqlTransport, EventLog)
-    relayed = (OutboxRelay, RefusedEvents) if settings.writes_database else ()
+        return (SqlTransport, EventLog, ScheduledEvents)
+    relayed = (OutboxRelay, RefusedEvents, ScheduledEvents) if settings.writes_database else ()
     return (_kafka.KafkaTransport, EventLog, *relayed)
 
 

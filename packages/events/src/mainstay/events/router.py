@@ -6,6 +6,7 @@ import inspect
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from mainstay.core import Binding, Retry
@@ -236,9 +237,9 @@ class EventRouter:
 
         return register
 
-    async def publish(self, event: Event) -> str:
-        """Publish an event, and return its id; see `EventPublisher.publish`."""
-        return await self.binding.get().publish(event)
+    async def publish(self, event: Event, *, at: datetime | None = None, delay_seconds: float | None = None) -> str:
+        """Publish an event, now or for later, and return its id; see `EventPublisher.publish`."""
+        return await self.binding.get().publish(event, at=at, delay_seconds=delay_seconds)
 
     async def publish_batch(self, events: Sequence[Event]) -> list[str]:
         """Publish events together, and return their ids; see `EventPublisher.publish_batch`."""

@@ -90,6 +90,22 @@ REFUSED = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False),
 )
+SCHEDULED = sa.Table(
+    "mainstay_events_scheduled",
+    METADATA,
+    sa.Column("position", _BIG, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.Uuid, nullable=False),
+    sa.Column("due_at", sa.Double, nullable=False),
+    sa.Column("topic", sa.Text, nullable=False),
+    sa.Column("type", sa.Text, nullable=False),  # what it is looked for by, as its headers say
+    sa.Column("key", sa.LargeBinary),
+    sa.Column("value", sa.LargeBinary),
+    sa.Column("headers", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Index("mainstay_events_scheduled_due", "due_at", "position"),
+    sa.Index("mainstay_events_scheduled_id", "id"),
+    sqlite_autoincrement=True,
+)
 INBOX = sa.Table(
     "mainstay_events_inbox",
     METADATA,
@@ -269,15 +285,24 @@ OUTBOX_TOPICS = sa.text(
 _POSITIONS = postgresql.ARRAY(sa.BigInteger)
 
 
+def _bytes(table: sa.Table) -> sa.Label[int]:
+    """How large the event of a row is."""
+    return (
+        sa.func.coalesce(sa.func.length(table.c.value), 0)
+        + sa.func.coalesce(sa.func.length(table.c.key), 0)
+        + sa.func.length(table.c.headers)
+    ).label("bytes")
+
+
+def _any_of(positions: sa.Select[Any]) -> sa.ColumnElement[Any]:
+    """Positions as an array on PostgreSQL: so they are looked up, also where the planner expects many."""
+    return sa.any_(sa.func.array(positions.scalar_subquery(), type_=_POSITIONS))
+
+
 def _page(*conditions: sa.ColumnElement[bool]) -> dict[str, sa.Select[Any]]:
     """The oldest rows that fulfil conditions, for as long as those before them are not too many bytes together."""
-    size = (
-        sa.func.coalesce(sa.func.length(OUTBOX.c.value), 0)
-        + sa.func.coalesce(sa.func.length(OUTBOX.c.key), 0)
-        + sa.func.length(OUTBOX.c.headers)
-    ).label("bytes")
     oldest = (
-        sa.select(OUTBOX.c.position, size)
+        sa.select(OUTBOX.c.position, _bytes(OUTBOX))
         .where(*conditions, OUTBOX.c.lane.in_(sa.bindparam("lanes", expanding=True)))
         .order_by(OUTBOX.c.position)
         .limit(sa.bindparam("limit", type_=sa.Integer))
@@ -289,8 +314,7 @@ def _page(*conditions: sa.ColumnElement[bool]) -> dict[str, sa.Select[Any]]:
     rows = sa.select(OUTBOX).order_by(OUTBOX.c.position)
     return {
         "sqlite": rows.where(OUTBOX.c.position.in_(fit)),
-        # As an array it is looked up, also where the planner expects many.
-        "postgresql": rows.where(OUTBOX.c.position == sa.any_(sa.func.array(fit.scalar_subquery(), type_=_POSITIONS))),
+        "postgresql": rows.where(OUTBOX.c.position == _any_of(fit)),
     }
 
 
@@ -346,6 +370,52 @@ MEASURE_OUTBOX = _each(
         (now - _oldest_created_at).label("age"),
         sa.select(sa.func.count()).select_from(REFUSED).scalar_subquery().label("refused"),
     )
+)
+
+SCHEDULE = sa.insert(SCHEDULED).values(
+    **_binds(SCHEDULED, "id", "topic", "type", "key", "value", "headers"),
+    # One of the two is null.
+    due_at=sa.func.coalesce(
+        sa.bindparam("at", type_=sa.Double), database_now() + sa.bindparam("delay", type_=sa.Double)
+    ),
+)
+_FIRST_DUE_AT = sa.select(sa.func.min(SCHEDULED.c.due_at)).scalar_subquery()
+NEXT_DUE = sa.select((_FIRST_DUE_AT - database_now()).label("seconds"))
+_BY_DUE = (SCHEDULED.c.due_at, SCHEDULED.c.position)
+
+
+def _take_due() -> dict[str, sa.Executable]:
+    """Take a page of what is due, by time and position, out of the table, but for what a cancellation holds."""
+    due = (
+        sa.select(*_BY_DUE, _bytes(SCHEDULED))
+        # A query of its own: compared with a function whose value changes, no index would be used.
+        .where(SCHEDULED.c.due_at <= sa.select(database_now()).scalar_subquery())
+        .order_by(*_BY_DUE)
+        .limit(sa.bindparam("limit", type_=sa.Integer))
+        .with_for_update(skip_locked=True)
+        .cte("due")
+    )
+    together = sa.func.sum(due.c.bytes).over(order_by=(due.c.due_at, due.c.position))
+    sized = sa.select(due.c.position, (together - due.c.bytes).label("before")).subquery()
+    fit = sa.select(sized.c.position).where(sized.c.before < sa.bindparam("bytes", type_=sa.BigInteger))
+    taken = sa.delete(SCHEDULED).returning(SCHEDULED)
+    return {
+        "sqlite": taken.where(SCHEDULED.c.position.in_(fit)),
+        "postgresql": taken.where(SCHEDULED.c.position == _any_of(fit)),
+    }
+
+
+TAKE_DUE = _take_due()
+CANCEL_SCHEDULED = (
+    sa.delete(SCHEDULED).where(SCHEDULED.c.id == sa.bindparam("scheduled", type_=sa.Uuid)).returning(SCHEDULED)
+)
+LIST_SCHEDULED = sa.select(SCHEDULED).order_by(*_BY_DUE).limit(sa.bindparam("limit", type_=sa.Integer))
+MEASURE_SCHEDULED = sa.select(
+    sa.select(sa.func.count())
+    .select_from(sa.select(SCHEDULED.c.position).limit(10_000).subquery())
+    .scalar_subquery()
+    .label("waiting"),
+    (database_now() - _FIRST_DUE_AT).label("overdue"),
 )
 
 JOIN_GROUP = _each(

@@ -5,6 +5,7 @@ import typer
 from mainstay.events.cli._letters import dead_letters
 from mainstay.events.cli._parked import parked
 from mainstay.events.cli._refused import refused
+from mainstay.events.cli._scheduled import scheduled
 from mainstay.events.cli._tail import publish, tail
 from mainstay.events.cli._topics import groups, lag, stuck, topics
 
@@ -18,3 +19,4 @@ for _command in (topics, groups, lag, stuck, tail, publish):
 commands.add_typer(dead_letters, name="dead-letters")
 commands.add_typer(refused, name="refused")
 commands.add_typer(parked, name="parked")
+commands.add_typer(scheduled, name="scheduled")

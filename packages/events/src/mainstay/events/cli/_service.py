@@ -19,9 +19,10 @@ from mainstay.events.module import EventsModule
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvents
+from mainstay.events.scheduled import ScheduledEvents
 from mainstay.events.settings import EventsSettings
 
-S = TypeVar("S", DeadLetters, ParkedKeys, RefusedEvents)
+S = TypeVar("S", DeadLetters, ParkedKeys, RefusedEvents, ScheduledEvents)
 Part = TypeVar("Part")
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  an id, of whichever kind
@@ -69,6 +70,9 @@ def with_service(service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
     _kept_for_others(settings)
     if service is RefusedEvents and not (settings.transport == "kafka" and settings.writes_database):
         msg = "only the outbox in front of Kafka keeps events that were refused"
+        raise ConfigurationError(msg)
+    if service is ScheduledEvents and not settings.writes_database:
+        msg = f"events wait for their time in the Database, and {settings.variable('outbox')} says that there is none"
         raise ConfigurationError(msg)
     modules: list[Any] = [EventsModule.for_root(settings)]
     if settings.writes_database or service is ParkedKeys:

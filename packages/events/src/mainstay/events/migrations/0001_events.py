@@ -1,4 +1,4 @@
-"""The log with its offsets and members, the outbox, the inbox, dead letters."""
+"""The log with its offsets and members, the outbox, what waits for its time, the inbox, dead letters."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -69,6 +69,21 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
     )
+    op.create_table(
+        "mainstay_events_scheduled",
+        sa.Column("position", big, primary_key=True, autoincrement=True),
+        sa.Column("id", sa.Uuid, nullable=False),
+        sa.Column("due_at", sa.Double, nullable=False),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("value", sa.LargeBinary),
+        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("created_at", sa.BigInteger, nullable=False, server_default=sa.text(now)),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("mainstay_events_scheduled_id", "mainstay_events_scheduled", ["id"])
+    op.create_index("mainstay_events_scheduled_due", "mainstay_events_scheduled", ["due_at", "position"])
     op.create_table(
         "mainstay_events_inbox",
         sa.Column("group_name", sa.Text, primary_key=True),
