@@ -6,6 +6,8 @@ import asyncio
 import heapq
 import inspect
 import itertools
+import os
+import random
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
@@ -13,9 +15,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import ClassVar
 
+from mainstay.core import ids
 from mainstay.core.clock import Clock
 
-__all__ = ["VirtualClock", "VirtualTimer", "eventually"]
+__all__ = ["VirtualClock", "VirtualTimer", "eventually", "repeatable"]
 
 _TURNS = 32  # of the event loop, without real work in between: then every chain of wake-ups has ended
 _LOOK_SECONDS = 0.0002  # how often real work is looked at
@@ -52,6 +55,33 @@ async def eventually(
             msg = f"{what} did not come true within {seconds:g} s"
             raise TimeoutError(msg)
         await asyncio.sleep(every_seconds)
+
+
+@contextmanager
+def repeatable(seed: str, clock: Clock) -> Generator[None, None, None]:
+    """Make time, randomness and ids in the block depend on `seed` and `clock` alone; for simulators.
+
+    What the block asks `time.time`, `time.monotonic`, `os.urandom` (and with it `uuid4` and `uuid7`) and the functions
+    of `random` is the same each time it runs. It is so for the whole process: nothing else may run meanwhile. What
+    reads the system's clock past these, as `datetime.now` does, is not reached.
+
+    Args:
+        seed: any text.
+        clock: a virtual one.
+    """
+    bits = random.Random(f"{seed} bits")  # noqa: S311  the same each time is the point
+    before = (time.time, time.time_ns, time.monotonic, os.urandom, random.getstate(), ids._last)
+    time.time = lambda: clock.now().timestamp()
+    time.time_ns = lambda: round(clock.now().timestamp() * 1e6) * 1000
+    time.monotonic = clock.monotonic
+    os.urandom = bits.randbytes
+    random.seed(f"{seed} random")
+    ids._last = 0
+    try:
+        yield
+    finally:
+        time.time, time.time_ns, time.monotonic, os.urandom, state, ids._last = before
+        random.setstate(state)
 
 
 class VirtualTimer:

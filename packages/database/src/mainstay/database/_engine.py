@@ -11,6 +11,7 @@ import sqlite3
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,11 +281,18 @@ def unreachable(address: Address, error: BaseException) -> ConfigurationError:
 
 
 def make_engine(
-    address: Address, settings: DatabaseSettings, *, pooled: bool, clock: Clock = SYSTEM_CLOCK, calls: DriverCalls
+    address: Address,
+    settings: DatabaseSettings,
+    *,
+    pooled: bool,
+    clock: Clock = SYSTEM_CLOCK,
+    calls: DriverCalls,
+    connect: Callable[..., Any] | None = None,
 ) -> AsyncEngine:
     """The engine; with `pooled` it relies on nothing that a transaction pooler forgets.
 
-    A virtual clock is the time of SQLite's sessions, and their calls of the driver are counted.
+    A virtual clock is the time of SQLite's sessions, and their calls of the driver are counted. `connect` makes the
+    connections to SQLite in place of the driver.
     """
     sqlite = address.dialect == "sqlite"
     arguments = (
@@ -292,6 +300,8 @@ def make_engine(
         if sqlite
         else connects(address, pooled=pooled, limits=bounds(settings))
     )
+    if connect is not None:
+        arguments = {**arguments, "async_creator_fn": connect}
     engine = create_async_engine(
         address.url,
         # Closing a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it

@@ -221,7 +221,7 @@ def merge(writes: Sequence[PendingWrite]) -> list[tuple[Prepared | Literal, list
 Errors = dict[int, Exception]  # by id() of the write; who is not in it has succeeded
 
 
-def _settle(writes: Iterable[PendingWrite], errors: Mapping[int, Exception]) -> None:
+def settle(writes: Iterable[PendingWrite], errors: Mapping[int, Exception]) -> None:
     """Answer the callers of a batch that was committed except for the writes with an error."""
     rows = 0
     oldest = now = time.monotonic()
@@ -303,6 +303,10 @@ class SQLiteWriter:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._connection: sqlite3.Connection | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread = threading.Thread(target=self._work, name="mainstay.database writer", daemon=True)
         self._thread.start()
 
@@ -312,8 +316,8 @@ class SQLiteWriter:
             async with self._turn.mine():
                 writes = take()
                 if writes:
-                    errors = await self._call(lambda: self._commit(writes))
-                    _settle(writes, errors)
+                    errors = await self._call(lambda: self._commit(writes, self._busy_timeout_seconds))
+                    settle(writes, errors)
         except DatabaseBusy as error:
             for write in take():
                 write.settle(DatabaseBusy(str(error)))
@@ -352,12 +356,12 @@ class SQLiteWriter:
         if self._connection is not None:
             self._connection.close()
 
-    def _commit(self, writes: Sequence[PendingWrite]) -> Errors:
+    def _commit(self, writes: Sequence[PendingWrite], busy_seconds: float) -> Errors:
         try:
             if self._connection is None:
                 self._connection = sqlite_connection(self._address, self._clock)
             connection = self._connection
-            begin_immediate(connection, self._busy_timeout_seconds)
+            begin_immediate(connection, busy_seconds)
         except sqlite3.Error as error:
             return {id(write): translate(error) for write in writes}
         try:
@@ -383,7 +387,7 @@ class SQLiteWriter:
                 raise
             if isinstance(error, sqlite3.IntegrityError) and len(writes) > 1:
                 # A deferred constraint, which SQLite looks at only now: whose it is shows when each goes alone.
-                return {who: what for write in writes for who, what in self._commit([write]).items()}
+                return {who: what for write in writes for who, what in self._commit([write], busy_seconds).items()}
             return {id(write): translate(error) for write in writes}
         return errors
 
@@ -580,11 +584,11 @@ class PostgresWriter:
             if connection.is_in_transaction():
                 await connection.execute("ROLLBACK")
             if len(writes) == 1 and not waits_for_others(error):
-                _settle(writes, {id(writes[0]): translate(error)})
+                settle(writes, {id(writes[0]): translate(error)})
             else:
                 await self._one_by_one(connection, writes)
         else:
-            _settle(writes, errors)
+            settle(writes, errors)
 
     async def _commit_aside(self, connection: asyncpg.Connection) -> None:
         writes = [write for write in self._aside if not write.durable.done()]
@@ -630,7 +634,7 @@ class PostgresWriter:
             await connection.execute("RELEASE SAVEPOINT mainstay_write")
             tried.append(write)
         await self._end(connection, tried, errors)
-        _settle(tried, errors)
+        settle(tried, errors)
         self._aside += aside
 
     async def _begin(self, connection: asyncpg.Connection, patience_seconds: float) -> None:

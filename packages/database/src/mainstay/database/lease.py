@@ -316,7 +316,7 @@ class SQLiteRows:
     def __init__(self, address: Address, time_: Callable[[], float | None], busy_timeout_seconds: float) -> None:
         self._address = address
         self._time = time_
-        self._seconds = busy_timeout_seconds
+        self.busy_timeout_seconds = busy_timeout_seconds
         self._connection: sqlite3.Connection | None = None
 
     async def acquire(self, name: str, holder: str, seconds: float) -> int | None:
@@ -372,7 +372,7 @@ class SQLiteRows:
             if begin == "BEGIN":
                 connection.execute(begin)
             else:
-                begin_immediate(connection, self._seconds)
+                begin_immediate(connection, self.busy_timeout_seconds)
         except sqlite3.OperationalError as error:
             msg = f"SQLite was not free for a lease ({error})"
             raise DatabaseBusy(msg) from error

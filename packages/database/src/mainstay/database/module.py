@@ -14,11 +14,21 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from mainstay.core import SYSTEM_CLOCK, App, ConfigurationError, Module
+from mainstay.core import SYSTEM_CLOCK, App, Clock, ConfigurationError, Module
 from mainstay.database import _metrics
-from mainstay.database._engine import Address, Home, behind_pooler, bounds, make_engine, unreachable, write_ahead
+from mainstay.database._engine import (
+    Address,
+    Bounds,
+    Home,
+    behind_pooler,
+    bounds,
+    make_engine,
+    unreachable,
+    write_ahead,
+)
 from mainstay.database._hints import Messenger
 from mainstay.database._recorder import PostgresWriter, Recorder, SQLiteWriter, Turn, WriteQueue, Writer
+from mainstay.database._simulated import Simulated
 from mainstay.database._statements import Statements
 from mainstay.database._virtual_time import DriverCalls
 from mainstay.database.clock import database_now
@@ -40,6 +50,7 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
     """`DatabaseModule.for_root()` yields the `Database` that every other package uses."""
 
     name: ClassVar[str] = "database"
+    _simulated: Simulated | None = None  # what the Database of a simulated process is made of
 
     def yields(self) -> Sequence[type]:
         """The Database."""
@@ -65,8 +76,10 @@ class DatabaseModule(Module[DatabaseSettings, Never]):
         """Connect, migrate SQLite or check PostgreSQL, yield the Database; at the end commit what is waiting."""
         settings = self.settings
         address = Address(parse_url(settings.url.get_secret_value()))
+        if self._simulated is not None:
+            address.synchronous = "OFF"  # its machine never fails
         try:
-            async with _database(address, settings, app) as database:
+            async with _database(address, settings, app, self._simulated) as database:
                 yield [database]
         finally:
             address.remove()
@@ -89,7 +102,9 @@ async def _clock_that_is_off(database: Database, app: App) -> list[str]:
 
 
 @asynccontextmanager
-async def _database(address: Address, settings: DatabaseSettings, app: App) -> AsyncGenerator[Database, None]:
+async def _database(
+    address: Address, settings: DatabaseSettings, app: App, simulated: Simulated | None
+) -> AsyncGenerator[Database, None]:
     busy = settings.busy_timeout_seconds
     limits = bounds(settings)
     home = Home()
@@ -110,18 +125,19 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
             raise ConfigurationError(msg)
         pooled = await behind_pooler(address)
     calls = DriverCalls()
-    engine = make_engine(address, settings, pooled=pooled, clock=app.clock, calls=calls)
+    connect = None if simulated is None else simulated.connect
+    engine = make_engine(address, settings, pooled=pooled, clock=app.clock, calls=calls, connect=connect)
     event.listen(engine.sync_engine, "checkout", _checked_out)
     event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin
     statements = Statements(engine.dialect)
     turn = Turn(busy, alone=app.clock.virtual) if address.dialect == "sqlite" else None
     writers: list[Writer] = (
-        [SQLiteWriter(address, statements, turn, busy, app.clock)]
+        [(SQLiteWriter if simulated is None else simulated.writer)(address, statements, turn, busy, app.clock)]
         if turn is not None
         else [PostgresWriter(address, statements, limits, pooled=pooled) for _ in range(settings.recorder_connections)]
     )
     recorder = Recorder([WriteQueue(writer, busy) for writer in writers])
-    keeper = Keeper(address, LEASE_CLOCK, limits, pooled=pooled)
+    keeper = _keeper(address, app.clock, limits, simulated, pooled=pooled)
 
     def under_way() -> str | None:
         idle = recorder.idle() and keeper.idle() and not calls.under_way()
@@ -144,6 +160,12 @@ async def _database(address: Address, settings: DatabaseSettings, app: App) -> A
             _log.error("the database was not closed in order", exc_info=failure)
         if cancelled is not None:
             raise cancelled
+
+
+def _keeper(address: Address, clock: Clock, limits: Bounds, simulated: Simulated | None, *, pooled: bool) -> Keeper:
+    if simulated is None:
+        return Keeper(address, LEASE_CLOCK, limits, pooled=pooled)
+    return simulated.keeper(address, clock, limits)
 
 
 async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine, home: Home) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
 from mainstay.core import SYSTEM_CLOCK, App, Clock
+from mainstay.database._simulated import Moments, Simulated
 from mainstay.database.database import Database
 from mainstay.database.lease import Lease
 from mainstay.database.module import DatabaseModule
 from mainstay.database.schema import Schema, upgrade
 from mainstay.database.settings import DatabaseSettings
 
-__all__ = ["database", "expire_lease", "schema_differences"]
+__all__ = ["Moments", "SimulatedDatabase", "database", "expire_lease", "schema_differences"]
 
 
 @asynccontextmanager
@@ -38,6 +40,30 @@ async def database(
         for schema in schemas:
             await running.ensure_schema(schema)
         yield running
+
+
+class SimulatedDatabase:
+    """The Database of one process of a simulation: on a SQLite file, without threads, and never synced.
+
+    For simulators, which run several processes on one event loop whose time is virtual and own every moment of it.
+    Leases follow that time, too.
+
+    Args:
+        path: the file, which the processes share; its tables exist, and it is in WAL mode.
+        moments: asked at each statement and commit.
+
+    Attributes:
+        module: to be given to the process' App.
+    """
+
+    def __init__(self, path: Path, moments: Moments) -> None:
+        self._simulated = Simulated(moments)
+        self.module = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(f"sqlite+aiosqlite:///{path}")))
+        self.module._simulated = self._simulated
+
+    def crash(self) -> None:
+        """Close every connection as the end of a process does: what is not committed by now is gone."""
+        self._simulated.crash()
 
 
 async def expire_lease(database: Database, lease: Lease) -> None:
