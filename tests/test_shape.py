@@ -68,7 +68,9 @@ def _package(place: Path, name: str) -> Iterator[str]:
         yield f"{name}: the distribution is called {project['name']}"
     if project.get("scripts") and name != "cli":
         yield f"{name}: has a script of its own; commands come through the entry points mainstay.commands"
-    modules = {path.stem: _parsed(path.read_text()) for path in sorted(source.glob("*.py"))}
+    files = {path.stem: path for path in sorted(source.glob("*.py"))}
+    files |= {name: source / name / "__init__.py" for name in ("cli", "testing") if (source / name).is_dir()}
+    modules = {stem: _parsed(path.read_text()) for stem, path in files.items()}
     yield from (f"{name}: {stem}.py says nothing by its name" for stem in sorted(NAMELESS & modules.keys()))
     classes = [
         (stem, each) for stem, tree in modules.items() for each in ast.walk(tree) if isinstance(each, ast.ClassDef)
@@ -129,7 +131,7 @@ def _circle(name: str, modules: dict[str, ast.Module]) -> list[str]:
                 if isinstance(each, ast.ImportFrom) and each.module is not None:
                     if each.module == f"mainstay.{name}":
                         imports[stem] |= {alias.name for alias in each.names}
-                    elif each.module.startswith(f"mainstay.{name}."):
+                    elif each.module.startswith(f"mainstay.{name}.") and each.module.split(".")[2] != stem:
                         imports[stem].add(each.module.split(".")[2])
     done: set[str] = set()
 
@@ -262,7 +264,7 @@ EVENTS = "packages/events/src/mainstay/events"
             "2 base",
         ),
         (_instead(f"{EVENTS}/tables.py", "SCHEMA =", "schema ="), "events: has migrations and no SCHEMA"),
-        (_instead(f"{EVENTS}/testing.py", "__all__", "__any__"), "events: testing.py has no __all__"),
+        (_instead(f"{EVENTS}/testing/__init__.py", "__all__", "__any__"), "events: testing.py has no __all__"),
         (_instead("packages/events/pyproject.toml", "mainstay.commands", "console_scripts"), "events: cli is in no"),
         (_instead("pyproject.toml", "mainstay-events = {", "mainstay-other = {"), "events: is not in uv's sources"),
         (_instead("pyproject.toml", '    "packages/events/src",\n', ""), "events: is not in mypy's mypy_path"),
@@ -271,7 +273,7 @@ EVENTS = "packages/events/src/mainstay/events"
         (_instead("docs/index.md", "(events.md)", "(event.md)"), "events: is not in docs/index.md"),
         (_without("docs/events.md"), "events: is not in docs"),
         (_without("docs/rfcs/0006-events.md"), "events: has no RFC"),
-        (_without(f"{EVENTS}/testing.py"), "events: has no testing.py"),
+        (_without("packages/workflow/src/mainstay/workflow/testing.py"), "workflow: has no testing.py"),
         (_instead("docs/events.md", "## Guarantees", "## Promises"), "events: docs/events.md has the headings About,"),
         (
             _instead(f"{EVENTS}/errors.py", "class EventsError(MainstayError)", "class EventsError(Error)"),

@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EventConsumers", "EventsModule"]
 
+Call = Callable[..., Awaitable[None]]
+Watch = Callable[[Subscription, Call], Call]
+"""Put around what is called with the event and its metadata, an inbox included."""
+
 _AT_START = Retry(attempts=6)
 """A file that others write to at the moment does not end a start; a database that is away has ended it before."""
 
@@ -78,6 +82,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     """
 
     name: ClassVar[str] = "events"
+    _watch: Watch | None = None  # put around each handler by simulations
 
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
         """The Database, where the log, the outbox, an inbox or parked keys are kept in it."""
@@ -232,7 +237,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
             counts = database is not None and settings.transport != "memory"
             crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
-            groups = _groups(app, self._subscriptions(), Upcasting(self._upcasts()), settings, inbox=inbox, spans=spans)
+            groups = _groups(self, partial(_call, app, inbox, self._watch), spans)
             _read_foreign(groups.values(), foreign, _schemas(app, settings, services))
             parking = _parking(database, groups, settings)
             if parking and not self.looking:
@@ -446,17 +451,12 @@ def _pool_size(app: App) -> int:
 
 
 def _groups(
-    app: App,
-    subscriptions: Sequence[Subscription],
-    upcasting: Upcasting,
-    settings: EventsSettings,
-    *,
-    inbox: Inbox | None,
-    spans: Spans | None,
+    module: EventsModule, call_of: Callable[[Subscription], tuple[Call, bool]], spans: Spans | None
 ) -> Mapping[str, tuple[list[str], Routes]]:
     """For each group, its topics and its routes by type."""
     groups: dict[str, tuple[list[str], Routes]] = {}
-    for subscription in subscriptions:
+    settings, upcasting = module.settings, Upcasting(module._upcasts())
+    for subscription in module._subscriptions():
         topics, routes = groups.setdefault(subscription.group, ([], Routes()))
         routes.unknown = subscription.unknown
         routes.spans = spans
@@ -468,7 +468,7 @@ def _groups(
             if type_ not in routes:
                 routes[type_] = Route(type_, subscription.group)
             routes[type_].topics.add(topic)
-            call, wants_metadata = _call(app, subscription, inbox)
+            call, wants_metadata = call_of(subscription)
             retry = settings.retry() if subscription.retry is None else subscription.retry
             routes[type_].reads(
                 event, call, wants_metadata=wants_metadata, retry=retry, parks=subscription.on_failure == "park"
@@ -496,9 +496,17 @@ def _parking(
     }
 
 
-def _call(app: App, subscription: Subscription, inbox: Inbox | None) -> tuple[Callable[..., Awaitable[None]], bool]:
+def _call(app: App, inbox: Inbox | None, watch: Watch | None, subscription: Subscription) -> tuple[Call, bool]:
     """What a delivery calls, and whether that takes the metadata."""
-    call, wants_metadata = app.fill(subscription.call), subscription.wants_metadata
+    call, wants_metadata = _once(app, inbox, subscription)
+    if watch is None:
+        return call, wants_metadata
+    return watch(subscription, call if wants_metadata else _without_metadata(call)), True
+
+
+def _once(app: App, inbox: Inbox | None, subscription: Subscription) -> tuple[Call, bool]:
+    call: Call = app.fill(subscription.call)
+    wants_metadata = subscription.wants_metadata
     if subscription.timeout_seconds is not None:
         call = _limited(call, subscription.timeout_seconds)
     if subscription.inbox:
@@ -509,7 +517,7 @@ def _call(app: App, subscription: Subscription, inbox: Inbox | None) -> tuple[Ca
     return call, wants_metadata
 
 
-def _limited(call: Callable[..., Awaitable[None]], seconds: float) -> Callable[..., Awaitable[None]]:
+def _limited(call: Call, seconds: float) -> Call:
     async def limited(*arguments: object) -> None:
         async with timeout(seconds):
             await call(*arguments)
@@ -517,7 +525,7 @@ def _limited(call: Callable[..., Awaitable[None]], seconds: float) -> Callable[.
     return limited
 
 
-def _without_metadata(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+def _without_metadata(call: Call) -> Call:
     async def plain(event: object, _meta: object) -> None:
         await call(event)
 
