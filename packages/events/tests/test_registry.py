@@ -22,10 +22,20 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message_factory import GetMessageClass
 from pydantic import SecretStr, ValidationError
 
-from mainstay.core import App, ConfigurationError, spawn
+from mainstay.core import App, ConfigurationError, Retry, spawn
 from mainstay.core.drain import Drain
 from mainstay.core.testing import VirtualClock, eventually
-from mainstay.events import DeadLetters, Event, EventRouter, EventsModule, EventsSettings, Metadata, SchemaError
+from mainstay.database import DatabaseModule, DatabaseSettings
+from mainstay.events import (
+    DeadLetters,
+    Event,
+    EventRouter,
+    EventsModule,
+    EventsSettings,
+    Metadata,
+    ParkedKeys,
+    SchemaError,
+)
 from mainstay.events import _registry as registry_file
 from mainstay.events._registry import SchemaRegistry
 from mainstay.events.errors import DecodeError
@@ -297,6 +307,57 @@ async def test_a_registry_that_is_away_kills_no_event_and_delays_no_other(
         assert [n for n in orders if n % 8 == key] == list(range(key, 20, 8))
     lines = [each for each in caplog.records if each.levelno >= logging.WARNING and "schema" in each.getMessage()]
     assert 1 <= len(lines) <= 5
+
+
+async def test_parked_keys_that_wait_for_a_schema_delay_no_others(server: Registry, sqlite_url: str) -> None:
+    """More of them than a process works on at once, and another key that needs no schema."""
+    write = serializer(server, ORDER, "orders")
+    values = [write(order(n)) for n in range(20)]
+    fails = True
+    seen: list[Any] = []
+
+    def router() -> EventRouter:
+        events = EventRouter()
+
+        @events.on(OrderPlaced, PlainSeen, group="seen", on_failure="park", retry=Retry(attempts=1))
+        async def see(event: Event) -> None:
+            if fails:
+                msg = "not today"
+                raise ValueError(msg)
+            seen.append(event)
+
+        return events
+
+    settings = DatabaseSettings(url=SecretStr(sqlite_url))
+    async with in_memory(router(), modules=[DatabaseModule.for_root(settings)], registry_url=server.url) as rehearsal:
+        for n, value in enumerate(values):
+            await rehearsal.receive("orders", value, key=b"%d" % n)
+        await rehearsal.receive("plain", b'{"n": 1}', key=b"last")
+        parked = rehearsal.app.get(ParkedKeys)
+
+        async def all_wait() -> bool:
+            return len(await parked.list()) == 21
+
+        await eventually(all_wait, seconds=60)
+    server.fails = 0
+    fails = False
+    async with in_memory(router(), modules=[DatabaseModule.for_root(settings)], registry_url=server.url) as rehearsal:
+        parked = rehearsal.app.get(ParkedKeys)
+        *orders, plain = sorted(await parked.list(), key=lambda key: key.topic)
+        for key in orders:
+            await parked.retry(key.id)
+        asked = len(server.asked)
+        await eventually(lambda: len(server.asked) >= asked + 1, seconds=60)  # by now as many as may be are worked on
+        await parked.retry(plain.id)
+        await eventually(lambda: seen == [PlainSeen(n=1)], seconds=60)
+        server.fails = None
+        await eventually(lambda: len(seen) == 21, seconds=60)
+
+        async def none_waits() -> bool:
+            return not await parked.list()
+
+        await eventually(none_waits, seconds=60)
+        assert await rehearsal.dead_letters() == []
 
 
 async def test_a_schema_that_the_registry_does_not_know_is_not_given_up_at_once(

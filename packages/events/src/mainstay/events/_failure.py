@@ -99,11 +99,16 @@ class Failures:
         if error is KEY_IS_PARKED:
             return await self._append(delivery)
         self.stopped.pop(delivery, None)
-        if delivery.refused is None and handling is None:
-            if will_pass(error):
-                return self._not_read_yet(delivery, error)
-            kind = self.decoders.kind_of(delivery.record)
+        if delivery.refused is None and handling is None and will_pass(error):
+            again = self._not_read_yet(delivery, error)
+            if not delivery.assignment.queue:
+                return again
+            # The first of a queue, which others may be worked on instead of.
+            delivery.judge(Verdict(error, parks=True, due_seconds=again.after_seconds))
+        elif delivery.refused is None and handling is None:
+            kind = "it"
             try:
+                kind = self.decoders.kind_of(delivery.record)
                 elsewhere = self._parking is not None and await self._parking.handled.is_somebodys(kind)
             except Exception:  # noqa: BLE001  any error: the event must not be passed over
                 return self._not_stored(delivery, f"it is not known who handles {kind}")

@@ -191,7 +191,7 @@ class Parking:
 
     async def keep(self, delivery: Delivery, verdict: Verdict) -> None:
         """Note that the first of a claimed queue could not be handled this time either, and release it."""
-        place = self._place(delivery.record.topic, self._row(delivery.record)["key"])
+        place = self._place(delivery.record.topic, self._row(delivery.record, handled=True)["key"])
         await self._database.write(
             tables.KEEP_PARKED_KEY[self._database.dialect], {**place, "me": self.worker, **_state(delivery, verdict)}
         )
