@@ -100,11 +100,11 @@ class Failures:
             return await self._append(delivery)
         self.stopped.pop(delivery, None)
         if delivery.refused is None and handling is None and will_pass(error):
-            again = self._not_read_yet(delivery, error)
+            later = self._not_read_yet(delivery, error)
             if not delivery.assignment.queue:
-                return again
+                return later
             # The first of a queue, which others may be worked on instead of.
-            delivery.judge(Verdict(error, parks=True, due_seconds=again.after_seconds))
+            delivery.judge(Verdict(error, parks=True, due_seconds=later.after_seconds))
         elif delivery.refused is None and handling is None:
             kind = "it"
             try:
