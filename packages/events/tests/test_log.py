@@ -308,6 +308,18 @@ async def test_a_cluster_that_is_away_is_named_in_one_message(client: str) -> No
             await app.get(EventLog).topics()
 
 
+async def test_a_database_without_tables_of_ours_is_left_alone(
+    kafka: str, client: str, prefix: str, sqlite_url: str
+) -> None:
+    """On Kafka without an outbox an App may have a Database for other things."""
+    settings = EventsSettings(transport="kafka", outbox=False, kafka_client=client, kafka_servers=kafka)
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    async with App(database, EventsModule.for_root(settings)) as app:
+        (group,) = await app.get(EventLog).groups([prefix])
+        assert (group.state, group.parked) == ("not begun", None)
+        assert await app.get(EventLog).stuck(prefix) == []
+
+
 # The command
 
 

@@ -271,7 +271,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                 stack.enter_context(router.binding.to(publisher))
             known = database or _database_of(app)
             dead = DeadLetters(letters, {group: routes for group, (_, routes) in groups.items()}, known)
-            services += _log(transport, settings, known, groups)
+            services += _log(transport, settings, database, groups)
             yield [publisher, dead, ParkedKeys(known, letters), EventConsumers(consumers), *services]
 
     def _publisher(self, app: App, send: Send, schedule: Schedule | None, spans: Spans | None) -> EventPublisher:
