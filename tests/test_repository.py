@@ -178,6 +178,8 @@ OVER_THE_LIMIT = {
     ("packages/events/src/mainstay/events/_dispatch.py", "Dispatcher._work", "lines of a function"),
     ("packages/events/src/mainstay/events/_consumer.py", "Consumer.__init__", "parameters"),
     ("packages/events/src/mainstay/events/migrations/0001_events.py", "upgrade", "lines of a function"),
+    ("packages/events/src/mainstay/events/router.py", "EventRouter.on", "parameters"),
+    ("packages/events/src/mainstay/events/router.py", "EventRouter.on_batch", "parameters"),
     ("packages/workflow/src/mainstay/workflow/router.py", "WorkflowRouter.step", "parameters"),
     ("packages/workflow/src/mainstay/workflow/router.py", "WorkflowRouter.step", "lines of a function"),
 }

@@ -96,6 +96,23 @@ async def test_an_event_that_ends_its_process_is_parked_after_some_ends(options:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_of_a_batch_the_event_that_ends_its_process_is_found(options: dict[str, Any]) -> None:
+    """Read carefully its events are handed over alone, so that it is clear which one is to blame."""
+    options["together"] = {"size": 8, "wait_seconds": 0.05}
+    async with service(options) as app:
+        good = [Step(key=f"k{number}", number=number) for number in range(12)]
+        await app.get(EventPublisher).publish_batch([*good[:5], Step(key=ENDS, number=0), *good[5:]])
+
+        async def found() -> bool:
+            return bool(await app.get(ParkedKeys).list()) and "k11 11" in calls_of(options)
+
+        assert await started_until_one_lives(options, found) == 4
+        (key,) = await app.get(ParkedKeys).list()
+        assert key.key == ENDS.encode()
+        assert {f"{event.key} {event.number}" for event in good} < set(calls_of(options))
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_without_a_key_it_is_a_dead_letter(options: dict[str, Any]) -> None:
     """There is nothing to park."""
     options["events"]["crash_attempts"] = 1

@@ -1,5 +1,6 @@
 """Event classes, handlers, settings: what is refused where it is written, and with which remedy."""
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -138,6 +139,84 @@ def test_options_of_on_are_checked() -> None:
         events.on(OrderPaid, group="")
     with pytest.raises(ValueError, match="more than 0 seconds"):
         events.on(OrderPaid, group="g", timeout_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "keys"}, r"on\(order='keys'\): it is 'key' or 'none'"),
+        ({"order": "none", "on_failure": "park"}, "a parked key keeps an order"),
+        ({"concurrency": 0}, "at least 1 call"),
+    ],
+)
+def test_limits_of_a_handler_are_checked(options: dict[str, Any], message: str) -> None:
+    """Where they are written."""
+    with pytest.raises(ValueError, match=message):
+        EventRouter().on(OrderPaid, group="g", **options)
+
+
+class Keyless(Event, type="keyless"):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("events", "options", "message"),
+    [
+        ([OrderPaid], {"size": 0}, "a batch has 1 to 1000 events"),
+        ([OrderPaid], {"size": 1001}, "a batch has 1 to 1000 events"),
+        ([OrderPaid], {"wait_seconds": -0.1}, "it is a number of seconds, 0 or more"),
+        ([OrderPaid], {"wait_seconds": float("inf")}, "it is a number of seconds"),
+        ([OrderPaid], {"wait_seconds": float("nan")}, "it is a number of seconds"),
+        ([OrderPaid], {"by": "keys"}, "it is 'key' or 'partition'"),
+        ([OrderPaid, Keyless], {"by": "key"}, "Keyless has no key; say by='partition'"),
+        ([OrderPaid], {"inbox": "batch"}, "the events of a batch share a transaction"),
+        ([OrderPaid], {"group": ""}, r"on_batch\(group=…\) needs a name"),
+        ([OrderPaid], {"timeout_seconds": 0}, r"on_batch\(timeout_seconds=0\)"),
+        ([OrderPaid], {"on_failure": "wait"}, r"on_batch\(on_failure='wait'\)"),
+    ],
+)
+def test_options_of_on_batch_are_checked(events: list[type[Event]], options: dict[str, Any], message: str) -> None:
+    """Where they are written."""
+    with pytest.raises(ValueError, match=message):
+        EventRouter().on_batch(*events, **{"group": "g", **options})
+
+
+async def _one(event: OrderPaid) -> None: ...
+async def _one_meta(events: list[OrderPaid], meta: Metadata) -> None: ...
+async def _lists_of_others(events: list[Named]) -> None: ...
+async def _three_lists(events: list[OrderPaid], metas: list[Metadata], more: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        (_sync, "not an async function"),
+        (_one, r"takes one OrderPaid, and on_batch hands over lists: annotate it list\[OrderPaid\]"),
+        (_one_meta, "the second parameter 'meta' is the list of the events' Metadata"),
+        (_lists_of_others, "takes a Named, but handles OrderPaid"),
+        (_three_lists, r"a handler takes \(events: list\[…\]\) or"),
+    ],
+)
+def test_what_cannot_be_a_batch_handler_is_refused_with_the_remedy(handler: Any, message: str) -> None:
+    """As for single events."""
+    with pytest.raises(TypeError, match=message):
+        EventRouter().on_batch(OrderPaid, group="g")(handler)
+
+
+async def test_describe_says_how_handlers_are_called() -> None:
+    """What is not usual about them."""
+    events = EventRouter()
+
+    @events.on(OrderPaid, group="a", concurrency=3, order="none")
+    async def plain(event: OrderPaid) -> None: ...
+    @events.on_batch(OrderPaid, group="b", size=50, by="key")
+    async def batch(some: Sequence[OrderPaid], metas: Sequence[Metadata]) -> None: ...
+
+    app = App(EventsModule.for_root(EventsSettings(transport="memory")), EventsModule.for_feature(events))
+    module = next(each for each in app.modules if isinstance(each, EventsModule))
+    first, second = module.describe()["handlers"]
+    assert first.endswith("handles order.paid 1.0 in group a, 3 calls at once, in no order")
+    assert second.endswith("handles order.paid 1.0 in group b, up to 50 of a key at once")
 
 
 async def test_a_group_handles_a_type_once_also_across_features() -> None:

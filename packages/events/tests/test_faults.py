@@ -196,6 +196,45 @@ async def test_workers_killed_while_keys_are_parked_and_worked_on_keep_each_keys
         assert await publisher.get(ParkedKeys).list() == []
 
 
+@pytest.mark.parametrize(
+    ("options", "by"),
+    [*((each, "partition") for each in _SERVICES), ("sql on sqlite", "key")],
+    indirect=["options"],
+)
+async def test_workers_killed_in_the_middle_of_batches_double_no_effect_and_keep_the_poison_apart(
+    options: dict[str, Any], by: str
+) -> None:
+    """Each event once, in the order of its key, also where one of each key fails for long and parks it."""
+    publisher = service(options)
+    together = {"size": 10, "wait_seconds": 0.05, "by": by}
+    options = {
+        **options,
+        "together": together,
+        "fails at": 15,
+        "on": {"on_failure": "park", "retry": Retry(attempts=1)},
+    }
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=4, each=20)
+        for kills in range(2):
+            process = await start(options)
+            await wait_for(publisher, 20 * (kills + 1))
+            process.kill()
+        await start(options)
+        parked = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
+
+        async def all_parked() -> bool:
+            return bool((await publisher.get(Database).read(parked))[0][0] == 4 * 5)
+
+        await eventually(all_parked, seconds=60)
+        exactly_once_and_in_order(await effects(publisher), keys=4, each=15)
+        await publisher.get(Database).write(sa.insert(EFFECTS), {"key": REPAIRED, "number": 0, "pid": 0})
+        for key in await publisher.get(ParkedKeys).list():
+            await publisher.get(ParkedKeys).retry(key.id)
+        done = [(key, number) for key, number in await wait_for(publisher, 81) if key != REPAIRED]
+        exactly_once_and_in_order(done, keys=4, each=20)
+
+
 @pytest.mark.parametrize("options", ["sql on sqlite", "sql on postgres"], indirect=True)
 async def test_who_was_frozen_while_it_parked_parks_nothing_that_another_has_handled(options: dict[str, Any]) -> None:
     """Its partition has moved: what it would park was handled there, and the key goes on."""

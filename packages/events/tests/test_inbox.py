@@ -282,6 +282,99 @@ async def test_what_a_batch_refuses_is_the_event_s_own_failure(database_url: str
         assert [row.number for row in found] == [1, 2, 3]
 
 
+async def test_a_batch_and_its_notes_are_one_commit_and_what_was_handled_is_left_out(database_url: str) -> None:
+    """A repeated event is not in the list, also where it comes twice at once; a call that fails leaves nothing."""
+    events = EventRouter()
+    calls: list[list[int]] = []
+    app = service(database_url, events, pool=4, partitions=1, retry_initial_seconds=0.0)
+
+    @events.on_batch(Line, group="g", inbox=True, size=4, wait_seconds=1.0)
+    async def handle(lines: list[Line]) -> None:
+        await app.get(Database).write(ADD, [{"number": line.number} for line in lines])
+        calls.append([line.number for line in lines])
+        if len(calls) == 1:
+            msg = "the first attempt fails"
+            raise RuntimeError(msg)
+
+    async with app.running(serve=True):
+        database = app.get(Database)
+        async with database.transaction() as session:
+            await (await session.connection()).run_sync(ROWS.metadata.create_all)
+        for _ in range(2):  # four at once, of which two are there twice
+            with bind_journal(Journal()):
+                await events.publish_batch([Line(name="a", number=1), Line(name="a", number=2)])
+        await eventually(lambda: len(calls) == 2)
+        assert calls == [[1, 2], [1, 2]]
+        with bind_journal(Journal()):
+            await events.publish_batch([Line(name="a", number=1), Line(name="a", number=2)])
+        await events.publish(Line(name="b", number=3))
+
+        async def rows() -> bool:
+            found = await database.read(sa.select(ROWS.c.number).order_by(ROWS.c.number))
+            return [row.number for row in found] == [1, 2, 3]
+
+        await eventually(rows)
+        noted = await database.read(sa.select(INBOX))
+        assert len(noted) == len({row.event_id for row in noted}) == 3
+        assert await app.get(DeadLetters).list() == []
+    assert calls[2:] == [[3]]
+
+
+async def test_a_batch_that_another_process_is_in_the_middle_of_is_tried_again_at_no_cost(postgres_url: str) -> None:
+    """It is waited for shortly, and the handler's own statements wait for locks as long as ever."""
+    events = EventRouter()
+    seen: list[int] = []
+    waits: list[str] = []
+    app = service(postgres_url, events, pool=4, partitions=1, retry_attempts=1, retry_max_seconds=0.05)
+
+    @events.on_batch(Line, group="g", inbox=True, wait_seconds=0.0)
+    async def handle(lines: list[Line]) -> None:
+        waits.append((await app.get(Database).read(sa.text("SHOW lock_timeout")))[0][0])
+        seen.extend(line.number for line in lines)
+
+    async with app.running(serve=False):
+        ids = [await app.get(EventPublisher).publish(Line(name="a", number=number)) for number in range(3)]
+        database = app.get(Database)
+        usual = (await database.read(sa.text("SHOW lock_timeout")))[0][0]
+        async with database.transaction() as session:
+            await session.execute(INSERT_INBOX["postgresql"], {"group_name": "g", "event_id": f"mainstay\n{ids[1]}"})
+            async with service(postgres_url, events_of(events), pool=4, retry_attempts=1).running(serve=True) as other:
+                consumers = other.get(EventConsumers).consumers
+                await eventually(lambda: any(each._dispatcher._failing for each in consumers), what="a refusal")
+                assert seen == []
+        await app.get(EventPublisher).publish(Line(name="b", number=3))
+        async with service(postgres_url, events_of(events), pool=4).running(serve=True) as other:
+            await eventually(lambda: sorted(seen) == [0, 2, 3], what="those that the other has not handled")
+            assert await other.get(DeadLetters).list() == []
+    assert set(waits) == {usual}
+
+
+async def test_a_frozen_client_in_the_middle_of_a_batch_is_ended(postgres_url: str) -> None:
+    """As one in the middle of a single event is."""
+    seen: list[int] = []
+    async with service(postgres_url, pool=4) as app:
+        id_ = await app.get(EventPublisher).publish(Line(name="a", number=1))
+        frozen = await asyncpg.connect(postgres_url.replace("+asyncpg", ""))
+        try:
+            await frozen.execute("BEGIN")
+            note = "INSERT INTO mainstay_events_inbox (group_name, event_id) VALUES ('g', 'mainstay' || chr(10) || $1)"
+            await frozen.execute(note, id_)
+            await frozen.prepare("SELECT 1")  # and the message to run it does not come
+            database = DatabaseSettings(url=SecretStr(postgres_url), idle_transaction_seconds=1.0)
+            router = EventRouter()
+
+            @router.on_batch(Line, group="g", inbox=True, wait_seconds=0.0)
+            async def handle(lines: list[Line]) -> None:
+                seen.extend(line.number for line in lines)
+
+            events = EventsModule.for_root(EventsSettings(retry_max_seconds=0.2))
+            other = App(DatabaseModule.for_root(database), events, EventsModule.for_feature(router))
+            async with other.running(serve=True):
+                await eventually(lambda: seen == [1], what="the event of the frozen process")
+        finally:
+            frozen.terminate()
+
+
 def test_an_unknown_kind_of_inbox_is_refused() -> None:
     """Where it is written."""
     with pytest.raises(ValueError, match=r"on\(inbox='batches'\): it is True, False or 'batch'"):

@@ -252,6 +252,26 @@ async def test_a_parked_key_is_an_event_of_its_attempt_and_what_waits_behind_it_
     assert [span.status.is_ok for span in exported("process")[3:]] == [True, True]
 
 
+async def test_a_batch_is_one_span_that_is_linked_to_all_its_events(
+    exported: Callable[[str], Sequence[ReadableSpan]],
+) -> None:
+    """It has no parent, since it has several."""
+    events = EventRouter()
+
+    @events.on_batch(Sold, group="batches", size=2, wait_seconds=60.0)
+    async def handle(sold: list[Sold]) -> None:
+        assert len(sold) == 2
+
+    async with service(events, partitions=1).running(serve=True):
+        for number in range(2):
+            await events.publish(Sold(item=f"i{number}"))
+        await eventually(lambda: exported("process"))
+    (span,) = exported("process")
+    assert parent_of(span) is None
+    assert sorted(links_of(span)) == sorted(own_ids(each) for each in exported("send"))
+    assert (span.attributes or {})["messaging.batch.message_count"] == 2
+
+
 async def test_an_attempt_that_is_cancelled_says_so(exported: Callable[[str], Sequence[ReadableSpan]]) -> None:
     """A partition is lost while its handler hangs: the span ends, without an error."""
     router = EventRouter()

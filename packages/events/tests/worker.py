@@ -83,9 +83,31 @@ def batcher(options: dict[str, Any], app: list[App]) -> EventRouter:
     return events
 
 
+def gatherer(options: dict[str, Any], app: list[App]) -> EventRouter:
+    """Whose handler takes many events at once, and takes its time with each."""
+    events = EventRouter()
+
+    @events.on_batch(Step, group=options["group"], inbox=True, **options["together"], **options.get("on", {}))
+    async def record(steps: list[Step]) -> None:
+        async with app[0].get(Database).transaction() as session:
+            for step in steps:
+                if step.number == options.get("fails at"):
+                    repaired = await session.execute(sa.select(EFFECTS.c.id).where(EFFECTS.c.key == REPAIRED))
+                    if repaired.first() is None:
+                        msg = "out of order"
+                        raise RuntimeError(msg)
+                row = {"key": step.key, "number": step.number, "pid": os.getpid()}
+                await session.execute(sa.insert(EFFECTS).values(row))
+                await asyncio.sleep(options.get("pause", 0.005))
+
+    return events
+
+
 def recorder(options: dict[str, Any], app: list[App]) -> EventRouter:
     if options.get("inbox") == "batch":
         return batcher(options, app)
+    if "together" in options:
+        return gatherer(options, app)
     events = EventRouter()
 
     @events.on(*RELEASES[options.get("release", "old")], group=options["group"], inbox=True, **options.get("on", {}))
@@ -119,9 +141,17 @@ def noting(options: dict[str, Any]) -> EventRouter:
             os._exit(1)
         await asyncio.sleep(options["slow"] if event.key == "slow" else 0)
 
-    @events.on(Step, group=options["group"], **options.get("on", {}))
-    async def keyed(event: Step) -> None:
-        await note(event)
+    if "together" in options:
+
+        @events.on_batch(Step, group=options["group"], **options["together"], **options.get("on", {}))
+        async def together(some: list[Step]) -> None:
+            for event in some:
+                await note(event)
+    else:
+
+        @events.on(Step, group=options["group"], **options.get("on", {}))
+        async def keyed(event: Step) -> None:
+            await note(event)
 
     @events.on(Loose, group=options["group"], **options.get("on", {}))
     async def keyless(event: Loose) -> None:

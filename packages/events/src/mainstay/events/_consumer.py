@@ -184,8 +184,7 @@ class Consumer:
         for assignment in self._assignments:
             waiting = len(assignment.window)
             if waiting >= _WINDOW or (waiting and waiting * assignment.record_bytes >= share):
-                if self._parking is not None:
-                    self._dispatcher.make_room(assignment)
+                self._dispatcher.make_room(assignment, parks=self._parking is not None)
             elif assignment.open and self._intake.takes(assignment):
                 ready.append(assignment)
         if not ready and self._assignments:

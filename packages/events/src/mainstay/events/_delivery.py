@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -67,7 +68,7 @@ class Assignment:
     def next_of(self, key: bytes) -> Record | None:
         """What waits first behind a key whose event has ended; without one the key is not busy any more."""
         waiting = self.busy[key]
-        if waiting is None:
+        if not waiting:
             del self.busy[key]
             return None
         record = waiting.popleft()
@@ -94,7 +95,10 @@ class Verdict(NamedTuple):
 
 
 class Delivery:
-    """One record on its way through a group, from its first failure on or from the first thing known of it."""
+    """What is on its way through a group, from its first failure on or from the first thing known of it.
+
+    One record, unless it is a `Batch`.
+    """
 
     __slots__ = (
         "again_at",
@@ -108,6 +112,7 @@ class Delivery:
         "postponed",
         "record",
         "refused",
+        "released",
         "timer",
         "verdict",
         "waited",
@@ -128,6 +133,21 @@ class Delivery:
         self.again_at = 0.0
         self.refused: Exception | None = None  # why it is never called
         self.verdict: Verdict | None = None
+        self.released = False  # its key is not busy with it
+
+    def parts(self, seen: Record) -> Sequence[Record]:
+        """The records that are handed over, as they are read, where its own is read as `seen`."""
+        return (seen,)
+
+    def split(self) -> bool:
+        """Have parts of it tried by themselves instead of giving it up; False where there are none."""
+        return False
+
+    def finish(self) -> Record | None:
+        """Note its end; what waits behind its key."""
+        self.assignment.finish(self.record)
+        key = self.record.key
+        return None if key is None or self.released else self.assignment.next_of(key)
 
     def judge(self, verdict: Verdict) -> None:
         """Say what becomes of it: it is not called any more."""

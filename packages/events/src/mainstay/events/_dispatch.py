@@ -14,6 +14,8 @@ taught:
   reads it out of the headers only for a handler that asks: most do not. If a handler sets a context variable of its own
   and leaves it set, the caller would carry it to the next event; comparing two `copy_context()` is nearly free, and a
   caller that was changed is replaced.
+- **What few handlers ask for costs the others nothing.** Those that take many events at once, have few places or no
+  order are not found by position: their events take the way by name, which sees to that (`_batches`, `_places`).
 - **A retry waits in a timer, not in a caller.** Its key stays busy meanwhile: order is kept and no caller is lost to a
   slow key.
 
@@ -30,18 +32,16 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING
 
 from mainstay.core import Clock, Context, Later, rebind, spawn
+from mainstay.events._batches import Batches
 from mainstay.events._delivery import Assignment, Delivery
-from mainstay.events._failure import KEY_IS_PARKED, Failures, that_give_way
+from mainstay.events._failure import Failures, that_give_way
+from mainstay.events._matching import Matching
+from mainstay.events._places import Caller, Places
 from mainstay.events._routes import Handling, Route, unreadable
 from mainstay.events._turns import Turns
-from mainstay.events.errors import DecodeError
-from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Headers, Metadata, Record, context_of
-
-if TYPE_CHECKING:
-    from mainstay.events._spans import Attempt
+from mainstay.events.metadata import TYPE, VERSION, Headers, Metadata, Record, context_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -49,22 +49,6 @@ _TURNS = 64
 """Events that a caller may handle without giving the loop to others."""
 _CANCELLATIONS = 3
 """How often a handler that swallows its cancellation is cancelled, a second apart, before it is left behind."""
-
-
-class _Caller:
-    __slots__ = ("assignment", "began_at", "span", "stopping", "task")
-
-    def __init__(self) -> None:
-        self.assignment: Assignment | None = None  # of which it calls a handler
-        self.began_at: float | None = None  # while it calls
-        self.span: Attempt | None = None  # of what it has in hand, where there are spans
-        self.stopping = False
-        self.task: asyncio.Task[None] | None = None
-
-    def end_span(self, fate: str | None = None) -> None:
-        span, self.span = self.span, None
-        if span is not None:
-            span.end(fate)
 
 
 class Dispatcher:
@@ -87,8 +71,11 @@ class Dispatcher:
         self._failures = failures
         self._clock = clock
         self._turns = Turns()
+        self._matching = Matching(group, self._routes, failures)
+        self._batches = Batches(group, self._matching, self._turns, self._wake, clock)
+        self._places = Places(self._turns, self._batches, self._wake)
         self._idle: list[asyncio.Future[None]] = []
-        self._callers: set[_Caller] = set()
+        self._callers: set[Caller] = set()
         self._progress: asyncio.Future[None] | None = None
         self._failing: set[Delivery] = set()
         self._crash: BaseException | None = None
@@ -105,10 +92,10 @@ class Dispatcher:
         delivery.assignment.known[id(delivery.record)] = delivery
         self.feed(delivery.assignment, [delivery.record])
 
-    def ages(self, assignments: Iterable[Assignment]) -> list[tuple[_Caller | Delivery, float]]:
+    def ages(self, assignments: Iterable[Assignment]) -> list[tuple[Caller | Delivery, float]]:
         """Of each call, and of each event that failed, the seconds since its first call. What only waits has no age."""
         mine, now = set(assignments), self._clock.monotonic()
-        those: list[_Caller | Delivery] = [*self._callers, *self._failing]
+        those: list[Caller | Delivery] = [*self._callers, *self._failing]
         return [(one, now - one.began_at) for one in those if one.began_at is not None and one.assignment in mine]
 
     def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
@@ -133,21 +120,24 @@ class Dispatcher:
         return True
 
     async def drain(self, assignments: Collection[Assignment], seconds: float) -> bool:
-        """Start nothing more of `assignments`, and wait for the calls that run; False when they need longer."""
+        """Begin nothing more of `assignments` but batches that are gathered; False when the calls need longer."""
+        self._batches.hand_over_last(assignments)
         for assignment in assignments:
             assignment.open = False
         end = self._clock.monotonic() + seconds
-        while self._running(assignments):
+        while self._running(assignments) or self._batches.has_last(assignments):
             left = end - self._clock.monotonic()
             if left <= 0:
                 return False
             await self.progress(min(left, 1.0))
+        self._batches.forget(assignments)
         return True
 
     async def cancel(self, assignments: Collection[Assignment]) -> None:
         """Cancel the calls of `assignments` that still run."""
         for assignment in assignments:
             assignment.open = False
+        self._batches.forget(assignments)
         await self._end(self._running(assignments))
         self._wake()
 
@@ -160,10 +150,10 @@ class Dispatcher:
         if self._crash is not None:
             raise self._crash
 
-    def _running(self, assignments: Collection[Assignment]) -> list[_Caller]:
+    def _running(self, assignments: Collection[Assignment]) -> list[Caller]:
         return [caller for caller in self._callers if caller.assignment in assignments]
 
-    async def _end(self, callers: Sequence[_Caller]) -> None:
+    async def _end(self, callers: Sequence[Caller]) -> None:
         tasks: list[asyncio.Task[None]] = []
         for caller in callers:
             caller.stopping = True
@@ -198,14 +188,15 @@ class Dispatcher:
             self._hire()
 
     def _hire(self) -> None:
-        caller = _Caller()
+        caller = Caller()
         self._callers.add(caller)
         caller.task = spawn(self._work(caller), name=f"events.{self._group}.handler")
         caller.task.add_done_callback(lambda task: self._left(caller, task))
 
-    def _left(self, caller: _Caller, task: asyncio.Task[None]) -> None:
+    def _left(self, caller: Caller, task: asyncio.Task[None]) -> None:
         self._callers.discard(caller)
         caller.end_span("cancelled")
+        self._places.leave(caller)
         self._waking = False
         if not caller.stopping and not task.cancelled() and task.exception() is not None:
             self._crash = task.exception()
@@ -217,8 +208,9 @@ class Dispatcher:
         if progress is not None and not progress.done():
             progress.set_result(None)
 
-    async def _work(self, caller: _Caller) -> None:
+    async def _work(self, caller: Caller) -> None:
         heads, routes, monotonic, spans = self._turns.heads, self._routes, self._clock.monotonic, self._failures.spans
+        takes_last, match, admit = self._batches.takes_last, self._matching.match, self._places.admit
         loop = asyncio.get_running_loop()
         calls = 0
         self._waking = False
@@ -230,10 +222,11 @@ class Dispatcher:
                 self._waking = False
             if not self._waking:
                 self._wake()
-            assignment, taken, delivery = head
-            record: Record | None = taken
+            record: Record | None
+            delivery: Delivery | None
+            assignment, record, delivery = head
             # One that is not open is given up: another process will handle this and all that follows.
-            while record is not None and assignment.open:
+            while record is not None and (assignment.open or takes_last(delivery)):
                 caller.assignment = assignment
                 if assignment.known and delivery is None:
                     delivery = assignment.known.pop(id(record), None)
@@ -246,7 +239,16 @@ class Dispatcher:
                     if first == TYPE and second == VERSION and (route := routes.get(name or b"")) is not None:
                         handling = route.versions.get(version or b"")
                 if handling is None:
-                    seen, route, handling, error = self._wanted(assignment, record, delivery)
+                    seen, route, handling, error = found = match(assignment, record, delivery)
+                    if handling is not None and (handling.batching is not None or handling.limits is not None):
+                        delivery = admit(caller, assignment, record, found, delivery)
+                        if delivery is None:
+                            record = None
+                            caller.assignment = None
+                            calls += 1
+                            if not calls % _TURNS:
+                                await asyncio.sleep(0)
+                            continue
                 clean = True
                 if route is not None and handling is not None:
                     try:
@@ -256,7 +258,8 @@ class Dispatcher:
                     else:
                         rebind(Later(_context_of, seen.headers))
                         if spans is not None:
-                            caller.span = spans.handling((seen,), self._group, delivery.attempt if delivery else 1)
+                            seen_all, attempt = (delivery.parts(seen), delivery.attempt) if delivery else ((seen,), 1)
+                            caller.span = spans.handling(seen_all, self._group, attempt)
                         before = copy_context()
                         started = caller.began_at = monotonic()
                         try:
@@ -282,6 +285,7 @@ class Dispatcher:
                     if not await self._failed(caller, delivery, route, handling, error):
                         following = self._finished(delivery)
                 elif delivery is not None:
+                    self._places.leave(caller)
                     following = self._finished(delivery)
                 else:
                     assignment.finish(record)
@@ -305,9 +309,10 @@ class Dispatcher:
                     await asyncio.sleep(0)
 
     async def _failed(
-        self, caller: _Caller, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
+        self, caller: Caller, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
     ) -> bool:
         """Deal with a failure; whether the event is handed out again."""
+        self._places.leave(caller)
         now, began = self._clock.monotonic(), caller.began_at
         if route is not None and began is not None:
             route.failed_seconds.observe(now - began)
@@ -324,40 +329,19 @@ class Dispatcher:
         return True
 
     def _finished(self, delivery: Delivery) -> Record | None:
-        """Note the end of an event that had failed; what waits behind its key."""
+        """Note the end of what had failed, or was known before its call; what waits behind its key."""
         delivery.done = True
         self._failing.discard(delivery)
-        delivery.assignment.finish(delivery.record)
-        key = delivery.record.key
-        return None if key is None else delivery.assignment.next_of(key)
+        return delivery.finish()
 
-    def _wanted(
-        self, assignment: Assignment, record: Record, delivery: Delivery | None
-    ) -> tuple[Record, Route | None, Handling | None, Exception | None]:
-        """A record as it is read, and how it is handled or why not; neither where the group has no use for it."""
-        seen, headers, error = self._failures.decoders.seen(record)
-        only = headers.get(ONLY_GROUP)
-        route = self._routes.get(headers.get(TYPE) or b"")
-        if delivery is not None and delivery.refused is not None:
-            return seen, route, None, delivery.refused
-        if only is not None and only != self._group.encode():
-            self._failures.skipped.inc()
-            return seen, None, None, None
-        if route is None:
-            return seen, None, None, error or self._failures.without_handler(headers)
-        if record.key in assignment.parked:
-            return seen, route, None, KEY_IS_PARKED
-        if error is not None:
-            return seen, route, None, error
-        try:
-            return seen, route, route.handling(headers.get(VERSION) or b"1.0"), None
-        except DecodeError as unknown:
-            return seen, route, None, unknown
-
-    def make_room(self, assignment: Assignment) -> None:
-        """Park the keys of a full window that hold back the others; see `that_give_way`."""
-        for delivery in that_give_way(assignment, self._failing, self._clock.monotonic()):
-            self._hand_out(delivery)
+    def make_room(self, assignment: Assignment, *, parks: bool) -> None:
+        """Let go what holds back the others of a full window; see `that_give_way`."""
+        self._batches.hand_over(assignment)
+        for delivery in that_give_way(assignment, self._failing, self._clock.monotonic()) if parks else ():
+            if delivery.verdict is None:  # its parts are tried by themselves
+                self._finished(delivery)
+            else:
+                self._hand_out(delivery)
 
     def _hand_out(self, delivery: Delivery) -> None:
         delivery.timer = None

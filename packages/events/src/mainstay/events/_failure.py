@@ -132,6 +132,9 @@ class Failures:
             if again is not None and not delivery.assignment.queue:
                 delivery.error = error
                 return again
+            if delivery.split():
+                self._say_split(delivery, error)
+                return None
             verdict = self._verdict(delivery, route, handling, error, again)
             delivery.judge(verdict)
             delivery.waited = 0.0 if again is None else delivery.waited
@@ -179,6 +182,11 @@ class Failures:
             _log.error("group %s stops at %s: it has no handler for %s", self._group, delivery.record_name, kind)
         self.stopped[delivery] = f"no handler for {kind} at {delivery.record_name}"
         return Again(_STOPPED_SECONDS)
+
+    def _say_split(self, delivery: Delivery, error: Exception) -> None:
+        if self._sparing.due(f"splits {type(error).__name__}") is not None:
+            _log.warning("%s in group %s failed at attempt %d: each half is tried by itself", delivery.record_name,
+                         self._group, delivery.attempt, exc_info=error)  # fmt: skip
 
     def _verdict(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, again: Again | None
@@ -290,6 +298,7 @@ def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: floa
     """Of the failing events of a partition whose window is full those whose keys are to be parked, with that verdict.
 
     Only a few may give way. Where many wait, what they wait for is away, and the whole topic would move to the table.
+    A batch has no verdict but is split, so that the event shows which is to give way; not while it is only postponed.
     """
     mine = [delivery for delivery in failing if delivery.assignment is assignment]
     if len(mine) > max(1, len(assignment.window) // _FEW):
@@ -298,7 +307,12 @@ def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: floa
     for delivery in mine:
         if delivery.timer is None or delivery.error is None or delivery.verdict is not None:
             continue
-        if delivery.record.key is not None and delivery.again_at - (delivery.began_at or 0.0) >= _PATIENCE_SECONDS:
+        if delivery.again_at - (delivery.began_at or 0.0) < _PATIENCE_SECONDS:
+            continue
+        if delivery.postponed == 0 and delivery.split():
+            delivery.timer.cancel()
+            found.append(delivery)
+        elif delivery.record.key is not None:
             delivery.timer.cancel()
             delivery.judge(Verdict(delivery.error, parks=True, due_seconds=max(0.0, delivery.again_at - now)))
             found.append(delivery)

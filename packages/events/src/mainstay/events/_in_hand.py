@@ -128,10 +128,11 @@ def held_longer(ages: Iterable[tuple[Calling | Delivery, float]], seconds: float
     failed: set[int] = set()
     for each, age in ages:
         if isinstance(each, Delivery):
-            failed.add(id(each.record))
+            record = each.parts(each.record)[0]  # of a batch the first of its events
+            failed.add(id(record))
             if age >= seconds:
                 again = each.again_at - now if each.timer is not None else None
-                held.append(Held(each.record, each.attempt, age, each.error, again))
+                held.append(Held(record, each.attempt, age, each.error, again))
         elif each.assignment is not None:
             called[each.assignment] = max(age, called.get(each.assignment, 0.0))
     for assignment, age in called.items():

@@ -17,9 +17,12 @@ Benchmark rows: "inbox on PostgreSQL, a transaction each" and "inbox on PostgreS
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+import sqlalchemy as sa
 
 from mainstay.core import Drain
 from mainstay.database import CommitUnknown, Conflict, Database, DatabaseBusy
@@ -55,6 +58,7 @@ class Inbox:
         self.at_once = at_once
         self._places = asyncio.Semaphore(at_once)
         self._insert = tables.INSERT_INBOX[database.dialect]
+        self._insert_some = tables.INSERT_INBOX_NOTES[database.dialect]
 
     def around(
         self, group: str, call: Callable[[Event, Metadata], Awaitable[None]], mode: InboxMode
@@ -73,6 +77,53 @@ class Inbox:
                 raise
 
         return handle
+
+    def around_batch(
+        self, group: str, call: Callable[[list[Event], list[Metadata]], Awaitable[None]]
+    ) -> Callable[[list[Event], list[Metadata]], Awaitable[None]]:
+        """A batch handler whose writes are committed with the notes; what the group has handled is left out."""
+        duplicates = DUPLICATES.labels(group)
+
+        async def handle(events: list[Event], metas: list[Metadata]) -> None:
+            ids = [_note(group, meta)["event_id"] for meta in metas]
+            try:
+                async with self._places, self._database.transaction():
+                    new = await self._note_new(group, ids)
+                    # One that is there twice is handled once, as the first.
+                    first = {event_id: number for number, event_id in reversed([*enumerate(ids)])}
+                    kept = sorted(first[event_id] for event_id in new)
+                    if kept:
+                        await call([events[number] for number in kept], [metas[number] for number in kept])
+            except CommitUnknown as error:
+                error.retryable = True  # as above
+                raise
+            except DatabaseBusy:
+                if self._database.dialect == "postgresql":
+                    await self._end_frozen(tables.END_FROZEN_BATCHES, {})
+                raise
+            duplicates.inc(len(events) - len(kept))
+
+        return handle
+
+    async def _note_new(self, group: str, ids: Sequence[str]) -> list[str]:
+        """Write notes in the unit of work that is open; those that were not there.
+
+        Raises:
+            DatabaseBusy: another process is in the middle of one of the events.
+        """
+        notes = sorted(set(ids))  # in one order, whichever process writes them
+        async with self._database.transaction() as session:
+            if self._database.dialect == "sqlite":
+                rows = await session.execute(self._insert_some, {"group_name": group, "event_ids": json.dumps(notes)})
+                return list(rows.scalars())
+            before = (await session.execute(tables.WAIT_SHORTLY)).scalar_one()
+            rows = await session.execute(self._insert_some, {"group_name": group, "event_ids": notes})
+            await session.execute(tables.WAIT_AS_BEFORE, {"before": before})
+            return list(rows.scalars())
+
+    async def _end_frozen(self, statement: sa.Executable, note: dict[str, str]) -> None:
+        if await self._database.read(statement, note):
+            _log.warning("a transaction of a frozen process was ended, which was in the middle of an event")
 
     async def _in_transaction(
         self, note: dict[str, str], call: Callable[[Event, Metadata], Awaitable[None]], event: Event, meta: Metadata
@@ -109,8 +160,7 @@ class Inbox:
         if result.rowcount:
             return False
         if not await self._database.read(tables.READ_INBOX, note):
-            if await self._database.read(tables.END_FROZEN, note):
-                _log.warning("a transaction of a frozen process was ended, which was in the middle of an event")
+            await self._end_frozen(tables.END_FROZEN, note)
             msg = "another process is in the middle of this event, or is frozen there: it is tried again later"
             raise DatabaseBusy(msg)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -23,6 +24,40 @@ EventClass = type[Event]
 OnUnknown = Literal["skip", "dead-letter", "stop"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Batching:
+    """How one handler is given several events at once.
+
+    Attributes:
+        call: the handler, of a list of events and a list of their metadata.
+        size: the most events of a call.
+        wait_seconds: how long the first of them waits for more.
+        by_key: they have one key; else they are of one partition.
+    """
+
+    call: Callable[[list[Any], list[Metadata]], Awaitable[None]]
+    size: int
+    wait_seconds: float
+    by_key: bool
+
+    async def alone(self, event: Any, meta: Metadata) -> None:
+        """Call the handler with a single event."""
+        await self.call([event], [meta])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """How the calls of one handler stand beside each other.
+
+    Attributes:
+        at_once: the most calls at once in this process, None for as many as the group has.
+        in_order: equal keys take turns.
+    """
+
+    at_once: int | None
+    in_order: bool
+
+
 class Handling(NamedTuple):
     """How one major version of a type is read, and what is called with it."""
 
@@ -31,6 +66,8 @@ class Handling(NamedTuple):
     wants_metadata: bool
     retry: Retry
     parks: bool
+    batching: Batching | None = None
+    limits: Limits | None = None
 
     def read(self, type: str, value: bytes) -> Any:
         """The event, as a handler is given it.
@@ -51,15 +88,24 @@ class Handling(NamedTuple):
             await self.call(*arguments)
 
 
+Match = tuple[Record, "Route | None", Handling | None, Exception | None]
+"""A record as it is read, and how it is handled or why not."""
+
+
 class Route:
     """What a group does with one type of event.
 
     Args:
         type: its name on the wire.
         group: the consumer group, for the metrics.
+
+    Attributes:
+        versions: how exactly these versions are handled, where a call needs no more than an event.
     """
 
-    __slots__ = ("_classes", "_majors", "failed_seconds", "parks", "seconds", "topics", "type", "versions")
+    __slots__ = (
+        "_classes", "_exact", "_majors", "failed_seconds", "parks", "seconds", "topics", "type", "versions"
+    )  # fmt: skip
 
     def __init__(self, type: str, group: str) -> None:
         self.type = type
@@ -67,6 +113,7 @@ class Route:
         self.failed_seconds = FAILED_SECONDS.of(type, group)
         self.versions: dict[bytes, Handling] = {}
         self.topics: set[str] = set()
+        self._exact: dict[bytes, Handling] = {}
         self.parks = False  # as one of its handlers says: of a version that none of them reads
         self._majors: dict[int, Handling] = {}
         self._classes: dict[int, EventClass] = {}
@@ -79,14 +126,19 @@ class Route:
         wants_metadata: bool,
         retry: Retry,
         parks: bool = False,
+        batching: Batching | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Read events into this class, and call this with them."""
         definition = definition_of(event)
-        handling = Handling(codec_of(event).read, call, wants_metadata, retry, parks)
+        handling = Handling(codec_of(event).read, call, wants_metadata, retry, parks, batching, limits)
         self.parks = self.parks or parks
         self._majors[definition.version.major] = handling
         self._classes[definition.version.major] = event
-        self.versions[str(definition.version).encode()] = handling
+        version = str(definition.version).encode()
+        self._exact[version] = handling
+        if batching is None and limits is None:
+            self.versions[version] = handling
 
     def reads_older(self, upcasting: Upcasting) -> None:
         """Read older major versions, too, into the classes that there are by now."""
@@ -100,11 +152,14 @@ class Route:
         return {kind_named(self.type, major) for major in self._majors}
 
     def handling(self, version: bytes) -> Handling:
-        """The one for a version that is not exactly a declared one: any other minor version will do.
+        """The one for a version: any minor version of its major one will do.
 
         Raises:
             DecodeError: no class has this major version, or it is none.
         """
+        exact = self._exact.get(version)
+        if exact is not None:
+            return exact
         text = version.decode(errors="replace")
         try:
             handling = self._majors.get(version_of(text).major)

@@ -1,9 +1,9 @@
-"""Whose event is next: partitions take turns, and an event waits for the one before it that has its key."""
+"""Whose event is next: partitions and batches take turns, and an event waits for the one before it that has its key."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events.metadata import Record
@@ -28,6 +28,7 @@ class Turns:
     def __init__(self) -> None:
         self._again: deque[Head] = deque()
         self._with_unread: deque[Assignment] = deque()
+        self._batches: deque[Callable[[], Head]] = deque()
         self.heads = self._heads()
 
     def add(self, assignment: Assignment, records: Collection[Record]) -> None:
@@ -42,19 +43,26 @@ class Turns:
         """An event whose key is busy with it: it comes next."""
         self._again.append(head)
 
+    def add_batch(self, make: Callable[[], Head]) -> None:
+        """A batch, which is made when its turn comes: until then it may grow."""
+        self._batches.append(make)
+
     @property
     def waiting(self) -> bool:
         """Whether a caller that looks may find something."""
-        return bool(self._again or self._with_unread)
+        return bool(self._with_unread or self._again or self._batches)
 
     def _heads(self) -> Generator[Head | None, None, None]:
-        again, with_unread = self._again, self._with_unread
+        again, batches, with_unread = self._again, self._batches, self._with_unread
         while True:
             if again:
                 yield again.popleft()
                 continue
-            if not with_unread:
+            if batches:  # one, and then a portion of a partition
+                yield batches.popleft()()
+            elif not with_unread:
                 yield None
+            if not with_unread:
                 continue
             assignment = with_unread[0]  # it stays the first while its portion lasts, since something waits until then
             unread, busy = assignment.unread, assignment.busy

@@ -41,6 +41,8 @@ _CONTEXT = {
     "traceparent": "ce_traceparent",
     "tracestate": "ce_tracestate",
 }
+OF_CONTEXT = frozenset({ID, *_CONTEXT.values()})
+"""The headers of which a handler's context is made."""
 _RARE = frozenset(_CONTEXT.values()) - {CORRELATION, CAUSATION}
 _ID_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:@/+=-"
 _LONGEST_ID = 128

@@ -26,7 +26,7 @@ from mainstay.events._parking import Parking
 from mainstay.events._registry import SchemaRegistry, check_format, context_of
 from mainstay.events._relay import OutboxRelay
 from mainstay.events._retention import LogRetention
-from mainstay.events._routes import Route, Routes
+from mainstay.events._routes import Batching, Limits, Route, Routes
 from mainstay.events._schedule import ScheduleMover, SqlSchedule
 from mainstay.events._sql import SqlTransport
 from mainstay.events._sql_log import SqlLog
@@ -146,9 +146,9 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             for event in subscription.events:
                 definition = definition_of(event)
                 topics.add(self.settings.topic_of(definition))
-                what, once = f"{definition.type} {definition.version}", ", once" if subscription.inbox else ""
+                what, how = f"{definition.type} {definition.version}", _how(subscription)
                 by = "" if definition.decoder is None else f", read by {definition.decoder}"
-                handlers.append(f"{subscription.name} handles {what} in group {subscription.group}{once}{by}")
+                handlers.append(f"{subscription.name} handles {what} in group {subscription.group}{how}{by}")
         return {"handlers": handlers, "topics": sorted(topics)}
 
     async def inspect(self, app: App) -> Sequence[str]:
@@ -451,7 +451,7 @@ def _pool_size(app: App) -> int:
 
 
 def _groups(
-    module: EventsModule, call_of: Callable[[Subscription], tuple[Call, bool]], spans: Spans | None
+    module: EventsModule, call_of: Callable[[Subscription], tuple[Call, bool, Batching | None]], spans: Spans | None
 ) -> Mapping[str, tuple[list[str], Routes]]:
     """For each group, its topics and its routes by type."""
     groups: dict[str, tuple[list[str], Routes]] = {}
@@ -460,6 +460,9 @@ def _groups(
         topics, routes = groups.setdefault(subscription.group, ([], Routes()))
         routes.unknown = subscription.unknown
         routes.spans = spans
+        call, wants_metadata, batching = call_of(subscription)
+        limits = _limits(subscription)
+        retry = settings.retry() if subscription.retry is None else subscription.retry
         for event in subscription.events:
             definition = definition_of(event)
             type_, topic = definition.type, settings.topic_of(definition)
@@ -468,10 +471,14 @@ def _groups(
             if type_ not in routes:
                 routes[type_] = Route(type_, subscription.group)
             routes[type_].topics.add(topic)
-            call, wants_metadata = call_of(subscription)
-            retry = settings.retry() if subscription.retry is None else subscription.retry
             routes[type_].reads(
-                event, call, wants_metadata=wants_metadata, retry=retry, parks=subscription.on_failure == "park"
+                event,
+                call,
+                wants_metadata=wants_metadata,
+                retry=retry,
+                parks=subscription.on_failure == "park",
+                batching=batching,
+                limits=limits,
             )
     for _, routes in groups.values():
         for route in routes.values():
@@ -496,12 +503,21 @@ def _parking(
     }
 
 
-def _call(app: App, inbox: Inbox | None, watch: Watch | None, subscription: Subscription) -> tuple[Call, bool]:
-    """What a delivery calls, and whether that takes the metadata."""
+def _call(
+    app: App, inbox: Inbox | None, watch: Watch | None, subscription: Subscription
+) -> tuple[Call, bool, Batching | None]:
+    """What a delivery calls, whether that takes the metadata, and how it is given several events."""
     call, wants_metadata = _once(app, inbox, subscription)
+    batching: Batching | None = None
+    if subscription.batches is not None:
+        size, wait_seconds, by = subscription.batches
+        call = call if wants_metadata else _without_metadata(call)
+        batching = Batching(call, size, wait_seconds, by_key=by == "key")
+        call, wants_metadata = batching.alone, True
     if watch is None:
-        return call, wants_metadata
-    return watch(subscription, call if wants_metadata else _without_metadata(call)), True
+        return call, wants_metadata, batching
+    # It is watched event by event.
+    return watch(subscription, call if wants_metadata else _without_metadata(call)), True, None
 
 
 def _once(app: App, inbox: Inbox | None, subscription: Subscription) -> tuple[Call, bool]:
@@ -511,10 +527,29 @@ def _once(app: App, inbox: Inbox | None, subscription: Subscription) -> tuple[Ca
         call = _limited(call, subscription.timeout_seconds)
     if subscription.inbox:
         assert inbox is not None  # noqa: S101  made for it
-        return inbox.around(
-            subscription.group, call if wants_metadata else _without_metadata(call), subscription.inbox
-        ), True
+        call = call if wants_metadata else _without_metadata(call)
+        if subscription.batches is not None:
+            return inbox.around_batch(subscription.group, call), True
+        return inbox.around(subscription.group, call, subscription.inbox), True
     return call, wants_metadata
+
+
+def _limits(subscription: Subscription) -> Limits | None:
+    if subscription.concurrency is None and subscription.order == "key":
+        return None
+    return Limits(subscription.concurrency, in_order=subscription.order == "key")
+
+
+def _how(subscription: Subscription) -> str:
+    """What is special about a handler, for `describe`."""
+    said = ["once"] if subscription.inbox else []
+    if subscription.batches is not None:
+        said.append(f"up to {subscription.batches.size} of a {subscription.batches.by} at once")
+    if subscription.concurrency is not None:
+        said.append(f"{subscription.concurrency} calls at once")
+    if subscription.order == "none":
+        said.append("in no order")
+    return "".join(f", {each}" for each in said)
 
 
 def _limited(call: Call, seconds: float) -> Call:

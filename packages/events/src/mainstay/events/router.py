@@ -7,7 +7,8 @@ import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, Literal, Protocol, TypeVar, overload
+from functools import partial
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, overload
 
 from mainstay.core import Binding, Retry
 from mainstay.events._routes import OnUnknown, Unknown
@@ -22,11 +23,19 @@ __all__ = ["EventRouter"]
 
 OnFailure = Literal["dead-letter", "park"]
 InboxMode = bool | Literal["batch"]
+Order = Literal["key", "none"]
+BatchBy = Literal["key", "partition"]
 
 _LONGEST_GROUP = 200
+_LARGEST_BATCH = 1000
+"""No more events of a partition are in memory at once."""
 
 E = TypeVar("E", bound=Event)
 F = TypeVar("F", bound=Event)
+A = TypeVar("A")
+M = TypeVar("M")
+A_contra = TypeVar("A_contra", contravariant=True)
+M_contra = TypeVar("M_contra", contravariant=True)
 E_contra = TypeVar("E_contra", bound=Event, contravariant=True)
 U = TypeVar("U", bound=Callable[[Payload], Payload])
 H = TypeVar("H", bound="type[HandlesEvent[Any] | HandlesEventAndMetadata[Any]]")
@@ -48,29 +57,37 @@ class HandlesEventAndMetadata(Protocol[E_contra]):
         ...
 
 
-class Handler(Protocol[E_contra]):
-    """A handler function that takes the event; a test passes the services that an App would give it by keyword."""
+class Handler(Protocol[A_contra]):
+    """A handler function that takes an event or several; a test passes the services an App would give it by keyword."""
 
     __name__: str
 
-    def __call__(self, event: E_contra, /, **services: Any) -> Awaitable[None]:
-        """Handle one event."""
+    def __call__(self, event: A_contra, /, **services: Any) -> Awaitable[None]:
+        """Handle them."""
         ...
 
 
-class HandlerWithMetadata(Protocol[E_contra]):
-    """A handler function that takes the event and its metadata, and services as `Handler` does."""
+class HandlerWithMetadata(Protocol[A_contra, M_contra]):
+    """A handler function that takes metadata as well, and services as `Handler` does."""
 
     __name__: str
 
-    def __call__(self, event: E_contra, meta: Metadata, /, **services: Any) -> Awaitable[None]:
-        """Handle one event."""
+    def __call__(self, event: A_contra, meta: M_contra, /, **services: Any) -> Awaitable[None]:
+        """Handle them."""
         ...
+
+
+class InBatches(NamedTuple):
+    """How events are handed to a handler together, as `on_batch` describes it."""
+
+    size: int
+    wait_seconds: float
+    by: BatchBy
 
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One handler, as `on` describes it."""
+    """One handler, as `on` or `on_batch` describes it."""
 
     events: tuple[type[Event], ...]
     group: str
@@ -82,6 +99,9 @@ class Subscription:
     timeout_seconds: float | None
     name: str
     unknown: Unknown
+    concurrency: int | None = None
+    order: Order = "key"
+    batches: InBatches | None = None
 
 
 class EventRouter:
@@ -122,7 +142,9 @@ class EventRouter:
         on_failure: OnFailure = "dead-letter",
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
-    ) -> On[E]: ...
+        concurrency: int | None = None,
+        order: Order = "key",
+    ) -> On[E, Metadata]: ...
     @overload
     def on(
         self,
@@ -135,7 +157,9 @@ class EventRouter:
         on_failure: OnFailure = "dead-letter",
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
-    ) -> On[E | F]: ...
+        concurrency: int | None = None,
+        order: Order = "key",
+    ) -> On[E | F, Metadata]: ...
     @overload
     def on(
         self,
@@ -145,7 +169,9 @@ class EventRouter:
         on_failure: OnFailure = "dead-letter",
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
-    ) -> On[Any]: ...
+        concurrency: int | None = None,
+        order: Order = "key",
+    ) -> On[Any, Metadata]: ...
     def on(
         self,
         *events: type[Event],
@@ -154,7 +180,9 @@ class EventRouter:
         on_failure: OnFailure = "dead-letter",
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
-    ) -> On[Any]:
+        concurrency: int | None = None,
+        order: Order = "key",
+    ) -> On[Any, Metadata]:
         """Handle events: `@events.on(OrderPaid, group="receipts")` on an async function, or on a class with `handle`.
 
         The function takes the event, or the event and its `Metadata`, and services by keyword-only parameters whose
@@ -177,32 +205,130 @@ class EventRouter:
                 and what many of them write is one commit, so that they are several times as fast.
             timeout_seconds: how long one call may take before it counts as failed; None waits for ever, and health says
                 so.
+            concurrency: the most calls of this handler at once in one process; None for as many as the group has there
+                (`EventsSettings.concurrency`), which is never exceeded.
+            order: `key` has events with equal keys wait for each other. With `none` they are handled side by side, in
+                no order, which is faster where a few keys have most of the events.
 
         Raises:
             TypeError: what is decorated cannot be a handler, with the remedy.
-            ValueError: the group is empty, the timeout is not positive, `on_failure` or `inbox` is unknown, or the
-                group handles this type already.
+            ValueError: the group is empty, the timeout is not positive, `on_failure`, `inbox` or `order` is unknown,
+                `concurrency` is less than 1, `park` is combined with `order="none"`, or the group handles this type
+                already.
         """
-        if not events:
-            msg = "on() needs an event class: @events.on(OrderPaid, group=…)"
-            raise TypeError(msg)
-        for event in events:
-            definition_of(event)
-        if not 1 <= len(group) <= _LONGEST_GROUP:
-            msg = f"on(group=…) needs a name of 1 to {_LONGEST_GROUP} characters: the place is kept under it"
-            raise ValueError(msg)
-        if on_failure not in typing.get_args(OnFailure):
-            msg = f"on(on_failure={on_failure!r}): it is 'dead-letter' or 'park'"
-            raise ValueError(msg)
+        _check("on", events, group, on_failure, timeout_seconds)
+        _check_limits(concurrency, order, on_failure)
         if inbox not in {True, False, "batch"}:
             msg = f"on(inbox={inbox!r}): it is True, False or 'batch'"
             raise ValueError(msg)
-        if timeout_seconds is not None and not timeout_seconds > 0:
-            msg = f"on(timeout_seconds={timeout_seconds!r}): a call may take more than 0 seconds"
-            raise ValueError(msg)
-        return On(
-            self, events, group, retry, on_failure=on_failure, inbox=inbox, timeout_seconds=timeout_seconds
+        described = partial(
+            Subscription, events, group, retry=retry, on_failure=on_failure, inbox=inbox, unknown=self.unknown,
+            timeout_seconds=timeout_seconds, concurrency=concurrency, order=order,
         )  # fmt: skip
+        return On(self, events, described)
+
+    @overload
+    def on_batch(
+        self,
+        event: type[E],
+        /,
+        *,
+        group: str,
+        size: int = 100,
+        wait_seconds: float = 0.5,
+        by: BatchBy = "partition",
+        retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[list[E], list[Metadata]]: ...
+    @overload
+    def on_batch(
+        self,
+        event: type[E],
+        other: type[F],
+        /,
+        *,
+        group: str,
+        size: int = 100,
+        wait_seconds: float = 0.5,
+        by: BatchBy = "partition",
+        retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[list[E | F], list[Metadata]]: ...
+    @overload
+    def on_batch(
+        self,
+        *events: type[Event],
+        group: str,
+        size: int = 100,
+        wait_seconds: float = 0.5,
+        by: BatchBy = "partition",
+        retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[list[Any], list[Metadata]]: ...
+    def on_batch(
+        self,
+        *events: type[Event],
+        group: str,
+        size: int = 100,
+        wait_seconds: float = 0.5,
+        by: BatchBy = "partition",
+        retry: Retry | None = None,
+        on_failure: OnFailure = "dead-letter",
+        inbox: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> On[list[Any], list[Metadata]]:
+        """Handle events together: on an async function, or a class with `handle`, that takes a list of events.
+
+        `async def book(sold: list[TicketSold])`, or with their metadata, `(sold: list[TicketSold], metas:
+        list[Metadata])`; services as for `on`. What is said there of one event holds for a batch as a whole: it is
+        handed over at least once, fails or succeeds, is tried again. One that keeps failing is halved, and so on until
+        the event that fails is alone: `on_failure` says what becomes of it. The others are handled in their order.
+
+        Args:
+            events: the types to handle; one list has events of all of them.
+            group: as for `on`.
+            size: the most events of a call, 1 to 1,000.
+            wait_seconds: how long the first of them waits for more; 0 hands over what is there.
+            by: `partition` for events of one partition of the topic, in its order, so that batches of it follow each
+                other. `key` for events of one key, while those of other keys are handled at the same time.
+            retry: as for `on`.
+            on_failure: as for `on`, of an event that keeps failing alone.
+            inbox: run the handler inside `db.transaction()` together with the notes that this group has handled the
+                events. What it has handled already is not in the list.
+            timeout_seconds: how long one call may take, however many events it has.
+
+        Raises:
+            TypeError: as for `on`.
+            ValueError: as for `on`; or the size, the time, or `by` cannot be.
+        """
+        _check("on_batch", events, group, on_failure, timeout_seconds)
+        if not 1 <= size <= _LARGEST_BATCH:
+            msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
+            raise ValueError(msg)
+        if not 0 <= wait_seconds < float("inf"):
+            msg = f"on_batch(wait_seconds={wait_seconds!r}): it is a number of seconds, 0 or more"
+            raise ValueError(msg)
+        if by not in typing.get_args(BatchBy):
+            msg = f"on_batch(by={by!r}): it is 'key' or 'partition'"
+            raise ValueError(msg)
+        for event in events:
+            if by == "key" and definition_of(event).key is None:
+                msg = f"on_batch(by='key'): {event.__name__} has no key; say by='partition'"
+                raise ValueError(msg)
+        if inbox not in {True, False}:
+            msg = f"on_batch(inbox={inbox!r}): it is True or False, since the events of a batch share a transaction"
+            raise ValueError(msg)
+        described = partial(
+            Subscription, events, group, retry=retry, on_failure=on_failure, inbox=inbox, unknown=self.unknown,
+            timeout_seconds=timeout_seconds, batches=InBatches(size, wait_seconds, by),
+        )  # fmt: skip
+        return On(self, events, described, several=True)
 
     def upcast(self, event: type[Event], /, *, from_: int) -> Callable[[U], U]:
         """Read events of an older major version: `@events.upcast(OrderPaid, from_=1)` on a plain function.
@@ -252,53 +378,62 @@ class EventRouter:
         self.subscriptions = known
 
 
-class On(Generic[E]):
-    """A decorator of handlers, made by `EventRouter.on`; it gives the handler back unchanged."""
+class On(Generic[A, M]):
+    """A decorator of handlers, made by `EventRouter`; it gives the handler back unchanged.
+
+    Args:
+        router: where handlers are added.
+        events: the types.
+        described: makes the subscription, of what is known of the handler then.
+        several: the handler takes lists.
+    """
 
     def __init__(
         self,
         router: EventRouter,
         events: tuple[type[Event], ...],
-        group: str,
-        retry: Retry | None,
+        described: Callable[..., Subscription],
         *,
-        on_failure: OnFailure,
-        inbox: InboxMode,
-        timeout_seconds: float | None,
+        several: bool = False,
     ) -> None:
         self._router = router
         self._events = events
-        self._group = group
-        self._retry = retry
-        self._on_failure: OnFailure = on_failure
-        self._inbox: InboxMode = inbox
-        self._timeout_seconds = timeout_seconds
+        self._described = described
+        self._several = several
 
     @overload
     def __call__(self, handler: H) -> H: ...
     @overload
-    def __call__(self, handler: Callable[[E], Awaitable[None]]) -> Handler[E]: ...
+    def __call__(self, handler: Callable[[A], Awaitable[None]]) -> Handler[A]: ...
     @overload
-    def __call__(self, handler: Callable[[E, Metadata], Awaitable[None]]) -> HandlerWithMetadata[E]: ...
+    def __call__(self, handler: Callable[[A, M], Awaitable[None]]) -> HandlerWithMetadata[A, M]: ...
     def __call__(self, handler: Any) -> Any:
         """Register the handler."""
         name = f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', repr(handler))}"
         call = _bound_method(handler, name) if inspect.isclass(handler) else handler
-        self._router.add(
-            Subscription(
-                events=self._events,
-                group=self._group,
-                call=call,
-                wants_metadata=_wants_metadata(call, name, self._events),
-                retry=self._retry,
-                on_failure=self._on_failure,
-                inbox=self._inbox,
-                timeout_seconds=self._timeout_seconds,
-                name=name,
-                unknown=self._router.unknown,
-            )
-        )
+        wants_metadata = _wants_metadata(call, name, self._events, several=self._several)
+        self._router.add(self._described(call=call, wants_metadata=wants_metadata, name=name))
         return handler
+
+
+def _check(
+    verb: str, events: tuple[type[Event], ...], group: str, on_failure: OnFailure, timeout_seconds: float | None
+) -> None:
+    """Refuse what neither kind of handler can have."""
+    if not events:
+        msg = f"{verb}() needs an event class: @events.{verb}(OrderPaid, group=…)"
+        raise TypeError(msg)
+    for event in events:
+        definition_of(event)
+    if not 1 <= len(group) <= _LONGEST_GROUP:
+        msg = f"{verb}(group=…) needs a name of 1 to {_LONGEST_GROUP} characters: the place is kept under it"
+        raise ValueError(msg)
+    if on_failure not in typing.get_args(OnFailure):
+        msg = f"{verb}(on_failure={on_failure!r}): it is 'dead-letter' or 'park'"
+        raise ValueError(msg)
+    if timeout_seconds is not None and not timeout_seconds > 0:
+        msg = f"{verb}(timeout_seconds={timeout_seconds!r}): a call may take more than 0 seconds"
+        raise ValueError(msg)
 
 
 def one_handler_each(subscriptions: Sequence[Subscription]) -> None:
@@ -377,7 +512,21 @@ def _bound_method(kind: type[Any], name: str) -> Callable[..., Awaitable[None]]:
     return call
 
 
-def _wants_metadata(call: Callable[..., Awaitable[None]], name: str, events: tuple[type[Event], ...]) -> bool:
+def _check_limits(concurrency: int | None, order: Order, on_failure: OnFailure) -> None:
+    if order not in typing.get_args(Order):
+        msg = f"on(order={order!r}): it is 'key' or 'none'"
+        raise ValueError(msg)
+    if order == "none" and on_failure == "park":
+        msg = "on(order='none', on_failure='park'): a parked key keeps an order that is not asked for: leave one out"
+        raise ValueError(msg)
+    if concurrency is not None and concurrency < 1:
+        msg = f"on(concurrency={concurrency!r}): at least 1 call at once"
+        raise ValueError(msg)
+
+
+def _wants_metadata(
+    call: Callable[..., Awaitable[None]], name: str, events: tuple[type[Event], ...], *, several: bool
+) -> bool:
     if not inspect.iscoroutinefunction(call):
         msg = f"{name} is not an async function: write async def, and asyncio.to_thread around what blocks"
         raise TypeError(msg)
@@ -387,19 +536,49 @@ def _wants_metadata(call: Callable[..., Awaitable[None]], name: str, events: tup
     ]
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if not 1 <= len(required) <= 2 or keywords:  # noqa: PLR2004  the event, and the metadata
-        msg = f"{name} takes {inspect.signature(call)}: a handler takes (event) or (event, meta: Metadata)"
+        forms = "(event) or (event, meta: Metadata)"
+        if several:
+            forms = "(events: list[…]) or (events: list[…], metas: list[Metadata])"
+        msg = f"{name} takes {inspect.signature(call)}: a handler takes {forms}"
         raise TypeError(msg)
     try:
         hints = typing.get_type_hints(call)
     except NameError:  # a name that exists only for type checkers, who have checked it then
         hints = {}
-    expected: object = hints.get(required[0].name)
+    _takes(hints.get(required[0].name, Any), events, name, several=several)
+    if len(required) == 2:  # noqa: PLR2004
+        _takes_metadata(hints.get(required[1].name, Any), required[1].name, name, several=several)
+    return len(required) == 2  # noqa: PLR2004
+
+
+def _takes(hint: object, events: Sequence[type[Event]], name: str, *, several: bool) -> None:
+    """Check an annotation of the event, or of the events, as far as it can be seen what it says."""
+    expected = _inside(hint, name) if several else hint
     if expected is not Any and inspect.isclass(expected):
         for event in events:
             if not issubclass(event, expected):
                 msg = f"{name} takes a {expected.__name__}, but handles {event.__name__}: correct one of the two"
                 raise TypeError(msg)
-    if len(required) == 2 and hints.get(required[1].name, Metadata) is not Metadata:  # noqa: PLR2004
-        msg = f"{name}: the second parameter {required[1].name!r} is the event's Metadata; annotate it so"
+
+
+def _inside(hint: object, name: str) -> object:
+    """Of what a list is, by the annotation of a parameter that is given one."""
+    origin: object = typing.get_origin(hint)
+    if inspect.isclass(origin) and issubclass(list, origin):
+        inside: tuple[object, ...] = typing.get_args(hint)
+        return inside[0]
+    if hint is not Any and inspect.isclass(hint) and not issubclass(list, hint):
+        msg = f"{name} takes one {hint.__name__}, and on_batch hands over lists: annotate it list[{hint.__name__}]"
         raise TypeError(msg)
-    return len(required) == 2  # noqa: PLR2004
+    return Any
+
+
+def _takes_metadata(hint: object, parameter: str, name: str, *, several: bool) -> None:
+    origin: object = typing.get_origin(hint)
+    if several and inspect.isclass(origin) and issubclass(list, origin):
+        (hint,) = typing.get_args(hint)
+        several = False
+    if hint is not Any and (several or hint is not Metadata):
+        what = "list of the events' Metadata" if several else "event's Metadata"
+        msg = f"{name}: the second parameter {parameter!r} is the {what}; annotate it so"
+        raise TypeError(msg)

@@ -482,21 +482,47 @@ INSERT_INBOX = {
     )
     .on_conflict_do_nothing(),
 }
+# The notes of a batch, a row for each that was not there. A lock for each would soon be all that a server has: where
+# another transaction is in the middle of one of them it is waited for, shortly.
+_EVENT_IDS = sa.bindparam("event_ids", type_=postgresql.ARRAY(sa.Text))
+_SOME_NOTES = sa.func.unnest(_EVENT_IDS).table_valued("event_id").render_derived()
+_SOME_NOTES_AS_JSON = sa.func.json_each(sa.bindparam("event_ids", type_=sa.Text)).table_valued("value")
+INSERT_INBOX_NOTES = {
+    "sqlite": sqlite.insert(INBOX)
+    .from_select([*_INBOX_NOTE], sa.select(_INBOX_NOTE["group_name"], _SOME_NOTES_AS_JSON.c.value).where(sa.true()))
+    .on_conflict_do_nothing()
+    .returning(INBOX.c.event_id),
+    "postgresql": postgresql.insert(INBOX)
+    .from_select([*_INBOX_NOTE], sa.select(_INBOX_NOTE["group_name"], _SOME_NOTES.c.event_id))
+    .on_conflict_do_nothing()
+    .returning(INBOX.c.event_id),
+}
+WAIT_SHORTLY = sa.text("SELECT current_setting('lock_timeout'), set_config('lock_timeout', '100ms', true)")
+WAIT_AS_BEFORE = sa.text("SELECT set_config('lock_timeout', :before, true)")
 # A client that is frozen between two messages of one statement holds a transaction that does not count as idle, so that
 # the server would never end it: its backend is active, and waits for its client.
+_FROZEN = (
+    "backend.state = 'active' AND backend.wait_event = 'ClientRead' "
+    "AND current_setting('idle_in_transaction_session_timeout') <> '0' "
+    "AND backend.state_change < clock_timestamp() "
+    "- CAST(current_setting('idle_in_transaction_session_timeout') AS interval)"
+)
 END_FROZEN = sa.text(
     "SELECT pg_terminate_backend(backend.pid) "
     "FROM (SELECT hashtextextended(CAST(:group_name AS text) || chr(10) || CAST(:event_id AS text), 0) AS key) note "
     "JOIN pg_locks held ON held.locktype = 'advisory' AND held.granted AND held.objsubid = 1 "
     "AND held.classid = CAST((note.key >> 32) & 4294967295 AS oid) "
     "AND held.objid = CAST(note.key & 4294967295 AS oid) "
-    "JOIN pg_stat_activity backend ON backend.pid = held.pid AND backend.datname = current_database() "
-    "WHERE backend.state = 'active' AND backend.wait_event = 'ClientRead' "
-    "AND current_setting('idle_in_transaction_session_timeout') <> '0' "
-    "AND backend.state_change < clock_timestamp() "
-    "- CAST(current_setting('idle_in_transaction_session_timeout') AS interval)"
+    "JOIN pg_stat_activity backend ON backend.pid = held.pid AND backend.datname = current_database() WHERE " + _FROZEN
 )
-# Of a batch, which is refused as a whole where the note is there.
+_HOLDS_NOTES = (
+    "SELECT pg_terminate_backend(backend.pid) FROM pg_locks held "
+    "JOIN pg_stat_activity backend ON backend.pid = held.pid AND backend.datname = current_database() "
+    "WHERE held.locktype = 'relation' AND held.granted AND held.mode = 'RowExclusiveLock' "
+    "AND held.relation = CAST('mainstay_events_inbox' AS regclass) AND "
+)
+END_FROZEN_BATCHES = sa.text(_HOLDS_NOTES + _FROZEN)
+# Of what is committed with others, which is refused as a whole where the note is there.
 INSERT_NEW_INBOX = sa.insert(INBOX).values(_INBOX_NOTE)
 READ_INBOX = sa.select(INBOX.c.event_id).where(
     INBOX.c.group_name == _INBOX_NOTE["group_name"], INBOX.c.event_id == _INBOX_NOTE["event_id"]

@@ -140,6 +140,31 @@ class TransportContract:
             await eventually(lambda: len(seen.get("slow", ())) == 25, what="the slow key")  # noqa: PLR2004
         assert all(numbers == list(range(25)) for numbers in seen.values())
 
+    async def test_events_arrive_together_and_one_that_fails_is_told_from_the_others(self) -> None:
+        """A batch has events of one partition in its order; only the bad one of them becomes a dead letter."""
+        events = EventRouter()
+        largest = 0
+        seen: dict[int, list[int]] = {}
+
+        @events.on_batch(Placed, group=self.group("batch"), size=8, wait_seconds=0.1, retry=Retry(attempts=2))
+        async def handle(some: list[Placed], metas: list[Metadata]) -> None:
+            nonlocal largest
+            largest = max(largest, len(some))
+            if any(event.number == 7 for event in some):  # noqa: PLR2004
+                msg = "seven"
+                raise RuntimeError(msg)
+            (partition,) = {meta.partition for meta in metas}
+            seen.setdefault(partition, []).extend(event.number for event in some)
+
+        async with self.serving(events) as app:
+            await events.publish_batch([Placed(order=f"o{number % 5}", number=number) for number in range(60)])
+            await eventually(lambda: sum(map(len, seen.values())) == 59, what="the others")  # noqa: PLR2004
+            letters = await app.get(DeadLetters).list(self.group("batch"))
+        assert [(letter.key, letter.attempts) for letter in letters] == [(b"o2", 2)]
+        assert sorted(number for numbers in seen.values() for number in numbers) == [*range(7), *range(8, 60)]
+        assert all(numbers == sorted(numbers) for numbers in seen.values())
+        assert 1 < largest <= 8  # noqa: PLR2004
+
     async def test_order_is_kept_through_retries(self) -> None:
         """While an event is retried, the next of its key waits; other keys go on."""
         events = EventRouter()
