@@ -38,7 +38,7 @@ def _said(file: Path) -> dict[str, object]:
     said: dict[str, object] = {}
     try:
         statements = ast.parse(file.read_bytes()).body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, SystemError) as error:  # the last: a fault of CPython 3.11
         raise LookupError(str(file)) from error
     for statement in statements:
         if isinstance(statement, ast.Assign):
