@@ -350,7 +350,8 @@ async def test_a_consumer_frozen_inside_its_handlers_holds_up_their_keys_only(po
         "database": {"idle_transaction_seconds": 4.0},
     }
     waiting = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'transactionid' AND query LIKE '%events_inbox%'"
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'transactionid' AND query LIKE '%events_inbox%' "
+        "AND datname = current_database()"
     )
     idle = sa.text(
         "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND datname = current_database()"
