@@ -163,7 +163,9 @@ class SecureKafka(Kafka):
     def token(self, seconds: float, subject: str | None = None) -> str:
         """Return a token for OAUTHBEARER that the broker takes for so long: an unsigned JSON Web Token."""
         now = time.time()
-        claims = {"sub": subject or self.user, "iat": now, "exp": now + seconds}
+        # Issued at a whole second, as by any authority: the broker counts milliseconds, and one that is later than
+        # the one that it has right now is in its future.
+        claims = {"sub": subject or self.user, "iat": int(now), "exp": now + seconds}
         parts = [_base64(json.dumps(part).encode()) for part in ({"alg": "none"}, claims)]
         return ".".join([*parts, ""])
 
