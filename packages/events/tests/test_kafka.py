@@ -300,6 +300,20 @@ async def test_dead_letters_are_in_a_topic_of_the_service_and_foreign_records_th
     await producer.stop()
 
 
+async def test_a_record_that_is_refused_takes_no_other_of_its_topic_along(kafka: str, prefix: str, client: str) -> None:
+    """Sent by the same producer, just behind it: aiokafka has given both their numbers by then."""
+    async with service(kafka, prefix, kafka_client=client, partitions=1) as app:
+        producer = app.get(KafkaTransport).producer
+        await producer.send(prefix, [(b"a", b"first", [])])
+        sent = [
+            asyncio.create_task(producer.send(prefix, [(b"a", value, [])]))
+            for value in (os.urandom(1_048_576), *(b"%d" % number for number in range(20)))
+        ]
+        refused, *taken = await asyncio.gather(*sent, return_exceptions=True)
+        assert isinstance(refused, PublishError)
+        assert taken == [None] * 20
+
+
 async def test_events_of_others_have_ids_and_times_of_their_own(kafka: str, prefix: str, sqlite_url: str) -> None:
     """An id is any text, and one of its source; a time without a zone is UTC, wherever this process is."""
     events, got = EventRouter(), list[tuple[str, str, datetime | None]]()

@@ -28,6 +28,7 @@ from aiokafka.errors import (
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
+    OutOfOrderSequenceNumber,
     PolicyViolationError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
@@ -195,13 +196,15 @@ class KafkaProducer:
         try:
             async with asyncio.timeout(self._settings.send_seconds):
                 await self._topics.ensure(topic)
-                producer = await self._producer_of(topic)
-                confirmations: list[Awaitable[object]] = []
-                # Enqueued one after the other, awaited together: awaiting each would cost a round trip an event.
-                for key, value, headers in batch:
-                    sent = True
-                    confirmations.append(await producer.send(topic, value, key=key, headers=headers))
-                await asyncio.gather(*confirmations)
+                left = batch
+                while left:
+                    producer = await self._producer_of(topic)
+                    confirmations: list[Awaitable[object]] = []
+                    # Enqueued one after the other, awaited together: awaiting each would cost a round trip an event.
+                    for key, value, headers in left:
+                        sent = True
+                        confirmations.append(await producer.send(topic, value, key=key, headers=headers))
+                    left = await self._behind_a_hole(topic, producer, left, confirmations)
         except self._topics.away as error:
             # What timed out is tried on by the client, in order; what was refused has left a hole in the numbers.
             if producer is not None and isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError):
@@ -213,6 +216,26 @@ class KafkaProducer:
             alone = len(batch) == 1 and isinstance(error, _NOT_THIS_RECORD)
             raise kind(msg, no_effect=alone or not sent, retryable=not isinstance(error, _NOT_THIS_RECORD)) from error
         self._contact.made()
+
+    async def _behind_a_hole(
+        self,
+        topic: str,
+        producer: AIOKafkaProducer,
+        batch: Sequence[Payload],
+        confirmations: Sequence[Awaitable[object]],
+    ) -> Sequence[Payload]:
+        """What the broker has not taken since somebody else's record, which it refused, left a hole in the numbers.
+
+        It is sent again, by another producer. Raises what else the broker answers.
+        """
+        answers = await asyncio.gather(*confirmations, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, OutOfOrderSequenceNumber):
+                raise answer
+        left = [each for each, answer in zip(batch, answers, strict=True) if isinstance(answer, BaseException)]
+        if left:
+            await self._part(topic, producer)
+        return left
 
     async def _part(self, topic: str, refused: AIOKafkaProducer) -> None:
         """Give a topic that was refused a producer of its own; what others have in the shared one goes on."""
