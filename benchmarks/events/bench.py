@@ -482,7 +482,7 @@ class Fleet:
 
 
 async def recovery_rows(server: Postgres, servers: str, *, quick: bool) -> AsyncIterator[Row]:
-    """How long what a killed process had is handled by nobody.
+    """How long the work of a killed process waits for another one.
 
     On Kafka it is for as long as the session that the group's members have at the broker. Its shortest one, by the
     brokers' own defaults (`group.min.session.timeout.ms`), is 6 s, which is the default of `lease_seconds`.

@@ -23,10 +23,10 @@ class Registry:
         asked: the paths of all that was looked up.
         authorizations: what it was shown.
         wants: the header that it must be shown, None for any.
-        fails: a status that it answers with, whatever is asked; 0 closes the connection.
+        fails: a status that it answers every question with; 0 closes the connection.
         waits: it answers nothing until this is set.
         hides: ids that it says it has none of.
-        says: what it answers instead, whatever is asked.
+        says: what it answers instead, to every question.
     """
 
     url: str = ""

@@ -113,7 +113,7 @@ def fails_at(*bad: int) -> Handle:
 
 
 async def test_a_full_batch_is_handed_over_at_once_and_the_rest_when_its_time_has_come(partition: Assignment) -> None:
-    """Of eight events of a partition, whatever their keys: three, three, and two after a second."""
+    """Of eight events of a partition, of any keys: three, three, and two after a second."""
     bench = Bench()
     bench.dispatcher.feed(partition, [record(f"k{n % 5}", n) for n in range(8)])
     await eventually(lambda: len(bench.called) == 2)
@@ -394,7 +394,7 @@ PLANS = st.lists(
 def test_model_each_event_ends_once_and_in_the_order_of_its_key(
     *, plans: list[Planned], portions: list[int], size: int, by_key: bool, wait_seconds: float, concurrency: int
 ) -> None:
-    """Whatever fails, and however the events arrive; batches have their size, their key, and one at a time."""
+    """After any failures and any way of arriving; batches have their size, their key, and one at a time."""
 
     async def run() -> None:
         failed: set[int] = set()

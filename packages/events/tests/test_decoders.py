@@ -386,7 +386,7 @@ async def test_a_decoder_of_ones_own() -> None:
 
 
 async def test_a_text_that_does_not_end_costs_no_more_than_its_length() -> None:
-    """A hostile value is looked at once, whatever it is full of."""
+    """A hostile value is looked at once, and not again for each sign in it."""
     value = b'{"item": "' + b'\\"' * 200_000 + b"1234567890123456789"
     seen = Seen(StockCounted)
     async with in_memory(seen.events) as rehearsal:

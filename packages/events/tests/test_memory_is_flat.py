@@ -38,7 +38,7 @@ async def _fails_at_times(event: Passed) -> None:
 
 
 async def test_a_hundred_thousand_events_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
-    """Each has a key of its own, so that whatever is kept for a key would show; so would what is kept for a failure."""
+    """Each has a key of its own, so that all that is kept for a key would show; so would what is kept for a failure."""
     caplog.set_level("CRITICAL", "mainstay.events")
     buried = 0
 

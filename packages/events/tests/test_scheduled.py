@@ -435,7 +435,7 @@ async def test_what_waits_is_listed_and_cancelled(database_url: str) -> None:
 
 
 async def test_what_is_cancelled_while_it_falls_due_is_cancelled_or_handed_on(database_url: str) -> None:
-    """Never both, and never neither, whoever is first."""
+    """Never both, and never neither, in any order."""
     async with service(database_url) as app, service(database_url) as other:
         publisher, scheduled = app.get(EventPublisher), app.get(ScheduledEvents)
         cancelled: list[int] = []
@@ -577,7 +577,7 @@ def _nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def test_inside_a_workflow_it_is_one_step_whose_time_is_an_argument(database_url: str) -> None:
-    """A replay schedules nothing, and its moment counts whatever zone it is written in; a delay is another argument."""
+    """A replay schedules nothing, and its moment counts in any zone; a delay is another argument."""
     async with service(database_url) as app:
         publisher, journal = app.get(EventPublisher), Journal()
         noon = datetime(2100, 1, 1, 12, tzinfo=UTC)

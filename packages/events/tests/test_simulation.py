@@ -45,7 +45,7 @@ class Mailed(Event, type="mail.sent", version="1.0", key="ticket"):
 
 
 class Provider:
-    """Somebody else's service, which takes its time, and knows the keys of its callers."""
+    """The service of a third party, which takes its time, and knows the keys of its callers."""
 
     def __init__(self) -> None:
         self.done: Counter[str] = Counter()
@@ -79,7 +79,7 @@ class Counting(Simulation):
 
 
 class Charging(Counting):
-    """Each ticket is charged once, at somebody else's."""
+    """Each ticket is charged once, by a third party."""
 
     async def check(self, db: Database, events: Sequence[Event]) -> None:
         assert self.provider.done == Counter(name_of(event) for event in events)
@@ -167,7 +167,7 @@ class PublishesInItsTransaction(Counting):
 
 
 class FailsAtFirst(CountsInTheInbox):
-    """One event fails twice, and another for good, whatever else happens."""
+    """One event fails twice, and another for good, with any faults besides."""
 
     def feature(self) -> EventRouter:
         events = EventRouter()

@@ -129,7 +129,7 @@ class SimulatedConnection(aiosqlite.Connection):
         self.drop()
 
     def drop(self) -> None:
-        """Close it, whatever is under way."""
+        """Close it, also in the middle of a statement."""
         self._running = False
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -176,7 +176,7 @@ class SimulatedWriter(SQLiteWriter):
         self.drop()
 
     def drop(self) -> None:
-        """Close the connection, whatever is under way."""
+        """Close the connection, also in the middle of a statement."""
         if self._connection is not None:
             self._connection.close()
 

@@ -3,7 +3,7 @@
 A caller that takes an event of a batch handler does not call it: the event joins a *gathering*, of its key or of its
 partition, and its key stays busy. What follows of that key joins in its turn, as long as the same handler is meant.
 What is for another handler, or cannot be read, waits behind the key until all of the key before it has ended. So the
-order of a key is kept whatever its events are.
+order of a key is kept, also where handlers of both kinds take its events.
 
 A gathering has one batch at a time. It is made when `size` events are there, when the first has waited long enough, or
 when nothing more can come: its partition's window is full, or the process stops. It then waits for a caller like any
@@ -325,7 +325,7 @@ class Batches:
         """An event that can be handed over together with others, None where it cannot be read."""
         seen, route, handling, _ = match
         assert route is not None  # noqa: S101  it has a handler
-        assert handling is not None  # noqa: S101
+        assert handling is not None  # noqa: S101  as above
         try:
             event = handling.validate(seen.value or b"")
         except Exception:  # noqa: BLE001  it is read again by itself, and that says what is wrong

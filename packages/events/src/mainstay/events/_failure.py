@@ -57,7 +57,7 @@ class Failures:
         parking: the group's parked keys, None without a Database.
         commit: makes durable how far a partition is finished; needed with `parking`.
         unknown: what becomes of events that no process of the group can handle.
-        spans: of the attempts to handle events; None where nobody records any.
+        spans: of the attempts to handle events; None where none are recorded.
         decoders: read the topics that others write.
         clock: measures ages.
 

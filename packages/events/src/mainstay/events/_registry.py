@@ -195,7 +195,7 @@ class SchemaRegistry:
         except _UselessError as error:
             self._trouble = None
             self._give_up(key, f"schema {key.id} of the registry at {self._url}: {error}")
-        except Exception as error:  # noqa: BLE001  whatever it answers, what waits for it goes on waiting
+        except Exception as error:  # noqa: BLE001  after any answer, what waits for it goes on waiting
             trouble = f"the schema registry at {self._url} does not answer as one: {said(error)}"
             if self._trouble is None:
                 _log.warning("%s; events whose schema is not known wait for it", trouble)

@@ -256,7 +256,7 @@ class OutboxRelay:
         lease_seconds: how long a killed relay keeps its lanes.
         most_bytes: how much of the outbox is in memory at once.
         clock: measures waits.
-        spans: of the batches; None where nobody records any.
+        spans: of the batches; None where none are recorded.
 
     Attributes:
         rows: of the outbox.

@@ -205,7 +205,7 @@ class Routes(dict[str, Route]):
 
     Attributes:
         unknown: what becomes of all others.
-        spans: of the attempts; None where nobody records any.
+        spans: of the attempts; None where none are recorded.
         decoders: read the topics that others write.
     """
 

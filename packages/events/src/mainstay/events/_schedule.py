@@ -2,8 +2,8 @@
 
 They are apart from the log and the outbox, which cost the same however much waits. By the database's clock the first
 ones that are due are taken out of the table and published, a page at a time, each page in one transaction: so each is
-handed on once, whatever ends in between, and takes its place in the log or the outbox at that moment. One process at a
-time does so, which holds a lease; the page is fenced by it, so that the next page is never committed before this one.
+handed on once, also where a process ends in between, and takes its place in the log or the outbox then. One process at
+a time does so, which holds a lease; the page is fenced by it, so that the next page is never committed before this one.
 What waits behind a page, in the table or in another transaction, is found by the next look.
 """
 

@@ -1,6 +1,6 @@
 """What OpenTelemetry is told: a span of publishing, of each batch that is relayed, of each attempt to handle.
 
-Only where an SDK has installed a tracer provider before the App starts: a span that nobody records costs microseconds,
+Only where an SDK has installed a tracer provider before the App starts: a span that is not recorded costs microseconds,
 too. So this file is imported by `spans_of` only, when there is one.
 
 Names, kinds and attributes follow the semantic conventions for messaging spans, version 1.37, whose status is
@@ -12,7 +12,7 @@ Names, kinds and attributes follow the semantic conventions for messaging spans,
   conventions allow the event's context as its parent: request and handler are one trace. It is linked to it, too. A
   batch of events has no parent, and a link for each.
 
-A key is never told, since it may be somebody's name.
+A key is never told, since it may be a person's name.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ class DeadLetters:
         edited = replace(letter, value=value)
         seen = await self._seen(edited)
         event = self._read(letter, seen)
-        # A record of others has the key that they gave it, whatever its value says.
+        # A record of others has the key that they gave it, not one that its value names.
         if is_cloud_event(letter) and codec_of(type(event)).key(event) != letter.key:
             msg = f"dead letter {id} has another key: an edited event stays where it is in order; publish one instead"
             raise ValueError(msg)

@@ -154,7 +154,7 @@ class Metadata:
         """When it was published, by the publisher's wall clock, in UTC; None where it does not say so as RFC 3339 does.
 
         That is so of an event that was published for later, too: it says when something happened, not when others were
-        to hear of it. A time without a zone is taken for UTC, whatever the zone of this process.
+        to hear of it. A time without a zone is taken for UTC, in any zone of this process.
         """
         text = self._text(TIME)
         if text is None:

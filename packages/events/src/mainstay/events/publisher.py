@@ -32,7 +32,7 @@ class EventPublisher:
         transactional: `send` writes to the Database and nowhere else.
         settings: the names of topics and of this service.
         clock: what stamps events.
-        spans: of what is published; None where nobody records any.
+        spans: of what is published; None where none are recorded.
         schedule: keeps events that are published for later; None where there is no Database to keep them in.
     """
 

@@ -546,9 +546,9 @@ def _wants_metadata(
     except NameError:  # a name that exists only for type checkers, who have checked it then
         hints = {}
     _takes(hints.get(required[0].name, Any), events, name, several=several)
-    if len(required) == 2:  # noqa: PLR2004
+    if len(required) == 2:  # noqa: PLR2004  the event, and the metadata
         _takes_metadata(hints.get(required[1].name, Any), required[1].name, name, several=several)
-    return len(required) == 2  # noqa: PLR2004
+    return len(required) == 2  # noqa: PLR2004  as above
 
 
 def _takes(hint: object, events: Sequence[type[Event]], name: str, *, several: bool) -> None:

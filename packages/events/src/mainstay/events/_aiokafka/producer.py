@@ -224,9 +224,9 @@ class KafkaProducer:
         batch: Sequence[Payload],
         confirmations: Sequence[Awaitable[object]],
     ) -> Sequence[Payload]:
-        """What the broker has not taken since somebody else's record, which it refused, left a hole in the numbers.
+        """What is left to send: records that were refused only since one before them left a hole in the numbers.
 
-        It is sent again, by another producer. Raises what else the broker answers.
+        They are sent again, by another producer. Raises what else the broker answers.
         """
         answers = await asyncio.gather(*confirmations, return_exceptions=True)
         for answer in answers:

@@ -125,7 +125,7 @@ class KafkaLog:
             left: Mapping[Partition, int] = begins
             while left:
                 wanted, until = left, {each: ends[each] for each in left}
-                records, then = await self._browsing(lambda browser, a=wanted, b=until: browser.read(a, b))  # type: ignore[misc]
+                records, then = await self._browsing(lambda browser, a=wanted, b=until: browser.read(a, b))  # type: ignore[misc]  # mypy infers no lambda with defaults
                 page += [each for each in records if each.offset < ends[each.topic, each.partition]]
                 left = {each: offset for each, offset in (dict(left) | dict(then)).items() if offset < ends[each]}
             yield page
@@ -156,7 +156,7 @@ class KafkaLog:
         firsts: dict[Partition, Stored] = {}
         while left:
             wanted, until = left, {each: spans[each][1] for each in left}
-            records, then = await self._browsing(lambda browser, a=wanted, b=until: browser.read(a, b))  # type: ignore[misc]
+            records, then = await self._browsing(lambda browser, a=wanted, b=until: browser.read(a, b))  # type: ignore[misc]  # mypy infers no lambda with defaults
             for record in records:
                 firsts.setdefault((record.topic, record.partition), record)
             left = {

@@ -126,7 +126,7 @@ class Admin(Protocol):
 
 
 class Browser(Protocol):
-    """A connection that reads without a group; whoever has it uses it alone."""
+    """A connection that reads without a group, for one user at a time."""
 
     async def spans(self, partitions: Collection[Partition]) -> Mapping[Partition, tuple[int, int]]:
         """The offset of the oldest record, and the one behind the newest that is committed."""

@@ -89,7 +89,7 @@ class TransportContract:
         assert (meta.type, meta.version, meta.source, meta.key) == ("contract.placed", Version(1, 0), "shop", "a/ü")
         assert (meta.correlation_id, meta.causation_id) == ("conversation-1", "request-1")
         assert (meta.actor, meta.tenant, meta.attempt) == ("ann", "acme", 1)
-        assert UUID(meta.id).version == 7  # noqa: PLR2004  the version of time-ordered ids
+        assert UUID(meta.id).version == 7
         assert meta.time is not None
         assert meta.time.utcoffset() is not None
         assert context == Context("conversation-1", meta.id, "ann", "acme")
@@ -112,7 +112,7 @@ class TransportContract:
             for number in range(20):
                 await events.publish(Placed(order=f"o{number}", number=number))
                 await events.publish(Paid(order=f"o{number}", number=number))
-            await eventually(lambda: len(first) >= 20 and len(second) >= 40, what="everything handled")  # noqa: PLR2004
+            await eventually(lambda: len(first) >= 20 and len(second) >= 40, what="everything handled")
         assert sorted(first) == list(range(20))
         assert sorted(second) == sorted([f"Placed{n}" for n in range(20)] + [f"Paid{n}" for n in range(20)])
 
@@ -134,10 +134,10 @@ class TransportContract:
                 kind = Placed if number % 2 else Paid
                 await events.publish_batch([kind(order=order, number=number) for order in ("slow", "a", "b", "c", "d")])
             others = ("a", "b", "c", "d")
-            await eventually(lambda: all(len(seen.get(order, ())) == 25 for order in others), what="the other keys")  # noqa: PLR2004
+            await eventually(lambda: all(len(seen.get(order, ())) == 25 for order in others), what="the other keys")
             assert "slow" not in seen
             gate.set()
-            await eventually(lambda: len(seen.get("slow", ())) == 25, what="the slow key")  # noqa: PLR2004
+            await eventually(lambda: len(seen.get("slow", ())) == 25, what="the slow key")
         assert all(numbers == list(range(25)) for numbers in seen.values())
 
     async def test_events_arrive_together_and_one_that_fails_is_told_from_the_others(self) -> None:
@@ -150,7 +150,7 @@ class TransportContract:
         async def handle(some: list[Placed], metas: list[Metadata]) -> None:
             nonlocal largest
             largest = max(largest, len(some))
-            if any(event.number == 7 for event in some):  # noqa: PLR2004
+            if any(event.number == 7 for event in some):
                 msg = "seven"
                 raise RuntimeError(msg)
             (partition,) = {meta.partition for meta in metas}
@@ -158,12 +158,12 @@ class TransportContract:
 
         async with self.serving(events) as app:
             await events.publish_batch([Placed(order=f"o{number % 5}", number=number) for number in range(60)])
-            await eventually(lambda: sum(map(len, seen.values())) == 59, what="the others")  # noqa: PLR2004
+            await eventually(lambda: sum(map(len, seen.values())) == 59, what="the others")
             letters = await app.get(DeadLetters).list(self.group("batch"))
         assert [(letter.key, letter.attempts) for letter in letters] == [(b"o2", 2)]
         assert sorted(number for numbers in seen.values() for number in numbers) == [*range(7), *range(8, 60)]
         assert all(numbers == sorted(numbers) for numbers in seen.values())
-        assert 1 < largest <= 8  # noqa: PLR2004
+        assert 1 < largest <= 8
 
     async def test_order_is_kept_through_retries(self) -> None:
         """While an event is retried, the next of its key waits; other keys go on."""
@@ -181,7 +181,7 @@ class TransportContract:
         async with self.serving(events):
             await events.publish_batch([Placed(order="shaky", number=number) for number in range(3)])
             await events.publish(Placed(order="other", number=9))
-            await eventually(lambda: len(seen) == 4, what="all handled")  # noqa: PLR2004
+            await eventually(lambda: len(seen) == 4, what="all handled")
         assert [number for order, number in seen if order == "shaky"] == [0, 1, 2]
 
     async def test_what_keeps_failing_becomes_a_dead_letter_and_can_be_redriven(self) -> None:
@@ -218,13 +218,13 @@ class TransportContract:
             assert "the printer is on fire" in letter.error
             assert dict(letter.headers)[TYPE] == b"contract.placed"
             assert attempts == [1, 2, 3]
-            await eventually(lambda: len(others) == 3, what="the other group")  # noqa: PLR2004
+            await eventually(lambda: len(others) == 3, what="the other group")
             broken = False
             await letters.redrive(letter.id)
             await eventually(lambda: handled == [0, 2, 1], what="the redriven event")
             assert await letters.list(self.group("fails")) == []
             await events.publish(Placed(order="z", number=99))
-            await eventually(lambda: 99 in others, what="the event after it")  # noqa: PLR2004
+            await eventually(lambda: 99 in others, what="the event after it")
         assert sorted(others) == [0, 1, 2, 99]
 
     async def test_poison_bytes_are_kept_as_they_are_and_stop_nothing(self) -> None:
@@ -303,12 +303,12 @@ class TransportContract:
         async with self.serving(events):
             await events.publish_batch([Placed(order=f"o{number}", number=number) for number in range(10)])
             await events.publish_batch([Noted(number=number) for number in range(10, 20)])
-            await eventually(lambda: len(seen) == 20, what="the first half")  # noqa: PLR2004
+            await eventually(lambda: len(seen) == 20, what="the first half")
         events = EventRouter()
         async with self.service(events, **self.settings()):
             await events.publish_batch([Placed(order=f"o{number}", number=number) for number in range(20, 30)])
         async with self.serving(feature()):
-            await eventually(lambda: len(seen) >= 30, what="the second half")  # noqa: PLR2004
+            await eventually(lambda: len(seen) >= 30, what="the second half")
         assert sorted(seen) == list(range(30))
 
     async def test_a_drain_finishes_what_runs_and_starts_nothing_new(self) -> None:
@@ -340,5 +340,5 @@ class TransportContract:
 
         async with self.serving(events, concurrency=1):
             await events.publish_batch([Noted(number=number) for number in range(5)])
-            await eventually(lambda: len(leaks) == 5, what="all handled")  # noqa: PLR2004
+            await eventually(lambda: len(leaks) == 5, what="all handled")
         assert leaks == [""] * 5

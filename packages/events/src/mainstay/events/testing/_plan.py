@@ -91,11 +91,11 @@ def plan_of(seed: Seed, moments: int, events: int) -> Plan:
         raise ValueError(msg)
     number = int(said["number"])
     random = Random(f"mainstay {number}")  # noqa: S311  the same each time is the point
-    processes = 1 if random.random() < 0.5 else 2  # noqa: PLR2004
+    processes = 1 if random.random() < 0.5 else 2
     pace_seconds = (0.0, 0.05, 1.0)[int(random.random() * 3)]
     hurry = random.random()
     count = 1
-    while count < _MOST_FAULTS and random.random() < 0.6:  # noqa: PLR2004
+    while count < _MOST_FAULTS and random.random() < 0.6:
         count += 1
     faults = {
         place: Fault(int(random.random() * moments), random.random() < _COMMITS, random.random(), random.random())

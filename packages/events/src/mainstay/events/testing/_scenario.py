@@ -55,7 +55,7 @@ class Scenario:
         """Run it, and assert what comes of it.
 
         Args:
-            published: exactly what handlers have published, in this order; None for whatever they do.
+            published: exactly what handlers have published, in this order; None where that is not looked at.
             check: asserts what is in the database.
 
         Raises:

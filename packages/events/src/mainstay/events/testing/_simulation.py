@@ -71,7 +71,7 @@ class Simulation:
         """Write what is there before the first event."""
 
     async def check(self, db: Database, events: Sequence[Event]) -> None:
-        """Assert what must hold when everything has been handled, whatever went wrong meanwhile.
+        """Assert what must hold when everything has been handled, after all that went wrong meanwhile.
 
         Args:
             db: reads what handlers have written.
@@ -168,7 +168,7 @@ def simulate(kind: Callable[[], Simulation], *, seeds: Iterable[Seed], seconds: 
 def _collected() -> Generator[None, None, None]:
     """Collect the garbage of a run after it: what is done about it meanwhile would be done at another moment each time.
 
-    What dead processes have left is nobody's loss, though its owners would say so.
+    What dead processes have left is no loss, though its owners would say so.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -325,7 +325,7 @@ class Run:
     async def _handled(self, app: App, db: Database) -> None:
         end = self.world.now + self._subject.timeout_seconds
         quiet = 0
-        while quiet < 4:  # noqa: PLR2004  for a second
+        while quiet < 4:
             await asyncio.sleep(_LOOK_SECONDS)
             missing = await self._missing(app, db)
             quiet = 0 if missing or any(process.loop.frozen for process in self._processes) else quiet + 1
