@@ -70,7 +70,8 @@ async def read_rows(sources: Sources, answers: dict[int, str | None]) -> Facts:
                 (entry["action"], entry.get("resource", "")) for entry in sealed if entry["outcome"] == "succeeded"
             ),
             unsealed=sum(entry["number"] > 0 for entry in pending),  # 0: said by a process about itself, also last
-            dead_letters=await _count(connection, "mainstay_events_dead_letters"),
+            given_up=await _count(connection, "mainstay_events_dead_letters")
+            + await _count(connection, "mainstay_events_parked_keys"),
         )
 
 

@@ -39,7 +39,7 @@ class Facts:
         audited: how many entries there are by (action, resource).
         unsealed: audit entries that the log does not have yet.
         published: how many events are in the log, or in the topic.
-        dead_letters: events that were given up.
+        given_up: events that are dead letters, and keys that are parked behind one that failed.
     """
 
     file: dict[int, Row | None]
@@ -58,7 +58,7 @@ class Facts:
     audited: Counter[tuple[str, str]] = field(default_factory=Counter)
     unsealed: int = 0
     published: int = 0
-    dead_letters: int = 0
+    given_up: int = 0
 
     def lines_of(self, purchase: Row) -> list[tuple[str, int, int]]:
         """(item, quantity, price in cents) of each line, as the file has them."""
@@ -217,8 +217,8 @@ def effects_exactly_once(facts: Facts) -> Iterator[str]:
         if happened[key] != expected[key]:
             group, event, order = key
             yield f"{event} of order {order} had its effect in {group} {happened[key]} times, not {expected[key]}"
-    if facts.dead_letters:
-        yield f"{facts.dead_letters} events were given up"
+    if facts.given_up:
+        yield f"{facts.given_up} events were given up, as dead letters or parked"
 
 
 def projections_equal_recount(facts: Facts) -> Iterator[str]:

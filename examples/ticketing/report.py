@@ -152,7 +152,7 @@ def _rows(facts: Facts, story: Story) -> list[tuple[str, str, str] | None]:
         None,
         ("events published", str(facts.published), ""),
         ("events handled", str(len(facts.handled)), _counts(Counter(row["consumer"] for row in facts.handled))),
-        ("events dead-lettered", str(facts.dead_letters), ""),
+        ("events given up or parked", str(facts.given_up), ""),
         ("audit entries verified", str(facts.audit_entries), ""),
         ("kills survived", str(story.kills.total()), _counts(story.kills)),
     ]

@@ -282,7 +282,7 @@ def test_bad_input_stops_nothing(tmp_path):
 
 async def test_a_broken_invariant_is_an_exit_status(embedded, monkeypatch):
     """The demo ends with 1 and says what is broken, so that whoever runs it cannot overlook it."""
-    broken = replace(embedded, verdicts=judge(replace(embedded.facts, dead_letters=3)))
+    broken = replace(embedded, verdicts=judge(replace(embedded.facts, given_up=3)))
 
     async def performed(*_args):
         return broken

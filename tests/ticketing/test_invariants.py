@@ -215,7 +215,7 @@ def test_tampering_fails_its_invariant(tampering):
         (AUDIT, {"audit_problems": ("entry 3 was changed",)}),
         (AUDIT, {"audit_entries": 0}),
         (AUDIT, {"unsealed": 2}),
-        (ONCE, {"dead_letters": 1}),
+        (ONCE, {"given_up": 1}),
     ],
 )
 def test_what_others_found_fails_its_invariant(name, changes):

@@ -34,7 +34,7 @@ async def test_dead_letters_are_listed_shown_and_redriven(
     broken = True
     handled: list[str] = []
 
-    @events.on(Broken, group="printer", retry=Retry(attempts=1))
+    @events.on(Broken, group="printer", retry=Retry(attempts=1), on_failure="dead-letter")
     async def handle(event: Broken) -> None:
         if broken:
             msg = "out of paper"
@@ -81,7 +81,7 @@ async def test_two_who_send_all_again_and_what_an_error_says(
     """
     events = EventRouter()
 
-    @events.on(Broken, group="scanner", retry=Retry(attempts=1))
+    @events.on(Broken, group="scanner", retry=Retry(attempts=1), on_failure="dead-letter")
     async def handle(event: Broken) -> None:
         msg = "out of paper\nKeyError: nothing to see here"
         raise RuntimeError(msg)

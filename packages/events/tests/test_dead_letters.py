@@ -60,7 +60,7 @@ class Office:
         self.group = group
         self.database: Database | None = None
 
-        @events.on(Billed, group=group, retry=Retry(attempts=1), inbox=inbox)
+        @events.on(Billed, group=group, retry=Retry(attempts=1), inbox=inbox, on_failure="dead-letter")
         async def bill(event: Billed) -> None:
             if self.database is not None:
                 await self.database.write(NOTE, {"text": f"{event.customer} {event.cents}"})
@@ -69,12 +69,12 @@ class Office:
                 raise RuntimeError(msg)
             self.handled.append(event.cents)
 
-        @events.on(Cancelled, group=group, retry=Retry(attempts=1), inbox=inbox)
+        @events.on(Cancelled, group=group, retry=Retry(attempts=1), inbox=inbox, on_failure="dead-letter")
         async def cancel(event: Cancelled) -> None:
             msg = "never"
             raise RuntimeError(msg)
 
-        @events.on(Billed, group=f"{group}-other")
+        @events.on(Billed, group=f"{group}-other", on_failure="dead-letter")
         async def other(event: Billed) -> None:
             self.others.append(event.cents)
 
@@ -365,7 +365,7 @@ class Billed(Event, type="bill.sent", version="1.0", key="customer"):
     customer: str
     cents: int
 
-@events.on(Billed, group="{group}")
+@events.on(Billed, group="{group}", on_failure="dead-letter")
 async def bill(event: Billed) -> None:
     if event.cents < 0:
         raise ValueError("below nothing")

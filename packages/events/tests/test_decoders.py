@@ -445,7 +445,7 @@ async def test_a_new_type_of_a_foreign_topic_waits_for_the_process_that_handles_
 
 async def test_a_topic_of_others_on_kafka(kafka: str, prefix: str, client: str, sqlite_url: str) -> None:
     """It is theirs to create, is read as soon as it is there, and its dead letters go back to it, each handled once."""
-    seen = Seen(CustomerChanged, CustomerDeleted, group=prefix, inbox=True)
+    seen = Seen(CustomerChanged, CustomerDeleted, group=prefix, inbox=True, on_failure="dead-letter")
     topics = dict.fromkeys(("customer.changed", "customer.deleted"), prefix)
     settings = EventsSettings(
         transport="kafka", outbox=False, kafka_client=client, kafka_servers=kafka, topics=topics, source=prefix

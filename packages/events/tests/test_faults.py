@@ -17,7 +17,7 @@ from mainstay.core import App, ConfigurationError, Retry
 from mainstay.core.testing import eventually
 from mainstay.database import Database, upgrade
 from mainstay.database.schema import SCHEMA
-from mainstay.events import EventConsumers, EventPublisher, EventRouter, ParkedKeys
+from mainstay.events import DeadLetters, EventConsumers, EventPublisher, EventRouter, ParkedKeys, RetryLater
 from mainstay.events._relay import OutboxRelay
 from mainstay.events.tables import LOG, OUTBOX, PARKED, SCHEDULED
 from mainstay.events.tables import SCHEMA as EVENTS
@@ -233,6 +233,42 @@ async def test_workers_killed_in_the_middle_of_batches_double_no_effect_and_keep
             await publisher.get(ParkedKeys).retry(key.id)
         done = [(key, number) for key, number in await wait_for(publisher, 81) if key != REPAIRED]
         exactly_once_and_in_order(done, keys=4, each=20)
+
+
+async def test_workers_killed_while_events_are_set_aside_and_tried_later_lose_and_double_none(
+    options: dict[str, Any],
+) -> None:
+    """Killed while events are set aside, and while two processes try them again: all once, the others in order."""
+    publisher = service(options)
+    later = RetryLater(delays_seconds=[0.05] * 500)  # as long as the test may take
+    options = {**options, "fails at": 5, "on": {"on_failure": later, "retry": Retry(attempts=1)}}
+    aside = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
+
+    async def wait_until(waiting: Callable[[int], bool]) -> None:
+        async with asyncio.timeout(180):
+            while not waiting((await publisher.get(Database).read(aside))[0][0]):  # noqa: ASYNC110  another process or task does it
+                await asyncio.sleep(0.02)
+
+    async with publisher, processes() as start:
+        await prepare(publisher)
+        await publish(publisher, keys=8, each=15)
+        first = await start(options)
+        await wait_until(lambda waiting: waiting >= 2)
+        first.kill()
+        second = await start(options)
+        await start(options)
+        await wait_for(publisher, 8 * 14, seconds=180)
+        await wait_until(lambda waiting: waiting == 8)
+        await publisher.get(Database).write(sa.insert(EFFECTS), {"key": REPAIRED, "number": 0, "pid": 0})
+        await wait_until(lambda waiting: waiting <= 6)
+        second.kill()
+        await wait_until(lambda waiting: waiting == 0)
+        done = [(key, number) for key, number in await effects(publisher) if key != REPAIRED]
+        assert sorted(each for each in done if each[1] == 5) == [(f"k{key}", 5) for key in range(8)]
+        in_turn = [(key, number - (number > 5)) for key, number in done if number != 5]
+        exactly_once_and_in_order(in_turn, keys=8, each=14)
+        assert await publisher.get(ParkedKeys).list() == []
+        assert await publisher.get(DeadLetters).list() == []
 
 
 @pytest.mark.parametrize("options", ["sql on sqlite", "sql on postgres"], indirect=True)

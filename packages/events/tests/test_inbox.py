@@ -264,7 +264,7 @@ async def test_what_a_batch_refuses_is_the_event_s_own_failure(database_url: str
     events = EventRouter()
     app = service(database_url, events, pool=2, retry_attempts=1)
 
-    @events.on(Line, group="g", inbox="batch")
+    @events.on(Line, group="g", inbox="batch", on_failure="dead-letter")
     async def handle(event: Line) -> None:
         await app.get(Database).write(ADD, {"number": event.number // 10})
 
@@ -340,7 +340,9 @@ async def test_a_batch_that_another_process_is_in_the_middle_of_is_tried_again_a
             await session.execute(INSERT_INBOX["postgresql"], {"group_name": "g", "event_id": f"mainstay\n{ids[1]}"})
             async with service(postgres_url, events_of(events), pool=4, retry_attempts=1).running(serve=True) as other:
                 consumers = other.get(EventConsumers).consumers
-                await eventually(lambda: any(each._dispatcher._failing for each in consumers), what="a refusal")
+                await eventually(
+                    lambda: any(each._dispatcher._failures.failing for each in consumers), what="a refusal"
+                )
                 assert seen == []
         await app.get(EventPublisher).publish(Line(name="b", number=3))
         async with service(postgres_url, events_of(events), pool=4).running(serve=True) as other:

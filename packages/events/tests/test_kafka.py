@@ -166,7 +166,7 @@ async def test_a_record_of_nearly_a_mebibyte_is_redriven_byte_for_byte(
     """The broker has taken it once: what this service may publish at most is no measure for what it sends again."""
     events = EventRouter()
 
-    @events.on(Shipped, group=prefix)
+    @events.on(Shipped, group=prefix, on_failure="dead-letter")
     async def handle(event: Shipped) -> None:
         raise AssertionError
 

@@ -131,7 +131,11 @@ async def test_what_follows_of_a_parked_key_waits_in_order_and_other_keys_go_on(
         assert "no room for piano" in parked.error
         assert (parked.attempt, parked.due) == (1, None)
         health = await app.health()
-        assert any(f"1 keys parked in {warehouse.prefix}" in report.detail for report in health.values())
+        (report,) = (each for each in health.values() if "parked" in each.detail)
+        assert report.status == "degraded", "nobody may look for long"
+        said = f"group {warehouse.prefix}: 1 parked keys need a person, the oldest since {parked.since:%Y-%m-}"
+        assert said in report.detail
+        assert "; 3 events wait in all: mainstay events parked list" in report.detail
         assert await app.get(DeadLetters).list() == []
     async with warehouse.app().running(serve=True) as app:
         await warehouse.move("piano", 4)
@@ -296,7 +300,7 @@ async def test_what_is_read_once_more_is_not_appended_behind_what_followed_it(da
             raise RuntimeError(msg)
 
     route = Route("stock.moved", prefix)
-    route.reads(Moved, handle, wants_metadata=False, retry=ONCE, parks=True)
+    route.reads(Moved, handle, wants_metadata=False, retry=ONCE, on_failure="park")
     clock = App().clock
     items = ["slow", "piano", "piano", "piano", "piano"]
     records = [
@@ -339,7 +343,7 @@ async def test_records_that_come_with_their_partition_wait_for_its_parked_keys(d
         calls.append(event.number)
 
     route = Route("stock.moved", prefix)
-    route.reads(Moved, handle, wants_metadata=False, retry=ONCE, parks=True)
+    route.reads(Moved, handle, wants_metadata=False, retry=ONCE, on_failure="park")
     records = [
         LogRecord(
             "stock", 0, number, item, b'{"item":"%b","number":%d}' % (item, number), [("ce_type", b"stock.moved")]
@@ -360,7 +364,7 @@ async def test_records_that_come_with_their_partition_wait_for_its_parked_keys(d
     ) as app:
         database = app.get(Database)
         parking = Parking(database, prefix, Handled(database, prefix, ["stock.moved 1.x"]), 10.0)
-        await parking.park(Delivery(Assignment("stock", 0), records[0]), Verdict(RuntimeError(), parks=True), 0.0, [])
+        await parking.park(Delivery(Assignment("stock", 0), records[0]), Verdict(RuntimeError(), "park"), 0.0, [])
         failures = Failures(prefix, bury=bury, commit=commit, parking=parking, clock=clock)
         dispatcher = Dispatcher(prefix, {"stock.moved": route}, concurrency=4, failures=failures, clock=clock)
         intake = Intake(
@@ -391,7 +395,7 @@ async def test_a_partition_that_another_has_taken_parks_nothing_and_appends_noth
         before, after = Assignment("stock", 0), Assignment("stock", 0)
         await Crashes(database, 3).take(prefix, [before])
         await Crashes(database, 3).take(prefix, [after])
-        verdict = Verdict(RuntimeError("no room"), parks=True)
+        verdict = Verdict(RuntimeError("no room"), "park")
         with pytest.raises(NotHeldError, match="stock/0 is another process' now"):
             await parking.park(Delivery(before, record), verdict, 0.0, [])
         assert await parking.keys_of("stock") == set()

@@ -25,9 +25,13 @@ from mainstay.events.tables import PARKED, PARKED_KEYS
 
 T = TypeVar("T")
 
-KEYS = st.sampled_from([b"piano", b"chair"])
+KEYS = st.sampled_from([b"piano", b"chair", b"parcel"])
 ONE = st.sampled_from([0, 1])
-FAILS = Verdict(RuntimeError("no room"), parks=True)
+FAILS = Verdict(RuntimeError("no room"), "park")
+WAITS = Verdict(RuntimeError("no room for the moment"), "park", 0.0)
+LATER = Verdict(RuntimeError("no room today"), "later", 0.0)
+ANY_ORDER = {b"parcel"}
+"""What fails of it is set aside by itself, also from the queue of its key, and the key goes on."""
 
 
 class Member:
@@ -43,7 +47,7 @@ class Member:
 
 
 class ParkingModel(RuleBasedStateMachine):
-    """One partition with two keys, two processes, and a person; a process may stand still between any two steps."""
+    """One partition with a few keys, two processes, and a person; a process may stand still between any two steps."""
 
     runner: asyncio.Runner
     database: Database
@@ -53,7 +57,7 @@ class ParkingModel(RuleBasedStateMachine):
         super().__init__()
         self.group = self.topic = f"t{uuid4().hex}"
         self.log: list[LogRecord] = []
-        self.effects: dict[bytes, list[int]] = {b"piano": [], b"chair": []}
+        self.effects: dict[bytes, list[int]] = {b"piano": [], b"chair": [], b"parcel": []}
         self.called = {b"piano": -1, b"chair": -1}  # last, by the holder or from the queue
         self.broken: set[bytes] = set()
         self.committed = 0
@@ -79,12 +83,13 @@ class ParkingModel(RuleBasedStateMachine):
 
     def _call(self, key: bytes, offset: int, *, member: Member, queue: bool = False) -> bool:
         """Whether the handler succeeds; what it did before it does not do again."""
-        if queue:
-            assert offset >= self.called[key], (
-                f"{key!r}: {offset} was in a queue, and {self.called[key]} handled before"
-            )
-        if queue or member is self.owner:  # another one repeats what it had in its hands
-            self.called[key] = offset
+        if key not in ANY_ORDER:
+            if queue:
+                assert offset >= self.called[key], (
+                    f"{key!r}: {offset} was in a queue, and {self.called[key]} handled before"
+                )
+            if queue or member is self.owner:  # another one repeats what it had in its hands
+                self.called[key] = offset
         if key in self.broken:
             return False
         if offset not in self.effects[key]:
@@ -101,9 +106,9 @@ class ParkingModel(RuleBasedStateMachine):
         member.start = member.position = self.committed
         self.called = {key: min(last, self.committed - 1) for key, last in self.called.items()}  # it is read once more
 
-    @rule(number=ONE)
-    def reads(self, number: int) -> None:
-        """A process that believes to hold the partition deals with the next event."""
+    @rule(number=ONE, waits=st.booleans())
+    def reads(self, number: int, *, waits: bool) -> None:
+        """A process that believes to hold the partition deals with the next event; a key may give way for a while."""
         member = self.members[number]
         partition = member.partition
         if partition is None or member.position >= len(self.log):
@@ -116,9 +121,13 @@ class ParkingModel(RuleBasedStateMachine):
                     partition.parked.discard(key)
                     return
             elif not self._call(key, record.offset, member=member):
-                before = [each for each in self.log[member.start : member.position] if each.key == key]
-                self.run(member.parking.park(Delivery(partition, record), FAILS, 0.0, before))
-                partition.parked.add(key)
+                delivery = Delivery(partition, record)
+                if key in ANY_ORDER and not waits:
+                    self.run(member.parking.park(delivery, LATER, 0.0, []))
+                else:
+                    before = [each for each in self.log[member.start : member.position] if each.key == key]
+                    self.run(member.parking.park(delivery, WAITS if waits else FAILS, 0.0, before))
+                    partition.parked.add(key)
         except NotHeldError:
             assert member is not self.owner, "the holder was refused"
             member.partition = None
@@ -149,12 +158,19 @@ class ParkingModel(RuleBasedStateMachine):
         parking, key = member.parking, member.claimed.key
         if member.first is None:
             row: Any = self.run(parking.first(self.topic, key))
-            if row is None or self._call(key, row.offset, member=member, queue=True):
+            if row is None or self._call(row.own_key, row.offset, member=member, queue=True):
                 member.first = row or "none"
                 return
-            failed: LogRecord = self.log[row.offset]
-            self.run(parking.keep(Delivery(Assignment(self.topic, 0, queue=True), failed), FAILS))
-            member.claimed = None
+            failed = Delivery(Assignment(self.topic, 0, queue=key), self.log[row.offset])
+            if key not in ANY_ORDER:
+                self.run(parking.keep(failed, LATER if row.own_key in ANY_ORDER else FAILS))
+                member.claimed = None
+                return
+            try:
+                self.run(parking.park(failed, LATER, 0.0, []))
+                member.first = row
+            except NotHeldError:
+                member.claimed = None
             return
         position = None if member.first == "none" else member.first.position
         member.first = None
@@ -178,6 +194,8 @@ class ParkingModel(RuleBasedStateMachine):
     def keeps_the_order(self) -> None:
         """No event of a key is handled before one that was published before it."""
         for key, effects in self.effects.items():
+            if key in ANY_ORDER:
+                continue
             published = [each.offset for each in self.log if each.key == key]
             assert effects == published[: len(effects)], f"{key!r} out of order, or one is missing"
 
@@ -189,7 +207,7 @@ class ParkingModel(RuleBasedStateMachine):
         self.person_retries()
         self.takes(2)
         for _ in range(4 * len(self.log) + 8):
-            self.reads(2)
+            self.reads(2, waits=False)
             self.claims(2)
             self.works(2)
             self.commits(2)

@@ -42,7 +42,7 @@ async def test_trap_06_a_validator_that_raises_anything_makes_a_dead_letter(sqli
     router = EventRouter()
     seen: list[str] = []
 
-    @router.on(Fussy, group="g")
+    @router.on(Fussy, group="g", on_failure="dead-letter")
     async def handle(event: Fussy) -> None:
         seen.append(event.name)
 
@@ -92,7 +92,7 @@ async def test_an_error_that_no_store_would_take_is_stored_all_the_same(database
     """Half a surrogate pair, a zero byte or a megabyte in a message must not keep a dead letter from being stored."""
     router = EventRouter()
 
-    @router.on(Fussy, group="g")
+    @router.on(Fussy, group="g", on_failure="dead-letter")
     async def handle(event: Fussy) -> None:
         msg = "cannot open \udc80 nor \0: " + "x" * 1_000_000
         raise ValueError(msg)

@@ -131,7 +131,7 @@ async def claimed_by(parking: Parking) -> list[Any]:
     return list((await parking.claim(10, time.monotonic))[0])
 
 
-HANDED_OVER = Verdict(RuntimeError("no handler here"), parks=True, due_seconds=0.0)
+HANDED_OVER = Verdict(RuntimeError("no handler here"), "park", due_seconds=0.0)
 
 
 async def place_of_first(parking: Parking) -> int:
@@ -198,7 +198,7 @@ async def test_a_key_is_claimed_by_one_process_at_a_time_that_handles_its_first_
     assert [row.key for row in await claimed_by(other)] == [b"k"]
     position = await place_of_first(one)
     assert await one.finished("t", b"k", position), "no more to do"
-    await one.keep(first, HANDED_OVER)
+    await one.keep(Delivery(Assignment("t", 0, queue=b"k"), first.record), HANDED_OVER)
     assert await place_of_first(other) == position, "nothing was written by the one that had lost it"
     assert not await other.finished("t", b"k", position)
     assert await other.finished("t", b"k", await place_of_first(other))
@@ -231,6 +231,7 @@ async def test_a_handler_that_was_removed_for_good_is_forgotten_by_a_person(
 
     monkeypatch.setenv("MAINSTAY_DATABASE_URL", sqlite_url)
     options = {"url": sqlite_url, "topic": prefix, "group": prefix, "events": {}}
+    options["on"] = {"on_failure": "dead-letter"}
     holder: list[App] = []
     app = service(options, recorder(options, holder))
     holder.append(app)

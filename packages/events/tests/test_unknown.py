@@ -72,12 +72,12 @@ async def test_the_partition_stops_and_health_says_where(rules: dict[str, Rule],
         (consumer,) = rehearsal.app.get(EventConsumers).consumers
         await rehearsal.publish(event)
         await rehearsal.publish(Known(shelf="a"))
-        await eventually(lambda: bool(consumer._failures.stopped), what="the stop")
+        await eventually(lambda: bool(consumer._failures.stops), what="the stop")
         await clock.advance(60)
-        await eventually(lambda: bool(consumer._failures.stopped), what="the stop")
+        await eventually(lambda: bool(consumer._failures.stops), what="the stop")
         health = await rehearsal.app.get(EventConsumers).health()
         assert health.status == "degraded"
-        assert f"group shelves has stopped: no handler for {kind} at shelf/0@0" in health.detail
+        assert f"group shelves: it has stopped at shelf/0@0 ({kind}, key 'a', since " in health.detail
         assert seen == []
         assert await rehearsal.dead_letters() == []
 

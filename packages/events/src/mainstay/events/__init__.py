@@ -32,6 +32,7 @@ from mainstay.events.refused import RefusedEvent, RefusedEvents
 from mainstay.events.router import EventRouter
 from mainstay.events.scheduled import ScheduledEvent, ScheduledEvents
 from mainstay.events.settings import EventsSettings, KafkaToken
+from mainstay.events.strategies import RetryLater
 
 __all__ = [
     "DeadLetter",
@@ -62,6 +63,7 @@ __all__ = [
     "RefusedError",
     "RefusedEvent",
     "RefusedEvents",
+    "RetryLater",
     "ScheduledEvent",
     "ScheduledEvents",
     "SchemaError",

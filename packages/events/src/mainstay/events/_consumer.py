@@ -90,7 +90,7 @@ class Consumer:
         self._intake = self._new_intake()
         self._committing = asyncio.Lock()
         self._trouble: str | None = None
-        self._parked = None if parking is None else ParkedCount(parking, group)
+        self._parked = None if parking is None else ParkedCount(parking, group, stuck_seconds)
         self._serving = False
 
     def _new_dispatcher(self) -> Dispatcher:
@@ -172,7 +172,7 @@ class Consumer:
     async def _drain(self, assignments: Collection[Assignment], seconds: float) -> bool:
         """Start nothing more of partitions and of queues, and wait for the calls that run."""
         finished = await self._dispatcher.drain(assignments, seconds)
-        if self._queues is not None and any(assignment.queue for assignment in assignments):
+        if self._queues is not None and any(assignment.queue is not None for assignment in assignments):
             await self._queues.settle(_CLOSING_SECONDS)
         return finished
 
@@ -308,11 +308,10 @@ class Consumer:
             return Health("degraded", f"group {self.group}: {'; '.join(self._source.absent.values())}")
         if self._intake.trouble is not None:
             return Health("degraded", f"group {self.group}: its parked keys are not known ({self._intake.trouble})")
-        if self._parked is not None and (trouble := await self._parked.trouble()) is not None:
-            return Health("degraded", f"group {self.group}: {trouble}")
-        stopped = [why for delivery, why in self._failures.stopped.items() if delivery.assignment in self._assignments]
-        if stopped:
-            return Health("degraded", f"group {self.group} has stopped: {'; '.join(stopped[:3])}")
+        parked = None if self._parked is None else await self._parked.trouble()
+        wrong = [each for each in (self._failures.stops.said(self._assignments), parked) if each is not None]
+        if wrong:
+            return Health("degraded", f"group {self.group}: {'; '.join(wrong)}")
         oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")

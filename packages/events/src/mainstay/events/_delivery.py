@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from mainstay.core import Timer
@@ -17,7 +17,8 @@ class Assignment:
     Args:
         topic: of which.
         number: of the partition.
-        queue: this is no partition, but the queue of a parked key that was read from it.
+        queue: this is no partition, but the queue of a parked key that was read from it: the one with this name, which
+            is the key of its events, unless it is that of one event by itself.
 
     Attributes:
         window: what was handed out, from the first that is not finished on.
@@ -38,7 +39,7 @@ class Assignment:
         "record_bytes", "topic", "unread", "window",
     )  # fmt: skip
 
-    def __init__(self, topic: str, number: int, *, queue: bool = False) -> None:
+    def __init__(self, topic: str, number: int, *, queue: bytes | None = None) -> None:
         self.topic = topic
         self.number = number
         self.queue = queue
@@ -85,12 +86,12 @@ class Verdict(NamedTuple):
 
     Attributes:
         error: why.
-        parks: its key is parked; else it becomes a dead letter.
-        due_seconds: when the key is tried again, from its parking on; None when a person says so.
+        fate: `park` sets its key aside with it, `later` the event alone; else it is a dead letter, or skipped.
+        due_seconds: when what is set aside is tried again, from then on; None when a person says so.
     """
 
     error: Exception
-    parks: bool
+    fate: Literal["park", "later", "dead-letter", "skip"]
     due_seconds: float | None = None
 
 
@@ -109,6 +110,7 @@ class Delivery:
         "done",
         "error",
         "kept",
+        "later",
         "postponed",
         "record",
         "refused",
@@ -127,8 +129,9 @@ class Delivery:
         self.kept = False  # it stays the first of the queue of its parked key
         self.attempt = 1
         self.postponed = 0
+        self.later = 0  # how many of the delays of a `RetryLater` it has been given
         self.waited = 0.0
-        self.error: Exception | None = None  # the last one
+        self.error: Exception | None = None  # the last one, of an event whose key may be parked meanwhile
         self.timer: Timer | None = None  # until its next attempt
         self.again_at = 0.0
         self.refused: Exception | None = None  # why it is never called

@@ -77,7 +77,6 @@ class Dispatcher:
         self._idle: list[asyncio.Future[None]] = []
         self._callers: set[Caller] = set()
         self._progress: asyncio.Future[None] | None = None
-        self._failing: set[Delivery] = set()
         self._crash: BaseException | None = None
         self._waking = False  # a caller has been called and has not begun yet
 
@@ -95,7 +94,7 @@ class Dispatcher:
     def ages(self, assignments: Iterable[Assignment]) -> list[tuple[Caller | Delivery, float]]:
         """Of each call, and of each event that failed, the seconds since its first call. What only waits has no age."""
         mine, now = set(assignments), self._clock.monotonic()
-        those: list[Caller | Delivery] = [*self._callers, *self._failing]
+        those: list[Caller | Delivery] = [*self._callers, *self._failures.failing]
         return [(one, now - one.began_at) for one in those if one.began_at is not None and one.assignment in mine]
 
     def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
@@ -318,7 +317,7 @@ class Dispatcher:
             route.failed_seconds.observe(now - began)
         if delivery.began_at is None:
             delivery.began_at = now if began is None else began
-            self._failing.add(delivery)
+            self._failures.failing.add(delivery)
         if self._failures.spans is not None:
             caller.span = self._failures.spans.failed(caller.span, delivery, self._group, error)
         again = await self._failures.failed(delivery, route, handling, error)
@@ -331,13 +330,13 @@ class Dispatcher:
     def _finished(self, delivery: Delivery) -> Record | None:
         """Note the end of what had failed, or was known before its call; what waits behind its key."""
         delivery.done = True
-        self._failing.discard(delivery)
+        self._failures.ended(delivery)
         return delivery.finish()
 
     def make_room(self, assignment: Assignment, *, parks: bool) -> None:
         """Let go what holds back the others of a full window; see `that_give_way`."""
         self._batches.hand_over(assignment)
-        for delivery in that_give_way(assignment, self._failing, self._clock.monotonic()) if parks else ():
+        for delivery in that_give_way(assignment, self._failures.failing, self._clock.monotonic()) if parks else ():
             if delivery.verdict is None:  # its parts are tried by themselves
                 self._finished(delivery)
             else:
@@ -349,7 +348,7 @@ class Dispatcher:
             self._turns.add_again((delivery.assignment, delivery.record, delivery))
             self._wake()
         else:
-            self._failing.discard(delivery)
+            self._failures.ended(delivery)
 
 
 def _own_cancellation() -> Exception:

@@ -1,4 +1,4 @@
-"""What becomes of an event that could not be handled: tried again after a wait, parked with its key, a dead letter."""
+"""What becomes of an event that could not be handled: tried again, parked, set aside, skipped, or stopped at."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from mainstay.core import Clock, ConfigurationError, Outcome, RetryState
 from mainstay.database import CommitUnknown
 from mainstay.events._decoding import NO_EVENT, OURS, Decoders, will_pass
 from mainstay.events._delivery import Assignment, Delivery, Verdict
-from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SKIPPED
+from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SET_ASIDE, SKIPPED, SKIPPED_FAILURES
 from mainstay.events._parking import Parking
 from mainstay.events._routes import Handling, Route, Unknown
-from mainstay.events._sparing import Sparing
-from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError
+from mainstay.events._sparing import Sparing, said
+from mainstay.events._stops import SHORTEST_SECONDS, Stops
+from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError, ProcessEndedError
 from mainstay.events.metadata import TYPE, kind_of
+from mainstay.events.strategies import OnFailure, RetryLater
 
 if TYPE_CHECKING:
     from mainstay.events._spans import Spans
@@ -25,8 +27,9 @@ _log = logging.getLogger("mainstay.events")
 _STORE_SECONDS = (1.0, 30.0)
 """The first and the longest wait before what could not be stored is tried again."""
 
-_STOPPED_SECONDS = 5.0
 _NOT_READ_SECONDS = 1.0
+_SPAN_EVENTS = {"park": "parked", "later": "set_aside", "dead-letter": "dead_letter", "skip": "skipped"}
+"""What the span of the last attempt says, by the fate of its event."""
 
 _FEW = 20
 """Of so many events in a full window one may hold back the others, and its key is parked then."""
@@ -64,8 +67,9 @@ class Failures:
     Attributes:
         spans: as given.
         decoders: as given.
+        failing: events that have failed and have not ended.
         skipped: counts events that the group has nothing to do with.
-        stopped: events at which their partitions wait, and why.
+        stops: where partitions have stopped.
     """
 
     def __init__(
@@ -89,8 +93,9 @@ class Failures:
         self._sparing = Sparing(clock)
         self._unknown = Unknown() if unknown is None else unknown
         self.spans = spans
+        self.failing: set[Delivery] = set()
         self.skipped = SKIPPED.labels(group)
-        self.stopped: dict[Delivery, str] = {}
+        self.stops = Stops(group, self._sparing, clock)
 
     async def failed(
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
@@ -98,13 +103,12 @@ class Failures:
         """Deal with a failure; None when the event needs nothing more here: it is parked, or a dead letter."""
         if error is KEY_IS_PARKED:
             return await self._append(delivery)
-        self.stopped.pop(delivery, None)
         if delivery.refused is None and handling is None and will_pass(error):
             later = self._not_read_yet(delivery, error)
-            if not delivery.assignment.queue:
+            if delivery.assignment.queue is None:
                 return later
             # The first of a queue, which others may be worked on instead of.
-            delivery.judge(Verdict(error, parks=True, due_seconds=later.after_seconds))
+            delivery.judge(Verdict(error, "park", due_seconds=later.after_seconds))
         elif delivery.refused is None and handling is None:
             kind = "it"
             try:
@@ -113,7 +117,7 @@ class Failures:
             except Exception:  # noqa: BLE001  any error: the event must not be passed over
                 return self._not_stored(delivery, f"it is not known who handles {kind}")
             if elsewhere:
-                if not delivery.assignment.queue and delivery.record.key in delivery.assignment.parked:
+                if delivery.assignment.queue is None and delivery.record.key in delivery.assignment.parked:
                     return await self._append(delivery)
                 delivery.judge(self._handed_over(kind))
             elif error is NOT_HANDLED_HERE or (kind and route is not None):
@@ -124,18 +128,23 @@ class Failures:
                 if route is None:
                     error = DecodeError(f"group {self._group} has no handler for {kind or 'a malformed version'}")
                 if fate == "stop":
-                    return self._stop(delivery, kind)
+                    self.stops.at(delivery, kind, error, self._age(delivery))
+                    return Again(SHORTEST_SECONDS)
         if delivery.verdict is None:
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
+            on_failure = _fate(delivery, route, handling)
             again = self._again(delivery, route, handling, error)
-            if again is not None and not delivery.assignment.queue:
-                delivery.error = error
+            if again is not None and delivery.assignment.queue is None:
+                delivery.error = None if on_failure == "stop" else error
                 return again
-            if delivery.split():
-                self._say_split(delivery, error)
+            if self._is_split(delivery, error):
                 return None
-            verdict = self._verdict(delivery, route, handling, error, again)
+            if again is None and on_failure == "stop":
+                again = self._tried_on(delivery, handling, error)
+                if delivery.assignment.queue is None:
+                    return again
+            verdict = self._verdict(delivery, on_failure, handling, error, again)
             delivery.judge(verdict)
             delivery.waited = 0.0 if again is None else delivery.waited
         else:
@@ -146,7 +155,7 @@ class Failures:
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
             return self._not_stored(delivery, "what could not be handled cannot be stored")
         if self.spans is not None:
-            self.spans.fate("parked" if verdict.parks else "dead_letter")
+            self.spans.fate(_SPAN_EVENTS[verdict.fate])
         return None
 
     def without_handler(self, headers: Mapping[str, bytes | None]) -> Exception | None:
@@ -167,6 +176,11 @@ class Failures:
         if self._parking is not None:
             self._parking.handled.fetched()
 
+    def ended(self, delivery: Delivery) -> None:
+        """An event that had failed is handled or dealt with, or its partition is another process' now."""
+        self.failing.discard(delivery)
+        self.stops.ended(delivery)
+
     def _handed_over(self, kind: str) -> Verdict:
         HANDED_OVER.labels(self._group).inc()
         if self._sparing.due(kind) is not None:
@@ -174,42 +188,88 @@ class Failures:
                 "group %s has no handler for %s in this process: its events wait for one that has", self._group, kind
             )
         error = NotHandledHereError(f"the process that read the event has no handler for {kind}; another has")
-        return Verdict(error, parks=True, due_seconds=0.0)
+        return Verdict(error, "park", due_seconds=0.0)
 
-    def _stop(self, delivery: Delivery, kind: str) -> Again:
-        """Leave the event where it is, and look again after a while: another process may have come that handles it."""
-        if self._sparing.due(f"stops {kind}") is not None:
-            _log.error("group %s stops at %s: it has no handler for %s", self._group, delivery.record_name, kind)
-        self.stopped[delivery] = f"no handler for {kind} at {delivery.record_name}"
-        return Again(_STOPPED_SECONDS)
+    def _tried_on(self, delivery: Delivery, handling: Handling | None, error: Exception) -> Again:
+        """Stop at an event, and try it again after the longest wait of its retry."""
+        seconds = SHORTEST_SECONDS
+        if handling is not None:
+            seconds = max(seconds, handling.retry.wait(self._state(delivery, error, delivery.attempt)))
+        delivery.attempt += 1
+        delivery.waited += seconds
+        if delivery.assignment.queue is None:
+            self.stops.at(delivery, self.decoders.kind_of(delivery.record), error, self._age(delivery))
+        return Again(seconds)
 
-    def _say_split(self, delivery: Delivery, error: Exception) -> None:
+    def _state(self, delivery: Delivery, error: Exception, number: int) -> RetryState:
+        return RetryState(number, Outcome.of_error(error), self._age(delivery), delivery.waited)
+
+    def _age(self, delivery: Delivery) -> float:
+        return delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
+
+    def _is_split(self, delivery: Delivery, error: Exception) -> bool:
+        """Split a batch, so that the event shows which it fails of; False for a single one."""
+        if not delivery.split():
+            return False
         if self._sparing.due(f"splits {type(error).__name__}") is not None:
             _log.warning("%s in group %s failed at attempt %d: each half is tried by itself", delivery.record_name,
                          self._group, delivery.attempt, exc_info=error)  # fmt: skip
+        return True
 
     def _verdict(
-        self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception, again: Again | None
+        self,
+        delivery: Delivery,
+        on_failure: OnFailure,
+        handling: Handling | None,
+        error: Exception,
+        again: Again | None,
     ) -> Verdict:
         if again is not None:  # the first of a queue, whose attempts are far apart and outlive this process
-            return Verdict(error, parks=True, due_seconds=again.after_seconds)
-        # Without a handling it is of a version that nobody here reads; without a route, no event of the group's at all.
-        asked = route is not None and (route.parks if handling is None else handling.parks)
-        parks = asked and self._parking is not None and delivery.record.key is not None
-        fate = "its key is parked" if parks else "becomes a dead letter"
-        _log.error("%s in group %s failed, and %s, at attempt %d", delivery.record_name, self._group, fate,
-                   delivery.attempt, exc_info=error)  # fmt: skip
-        return Verdict(error, parks=parks)
+            return Verdict(error, "park", due_seconds=again.after_seconds)
+        name, attempt = delivery.record_name, delivery.attempt
+        if on_failure == "skip":  # it is what the handler was told to expect: one line
+            _log.error("%s in group %s failed, and is skipped, at attempt %d: %s", name, self._group, attempt,
+                       said(error))  # fmt: skip
+            return Verdict(error, "skip")
+        verdict, fate = Verdict(error, "dead-letter"), "becomes a dead letter"
+        if isinstance(on_failure, RetryLater):
+            seconds = self._later(delivery, on_failure, handling, error)
+            if seconds is not None:
+                verdict, fate = Verdict(error, "later", seconds), f"is tried again in {seconds:g} s"
+        elif on_failure == "park" and self._parking is not None and delivery.record.key is not None:
+            verdict, fate = Verdict(error, "park"), "its key is parked"
+        _log.error("%s in group %s failed, and %s, at attempt %d", name, self._group, fate, attempt, exc_info=error)
+        return verdict
+
+    def _later(
+        self, delivery: Delivery, on_failure: RetryLater, handling: Handling | None, error: Exception
+    ) -> float | None:
+        """How long an event is set aside now, None when that is no use any more."""
+        if handling is None or isinstance(error, DecodeError) or delivery.later >= len(on_failure.delays_seconds):
+            return None
+        if not handling.retry.retry(self._state(delivery, error, delivery.attempt)):
+            return None
+        seconds = on_failure.delays_seconds[delivery.later]
+        delivery.later += 1
+        delivery.attempt += 1
+        return seconds
 
     async def _carry_out(self, delivery: Delivery, verdict: Verdict) -> None:
         assignment, record = delivery.assignment, delivery.record
-        if not verdict.parks:
+        if verdict.fate == "skip":
+            SKIPPED_FAILURES.labels(self._group).inc()
+            return
+        if verdict.fate == "dead-letter":
             await self._bury(delivery, verdict.error)
             return
         assert self._parking is not None and self._commit is not None  # noqa: S101, PT018  nothing else makes such a verdict
-        if assignment.queue:
+        if assignment.queue is not None and (verdict.fate == "park" or assignment.queue != record.key):
             await self._parking.keep(delivery, verdict)
             delivery.kept = True
+            return
+        if verdict.fate == "later":
+            await self._parking.park(delivery, verdict, self._age(delivery), [])
+            SET_ASIDE.labels(self._group).inc()
             return
         key = record.key
         before = [each for each in assignment.behind.values() if each.key == key and key is not None]
@@ -217,8 +277,7 @@ class Failures:
         if not assignment.open:
             msg = f"{assignment} is another process' now"
             raise RuntimeError(msg)
-        age = delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
-        await self._parking.park(delivery, verdict, age, before)
+        await self._parking.park(delivery, verdict, self._age(delivery), before)
         if key is not None:
             assignment.parked.add(key)
         PARKED.labels(self._group).inc()
@@ -283,15 +342,25 @@ class Failures:
     ) -> float | None:
         if handling is None or isinstance(error, DecodeError):
             return None
-        age = delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
         number = delivery.postponed + 1 if postponed else delivery.attempt
-        state = RetryState(number, Outcome.of_error(error), age, delivery.waited)
+        state = self._state(delivery, error, number)
         if not postponed:
             return handling.retry.delay_seconds(state)
         if not isinstance(error, ConfigurationError) and not handling.retry.retry(state):
             return None
         hint: float = getattr(error, "retry_after_seconds", None) or 0.0
         return max(handling.retry.wait(state), hint)
+
+
+def _fate(delivery: Delivery, route: Route | None, handling: Handling | None) -> OnFailure:
+    """What becomes of an event that is not tried again."""
+    if route is None:  # no event of the group's at all
+        return "dead-letter"
+    # Without a handling it is of a version that nobody here reads, or has ended its processes.
+    on_failure = route.on_failure if handling is None else handling.on_failure
+    if on_failure == "stop" and isinstance(delivery.refused, ProcessEndedError):
+        return "park"  # to be tried again by each process that starts, it would end them all
+    return on_failure
 
 
 def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: float) -> list[Delivery]:
@@ -314,6 +383,6 @@ def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: floa
             found.append(delivery)
         elif delivery.record.key is not None:
             delivery.timer.cancel()
-            delivery.judge(Verdict(delivery.error, parks=True, due_seconds=max(0.0, delivery.again_at - now)))
+            delivery.judge(Verdict(delivery.error, "park", due_seconds=max(0.0, delivery.again_at - now)))
             found.append(delivery)
     return found

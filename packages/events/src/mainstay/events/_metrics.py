@@ -13,11 +13,22 @@ from prometheus_client.registry import Collector
 PUBLISHED = Counter("mainstay_events_published_total", "Events accepted by the transport or the outbox.", ["type"])
 FAILED = Counter("mainstay_events_failed_total", "Handler calls that raised.", ["type", "group"])
 SKIPPED = Counter("mainstay_events_skipped_total", "Events of types that the group does not handle.", ["group"])
+SKIPPED_FAILURES = Counter(
+    "mainstay_events_skipped_failures_total", "Events that kept failing and were skipped.", ["group"]
+)
 DUPLICATES = Counter("mainstay_events_duplicates_total", "Events that the inbox had seen before.", ["group"])
 DEAD_LETTERS = Counter("mainstay_events_dead_letters_total", "Events that became dead letters.", ["group"])
 PARKED = Counter("mainstay_events_parked_total", "Times that a key was parked.", ["group"])
-PARKED_KEYS = Gauge("mainstay_events_parked_keys", "Parked keys of topics that this process reads.", ["group"])
-PARKED_AGE = Gauge("mainstay_events_parked_age_seconds", "For how long the oldest parked key waits.", ["group"])
+PARKED_KEYS = Gauge("mainstay_events_parked_keys", "Keys that are parked.", ["group"])
+PARKED_EVENTS = Gauge("mainstay_events_parked_events", "Events of parked keys, at most 10,000 are counted.", ["group"])
+PARKED_AGE = Gauge(
+    "mainstay_events_parked_age_seconds",
+    "For how long the oldest parked key that is stuck has been failing.",
+    ["group"],
+)
+SET_ASIDE = Counter("mainstay_events_set_aside_total", "Times that an event was set aside.", ["group"])
+SET_ASIDE_EVENTS = Gauge("mainstay_events_set_aside_events", "Events that wait to be tried later.", ["group"])
+STOPPED = Gauge("mainstay_events_stopped", "Events at which a partition of this process has stopped.", ["group"])
 HANDED_OVER = Counter(
     "mainstay_events_handed_over_total", "Events for which another process of the group has a handler.", ["group"]
 )

@@ -122,7 +122,7 @@ class Queues:
             await self._dispatcher.cancel(lapsed)
 
     def _begin(self, row: Any, until: float) -> None:
-        queue = Assignment(row.topic, row.partition, queue=True)
+        queue = Assignment(row.topic, row.partition, queue=row.key)
         claim = self._claims[row.id] = _Claim(queue, until)
         claim.task = spawn(self._work(queue, row.id, row.key), name="events.parked")
 
@@ -152,7 +152,7 @@ class Queues:
                     row.topic,
                     row.partition,
                     row.offset,
-                    None if row.keyless else key,
+                    row.own_key,
                     row.value,
                     unpack_headers(row.headers),
                 )
@@ -192,7 +192,7 @@ class Queues:
     ) -> Delivery:
         delivery = Delivery(queue, record)
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
-        delivery.aged = row.age
+        delivery.aged, delivery.later = row.age, row.later
         delivery.refused = refused
         self._dispatcher.feed_one(delivery)
         return delivery

@@ -16,6 +16,7 @@ from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import Metadata, Record, context_of, kind_named, version_of
+from mainstay.events.strategies import OnFailure
 
 if TYPE_CHECKING:
     from mainstay.events._spans import Spans
@@ -65,7 +66,7 @@ class Handling(NamedTuple):
     call: Callable[..., Awaitable[None]]
     wants_metadata: bool
     retry: Retry
-    parks: bool
+    on_failure: OnFailure
     batching: Batching | None = None
     limits: Limits | None = None
 
@@ -104,7 +105,7 @@ class Route:
     """
 
     __slots__ = (
-        "_classes", "_exact", "_majors", "failed_seconds", "parks", "seconds", "topics", "type", "versions"
+        "_classes", "_exact", "_majors", "failed_seconds", "on_failure", "seconds", "topics", "type", "versions"
     )  # fmt: skip
 
     def __init__(self, type: str, group: str) -> None:
@@ -114,7 +115,7 @@ class Route:
         self.versions: dict[bytes, Handling] = {}
         self.topics: set[str] = set()
         self._exact: dict[bytes, Handling] = {}
-        self.parks = False  # as one of its handlers says: of a version that none of them reads
+        self.on_failure: OnFailure = "dead-letter"  # of a version that none of its handlers reads
         self._majors: dict[int, Handling] = {}
         self._classes: dict[int, EventClass] = {}
 
@@ -125,14 +126,14 @@ class Route:
         *,
         wants_metadata: bool,
         retry: Retry,
-        parks: bool = False,
+        on_failure: OnFailure = "dead-letter",
         batching: Batching | None = None,
         limits: Limits | None = None,
     ) -> None:
         """Read events into this class, and call this with them."""
         definition = definition_of(event)
-        handling = Handling(codec_of(event).read, call, wants_metadata, retry, parks, batching, limits)
-        self.parks = self.parks or parks
+        handling = Handling(codec_of(event).read, call, wants_metadata, retry, on_failure, batching, limits)
+        self.on_failure = _strictest(self.on_failure, on_failure)
         self._majors[definition.version.major] = handling
         self._classes[definition.version.major] = event
         version = str(definition.version).encode()
@@ -171,6 +172,13 @@ class Route:
             msg = f"{self.type} has version {text!r}; this group reads {known}: declare a class for that version"
             raise DecodeError(msg)
         return handling
+
+
+def _strictest(one: OnFailure, other: OnFailure) -> OnFailure:
+    """The one that keeps more of the order; what is skipped or tried later is set aside where no handler reads it."""
+    if "stop" in {one, other}:
+        return "stop"
+    return "park" if "park" in {one, other} else "dead-letter"
 
 
 def unreadable(type: str, invalid: Exception) -> DecodeError:

@@ -550,19 +550,20 @@ def _in_hand(row: Any) -> StuckEvent:
 def _parked(row: Any) -> StuckEvent:
     due = "waits for a person" if row.due_at is None else f"tried again at {_utc(row.due_at):%Y-%m-%d %H:%M:%S}"
     error = row.error.rstrip().rpartition("\n")[2]
+    where = "it is set aside" if row.later else "its key is parked"
     return StuckEvent(
         group=row.group_name,
         topic=row.topic,
         partition=row.partition,
         offset=None,
-        key=None if row.keyless else _text(row.key),
+        key=_text(row.own_key),
         type=row.kind.rpartition(" ")[0],
         id="",
         handler="",
         attempt=row.attempt,
         since=_utc(row.failing_since),
         process=None,
-        why=f"its key is parked as {row.id}, events in its queue: {row.waiting}; {due}; {error}",
+        why=f"{where} as {row.id}, events in its queue: {row.waiting}; {due}; {error}",
     )
 
 

@@ -43,6 +43,7 @@ from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, decoder_each, one_handler_each, one_rule_each
 from mainstay.events.scheduled import Schedule, ScheduledEvents
 from mainstay.events.settings import EventsSettings
+from mainstay.events.strategies import OnFailure, RetryLater
 
 if TYPE_CHECKING:
     from mainstay.events._spans import Spans
@@ -93,7 +94,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         return (
             self.settings.writes_database
             or counted
-            or any(subscription.inbox or subscription.on_failure == "park" for subscription in self._subscriptions())
+            or any(each.inbox or _waits_in_tables(each.on_failure) for each in self._subscriptions())
         )
 
     def _subscriptions(self) -> list[Subscription]:
@@ -235,8 +236,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             inbox: Inbox | None = None
             if database is not None and self._has_inbox():
                 inbox = Inbox(database, handlers_at_once(database.dialect, _pool_size(app)))
-            counts = database is not None and settings.transport != "memory"
-            crashes = Crashes(database, settings.crash_attempts) if database is not None and counts else None
+            crashes = _crashes(database, settings)
             groups = _groups(self, partial(_call, app, inbox, self._watch), spans)
             _read_foreign(groups.values(), foreign, _schemas(app, settings, services))
             parking = _parking(database, groups, settings)
@@ -416,8 +416,9 @@ def _read_foreign(groups: Iterable[tuple[list[str], Routes]], foreign: Mapping[s
         topics: dict[str, Foreign] = {}
         for topic, decoder in foreign.items():
             here = [route for route in routes.values() if topic in route.topics]
-            if here:  # one that parks decides what becomes of what cannot be read
-                topics[topic] = Foreign(decoder, max(here, key=lambda route: route.parks).type)
+            if here:  # the strictest decides what becomes of what cannot be read
+                strictest = max(here, key=lambda route: ("dead-letter", "park", "stop").index(route.on_failure))
+                topics[topic] = Foreign(decoder, strictest.type)
         if topics:
             routes.decoders = Decoders(topics, schemas)
 
@@ -450,10 +451,29 @@ def _pool_size(app: App) -> int:
     return next(module.settings.pool_size for module in app.modules if isinstance(module, DatabaseModule))
 
 
+def _crashes(database: Database | None, settings: EventsSettings) -> Crashes | None:
+    """How the holders of partitions ended; in memory no other process takes part."""
+    if database is None or settings.transport == "memory":
+        return None
+    return Crashes(database, settings.crash_attempts)
+
+
+def _on_failure(subscription: Subscription, *, lasting: bool) -> OnFailure:
+    """What becomes of what keeps failing: by itself a key is parked that has an order and a place to wait."""
+    if subscription.on_failure is not None:
+        return subscription.on_failure
+    return "park" if lasting and subscription.order == "key" else "dead-letter"
+
+
+def _waits_in_tables(on_failure: OnFailure | None) -> bool:
+    return on_failure == "park" or isinstance(on_failure, RetryLater)
+
+
 def _groups(
     module: EventsModule, call_of: Callable[[Subscription], tuple[Call, bool, Batching | None]], spans: Spans | None
 ) -> Mapping[str, tuple[list[str], Routes]]:
-    """For each group, its topics and its routes by type."""
+    """For each group, its topics and its routes by type; what keeps failing parks its key where it can."""
+    lasting = module._needs_database()
     groups: dict[str, tuple[list[str], Routes]] = {}
     settings, upcasting = module.settings, Upcasting(module._upcasts())
     for subscription in module._subscriptions():
@@ -476,7 +496,7 @@ def _groups(
                 call,
                 wants_metadata=wants_metadata,
                 retry=retry,
-                parks=subscription.on_failure == "park",
+                on_failure=_on_failure(subscription, lasting=lasting),
                 batching=batching,
                 limits=limits,
             )

@@ -29,7 +29,8 @@ class ParkedKey:
         id: its name for `retry`, `skip` and `discard`.
         group: who could not handle it.
         topic, partition: where it is read.
-        key: as it was received; None for one event without a key, which has a queue of its own.
+        key: as it was received; None for an event without a key.
+        alone: this is one event by itself: it has no key, or `RetryLater` has set it aside, and its key goes on.
         waiting: how many events are in its queue, the one that failed among them.
         kind: of its first event the type and the major version, such as `order.paid 2.x`; empty where it has none.
         error: the exception of the last attempt, and its trace.
@@ -49,6 +50,7 @@ class ParkedKey:
     attempt: int
     since: datetime
     due: datetime | None
+    alone: bool
 
 
 class ParkedKeys:
@@ -175,11 +177,12 @@ def _parked_key(row: Any) -> ParkedKey:
         group=row.group_name,
         topic=row.topic,
         partition=row.partition,
-        key=None if row.keyless else row.key,
+        key=row.own_key,
         waiting=row.waiting,
         kind=row.kind,
         error=row.error,
         attempt=row.attempt,
         since=datetime.fromtimestamp(row.failing_since, UTC),
         due=None if row.due_at is None else datetime.fromtimestamp(row.due_at, UTC),
+        alone=row.alone,
     )

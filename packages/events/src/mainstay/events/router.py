@@ -18,10 +18,10 @@ from mainstay.events.foreign import Debezium, Decoder, Plain
 from mainstay.events.metadata import Metadata
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.settings import EventsSettings
+from mainstay.events.strategies import Fate, OnFailure, RetryLater
 
 __all__ = ["EventRouter"]
 
-OnFailure = Literal["dead-letter", "park"]
 InboxMode = bool | Literal["batch"]
 Order = Literal["key", "none"]
 BatchBy = Literal["key", "partition"]
@@ -94,7 +94,7 @@ class Subscription:
     call: Callable[..., Awaitable[None]]
     wants_metadata: bool
     retry: Retry | None
-    on_failure: OnFailure
+    on_failure: OnFailure | None
     inbox: InboxMode
     timeout_seconds: float | None
     name: str
@@ -139,7 +139,7 @@ class EventRouter:
         *,
         group: str,
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
@@ -154,7 +154,7 @@ class EventRouter:
         *,
         group: str,
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
@@ -166,7 +166,7 @@ class EventRouter:
         *events: type[Event],
         group: str,
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
@@ -177,7 +177,7 @@ class EventRouter:
         *events: type[Event],
         group: str,
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: InboxMode = False,
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
@@ -194,10 +194,13 @@ class EventRouter:
             group: who handles them. Each group receives every event once, however many processes share the work; it
                 keeps its place under this name, so a name is for ever.
             retry: when to call again after an exception; by default as the settings say.
-            on_failure: what becomes of an event that keeps failing. `dead-letter` sets it aside and goes on with what
-                follows. `park` sets its key aside: what follows of that key waits behind it, in order, in the
-                Database, until a person has it tried again or skipped (`ParkedKeys`), and other keys go on. An event
-                without a key becomes a dead letter.
+            on_failure: what becomes of an event that keeps failing. None is `park` where the App keeps its events in a
+                Database, and `dead-letter` elsewhere and with `order="none"`. `park` sets its key aside: what follows
+                of that key waits behind it, in order, in the Database, until a person has it tried again or skipped
+                (`ParkedKeys`), and other keys go on; an event without a key becomes a dead letter. `dead-letter` sets
+                the event aside and goes on with what follows. `RetryLater(…)` does so, too, and tries the event again,
+                by itself, after its delays. `skip` counts and logs it, and goes on: it is lost. `stop` has its
+                partition wait at it, which health says, and tries it again and again: other partitions go on.
             inbox: run the handler inside `db.transaction()` together with the note that this group has handled the
                 event, so that what it writes there happens exactly once. Not for handlers that call other services: the
                 transaction would stay open meanwhile. With `"batch"` it runs inside `db.batch()`: for handlers that
@@ -238,7 +241,7 @@ class EventRouter:
         wait_seconds: float = 0.5,
         by: BatchBy = "partition",
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[list[E], list[Metadata]]: ...
@@ -254,7 +257,7 @@ class EventRouter:
         wait_seconds: float = 0.5,
         by: BatchBy = "partition",
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[list[E | F], list[Metadata]]: ...
@@ -267,7 +270,7 @@ class EventRouter:
         wait_seconds: float = 0.5,
         by: BatchBy = "partition",
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[list[Any], list[Metadata]]: ...
@@ -279,7 +282,7 @@ class EventRouter:
         wait_seconds: float = 0.5,
         by: BatchBy = "partition",
         retry: Retry | None = None,
-        on_failure: OnFailure = "dead-letter",
+        on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
     ) -> On[list[Any], list[Metadata]]:
@@ -417,7 +420,7 @@ class On(Generic[A, M]):
 
 
 def _check(
-    verb: str, events: tuple[type[Event], ...], group: str, on_failure: OnFailure, timeout_seconds: float | None
+    verb: str, events: tuple[type[Event], ...], group: str, on_failure: OnFailure | None, timeout_seconds: float | None
 ) -> None:
     """Refuse what neither kind of handler can have."""
     if not events:
@@ -428,8 +431,8 @@ def _check(
     if not 1 <= len(group) <= _LONGEST_GROUP:
         msg = f"{verb}(group=…) needs a name of 1 to {_LONGEST_GROUP} characters: the place is kept under it"
         raise ValueError(msg)
-    if on_failure not in typing.get_args(OnFailure):
-        msg = f"{verb}(on_failure={on_failure!r}): it is 'dead-letter' or 'park'"
+    if not (on_failure is None or isinstance(on_failure, RetryLater) or on_failure in typing.get_args(Fate)):
+        msg = f"{verb}(on_failure={on_failure!r}): it is 'park', 'dead-letter', 'skip', 'stop' or RetryLater(…)"
         raise ValueError(msg)
     if timeout_seconds is not None and not timeout_seconds > 0:
         msg = f"{verb}(timeout_seconds={timeout_seconds!r}): a call may take more than 0 seconds"
@@ -512,7 +515,7 @@ def _bound_method(kind: type[Any], name: str) -> Callable[..., Awaitable[None]]:
     return call
 
 
-def _check_limits(concurrency: int | None, order: Order, on_failure: OnFailure) -> None:
+def _check_limits(concurrency: int | None, order: Order, on_failure: OnFailure | None) -> None:
     if order not in typing.get_args(Order):
         msg = f"on(order={order!r}): it is 'key' or 'none'"
         raise ValueError(msg)

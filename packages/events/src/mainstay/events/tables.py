@@ -150,6 +150,7 @@ PARKED_KEYS = sa.Table(
     # Of the first event of its queue: the number of its next attempt, and what its retries go by.
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("postponed", sa.Integer, nullable=False),
+    sa.Column("later", sa.Integer, nullable=False),  # of the delays of a RetryLater it has been given so many
     sa.Column("waited_seconds", sa.Double, nullable=False),
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("failing_since", sa.Double, nullable=False),
@@ -161,7 +162,10 @@ PARKED_KEYS = sa.Table(
     # Who works on the queue, and until when no other may.
     sa.Column("worker", sa.Text),
     sa.Column("claimed_until", sa.Double),
-    sa.Column("keyless", sa.Boolean, nullable=False),  # one event without a key, in a queue of its own
+    # One event in a queue of its own, which `key` is then the name of: it has no key, or waits by itself.
+    sa.Column("alone", sa.Boolean, nullable=False),
+    sa.Column("own_key", sa.LargeBinary),  # of its events, as it was received
+    sa.Index("mainstay_events_parked_keys_due", "group_name", "due_at"),
 )
 HANDLED = sa.Table(
     "mainstay_events_handled",
@@ -185,7 +189,6 @@ PARKED = sa.Table(
     # It stays until its key is free: whoever reads the partition once more must not append it again.
     sa.Column("handled", sa.Boolean, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("keyless", sa.Boolean, nullable=False),
     sa.Index("mainstay_events_parked_queue", "group_name", "topic", "key", "position"),
     sqlite_autoincrement=True,
 )
@@ -594,14 +597,14 @@ _DUE = sa.bindparam("due", type_=sa.Double)  # null stays null
 READ_PARKED_KEYS = sa.select(PARKED_KEYS.c.key).where(
     PARKED_KEYS.c.group_name == sa.bindparam("of_group"),
     PARKED_KEYS.c.topic == sa.bindparam("of_topic"),
-    ~PARKED_KEYS.c.keyless,
+    ~PARKED_KEYS.c.alone,
 )
-_ATTEMPTS = _binds(PARKED_KEYS, "attempt", "postponed", "waited_seconds", "error")
+_ATTEMPTS = _binds(PARKED_KEYS, "attempt", "postponed", "later", "waited_seconds", "error")
 PARK_KEY = _each(
     lambda insert, now: (
         insert(PARKED_KEYS)
         .values(
-            **_binds(PARKED_KEYS, "id", "group_name", "topic", "key", "partition", "kind", "keyless"),
+            **_binds(PARKED_KEYS, "id", "group_name", "topic", "key", "partition", "kind", "alone", "own_key"),
             **_ATTEMPTS,
             failing_since=now - sa.bindparam("age", type_=sa.Double),
             due_at=now + _DUE,
@@ -642,6 +645,7 @@ NEXT_OF_PARKED_KEY = _each(
         .values(
             attempt=1,
             postponed=0,
+            later=0,
             waited_seconds=0.0,
             failing_since=now,
             due_at=now,
@@ -694,17 +698,40 @@ RELEASE_ALL_CLAIMS = (
     .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"), PARKED_KEYS.c.worker == _ME)
     .values(**_NO_CLAIM)
 )
+
+
+def _is_stuck(now: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
+    """Whether a parked key waits for a person, or is tried again and again to no end."""
+    tried = sa.and_(PARKED_KEYS.c.later == 0, PARKED_KEYS.c.attempt + PARKED_KEYS.c.postponed > 1)
+    return sa.or_(PARKED_KEYS.c.due_at.is_(None), sa.and_(tried, PARKED_KEYS.c.failing_since < now - _SECONDS))
+
+
 PARKED_KINDS = _each(
     lambda _, now: (
         sa.select(
             PARKED_KEYS.c.kind,
-            sa.func.count().label("keys"),
+            sa.func.count().filter(PARKED_KEYS.c.later == 0).label("keys"),
+            sa.func.count().filter(PARKED_KEYS.c.later > 0).label("aside"),
             sa.func.count(PARKED_KEYS.c.due_at).label("due"),
-            (now - sa.func.min(PARKED_KEYS.c.failing_since)).label("age"),
+            sa.func.count().filter(_is_stuck(now)).label("stuck"),
+            sa.func.min(PARKED_KEYS.c.failing_since).filter(_is_stuck(now)).label("since"),
+            (now - sa.func.min(PARKED_KEYS.c.failing_since).filter(_is_stuck(now))).label("seconds"),
         )
         .where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"))
         .group_by(PARKED_KEYS.c.kind)
     )
+)
+COUNTED_PARKED = 10_000
+COUNT_PARKED_EVENTS = sa.select(
+    sa.select(sa.func.count())
+    .select_from(
+        sa.select(PARKED.c.position)
+        .where(PARKED.c.group_name == sa.bindparam("of_group"), ~PARKED.c.handled)
+        .limit(COUNTED_PARKED)
+        .subquery()
+    )
+    .scalar_subquery()
+    .label("events")
 )
 READ_FIRST_PARKED = _each(
     lambda _, now: (
@@ -712,6 +739,8 @@ READ_FIRST_PARKED = _each(
             PARKED,
             PARKED_KEYS.c.attempt,
             PARKED_KEYS.c.postponed,
+            PARKED_KEYS.c.later,
+            PARKED_KEYS.c.own_key,
             PARKED_KEYS.c.waited_seconds,
             PARKED_KEYS.c.begun,
             PARKED_KEYS.c.crashes,
@@ -781,7 +810,11 @@ READ_HANDLED = _each(
 ALL_HANDLED = _each(
     lambda _, now: sa.select(HANDLED.c.group_name, HANDLED.c.kind).where(HANDLED.c.seen_at > now - _KEPT_SECONDS)
 )
-COUNT_PARKED = sa.select(PARKED_KEYS.c.group_name, sa.func.count().label("keys")).group_by(PARKED_KEYS.c.group_name)
+COUNT_PARKED = (
+    sa.select(PARKED_KEYS.c.group_name, sa.func.count().label("keys"))
+    .where(PARKED_KEYS.c.later == 0)
+    .group_by(PARKED_KEYS.c.group_name)
+)
 COUNT_CRASHES = sa.select(HOLDERS.c.group_name, sa.func.max(HOLDERS.c.crashes).label("crashes")).group_by(
     HOLDERS.c.group_name
 )

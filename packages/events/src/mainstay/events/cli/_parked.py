@@ -28,6 +28,8 @@ def list_parked(group: Group = None, limit: Limit = 100) -> None:
             "key": text_of(each.key),
             "waiting": each.waiting,
             "kind": each.kind,
+            "alone": each.alone,
+            "due": None if each.due is None else f"{each.due:%Y-%m-%d %H:%M:%S}",
             "error": last_words(each.error),
         }
         for each in keys
@@ -46,7 +48,7 @@ def show_parked(id: UUID) -> None:
             "group": key.group,
             "read from": f"{key.topic}/{key.partition}",
             "key": text_of(key.key),
-            "waiting": key.waiting,
+            "waiting": f"{key.waiting}, by itself: its key goes on" if key.alone else key.waiting,
             "kind": key.kind or "(no type)",
             "failing": f"since {key.since:%Y-%m-%d %H:%M:%S %Z}",
             "again": f"{due}, attempt {key.attempt}",

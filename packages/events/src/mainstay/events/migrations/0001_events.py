@@ -123,6 +123,7 @@ def upgrade() -> None:
         sa.Column("partition", sa.Integer, nullable=False),
         sa.Column("attempt", sa.Integer, nullable=False),
         sa.Column("postponed", sa.Integer, nullable=False),
+        sa.Column("later", sa.Integer, nullable=False),
         sa.Column("waited_seconds", sa.Double, nullable=False),
         sa.Column("error", sa.Text, nullable=False),
         sa.Column("failing_since", sa.Double, nullable=False),
@@ -132,8 +133,10 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("worker", sa.Text),
         sa.Column("claimed_until", sa.Double),
-        sa.Column("keyless", sa.Boolean, nullable=False),
+        sa.Column("alone", sa.Boolean, nullable=False),
+        sa.Column("own_key", sa.LargeBinary),
     )
+    op.create_index("mainstay_events_parked_keys_due", "mainstay_events_parked_keys", ["group_name", "due_at"])
     op.create_table(
         "mainstay_events_handled",
         sa.Column("group_name", sa.Text, primary_key=True),
@@ -153,7 +156,6 @@ def upgrade() -> None:
         sa.Column("headers", sa.Text, nullable=False),
         sa.Column("handled", sa.Boolean, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
-        sa.Column("keyless", sa.Boolean, nullable=False),
         sqlite_autoincrement=True,
     )
     op.create_index(

@@ -192,7 +192,9 @@ class TransportContract:
         others: list[int] = []
         attempts: list[int] = []
 
-        @events.on(Placed, group=self.group("fails"), retry=Retry(attempts=3, wait=FullJitter(0.0, 0.0)))
+        once_more = Retry(attempts=3, wait=FullJitter(0.0, 0.0))
+
+        @events.on(Placed, group=self.group("fails"), retry=once_more, on_failure="dead-letter")
         async def handle(event: Placed, meta: Metadata) -> None:
             if event.number == 1:
                 attempts.append(meta.attempt)
@@ -232,7 +234,7 @@ class TransportContract:
         events = EventRouter()
         handled: list[int] = []
 
-        @events.on(Placed, group=self.group("poison"))
+        @events.on(Placed, group=self.group("poison"), on_failure="dead-letter")
         async def handle(event: Placed) -> None:
             handled.append(event.number)
 

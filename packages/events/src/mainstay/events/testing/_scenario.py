@@ -25,6 +25,7 @@ from mainstay.events.metadata import ID, TYPE, VERSION, Metadata, Outgoing
 from mainstay.events.module import Call, EventConsumers
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.router import EventRouter, Subscription
+from mainstay.events.strategies import RetryLater
 from mainstay.events.testing._rehearsal import Rehearsal, rehearsal_of
 
 _PATIENCE_SECONDS = 30.0
@@ -128,7 +129,10 @@ class Scenario:
 
     def _needed(self) -> list[Module[Any, Any]]:
         needs = self._tables is not None or any(
-            each.inbox or each.on_failure == "park" or Database in given_kinds(each.call).values()
+            each.inbox
+            or each.on_failure == "park"
+            or isinstance(each.on_failure, RetryLater)
+            or Database in given_kinds(each.call).values()
             for each in self._subscriptions()
         )
         if not needs or any(isinstance(each, DatabaseModule) for each in self._modules):
@@ -225,7 +229,7 @@ class _Course:
         parked = await self._rehearsal.app.get(ParkedKeys).list() if self._has_database() else ()
         for key in parked:
             errors = [error for (group, _), error in self._errors.items() if group == key.group]
-            found.append(_GivenUp(key.group, key.kind, key.error, errors[-1] if errors else None))
+            found.append(_GivenUp(key.group, key.kind.rpartition(" ")[0], key.error, errors[-1] if errors else None))
         return found
 
     def _has_database(self) -> bool:
