@@ -46,6 +46,19 @@ class TestMemory(TransportContract):
             await eventually(lambda: bool(seen))
         assert seen == [2]
 
+    async def test_a_group_that_begins_at_the_latest_event_misses_nothing_after_it(self) -> None:
+        """Its log begins with the App, and so does every group: what is published first is handled."""
+        seen: list[int] = []
+        events = EventRouter()
+
+        @events.on(Placed, group="latest", start="latest")
+        async def handle(event: Placed) -> None:
+            seen.append(event.number)
+
+        async with self.serving(events):
+            await events.publish(Placed(order="a", number=1))
+            await eventually(lambda: seen == [1])
+
 
 class TestSql(TransportContract):
     @pytest.fixture(autouse=True)

@@ -385,7 +385,7 @@ async def test_trap_05_the_oldest_in_flight_shows_a_handler_that_hangs(assignmen
     await bench.clock.advance(60.0)
     bench.dispatcher.feed(assignment, [record("b", 1)])
     await bench.dispatcher.progress(5)
-    assert bench.dispatcher.oldest_seconds([assignment]) == 60.0
+    assert bench.dispatcher.ages.oldest_seconds([assignment]) == 60.0
     assert not await bench.dispatcher.settle([assignment], 0)
     await bench.dispatcher.stop()
 
@@ -476,15 +476,15 @@ async def test_an_events_age_begins_with_its_first_call(assignment: Assignment) 
     bench.dispatcher.feed(assignment, [record("a", 1), record("a", 2)])
     await eventually(lambda: calls == [1])
     await bench.clock.advance(40)
-    assert bench.dispatcher.oldest_seconds([assignment]) == pytest.approx(40)
+    assert bench.dispatcher.ages.oldest_seconds([assignment]) == pytest.approx(40)
     gate.set()
     await eventually(lambda: calls == [1, 2])
-    assert bench.dispatcher.oldest_seconds([assignment]) == pytest.approx(0)
+    assert bench.dispatcher.ages.oldest_seconds([assignment]) == pytest.approx(0)
     await bench.clock.advance(5)
     assert await bench.dispatcher.settle([assignment], None)
     assert calls == [1, 2, 2, 2]
     assert bench.buried == []
-    assert bench.dispatcher.oldest_seconds([assignment]) == 0.0
+    assert bench.dispatcher.ages.oldest_seconds([assignment]) == 0.0
     await bench.dispatcher.stop()
 
 

@@ -7,6 +7,7 @@ from mainstay.events.errors import (
     ForgetError,
     NotParkedError,
     NotScheduledError,
+    PauseError,
     PublishError,
     RedriveError,
     RefusedError,
@@ -27,6 +28,7 @@ from mainstay.events.log import (
 from mainstay.events.metadata import Metadata
 from mainstay.events.module import EventConsumers, EventsModule
 from mainstay.events.parked import ParkedKey, ParkedKeys
+from mainstay.events.pauses import Pause, Pauses
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvent, RefusedEvents
 from mainstay.events.router import EventRouter
@@ -58,6 +60,9 @@ __all__ = [
     "ParkedKeys",
     "PartitionLag",
     "PartitionState",
+    "Pause",
+    "PauseError",
+    "Pauses",
     "PublishError",
     "RedriveError",
     "RefusedError",

@@ -77,6 +77,9 @@ class CarefulReading:
                 self._more.clear()
                 await self._more.wait()
                 continue
+            if self._dispatcher.held:  # what waits for a person must not be noted as called
+                await self._dispatcher.progress(1.0)
+                continue
             await self._pass(self._waiting[0])
             self._left -= 1
             self._waiting.popleft()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.events._crashes import Crashes
-from mainstay.events._delivery import Assignment, Delivery
+from mainstay.events._delivery import Assignment, Delivery, note_sizes
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
 from mainstay.events._in_hand import InHand
@@ -22,12 +22,10 @@ from mainstay.events._routes import Routes
 from mainstay.events._sparing import said
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
-from mainstay.events.metadata import Record
 
 _log = logging.getLogger("mainstay.events")
 
 _WINDOW = 1000
-_MOST = 500
 """Records of one partition that may be handed out and not committed: bounds memory, and what a kill repeats."""
 _COMMIT_SECONDS = 0.25
 _RECONNECT_SECONDS = (0.2, 5.0)
@@ -135,7 +133,7 @@ class Consumer:
         self._intake = self._new_intake()
         self._assignments.clear()
         try:
-            async with self._transport.source(self.group, self._topics, self) as source:
+            async with self._transport.source(self.group, self._topics, self, self._routes.start) as source:
                 self._source = source
                 beside = [spawn(self._commit_often(), name=f"events.{self.group}.commit")]
                 if self._parking is not None and self._parked is not None:
@@ -181,7 +179,7 @@ class Consumer:
         await self._intake.learn()
         share = self._window_bytes // max(1, len(self._assignments))
         ready: list[Assignment] = []
-        for assignment in self._assignments:
+        for assignment in () if self._dispatcher.held else self._assignments:
             waiting = len(assignment.window)
             if waiting >= _WINDOW or (waiting and waiting * assignment.record_bytes >= share):
                 self._dispatcher.make_room(assignment, parks=self._parking is not None)
@@ -191,19 +189,9 @@ class Consumer:
             await self._dispatcher.progress(_COMMIT_SECONDS)
         fetched = await source.fetch(ready)
         if fetched:
-            self._note_sizes(fetched, share)
+            note_sizes(self._assignments, fetched, share)
             await self._intake.take({each: records for each, records in fetched.items() if each.open})
             await asyncio.sleep(0)  # a fetch from a buffer never gave the handlers a turn
-
-    def _note_sizes(self, fetched: Mapping[Assignment, Sequence[Record]], share: int) -> None:
-        """Decide how many records to ask for next, of partitions that are as yet unread as of the others."""
-        for assignment, records in fetched.items():
-            assignment.record_bytes = sum(map(_size_of, records)) // len(records)
-            assignment.most = min(_MOST, max(1, share // assignment.record_bytes))
-        known = min((each.most for each in self._assignments if each.record_bytes), default=1)
-        for assignment in self._assignments:  # or one that stays empty would keep all pages small
-            if not assignment.record_bytes:
-                assignment.most = known
 
     async def _commit_often(self) -> None:
         gauges = Gauges(self.group)
@@ -309,21 +297,29 @@ class Consumer:
         if self._intake.trouble is not None:
             return Health("degraded", f"group {self.group}: its parked keys are not known ({self._intake.trouble})")
         parked = None if self._parked is None else await self._parked.trouble()
-        wrong = [each for each in (self._failures.stops.said(self._assignments), parked) if each is not None]
+        stopped = None if self._dispatcher.held else self._failures.stops.said(self._assignments)
+        wrong = [each for each in (stopped, parked) if each is not None]
         if wrong:
             return Health("degraded", f"group {self.group}: {'; '.join(wrong)}")
         oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
+        if self._dispatcher.held:
+            return Health("ok", f"group {self.group}: {self.paused}")
         return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
 
     def lag(self) -> Lag:
         """How far the group is behind in the partitions that are held here."""
         return Lag.of(self._source, self._assignments, self._intake.waiting)
 
+    @property
+    def paused(self) -> str | None:
+        """What a person has paused of the group, None where nothing is."""
+        return None if self._parking is None else self._parking.pausing.said
+
     def backlog(self) -> str | None:
         """What to say of a group whose oldest event waits for long: that it has much to do is no fault."""
-        return self.lag().said(self.group, self._stuck_seconds)
+        return None if self._dispatcher.held else self.lag().said(self.group, self._stuck_seconds)
 
     @property
     def parked_keys(self) -> int:
@@ -331,8 +327,4 @@ class Consumer:
         return 0 if self._parked is None else self._parked.keys
 
     def _oldest_seconds(self) -> float:
-        return self._dispatcher.oldest_seconds(self._all())
-
-
-def _size_of(record: Record) -> int:
-    return len(record.value or b"") + len(record.key or b"") + 128  # headers are about as long, always
+        return self._dispatcher.ages.oldest_seconds(self._all())

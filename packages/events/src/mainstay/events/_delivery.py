@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 from uuid import UUID
 
 from mainstay.core import Timer
 from mainstay.events.metadata import Record
+
+_MOST = 500
+"""Records of one partition that are asked for at once."""
 
 
 class Assignment:
@@ -79,6 +82,27 @@ class Assignment:
 
     def __repr__(self) -> str:
         return f"{self.topic}/{self.number}"
+
+
+def note_sizes(assignments: Collection[Assignment], fetched: Mapping[Assignment, Sequence[Record]], share: int) -> None:
+    """Decide how many records to ask for next, of partitions that are as yet unread as of the others.
+
+    Args:
+        assignments: all partitions.
+        fetched: what was read of some.
+        share: how many bytes of each may be in memory.
+    """
+    for assignment, records in fetched.items():
+        assignment.record_bytes = sum(map(_size_of, records)) // len(records)
+        assignment.most = min(_MOST, max(1, share // assignment.record_bytes))
+    known = min((each.most for each in assignments if each.record_bytes), default=1)
+    for assignment in assignments:  # or one that stays empty would keep all pages small
+        if not assignment.record_bytes:
+            assignment.most = known
+
+
+def _size_of(record: Record) -> int:
+    return len(record.value or b"") + len(record.key or b"") + 128  # headers are about as long, always
 
 
 class Verdict(NamedTuple):

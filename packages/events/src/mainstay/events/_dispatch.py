@@ -29,15 +29,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 
 from mainstay.core import Clock, Context, Later, rebind, spawn
+from mainstay.events._ages import Ages
 from mainstay.events._batches import Batches
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._failure import Failures, that_give_way
 from mainstay.events._matching import Matching
+from mainstay.events._pausing import Pausing
 from mainstay.events._places import Caller, Places
 from mainstay.events._routes import Handling, Route, unreadable
 from mainstay.events._turns import Turns
@@ -52,7 +54,7 @@ _CANCELLATIONS = 3
 
 
 class Dispatcher:
-    """Calls one group's handlers.
+    """Calls one group's handlers; `ages` says how old is what it has in hand.
 
     Args:
         group: the consumer group.
@@ -66,12 +68,11 @@ class Dispatcher:
         self, group: str, routes: Mapping[str, Route], *, concurrency: int, failures: Failures, clock: Clock
     ) -> None:
         self._group = group
-        self._routes = {name.encode(): route for name, route in routes.items()}
         self._concurrency = concurrency
         self._failures = failures
         self._clock = clock
         self._turns = Turns()
-        self._matching = Matching(group, self._routes, failures)
+        self._matching = Matching(group, {name.encode(): route for name, route in routes.items()}, failures)
         self._batches = Batches(group, self._matching, self._turns, self._wake, clock)
         self._places = Places(self._turns, self._batches, self._wake)
         self._idle: list[asyncio.Future[None]] = []
@@ -79,6 +80,7 @@ class Dispatcher:
         self._progress: asyncio.Future[None] | None = None
         self._crash: BaseException | None = None
         self._waking = False  # a caller has been called and has not begun yet
+        self.ages = Ages(self._callers, failures.failing, clock)
 
     def feed(self, assignment: Assignment, records: Collection[Record]) -> None:
         """Take records of a partition, in its order."""
@@ -91,15 +93,17 @@ class Dispatcher:
         delivery.assignment.known[id(delivery.record)] = delivery
         self.feed(delivery.assignment, [delivery.record])
 
-    def ages(self, assignments: Iterable[Assignment]) -> list[tuple[Caller | Delivery, float]]:
-        """Of each call, and of each event that failed, the seconds since its first call. What only waits has no age."""
-        mine, now = set(assignments), self._clock.monotonic()
-        those: list[Caller | Delivery] = [*self._callers, *self._failures.failing]
-        return [(one, now - one.began_at) for one in those if one.began_at is not None and one.assignment in mine]
+    def heed(self, pausing: Pausing) -> None:
+        """Call what a person has not paused, and nothing else from now on."""
+        self._turns.held = pausing.whole is not None
+        self.ages.hold(self.held)
+        self._matching.heed(pausing)
+        self._wake()
 
-    def oldest_seconds(self, assignments: Iterable[Assignment]) -> float:
-        """How long ago the first call of an event began that is not finished, 0.0 without one."""
-        return max((age for _, age in self.ages(assignments)), default=0.0)
+    @property
+    def held(self) -> bool:
+        """Whether the group as a whole is paused."""
+        return self._turns.held
 
     async def progress(self, seconds: float) -> None:
         """Return when some delivery has finished since the call, at the latest after `seconds`."""
@@ -120,11 +124,11 @@ class Dispatcher:
 
     async def drain(self, assignments: Collection[Assignment], seconds: float) -> bool:
         """Begin nothing more of `assignments` but batches that are gathered; False when the calls need longer."""
-        self._batches.hand_over_last(assignments)
+        self._batches.hand_over_last(() if self.held else assignments)
         for assignment in assignments:
             assignment.open = False
         end = self._clock.monotonic() + seconds
-        while self._running(assignments) or self._batches.has_last(assignments):
+        while self._running(assignments) or (not self.held and self._batches.has_last(assignments)):
             left = end - self._clock.monotonic()
             if left <= 0:
                 return False
@@ -182,11 +186,9 @@ class Dispatcher:
                 self._waking = True
                 parked.set_result(None)
                 return
-        if len(self._callers) < self._concurrency:
-            self._waking = True
-            self._hire()
-
-    def _hire(self) -> None:
+        if len(self._callers) >= self._concurrency:
+            return
+        self._waking = True
         caller = Caller()
         self._callers.add(caller)
         caller.task = spawn(self._work(caller), name=f"events.{self._group}.handler")
@@ -208,7 +210,8 @@ class Dispatcher:
             progress.set_result(None)
 
     async def _work(self, caller: Caller) -> None:
-        heads, routes, monotonic, spans = self._turns.heads, self._routes, self._clock.monotonic, self._failures.spans
+        turns, heads, monotonic = self._turns, self._turns.heads, self._clock.monotonic
+        routes, spans = self._matching.at_once, self._failures.spans
         takes_last, match, admit = self._batches.takes_last, self._matching.match, self._places.admit
         loop = asyncio.get_running_loop()
         calls = 0
@@ -296,9 +299,9 @@ class Dispatcher:
                 if self._progress is not None:
                     self._step()
                 # A handler may have gone on to its end although it was cancelled: its caller does not.
-                if caller.stopping or not clean:
+                if caller.stopping or turns.held or not clean:
                     if following is not None:
-                        self._turns.add_again((assignment, following, None))
+                        turns.add_again((assignment, following, None))
                     self._callers.discard(caller)
                     self._wake()
                     return

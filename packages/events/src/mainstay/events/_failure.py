@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from mainstay.core import Clock, ConfigurationError, Outcome, RetryState
+from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
 from mainstay.database import CommitUnknown
 from mainstay.events._decoding import NO_EVENT, OURS, Decoders, will_pass
 from mainstay.events._delivery import Assignment, Delivery, Verdict
@@ -15,8 +16,8 @@ from mainstay.events._parking import Parking
 from mainstay.events._routes import Handling, Route, Unknown
 from mainstay.events._sparing import Sparing, said
 from mainstay.events._stops import SHORTEST_SECONDS, Stops
-from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError, ProcessEndedError
-from mainstay.events.metadata import TYPE, kind_of
+from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError, PausedError, ProcessEndedError
+from mainstay.events.metadata import TYPE, Record, kind_of
 from mainstay.events.strategies import OnFailure, RetryLater
 
 if TYPE_CHECKING:
@@ -181,6 +182,18 @@ class Failures:
         self.failing.discard(delivery)
         self.stops.ended(delivery)
 
+    def waits(self, assignment: Assignment, record: Record) -> bool:
+        """Whether an event goes into a queue, not to its handler: its key is parked, or a person has paused it."""
+        if assignment.queue is not None or self._parking is None:
+            return False
+        if record.key in assignment.parked:
+            return True
+        pausing, kind = self._parking.pausing, ""
+        if pausing.of_parts:
+            with suppress(MainstayError):  # what cannot be read yet has no kind yet
+                kind = self.decoders.kind_of(record)
+        return pausing.of(record.key, kind) is not None
+
     def _handed_over(self, kind: str) -> Verdict:
         HANDED_OVER.labels(self._group).inc()
         if self._sparing.due(kind) is not None:
@@ -284,13 +297,20 @@ class Failures:
 
     async def _append(self, delivery: Delivery) -> Again | None:
         assert self._parking is not None  # noqa: S101  no key is parked elsewhere
+        record = delivery.record
+        pausing = self._parking.pausing
         try:
-            appended = await self._parking.append(delivery.assignment, delivery.record)
+            appended = record.key is not None and await self._parking.append(delivery.assignment, record)
+            kind = self.decoders.kind_of(record) if pausing.of_parts else ""
         except Exception:  # noqa: BLE001  as above
             return self._not_stored(delivery, "an event of a parked key cannot be stored")
         if appended:
             return None
-        delivery.assignment.parked.discard(delivery.record.key or b"")
+        pause = pausing.of(record.key, kind)
+        if pause is not None:  # the first that waits of its key
+            delivery.judge(Verdict(PausedError(pause.said), "park", due_seconds=0.0))
+        else:
+            delivery.assignment.parked.discard(record.key or b"")
         return Again(0.0)
 
     def _not_read_yet(self, delivery: Delivery, error: Exception) -> Again:

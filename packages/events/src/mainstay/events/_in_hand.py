@@ -75,7 +75,7 @@ class InHand:
         while True:
             await asyncio.sleep(LONG_SECONDS)
             try:
-                await self.note(held_longer(dispatcher.ages(assignments()), LONG_SECONDS, self._clock.monotonic()))
+                await self.note(held_longer(dispatcher.ages.of(assignments()), LONG_SECONDS, self._clock.monotonic()))
             except Exception as error:  # noqa: BLE001  it is for people, and the next look is soon
                 _log.debug("what group %s has in hand could not be noted", self._group, exc_info=error)
 

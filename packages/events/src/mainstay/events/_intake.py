@@ -94,6 +94,9 @@ class Intake:
         if self._crashes is not None and unread:
             held = await self._crashes.take(self._group, unread)
             self._held |= {each: holding for each, holding in held.items() if each in self._unread}
+        if self._parking is not None and unread:
+            await self._parking.pausing.look()
+            self._dispatcher.heed(self._parking.pausing)
         for assignment in unread:
             assert self._parking is not None  # noqa: S101  nothing is unread without
             assignment.parked |= await self._parking.keys_of(assignment.topic)

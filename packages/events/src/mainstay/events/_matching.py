@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from mainstay.events._batches import Batch
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._failure import KEY_IS_PARKED, Failures
+from mainstay.events._pausing import Pausing
 from mainstay.events._routes import Match, Route
 from mainstay.events.errors import DecodeError
 from mainstay.events.metadata import ONLY_GROUP, TYPE, VERSION, Record
@@ -19,12 +20,22 @@ class Matching:
         group: the consumer group.
         routes: by event type, as headers name it.
         failures: what is known of events without a handler.
+
+    Attributes:
+        at_once: the routes that an event may take for its first headers, without being looked at more closely.
     """
 
     def __init__(self, group: str, routes: Mapping[bytes, Route], failures: Failures) -> None:
+        self.at_once = dict(routes)
         self._only = group.encode()
         self._routes = routes
         self._failures = failures
+
+    def heed(self, pausing: Pausing) -> None:
+        """Look at each event more closely while one may be paused."""
+        self.at_once.clear()
+        if not pausing.of_parts:
+            self.at_once.update(self._routes)
 
     def match(self, assignment: Assignment, record: Record, delivery: Delivery | None) -> Match:
         """A record as it is read, and how it is handled or why not; neither where the group has no use for it."""
@@ -51,7 +62,7 @@ class Matching:
 
     def waits(self, assignment: Assignment, record: Record) -> bool:
         """Whether an event goes to the end of the queue of its key instead of to its handler."""
-        return record.key in assignment.parked
+        return self._failures.waits(assignment, record)
 
     def follows(self, assignment: Assignment, record: Record) -> Match:
         """How an event is handled that is nothing special; neither where it must be matched in its turn."""

@@ -14,6 +14,7 @@ from uuid import UUID
 from mainstay.core import Clock, Health, Timer
 from mainstay.database import Database
 from mainstay.events._delivery import Assignment
+from mainstay.events._starts import Start
 from mainstay.events._transport import Arrivals, LogRecord, Reader, arrived, partition_of
 from mainstay.events.dead_letters import DeadLetter, Wanted
 from mainstay.events.metadata import Outgoing, Record
@@ -70,8 +71,11 @@ class MemoryTransport:
         self.arrivals.announce()
 
     @asynccontextmanager
-    async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[MemorySource, None]:
-        """See `Transport`. All partitions belong to the one consumer there is."""
+    async def source(
+        self, group: str, topics: Sequence[str], reader: Reader, start: Start = "earliest"
+    ) -> AsyncGenerator[MemorySource, None]:
+        """See `Transport`. All partitions belong to the one consumer there is, and all begin with the App."""
+        del start
         source = MemorySource(self, group, self._positions)
         for topic in topics:
             for number in range(len(self.partitions(topic))):

@@ -29,6 +29,7 @@ PARKED_AGE = Gauge(
 SET_ASIDE = Counter("mainstay_events_set_aside_total", "Times that an event was set aside.", ["group"])
 SET_ASIDE_EVENTS = Gauge("mainstay_events_set_aside_events", "Events that wait to be tried later.", ["group"])
 STOPPED = Gauge("mainstay_events_stopped", "Events at which a partition of this process has stopped.", ["group"])
+PAUSED = Gauge("mainstay_events_paused", "Pauses by a person: of the group, of kinds of events, of keys.", ["group"])
 HANDED_OVER = Counter(
     "mainstay_events_handed_over_total", "Events for which another process of the group has a handler.", ["group"]
 )

@@ -35,6 +35,7 @@ from mainstay.events._decoding import OURS, Decoders
 from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._handled import GONE_SECONDS, KEPT_SECONDS, Handled
 from mainstay.events._metrics import PARKED_AGE, PARKED_EVENTS, PARKED_KEYS, SET_ASIDE_EVENTS
+from mainstay.events._pausing import Pausing
 from mainstay.events.dead_letters import text_of
 from mainstay.events.errors import NotHeldError
 from mainstay.events.metadata import Record
@@ -56,6 +57,7 @@ class Parking:
         decoders: read the topics that others write.
 
     Attributes:
+        pausing: what a person has paused of the group.
         worker: by which name this process claims.
     """
 
@@ -63,6 +65,7 @@ class Parking:
         self, database: Database, group: str, handled: Handled, lease_seconds: float, decoders: Decoders = OURS
     ) -> None:
         self.handled = handled
+        self.pausing = Pausing(database, group)
         self.lease_seconds = lease_seconds
         self.worker = str(uuid7())
         self._database = database

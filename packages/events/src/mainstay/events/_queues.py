@@ -68,6 +68,8 @@ class Queues:
         while True:
             more = False
             try:
+                await self._parking.pausing.look()
+                self._dispatcher.heed(self._parking.pausing)
                 more = await self._claim()
             except Exception as error:  # noqa: BLE001  the next look finds the same
                 _log.debug("the parked keys are not known", exc_info=error)
@@ -156,7 +158,8 @@ class Queues:
                     row.value,
                     unpack_headers(row.headers),
                 )
-                if await self._is_others(row.kind):
+                pausing = self._parking.pausing
+                if pausing.whole or pausing.of(record.key, row.kind) or await self._is_others(row.kind):
                     return False
                 delivery = await self._called(queue, record, row)
                 if delivery.kept or not delivery.done:

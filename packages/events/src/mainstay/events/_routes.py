@@ -12,6 +12,7 @@ from mainstay.core import Retry, bind
 from mainstay.events._codec import codec_of
 from mainstay.events._decoding import OURS
 from mainstay.events._metrics import FAILED_SECONDS, HANDLED_SECONDS
+from mainstay.events._starts import Start
 from mainstay.events._upcasting import Upcasting
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import Event, definition_of
@@ -90,7 +91,7 @@ class Handling(NamedTuple):
 
 
 Match = tuple[Record, "Route | None", Handling | None, Exception | None]
-"""A record as it is read, and how it is handled or why not."""
+"""A record as it is read, and how it is handled or why not; neither where the group has no use for it."""
 
 
 class Route:
@@ -213,10 +214,12 @@ class Routes(dict[str, Route]):
 
     Attributes:
         unknown: what becomes of all others.
+        start: where the group begins in a topic.
         spans: of the attempts; None where none are recorded.
         decoders: read the topics that others write.
     """
 
     unknown = Unknown()
+    start: Start = "earliest"
     spans: Spans | None = None
     decoders = OURS

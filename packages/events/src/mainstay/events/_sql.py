@@ -33,6 +33,7 @@ from mainstay.events import tables
 from mainstay.events._delivery import Assignment
 from mainstay.events._lag import LogLag
 from mainstay.events._snapshot import START, Place, Snapshot
+from mainstay.events._starts import Start, begin
 from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
 from mainstay.events.metadata import Headers, Outgoing, Record
 from mainstay.events.tables import LOG, pack_headers, unpack_headers
@@ -64,9 +65,9 @@ class SqlTransport:
     def __init__(self, database: Database, *, partitions: int, lease_seconds: float, clock: Clock) -> None:
         self.database = database
         self.arrivals = Arrivals()
+        self.lease_seconds = lease_seconds
+        self.clock = clock
         self._partitions = partitions
-        self._lease_seconds = lease_seconds
-        self._clock = clock
 
     async def note_partitions(self) -> None:
         """Leave word of how many partitions are written to from here: whoever reads with fewer must know of the rest.
@@ -101,19 +102,18 @@ class SqlTransport:
         return Health("ok", "events are kept in the Database")
 
     @asynccontextmanager
-    async def source(self, group: str, topics: Sequence[str], reader: Reader) -> AsyncGenerator[SqlSource, None]:
+    async def source(
+        self, group: str, topics: Sequence[str], reader: Reader, start: Start = "earliest"
+    ) -> AsyncGenerator[SqlSource, None]:
         """See `Transport`."""
-        # Where there were more partitions once, events may still wait in them.
-        partitions = max(self._partitions, await self._known_partitions())
         source = SqlSource(
-            self.database,
-            self.arrivals,
+            self,
             group,
             sorted(topics),
             reader,
-            partitions=partitions,
-            lease_seconds=self._lease_seconds,
-            clock=self._clock,
+            start=start,
+            # Where there were more partitions once, events may still wait in them.
+            partitions=max(self._partitions, await self._known_partitions()),
         )
         # A hint that there are events, also of other processes; polling is what finds them.
         with self.database.listen(_CHANNEL, self._heard):
@@ -170,24 +170,24 @@ class SqlSource:
 
     def __init__(
         self,
-        database: Database,
-        arrivals: Arrivals,
+        transport: SqlTransport,
         group: str,
         topics: Sequence[str],
         reader: Reader,
         *,
+        start: Start,
         partitions: int,
-        lease_seconds: float,
-        clock: Clock,
     ) -> None:
-        self._database = database
-        self._arrivals = arrivals
+        self._database = database = transport.database
+        self._arrivals = transport.arrivals
         self._group = group
         self._topics = topics
         self._reader = reader
+        self._start: Start = start
+        self._begun: set[str] = set()  # topics in which the group is known to have a place, or to have been given one
         self._partitions = partitions
-        self._lease_seconds = lease_seconds
-        self._clock = clock
+        self._lease_seconds = transport.lease_seconds
+        self._clock = clock = transport.clock
         self._member = f"{uuid7()} {socket.gethostname()}:{os.getpid()}"  # the oldest first, and who it is for people
         self._leases: dict[tuple[str, int], Lease] = {}
         self._slots: dict[Assignment, _Slot] = {}
@@ -359,6 +359,10 @@ class SqlSource:
         try:
             place = {"group": self._group, "of_topic": topic, "number": number}
             rows = await self._database.read(tables.READ_OFFSETS, place)
+            if not rows and topic not in self._begun:
+                await begin(self._database, self._group, topic, self._start, self._partitions)
+                rows = await self._database.read(tables.READ_OFFSETS, place)
+            self._begun.add(topic)
         except BaseException:
             await lease.release()
             raise

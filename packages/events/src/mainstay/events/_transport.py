@@ -10,6 +10,7 @@ from zlib import crc32
 
 from mainstay.core import Health
 from mainstay.events._delivery import Assignment
+from mainstay.events._starts import Start
 from mainstay.events.metadata import Headers, Outgoing, Record
 
 
@@ -117,8 +118,10 @@ class Source(Protocol):
 class Transport(Protocol):
     """Where consumers read; what publishing writes to may be an outbox in front of it."""
 
-    def source(self, group: str, topics: Sequence[str], reader: Reader) -> AbstractAsyncContextManager[Source]:
-        """Read topics as a member of a group, from where it left off, else from their beginning.
+    def source(
+        self, group: str, topics: Sequence[str], reader: Reader, start: Start = "earliest"
+    ) -> AbstractAsyncContextManager[Source]:
+        """Read topics as a member of a group, from where it left off, else from their start.
 
         Leaving the block gives the partitions back, after `reader.revoked`.
         """

@@ -23,12 +23,14 @@ class Turns:
 
     Attributes:
         heads: the next event that can be called, for each `next()`; None while there is none.
+        held: nothing may be called at the moment.
     """
 
     def __init__(self) -> None:
         self._again: deque[Head] = deque()
         self._with_unread: deque[Assignment] = deque()
         self._batches: deque[Callable[[], Head]] = deque()
+        self.held = False
         self.heads = self._heads()
 
     def add(self, assignment: Assignment, records: Collection[Record]) -> None:
@@ -50,11 +52,14 @@ class Turns:
     @property
     def waiting(self) -> bool:
         """Whether a caller that looks may find something."""
-        return bool(self._with_unread or self._again or self._batches)
+        return not self.held and bool(self._with_unread or self._again or self._batches)
 
     def _heads(self) -> Generator[Head | None, None, None]:
         again, batches, with_unread = self._again, self._batches, self._with_unread
         while True:
+            if self.held:
+                yield None
+                continue
             if again:
                 yield again.popleft()
                 continue
@@ -67,7 +72,7 @@ class Turns:
             assignment = with_unread[0]  # it stays the first while its portion lasts, since something waits until then
             unread, busy = assignment.unread, assignment.busy
             left = _PORTION
-            while left and unread and assignment.open:
+            while left and unread and assignment.open and not self.held:
                 record = unread.popleft()
                 key = record.key
                 if key is not None:

@@ -8,6 +8,7 @@ EventsError             SYS_EVENTS          base
 ├── RedriveError        RES_EVENTS_REDRIVE  a dead letter that is not there (any more)
 ├── ForgetError         RES_EVENTS_FORGET   a kind of event that a process handles, or none ever did
 ├── NotScheduledError   RES_EVENTS_NOT_SCHEDULED  an event that does not wait for its time (any more)
+├── PauseError          RES_EVENTS_PAUSE    what is paused already, is not paused, or is not there to be paused
 └── RefusedError        RES_EVENTS_REFUSED  a refused event that is not there (any more)
 
 Mistakes in declarations are `TypeError` and `ValueError` where they are written, `ConfigurationError` where an App is
@@ -21,6 +22,7 @@ from mainstay.core import MainstayError
 __all__ = [
     "DecodeError",
     "ForgetError",
+    "PauseError",
     "PublishError",
     "RedriveError",
     "RefusedError",
@@ -113,6 +115,21 @@ class ForgetError(EventsError):
     retryable = False
     no_effect = True
     public_message = "This kind of event cannot be forgotten."
+
+
+class PauseError(EventsError):
+    """This is paused already, is not paused, or no process has such a group or handler."""
+
+    code = "RES_EVENTS_PAUSE"
+    retryable = False
+    no_effect = True
+    public_message = "There is nothing to be paused or resumed by this name."
+
+
+class PausedError(EventsError):
+    """A person has paused the event's kind or key: it waits until that is resumed."""
+
+    code = "SYS_EVENTS_PAUSED"
 
 
 class KeyIsParkedError(EventsError):

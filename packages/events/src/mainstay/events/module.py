@@ -38,6 +38,7 @@ from mainstay.events.foreign import Debezium, Decoder, Plain, Schemas
 from mainstay.events.log import EventLog
 from mainstay.events.metadata import Outgoing
 from mainstay.events.parked import ParkedKeys
+from mainstay.events.pauses import Pauses
 from mainstay.events.publisher import EventPublisher, Send
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.router import EventRouter, Subscription, decoder_each, one_handler_each, one_rule_each
@@ -72,14 +73,15 @@ class EventConsumers:
             return Health("degraded", "; ".join(worse))
         parked = [f", {each.parked_keys} keys parked in {each.group}" for each in self.consumers if each.parked_keys]
         behind = [f", {backlog}" for each in self.consumers if (backlog := each.backlog())]
-        return Health("ok", f"{len(reports)} groups{''.join(parked)}{''.join(behind)}")
+        paused = [f", group {each.group}: {pause}" for each in self.consumers if (pause := each.paused)]
+        return Health("ok", f"{len(reports)} groups{''.join(paused)}{''.join(parked)}{''.join(behind)}")
 
 
 class EventsModule(Module[EventsSettings, EventRouter]):
     """`EventsModule.for_root()` once; `EventsModule.for_feature(router)` for each feature.
 
-    Yields `EventPublisher`, `DeadLetters`, `ParkedKeys` and, but on Kafka without an outbox, `ScheduledEvents`. While
-    the App serves, consumers and the outbox relay run, and scheduled events are handed on.
+    Yields `EventPublisher`, `DeadLetters`, `ParkedKeys`, `Pauses` and, but on Kafka without an outbox,
+    `ScheduledEvents`. While the App serves, consumers and the outbox relay run, and scheduled events are handed on.
     """
 
     name: ClassVar[str] = "events"
@@ -106,7 +108,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def yields(self) -> Sequence[type]:
         """Publisher, dead letters, consumers, and the parts of the transport that the settings choose."""
         registry = () if self.settings.registry_url is None else (SchemaRegistry,)
-        return (EventPublisher, DeadLetters, ParkedKeys, EventConsumers, *registry, *_transport_classes(self.settings))
+        yielded = (EventPublisher, DeadLetters, ParkedKeys, Pauses, EventConsumers)
+        return (*yielded, *registry, *_transport_classes(self.settings))
 
     def functions(self) -> Sequence[Callable[..., Any]]:
         """The handlers."""
@@ -272,7 +275,8 @@ class EventsModule(Module[EventsSettings, EventRouter]):
             known = database or _database_of(app)
             dead = DeadLetters(letters, {group: routes for group, (_, routes) in groups.items()}, known)
             services += _log(transport, settings, database, groups)
-            yield [publisher, dead, ParkedKeys(known, letters), EventConsumers(consumers), *services]
+            services += [dead, ParkedKeys(known, letters), Pauses(known)]
+            yield [publisher, EventConsumers(consumers), *services]
 
     def _publisher(self, app: App, send: Send, schedule: Schedule | None, spans: Spans | None) -> EventPublisher:
         return EventPublisher(
@@ -478,8 +482,7 @@ def _groups(
     settings, upcasting = module.settings, Upcasting(module._upcasts())
     for subscription in module._subscriptions():
         topics, routes = groups.setdefault(subscription.group, ([], Routes()))
-        routes.unknown = subscription.unknown
-        routes.spans = spans
+        routes.unknown, routes.start, routes.spans = subscription.unknown, subscription.start, spans
         call, wants_metadata, batching = call_of(subscription)
         limits = _limits(subscription)
         retry = settings.retry() if subscription.retry is None else subscription.retry
@@ -569,6 +572,8 @@ def _how(subscription: Subscription) -> str:
         said.append(f"{subscription.concurrency} calls at once")
     if subscription.order == "none":
         said.append("in no order")
+    if subscription.start != "earliest":
+        said.append(f"from {subscription.start} on")
     return "".join(f", {each}" for each in said)
 
 

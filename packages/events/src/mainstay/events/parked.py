@@ -37,6 +37,7 @@ class ParkedKey:
         attempt: the number that the next attempt has.
         since: since when its first event has been failing, in UTC.
         due: when it is tried again, in UTC; None while it waits for a person.
+        paused: a person has paused it, its group or that kind of event: it is not tried before that is resumed.
     """
 
     id: UUID
@@ -51,6 +52,7 @@ class ParkedKey:
     since: datetime
     due: datetime | None
     alone: bool
+    paused: bool
 
 
 class ParkedKeys:
@@ -185,4 +187,5 @@ def _parked_key(row: Any) -> ParkedKey:
         since=datetime.fromtimestamp(row.failing_since, UTC),
         due=None if row.due_at is None else datetime.fromtimestamp(row.due_at, UTC),
         alone=row.alone,
+        paused=row.paused,
     )

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, overloa
 
 from mainstay.core import Binding, Retry
 from mainstay.events._routes import OnUnknown, Unknown
+from mainstay.events._starts import Start, check_start
 from mainstay.events._upcasting import Payload, Upcast
 from mainstay.events.event import Event, definition_of
 from mainstay.events.foreign import Debezium, Decoder, Plain
@@ -102,6 +103,7 @@ class Subscription:
     concurrency: int | None = None
     order: Order = "key"
     batches: InBatches | None = None
+    start: Start = "earliest"
 
 
 class EventRouter:
@@ -144,6 +146,7 @@ class EventRouter:
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
         order: Order = "key",
+        start: Start = "earliest",
     ) -> On[E, Metadata]: ...
     @overload
     def on(
@@ -159,6 +162,7 @@ class EventRouter:
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
         order: Order = "key",
+        start: Start = "earliest",
     ) -> On[E | F, Metadata]: ...
     @overload
     def on(
@@ -171,6 +175,7 @@ class EventRouter:
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
         order: Order = "key",
+        start: Start = "earliest",
     ) -> On[Any, Metadata]: ...
     def on(
         self,
@@ -182,6 +187,7 @@ class EventRouter:
         timeout_seconds: float | None = None,
         concurrency: int | None = None,
         order: Order = "key",
+        start: Start = "earliest",
     ) -> On[Any, Metadata]:
         """Handle events: `@events.on(OrderPaid, group="receipts")` on an async function, or on a class with `handle`.
 
@@ -212,21 +218,23 @@ class EventRouter:
                 (`EventsSettings.concurrency`), which is never exceeded.
             order: `key` has events with equal keys wait for each other. With `none` they are handled side by side, in
                 no order, which is faster where a few keys have most of the events.
+            start: where the group begins in a topic in which it has no place yet: with the `earliest` event there is,
+                with what comes from then on (`latest`), or from a time on. All handlers of a group say the same.
 
         Raises:
             TypeError: what is decorated cannot be a handler, with the remedy.
-            ValueError: the group is empty, the timeout is not positive, `on_failure`, `inbox` or `order` is unknown,
-                `concurrency` is less than 1, `park` is combined with `order="none"`, or the group handles this type
-                already.
+            ValueError: the group is empty, the timeout is not positive, `on_failure`, `inbox`, `order` or `start` is
+                none, `concurrency` is less than 1, `park` comes with `order="none"`, or the group handles this type.
         """
         _check("on", events, group, on_failure, timeout_seconds)
         _check_limits(concurrency, order, on_failure)
+        check_start(start)
         if inbox not in {True, False, "batch"}:
             msg = f"on(inbox={inbox!r}): it is True, False or 'batch'"
             raise ValueError(msg)
         described = partial(
             Subscription, events, group, retry=retry, on_failure=on_failure, inbox=inbox, unknown=self.unknown,
-            timeout_seconds=timeout_seconds, concurrency=concurrency, order=order,
+            timeout_seconds=timeout_seconds, concurrency=concurrency, order=order, start=start,
         )  # fmt: skip
         return On(self, events, described)
 
@@ -244,6 +252,7 @@ class EventRouter:
         on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
+        start: Start = "earliest",
     ) -> On[list[E], list[Metadata]]: ...
     @overload
     def on_batch(
@@ -260,6 +269,7 @@ class EventRouter:
         on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
+        start: Start = "earliest",
     ) -> On[list[E | F], list[Metadata]]: ...
     @overload
     def on_batch(
@@ -273,6 +283,7 @@ class EventRouter:
         on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
+        start: Start = "earliest",
     ) -> On[list[Any], list[Metadata]]: ...
     def on_batch(
         self,
@@ -285,6 +296,7 @@ class EventRouter:
         on_failure: OnFailure | None = None,
         inbox: bool = False,
         timeout_seconds: float | None = None,
+        start: Start = "earliest",
     ) -> On[list[Any], list[Metadata]]:
         """Handle events together: on an async function, or a class with `handle`, that takes a list of events.
 
@@ -300,7 +312,7 @@ class EventRouter:
             wait_seconds: how long the first of them waits for more; 0 hands over what is there.
             by: `partition` for events of one partition of the topic, in its order, so that batches of it follow each
                 other. `key` for events of one key, while those of other keys are handled at the same time.
-            retry: as for `on`.
+            retry, start: as for `on`.
             on_failure: as for `on`, of an event that keeps failing alone.
             inbox: run the handler inside `db.transaction()` together with the notes that this group has handled the
                 events. What it has handled already is not in the list.
@@ -311,6 +323,7 @@ class EventRouter:
             ValueError: as for `on`; or the size, the time, or `by` cannot be.
         """
         _check("on_batch", events, group, on_failure, timeout_seconds)
+        check_start(start)
         if not 1 <= size <= _LARGEST_BATCH:
             msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
             raise ValueError(msg)
@@ -329,7 +342,7 @@ class EventRouter:
             raise ValueError(msg)
         described = partial(
             Subscription, events, group, retry=retry, on_failure=on_failure, inbox=inbox, unknown=self.unknown,
-            timeout_seconds=timeout_seconds, batches=InBatches(size, wait_seconds, by),
+            timeout_seconds=timeout_seconds, batches=InBatches(size, wait_seconds, by), start=start,
         )  # fmt: skip
         return On(self, events, described, several=True)
 
@@ -460,7 +473,7 @@ def one_handler_each(subscriptions: Sequence[Subscription]) -> None:
 
 
 def one_rule_each(subscriptions: Sequence[Subscription]) -> None:
-    """Check that the routers of a group agree about what it cannot handle.
+    """Check that a group is told one thing about what it cannot handle, and one about where it begins.
 
     Raises:
         ValueError: naming the group and two handlers.
@@ -472,6 +485,12 @@ def one_rule_each(subscriptions: Sequence[Subscription]) -> None:
             msg = (
                 f"group {subscription.group!r} is told two things about what it cannot handle, by the routers of "
                 f"{other.name} and {subscription.name}: give both the same unknown_types and unknown_versions"
+            )
+            raise ValueError(msg)
+        if other.start != subscription.start:
+            msg = (
+                f"group {subscription.group!r} is told two things about where it begins, by {other.name} "
+                f"({other.start}) and {subscription.name} ({subscription.start}): give both the same start"
             )
             raise ValueError(msg)
 

@@ -193,6 +193,19 @@ PARKED = sa.Table(
     sqlite_autoincrement=True,
 )
 
+PAUSES = sa.Table(
+    "mainstay_events_pauses",
+    METADATA,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("group_name", sa.Text, nullable=False),
+    # Of the whole group where both are null.
+    sa.Column("kind", sa.Text),
+    sa.Column("key", sa.LargeBinary),
+    sa.Column("paused_by", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("paused_at", sa.Double, nullable=False),
+)
+
 # Of each partition, who holds it and how its holders ended. See `_crashes`.
 HOLDERS = sa.Table(
     "mainstay_events_holders",
@@ -452,6 +465,11 @@ READ_OFFSETS = sa.select(OFFSETS).where(
     OFFSETS.c.topic == sa.bindparam("of_topic"),
     OFFSETS.c.partition == sa.bindparam("number"),
 )
+ANY_OFFSET = (
+    sa.select(OFFSETS.c.partition)
+    .where(OFFSETS.c.group_name == sa.bindparam("group"), OFFSETS.c.topic == sa.bindparam("of_topic"))
+    .limit(1)
+)
 READ_PLACES = sa.select(OFFSETS).where(OFFSETS.c.group_name != "")
 WIDEST_PARTITION = sa.select(sa.func.max(OFFSETS.c.partition))
 # Nobody's place: it only says that events are written to partitions up to this one, for those who read with fewer.
@@ -463,6 +481,11 @@ NOTE_PARTITION = _each(
     )
 )
 _PLACE = _binds(OFFSETS, "low", "high", "position")
+BEGIN_OFFSET = _each(
+    lambda insert, _: (
+        insert(OFFSETS).values(**_binds(OFFSETS, "group_name", "topic", "partition"), **_PLACE).on_conflict_do_nothing()
+    )
+)
 COMMIT_OFFSET = _each(
     lambda insert, _: (
         insert(OFFSETS)
@@ -657,10 +680,21 @@ NEXT_OF_PARKED_KEY = _each(
 )
 FREE_PARKED_KEY = sa.delete(PARKED_KEYS).where(*_OF_KEY, ~sa.exists().where(*_WAITS).correlate(PARKED_KEYS))
 _KEPT_SECONDS = sa.bindparam("kept", type_=sa.Double)
+_IS_PAUSED = sa.exists().where(
+    PAUSES.c.group_name == PARKED_KEYS.c.group_name,
+    sa.or_(
+        PAUSES.c.kind == PARKED_KEYS.c.kind,
+        PAUSES.c.key == PARKED_KEYS.c.own_key,
+        sa.and_(PAUSES.c.kind.is_(None), PAUSES.c.key.is_(None)),
+    ),
+)
 
 
 def _due(now: sa.ColumnElement[float]) -> sa.Select[Any]:
-    """Parked keys whose time has come, that no process works on, and whose first event this one may handle."""
+    """Parked keys that are due, that no process works on, and whose first event this one may handle.
+
+    None is due while a person has paused it.
+    """
     handled = sa.exists().where(
         HANDLED.c.group_name == PARKED_KEYS.c.group_name,
         HANDLED.c.kind == PARKED_KEYS.c.kind,
@@ -673,6 +707,7 @@ def _due(now: sa.ColumnElement[float]) -> sa.Select[Any]:
             PARKED_KEYS.c.due_at <= now,
             sa.or_(PARKED_KEYS.c.claimed_until.is_(None), PARKED_KEYS.c.claimed_until <= now),
             sa.or_(PARKED_KEYS.c.kind.in_(sa.bindparam("mine", expanding=True)), ~handled),
+            ~_IS_PAUSED,
         )
         .order_by(PARKED_KEYS.c.due_at)
         .limit(sa.bindparam("most", type_=sa.Integer))
@@ -701,8 +736,8 @@ RELEASE_ALL_CLAIMS = (
 
 
 def _is_stuck(now: sa.ColumnElement[float]) -> sa.ColumnElement[bool]:
-    """Whether a parked key waits for a person, or is tried again and again to no end."""
-    tried = sa.and_(PARKED_KEYS.c.later == 0, PARKED_KEYS.c.attempt + PARKED_KEYS.c.postponed > 1)
+    """Whether a parked key waits for a person, or is tried again and again to no end, which none is while paused."""
+    tried = sa.and_(PARKED_KEYS.c.later == 0, PARKED_KEYS.c.attempt + PARKED_KEYS.c.postponed > 1, ~_IS_PAUSED)
     return sa.or_(PARKED_KEYS.c.due_at.is_(None), sa.and_(tried, PARKED_KEYS.c.failing_since < now - _SECONDS))
 
 
@@ -756,12 +791,14 @@ HANDLE_PARKED = (
     sa.update(PARKED).where(PARKED.c.position == sa.bindparam("done")).values(handled=True, value=None, headers="[]")
 )
 LIST_PARKED_KEYS = (
-    sa.select(PARKED_KEYS, _WAITING.label("waiting"))
+    sa.select(PARKED_KEYS, _WAITING.label("waiting"), _IS_PAUSED.label("paused"))
     .order_by(PARKED_KEYS.c.failing_since, PARKED_KEYS.c.id)
     .limit(sa.bindparam("limit", type_=sa.Integer))
 )
 LIST_PARKED_KEYS_OF = LIST_PARKED_KEYS.where(PARKED_KEYS.c.group_name == sa.bindparam("of_group"))
-GET_PARKED_KEY = sa.select(PARKED_KEYS, _WAITING.label("waiting")).where(PARKED_KEYS.c.id == sa.bindparam("parked"))
+GET_PARKED_KEY = sa.select(PARKED_KEYS, _WAITING.label("waiting"), _IS_PAUSED.label("paused")).where(
+    PARKED_KEYS.c.id == sa.bindparam("parked")
+)
 DELETE_QUEUE = sa.delete(PARKED).where(
     PARKED.c.group_name == sa.bindparam("of_group"),
     PARKED.c.topic == sa.bindparam("of_topic"),
@@ -867,3 +904,24 @@ READ_IN_HAND = _each(
 READ_CALLED = sa.select(HOLDERS.c.topic, HOLDERS.c.partition, HOLDERS.c.called, HOLDERS.c.crashes).where(
     HOLDERS.c.group_name == sa.bindparam("of_group"), HOLDERS.c.called.is_not(None)
 )
+HANDLING_GROUPS = _each(
+    lambda _, now: (
+        sa.select(HANDLED.c.group_name)
+        .where(HANDLED.c.seen_at > now - _KEPT_SECONDS)
+        .distinct()
+        .order_by(HANDLED.c.group_name)
+    )
+)
+
+_THE_PAUSE = PAUSES.c.id == sa.bindparam("pause", type_=sa.Uuid)
+INSERT_PAUSE = _each(
+    lambda insert, now: (
+        insert(PAUSES)
+        .values(**_binds(PAUSES, "id", "group_name", "kind", "key", "paused_by", "reason"), paused_at=now)
+        .on_conflict_do_nothing()
+    )
+)
+GET_PAUSE = sa.select(PAUSES).where(_THE_PAUSE)
+DELETE_PAUSE = sa.delete(PAUSES).where(_THE_PAUSE)
+READ_PAUSES = sa.select(PAUSES).where(PAUSES.c.group_name == sa.bindparam("of_group"))
+LIST_PAUSES = sa.select(PAUSES).order_by(PAUSES.c.paused_at, PAUSES.c.id)

@@ -18,6 +18,7 @@ from mainstay.events._aiokafka.stored import stored
 from mainstay.events._kafka.seam import Contact
 from mainstay.events._kafka.tls import check_connection
 from mainstay.events._kafka.topics import Topics
+from mainstay.events._starts import Start
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -48,10 +49,10 @@ class Client:
         return KafkaProducer(self._settings, topics, self._contact)
 
     def reading(
-        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, start: Start
     ) -> AbstractAsyncContextManager[KafkaSource]:
         """See `Client`."""
-        return reading(self._settings, topics, self._contact, group=group, names=names, reader=reader)
+        return reading(topics, self._contact, group=group, names=names, reader=reader, start=start)
 
     async def browser(self) -> AiokafkaBrowser:
         """See `Client`."""

@@ -20,29 +20,31 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import (
+    CommitFailedError,
     GroupAuthorizationFailedError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
     TopicAuthorizationFailedError,
 )
-from aiokafka.structs import ConsumerRecord
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.missed import pass_over
 from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed
+from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watched
+from mainstay.events._starts import Start
 from mainstay.events._transport import LogRecord, Reader
 from mainstay.events.metadata import UNREADABLE, Record
-from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
 
@@ -52,12 +54,13 @@ _SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accep
 
 @asynccontextmanager
 async def reading(
-    settings: EventsSettings, topics: Topics, contact: Contact, *, group: str, names: Sequence[str], reader: Reader
+    topics: Topics, contact: Contact, *, group: str, names: Sequence[str], reader: Reader, start: Start
 ) -> AsyncGenerator[KafkaSource, None]:
     """A consumer of a group, from where it left off; leaving the block gives its partitions back.
 
     A topic that is missing or refused is read as soon as it is there, and the others do not wait for it.
     """
+    settings = contact.settings
     session_ms = int(max(_SHORTEST_SESSION_SECONDS, settings.lease_seconds) * 1000)
     drain_ms = int((settings.drain_seconds + 2 * CLOSE_SECONDS) * 1000)
     consumer = AIOKafkaConsumer(
@@ -73,7 +76,8 @@ async def reading(
         max_poll_interval_ms=2_000_000_000,
     )
     NamingClient.instead_of(consumer._client, contact)
-    source = KafkaSource(consumer, reader, group)
+    starts = Starts(group, start)
+    source = KafkaSource(consumer, reader, group, starts)
     try:
         # Subscribed to after the start: a start with topics waits for each of them, and for the group to be dealt out,
         # which takes as long as the slowest member needs to drain.
@@ -90,7 +94,8 @@ async def reading(
             if not all(map(consumer.partitions_for_topic, consumer.subscription())):
                 await consumer._client.force_metadata_update()
 
-        async with watched(group, topics, names, source.absent, contact, subscribe=subscribe, ask=ask):
+        whole = starts.whole
+        async with watched(group, topics, names, source.absent, contact, whole=whole, subscribe=subscribe, ask=ask):
             yield source
     finally:
         await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
@@ -110,6 +115,56 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka sh
         self._source.assign(assigned)
 
 
+class _Places:
+    """See `Places`.
+
+    Args:
+        consumer: the member.
+        allowed: whether it may commit.
+    """
+
+    def __init__(self, consumer: AIOKafkaConsumer, allowed: Callable[[], bool]) -> None:
+        self._consumer: Any = consumer  # of which more is used than it offers
+        self._allowed = allowed
+
+    async def committed(self, topic: str) -> Mapping[int, int | None]:
+        """See `Places`."""
+        numbers = self._consumer.partitions_for_topic(topic) or ()
+        places = [TopicPartition(topic, number) for number in sorted(numbers)]
+        found = await self._consumer._coordinator.fetch_committed_offsets(places)
+        return {
+            place.partition: found[place].offset if place in found and found[place].offset >= 0 else None
+            for place in places
+        }
+
+    async def first_offsets(self, topic: str, partitions: Collection[int], start: Start) -> Mapping[int, int]:
+        """See `Places`."""
+        places = [TopicPartition(topic, number) for number in partitions]
+        if start == "earliest":
+            found = await self._consumer.beginning_offsets(places)
+            return {place.partition: found[place] for place in places}
+        # The end is asked for first: what comes in between is found by its time, or is behind the end.
+        ends = await self._consumer.end_offsets(places)
+        times: Mapping[TopicPartition, Any] = {}
+        if start != "latest":
+            times = await self._consumer.offsets_for_times(dict.fromkeys(places, int(start.timestamp() * 1000)))
+        return {
+            place.partition: times[place].offset if times.get(place) is not None else ends[place] for place in places
+        }
+
+    async def commit_first(self, topic: str, offsets: Mapping[int, int]) -> bool:
+        """See `Places`. Their consumer commits for its own partitions only, its coordinator for all."""
+        subscription = self._consumer._subscription.subscription
+        if subscription is None or subscription.assignment is None or not self._allowed():
+            return False
+        places = {TopicPartition(topic, number): OffsetAndMetadata(offset, "") for number, offset in offsets.items()}
+        try:
+            await self._consumer._coordinator.commit_offsets(subscription.assignment, places)
+        except CommitFailedError:  # the group is being dealt out anew
+            return False
+        return True
+
+
 class KafkaSource:
     """One group's consumer.
 
@@ -117,8 +172,10 @@ class KafkaSource:
         absent: topics that are not read, and why.
     """
 
-    def __init__(self, consumer: AIOKafkaConsumer, reader: Reader, group: str) -> None:
+    def __init__(self, consumer: AIOKafkaConsumer, reader: Reader, group: str, starts: Starts) -> None:
         self.absent: dict[str, str] = {}
+        self._starts = starts
+        self._places = _Places(consumer, self.commit_allowed)
         self._consumer = consumer
         self._reader = reader
         self._group = group
@@ -211,10 +268,21 @@ class KafkaSource:
         return NotAllowed(f"this service may not take part in the group {self._group}: grant READ on that group")
 
     async def _begin(self, place: TopicPartition) -> None:
-        """A group that has no place in a partition begins with the oldest record that is there."""
-        _log.info("group %s begins with all that is in %s/%d", self._group, place.topic, place.partition)
-        if place in self._held:
-            await self._consumer.seek_to_beginning(place)
+        """A group that has no place in a partition begins with the oldest record there, or as its handlers say."""
+        if self._starts.earliest:
+            _log.info("group %s begins with all that is in %s/%d", self._group, place.topic, place.partition)
+            if place in self._held:
+                await self._consumer.seek_to_beginning(place)
+            return
+        held = {each.partition for each in self._held if each.topic == place.topic}
+        offset: int | None = None
+        with suppress(TimeoutError):  # it is asked again
+            async with asyncio.timeout(CLOSE_SECONDS):
+                offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+        if offset is None:
+            await asyncio.sleep(_FETCH_MS / 1000)
+        elif place in self._held:
+            self._consumer.seek(place, offset)
 
     async def _pass_over(self, place: TopicPartition, offset: int) -> None:
         """What the group would read next is gone: it goes on with the oldest record that is there, and is told."""
@@ -270,12 +338,19 @@ class KafkaSource:
         }
         if not offsets:
             return
-        if self._current_generation() != self._generation:
-            # The broker has given us up. Aiokafka would commit as nobody, which a group that all have left accepts: it
-            # would move the group back behind what the others have committed.
+        if not self.commit_allowed():
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
             return
         await self._consumer.commit(offsets)
+        self._starts.whole.update(place.topic for place in offsets)
+
+    def commit_allowed(self) -> bool:
+        """Whether the broker has not given us up.
+
+        Aiokafka would commit as nobody, which a group that all have left accepts: it would move the group back behind
+        what the others have committed.
+        """
+        return self._current_generation() == self._generation
 
     def _current_generation(self) -> int:
         coordinator: Any = self._consumer._coordinator

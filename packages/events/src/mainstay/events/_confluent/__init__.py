@@ -19,6 +19,7 @@ from mainstay.events._confluent.source import ConfluentSource, reading
 from mainstay.events._confluent.stored import stored
 from mainstay.events._kafka.seam import Contact
 from mainstay.events._kafka.topics import Topics
+from mainstay.events._starts import Start
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -49,10 +50,10 @@ class Client:
         return ConfluentProducer(topics, self._admin, self._contact)
 
     def reading(
-        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, start: Start
     ) -> AbstractAsyncContextManager[ConfluentSource]:
         """See `Client`."""
-        return reading(topics, self._admin, self._contact, group=group, names=names, reader=reader)
+        return reading(topics, self._admin, self._contact, group=group, names=names, reader=reader, start=start)
 
     async def browser(self) -> ConfluentBrowser:
         """See `Client`; it connects with its first reading."""

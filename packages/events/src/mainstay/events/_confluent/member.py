@@ -50,6 +50,7 @@ class Found(NamedTuple):
     pages: Mapping[Place, Sequence[KafkaRecord]]
     ends: Mapping[Place, int]
     trouble: Sequence[tuple[str | None, KafkaFault]]
+    placeless: Sequence[Place]
 
 
 class Holder(Protocol):
@@ -75,12 +76,14 @@ class Member:
         options: of the consumer.
         group: its group.
         moving_seconds: how long partitions may take to be given up.
+        earliest: where the group has no place it begins with all that is there; else it is told where.
     """
 
-    def __init__(self, options: dict[str, Any], group: str, moving_seconds: float) -> None:
+    def __init__(self, options: dict[str, Any], group: str, moving_seconds: float, *, earliest: bool) -> None:
         self._options = options
         self._group = group
         self._moving_seconds = moving_seconds
+        self._earliest = earliest
         self._caller = Caller(f"events.{group}")
         self._consumer: Consumer | None = None
         self._source: Holder | None = None
@@ -148,7 +151,36 @@ class Member:
         answered.result()
         return True
 
+    async def committed_in(self, places: Sequence[Place]) -> Mapping[Place, int | None]:
+        """The group's places in partitions, also in those that others hold.
+
+        Raises:
+            KafkaFault: they cannot be asked for.
+        """
+        return await self._caller.run(partial(self._committed_in, places))
+
+    async def go_on_at(self, place: Place, offset: int) -> None:
+        """Read a partition without a place from an offset on, where it is held still."""
+        await self._caller.run(partial(self._go_on_at, TopicPartition(*place, offset)))
+
     # In the thread
+
+    def _committed_in(self, places: Sequence[Place]) -> Mapping[Place, int | None]:
+        try:
+            found = self._in_use().committed([TopicPartition(*place) for place in places], timeout=CLOSE_SECONDS)
+        except KafkaException as error:
+            raise fault_of(error) from error
+        failed = next((each.error for each in found if each.error is not None), None)
+        if failed is not None:
+            raise KafkaFault(failed)
+        return {Place(each.topic, each.partition): each.offset if each.offset >= 0 else None for each in found}
+
+    def _go_on_at(self, start: TopicPartition) -> None:
+        consumer = self._in_use()
+        if any((each.topic, each.partition) == (start.topic, start.partition) for each in consumer.assignment()):
+            # It is no longer fetched, and what is not fetched cannot be told to seek.
+            consumer.incremental_unassign([start])
+            consumer.incremental_assign([start])
 
     def _subscribe(self, topics: list[str]) -> None:
         assert self._consumer is not None  # noqa: S101  started
@@ -201,12 +233,13 @@ class Member:
             first = consumer.poll(_SLICE_SECONDS)
         messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
         good = [message for message in messages if message.error() is None]
-        trouble = self._see_to(consumer, [message for message in messages if message.error() is not None])
+        placeless: list[Place] = []
+        trouble = self._see_to(consumer, [each for each in messages if each.error() is not None], placeless)
         self._in_use()  # partitions may have moved within
         pages: dict[Place, list[KafkaRecord]] = {}
         for record in records_of(good):
             pages.setdefault(Place(record.topic, record.partition), []).append(record)
-        return Found(pages, self._ends(consumer), trouble)
+        return Found(pages, self._ends(consumer), trouble, placeless)
 
     def _ends(self, consumer: Consumer) -> Mapping[Place, int]:
         now = time.monotonic()
@@ -220,13 +253,19 @@ class Member:
                 ends[Place(place.topic, place.partition)] = end
         return ends
 
-    def _see_to(self, consumer: Consumer, messages: Sequence[Message]) -> list[tuple[str | None, KafkaFault]]:
+    def _see_to(
+        self, consumer: Consumer, messages: Sequence[Message], placeless: list[Place]
+    ) -> list[tuple[str | None, KafkaFault]]:
         trouble: list[tuple[str | None, KafkaFault]] = []
         for message in messages:
             error = message.error()
             assert error is not None  # noqa: S101  these are such
             if error.code() == KafkaError._AUTO_OFFSET_RESET:
-                self._begin(consumer, Place(message.topic() or "", message.partition() or 0), message.offset())
+                place, offset = Place(message.topic() or "", message.partition() or 0), message.offset()
+                if self._earliest or (offset is not None and offset >= 0):
+                    self._begin(consumer, place, offset)
+                else:
+                    placeless.append(place)
             elif error.fatal() or error.code() not in _PASSING:
                 about = _ABOUT_OTHERS if error.code() == KafkaError.INCONSISTENT_GROUP_PROTOCOL else ""
                 topic = message.topic() if error.code() in _ABOUT_ITS_TOPIC else None
@@ -242,9 +281,7 @@ class Member:
             oldest, _ = consumer.get_watermark_offsets(start, timeout=REQUEST_SECONDS)
             start.offset = oldest
             pass_over(self._group, place.topic, place.partition, offset=offset, oldest=oldest)
-        # It is no longer fetched, and what is not fetched cannot be told to seek.
-        consumer.incremental_unassign([start])
-        consumer.incremental_assign([start])
+        self._go_on_at(start)
 
     def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:
         consumer = self._in_use()

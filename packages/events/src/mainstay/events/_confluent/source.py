@@ -15,11 +15,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from confluent_kafka import KafkaError
 
 from mainstay.events._confluent.admin import ConfluentAdmin
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, Reasons, connection
@@ -27,8 +29,10 @@ from mainstay.events._confluent.member import Found, Member, Place
 from mainstay.events._confluent.records import KafkaRecord
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
+from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watched
+from mainstay.events._starts import Start
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -37,6 +41,13 @@ _log = logging.getLogger("mainstay.events")
 
 _FETCH_SECONDS = 0.25
 _WAITING = 1000
+_DEALT_OUT = {
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.STALE_MEMBER_EPOCH,
+    KafkaError.UNKNOWN_MEMBER_ID,
+}
+"""What a commit is refused with while the group is dealt out anew."""
 _SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accepts
 
 
@@ -56,6 +67,53 @@ class _Held:
     end: int | None = None
 
 
+def _by_number(offsets: Mapping[tuple[str, int], int]) -> Mapping[int, int]:
+    return {number: offset for (_, number), offset in offsets.items()}
+
+
+class _Places:
+    """See `Places`.
+
+    Args:
+        member: of the group.
+        admin: asks for offsets.
+        landing: keeps what is read while a commit is waited for.
+    """
+
+    def __init__(self, member: Member, admin: ConfluentAdmin, landing: Callable[[Found], None]) -> None:
+        self._member = member
+        self._admin = admin
+        self._landing = landing
+
+    async def committed(self, topic: str) -> Mapping[int, int | None]:
+        """See `Places`."""
+        width = (await self._admin.widths([topic])).get(topic, 0)
+        found = await self._member.committed_in([Place(topic, number) for number in range(width)])
+        return {place.partition: offset for place, offset in found.items()}
+
+    async def first_offsets(self, topic: str, partitions: Collection[int], start: Start) -> Mapping[int, int]:
+        """See `Places`."""
+        places = [(topic, number) for number in partitions]
+        if start == "earliest":
+            return _by_number(await self._admin.offsets(places, "first"))
+        # The end is asked for first: what comes in between is found by its time, or is behind the end.
+        ends = _by_number(await self._admin.offsets(places, "end"))
+        if start == "latest":
+            return ends
+        found = _by_number(await self._admin.offsets(places, start.timestamp()))
+        return {number: found[number] if found[number] >= 0 else end for number, end in ends.items()}
+
+    async def commit_first(self, topic: str, offsets: Mapping[int, int]) -> bool:
+        """See `Places`."""
+        places = {Place(topic, number): offset for number, offset in offsets.items()}
+        try:
+            return await self._member.commit(places, self._landing)
+        except KafkaFault as fault:
+            if fault.code in _DEALT_OUT:
+                return False
+            raise
+
+
 @asynccontextmanager
 async def reading(
     topics: Topics,
@@ -65,6 +123,7 @@ async def reading(
     group: str,
     names: Sequence[str],
     reader: Reader,
+    start: Start,
 ) -> AsyncGenerator[ConfluentSource]:
     """A consumer of a group, from where it left off; leaving the block gives its partitions back.
 
@@ -93,12 +152,16 @@ async def reading(
         },
         group,
         moving_seconds,
+        earliest=start == "earliest",
     )
-    source = ConfluentSource(member, reader, group, most_bytes=settings.window_bytes // 4)
+    starts = Starts(group, start)
+    source = ConfluentSource(member, admin, reader, starts, most_bytes=settings.window_bytes // 4)
     try:
         await member.start(source)
         ask = partial(admin.ask, LOOK_SECONDS)
-        async with watched(group, topics, names, source.absent, contact, subscribe=member.subscribe, ask=ask):
+        async with watched(
+            group, topics, names, source.absent, contact, whole=starts.whole, subscribe=member.subscribe, ask=ask
+        ):
             yield source
     finally:
         await member.end()
@@ -136,11 +199,16 @@ class ConfluentSource:
         absent: topics that are not read, and why.
     """
 
-    def __init__(self, member: Member, reader: Reader, group: str, *, most_bytes: int) -> None:
+    def __init__(
+        self, member: Member, admin: ConfluentAdmin, reader: Reader, starts: Starts, *, most_bytes: int
+    ) -> None:
         self.absent: dict[str, str] = {}
         self._member = member
         self._reader = reader
-        self._group = group
+        self._starts = starts
+        self._places = _Places(member, admin, self._landed)
+        self._placeless: dict[Place, None] = {}
+        self._begin_at = 0.0
         self._most_bytes = most_bytes
         self._held: dict[Place, _Held] = {}
         self._by_assignment: dict[Assignment, Place] = {}
@@ -182,10 +250,26 @@ class ConfluentSource:
         if not found:
             seconds = _FETCH_SECONDS if ready or not self._held else 0.0
             await self._member.look(seconds, *self._turns(), self._landed)
+            await self._begin()
             if self._fault is not None:
                 raise self._fault
             found = self._waiting_for(ready)
         return found
+
+    async def _begin(self) -> None:
+        """Begin in partitions in which the group has no place, as its handlers say; a moment later again if need be."""
+        if not self._placeless or time.monotonic() < self._begin_at:
+            return
+        for place in list(self._placeless):
+            held = {each.partition for each in self._held if each.topic == place.topic}
+            offset = None
+            if place in self._held:
+                offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+                if offset is None:
+                    continue
+                await self._member.go_on_at(place, offset)
+            self._placeless.pop(place, None)
+        self._begin_at = time.monotonic() + _FETCH_SECONDS
 
     def _waiting_for(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         found: dict[Assignment, Sequence[Record]] = {}
@@ -225,6 +309,7 @@ class ConfluentSource:
             held = self._held.get(place)
             if held is not None:
                 held.end = end
+        self._placeless.update(dict.fromkeys(found.placeless))
         for topic, fault in found.trouble:
             if topic is None:
                 self._fault = fault
@@ -239,6 +324,7 @@ class ConfluentSource:
             for assignment, record in finished.items()
             if assignment in self._by_assignment
         }
+        self._starts.whole.update(place.topic for place in offsets)
         if offsets and not await self._member.commit(offsets, self._landed):
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
 

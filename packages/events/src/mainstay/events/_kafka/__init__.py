@@ -17,6 +17,7 @@ from mainstay.events._kafka.log import KafkaLog
 from mainstay.events._kafka.seam import Client, Contact, Producer
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Carrier
+from mainstay.events._starts import Start
 from mainstay.events._transport import Reader, Source
 from mainstay.events.settings import EventsSettings
 
@@ -111,6 +112,8 @@ class KafkaTransport:
         """See `Broker`."""
         return await self.producer.carrier()
 
-    def source(self, group: str, topics: Sequence[str], reader: Reader) -> AbstractAsyncContextManager[Source]:
+    def source(
+        self, group: str, topics: Sequence[str], reader: Reader, start: Start = "earliest"
+    ) -> AbstractAsyncContextManager[Source]:
         """See `Transport`."""
-        return self._client.reading(self.topics, group=group, names=topics, reader=reader)
+        return self._client.reading(self.topics, group=group, names=topics, reader=reader, start=start)

@@ -12,6 +12,7 @@ from mainstay.events._kafka.tokens import Tokens
 from mainstay.events._log import Member, Partition, Stored
 from mainstay.events._relay import Carrier
 from mainstay.events._sparing import Sparing, said
+from mainstay.events._starts import Start
 from mainstay.events._transport import Reader, Source
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import Headers, Record
@@ -202,7 +203,7 @@ class Client(Protocol):
         ...
 
     def reading(
-        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, start: Start
     ) -> AbstractAsyncContextManager[Source]:
         """Read topics as a member of a group, see `Transport.source`."""
         ...

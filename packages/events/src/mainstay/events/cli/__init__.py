@@ -4,6 +4,7 @@ import typer
 
 from mainstay.events.cli._letters import dead_letters
 from mainstay.events.cli._parked import parked
+from mainstay.events.cli._pauses import pause, paused, resume
 from mainstay.events.cli._refused import refused
 from mainstay.events.cli._scheduled import scheduled
 from mainstay.events.cli._tail import publish, tail
@@ -20,3 +21,6 @@ commands.add_typer(dead_letters, name="dead-letters")
 commands.add_typer(refused, name="refused")
 commands.add_typer(parked, name="parked")
 commands.add_typer(scheduled, name="scheduled")
+commands.command("pause")(pause)
+commands.command("resume")(resume)
+commands.command("paused")(paused)

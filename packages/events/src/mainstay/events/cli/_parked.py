@@ -42,6 +42,7 @@ def show_parked(id: UUID) -> None:
     """Everything about one."""
     key = with_service(ParkedKeys, lambda store: store.get(id))
     due = "when told to" if key.due is None else f"{key.due:%Y-%m-%d %H:%M:%S %Z}"
+    due = "once it is resumed" if key.paused else due
     show(
         {
             "id": key.id,

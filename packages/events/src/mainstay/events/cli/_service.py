@@ -17,12 +17,13 @@ from mainstay.events.event import Event
 from mainstay.events.log import EventLog
 from mainstay.events.module import EventsModule
 from mainstay.events.parked import ParkedKeys
+from mainstay.events.pauses import Pauses
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.refused import RefusedEvents
 from mainstay.events.scheduled import ScheduledEvents
 from mainstay.events.settings import EventsSettings
 
-S = TypeVar("S", DeadLetters, ParkedKeys, RefusedEvents, ScheduledEvents)
+S = TypeVar("S", DeadLetters, ParkedKeys, Pauses, RefusedEvents, ScheduledEvents)
 Part = TypeVar("Part")
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  an id, of whichever kind
@@ -75,7 +76,7 @@ def with_service(service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
         msg = f"events wait for their time in the Database, and {settings.variable('outbox')} says that there is none"
         raise ConfigurationError(msg)
     modules: list[Any] = [EventsModule.for_root(settings)]
-    if settings.writes_database or service is ParkedKeys:
+    if settings.writes_database or service in {ParkedKeys, Pauses}:
         looking = settings_of(DatabaseModule).model_copy(update={"migrate": False})
         modules.insert(0, DatabaseModule.for_root(looking))
     return _running(App(*modules), service, work)

@@ -162,6 +162,16 @@ def upgrade() -> None:
         "mainstay_events_parked_queue", "mainstay_events_parked", ["group_name", "topic", "key", "position"]
     )
     op.create_table(
+        "mainstay_events_pauses",
+        sa.Column("id", sa.Uuid, primary_key=True),
+        sa.Column("group_name", sa.Text, nullable=False),
+        sa.Column("kind", sa.Text),
+        sa.Column("key", sa.LargeBinary),
+        sa.Column("paused_by", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("paused_at", sa.Double, nullable=False),
+    )
+    op.create_table(
         "mainstay_events_holders",
         sa.Column("group_name", sa.Text, primary_key=True),
         sa.Column("topic", sa.Text, primary_key=True),

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from mainstay.core import App, Context, FullJitter, Retry, bind, current
@@ -312,6 +312,31 @@ class TransportContract:
         async with self.serving(feature()):
             await eventually(lambda: len(seen) >= 30, what="the second half")
         assert sorted(seen) == list(range(30))
+
+    async def test_a_group_that_begins_at_the_latest_event_misses_nothing_after_it(self) -> None:
+        """What was there before is passed over, and what comes after its first event is not, also over a restart."""
+        seen: dict[str, list[int]] = {"earliest": [], "latest": []}
+
+        def feature(start: Literal["earliest", "latest"]) -> EventRouter:
+            events = EventRouter()
+
+            @events.on(Placed, group=self.group(start), start=start)
+            async def handle(event: Placed) -> None:
+                seen[start].append(event.number)
+
+            return events
+
+        async with self.serving(events := feature("earliest")):
+            await events.publish_batch([Placed(order=f"o{number}", number=-1) for number in range(20)])
+            await eventually(lambda: len(seen["earliest"]) == 20, what="what was there before")
+        async with self.serving(events := feature("latest")):
+            while not seen["latest"]:
+                await events.publish(Placed(order=f"o{uuid4()}", number=0))
+                await asyncio.sleep(0.02)
+        async with self.service(events := EventRouter(), **self.settings()):
+            await events.publish_batch([Placed(order=f"o{number}", number=number) for number in range(1, 21)])
+        async with self.serving(feature("latest")):
+            await eventually(lambda: set(seen["latest"]) == set(range(21)), what="what came meanwhile")
 
     async def test_a_drain_finishes_what_runs_and_starts_nothing_new(self) -> None:
         """Stopping waits for the handler that runs; events behind it are left for the next owner."""

@@ -1,0 +1,75 @@
+"""Where a group begins in a topic of the cluster in which it has no place yet.
+
+One member chooses for all partitions of a topic, and commits the places at once: the one that holds the topic's first
+partition, of which there is one at a time. The others wait for it. Were each to choose for its own partitions, one that
+ends before its first commit would leave some that its successor begins elsewhere.
+
+Where any partition of a topic has a place the group has begun there, and a partition without one is new: it is read
+from its beginning. So is a topic that was missing when the group looked for it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from mainstay.events._starts import Start, say
+
+
+class Places(Protocol):
+    """What is asked of the cluster about one topic, in the name of a member."""
+
+    async def committed(self, topic: str) -> Mapping[int, int | None]:
+        """The group's place in each partition."""
+        ...
+
+    async def first_offsets(self, topic: str, partitions: Collection[int], start: Start) -> Mapping[int, int]:
+        """The first offset of each partition from a start on; its end where nothing is there from then on."""
+        ...
+
+    async def commit_first(self, topic: str, offsets: Mapping[int, int]) -> bool:
+        """Commit places of partitions that others may hold; False where this member's time is over."""
+        ...
+
+
+class Starts:
+    """Where one group begins.
+
+    Args:
+        group: its name.
+        start: as its handlers say.
+
+    Attributes:
+        whole: topics of which nothing may be passed over: they came after the group, or it has had a place there.
+    """
+
+    def __init__(self, group: str, start: Start) -> None:
+        self.whole: set[str] = set()
+        self.earliest = start == "earliest"
+        self._group = group
+        self._start: Start = start
+
+    async def place_in(self, topic: str, partition: int, held: Collection[int], places: Places) -> int | None:
+        """The offset at which a partition without a place begins; None while another member is yet to choose.
+
+        Args:
+            topic: of which.
+            partition: its number.
+            held: the partitions of the topic that this member holds.
+            places: asks the cluster.
+        """
+        committed = await places.committed(topic)
+        known = committed.get(partition)
+        if known is not None:  # chosen meanwhile
+            return known
+        if any(offset is not None for offset in committed.values()):
+            return (await places.first_offsets(topic, [partition], "earliest"))[partition]
+        if not committed or min(committed) not in held:
+            return None
+        start: Start = "earliest" if topic in self.whole else self._start
+        oldest = await places.first_offsets(topic, list(committed), "earliest")
+        chosen = oldest if start == "earliest" else await places.first_offsets(topic, list(committed), start)
+        if not await places.commit_first(topic, chosen):
+            return None
+        say(self._group, topic, start, sum(chosen[number] - oldest[number] for number in chosen))
+        return chosen.get(partition)
