@@ -290,6 +290,93 @@ async def test_a_retry_does_not_age_while_its_group_is_paused(sqlite_url: str, p
         assert await rehearsal.app.get(ParkedKeys).list() == []
 
 
+async def test_what_is_gathered_for_a_batch_waits_when_it_is_paused(sqlite_url: str, prefix: str) -> None:
+    """Of a kind or a key it goes to the Database, of a group it stays; the others of the batch are handled."""
+    events, clock = EventRouter(), VirtualClock()
+    handled: list[str] = []
+
+    @events.on_batch(Moved, Weighed, Swept, group=prefix, size=100, wait_seconds=60.0, on_failure="park")
+    async def handle(some: list[Moved | Weighed | Swept]) -> None:
+        handled.extend(map(named, some))
+
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    async with in_memory(events, modules=[database], clock=clock) as rehearsal:
+        app, pauses = rehearsal.app, rehearsal.app.get(Pauses)
+        (consumer,) = app.get(EventConsumers).consumers
+
+        async def gathered(*published: Event) -> None:
+            for event in published:
+                await rehearsal.publish(event)
+            await eventually(lambda: sum(len(each.window) for each in consumer._assignments) == len(published))
+
+        async def passes_until(condition: Callable[[], bool]) -> None:
+            async with asyncio.timeout(30):
+                while not condition():  # timers, some of them of tasks that have not begun
+                    await clock.advance(61.0)
+
+        await gathered(*moves("piano", 1), Weighed(item="piano", number=2), *moves("chair", 1), *moves("desk", 1),
+                       Swept(number=1))  # fmt: skip
+        await pauses.pause(prefix, kind="depot.weighed 1.x", **WHO)
+        await pauses.pause(prefix, kind="depot.swept 1.x", **WHO)
+        await pauses.pause(prefix, key="desk", **WHO)
+        for what in ("depot.weighed 1.x is paused", "depot.swept 1.x is paused", "1 keys are paused"):
+            await known(app, prefix, what)
+        await passes_until(lambda: sorted(handled) == ["chair moved 1", "piano moved 1"])
+        await eventually_parked(app, 3)
+        await pauses.pause(prefix, **WHO)
+        await known(app, prefix, "paused by ann")
+        await eventually(lambda: not any(each.window for each in consumer._assignments), what="an empty window")
+        await pauses.resume(prefix, kind="depot.weighed 1.x")
+        await pauses.resume(prefix, kind="depot.swept 1.x")
+        await pauses.resume(prefix, key="desk")
+        await pauses.resume(prefix)
+        await passes_until(lambda: len(handled) == 5)
+        await eventually_parked(app, 0)
+        await gathered(*moves("chair", 2))
+        await pauses.pause(prefix, **WHO)
+        await known(app, prefix, "paused by ann")
+        await clock.advance(61.0)
+        assert len(handled) == 5
+        await pauses.resume(prefix)
+        await passes_until(lambda: handled[5:] == ["chair moved 2"])
+
+
+async def test_a_batch_that_is_tried_again_leaves_out_what_is_paused_meanwhile(sqlite_url: str, prefix: str) -> None:
+    """The others are called in its halves, in their order; one that is alone begins anew."""
+    events, clock = EventRouter(), VirtualClock()
+    calls: list[tuple[int, list[str]]] = []
+
+    @events.on_batch(
+        Moved, Weighed, group=prefix, size=4, on_failure="park", retry=Retry(attempts=3, wait=lambda _: 600.0)
+    )
+    async def handle(some: list[Moved | Weighed], metas: list[Metadata]) -> None:
+        calls.append((metas[0].attempt, list(map(named, some))))
+        if len(calls) == 1:
+            msg = "not yet"
+            raise RuntimeError(msg)
+
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    async with in_memory(events, modules=[database], clock=clock, partitions=1) as rehearsal:
+        app, pauses = rehearsal.app, rehearsal.app.get(Pauses)
+        await events.publish_batch(
+            [*moves("piano", 1), Weighed(item="piano", number=2), *moves("piano", 3), *moves("desk", 1)]
+        )
+        await eventually(lambda: len(calls) == 1, what="the first attempt")
+        await pauses.pause(prefix, kind="depot.weighed 1.x", **WHO)
+        await known(app, prefix, "depot.weighed 1.x is paused")
+        async with asyncio.timeout(30):
+            while len(calls) < 3:  # the halves
+                await clock.advance(601.0)
+        assert calls[1:] == [(1, ["piano moved 1"]), (1, ["desk moved 1"])]
+        await eventually_parked(app, 2)
+        await pauses.resume(prefix, kind="depot.weighed 1.x")
+        async with asyncio.timeout(30):
+            while len(calls) < 5:
+                await clock.advance(601.0)
+        assert [names for _, names in calls[3:]] == [["piano weighed 2"], ["piano moved 3"]]
+        await eventually_parked(app, 0)
+
+
 async def test_what_is_not_there_cannot_be_paused_and_what_is_not_paused_not_resumed(
     sqlite_url: str, prefix: str
 ) -> None:

@@ -370,6 +370,55 @@ async def test_a_person_has_what_waits_for_later_tried_now_or_skips_it(sqlite_ur
         assert (letter.key, letter.value) == (b"a", b'{"box":"a","number":1}')
 
 
+@pytest.mark.parametrize(
+    ("on_failure", "handled", "waits"),
+    [
+        (None, {"b": [1, 2, 3]}, [(b"a", 3)]),
+        (RetryLater(delays_seconds=[3600]), {"a": [2, 3], "b": [1, 2, 3]}, [(b"a", 1)]),
+        ("skip", {"a": [2, 3], "b": [1, 2, 3]}, []),
+        ("dead-letter", {"a": [2, 3], "b": [1, 2, 3]}, []),
+        ("stop", {}, []),
+    ],
+)
+async def test_of_a_batch_only_the_event_that_fails_is_dealt_with(
+    sqlite_url: str, prefix: str, on_failure: Any, handled: dict[str, list[int]], waits: list[tuple[bytes, int]]
+) -> None:
+    """As its handler says; others are handled, and what follows of its key as the strategy promises."""
+    post = Post(prefix)
+    seen: dict[str, list[int]] = {}
+    bad = {("a", 1)}
+
+    def router() -> EventRouter:
+        events = post.events = EventRouter()
+
+        @events.on_batch(Sent, group=prefix, size=6, wait_seconds=0.2, retry=ONCE, on_failure=on_failure)
+        async def deliver(some: list[Sent]) -> None:
+            if any((each.box, each.number) in bad for each in some):
+                msg = "no such place"
+                raise ValueError(msg)
+            for each in some:
+                seen.setdefault(each.box, []).append(each.number)
+
+        return events
+
+    post.router = router  # type: ignore[method-assign]  # the same service with another handler
+    async with post.app(sqlite_url).running(serve=True) as app:
+        await post.events.publish_batch([Sent(box=box, number=number) for number in (1, 2, 3) for box in "ab"])
+        await eventually(lambda: seen == handled, what=f"{handled}, not {seen}")
+        async with asyncio.timeout(30):
+            while [(each.key, each.waiting) for each in await app.get(ParkedKeys).list()] != waits:  # noqa: ASYNC110  a task does it
+                await asyncio.sleep(0.02)
+        assert len(await app.get(DeadLetters).list(prefix)) == (on_failure == "dead-letter")
+        bad.clear()
+        for parked in await app.get(ParkedKeys).list():
+            await app.get(ParkedKeys).retry(parked.id)
+        if on_failure in {"skip", "dead-letter"}:
+            return
+        await eventually(lambda: sorted(seen.get("a", [])) == sorted(seen.get("b", [])) == [1, 2, 3], what="the mended")
+        assert seen["a"] == ([2, 3, 1] if isinstance(on_failure, RetryLater) else [1, 2, 3])
+        assert seen["b"] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("delays", [(), (0,), (-1.0,), (float("nan"),), (float("inf"),), ("60",), "60", 60, (True,)])
 def test_a_delay_that_is_none_is_refused_where_it_is_written(delays: Any) -> None:
     """With an example of one that is."""

@@ -244,15 +244,33 @@ class Gathering:
         self._queued = self._due = False
         size = min(self.batching.size, len(self._waiting))
         batch = self._pieces.popleft() if self._pieces else Batch(self, [self._waiting.popleft() for _ in range(size)])
-        # The key of an event may have been parked by one before it: then it is no event for the handler.
-        wait = [self._batches.matching.waits(self.assignment, each.record) for each in batch.members]
-        if any(wait) and len(wait) > 1:
-            rest = [each for each, waits in zip(batch.members, wait, strict=True) if not waits]
-            alone = [Batch(self, [each]) for each, waits in zip(batch.members, wait, strict=True) if waits]
-            self._pieces.extendleft(reversed([*alone, *([batch.part(rest, batch.aged)] if rest else ())]))
-            batch = self._pieces.popleft()
+        pieces = self._without_what_waits(batch)
+        if len(pieces) > 1:
+            batch = pieces[0]
+            self._pieces.extendleft(reversed(pieces[1:]))
         self._current = batch
         return self.assignment, batch.record, batch
+
+    def _without_what_waits(self, batch: Batch) -> Sequence[Batch]:
+        """A batch of the events that are for the handler, then each other alone, in the order of its key.
+
+        The key of an event may have been parked by one before it, or a person has paused it or its kind meanwhile: then
+        it waits, and so does what follows of its key, while what is before it does not.
+        """
+        goes: list[Member] = []
+        alone: list[Batch] = []
+        waiting: set[bytes] = set()
+        for each in batch.members:
+            key = each.record.key
+            if key in waiting or self._batches.matching.waits(self.assignment, each.record):
+                alone.append(Batch(self, [each]))
+                if key is not None:
+                    waiting.add(key)
+            else:
+                goes.append(each)
+        if not alone:
+            return (batch,)
+        return [*([batch.part(goes, batch.aged)] if goes else ()), *alone]
 
     def ended(self, batch: Batch) -> None:
         """Go on behind a batch."""

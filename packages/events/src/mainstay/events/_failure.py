@@ -102,8 +102,8 @@ class Failures:
         self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
     ) -> Again | None:
         """Deal with a failure; None when the event needs nothing more here: it is parked, or a dead letter."""
-        if error is KEY_IS_PARKED:
-            return await self._append(delivery)
+        if error is KEY_IS_PARKED:  # of a batch perhaps only in parts
+            return None if delivery.split() else await self._append(delivery)
         if delivery.refused is None and handling is None and will_pass(error):
             later = self._not_read_yet(delivery, error)
             if delivery.assignment.queue is None:

@@ -40,6 +40,8 @@ class Matching:
     def match(self, assignment: Assignment, record: Record, delivery: Delivery | None) -> Match:
         """A record as it is read, and how it is handled or why not; neither where the group has no use for it."""
         if isinstance(delivery, Batch) and delivery.whole is not None:
+            if any(self.waits(assignment, each.record) for each in delivery.members):
+                return record, None, None, KEY_IS_PARKED  # paused between two attempts
             return delivery.whole
         seen, headers, error = self._failures.decoders.seen(record)
         only = headers.get(ONLY_GROUP)

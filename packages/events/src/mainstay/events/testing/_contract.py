@@ -146,7 +146,14 @@ class TransportContract:
         largest = 0
         seen: dict[int, list[int]] = {}
 
-        @events.on_batch(Placed, group=self.group("batch"), size=8, wait_seconds=0.1, retry=Retry(attempts=2))
+        @events.on_batch(
+            Placed,
+            group=self.group("batch"),
+            size=8,
+            wait_seconds=0.1,
+            retry=Retry(attempts=2),
+            on_failure="dead-letter",
+        )
         async def handle(some: list[Placed], metas: list[Metadata]) -> None:
             nonlocal largest
             largest = max(largest, len(some))
