@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Sequence
 from contextvars import Context
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -340,8 +341,61 @@ async def test_a_page_is_bounded_in_bytes(database_url: str) -> None:
         taken: list[int] = []
         for most in (100, 100_000, 100_000):
             async with database.transaction():
-                taken.append(len(await database.read(TAKE_DUE[database.dialect], {"limit": 500, "bytes": most})))
+                taken.append(len(await database.read(TAKE_DUE[database.dialect], _page(database, most))))
         assert taken == [1, 2, 1]
+
+
+UNREADABLE = ["{", "null", "[5]", '[["ce_type"]]', '[["ce_type", 5]]', '[["ce_type", "\u2603"]]']
+"""What is in the column of headers where another release, or a person, has written it."""
+
+
+async def test_what_cannot_be_read_is_passed_over_and_said(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It holds up no other event, keeps waiting for a release that can read it, and is listed and cancelled."""
+    async with service(database_url) as app:
+        database, publisher, scheduled = app.get(Database), app.get(EventPublisher), app.get(ScheduledEvents)
+        good, bad = 600, []
+        async with database.transaction():
+            for number in range(good):
+                await publisher.publish(Reminder(name="a", number=number), delay_seconds=HOUR)
+                if number % 50 == 0 and len(bad) < len(UNREADABLE):
+                    bad.append(await publisher.publish(Reminder(name="b", number=number), delay_seconds=HOUR))
+        before = {row.id: row.headers for row in await database.read(sa.select(SCHEDULED.c.id, SCHEDULED.c.headers))}
+        for id_, headers in zip(bad, UNREADABLE, strict=True):
+            await database.write(sa.update(SCHEDULED).where(SCHEDULED.c.id == UUID(id_)).values(headers=headers))
+        await pass_time(app, HOUR + 1)
+        async with Moving(app):
+            await eventually(lambda: apart(has_logged(app, good)))
+        assert await logged(app) == [("a", number) for number in range(good)]
+        found = await scheduled.list()
+        assert [event.id for event in found] == bad
+        assert {event.type for event in found} == {"reminder.due"}
+        said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert [[id_ in text for text in said].count(True) for id_ in bad] == [1] * len(bad)
+        assert (await scheduled.cancel(bad[0])).id == bad[0]
+        with pytest.raises(NotScheduledError):
+            await scheduled.cancel(bad[0])
+        for id_ in bad[1:]:  # another release can read them
+            row = {"repaired": UUID(id_), "with": before[UUID(id_)]}
+            repair = sa.update(SCHEDULED).where(SCHEDULED.c.id == sa.bindparam("repaired"))
+            await database.write(repair.values(headers=sa.bindparam("with")), row)
+        async with Moving(app):
+            await eventually(lambda: apart(is_empty(app)))
+        assert [name for name, _ in await logged(app)] == ["a"] * good + ["b"] * (len(bad) - 1)
+
+
+async def test_a_time_that_is_none_hides_no_other_event(database_url: str) -> None:
+    """Of a row that a person has changed: it is listed at the end of time, and can be cancelled."""
+    async with service(database_url) as app:
+        publisher, scheduled = app.get(EventPublisher), app.get(ScheduledEvents)
+        never = await publisher.publish(Reminder(name="a"), delay_seconds=HOUR)
+        await app.get(Database).write(sa.update(SCHEDULED).values(due_at=float("inf")))
+        soon = await publisher.publish(Reminder(name="b"), delay_seconds=HOUR)
+        assert [event.id for event in await scheduled.list()] == [soon, never]
+        assert (await scheduled.cancel(never)).due == datetime.max.replace(tzinfo=UTC)
+
+
+def _page(database: Database, most: int) -> dict[str, Any]:
+    return {"limit": 500, "bytes": most, "unreadable": "[]" if database.dialect == "sqlite" else []}
 
 
 async def test_two_movers_hand_on_each_event_once_and_in_order(database_url: str) -> None:
@@ -557,7 +611,7 @@ async def test_what_is_far_away_is_not_read(postgres_url: str) -> None:
                 await session.execute(sa.text(prepared))
         for statement, most in ((NEXT_DUE, 1), (TAKE_DUE["postgresql"], 11)):
             compiled: Any = statement.compile(dialect=postgresql.dialect())  # type: ignore[attr-defined]
-            text = compiled.string % {**compiled.params, "limit": 500, "bytes": 10**6}
+            text = compiled.string % {**compiled.params, "limit": 500, "bytes": 10**6, "unreadable": "'{}'"}
             async with database.transaction() as session:
                 explain = sa.text(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {text}")
                 ((found,),) = (await session.execute(explain)).all()

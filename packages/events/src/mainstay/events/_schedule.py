@@ -4,11 +4,13 @@ They are apart from the log and the outbox, which cost the same however much wai
 ones that are due are taken out of the table and published, a page at a time, each page in one transaction: so each is
 handed on once, also where a process ends in between, and takes its place in the log or the outbox then. One process at
 a time does so, which holds a lease; the page is fenced by it, so that the next page is never committed before this one.
-What waits behind a page, in the table or in another transaction, is found by the next look.
+What waits behind a page, in the table or in another transaction, is found by the next look. An event that cannot be
+read, of another release for example, is passed over and waits on: it holds up no other.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -38,6 +40,8 @@ _POLL_SECONDS = 0.25
 _SOONEST_SECONDS = 0.001
 _MEASURE_SECONDS = 5.0
 _BACKOFF_SECONDS = (0.2, 5.0)
+_NO_HEADERS = (ValueError, TypeError, AttributeError)
+"""What unpacking headers raises where they are in another form than ours."""
 
 
 class SqlSchedule:
@@ -136,6 +140,7 @@ class ScheduleMover:
         self._clock = clock
         self._lease: Lease | None = None
         self._sparing = Sparing(clock)
+        self._unreadable: set[int] = set()  # the positions of events that this release cannot read
 
     async def serve(self, drain: Drain) -> None:
         """Hand on what is due until the drain begins, through outages of the database."""
@@ -180,17 +185,32 @@ class ScheduleMover:
         ((seconds,),) = await self._database.read(tables.NEXT_DUE)
         if seconds is None or seconds > 0:
             return None if seconds is None else max(seconds, _SOONEST_SECONDS)
-        # Where nothing could be taken, others are in the middle of cancelling it.
-        return 0.0 if await self._move(lease) else None
+        # Where nothing could be taken, others are in the middle of cancelling it, or it cannot be read.
+        try:
+            return 0.0 if await self._move(lease) else None
+        except _UnreadableError as error:
+            self._pass_over(error.rows)
+            return 0.0
 
     async def _move(self, lease: Lease) -> int:
         """Hand on a page, and return how many events those were."""
+        dialect, unreadable = self._database.dialect, sorted(self._unreadable)
+        page = {
+            "limit": _PAGE,
+            "bytes": _PAGE_BYTES,
+            "unreadable": json.dumps(unreadable) if dialect == "sqlite" else unreadable,
+        }
         async with self._database.transaction(), self._database.batch(fence=lease.fence):
-            page = {"limit": _PAGE, "bytes": _PAGE_BYTES}
-            rows = await self._database.read(tables.TAKE_DUE[self._database.dialect], page)
+            rows = await self._database.read(tables.TAKE_DUE[dialect], page)
             if rows:
-                await self._send([event_of(row) for row in sorted(rows, key=_order)])
+                await self._send(_events_of(sorted(rows, key=_order)))
         return len(rows)
+
+    def _pass_over(self, rows: Sequence[tuple[Any, Exception]]) -> None:
+        for row, error in rows:
+            text = "event %s for topic %s, whose time has come, cannot be read by this release, and waits on: %s"
+            _log.error(text, row.id, row.topic, said(error))
+            self._unreadable.add(row.position)
 
     async def _pause(self, drain: Drain, seconds: float | None) -> None:
         """Wait until it is time for the next one, and no longer than between two looks."""
@@ -210,17 +230,49 @@ class ScheduleMover:
             await lease.release()
 
 
+class _UnreadableError(Exception):
+    """Rows whose events cannot be read, each with the reason."""
+
+    def __init__(self, rows: Sequence[tuple[Any, Exception]]) -> None:
+        super().__init__(f"{len(rows)} events cannot be read")
+        self.rows = rows
+
+
 def _order(row: Any) -> tuple[float, int]:
     return row.due_at, row.position
 
 
+def _events_of(rows: Sequence[Any]) -> list[Outgoing]:
+    events: list[Outgoing] = []
+    unreadable: list[tuple[Any, Exception]] = []
+    for row in rows:
+        try:
+            events.append(event_of(row))
+        except _NO_HEADERS as error:
+            unreadable.append((row, error))
+    if unreadable:
+        raise _UnreadableError(unreadable)
+    return events
+
+
 def _scheduled(row: Any) -> ScheduledEvent:
+    try:
+        headers = unpack_headers(row.headers)
+    except _NO_HEADERS:  # it is listed and cancelled all the same
+        headers = [(TYPE, row.type.encode())]
     return ScheduledEvent(
         id=str(row.id),
-        due=_EPOCH + timedelta(seconds=row.due_at),
+        due=_moment(row.due_at),
         topic=row.topic,
         key=row.key,
         value=row.value,
-        headers=unpack_headers(row.headers),
-        published_at=_EPOCH + timedelta(seconds=row.created_at),
+        headers=headers,
+        published_at=_moment(row.created_at),
     )
+
+
+def _moment(seconds: float) -> datetime:
+    try:
+        return _EPOCH + timedelta(seconds=seconds)
+    except (OverflowError, ValueError):  # a person has written it
+        return (datetime.min if seconds < 0 else datetime.max).replace(tzinfo=UTC)

@@ -159,9 +159,10 @@ class ScheduledEvents:
             NotScheduledError: no event with this id waits (any more). A unit of work around the call can go on.
         """
         try:
-            cancelled = await self._schedule.cancel(UUID(id))
+            known: UUID | None = UUID(id)
         except ValueError:
-            cancelled = None
+            known = None
+        cancelled = None if known is None else await self._schedule.cancel(known)
         if cancelled is None:
             msg = (
                 f"no event {id} waits for its time: it was handed on or cancelled, or is of another service. List "

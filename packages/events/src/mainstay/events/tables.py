@@ -401,11 +401,29 @@ _BY_DUE = (SCHEDULED.c.due_at, SCHEDULED.c.position)
 
 
 def _take_due() -> dict[str, sa.Executable]:
-    """Take a page of what is due, by time and position, out of the table, but for what a cancellation holds."""
+    """Take a page of what is due, by time and position, out of the table, but for what a cancellation holds.
+
+    And but for the positions `unreadable`: an array, on SQLite as JSON.
+    """
+    taken = sa.delete(SCHEDULED).returning(SCHEDULED)
+    as_json = sa.func.json_each(sa.bindparam("unreadable", type_=sa.Text)).table_valued("value")
+    as_array = sa.bindparam("unreadable", type_=_POSITIONS)
+    return {
+        "sqlite": taken.where(
+            SCHEDULED.c.position.in_(_due_page(SCHEDULED.c.position.not_in(sa.select(as_json.c.value))))
+        ),
+        "postgresql": taken.where(
+            SCHEDULED.c.position == _any_of(_due_page(SCHEDULED.c.position != sa.all_(as_array)))
+        ),
+    }
+
+
+def _due_page(readable: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """The positions of a page of what is due."""
     due = (
         sa.select(*_BY_DUE, _bytes(SCHEDULED))
         # A query of its own: compared with a function whose value changes, no index would be used.
-        .where(SCHEDULED.c.due_at <= sa.select(database_now()).scalar_subquery())
+        .where(SCHEDULED.c.due_at <= sa.select(database_now()).scalar_subquery(), readable)
         .order_by(*_BY_DUE)
         .limit(sa.bindparam("limit", type_=sa.Integer))
         .with_for_update(skip_locked=True)
@@ -413,12 +431,7 @@ def _take_due() -> dict[str, sa.Executable]:
     )
     together = sa.func.sum(due.c.bytes).over(order_by=(due.c.due_at, due.c.position))
     sized = sa.select(due.c.position, (together - due.c.bytes).label("before")).subquery()
-    fit = sa.select(sized.c.position).where(sized.c.before < sa.bindparam("bytes", type_=sa.BigInteger))
-    taken = sa.delete(SCHEDULED).returning(SCHEDULED)
-    return {
-        "sqlite": taken.where(SCHEDULED.c.position.in_(fit)),
-        "postgresql": taken.where(SCHEDULED.c.position == _any_of(fit)),
-    }
+    return sa.select(sized.c.position).where(sized.c.before < sa.bindparam("bytes", type_=sa.BigInteger))
 
 
 TAKE_DUE = _take_due()
