@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import time
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from prometheus_client import REGISTRY
 
 from mainstay.core.testing import VirtualClock
 from mainstay.database import DatabaseUnavailable, FenceLost, UnitOfWorkError
-from mainstay.database.testing import database
+from mainstay.database.testing import database, expire_lease
 
 LEASES = sa.table("mainstay_database_leases", sa.column("name"), sa.column("epoch"), sa.column("expires_at"))
 
@@ -132,6 +133,35 @@ async def test_waiting_for_a_lease_costs_neither_party_anything(postgres, open_d
                 assert await waiting.lease("work", seconds=3.0) is None
                 assert mine.held
                 await asyncio.sleep(0.02)
+
+
+async def test_a_holder_that_froze_between_two_messages_of_a_statement_is_ended(postgres, open_database, tables, until):
+    """Its fenced unit does not count as idle, so that no timeout of the server ends it: who asks for the lease does."""
+    state = "SELECT state || wait_event FROM pg_stat_activity WHERE pid = "
+    async with open_database(postgres, idle_transaction_seconds=1.0) as db:
+        await expire_lease(db, await db.lease("work", seconds=1000.0))
+        frozen = await asyncpg.connect(postgres.replace("+asyncpg", ""))
+        busy = await asyncpg.connect(postgres.replace("+asyncpg", ""))
+        try:
+            for holder in (frozen, busy):
+                await holder.execute("BEGIN")
+                await holder.execute("SELECT * FROM mainstay_database_leases WHERE name = 'work' FOR SHARE")
+            await frozen.prepare("SELECT 1")  # and the message to run it does not come
+            working = asyncio.ensure_future(busy.execute("SELECT pg_sleep(2.5); COMMIT"))
+            assert await db.read(sa.text(f"{state}{frozen.get_server_pid()}")) == [("activeClientRead",)]
+            taken = []
+
+            async def take():
+                taken.append(await db.lease("work", seconds=1000.0))
+                return taken[-1] is not None
+
+            await until(take, seconds=60)
+            assert taken[-1].epoch == 2
+            await working  # what only takes long was waited for
+            assert await db.read(sa.text(f"{state}{frozen.get_server_pid()}")) == []
+        finally:
+            frozen.terminate()
+            busy.terminate()
 
 
 async def test_a_process_that_was_late_may_take_its_own_lease_again(url, open_database, lease_clock):

@@ -68,6 +68,17 @@ _CLOSE_SECONDS = 2.0  # how long giving leases back may hold up the end of the p
 _SQLITE_NOW = "coalesce(:now, (julianday('now') - 2440587.5) * 86400.0)"
 _POSTGRES_NOW = "coalesce($1::float8, extract(epoch from clock_timestamp())::float8)"
 
+# A client that is frozen between two messages of one statement is active for its server, which waits for it without
+# limit: no timeout of idle transactions ends it. One that copies rows is active and waits for its client, too.
+_END_FROZEN = """
+    SELECT pg_terminate_backend(backend.pid)
+    FROM pg_locks held JOIN pg_stat_activity backend ON backend.pid = held.pid
+    WHERE held.locktype = 'relation' AND held.granted AND held.mode IN ('RowShareLock', 'RowExclusiveLock')
+    AND held.relation = 'mainstay_database_leases'::regclass AND backend.datname = current_database()
+    AND backend.state = 'active' AND backend.wait_event = 'ClientRead' AND backend.query NOT ILIKE 'copy%'
+    AND backend.state_change < clock_timestamp() - make_interval(secs => $1::float8)
+"""
+
 
 def lease_holders(prefix: str) -> sa.Executable:
     """The statement that reads who holds which leases at this moment: columns `name` and `holder`, for people.
@@ -415,8 +426,10 @@ class PostgresRows:
             return None
         try:
             rows = await self._fetch(take, self._time(), name, holder, seconds)
-        except asyncpg.LockNotAvailableError:
-            return None  # expired, and its holder is still committing what it began in time
+        except asyncpg.LockNotAvailableError:  # expired, and its holder is still committing what it began in time
+            if await self._fetch(_END_FROZEN, self._limits.idle_seconds):
+                _log.warning("a transaction of a frozen process was ended, which held lease %s", name)
+            return None
         return int(rows[0][0]) if rows else None
 
     async def renew(self, held: Sequence[Lease]) -> tuple[set[str], set[str]]:
