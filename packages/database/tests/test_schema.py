@@ -70,6 +70,23 @@ async def test_a_difference_is_found(db, tmp_path):
     assert await schema_differences(db, schema) != []
 
 
+async def test_an_index_of_one_dialect_is_missed_on_that_only(db, tmp_path):
+    """What `ddl_if` says counts in the comparison, so that no revision makes an index where it is not wanted."""
+    schema = shop(tmp_path / "m", FIRST)
+    if db.dialect == "sqlite":
+        await db.ensure_schema(schema)
+    else:
+        async with db.transaction() as session:
+            await (await session.connection()).run_sync(schema.metadata.create_all)
+    orders = schema.metadata.tables["mainstay_shop_orders"]
+    other = "postgresql" if db.dialect == "sqlite" else "sqlite"
+    sa.Index("mainstay_shop_elsewhere", orders.c.id).ddl_if(dialect=other)
+    assert await schema_differences(db, schema) == []
+    sa.Index("mainstay_shop_here", orders.c.id).ddl_if(dialect=db.dialect)
+    (missing,) = await schema_differences(db, schema)
+    assert str(missing).startswith("('add_index', Index('mainstay_shop_here'")
+
+
 async def test_sqlite_migrates_at_start(tmp_path):
     """A new revision is applied by the next start, once, in the package's own version table."""
     url = f"sqlite:///{tmp_path / 'x.db'}"

@@ -99,10 +99,12 @@ def downgrade(schema: Schema, connection: sa.Connection, target: str) -> None:
         raise ConfigurationError(msg) from error
 
 
-def _comparison(schema: Schema) -> dict[str, Any]:
-    """Alembic's options for comparing a database with the schema's own tables only."""
+def _comparison(schema: Schema, connection: sa.Connection) -> dict[str, Any]:
+    """Alembic's options for comparing a database with the schema's own tables only, as they are on its dialect."""
 
-    def ours(_object: object, name: str | None, kind: str, _reflected: bool, _to: object) -> bool:  # noqa: FBT001  Alembic calls it so
+    def ours(item: Any, name: str | None, kind: str, reflected: bool, _to: object) -> bool:  # noqa: FBT001  Alembic calls it so
+        if kind == "index" and not reflected and item._ddl_if is not None:  # which Alembic does not look at
+            return bool(item._ddl_if._should_execute(sa.schema.CreateIndex(item), item, connection))
         return kind != "table" or name in schema.metadata.tables
 
     return {
@@ -114,12 +116,14 @@ def _comparison(schema: Schema) -> dict[str, Any]:
 
 def differences(schema: Schema, connection: sa.Connection) -> list[object]:
     """What the tables of the database lack of the metadata, or have beyond it."""
-    return list(compare_metadata(MigrationContext.configure(connection, opts=_comparison(schema)), schema.metadata))
+    return list(
+        compare_metadata(MigrationContext.configure(connection, opts=_comparison(schema, connection)), schema.metadata)
+    )
 
 
 def code(schema: Schema, connection: sa.Connection) -> tuple[str, str]:
     """The code that brings the tables of the database to those of the metadata, and the code of the way back."""
-    context = MigrationContext.configure(connection, opts=_comparison(schema))
+    context = MigrationContext.configure(connection, opts=_comparison(schema, connection))
     script = produce_migrations(context, schema.metadata)
     return _code(script.upgrade_ops, context), _code(script.downgrade_ops, context)
 

@@ -275,4 +275,4 @@ def _moment(seconds: float) -> datetime:
     try:
         return _EPOCH + timedelta(seconds=seconds)
     except (OverflowError, ValueError):  # a person has written it
-        return (datetime.min if seconds < 0 else datetime.max).replace(tzinfo=UTC)
+        return datetime.min.replace(tzinfo=UTC) if seconds < 0 else datetime.max.replace(tzinfo=UTC)

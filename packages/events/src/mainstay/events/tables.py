@@ -40,6 +40,8 @@ LOG = sa.Table(
     sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.Text, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False, server_default="0"),
+    # On SQLite the position itself is the order of commits.
+    sa.Index("mainstay_events_log_xid", "xid", "position").ddl_if(dialect="postgresql"),
     sqlite_autoincrement=True,
 )
 OFFSETS = sa.Table(
@@ -77,6 +79,8 @@ OUTBOX = sa.Table(
     sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.Text, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False, server_default="0"),
+    # For each topic the rows that are to be sent, and for each partition those that were put aside, in order.
+    sa.Index("mainstay_events_outbox_topic", "topic", "aside", "position"),
     sqlite_autoincrement=True,
 )
 REFUSED = sa.Table(
@@ -112,6 +116,7 @@ INBOX = sa.Table(
     sa.Column("group_name", sa.Text, primary_key=True),
     sa.Column("event_id", sa.Text, primary_key=True),
     sa.Column("created_at", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Index("mainstay_events_inbox_created_at", "created_at"),
 )
 DEAD_LETTERS = sa.Table(
     "mainstay_events_dead_letters",
