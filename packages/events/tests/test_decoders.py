@@ -346,6 +346,15 @@ async def test_a_topic_may_be_named_by_the_settings() -> None:
     assert len(seen.all) == 1
 
 
+NO_EVENTS: dict[str, Any] = {
+    "no type": Decoded(None, "{}"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    "a dict": {"type": "line.read"},
+    "half a character": Decoded("line.read\ud800", "{}"),
+    "a number": Decoded("line.read", "{}", attributes={"place": 1}),  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+    "bytes": Decoded("line.read", b"{}"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+}
+
+
 class Lines:
     """A decoder of one's own: `item=value`, and comments."""
 
@@ -357,6 +366,8 @@ class Lines:
         item, _, value = text.partition("=")
         if item == "broken":
             raise KeyError(item)
+        if item in NO_EVENTS:
+            return NO_EVENTS[item]
         fields = json.dumps({"item": item, "value": value})
         return Decoded("line.read", fields, version="1.4", attributes={"place": str(record.offset), "Bad-Name": "x"})
 
@@ -383,6 +394,38 @@ async def test_a_decoder_of_ones_own() -> None:
     assert str(meta.version) == "1.4"
     assert (meta.headers["ce_place"], meta.key) == (b"1", "k")
     assert not any("Bad" in name for name in meta.headers)
+
+
+async def test_what_a_decoder_returns_that_is_no_event_stops_nothing() -> None:
+    """It is a dead letter, with the reason, and what follows in the partition is handled."""
+    seen = Seen(LineRead)
+    async with in_memory(seen.events, partitions=1) as rehearsal:
+        for value in (*NO_EVENTS, "a=1"):
+            await rehearsal.receive("lines", value.encode(), key=b"k")
+        await rehearsal.settled()
+        letters = {letter.value: letter.error for letter in await rehearsal.dead_letters()}
+    assert letters.keys() == {value.encode() for value in NO_EVENTS}
+    assert all("what its decoder found is no event" in error for error in letters.values())
+    assert seen.all == [LineRead(item="a", value=Decimal(1))]
+
+
+async def test_neither_half_a_character_nor_an_endless_exponent_stops_a_partition() -> None:
+    """JSON may hold both: in a key the first is shown as such, and a number that nobody can hold is a dead letter."""
+    seen = Seen(StockCounted, CustomerChanged)
+    number = b'{"item": "a", "value": 1.000000000000000e99999999999999999999}'
+    async with in_memory(seen.events, partitions=1) as rehearsal:
+        await rehearsal.receive("warehouse.stock", number, key=b"a")
+        await rehearsal.receive("warehouse.stock", b'{"item": "a", "value": 1}', key=b'{"item": "\\ud800"}')
+        await rehearsal.receive(
+            "shop.public.customers", change("c", after='{"id": 1}').encode(), key=b'{"a":"\\udfff"}'
+        )
+        await rehearsal.settled()
+        (letter,) = await rehearsal.dead_letters()
+    assert letter.value == number
+    assert sorted(map(repr, seen.all)) == sorted(
+        map(repr, [CustomerChanged(id=1), StockCounted(item="a", value=Decimal(1))])
+    )
+    assert all("\ufffd" in (meta.key or "") for _, meta in seen.seen)
 
 
 async def test_a_text_that_does_not_end_costs_no_more_than_its_length() -> None:

@@ -262,6 +262,35 @@ async def test_a_record_that_is_no_event_is_a_dead_letter_byte_for_byte(value: b
         assert scale.seen == []
 
 
+async def test_a_time_that_no_zone_of_ours_has_is_none() -> None:
+    """The event is handled all the same, in either mode; a number that nobody can hold is a dead letter."""
+    scale = Scale()
+    async with in_memory(scale.events, partitions=1) as rehearsal:
+        data = {"sack": "a", "kilos": 1}
+        for time in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+            value = json.dumps(envelope(id=time, time=time, data=data)).encode()
+            await rehearsal.receive("scale", value, key=b"a", headers=STRUCTURED)
+        endless = json.dumps(envelope(data=data)).replace(
+            '"kilos": 1', '"kilos": 1.000000000000000e-99999999999999999999'
+        )
+        await rehearsal.receive("scale", endless.encode(), key=b"a", headers=STRUCTURED)
+        await rehearsal.receive(
+            "scale",
+            json.dumps(data).encode(),
+            key=b"a",
+            headers=[
+                ("ce_type", b"scale.weighed"),
+                ("ce_dataversion", b"2"),
+                ("ce_id", b"4"),
+                ("ce_time", b"0001-01-01T00:00:00+01:00"),
+            ],
+        )
+        await rehearsal.settled()
+        (letter,) = await rehearsal.dead_letters()
+    assert letter.value == endless.encode()
+    assert [meta.time for _, meta in scale.seen] == [None, None, None]
+
+
 async def test_a_version_without_a_minor_number_is_that_major_version() -> None:
     """`dataversion` is no attribute of the standard: others write what they like."""
     scale = Scale()

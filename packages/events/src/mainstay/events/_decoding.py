@@ -119,10 +119,13 @@ class Decoders:
             if will_pass(error):
                 raise
             why = str(error) if isinstance(error, DecodeError) else f"its decoder raised {type(error).__name__}"
-            return _stand_in(record, [(UNREADABLE, why.encode(errors="replace")), (TYPE, topic.type.encode())])
+            return _unreadable(record, topic, why)
         if decoded is None:
             return _stand_in(record, [(NO_EVENT, b"")])
-        return _event(record, decoded)
+        try:
+            return _event(record, decoded)
+        except Exception as error:  # noqa: BLE001  a decoder may say what no event can be, and no record stops the others
+            return _unreadable(record, topic, f"what its decoder found is no event: {type(error).__name__}")
 
     def kind_of(self, record: Record) -> str:
         """What a handler of a record is chosen by, empty where it cannot be read.
@@ -186,8 +189,12 @@ def _event(record: Record, decoded: Decoded) -> Record:
     ]
     if decoded.time is not None:
         headers.append((TIME, decoded.time.isoformat().encode()))
-    key = record.key if decoded.key is None else decoded.key.encode()
+    key = record.key if decoded.key is None else decoded.key.encode(errors="surrogatepass")
     return _stand_in(record, headers)._replace(key=key, value=exact(decoded.json).encode(errors="surrogatepass"))
+
+
+def _unreadable(record: Record, topic: Foreign, why: str) -> LogRecord:
+    return _stand_in(record, [(UNREADABLE, why.encode(errors="replace")), (TYPE, topic.type.encode())])
 
 
 def _stand_in(record: Record, headers: Headers) -> LogRecord:

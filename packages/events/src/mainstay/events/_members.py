@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import cast
 
 from mainstay.events.errors import DecodeError
@@ -29,7 +29,15 @@ def _as_text_if_long(found: re.Match[str]) -> str:
     written = found[0]
     if written.startswith('"') or written.lstrip("-").isdecimal():  # a whole number is read as it is
         return written
-    return written if Decimal(repr(float(written))) == Decimal(written) else f'"{written}"'
+    return f'"{written}"' if _rounded(written) else written
+
+
+def _rounded(written: str) -> bool:
+    """Whether a float holds another number than the one that is written."""
+    try:
+        return Decimal(repr(float(written))) != Decimal(written)
+    except InvalidOperation:  # an exponent that not even a Decimal has
+        return True
 
 
 def members(text: str) -> dict[str, str]:

@@ -161,9 +161,9 @@ class Metadata:
             return None
         try:
             time = datetime.fromisoformat(text)
-        except ValueError:
+            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        except (ValueError, OverflowError):  # the first and the last day have no such time in every zone
             return None
-        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
     @property
     def correlation_id(self) -> str | None:
