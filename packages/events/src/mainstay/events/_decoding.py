@@ -2,7 +2,7 @@
 
 Which decoder it is depends on the topic, and is settled when the App is put together. A record that says by its headers
 that it is a CloudEvent is read as one on every topic. Of a record that does not, no header is believed: not who acted,
-not for which tenant.
+not for which tenant. The trace that it names is taken over, so that what others began and what is done here is one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
-from mainstay.core import MainstayError, derived_id
+from mainstay.core import Context, MainstayError, derived_id
 from mainstay.events._members import exact
 from mainstay.events._structured import is_structured, understood
 from mainstay.events._transport import LogRecord
@@ -38,6 +38,7 @@ FIRST_READ = "mainstay-first-read"
 """On a record of others that was redriven: where it was before, which stays its identity."""
 
 _OURS = ("ce_", "mainstay-")
+_TRACE, _STATE = _W3C = ("traceparent", "tracestate")
 _ATTRIBUTE = re.compile(r"[a-z0-9]+", re.ASCII)
 _LONGEST_ID = 128
 
@@ -189,8 +190,20 @@ def _event(record: Record, decoded: Decoded) -> Record:
     ]
     if decoded.time is not None:
         headers.append((TIME, decoded.time.isoformat().encode()))
+    if _TRACE not in decoded.attributes:
+        headers += _trace(record)
     key = record.key if decoded.key is None else decoded.key.encode(errors="surrogatepass")
     return _stand_in(record, headers)._replace(key=key, value=exact(decoded.json).encode(errors="surrogatepass"))
+
+
+def _trace(record: Record) -> Headers:
+    """The trace that a record is part of. It is no claim about who acted; one that is malformed is none."""
+    said = {name: value.decode(errors="replace") for name, value in record.headers if name in _W3C and value}
+    context = Context.from_dict(said)
+    if context.traceparent is None:
+        return []
+    state = [] if context.tracestate is None else [(f"ce_{_STATE}", context.tracestate.encode())]
+    return [(f"ce_{_TRACE}", context.traceparent.encode()), *state]
 
 
 def _unreadable(record: Record, topic: Foreign, why: str) -> LogRecord:

@@ -29,10 +29,10 @@ def _as_text_if_long(found: re.Match[str]) -> str:
     written = found[0]
     if written.startswith('"') or written.lstrip("-").isdecimal():  # a whole number is read as it is
         return written
-    return f'"{written}"' if _rounded(written) else written
+    return f'"{written}"' if rounded(written) else written
 
 
-def _rounded(written: str) -> bool:
+def rounded(written: str) -> bool:
     """Whether a float holds another number than the one that is written."""
     try:
         return Decimal(repr(float(written))) != Decimal(written)

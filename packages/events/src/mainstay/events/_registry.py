@@ -27,12 +27,11 @@ from urllib.parse import quote
 from mainstay.core import Clock, ConfigurationError, Drain, Health
 from mainstay.events._sparing import said
 from mainstay.events.errors import DecodeError, SchemaError
-from mainstay.events.foreign import Data
+from mainstay.events.foreign import PREFIX, Data, is_by_registry
 from mainstay.events.settings import EventsSettings
 
 _log = logging.getLogger("mainstay.events")
 
-_PREFIX = 5
 _MOST = 1_000
 """Schemas that are kept in memory; of as many it is remembered that they are of no use."""
 _LARGEST = 4 * 1024 * 1024
@@ -144,14 +143,14 @@ class SchemaRegistry:
 
     def read(self, format: Literal["avro", "protobuf"], value: bytes) -> Data:
         """See `Schemas`."""
-        if len(value) < _PREFIX or value[0] != 0:
+        if not is_by_registry(value):
             msg = "the value has no id of a schema before it: it was not written through a schema registry"
             raise DecodeError(msg)
-        key = _Key(format, int.from_bytes(value[1:_PREFIX], "big"))
+        key = _Key(format, int.from_bytes(value[1:PREFIX], "big"))
         schema = self._known.get(key)
         if schema is None:
             self._want(key)
-        return schema.read(value[_PREFIX:])
+        return schema.read(value[PREFIX:])
 
     def _want(self, key: _Key) -> NoReturn:
         """Have a schema asked for.

@@ -8,12 +8,14 @@ that has a method `decode` is one, too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
+from mainstay.events._connect import understood
 from mainstay.events._members import members
 from mainstay.events.errors import DecodeError
 
@@ -23,6 +25,16 @@ Format = Literal["json", "avro", "protobuf"]
 
 _OPERATIONS = {"c": "changed", "u": "changed", "r": "changed", "d": "deleted", "t": "truncated"}
 _CONNECT = {"schema", "payload"}
+_BESIDE_ITS_SCHEMA = re.compile(r'\s*\{\s*"(?:schema|payload)"\s*:')
+PREFIX = 5
+"""Bytes before what a serializer of a registry writes: a byte 0, and four of the schema's id, which is never 0."""
+_UNTOLD = "__debezium_unavailable_value"
+_UNTOLD_IN_BASE64 = "X19kZWJleml1bV91bmF2YWlsYWJsZV92YWx1ZQ=="
+
+
+def is_by_registry(value: bytes) -> bool:
+    """Whether bytes begin as those that a serializer of a registry writes."""
+    return len(value) >= PREFIX and value[0] == 0 and any(value[1:PREFIX])
 
 
 class Received(NamedTuple):
@@ -108,8 +120,8 @@ class Decoder(Protocol):
 class Plain:
     """Each value is an event, and nothing else.
 
-    A record without a value is an event of the type `<type>.deleted`: its fields are those of the key where that is an
-    object, else one field `key`. Where no type is named it is skipped.
+    A record without a value, or whose value is null, is an event of the type `<type>.deleted`: its fields are those of
+    the key where that is an object, else one field `key`. Where no type is named it is skipped.
 
     Args:
         type: of the events. `avro` and `protobuf` need none: it is the full name of the record's schema.
@@ -130,8 +142,8 @@ class Plain:
     def decode(self, record: Received, schemas: Schemas) -> Decoded | None:
         """See `Decoder`."""
         key = _Key(record.key, self.format, schemas)
-        if record.value is not None:
-            data = _read(record.value, self.format, schemas)
+        data = _read(record.value, self.format, schemas)
+        if data is not None:
             return Decoded(self.type or data.name, data.json, key=key.text)
         if self.type is None:
             return None
@@ -147,7 +159,8 @@ class Debezium:
     as it is now (`after`). One that is gone is `<stem>.deleted`: the row as it was (`before`), as far as the database
     tells, and the columns of its key. A table that was emptied is `<stem>.truncated`, without fields. The record
     without a value behind each deletion says nothing more and is skipped. In `Metadata.headers`, `ce_op` is Debezium's
-    `op`.
+    `op`. A column of which Debezium says that it does not know the value is left out: its field has its default and
+    is not in `model_fields_set`.
 
     Args:
         stem: how the types of the events begin.
@@ -159,9 +172,10 @@ class Debezium:
 
     def decode(self, record: Received, schemas: Schemas) -> Decoded | None:
         """See `Decoder`."""
-        if record.value is None:
+        data = _read(record.value, self.format, schemas)
+        if data is None:
             return None
-        change = members(_read(record.value, self.format, schemas).json)
+        change = members(data.json)
         op: Any = json.loads(change.get("op", "null"))
         what = _OPERATIONS.get(op) if isinstance(op, str) else None
         if what is None:
@@ -187,13 +201,18 @@ class _Key:
         self.text: str | None = None
         if key is None:
             return
-        if format != "json" and key[:1] == b"\0":
-            self.text = schemas.read(format, key).json
-        else:  # others write keys as text beside values with a schema
-            self.text = key.decode(errors="replace")
         try:
-            self._columns = members(_payload(self.text))
+            # Others write keys as text, or as the bytes of a number, beside values with a schema.
+            data = _read(key, format, schemas) if format == "json" or is_by_registry(key) else None
         except DecodeError:
+            data = None
+        self.text = key.decode(errors="replace") if data is None else data.json
+        if data is None:
+            return
+        try:
+            self._columns = members(data.json)
+        except DecodeError:
+            self.text = _text(data.json)
             return
         self.text = _text(*self._columns.values()) if len(self._columns) == 1 else _object(self._columns)
 
@@ -203,33 +222,43 @@ class _Key:
         Raises:
             DecodeError: there is no key, or its text is none.
         """
-        if self.text is None or "\ufffd" in self.text:
+        if self.text is None or "\ufffd" in self.text or "\0" in self.text:
             msg = "the record says by its key alone what it is about, and has none that could be read"
             raise DecodeError(msg)
         return self._columns
 
 
 def _text(value: str) -> str:
-    said: object = json.loads(value)
+    try:
+        said: object = json.loads(value)
+    except (ValueError, RecursionError):  # a mere text, which JSON would have in quotes
+        return value
     return said if isinstance(said, str) else value
 
 
-def _read(value: bytes, format: Format, schemas: Schemas) -> Data:
+def _read(value: bytes | None, format: Format, schemas: Schemas) -> Data | None:
+    """What a value says; None where it says nothing."""
+    if value is None:
+        return None
     if format != "json":
-        return schemas.read(format, value)
+        data = schemas.read(format, value)
+        return None if data.json == "null" else data
     try:
-        return Data("", _payload(value.decode()))
+        # What a serializer of a registry writes as JSON begins with the id of its schema, which it can be read without.
+        text = (value[PREFIX:] if is_by_registry(value) else value).decode()
     except UnicodeDecodeError:
         msg = "the value is no JSON: it is not UTF-8"
         raise DecodeError(msg) from None
+    payload = _payload(text)
+    return None if payload.strip() == "null" else Data("", payload)
 
 
 def _payload(text: str) -> str:
     """What a text in JSON says; Kafka Connect may have put it beside its schema."""
-    if text.lstrip().startswith('{"schema"'):
+    if _BESIDE_ITS_SCHEMA.match(text):
         both = members(text)
         if both.keys() == _CONNECT and both["schema"][0] in "{n":
-            return both["payload"]
+            return understood(both["payload"], both["schema"])
     return text
 
 
@@ -240,7 +269,17 @@ def _row(change: Mapping[str, str], name: str, *, optional: bool = False) -> dic
     if not said.startswith("{"):
         msg = f"the change event has no row {name}"
         raise DecodeError(msg)
-    return members(said)
+    return {column: value for column, value in members(said).items() if not _is_untold(value)}
+
+
+def _is_untold(value: str) -> bool:
+    """Whether Debezium does not know the value of a column: PostgreSQL tells no large one that was not changed."""
+    if _UNTOLD not in value and _UNTOLD_IN_BASE64 not in value:
+        return False
+    said: Any = json.loads(value)
+    while isinstance(said, list | dict) and len(cast("list[Any] | dict[str, Any]", said)) == 1:
+        (said,) = cast("list[Any]", said) if isinstance(said, list) else cast("dict[str, Any]", said).values()
+    return said in {_UNTOLD, _UNTOLD_IN_BASE64} if isinstance(said, str) else False
 
 
 def _time(change: Mapping[str, str]) -> datetime | None:
