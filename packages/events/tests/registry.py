@@ -27,6 +27,9 @@ class Registry:
         waits: it answers nothing until this is set.
         hides: ids that it says it has none of.
         says: what it answers instead, to every question.
+        deleted: subjects and their versions that it tells only to those who ask for what was deleted, too.
+        drips: it answers byte by byte, and never to the end.
+        dripping: how many such answers it is giving.
     """
 
     url: str = ""
@@ -39,6 +42,9 @@ class Registry:
     waits: threading.Event = field(default_factory=threading.Event)
     hides: set[int] = field(default_factory=set[int])
     says: tuple[int, Any] | None = None
+    deleted: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
+    drips: bool = False
+    dripping: int = 0
 
     def add(self, subject: str, schema: dict[str, Any]) -> int:
         """Register a schema, and return its id."""
@@ -50,7 +56,7 @@ class Registry:
             self.subjects[subject].append(found)
         return found
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+    def answer(self, method: str, path: str, body: bytes, query: str = "") -> tuple[int, Any]:
         """What it says: a status, and JSON."""
         if method == "POST" and (match := re.fullmatch(r"/subjects/([^/]+)(/versions)?", path)):
             subject = unquote(match[1])
@@ -68,7 +74,8 @@ class Registry:
             return 404, {"error_code": 40403, "message": "Schema not found"}
         if match := re.fullmatch(r"/subjects/([^/]+)/versions/(\d+)", path):
             ids = self.subjects.get(unquote(match[1]), [])
-            if 0 < int(match[2]) <= len(ids):
+            gone = (unquote(match[1]), int(match[2])) in self.deleted and "deleted=true" not in query.split("&")
+            if 0 < int(match[2]) <= len(ids) and not gone:
                 id_ = ids[int(match[2]) - 1]
                 return 200, {"subject": match[1], "version": int(match[2]), "id": id_, **self.schemas[id_]}
             return 404, {"error_code": 40402, "message": "Version not found"}
@@ -86,12 +93,12 @@ def registry(tls: ssl.SSLContext | None = None) -> Iterator[Registry]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            path = urlsplit(self.path).path
+            path, query = urlsplit(self.path)[2:4]
             if self.command == "GET":
-                this.asked.append(self.path)
+                this.asked.append(path)
                 this.authorizations.append(self.headers.get("authorization"))
             this.waits.wait(60)
-            status, told = this.says or this.answer(self.command, path, body)
+            status, told = this.says or this.answer(self.command, path, body, query)
             if this.wants is not None and self.headers.get("authorization") != this.wants:
                 status, told = 401, {"error_code": 401, "message": "Unauthorized"}
             if this.fails == 0:
@@ -100,6 +107,9 @@ def registry(tls: ssl.SSLContext | None = None) -> Iterator[Registry]:
             if this.fails is not None:
                 status, told = this.fails, {"error_code": 50001, "message": "not now"}
             text = json.dumps(told).encode()
+            if this.drips:
+                self.drip()
+                return
             self.send_response(status)
             self.send_header("content-type", "application/vnd.schemaregistry.v1+json")
             self.send_header("content-length", str(len(text)))
@@ -107,6 +117,20 @@ def registry(tls: ssl.SSLContext | None = None) -> Iterator[Registry]:
                 self.send_header("location", f"{this.url}/elsewhere")
             self.end_headers()
             self.wfile.write(text)
+
+        def drip(self) -> None:
+            """A header without an end, until nobody reads it."""
+            this.dripping += 1
+            self.close_connection = True
+            try:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
+                while this.drips:
+                    self.wfile.write(b"x")
+                    threading.Event().wait(0.02)
+            except OSError:
+                pass
+            finally:
+                this.dripping -= 1
 
         do_POST = do_GET  # noqa: N815  the server's name for it
 

@@ -658,3 +658,173 @@ def test_an_extra_that_is_not_installed_is_named(format_: str, package: str, mon
     monkeypatch.setattr(registry_file, "import_module", missing)
     with pytest.raises(ConfigurationError, match=rf"pip install 'mainstay-events\[{format_}\]'"):
         registry_file.check_format(format_)
+
+
+NOT_MEANT: dict[str, Any] = {
+    "type": "record",
+    "name": "Meant",
+    "namespace": "acme",
+    "fields": [
+        {"name": "id", "type": "int"},
+        {"name": "small", "type": {"type": "bytes", "logicalType": "decimal", "precision": 4, "scale": 2}},
+        {"name": "fixed", "type": {"type": "fixed", "name": "F", "size": 4, "logicalType": "decimal", "precision": 2}},
+        {
+            "name": "any",
+            "type": [
+                "null",
+                {
+                    "type": "record",
+                    "name": "VariableScaleDecimal",
+                    "namespace": "io.debezium.data",
+                    "connect.name": "io.debezium.data.VariableScaleDecimal",
+                    "fields": [{"name": "scale", "type": "int"}, {"name": "value", "type": "bytes"}],
+                },
+            ],
+        },
+        {"name": "again", "type": ["null", "io.debezium.data.VariableScaleDecimal"], "default": "of no type"},
+        {"name": "born", "type": {"type": "int", "connect.name": "io.debezium.time.Date"}},
+        {"name": "at", "type": {"type": "long", "connect.name": "io.debezium.time.MicroTimestamp"}},
+        {"name": "nanos", "type": {"type": "long", "logicalType": "timestamp-nanos"}},
+        {"name": "ref", "type": {"type": "fixed", "name": "U", "size": 16, "logicalType": "uuid"}},
+    ],
+}
+
+
+async def test_avro_is_read_as_it_is_meant(server: Registry) -> None:
+    """No amount is rounded to the precision that its schema says, and what Connect means by a number is known."""
+    server.add("meant", {"schema": json.dumps(NOT_MEANT)})
+    value = b"".join(
+        (
+            b"\0\0\0\0\1\x0e",
+            b"\x06" + (1234567).to_bytes(3, "big"),
+            (123456).to_bytes(4, "big"),
+            b"\x02\x28\x02\x7b",
+            b"\x02\x02\x02\xff",
+            b"\x76",
+            b"\x02",
+            b"\x02",
+            UUID(int=7).bytes,
+        )
+    )
+    async with Asking(server) as schemas:
+        data = await known(lambda: schemas.read("avro", value))
+    assert data.name == "acme.Meant"
+    assert json.loads(data.json) == {
+        "id": 7,
+        "small": "12345.67",
+        "fixed": "123456",
+        "any": "1.23E-18",
+        "again": "-0.1",
+        "born": "1970-03-01",
+        "at": "1970-01-01T00:00:00.000001Z",
+        "nanos": "1970-01-01T00:00:00.000000001Z",
+        "ref": str(UUID(int=7)),
+    }
+
+
+async def test_a_value_that_holds_itself_without_end_is_a_dead_letter(server: Registry) -> None:
+    """Read level by level in C it would end the process, with a few thousand bytes."""
+    chain = {"type": "record", "name": "Chain", "fields": [{"name": "next", "type": ["null", "Chain"]}]}
+    server.add("chain", {"schema": json.dumps(chain)})
+    forest = {"type": "record", "name": "Tree", "fields": [{"name": "c", "type": {"type": "map", "values": "Tree"}}]}
+    server.add("forest", {"schema": json.dumps([{"type": "array", "items": forest}])})
+    async with Asking(server) as schemas:
+        short = b"\0\0\0\0\1" + b"\2" * 50 + b"\0"
+        assert (await known(lambda: schemas.read("avro", short))).json.count("next") == 51
+        for level, id_, begin in ((b"\2", 1, b""), (b"\2\2a", 2, b"\0\2")):
+            value = b"\0\0\0\0" + bytes([id_]) + begin + level * 100_000 + b"\0"
+            with pytest.raises(DecodeError, match="as its schema says: RecursionError"):
+                await known(partial(schemas.read, "avro", value))
+
+
+class AddressSeen(Event, type="com.acme.Person", topic="mixed", key="name", decoder=AVRO):
+    name: str
+
+
+class NotedSeen(Event, type="com.acme.OrderNoted", topic="mixed", key="id", decoder=AVRO):
+    id: int
+
+
+async def test_a_topic_of_several_types_by_a_union_of_schemas(server: Registry) -> None:
+    """Which one a value is stands before it, and each has the name of its own."""
+    person = server.add("person", {"schema": json.dumps(PERSON)})
+    reference = {"name": "com.acme.Person", "subject": "person", "version": person}
+    server.add("noted", {"schema": json.dumps(NOTED), "references": [reference]})
+    both = {"name": "com.acme.OrderNoted", "subject": "noted", "version": 1}
+    union = json.dumps(["null", "com.acme.Person", "com.acme.OrderNoted"])
+    id_ = server.add("mixed", {"schema": union, "references": [reference, both]})
+    begin = b"\0" + id_.to_bytes(4, "big")
+    seen = Seen(AddressSeen, NotedSeen)
+    async with in_memory(seen.events, partitions=1, registry_url=server.url) as rehearsal:
+        for payload in (b"\2\6ann", b"\4\x0e\6ann", b"\0", b"\6\6ann", b"\1\6ann"):
+            await rehearsal.receive("mixed", begin + payload, key=b"k")
+        await rehearsal.settled(60)
+        letters = await rehearsal.dead_letters()
+    assert seen.all == [AddressSeen(name="ann"), NotedSeen(id=7)]  # and null is skipped, as no value is
+    assert [letter.value for letter in letters] == [begin + b"\6\6ann", begin + b"\1\6ann"]
+
+
+async def test_keys_that_no_serializer_of_a_registry_wrote(server: Registry) -> None:
+    """The bytes of a number begin with 0, too, and may name a schema: the value says what the event is."""
+    write = serializer(server, ORDER, "orders")
+    keys = [(7).to_bytes(8, "big"), (7).to_bytes(4, "big"), (2**24 + 7).to_bytes(8, "big"), b"7"]
+    seen = Seen(OrderPlaced)
+    async with in_memory(seen.events, registry_url=server.url) as rehearsal:
+        for n, key in enumerate(keys):
+            await rehearsal.receive("orders", write(order(n)), key=key)
+        await rehearsal.settled(60)
+        assert await rehearsal.dead_letters() == []
+    assert {event.id: meta.key for event, meta in seen.seen} == {n: key.decode() for n, key in enumerate(keys)}
+    assert {path for path in server.asked if path.startswith("/schemas/")} == {"/schemas/ids/1"}
+
+
+async def test_a_schema_that_was_deleted_is_still_what_others_were_written_by(server: Registry) -> None:
+    """One that another names is found all the same; one that is gone is said by its name, once it is believed."""
+    server.add("person", {"schema": json.dumps(PERSON)})
+    reference = {"name": "com.acme.Person", "subject": "person", "version": 1}
+    id_ = server.add("noted", {"schema": json.dumps(NOTED), "references": [reference]})
+    other = server.add("other", {"schema": json.dumps(NOTED), "references": [{**reference, "version": 2}]})
+    server.deleted.add(("person", 1))
+    clock = VirtualClock()
+    async with Asking(server, clock) as schemas:
+        value = b"\0" + id_.to_bytes(4, "big") + b"\x0e\6ann"
+        assert (await known(lambda: schemas.read("avro", value))).name == "com.acme.OrderNoted"
+        value = b"\0" + other.to_bytes(4, "big") + b"\x0e\6ann"
+        with pytest.raises(SchemaError):
+            schemas.read("avro", value)
+        await eventually(lambda: "/subjects/person/versions/2" in server.asked)
+        await clock.advance(31)
+        with pytest.raises(DecodeError, match=f"has no /subjects/person/versions/2, which it names in schema {other}"):
+            await known(lambda: schemas.read("avro", value))
+
+
+async def test_what_was_given_up_is_not_waited_for_once_more(server: Registry) -> None:
+    """It is asked for again after some seconds, and the first answer counts: no half minute for each."""
+    clock = VirtualClock()
+    value = b"\0\0\0\0\x63x"
+    async with Asking(server, clock) as schemas:
+        with pytest.raises(SchemaError):
+            schemas.read("avro", value)
+        await eventually(lambda: len(server.asked) == 1)
+        await clock.advance(31)
+        with pytest.raises(DecodeError, match="has no schema 99"):
+            await known(lambda: schemas.read("avro", value))
+        asked = len(server.asked)
+        await clock.advance(6)
+        with pytest.raises(DecodeError, match="has no schema 99"):
+            await known(lambda: schemas.read("avro", value))
+        assert len(server.asked) == asked + 1
+
+
+async def test_an_answer_without_an_end_keeps_no_thread(server: Registry) -> None:
+    """Byte by byte it would never be late by the measure of a socket; the thread ends when the question does."""
+    server.drips = True
+    async with Asking(server, registry_seconds=0.2) as schemas:
+
+        async def degraded() -> bool:
+            with pytest.raises(SchemaError):
+                schemas.read("avro", b"\0\0\0\0\1")
+            return (await schemas.health()).status == "degraded"
+
+        await eventually(degraded, seconds=60)
+        await eventually(lambda: server.dripping == 0, seconds=60)

@@ -5,7 +5,10 @@ asked for here. So a registry that is away or hangs holds up the events whose sc
 else. A schema never changes, and what is known stays known.
 
 A registry that says itself that it has no schema of an id may not have heard of it yet. That is believed after half a
-minute; before, and for every other answer or none, the events wait.
+minute, and from then on at once; before, and for every other answer or none, the events wait.
+
+Each question has a connection and a thread, and both end with it: one that is answered byte by byte without an end
+would keep a thread that all share.
 """
 
 from __future__ import annotations
@@ -13,16 +16,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import ssl
-import urllib.request
 from base64 import b64encode
 from collections.abc import Mapping
-from http.client import HTTPException
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
 from importlib import import_module
 from itertools import islice
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, cast
-from urllib.error import HTTPError
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from mainstay.core import Clock, ConfigurationError, Drain, Health
 from mainstay.events._sparing import said
@@ -42,7 +45,8 @@ _PATIENCE_SECONDS = 30.0
 """For how long the answer that there is no such schema is not believed."""
 _REFUSED_SECONDS = 5.0
 """How long a schema is not asked for again that is of no use."""
-_NO_SCHEMA = 40403
+_NOT_THERE = {40401, 40402, 40403}
+"""No such subject, version, schema."""
 _FORMATS: dict[str, tuple[str, str]] = {"avro": ("_avro", "fastavro"), "protobuf": ("_protobuf", "google")}
 """The file that reads each format, and what it needs."""
 
@@ -77,7 +81,15 @@ class _Key(NamedTuple):
 
 
 class _NotThereError(Exception):
-    pass
+    """The registry says that it has nothing there.
+
+    Args:
+        path: of what was asked for.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 class _UselessError(Exception):
@@ -126,14 +138,7 @@ class SchemaRegistry:
         self._settings = settings
         self._clock = clock
         self._url = (settings.registry_url or "").rstrip("/")
-        self._opener = urllib.request.OpenerDirector()  # without redirects: another server would be shown the account
-        for handler in (
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(context=context_of(settings)),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-        ):
-            self._opener.add_handler(handler)
+        self._tls = context_of(settings)
         self._known: dict[_Key, Schema] = {}
         self._useless: dict[_Key, tuple[str, float]] = {}  # why, and until when that counts
         self._missing: dict[_Key, float] = {}  # since when
@@ -186,11 +191,12 @@ class SchemaRegistry:
         try:
             async with asyncio.timeout(self._settings.registry_seconds):
                 schema = await self._schema(key)
-        except _NotThereError:
+        except _NotThereError as error:
             self._trouble = None
             since = self._missing.setdefault(key, self._clock.monotonic())
-            if self._clock.monotonic() - since >= _PATIENCE_SECONDS:
-                self._give_up(key, f"the schema registry at {self._url} has no schema {key.id}")
+            if key in self._useless or self._clock.monotonic() - since >= _PATIENCE_SECONDS:
+                named = "" if error.path == _path_to(key) else f"{error.path}, which it names in "
+                self._give_up(key, f"the schema registry at {self._url} has no {named}schema {key.id}")
         except _UselessError as error:
             self._trouble = None
             self._give_up(key, f"schema {key.id} of the registry at {self._url}: {error}")
@@ -216,12 +222,13 @@ class SchemaRegistry:
             _NotThereError, _UselessError: it is not there, or cannot be used.
             Exception: nothing is known.
         """
-        form = "?format=serialized" if key.format == "protobuf" else ""
+        form = "&format=serialized" if key.format == "protobuf" else ""
         seen: dict[str, Answer] = {}
 
         async def look(path: str) -> Answer:
             if path not in seen:
-                told = await asyncio.to_thread(self._get, path + form)
+                # What was deleted is still what others have been written by.
+                told = await self._get(f"{path}?deleted=true{form}")
                 kind = told.get("schemaType") or "AVRO"
                 if kind != key.format.upper():
                     msg = f"it is {kind}, and the topic is said to hold {key.format}"
@@ -237,7 +244,7 @@ class SchemaRegistry:
             return seen[path]
 
         try:
-            answer = await look(f"/schemas/ids/{key.id}")
+            answer = await look(_path_to(key))
         except (KeyError, TypeError, AttributeError) as error:
             msg = "an answer of another form than a registry's"
             raise ValueError(msg) from error
@@ -248,32 +255,22 @@ class SchemaRegistry:
             raise _UselessError(msg) from error
         return schema
 
-    def _get(self, path: str) -> dict[str, Any]:
+    async def _get(self, path: str) -> dict[str, Any]:
+        question = _Question(self._url, path, self._headers(), self._tls, self._settings.registry_seconds)
+        try:
+            return await asyncio.to_thread(question.ask)
+        finally:
+            question.give_up()
+
+    def _headers(self) -> dict[str, str]:
         settings = self._settings
-        request = urllib.request.Request(  # noqa: S310  the settings take http and https only
-            self._url + path, headers={"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
-        )
+        headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json", "Connection": "close"}
         if settings.registry_token is not None:
-            request.add_unredirected_header("Authorization", f"Bearer {settings.registry_token.get_secret_value()}")
+            headers["Authorization"] = f"Bearer {settings.registry_token.get_secret_value()}"
         elif settings.registry_password is not None:
             account = f"{settings.registry_username}:{settings.registry_password.get_secret_value()}".encode()
-            request.add_unredirected_header("Authorization", f"Basic {b64encode(account).decode()}")
-        try:
-            with self._opener.open(request, timeout=settings.registry_seconds) as response:
-                body: bytes = response.read(_LARGEST + 1)
-        except HTTPError as error:
-            with error:
-                if _code_in(error.read(_LARGEST)) == _NO_SCHEMA:
-                    raise _NotThereError from None
-            raise
-        if len(body) > _LARGEST:
-            msg = "an answer of more than 4 MiB"
-            raise ValueError(msg)
-        told: object = json.loads(body)
-        if not isinstance(told, dict):
-            msg = "an answer of another form than a registry's"
-            raise ValueError(msg)  # noqa: TRY004  as all that is wrong with one
-        return cast("dict[str, Any]", told)
+            headers["Authorization"] = f"Basic {b64encode(account).decode()}"
+        return headers
 
     async def health(self) -> Health:
         """Degraded while it does not answer."""
@@ -285,12 +282,82 @@ class SchemaRegistry:
         """What is wrong with the connection, a sentence each."""
         try:
             async with asyncio.timeout(self._settings.registry_seconds):
-                await asyncio.to_thread(self._get, "/config")
+                await self._get("/config")
+        except (OSError, HTTPException) as error:
+            return [f"the schema registry at {self._url} cannot be asked: {said(error)}"]
         except (_NotThereError, ValueError):
             return []
-        except (OSError, HTTPException, TimeoutError) as error:
-            return [f"the schema registry at {self._url} cannot be asked: {said(error)}"]
         return []
+
+
+class _Question:
+    """A question to the registry. A redirect is no answer: another server would be shown the account.
+
+    Args:
+        url: of the registry.
+        path: what to ask for.
+        headers: what to show.
+        tls: what is trusted, where the address begins with https:.
+        seconds: for how long each step may wait for the network.
+    """
+
+    def __init__(self, url: str, path: str, headers: Mapping[str, str], tls: ssl.SSLContext, seconds: float) -> None:
+        self._at = urlsplit(url)
+        self._path = path
+        self._headers = headers
+        self._tls = tls if self._at.scheme == "https" else None
+        self._seconds = seconds
+        self._line: socket.socket | None = None
+        self._given_up = False
+
+    def ask(self) -> dict[str, Any]:
+        """The answer; for a thread.
+
+        Raises:
+            _NotThereError: there is none.
+            Exception: nothing is known.
+        """
+        host, port = self._at.hostname or "", self._at.port or (80 if self._tls is None else 443)
+        connection = HTTPConnection(host, port)
+        plain = socket.create_connection((host, port), self._seconds)
+        try:
+            self._line = plain.dup()  # since TLS takes the other one over, which could then not be ended from outside
+            if self._given_up:
+                msg = "given up"
+                raise TimeoutError(msg)
+            connection.sock = plain if self._tls is None else self._tls.wrap_socket(plain, server_hostname=host)
+            connection.request("GET", f"{self._at.path}{self._path}", headers=dict(self._headers))
+            response = connection.getresponse()
+            status, body = response.status, response.read(_LARGEST + 1)
+        finally:
+            connection.close()
+            plain.close()
+            if self._line is not None:
+                self._line.close()
+        if status != 200:  # noqa: PLR2004  OK
+            if _code_in(body) in _NOT_THERE:
+                raise _NotThereError(self._path.partition("?")[0])
+            msg = f"HTTP status {status}"
+            raise ConnectionError(msg)
+        if len(body) > _LARGEST:
+            msg = "an answer of more than 4 MiB"
+            raise ValueError(msg)
+        told: object = json.loads(body)
+        if not isinstance(told, dict):
+            msg = "an answer of another form than a registry's"
+            raise ValueError(msg)  # noqa: TRY004  as all that is wrong with one
+        return cast("dict[str, Any]", told)
+
+    def give_up(self) -> None:
+        """Have the thread end that is asking, if one still is."""
+        self._given_up = True
+        if self._line is not None:
+            with suppress(OSError):  # it has ended meanwhile
+                self._line.shutdown(socket.SHUT_RDWR)
+
+
+def _path_to(key: _Key) -> str:
+    return f"/schemas/ids/{key.id}"
 
 
 def _path_of(reference: Mapping[str, Any]) -> str:
