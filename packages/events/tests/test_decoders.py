@@ -3,7 +3,7 @@
 import json
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -123,6 +123,32 @@ async def test_headers_of_others_are_not_believed() -> None:
     assert (meta.tenant, meta.actor, meta.correlation_id) == (None, None, meta.id)
     assert {name for name in meta.headers if not name.startswith("ce_")} == {"traceparent"}
     assert seen.contexts[0].tenant is None
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("headers", "trace"),
+    [
+        ([("traceparent", TRACE.encode()), ("tracestate", b"vendor=1")], (TRACE, "vendor=1")),
+        ([("traceparent", TRACE.encode()), ("tracestate", b"\xff")], (TRACE, None)),
+        ([("traceparent", TRACE.upper().encode()), ("tracestate", b"vendor=1")], (None, None)),
+        ([("traceparent", f"00-{'0' * 32}-00f067aa0ba902b7-01".encode())], (None, None)),
+        ([("traceparent", b"\xff"), ("traceparent", None)], (None, None)),
+        ([("tracestate", b"vendor=1"), ("ce_traceparent", TRACE.encode())], (None, None)),
+    ],
+)
+async def test_a_trace_of_others_goes_on(headers: Any, trace: Any) -> None:
+    """What they began, by the header of W3C, and what is done here is one; a malformed one is none."""
+    seen = Seen(StockCounted)
+    async with in_memory(seen.events) as rehearsal:
+        await rehearsal.receive("warehouse.stock", b'{"item": "a", "value": 1}', key=b"a", headers=headers)
+        await rehearsal.settled()
+        assert await rehearsal.dead_letters() == []
+    (context,) = seen.contexts
+    assert (context.traceparent, context.tracestate) == trace
+    assert seen.seen[0][1].traceparent == trace[0]
 
 
 async def test_a_record_for_another_group_is_not_ours() -> None:
@@ -367,7 +393,7 @@ class Lines:
         if item == "broken":
             raise KeyError(item)
         if item in NO_EVENTS:
-            return NO_EVENTS[item]
+            return cast("Decoded", NO_EVENTS[item])
         fields = json.dumps({"item": item, "value": value})
         return Decoded("line.read", fields, version="1.4", attributes={"place": str(record.offset), "Bad-Name": "x"})
 

@@ -9,14 +9,14 @@ value without a limit, and a few thousand bytes would end the process.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import UUID
 
 from fastavro import parse_schema, schemaless_reader  # pyright: ignore[reportUnknownVariableType]
 from fastavro._read_py import schemaless_reader as read_in_python  # pyright: ignore[reportUnknownVariableType]
-from fastavro.read import LOGICAL_READERS
+from fastavro.read import LOGICAL_READERS  # pyright: ignore[reportUnknownVariableType]
 from pydantic_core import to_json
 
 from mainstay.events._connect import DECIMAL, MEANINGS, NANOSECONDS, Meaning, amount
@@ -44,7 +44,7 @@ def _scaled(value: Any, written_by: Any, _read_by: Any) -> Any:
     return amount(value, int(written_by.get("scale", 0)))
 
 
-LOGICAL_READERS.update(
+cast("dict[str, Any]", LOGICAL_READERS).update(
     {
         f"bytes-{_AMOUNT}": _scaled,
         f"fixed-{_AMOUNT}": _scaled,
@@ -107,7 +107,7 @@ def schema_of(answer: Answer) -> AvroSchema:
     _name(answer, named, set())
     schema = _meant(json.loads(answer.text))
     union = isinstance(schema, list)
-    branches = cast("list[Any]", schema) if union else [schema]
+    branches = cast("Sequence[Any]", schema) if union else [schema]
     return AvroSchema([_branch(each, number, named) for number, each in enumerate(branches)], union=union)
 
 
@@ -124,15 +124,23 @@ def _branch(schema: Any, number: int, named: dict[str, Any]) -> _Branch:
     field = {"name": "value", "type": schema}
     whole: Any = parse_schema({"type": "record", "name": f"MainstayValue{number}", "fields": [field]}, named)
     said: Any = whole["fields"][0]["type"]
-    name = said if isinstance(said, str) and said in named else said.get("name", "") if isinstance(said, dict) else ""
-    read = read_in_python if _names_itself(said, named, frozenset(), set()) else schemaless_reader
-    return _Branch(str(name), lambda rest: cast("dict[str, Any]", read(rest, whole, None))["value"])
+    name: Any = ""
+    if isinstance(said, str):
+        name = said if said in named else ""
+    elif isinstance(said, dict):
+        name = cast("Mapping[str, Any]", said).get("name", "")
+    read = cast("Any", read_in_python if _names_itself(said, named, frozenset(), set()) else schemaless_reader)
+
+    def value(rest: BytesIO) -> Any:
+        return read(rest, whole, None)["value"]
+
+    return _Branch(str(name), value)
 
 
 def _meant(schema: Any) -> Any:
     """A schema whose logical types have the names of our readers; without defaults, of which a writer's has no use."""
     if isinstance(schema, list):
-        return [_meant(each) for each in cast("list[Any]", schema)]
+        return [_meant(each) for each in cast("Sequence[Any]", schema)]
     if not isinstance(schema, dict):
         return schema
     said = {name: value for name, value in cast("dict[str, Any]", schema).items() if name != "default"}
@@ -158,7 +166,7 @@ def _meaning(schema: Mapping[str, Any]) -> str | None:
 def _names_itself(schema: Any, named: Mapping[str, Any], within: frozenset[str], done: set[str]) -> bool:
     """Whether values of a schema may hold others of the same."""
     if isinstance(schema, list):
-        return any(_names_itself(each, named, within, done) for each in cast("list[Any]", schema))
+        return any(_names_itself(each, named, within, done) for each in cast("Sequence[Any]", schema))
     said: Any = named.get(schema, {}) if isinstance(schema, str) else schema
     name = str(said.get("name", ""))
     if name and name in within:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -168,7 +168,7 @@ def _members(fields: Mapping[str, Meaning], value: Any) -> Any:
 
 def _each(meaning: Meaning, value: Any) -> Any:
     if isinstance(value, list):
-        return [each if each is None else meaning(each) for each in cast("list[Any]", value)]
+        return [each if each is None else meaning(each) for each in cast("Sequence[Any]", value)]
     if isinstance(value, dict):
         return {name: each if each is None else meaning(each) for name, each in cast("dict[str, Any]", value).items()}
     return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -277,9 +277,14 @@ def _is_untold(value: str) -> bool:
     if _UNTOLD not in value and _UNTOLD_IN_BASE64 not in value:
         return False
     said: Any = json.loads(value)
-    while isinstance(said, list | dict) and len(cast("list[Any] | dict[str, Any]", said)) == 1:
-        (said,) = cast("list[Any]", said) if isinstance(said, list) else cast("dict[str, Any]", said).values()
-    return said in {_UNTOLD, _UNTOLD_IN_BASE64} if isinstance(said, str) else False
+    while isinstance(said, list | dict):  # of an array or a map it says so for the whole
+        inside = [
+            *(cast("Mapping[str, Any]", said).values() if isinstance(said, dict) else cast("Sequence[Any]", said))
+        ]
+        if len(inside) != 1:
+            return False
+        (said,) = inside
+    return said in {_UNTOLD, _UNTOLD_IN_BASE64}
 
 
 def _time(change: Mapping[str, str]) -> datetime | None:
