@@ -51,6 +51,7 @@ async def test_each_event_begins_one_run_and_sends_one_signal(
     if engine != "embedded":
         settings["MAINSTAY_DATABASE_URL"] = request.getfixturevalue("postgres")
         settings["MAINSTAY_EVENTS_TRANSPORT"] = "kafka"
+        settings["MAINSTAY_EVENTS_SOURCE"] = "join"
         settings["MAINSTAY_EVENTS_KAFKA_SERVERS"] = request.getfixturevalue("kafka")
     settings["MAINSTAY_EVENTS_TOPICS"] = json.dumps(dict.fromkeys(("join.placed", "join.packed", "join.done"), topic))
     for name, value in settings.items():

@@ -134,6 +134,7 @@ def test_the_service_of_the_readme_runs_on_kafka_and_postgresql(tmp_path: Path, 
         "MAINSTAY_DATABASE_URL": postgres,
         "MAINSTAY_EVENTS_TRANSPORT": "kafka",
         "MAINSTAY_EVENTS_KAFKA_SERVERS": kafka,
+        "MAINSTAY_EVENTS_SOURCE": "orders",
     }
     assert all(f"{name}=" in README for name in settings)
     assert "mainstay db upgrade && uvicorn service:api" in README

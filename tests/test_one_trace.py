@@ -82,6 +82,7 @@ async def test_a_request_and_the_handler_elsewhere_are_one_trace(
     }
     if transport == "kafka":
         settings["MAINSTAY_EVENTS_KAFKA_SERVERS"] = request.getfixturevalue("kafka")
+        settings["MAINSTAY_EVENTS_SOURCE"] = "trace"
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     service = _service()

@@ -151,7 +151,7 @@ async def dispatch_rows(*, quick: bool) -> AsyncIterator[Row]:
 
 
 def _options(servers: str, client: str) -> dict[str, Any]:
-    return {"transport": "kafka", "kafka_client": client, "outbox": False, "kafka_servers": servers}
+    return {"transport": "kafka", "kafka_client": client, "outbox": False, "kafka_servers": servers, "source": "bench"}
 
 
 CLIENTS = {"aiokafka": "", "confluent": " by librdkafka"}

@@ -185,6 +185,7 @@ async def test_topics_are_not_created_by_being_looked_for(checked, kafka, monkey
     monkeypatch.setenv("MAINSTAY_DATABASE_URL", url)
     monkeypatch.setenv("MAINSTAY_EVENTS_TRANSPORT", "kafka")
     monkeypatch.setenv("MAINSTAY_EVENTS_KAFKA_SERVERS", kafka)
+    monkeypatch.setenv("MAINSTAY_EVENTS_SOURCE", "orders")
     topic = f"check-{uuid4().hex}"
     monkeypatch.setenv("MAINSTAY_EVENTS_TOPICS", json.dumps({"book.lent": topic}))
     assert await checked(0) == []
@@ -207,6 +208,7 @@ async def test_topics_that_are_missing_or_too_narrow(checked, create, kafka, mon
     monkeypatch.setenv("MAINSTAY_DATABASE_URL", url)
     monkeypatch.setenv("MAINSTAY_EVENTS_TRANSPORT", "kafka")
     monkeypatch.setenv("MAINSTAY_EVENTS_KAFKA_SERVERS", kafka)
+    monkeypatch.setenv("MAINSTAY_EVENTS_SOURCE", "orders")
     topic = f"check-{uuid4().hex}"
     if create:
         admin = AIOKafkaAdminClient(bootstrap_servers=kafka)

@@ -19,6 +19,14 @@ from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _source() -> Iterator[None]:
+    """A name of the service under test, which Kafka asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAINSTAY_EVENTS_SOURCE", "mainstay")
+        yield
+
+
 @pytest.fixture
 def prefix() -> str:
     """A name that no other test uses."""

@@ -428,7 +428,7 @@ async def committed(servers: str, group: str) -> int | None:
     admin = AIOKafkaAdminClient(bootstrap_servers=servers)
     await admin.start()
     try:
-        offsets = await admin.list_consumer_group_offsets(group)
+        offsets = await admin.list_consumer_group_offsets(f"mainstay.{group}")
         return next((place.offset for place in offsets.values()), None)
     finally:
         await admin.close()

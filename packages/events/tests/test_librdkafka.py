@@ -160,7 +160,7 @@ async def place_of_group(servers: str, group: str) -> int:
     from confluent_kafka import Consumer
 
     def look() -> int:
-        consumer = Consumer({"bootstrap.servers": servers, "group.id": group})
+        consumer = Consumer({"bootstrap.servers": servers, "group.id": f"mainstay.{group}"})
         (place,) = consumer.committed([TopicPartition(group, 0)], 10)
         consumer.close()
         return int(place.offset)

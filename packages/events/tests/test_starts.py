@@ -251,7 +251,7 @@ async def committed(admin: AIOKafkaAdminClient, group: str, partitions: int) -> 
             with suppress(
                 GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError
             ):  # of the first group there is
-                found = await admin.list_consumer_group_offsets(group)
+                found = await admin.list_consumer_group_offsets(f"mainstay.{group}")
             await asyncio.sleep(0.05)
     return [found[place].offset for place in sorted(found)]
 

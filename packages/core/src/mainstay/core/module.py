@@ -116,6 +116,11 @@ class Module(ABC, Generic[S, P]):
                 raise ConfigurationError(msg)
         return Feature(cls, parts)
 
+    @property
+    def service_name(self) -> str | None:
+        """What `settings` call the whole service; None where they do not."""
+        return None
+
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
         """The modules that must run before this one, as `settings` and `parts` make necessary."""
         return ()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from mainstay.core import Clock, ConfigurationError, MainstayError, Outcome, RetryState
-from mainstay.database import CommitUnknown
+from mainstay.core import Clock, MainstayError
+from mainstay.events._attempts import Again, Attempts
 from mainstay.events._decoding import NO_EVENT, OURS, Decoders, will_pass
 from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SET_ASIDE, SKIPPED, SKIPPED_FAILURES
@@ -36,16 +36,6 @@ _FEW = 20
 """Of so many events in a full window one may hold back the others, and its key is parked then."""
 _PATIENCE_SECONDS = 5.0
 """How long after its first call an event may be tried again before its key is parked for that."""
-
-
-class Again(NamedTuple):
-    """The event is handed out once more; until then its key waits.
-
-    Attributes:
-        after_seconds: how much later.
-    """
-
-    after_seconds: float
 
 
 KEY_IS_PARKED = KeyIsParkedError()
@@ -90,8 +80,8 @@ class Failures:
         self._commit = commit
         self._parking = parking
         self.decoders = decoders
-        self._clock = clock
         self._sparing = Sparing(clock)
+        self._attempts = Attempts(group, self._sparing, clock)
         self._unknown = Unknown() if unknown is None else unknown
         self.spans = spans
         self.failing: set[Delivery] = set()
@@ -129,30 +119,35 @@ class Failures:
                 if route is None:
                     error = DecodeError(f"group {self._group} has no handler for {kind or 'a malformed version'}")
                 if fate == "stop":
-                    self.stops.at(delivery, kind, error, self._age(delivery))
+                    self.stops.at(delivery, kind, error, self._attempts.age(delivery))
                     return Again(SHORTEST_SECONDS)
         if delivery.verdict is None:
             if route is not None:
                 FAILED.labels(route.type, self._group).inc()
             on_failure = _fate(delivery, route, handling)
-            again = self._again(delivery, route, handling, error)
+            again = self._attempts.again(delivery, route, handling, error)
             if again is not None and delivery.assignment.queue is None:
                 delivery.error = None if on_failure == "stop" else error
                 return again
             if self._is_split(delivery, error):
                 return None
             if again is None and on_failure == "stop":
-                again = self._tried_on(delivery, handling, error)
+                again = self._attempts.stopped(delivery, handling, error)
                 if delivery.assignment.queue is None:
+                    kind = self.decoders.kind_of(delivery.record)
+                    self.stops.at(delivery, kind, error, self._attempts.age(delivery))
                     return again
             verdict = self._verdict(delivery, on_failure, handling, error, again)
             delivery.judge(verdict)
             delivery.waited = 0.0 if again is None else delivery.waited
         else:
             verdict = delivery.verdict
+        return await self._end(delivery, verdict)
+
+    async def _end(self, delivery: Delivery, verdict: Verdict) -> Again | None:
         try:
             await self._carry_out(delivery, verdict)
-        except Exception:  # noqa: BLE001  whatever it is, the event must not be lost
+        except Exception:  # noqa: BLE001  any error: the event must not be lost
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
             return self._not_stored(delivery, "what could not be handled cannot be stored")
         if self.spans is not None:
@@ -203,23 +198,6 @@ class Failures:
         error = NotHandledHereError(f"the process that read the event has no handler for {kind}; another has")
         return Verdict(error, "park", due_seconds=0.0)
 
-    def _tried_on(self, delivery: Delivery, handling: Handling | None, error: Exception) -> Again:
-        """Stop at an event, and try it again after the longest wait of its retry."""
-        seconds = SHORTEST_SECONDS
-        if handling is not None:
-            seconds = max(seconds, handling.retry.wait(self._state(delivery, error, delivery.attempt)))
-        delivery.attempt += 1
-        delivery.waited += seconds
-        if delivery.assignment.queue is None:
-            self.stops.at(delivery, self.decoders.kind_of(delivery.record), error, self._age(delivery))
-        return Again(seconds)
-
-    def _state(self, delivery: Delivery, error: Exception, number: int) -> RetryState:
-        return RetryState(number, Outcome.of_error(error), self._age(delivery), delivery.waited)
-
-    def _age(self, delivery: Delivery) -> float:
-        return delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
-
     def _is_split(self, delivery: Delivery, error: Exception) -> bool:
         """Split a batch, so that the event shows which it fails of; False for a single one."""
         if not delivery.split():
@@ -246,26 +224,13 @@ class Failures:
             return Verdict(error, "skip")
         verdict, fate = Verdict(error, "dead-letter"), "becomes a dead letter"
         if isinstance(on_failure, RetryLater):
-            seconds = self._later(delivery, on_failure, handling, error)
+            seconds = self._attempts.later(delivery, on_failure, handling, error)
             if seconds is not None:
                 verdict, fate = Verdict(error, "later", seconds), f"is tried again in {seconds:g} s"
         elif on_failure == "park" and self._parking is not None and delivery.record.key is not None:
             verdict, fate = Verdict(error, "park"), "its key is parked"
         _log.error("%s in group %s failed, and %s, at attempt %d", name, self._group, fate, attempt, exc_info=error)
         return verdict
-
-    def _later(
-        self, delivery: Delivery, on_failure: RetryLater, handling: Handling | None, error: Exception
-    ) -> float | None:
-        """How long an event is set aside now, None when that is no use any more."""
-        if handling is None or isinstance(error, DecodeError) or delivery.later >= len(on_failure.delays_seconds):
-            return None
-        if not handling.retry.retry(self._state(delivery, error, delivery.attempt)):
-            return None
-        seconds = on_failure.delays_seconds[delivery.later]
-        delivery.later += 1
-        delivery.attempt += 1
-        return seconds
 
     async def _carry_out(self, delivery: Delivery, verdict: Verdict) -> None:
         assignment, record = delivery.assignment, delivery.record
@@ -281,7 +246,7 @@ class Failures:
             delivery.kept = True
             return
         if verdict.fate == "later":
-            await self._parking.park(delivery, verdict, self._age(delivery), [])
+            await self._parking.park(delivery, verdict, self._attempts.age(delivery), [])
             SET_ASIDE.labels(self._group).inc()
             return
         key = record.key
@@ -290,7 +255,7 @@ class Failures:
         if not assignment.open:
             msg = f"{assignment} is another process' now"
             raise RuntimeError(msg)
-        await self._parking.park(delivery, verdict, self._age(delivery), before)
+        await self._parking.park(delivery, verdict, self._attempts.age(delivery), before)
         if key is not None:
             assignment.parked.add(key)
         PARKED.labels(self._group).inc()
@@ -329,47 +294,6 @@ class Failures:
         _log.exception("%s in group %s: %s, again in %g s", delivery.record_name, self._group, what,
                        delivery.waited)  # fmt: skip
         return Again(delivery.waited)
-
-    def _again(
-        self, delivery: Delivery, route: Route | None, handling: Handling | None, error: Exception
-    ) -> Again | None:
-        # Nothing happened, and it will pass: the database is away, a breaker is open. That is no verdict on the
-        # event and costs no attempt: an outage of a minute must not turn a minute's events into dead letters. A
-        # mistake in how the App is put together is none either: the event waits until that is mended.
-        postponed = isinstance(error, ConfigurationError) or will_pass(error)
-        if isinstance(error, CommitUnknown):
-            # Elsewhere it would be unknown whether to try again. An event may always be handled once more.
-            error.retryable = True
-        delay = self._delay(delivery, handling, error, postponed=postponed)
-        if delay is None:
-            return None
-        left_out = self._sparing.due(f"{type(error).__name__} {route and route.type}")
-        if left_out is not None:
-            more = f", as did {left_out} others meanwhile" if left_out else ""
-            _log.warning(
-                "%s in group %s failed at attempt %d%s, again in %.2f s", delivery.record_name, self._group,
-                delivery.attempt, more, delay, exc_info=error,
-            )  # fmt: skip
-        if postponed:
-            delivery.postponed += 1
-        else:
-            delivery.attempt += 1
-        delivery.waited += delay
-        return Again(delay)
-
-    def _delay(
-        self, delivery: Delivery, handling: Handling | None, error: Exception, *, postponed: bool
-    ) -> float | None:
-        if handling is None or isinstance(error, DecodeError):
-            return None
-        number = delivery.postponed + 1 if postponed else delivery.attempt
-        state = self._state(delivery, error, number)
-        if not postponed:
-            return handling.retry.delay_seconds(state)
-        if not isinstance(error, ConfigurationError) and not handling.retry.retry(state):
-            return None
-        hint: float = getattr(error, "retry_after_seconds", None) or 0.0
-        return max(handling.retry.wait(state), hint)
 
 
 def _fate(delivery: Delivery, route: Route | None, handling: Handling | None) -> OnFailure:

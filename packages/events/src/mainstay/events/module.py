@@ -118,10 +118,15 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def check(self) -> None:
         """Refuse what would fail later: handlers, events, topics and a connection that cannot be.
 
+        The service's name becomes the source of its events here, unless `settings` name one.
+
         Raises:
             ConfigurationError: a type that a group handles twice, a field that would not be read back, topics
-                that brokers do not tell apart, a client that is not installed, a file of certificates that is none.
+                that brokers do not tell apart, a client that is not installed, a file of certificates that is none, a
+                service without a name on Kafka.
         """
+        names = (module.service_name for module in self.modules)
+        self.settings = self.settings.named(next(filter(None, names), None))
         subscriptions = self._subscriptions()
         decoders: Sequence[Decoder] = ()
         try:

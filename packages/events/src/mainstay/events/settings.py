@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ImportString, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from mainstay.core import FullJitter, Retry, Settings
+from mainstay.core import ConfigurationError, FullJitter, Retry, Settings
 from mainstay.events.event import TOPIC_RULE, EventDefinition, is_topic
 
 __all__ = ["EventsSettings", "KafkaToken"]
@@ -49,13 +49,18 @@ class KafkaToken:
     expires_in_seconds: float
 
 
+_SOURCE = r"^[A-Za-z0-9._:@/+=-]{1,128}$"
+
+
 class EventsSettings(Settings):
     """Settings of `EventsModule`. One that the chosen transport cannot honour is an error, never ignored.
 
     Attributes:
         transport: where events travel. `sql` is a durable log in the service's own database, `kafka` is Apache Kafka,
             `memory` is for tests and loses everything when the process ends.
-        source: the name of this service, written into each event it publishes.
+        source: the name of this service, written into each event it publishes. By default it is the one that another
+            module of the App knows (`ObservabilitySettings.service_name`), and `mainstay` where none does. On `kafka`
+            there must be one, and for ever: consumer groups and the topic of dead letters are called by it.
         partitions: into how many ordered parts each topic is divided when it is created; for `sql`, all topics.
         topics: the topic of an event type, where it is neither the one that its class says nor the default: the type
             without its last word, so that `order.placed` and `order.paid` share the topic `order` and one order's
@@ -112,7 +117,7 @@ class EventsSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_EVENTS_")
 
     transport: Literal["sql", "kafka", "memory"] = "sql"
-    source: str = Field(default="mainstay", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:@/+=-]+$")
+    source: str = Field(default="mainstay", pattern=_SOURCE)
     partitions: int = Field(default=8, ge=1, le=1024)
     topics: dict[str, str] = Field(default_factory=dict[str, str])
     outbox: bool | None = None
@@ -289,6 +294,30 @@ class EventsSettings(Settings):
             elif not (self.kafka_username and self.kafka_password):
                 return f"kafka_protocol {self.kafka_protocol!r} needs kafka_username and kafka_password"
         return None
+
+    def named(self, service_name: str | None) -> Self:
+        """These settings, with the name of the service as the source unless they say one.
+
+        Raises:
+            ConfigurationError: that name can be no source, or there is none and Kafka needs one.
+        """
+        if "source" in self.model_fields_set:
+            return self
+        if service_name is not None:
+            if not re.fullmatch(_SOURCE, service_name):
+                msg = (
+                    f"the service is called {service_name!r}, which events cannot carry as their source: set "
+                    f"{self.variable('source')} to a name of up to 128 letters, digits and ._:@/+=-"
+                )
+                raise ConfigurationError(msg)
+            return self.model_copy(update={"source": service_name})
+        if self.transport == "kafka":
+            msg = (
+                "on Kafka a service has a name, or its groups and dead letters would be those of every other without "
+                f"one: set {self.variable('source')}=orders, or ObservabilitySettings(service_name=…)"
+            )
+            raise ConfigurationError(msg)
+        return self
 
     @property
     def writes_database(self) -> bool:

@@ -34,6 +34,11 @@ class ObservabilityModule(Module[ObservabilitySettings, Never]):
 
     name: ClassVar[str] = "observability"
 
+    @property
+    def service_name(self) -> str:
+        """As the settings say."""
+        return self.settings.service_name
+
     def yields(self) -> Sequence[type]:
         """The watch over the health, and the server of probes."""
         return (HealthWatch, ProbeServer)

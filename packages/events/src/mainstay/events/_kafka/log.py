@@ -28,10 +28,12 @@ class KafkaLog:
     Args:
         client: asks the cluster, and reads.
         contact: how the cluster is met.
+        own: what the names of this service's groups begin with in the cluster, and here do not.
     """
 
-    def __init__(self, client: Client, contact: Contact) -> None:
+    def __init__(self, client: Client, contact: Contact, own: str) -> None:
         self._client = client
+        self._own = own
         self._contact = contact
         self._browser: Browser | None = None
         self._turn = asyncio.Lock()
@@ -144,9 +146,20 @@ class KafkaLog:
 
         async with self._asking() as admin:
             there = await admin.groups()
-            wanted = sorted(there if names is None else there & set(names))
-            found = await asyncio.gather(*(asked(admin, group) for group in wanted))
+            wanted = self._called(there) if names is None else self._meant(there, names)
+            found = await asyncio.gather(*(asked(admin, group) for group in wanted.values()))
         return dict(zip(wanted, found, strict=True))
+
+    def _called(self, there: Collection[str]) -> Mapping[str, str]:
+        """All groups, those of this service by the names that its handlers say, and what the cluster calls each."""
+        mine = {name.removeprefix(self._own): name for name in there if name.startswith(self._own)}
+        mine = {name: full for name, full in mine.items() if name not in there}
+        return dict(sorted((mine | {name: name for name in there if name not in mine.values()}).items()))
+
+    def _meant(self, there: Collection[str], names: Collection[str]) -> Mapping[str, str]:
+        """What the cluster calls groups, each of which is one of this service or said in full."""
+        full = {name: self._own + name if self._own + name in there else name for name in sorted(names)}
+        return {name: meant for name, meant in full.items() if meant in there}
 
     async def behind(self, places: Places) -> Mapping[Partition, Behind]:
         """See `Log`."""

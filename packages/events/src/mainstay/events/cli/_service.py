@@ -68,7 +68,7 @@ def show(facts: Mapping[str, Any]) -> None:
 def with_service(service: type[S], work: Callable[[S], Awaitable[T]]) -> T:
     """Do something with a service of an App that has the settings, and no handlers."""
     settings = settings_of(EventsModule)
-    _kept_for_others(settings)
+    _can_be_found(settings)
     if service is RefusedEvents and not (settings.transport == "kafka" and settings.writes_database):
         msg = "only the outbox in front of Kafka keeps events that were refused"
         raise ConfigurationError(msg)
@@ -93,7 +93,7 @@ def in_app(work: Callable[[DeadLetters], Awaitable[T]]) -> T:
 def with_log(work: Callable[[EventLog], Awaitable[T]]) -> T:
     """Look at the log of the App that is named, whose handlers are known then, or at that of the settings."""
     settings = settings_of(EventsModule)
-    _kept_for_others(settings)
+    _can_be_found(settings)
     app = named_app()
     if app is None:
         modules: list[Any] = [EventsModule.for_root(settings)]
@@ -109,15 +109,19 @@ def to_publish(app: App, event: Event) -> str:
     """Publish an event in the App that is named; no other part of it changes anything that is stored."""
     for module in app.modules:
         if isinstance(module, EventsModule):
-            _kept_for_others(module.settings)
+            _can_be_found(module.settings)
         else:
             module.only_looking()
     return _running(app, EventPublisher, lambda publisher: publisher.publish(event))
 
 
-def _kept_for_others(settings: EventsSettings) -> None:
+def _can_be_found(settings: EventsSettings) -> None:
     if settings.transport == "memory":
         msg = "the memory transport keeps nothing for other processes"
+        raise ConfigurationError(msg)
+    if settings.transport == "kafka" and "source" not in settings.model_fields_set:
+        source = settings.variable("source")
+        msg = f"groups and dead letters on Kafka are called by the service's name: pass --app, or set {source}"
         raise ConfigurationError(msg)
 
 
