@@ -38,7 +38,7 @@ from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.missed import pass_over
-from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed
+from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed, group_id
 from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watched
@@ -65,7 +65,7 @@ async def reading(
     drain_ms = int((settings.drain_seconds + 2 * CLOSE_SECONDS) * 1000)
     consumer = AIOKafkaConsumer(
         **connection(contact, "consumer", fetch_max_wait_ms=100, metadata_max_age_ms=30_000),
-        group_id=group,
+        group_id=group_id(settings, group),
         group_instance_id=settings.kafka_instance_id,
         enable_auto_commit=False,
         auto_offset_reset="none",  # where a group has no place, or one that is gone, we choose it, and say so
@@ -265,7 +265,8 @@ class KafkaSource:
             raise self._not_allowed() from error
 
     def _not_allowed(self) -> NotAllowed:
-        return NotAllowed(f"this service may not take part in the group {self._group}: grant READ on that group")
+        name = self._consumer._group_id
+        return NotAllowed(f"this service may not take part in the group {name}: grant READ on that group")
 
     async def _begin(self, place: TopicPartition) -> None:
         """A group that has no place in a partition begins with the oldest record there, or as its handlers say."""

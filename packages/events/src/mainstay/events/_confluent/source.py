@@ -28,7 +28,7 @@ from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, Reasons
 from mainstay.events._confluent.member import Found, Member, Place
 from mainstay.events._confluent.records import KafkaRecord
 from mainstay.events._delivery import Assignment
-from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
+from mainstay.events._kafka.seam import LOOK_SECONDS, Contact, group_id
 from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._kafka.watch import watched
@@ -141,7 +141,7 @@ async def reading(
                 fetch_max_bytes=max(1_048_576, min(52_428_800, settings.window_bytes // 4)),
             ),
             **options,
-            "group.id": group,
+            "group.id": group_id(settings, group),
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",  # where a group has no place, or one that is gone, we choose it, and say so

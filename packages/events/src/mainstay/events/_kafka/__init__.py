@@ -14,7 +14,7 @@ from mainstay.core import Clock, ConfigurationError, Health
 from mainstay.events._kafka.direct import Direct, check_size
 from mainstay.events._kafka.letters import KafkaDeadLetters
 from mainstay.events._kafka.log import KafkaLog
-from mainstay.events._kafka.seam import Client, Contact, Producer
+from mainstay.events._kafka.seam import Client, Contact, Producer, group_id
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Carrier
 from mainstay.events._starts import Start
@@ -79,7 +79,7 @@ class KafkaTransport:
         self._client: Client = _parts(settings).Client(settings, self._contact)
         self.topics = Topics(settings, self._client, foreign)
         self.producer: Producer = self._client.producer(self.topics)
-        self.log = KafkaLog(self._client, self._contact, self._group_of(""))
+        self.log = KafkaLog(self._client, self._contact, group_id(settings, ""))
 
     async def close(self) -> None:
         """Disconnect, within seconds also from a broker that is away."""
@@ -116,8 +116,4 @@ class KafkaTransport:
         self, group: str, topics: Sequence[str], reader: Reader, start: Start = "earliest"
     ) -> AbstractAsyncContextManager[Source]:
         """See `Transport`."""
-        return self._client.reading(self.topics, group=self._group_of(group), names=topics, reader=reader, start=start)
-
-    def _group_of(self, group: str) -> str:
-        """The name of a group in the cluster, where other services may have one that is called the same."""
-        return f"{self._settings.source}.{group}"
+        return self._client.reading(self.topics, group=group, names=topics, reader=reader, start=start)

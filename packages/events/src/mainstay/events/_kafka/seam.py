@@ -40,6 +40,11 @@ class TooLargeError(PublishError):
     """The broker does not take a record of this size."""
 
 
+def group_id(settings: EventsSettings, group: str) -> str:
+    """The name of a group in the cluster, where other services may have one that is called the same."""
+    return f"{settings.source}.{group}"
+
+
 def unreachable(settings: EventsSettings, error: BaseException) -> ConfigurationError:
     """Say that a start without an outbox needs the cluster."""
     msg = (
