@@ -313,7 +313,7 @@ async def test_the_transport_names_its_place(sqlite_url: str) -> None:
     """Health says where events are."""
     async with service(sqlite_url) as app:
         assert (await app.health())["events.SqlTransport"].detail == "events are kept in the Database"
-        assert (await app.get(EventConsumers).health()).detail == "0 groups"
+        assert (await app.get(EventConsumers).health()).detail == "no groups"
 
 
 async def test_fewer_partitions_than_before_leave_nothing_unread(database_url: str) -> None:
@@ -399,10 +399,10 @@ async def test_the_lag_is_true_in_events_and_seconds(database_url: str) -> None:
         assert sum(len(assignment.window) for assignment in consumer._assignments) < 3_000
         health = await consumers.health()
         assert health.status == "ok"
-        assert re.search(r"3000 events wait in g, the oldest for (99|1\d\d) s", health.detail or "")
+        assert re.search(r"group g: 2 partitions, 3000 events wait, the oldest for (99|1\d\d) s", health.detail or "")
         gate.set()
         await eventually(lambda: consumer.lag() == (0, 0.0))
-        assert (await consumers.health()).detail == "1 groups"
+        assert (await consumers.health()).detail == "group g: 2 partitions"
 
 
 async def test_an_event_of_another_process_is_handled_at_its_hint(

@@ -304,9 +304,10 @@ class Consumer:
         oldest = self._oldest_seconds()
         if oldest > self._stuck_seconds:
             return Health("degraded", f"group {self.group}: an event is in flight for {oldest:.0f} s")
-        if self._dispatcher.held:
-            return Health("ok", f"group {self.group}: {self.paused}")
-        return Health("ok", f"group {self.group}: {len(self._assignments)} partitions")
+        keys = 0 if self._parked is None else self._parked.keys
+        more = [f"{keys} keys parked"] if keys else []
+        more += [each for each in (self.paused, self.backlog()) if each is not None]
+        return Health("ok", ", ".join([f"group {self.group}: {len(self._assignments)} partitions", *more]))
 
     def lag(self) -> Lag:
         """How far the group is behind in the partitions that are held here."""
@@ -319,12 +320,7 @@ class Consumer:
 
     def backlog(self) -> str | None:
         """What to say of a group whose oldest event waits for long: that it has much to do is no fault."""
-        return None if self._dispatcher.held else self.lag().said(self.group, self._stuck_seconds)
-
-    @property
-    def parked_keys(self) -> int:
-        """How many keys of the group were parked when it was last looked."""
-        return 0 if self._parked is None else self._parked.keys
+        return None if self._dispatcher.held else self.lag().said(self._stuck_seconds)
 
     def _oldest_seconds(self) -> float:
         return self._dispatcher.ages.oldest_seconds(self._all())

@@ -46,11 +46,11 @@ class Lag(NamedTuple):
             source.lag_seconds([window[0] for window in windows if window]),
         )
 
-    def said(self, group: str, most_seconds: float) -> str | None:
-        """A sentence about it, None where no event waits for longer than so."""
+    def said(self, most_seconds: float) -> str | None:
+        """In a few words, None where no event waits for longer than so."""
         if self.seconds is None or self.seconds <= most_seconds:
             return None
-        return f"{self.events} events wait in {group}, the oldest for {self.seconds:.0f} s"
+        return f"{self.events} events wait, the oldest for {self.seconds:.0f} s"
 
 
 class Gauges:

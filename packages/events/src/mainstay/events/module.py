@@ -71,10 +71,7 @@ class EventConsumers:
         worse = [report.detail for report in reports if report.status != "ok"]
         if worse:
             return Health("degraded", "; ".join(worse))
-        parked = [f", {each.parked_keys} keys parked in {each.group}" for each in self.consumers if each.parked_keys]
-        behind = [f", {backlog}" for each in self.consumers if (backlog := each.backlog())]
-        paused = [f", group {each.group}: {pause}" for each in self.consumers if (pause := each.paused)]
-        return Health("ok", f"{len(reports)} groups{''.join(paused)}{''.join(parked)}{''.join(behind)}")
+        return Health("ok", "; ".join(report.detail for report in reports) or "no groups")
 
 
 class EventsModule(Module[EventsSettings, EventRouter]):
