@@ -76,7 +76,7 @@ async def test_slow_handlers_with_an_inbox_leave_connections_to_others(postgres_
                 await session.execute(sa.select(1))
         consumers = app.get(EventConsumers)
         assert slow.most == 3
-        assert (await consumers.health()).detail == "group g: 2 partitions"
+        assert (await consumers.health()).detail == "group slow: 2 partitions"
         slow.gate.set()
         await eventually(lambda: slow.done == 40)
     assert slow.begun == 40
