@@ -39,7 +39,7 @@ class MissingServer(Exception):
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Generator[None]:
+def one_at_a_time() -> Generator[None]:
     """Hold the machine-wide turn: several test runs must not install the same thing at once."""
     with (Path(tempfile.gettempdir()) / f"mainstay-install-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -90,7 +90,7 @@ def _on_path(program: str) -> str | None:
 @functools.cache
 def _attempt(program: str) -> str | None:
     """Install once per process, also where it fails: an attempt takes long and would fail again."""
-    with _one_at_a_time():
+    with one_at_a_time():
         return _apt(program)
 
 
@@ -113,7 +113,7 @@ def kafka_jars() -> Path:
     if jars.is_dir():
         return jars
     maven = find("mvn")
-    with _one_at_a_time():
+    with one_at_a_time():
         if jars.is_dir():  # another run fetched it while this one waited
             return jars
         cache.mkdir(parents=True, exist_ok=True)

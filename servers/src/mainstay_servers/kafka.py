@@ -1,12 +1,16 @@
 """Apache Kafka in KRaft mode: one process that is broker and controller."""
 
 import base64
+import functools
 import signal
+import subprocess
+import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
-from mainstay_servers.install import find, kafka_jars
-from mainstay_servers.process import Server, free_port
+from mainstay_servers.install import find, kafka_jars, one_at_a_time
+from mainstay_servers.process import Server, ServerError, free_port
 
 
 class Kafka(Server):
@@ -25,6 +29,11 @@ class Kafka(Server):
         return f"127.0.0.1:{self.port}"
 
     # ------------------------------------------------------------------------------------------------ for subclasses
+    def archive_options(self) -> Sequence[str]:
+        """Return what tells Java where loaded classes are kept."""
+        archive = _archive()
+        return [] if archive is None else [f"-XX:SharedArchiveFile={archive}"]
+
     def listeners(self) -> dict[str, int]:
         """Return the port of each listener for clients."""
         return {"PLAINTEXT": self.port}
@@ -82,6 +91,52 @@ metadata.max.idle.interval.ms=5000
 
     def _java(self, *heap: str) -> list[str]:
         return [
-            *(find("java"), *heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
+            *(find("java"), *heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", *self.archive_options()),
             *("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{kafka_jars()}/*"),
         ]
+
+
+class _Recorded(Kafka):
+    """A Kafka that writes the classes it has loaded to a file when it ends."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def archive_options(self) -> Sequence[str]:
+        """See `Kafka`."""
+        return []
+
+    def command(self) -> Sequence[str]:
+        """See `Kafka`."""
+        java, *others = super().command()
+        return [java, f"-XX:ArchiveClassesAtExit={self._file}", *others]
+
+    def end(self) -> None:
+        """Let it write the file."""
+        assert self._process is not None  # noqa: S101 - it was started
+        self._process.terminate()
+        self._process.wait(timeout=120)
+
+
+@functools.cache
+def _archive() -> Path | None:
+    """Return the file with Kafka's classes as this Java keeps them: loading them takes half of a start.
+
+    It is made once per user and Java, by a Kafka that starts for it. Java passes over a file that does not suit it.
+    None where it cannot be made: each start takes longer then.
+    """
+    jars, java = kafka_jars(), Path(find("java")).resolve().stat()
+    file = jars.with_name(f"{jars.name}-{java.st_size:x}-{java.st_mtime_ns:x}.jsa")
+    with one_at_a_time():
+        if file.exists():
+            return file
+        try:
+            with tempfile.TemporaryDirectory(dir=jars.parent) as scratch:
+                fresh = Path(scratch) / file.name
+                with _Recorded(fresh) as kafka:
+                    kafka.end()
+                fresh.rename(file)  # whole or not at all
+        except (OSError, ServerError, subprocess.TimeoutExpired):
+            return None
+    return file
