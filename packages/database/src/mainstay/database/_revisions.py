@@ -8,6 +8,7 @@ file says them in any other way than plainly: Alembic is asked then.
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 
@@ -21,7 +22,10 @@ def newest(folder: Path) -> str | None:
     for file in folder.glob("*.py"):
         if file.name == "__init__.py":  # Alembic passes it over, too
             continue
-        said = _said(file)
+        try:
+            said = _said(file.read_bytes())
+        except (SyntaxError, ValueError, SystemError) as error:  # the last: a fault of CPython 3.11
+            raise LookupError(str(file)) from error
         revision, before = said.get("revision"), said.get("down_revision")
         plain = isinstance(revision, str) and (before is None or isinstance(before, str)) and revision not in follows
         if not plain or said.get("branch_labels") or said.get("depends_on"):
@@ -33,14 +37,12 @@ def newest(folder: Path) -> str | None:
     return next(iter(last), None)
 
 
-def _said(file: Path) -> dict[str, object]:
+# Kept by the text: a process that starts many Apps, as a run of tests does, parses each file once.
+@functools.lru_cache
+def _said(text: bytes) -> dict[str, object]:
     """What a file assigns to Alembic's names, where that is a literal; others are left as they are written."""
     said: dict[str, object] = {}
-    try:
-        statements = ast.parse(file.read_bytes()).body
-    except (SyntaxError, ValueError, SystemError) as error:  # the last: a fault of CPython 3.11
-        raise LookupError(str(file)) from error
-    for statement in statements:
+    for statement in ast.parse(text).body:
         if isinstance(statement, ast.Assign):
             targets: list[ast.expr] = statement.targets
         elif isinstance(statement, ast.AnnAssign):
