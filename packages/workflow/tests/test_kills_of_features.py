@@ -1,8 +1,6 @@
 """People decide, cancel, terminate, retry and fork, while the workers that execute the runs are killed and frozen."""
 
 import asyncio
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +19,7 @@ from mainstay.workflow import RunStateError, RunStatus, WorkflowEngine
 from mainstay.workflow.errors import ApprovalConflict, ApprovalNotFound
 from mainstay.workflow.testing import workflows
 from mainstay_servers.frozen import frozen
+from packages.workflow.tests.forked import Script
 
 SCRIPT = Path(__file__).with_name("features_process.py")
 WAIT = 90.0
@@ -35,14 +34,17 @@ class Workers:
 
     def __init__(self, url: str, directory: Path) -> None:
         self.url = url
-        self._command = [sys.executable, str(SCRIPT), url, str(directory)]
-        self.processes = [subprocess.Popen(self._command), subprocess.Popen(self._command)]
+        self._directory = directory
+        self.processes = [self._start(), self._start()]
+
+    def _start(self) -> Script:
+        return Script(SCRIPT, self.url, self._directory, errors=self._directory / "log")
 
     def kill(self, number: int) -> None:
         """Kill one, and start its successor."""
         self.processes[number % 2].kill()
         self.processes[number % 2].wait()
-        self.processes[number % 2] = subprocess.Popen(self._command)
+        self.processes[number % 2] = self._start()
 
     def end(self) -> None:
         """Kill both."""

@@ -1,8 +1,6 @@
 """A step that kills its worker, in real processes: its run is found and parked, and takes no others along."""
 
 import asyncio
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from mainstay.workflow import RunParked, RunStatus, WorkflowEngine, WorkflowRout
 from mainstay.workflow._isolation import Isolation
 from mainstay.workflow.tables import TAKE_OVER, Claims, history, runs
 from mainstay.workflow.testing import workflows
+from packages.workflow.tests.forked import Script
 
 SCRIPT = Path(__file__).with_name("poison_process.py")
 WAIT = 30.0
@@ -21,9 +20,12 @@ WAIT = 30.0
 
 async def dies(url, directory):
     """Let a worker serve until a step kills it."""
-    command = [sys.executable, SCRIPT, url, directory]
-    worker = await asyncio.to_thread(subprocess.run, command, timeout=60, check=False, capture_output=True)
-    assert worker.returncode == 9, worker.stderr.decode()[-2000:]
+    worker = Script(SCRIPT, url, directory, errors=directory / "log")
+    try:
+        assert await asyncio.to_thread(worker.wait, 60) == 9, (directory / "log").read_text()[-2000:]
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 async def test_trap_9_a_step_that_kills_its_worker_is_parked(shared, tmp_path, there):

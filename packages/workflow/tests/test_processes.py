@@ -4,8 +4,6 @@ import asyncio
 import itertools
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from mainstay.core import App
 from mainstay.workflow import RunStatus, WorkflowEngine
 from mainstay_servers.frozen import frozen
+from packages.workflow.tests.forked import Script
 
 SCRIPT = Path(__file__).with_name("worker_process.py")
 _WAIT = 45.0
@@ -28,18 +27,16 @@ async def url(shared):
 @pytest.fixture
 def workers(url, tmp_path):
     """Start worker processes with `workers()`; none survives the test."""
-    started: list[subprocess.Popen[bytes]] = []
-    log = (tmp_path / "log").open("wb")
+    started: list[Script] = []
 
     def start():
-        started.append(subprocess.Popen([sys.executable, SCRIPT, url, tmp_path], stderr=log))
+        started.append(Script(SCRIPT, url, tmp_path, errors=tmp_path / "log"))
         return started[-1]
 
-    with log:
-        yield start
-        for process in started:
-            process.kill()
-            process.wait()
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
     print((tmp_path / "log").read_text()[-4_000:])
 
 
@@ -118,7 +115,7 @@ async def test_trap_8_a_live_peer_takes_over(url, workers, tmp_path, there):
         first.wait()
         (tmp_path / "open").touch()
         assert [await run.result(_WAIT) for run in runs] == [f"g{n}-2" for n in range(5)]
-        assert second.poll() is None
+        assert second.is_alive()
         by = {name: process for what, name, process in lines(tmp_path) if what == "through"}
     assert by == {f"g{n}-{gate}": str(second.pid) for n, gate in itertools.product(range(5), (1, 2))}
 

@@ -3,8 +3,6 @@
 import asyncio
 import importlib.util
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +16,7 @@ from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.workflow import RunStatus, WorkflowEngine, WorkflowRouter
 from mainstay.workflow.tables import APPEND_ONCE, RUN_FENCE, SCHEMA, runs
 from mainstay.workflow.testing import workflows
+from packages.workflow.tests.forked import Script
 
 _SCRIPT = Path(__file__).with_name("frozen_process.py")
 WAIT = 30.0
@@ -37,7 +36,7 @@ def there():
 
 def start_worker(url, directory):
     """The process that freezes."""
-    return subprocess.Popen([sys.executable, _SCRIPT, url, directory])
+    return Script(_SCRIPT, url, directory, errors=directory / "log")
 
 
 async def test_a_row_that_a_frozen_worker_holds_delays_itself_alone(postgres, tmp_path, there):
