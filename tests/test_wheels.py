@@ -1,8 +1,11 @@
 """What users install: the built wheels, outside the workspace. uv ignores sibling ranges inside of it."""
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -37,12 +40,28 @@ def _install(python: str, wheels: Path, *requirements: str, cwd: Path) -> None:
     _run(UV, "pip", "install", "--quiet", *options, *requirements, cwd=cwd)
 
 
+@functools.cache
+def _compiled() -> list[Path]:
+    """The directories with what this environment has compiled of third parties' code."""
+    return list(Path(sysconfig.get_path("purelib")).rglob("__pycache__"))
+
+
+def _lend(home: Path) -> None:
+    """Copy what is compiled here of the very files that are installed there; Python passes over what does not fit."""
+    here, (there,) = Path(sysconfig.get_path("purelib")), home.glob("lib/python*/site-packages")
+    for kept in _compiled():
+        place = there / kept.relative_to(here)
+        if place.parent.is_dir() and not place.exists():
+            shutil.copytree(kept, place, copy_function=shutil.copyfile)
+
+
 def _environment(home: Path, wheels: Path, *requirements: str) -> str:
     """Make a virtual environment with `requirements`, whose versions are those of the lock."""
     python = str(home / "bin" / "python")
     _run(UV, "venv", "--quiet", "--python", sys.executable, str(home), cwd=home.parent)
     _install(python, wheels, *requirements, cwd=home.parent)
     _run(UV, "pip", "check", "--quiet", "--python", python, cwd=home.parent)
+    _lend(home)
     return python
 
 

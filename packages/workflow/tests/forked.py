@@ -25,9 +25,15 @@ class Script(multiprocessing.context.ForkServerProcess):
         super().__init__(target=_run, args=(script, tuple(map(str, arguments)), errors), daemon=True)
         self.start()
 
+    @property
+    def pid(self) -> int:
+        """Its number: it was started when it was made."""
+        pid = super().pid
+        assert pid is not None
+        return pid
+
     def send_signal(self, number: int) -> None:
         """Send it a signal; one that has ended gets none."""
-        assert self.pid is not None
         if self.is_alive():
             os.kill(self.pid, number)
 
