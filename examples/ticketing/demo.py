@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,13 +32,14 @@ CONCURRENCY = 8
 OUTAGE_SECONDS = 30.0  # how long the API may answer that it cannot, as while another database server takes over
 PATIENCE_SECONDS = 180.0
 
-# When to strike: what it is called, and how it shows in the provider's status and in the number of purchases by state.
-Moment = tuple[str, Callable[[dict[str, int], dict[str, int]], bool]]
+# When to strike: what it is called, who is asked, and what there is at least one of then. The provider says what it
+# does, and the API in which states purchases are.
+Moment = tuple[str, str, str]
 MOMENTS: tuple[Moment, ...] = (
-    ("in the middle of a charge", lambda now, _: now.get("charging", 0) > 0),
-    ("between a charge and its answer", lambda now, _: now.get("unanswered", 0) > 0),
-    ("between holding and charging", lambda _, office: office.get("held", 0) > 0),
-    ("in the middle of a refund", lambda now, _: now.get("refunding", 0) > 0),
+    ("in the middle of a charge", "provider", "charging"),
+    ("between a charge and its answer", "provider", "unanswered"),
+    ("between holding and charging", "api", "held"),
+    ("in the middle of a refund", "provider", "refunding"),
 )
 NOTHING_GOING_ON = "when nothing was going on"
 
@@ -304,13 +305,17 @@ class _Office:
         counts: dict[str, dict[str, int]] = (await self._asked("GET", "/status", of="provider")).json()
         return counts
 
+    async def _counts(self, of: str) -> dict[str, int]:
+        return await self.summary() if of == "api" else (await self.provider_status())["now"]
+
     async def _bad_moment(self, wanted: Moment, seconds: float, sending: asyncio.Task[None], progress: Progress) -> str:
         """Wait for one: so long for the one that is wanted, then for any; when no more can come, so be it."""
         started = time.monotonic()
         while (waited := time.monotonic() - started) < seconds + 8.0:
-            provider, office = await asyncio.gather(self.provider_status(), self.summary())
-            for name, strikes in (wanted,) if waited < seconds else MOMENTS:
-                if strikes(provider["now"], office):
+            moments = (wanted,) if waited < seconds else MOMENTS
+            counts = {of: await self._counts(of) for of in {of for _, of, _ in moments}}
+            for name, of, what in moments:
+                if counts[of].get(what, 0) > 0:
                     return name
             if sending.done() and progress.done >= len(self._story.accepted):
                 break

@@ -67,7 +67,7 @@ def test_the_worker_was_killed_at_bad_moments(embedded):
     """Twenty kills, and at least twelve of them while something was certainly going on."""
     kills = embedded.story.kills
     assert kills.total() == 20
-    assert kills.keys() <= {name for name, _ in MOMENTS} | {NOTHING_GOING_ON}
+    assert kills.keys() <= {name for name, *_ in MOMENTS} | {NOTHING_GOING_ON}
     assert kills.total() - kills[NOTHING_GOING_ON] >= 12
 
 
