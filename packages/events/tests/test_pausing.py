@@ -18,6 +18,7 @@ from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import (
     Event,
     EventConsumers,
+    EventLog,
     EventRouter,
     EventsModule,
     EventsSettings,
@@ -436,8 +437,19 @@ async def test_the_way_of_a_person_at_the_command_line(
         lines = capsys.readouterr().out.splitlines()
         assert "the printer burns" in lines[1]
         assert "piano" in lines[2]
+        await depot.publish(*moves("chair", 1), *moves("piano", 1))
+        assert await run("groups", depot.group) == 0
+        assert re.search(r"paused +paused by ann since .*; 1 keys are paused, .* by bob", capsys.readouterr().out)
+        assert await run("groups", "--json") == 0
+        groups = {each["group"]: each for each in json.loads(capsys.readouterr().out)}
+        assert "paused by ann" in groups[depot.group]["paused"]
+        why = {each.key: each.why for each in await app.get(EventLog).stuck(depot.group, seconds=0.0)}
+        assert why["chair"].startswith("the group is paused by ann since ")
         assert await run("resume", depot.group) == 0
         assert capsys.readouterr().out.startswith(f"resumed: group {depot.group}, paused by ann since ")
+        await eventually_parked(app, 1)
+        why = {each.key: each.why for each in await app.get(EventLog).stuck(depot.group, seconds=0.0)}
+        assert "; waits until what is paused is resumed; " in why["piano"]
         assert await run("resume", depot.group, "--key", "piano") == 0
         assert await run("resume", depot.group) == 2
         assert "is not paused" in capsys.readouterr().err

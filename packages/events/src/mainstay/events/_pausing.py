@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._metrics import PAUSED
-from mainstay.events.pauses import Pause, pause_of
+from mainstay.events.pauses import Pause, pause_of, said_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -31,10 +31,12 @@ class Pausing:
 
     Attributes:
         whole: the pause of the group as a whole, None without one.
+        said: what is paused, in one line; None where nothing is.
     """
 
     def __init__(self, database: Database, group: str) -> None:
         self.whole: Pause | None = None
+        self.said: str | None = None
         self._database = database
         self._group = group
         self._kinds: Mapping[str, Pause] = {}
@@ -46,9 +48,10 @@ class Pausing:
         pauses = [pause_of(row) for row in rows]
         kinds = {each.kind: each for each in pauses if each.kind is not None}
         keys = {each.key: each for each in pauses if each.key is not None}
-        whole = next((each for each in pauses if each.kind is None and each.key is None), None)
+        self.whole = next((each for each in pauses if each.whole), None)
+        self._kinds, self._keys = kinds, keys
         PAUSED.labels(self._group).set(len(pauses))
-        before, self.whole, self._kinds, self._keys = self.said, whole, kinds, keys
+        before, self.said = self.said, said_of(pauses)
         if self.said != before:
             _log.warning("group %s: %s", self._group, self.said or "nothing is paused any more")
 
@@ -62,13 +65,3 @@ class Pausing:
         if key is not None and key in self._keys:
             return self._keys[key]
         return self._kinds.get(kind)
-
-    @property
-    def said(self) -> str | None:
-        """What is paused, in one line; None where nothing is."""
-        said = [] if self.whole is None else [self.whole.said]
-        said += [f"{kind} is {pause.said}" for kind, pause in sorted(self._kinds.items())]
-        if self._keys:
-            oldest = min(self._keys.values(), key=lambda pause: pause.since)
-            said.append(f"{len(self._keys)} keys are paused, the first of them {oldest.said}")
-        return "; ".join(said) or None

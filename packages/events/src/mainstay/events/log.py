@@ -17,6 +17,7 @@ from mainstay.events._in_hand import FRESH_SECONDS, LONG_SECONDS
 from mainstay.events._log import Behind, Log, Member, Places, Stored, Topic
 from mainstay.events._structured import understood
 from mainstay.events.metadata import Metadata
+from mainstay.events.pauses import Pause, pause_of, said_of
 
 __all__ = [
     "EventLog",
@@ -107,6 +108,7 @@ class GroupState:
         topics: what it reads.
         handles: the kinds of events that it handles, such as `order.paid 2.x`; those of this App where there is no
             Database.
+        paused: what a person has paused of it, by whom, since when and why; None where nothing is.
         parked: how many keys are parked; None without a Database.
         crashes: how often in a row its processes have ended while the event was handled that is suspected now; None
             without a Database.
@@ -118,6 +120,7 @@ class GroupState:
     members: Sequence[GroupMember]
     topics: Sequence[str]
     handles: Sequence[str]
+    paused: str | None
     parked: int | None
     crashes: int | None
     away_seconds: float | None
@@ -265,6 +268,7 @@ class EventLog:
         wanted = set(names) if names is not None else set(self._mine) or None
         found = await self._log.groups(wanted)
         handles, parked, crashes = await self._noted()
+        pauses = await self._pauses()
         states: list[GroupState] = []
         for name in sorted(found.keys() | (wanted or set())):
             reading = found.get(name)
@@ -277,6 +281,7 @@ class EventLog:
                     members=members,
                     topics=sorted(topics if reading is None else reading.topics),
                     handles=sorted({*kinds, *handles.get(name, ())}),
+                    paused=said_of([pause for pause in pauses if pause.group == name]),
                     parked=None if self._database is None else parked.get(name, 0),
                     crashes=None if self._database is None else crashes.get(name, 0),
                     away_seconds=None if reading is None else reading.away_seconds,
@@ -294,6 +299,11 @@ class EventLog:
         parked = {row.group_name: row.keys for row in await self._database.read(tables.COUNT_PARKED)}
         crashes = {row.group_name: row.crashes for row in await self._database.read(tables.COUNT_CRASHES)}
         return handles, parked, crashes
+
+    async def _pauses(self) -> Sequence[Pause]:
+        if self._database is None:
+            return []
+        return [pause_of(row) for row in await self._database.read(tables.LIST_PAUSES)]
 
     async def lag(self, group: str) -> Sequence[PartitionLag]:
         """How far a group is behind in each partition of its topics; nothing for a group that there is not."""
@@ -324,10 +334,11 @@ class EventLog:
         lags = [each for each in await self.lag(group) if each.first is not None and each.seconds >= seconds]
         runs = bool(lags) and any(each.state == "running" for each in await self.groups([group]))
         called = await self._called(group)
+        paused = next((each.said for each in await self._pauses() if each.group == group and each.whole), None)
         for lag in lags:
             if lag.first is not None and (lag.topic, lag.partition, lag.first.meta.offset) not in known:
                 crashes = called.get((lag.topic, lag.partition, lag.first.meta.offset), 0)
-                found.append(_waiting(lag, lag.first, runs=runs, crashes=crashes))
+                found.append(_waiting(lag, lag.first, runs=runs, crashes=crashes, paused=paused))
         return sorted(found, key=lambda each: each.since)
 
     async def _in_hand(self, group: str) -> list[StuckEvent]:
@@ -504,9 +515,11 @@ def _lag(group: str, topic: str, number: int, behind: Behind, holder: GroupMembe
     )
 
 
-def _waiting(lag: PartitionLag, first: LoggedEvent, *, runs: bool, crashes: int) -> StuckEvent:
+def _waiting(lag: PartitionLag, first: LoggedEvent, *, runs: bool, crashes: int, paused: str | None) -> StuckEvent:
     """The first event of a partition, of which no process says that it has it in hand."""
-    if lag.holder is None:
+    if paused is not None:
+        why = f"the group is {paused}"
+    elif lag.holder is None:
         why = "no process holds the partition" if runs else "no process of the group runs"
     elif crashes:
         why = f"its process ended {crashes} times in a row while it was handled"
@@ -549,6 +562,7 @@ def _in_hand(row: Any) -> StuckEvent:
 
 def _parked(row: Any) -> StuckEvent:
     due = "waits for a person" if row.due_at is None else f"tried again at {_utc(row.due_at):%Y-%m-%d %H:%M:%S}"
+    due = "waits until what is paused is resumed" if row.paused else due
     error = row.error.rstrip().rpartition("\n")[2]
     where = "it is set aside" if row.later else "its key is parked"
     return StuckEvent(

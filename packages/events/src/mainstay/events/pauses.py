@@ -37,6 +37,11 @@ class Pause:
     since: datetime
 
     @property
+    def whole(self) -> bool:
+        """Whether it is of the group as a whole."""
+        return self.kind is None and self.key is None
+
+    @property
     def said(self) -> str:
         """By whom, since when and why, in one line; without the key, which may be anybody's name."""
         return f"paused by {self.by} since {self.since:%Y-%m-%d %H:%M:%S} UTC: {self.reason}"
@@ -122,6 +127,17 @@ def pause_of(row: Any) -> Pause:
     """The pause in a row of the table."""
     since = datetime.fromtimestamp(row.paused_at, UTC)
     return Pause(row.group_name, row.kind, row.key, row.paused_by, row.reason, since)
+
+
+def said_of(pauses: Sequence[Pause]) -> str | None:
+    """What is paused of a group, in one line; None where nothing is."""
+    said = [pause.said for pause in pauses if pause.whole]
+    said += sorted(f"{pause.kind} is {pause.said}" for pause in pauses if pause.kind is not None)
+    keys = [pause for pause in pauses if pause.key is not None]
+    if keys:
+        oldest = min(keys, key=lambda pause: pause.since)
+        said.append(f"{len(keys)} keys are paused, the first of them {oldest.said}")
+    return "; ".join(said) or None
 
 
 def _place(group: str, kind: str | None, key: str | bytes | None) -> dict[str, object]:

@@ -107,7 +107,7 @@ def groups(
         rows = [
             {
                 "group": each.name,
-                "state": _state(each),
+                "state": _state(each) if each.paused is None else f"{_state(each)}, paused",
                 "members": len(each.members),
                 "partitions": sum(len(member.partitions) for member in each.members),
                 "parked": each.parked,
@@ -130,6 +130,7 @@ def _show_group(group: GroupState) -> None:
     facts: dict[str, Any] = {
         "group": group.name,
         "state": _state(group),
+        **({} if group.paused is None else {"paused": group.paused}),
         "topics": "\n".join(group.topics),
         "handles": "\n".join(group.handles) or "(not known)",
     }
@@ -158,6 +159,7 @@ def _group(group: GroupState) -> dict[str, Any]:
         "away_seconds": group.away_seconds,
         "topics": group.topics,
         "handles": group.handles,
+        "paused": group.paused,
         "parked": group.parked,
         "crashes": group.crashes,
         "members": [
