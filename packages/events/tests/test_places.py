@@ -25,11 +25,18 @@ class Other(Event, type="dispatch.other", version="1.0", key="name"):
 class Bench:
     """A dispatcher whose handler of `Made` has limits, and whose handler of `Other` has none."""
 
-    def __init__(self, handle: Callable[[Made], Any], limits: Limits, *, concurrency: int = 10) -> None:
+    def __init__(
+        self,
+        handle: Callable[[Made], Any],
+        limits: Limits,
+        *,
+        handle_other: Callable[[Other], Any] | None = None,
+        concurrency: int = 10,
+    ) -> None:
         self.clock = VirtualClock()
         self.running = self.most = 0
         self.seen: list[int] = []
-        self._given = handle
+        self._given, self._given_other = handle, handle_other
         routes = {"dispatch.made": Route("dispatch.made", "g"), "dispatch.other": Route("dispatch.other", "g")}
         retry = Retry(attempts=2, wait=FullJitter(1.0, 1.0))
         routes["dispatch.made"].reads(Made, self._handle, wants_metadata=False, retry=retry, limits=limits)
@@ -47,6 +54,8 @@ class Bench:
         self.seen.append(event.number)
 
     async def _handle_other(self, event: Other) -> None:
+        if self._given_other is not None:
+            await self._given_other(event)
         self.seen.append(event.number)
 
     async def _bury(self, delivery: Delivery, _error: Exception) -> None:
@@ -140,4 +149,51 @@ async def test_an_event_of_a_handler_with_order_waits_for_those_with_it(partitio
     assert bench.running == 2
     gate.set()
     assert await bench.dispatcher.settle([partition], None)
+    await bench.dispatcher.stop()
+
+
+async def test_a_place_that_is_offered_to_a_lost_partition_is_offered_to_the_next(partition: Assignment) -> None:
+    """Otherwise the next would wait until another event of this handler has come and gone, perhaps for ever."""
+    gates = [asyncio.Event() for _ in range(3)]
+    busy = asyncio.Event()
+
+    async def handle(event: Made) -> None:
+        await gates[event.number].wait()
+
+    async def handle_other(_event: object) -> None:
+        await busy.wait()
+
+    bench = Bench(handle, Limits(1, in_order=True), handle_other=handle_other, concurrency=2)
+    lost = Assignment("dispatch", 1)
+    bench.dispatcher.feed(partition, [record("a", 0), other("a", 3)])
+    await eventually(lambda: bench.running == 1)
+    bench.dispatcher.feed(lost, [record("b", 1)])
+    await eventually(lambda: not lost.unread)
+    bench.dispatcher.feed(partition, [record("c", 2)])
+    await eventually(lambda: not partition.unread)
+    bench.dispatcher.feed(partition, [other("d", 4)])
+    await eventually(lambda: not partition.unread)
+    gates[0].set()  # the place is free, and no caller is: one goes on with the key, the other is busy
+    await eventually(lambda: bench.seen == [0])
+    await bench.dispatcher.cancel([lost])
+    busy.set()
+    gates[2].set()
+    await eventually(lambda: sorted(bench.seen) == [0, 2, 3, 4])
+    await bench.dispatcher.stop()
+
+
+async def test_what_waits_for_a_place_is_called_before_what_came_later(partition: Assignment) -> None:
+    """A key with a backlog does not keep the place for itself."""
+    gate = asyncio.Event()
+
+    async def handle(_event: Made) -> None:
+        await gate.wait()
+
+    bench = Bench(handle, Limits(1, in_order=True))
+    hot = [record("hot", n) for n in range(10)]
+    bench.dispatcher.feed(partition, [*hot, record("cold", 10), record("cool", 11)])
+    await eventually(lambda: bench.running == 1)
+    gate.set()
+    assert await bench.dispatcher.settle([partition], None)
+    assert bench.seen[:4] == [0, 10, 11, 1]
     await bench.dispatcher.stop()

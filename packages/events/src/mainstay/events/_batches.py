@@ -225,7 +225,7 @@ class Gathering:
             self._timer.cancel()
             self._timer = None
         self._queued = True
-        self._batches.turns.add_batch(self._make)
+        self._batches.turns.add_made(self._make)
         self._batches.wake()
 
     def hand_over(self) -> None:

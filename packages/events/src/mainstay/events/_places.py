@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mainstay.events._batches import Batches
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._routes import Limits, Match
-from mainstay.events._turns import Turns
+from mainstay.events._turns import Head, Turns
 from mainstay.events.metadata import Record
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Caller:
 class Places:
     """Decides which events are called now, of those whose handlers take part in more than order by key.
 
-    An event without a place waits here and not with a caller, which would be missing to all others.
+    An event without a place waits here and not with a caller, which would be missing to all others. A place that is free
+    is offered in turn: it belongs to no event before that is called, since its partition or its key may be lost to this
+    process until then. As long as one is free and an event waits, an offer is on its way.
 
     Args:
         turns: where events wait for a caller.
@@ -54,6 +57,8 @@ class Places:
         self._wake = wake
         self._taken: dict[Limits, int] = {}
         self._waiting: dict[Limits, deque[Delivery]] = {}
+        self._offered: set[Limits] = set()
+        self._next: Delivery | None = None  # which an offer has found last
 
     def admit(
         self, caller: Caller, assignment: Assignment, record: Record, match: Match, delivery: Delivery | None
@@ -67,8 +72,8 @@ class Places:
         limits, delivery = handling.limits, delivery or Delivery(assignment, record)
         if not limits.in_order:
             self._release(delivery)
-        taken = self._taken.get(limits, 0)
-        if limits.at_once is not None and taken >= limits.at_once:
+        taken, waiting = self._taken.get(limits, 0), self._waiting.get(limits)
+        if limits.at_once is not None and (taken >= limits.at_once or (waiting and delivery is not self._next)):
             self._waiting.setdefault(limits, deque()).append(delivery)
             return None
         self._taken[limits] = taken + 1
@@ -87,14 +92,25 @@ class Places:
 
     def leave(self, caller: Caller) -> None:
         """Give a caller's place back; the next event that waits for it is looked at again."""
-        if caller.place is None:
-            return
-        self._taken[caller.place] -= 1
-        waiting = self._waiting.get(caller.place)
-        caller.place = None
-        while waiting:
+        if caller.place is not None:
+            self._taken[caller.place] -= 1
+            self._offer(caller.place)
+            caller.place = None
+
+    def _offer(self, limits: Limits) -> None:
+        if self._waiting.get(limits) and limits not in self._offered:
+            self._offered.add(limits)
+            self._turns.add_made(partial(self._called_next, limits))
+            self._wake()
+
+    def _called_next(self, limits: Limits) -> Head | None:
+        """What has waited for longest, if there is a place for it."""
+        self._offered.discard(limits)
+        waiting = self._waiting[limits]
+        while waiting and (limits.at_once is None or self._taken[limits] < limits.at_once):
             delivery = waiting.popleft()
             if delivery.assignment.open:
-                self._turns.add_again((delivery.assignment, delivery.record, delivery))
-                self._wake()
-                return
+                self._offer(limits)  # there may be another place, and this event may take none after all
+                self._next = delivery
+                return delivery.assignment, delivery.record, delivery
+        return None

@@ -29,7 +29,7 @@ class Turns:
     def __init__(self) -> None:
         self._again: deque[Head] = deque()
         self._with_unread: deque[Assignment] = deque()
-        self._batches: deque[Callable[[], Head]] = deque()
+        self._made: deque[Callable[[], Head | None]] = deque()
         self.held = False
         self.heads = self._heads()
 
@@ -45,17 +45,17 @@ class Turns:
         """An event whose key is busy with it: it comes next."""
         self._again.append(head)
 
-    def add_batch(self, make: Callable[[], Head]) -> None:
-        """A batch, which is made when its turn comes: until then it may grow."""
-        self._batches.append(make)
+    def add_made(self, make: Callable[[], Head | None]) -> None:
+        """What is decided when its turn comes, since more may have come or gone until then; None for nothing at all."""
+        self._made.append(make)
 
     @property
     def waiting(self) -> bool:
         """Whether a caller that looks may find something."""
-        return not self.held and bool(self._with_unread or self._again or self._batches)
+        return not self.held and bool(self._with_unread or self._again or self._made)
 
     def _heads(self) -> Generator[Head | None, None, None]:
-        again, batches, with_unread = self._again, self._batches, self._with_unread
+        again, made, with_unread = self._again, self._made, self._with_unread
         while True:
             if self.held:
                 yield None
@@ -63,8 +63,10 @@ class Turns:
             if again:
                 yield again.popleft()
                 continue
-            if batches:  # one, and then a portion of a partition
-                yield batches.popleft()()
+            if made:  # one, and then a portion of a partition
+                head = made.popleft()()
+                if head is not None:
+                    yield head
             elif not with_unread:
                 yield None
             if not with_unread:
