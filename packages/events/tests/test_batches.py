@@ -1,7 +1,9 @@
 """Batch handlers: what is handed over together, in which order, and what becomes of a batch that fails."""
 
 import asyncio
+import gc
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from mainstay.core import Context, FullJitter, MainstayError, Retry, current
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.events import Event, EventRouter, Metadata
+from mainstay.events._batches import Gathering
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
@@ -32,7 +35,7 @@ def other(name: str, number: int) -> LogRecord:
     return made._replace(headers=[("ce_type", b"dispatch.other"), ("ce_dataversion", b"1.0"), *made.headers[2:]])
 
 
-Handle = Callable[[list[Made], list[Metadata]], Any]
+Handle = Callable[[list[Any], list[Metadata]], Any]
 
 
 class Bench:
@@ -48,6 +51,7 @@ class Bench:
         concurrency: int = 4,
         retry: Retry | None = None,
         handle_other: Callable[[Other], Any] | None = None,
+        kind: type[Event] = Made,
     ) -> None:
         self.clock = VirtualClock()
         self.called: list[list[int]] = []
@@ -59,7 +63,7 @@ class Bench:
         batching = Batching(self._handle, size, wait_seconds, by_key)
         self.routes = {"dispatch.made": Route("dispatch.made", "g"), "dispatch.other": Route("dispatch.other", "g")}
         self.routes["dispatch.made"].reads(
-            Made, batching.alone, wants_metadata=True, retry=policy, batching=batching
+            kind, batching.alone, wants_metadata=True, retry=policy, batching=batching
         )  # fmt: skip
         self.routes["dispatch.other"].reads(Other, self._handle_other, wants_metadata=False, retry=policy)
         failures = Failures("g", bury=self._bury, clock=self.clock)
@@ -446,3 +450,65 @@ def test_model_each_event_ends_once_and_in_the_order_of_its_key(
         assert sorted(offset for offset, _, _ in bench.buried) == dead
 
     asyncio.run(run())
+
+
+class Lines(Event, type="dispatch.made", version="1.2", key="name"):
+    name: str
+    number: int
+    lines: list[int] = [1, 2, 3]
+
+
+async def test_each_attempt_has_the_events_as_they_were_published(partition: Assignment) -> None:
+    """What a handler changes in an attempt that fails is not seen by the next one, nor in the halves."""
+    seen: list[list[list[int]]] = []
+
+    async def handle(events: list[Lines], metas: list[Metadata]) -> None:
+        seen.append([list(event.lines) for event in events])
+        for event in events:
+            event.lines.clear()
+        events.reverse()
+        metas.clear()
+        if len(seen) < 5:
+            msg = "after all was taken out"
+            raise RuntimeError(msg)
+
+    bench = Bench(handle, size=4, retry=Retry(attempts=2, wait=FullJitter(1.0, 1.0)), kind=Lines)
+    bench.dispatcher.feed(partition, [record("a", n) for n in range(4)])
+    await bench.settled(partition)
+    assert bench.called[:4] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [0]]
+    assert bench.buried == []
+    assert {tuple(lines) for call in seen for lines in call} == {(1, 2, 3)}
+
+
+async def test_a_partition_that_was_given_up_leaves_no_timer_behind(partition: Assignment) -> None:
+    """What waits for an hour would keep a window of events in memory for as long, at each rebalance."""
+    bench = Bench(wait_seconds=3600.0, by_key=True)
+    bench.dispatcher.feed(partition, [record(f"k{n}", n) for n in range(5)])
+    await asyncio.sleep(0)
+    gathered = lambda: [each for each in gc.get_objects() if isinstance(each, Gathering) and each.assignment is partition]  # noqa: E731
+    assert len(gathered()) == 5
+    await bench.dispatcher.cancel([partition])
+    partition.busy.clear()
+    gc.collect()
+    assert gathered() == []
+    await bench.dispatcher.stop()
+
+
+async def test_a_second_stop_waits_for_no_batch_that_the_first_left_to_the_next_owner(partition: Assignment) -> None:
+    """A partition moves while the process stops: what is left of a gathering is nobody's to hand over."""
+    gate = asyncio.Event()
+
+    async def handle_other(_event: Other) -> None:
+        await gate.wait()
+
+    bench = Bench(wait_seconds=3600.0, size=2, handle_other=handle_other)
+    bench.dispatcher.feed(partition, [other("z", 9), record("a", 0), record("b", 1), record("c", 2)])
+    await eventually(lambda: bench.called == [[0, 1]])
+    bench.dispatcher.feed(partition, [record("d", 3), record("e", 4)])
+    first = asyncio.ensure_future(bench.dispatcher.drain([partition], 60))
+    await eventually(lambda: len(bench.called) == 2)
+    second = asyncio.ensure_future(bench.dispatcher.drain([partition], math.inf))
+    await asyncio.sleep(0)
+    gate.set()
+    assert await asyncio.wait_for(asyncio.gather(first, second), 30) == [True, True]
+    await bench.dispatcher.stop()

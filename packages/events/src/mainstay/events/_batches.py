@@ -67,10 +67,11 @@ class Batch(Delivery):
         members: the events.
         whole: how they are handled together; None of one that is alone, which is matched as any other.
         is_split: it ends in its halves.
+        was_called: its events were handed over, and may have been changed since then.
         gathering: where its events are from.
     """
 
-    __slots__ = ("gathering", "is_split", "members", "whole")
+    __slots__ = ("gathering", "is_split", "members", "was_called", "whole")
 
     def __init__(self, gathering: Gathering, members: Sequence[Member]) -> None:
         first = members[0]
@@ -85,7 +86,7 @@ class Batch(Delivery):
         super().__init__(gathering.assignment, record)
         self.gathering = gathering
         self.members = members
-        self.is_split = False
+        self.is_split = self.was_called = False
 
     @property
     def record_name(self) -> str:
@@ -113,9 +114,13 @@ class Batch(Delivery):
             part.attempt, part.postponed, part.waited, part.aged = (
                 self.attempt, self.postponed, self.waited, age_seconds
             )  # fmt: skip
+            part.was_called = self.was_called
         return part
 
     def _events(self, _value: bytes) -> list[Any]:
+        if self.was_called:
+            return [member.match[2].validate(member.match[0].value or b"") for member in self.members]
+        self.was_called = True
         return [member.event for member in self.members]
 
     async def _call(self, events: list[Any]) -> None:
@@ -235,10 +240,15 @@ class Gathering:
 
     def hand_over_last(self) -> bool:
         """Hand over what only waits for more: the partition is about to be given up. False where there is nothing."""
-        if self._current is not None or not (self._pieces or self._waiting):
+        if self._current is not None or not (self._pieces or self._waiting) or not self.assignment.open:
             return False
         self.hand_over()
         return True
+
+    def forget(self) -> None:
+        """Wait for nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _make(self) -> Head:
         self._queued = self._due = False
@@ -375,5 +385,6 @@ class Batches:
     def forget(self, assignments: Collection[Assignment]) -> None:
         """Partitions are given up."""
         for assignment in assignments:
-            self._gatherings.pop(assignment, None)
+            for gathering in self._gatherings.pop(assignment, {}).values():
+                gathering.forget()
         self._last = {gathering for gathering in self._last if gathering.assignment not in assignments}
