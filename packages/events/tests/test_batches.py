@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
 from mainstay.core import Context, FullJitter, MainstayError, Retry, current
 from mainstay.core.testing import VirtualClock, eventually
@@ -455,7 +456,7 @@ def test_model_each_event_ends_once_and_in_the_order_of_its_key(
 class Lines(Event, type="dispatch.made", version="1.2", key="name"):
     name: str
     number: int
-    lines: list[int] = [1, 2, 3]
+    lines: list[int] = Field(default_factory=lambda: [1, 2, 3])
 
 
 async def test_each_attempt_has_the_events_as_they_were_published(partition: Assignment) -> None:

@@ -1,7 +1,7 @@
 """Event classes, handlers, settings: what is refused where it is written, and with which remedy."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import pytest
@@ -164,6 +164,7 @@ class Keyless(Event, type="keyless"):
     [
         ([OrderPaid], {"size": 0}, "a batch has 1 to 1000 events"),
         ([OrderPaid], {"size": 1001}, "a batch has 1 to 1000 events"),
+        ([OrderPaid], {"size": 10.0}, r"size=10.0\): a batch has 1 to 1000 events"),
         ([OrderPaid], {"wait_seconds": -0.1}, "it is a number of seconds, 0 or more"),
         ([OrderPaid], {"wait_seconds": float("inf")}, "it is a number of seconds"),
         ([OrderPaid], {"wait_seconds": float("nan")}, "it is a number of seconds"),
@@ -181,9 +182,15 @@ def test_options_of_on_batch_are_checked(events: list[type[Event]], options: dic
         EventRouter().on_batch(*events, **{"group": "g", **options})
 
 
+T = TypeVar("T")
+
+
 async def _one(event: OrderPaid) -> None: ...
 async def _one_meta(events: list[OrderPaid], meta: Metadata) -> None: ...
 async def _lists_of_others(events: list[Named]) -> None: ...
+async def _one_or_other(event: OrderPaid | Named) -> None: ...
+async def _tuple(events: tuple[OrderPaid, ...]) -> None: ...
+async def _iterator(events: Iterator[OrderPaid]) -> None: ...
 async def _three_lists(events: list[OrderPaid], metas: list[Metadata], more: int) -> None: ...
 
 
@@ -192,6 +199,9 @@ async def _three_lists(events: list[OrderPaid], metas: list[Metadata], more: int
     [
         (_sync, "not an async function"),
         (_one, r"takes one OrderPaid, and on_batch hands over lists: annotate it list\[OrderPaid\]"),
+        (_one_or_other, r"takes one .*OrderPaid \| .*Named, and on_batch hands over lists: annotate it list\[…\]"),
+        (_tuple, r"takes one tuple\[.*OrderPaid, ...\], and on_batch hands over lists: annotate it list\[…\]"),
+        (_iterator, r"takes one .*Iterator\[.*OrderPaid\], and on_batch hands over lists"),
         (_one_meta, "the second parameter 'meta' is the list of the events' Metadata"),
         (_lists_of_others, "takes a Named, but handles OrderPaid"),
         (_three_lists, r"a handler takes \(events: list\[…\]\) or"),
@@ -201,6 +211,19 @@ def test_what_cannot_be_a_batch_handler_is_refused_with_the_remedy(handler: Any,
     """As for single events."""
     with pytest.raises(TypeError, match=message):
         EventRouter().on_batch(OrderPaid, group="g")(handler)
+
+
+async def _or_nothing(events: list[OrderPaid] | None) -> None: ...
+async def _iterable(events: Iterable[OrderPaid]) -> None: ...
+async def _anything(events: object) -> None: ...
+async def _bare(events: list) -> None: ...  # type: ignore[type-arg]
+async def _generic(events: T) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [_or_nothing, _iterable, _anything, _bare, _generic])
+def test_what_takes_a_list_among_others_may_be_a_batch_handler(handler: Any) -> None:
+    """An annotation that is wider than a list, or does not show what it is."""
+    EventRouter().on_batch(OrderPaid, group="g")(handler)
 
 
 async def test_describe_says_how_handlers_are_called() -> None:

@@ -150,3 +150,21 @@ async def test_a_scenario_has_the_modules_that_it_is_given():
         assert db.engine.pool.status().startswith("Pool size: 3 ")
 
     await scenario(events, modules=[mine], tables=METADATA).when(OrderPaid(order="a", amount=1)).then(check=check)
+
+
+async def test_a_batch_handler_is_given_a_batch() -> None:
+    """As in production: what it does with several events is what an example is to show, also where it fails."""
+    router = EventRouter()
+
+    @router.on_batch(OrderPaid, group="sums", retry=Retry(attempts=2))
+    async def add_up(paid: list[OrderPaid], metas: list[Metadata]) -> None:
+        metas.clear()
+        if any(event.amount < 0 for event in paid):
+            msg = f"{len(paid)} with a negative one"
+            raise ValueError(msg)
+        await router.publish(RefundIssued(order=paid[0].order, amount=sum(event.amount for event in paid)))
+
+    three = [OrderPaid(order="a", amount=amount) for amount in (1, 2, 3)]
+    await scenario(router).when(*three).then(published=[RefundIssued(order="a", amount=6)])
+    bad = OrderPaid(order="a", amount=-1)
+    await scenario(router).given(*three).when(*three, bad).then_fails(ValueError, "1 with a negative one")

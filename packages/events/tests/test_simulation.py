@@ -120,6 +120,23 @@ class CountsInBatches(Counting):
         return events
 
 
+class CountsManyAtOnce(Counting):
+    """Two of a batch are of one key, and one of them fails at first where both are."""
+
+    def feature(self) -> EventRouter:
+        events = EventRouter()
+
+        @events.on_batch(Sold, group="counts", size=3, wait_seconds=0.5, inbox=True, retry=Retry(attempts=2))
+        async def count(sold: list[Sold], *, db: Database = given(Database)) -> None:
+            if len(sold) > 1 and any(event.ticket == "b" for event in sold):
+                msg = "alone or not at all"
+                raise RuntimeError(msg)
+            for _event in sold:
+                await db.write(ADD, {"of": "sold"})
+
+        return events
+
+
 class NotesInItsTransaction(Counting):
     def feature(self) -> EventRouter:
         events = EventRouter()
@@ -191,6 +208,7 @@ class FailsAtFirst(CountsInTheInbox):
 RIGHT = [
     CountsInTheInbox,
     CountsInBatches,
+    CountsManyAtOnce,
     NotesInItsTransaction,
     ChargesByTheEventsId,
     PublishesInItsTransaction,
@@ -209,6 +227,19 @@ class CountsWithoutInbox(Counting):
 
         @events.on(Sold, group="counts")
         async def count(event: Sold, *, db: Database = given(Database)) -> None:
+            await db.write(ADD, {"of": "sold"})
+
+        return events
+
+
+class CountsManyAsOne(Counting):
+    """What is right for a batch of one: never seen where a simulation hands over one event at a time."""
+
+    def feature(self) -> EventRouter:
+        events = EventRouter()
+
+        @events.on_batch(Sold, group="counts", size=3, wait_seconds=0.5, inbox=True)
+        async def count(_sold: list[Sold], *, db: Database = given(Database)) -> None:
             await db.write(ADD, {"of": "sold"})
 
         return events
@@ -413,6 +444,7 @@ class DoesNotWait(Counting):
 
 WRONG = [
     CountsWithoutInbox,
+    CountsManyAsOne,
     ChargesInsideTheInbox,
     RemembersInMemory,
     ChecksThenActs,

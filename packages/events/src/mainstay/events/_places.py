@@ -41,9 +41,9 @@ class Caller:
 class Places:
     """Decides which events are called now, of those whose handlers take part in more than order by key.
 
-    An event without a place waits here and not with a caller, which would be missing to all others. A place that is free
-    is offered in turn: it belongs to no event before that is called, since its partition or its key may be lost to this
-    process until then. As long as one is free and an event waits, an offer is on its way.
+    An event without a place waits here and not with a caller, which would be missing to all others. A place that is
+    free is offered in turn: it belongs to no event before that is called, since its partition or its key may be lost to
+    this process until then. As long as one is free and an event waits, an offer is on its way.
 
     Args:
         turns: where events wait for a caller.

@@ -53,7 +53,7 @@ __all__ = ["EventConsumers", "EventsModule"]
 
 Call = Callable[..., Awaitable[None]]
 Watch = Callable[[Subscription, Call], Call]
-"""Put around what is called with the event and its metadata, an inbox included."""
+"""Put around what is called with the event and its metadata, or with a batch and theirs; an inbox included."""
 
 _AT_START = Retry(attempts=6)
 """A file that others write to at the moment does not end a start; a database that is away has ended it before."""
@@ -533,16 +533,15 @@ def _call(
 ) -> tuple[Call, bool, Batching | None]:
     """What a delivery calls, whether that takes the metadata, and how it is given several events."""
     call, wants_metadata = _once(app, inbox, subscription)
-    batching: Batching | None = None
-    if subscription.batches is not None:
-        size, wait_seconds, by = subscription.batches
-        call = call if wants_metadata else _without_metadata(call)
-        batching = Batching(call, size, wait_seconds, by_key=by == "key")
-        call, wants_metadata = batching.alone, True
-    if watch is None:
-        return call, wants_metadata, batching
-    # It is watched event by event.
-    return watch(subscription, call if wants_metadata else _without_metadata(call)), True, None
+    if not wants_metadata and (watch is not None or subscription.batches is not None):
+        call, wants_metadata = _without_metadata(call), True
+    if watch is not None:
+        call = watch(subscription, call)
+    if subscription.batches is None:
+        return call, wants_metadata, None
+    size, wait_seconds, by = subscription.batches
+    batching = Batching(call, size, wait_seconds, by_key=by == "key")
+    return batching.alone, True, batching
 
 
 def _once(app: App, inbox: Inbox | None, subscription: Subscription) -> tuple[Call, bool]:

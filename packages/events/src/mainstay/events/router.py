@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -324,7 +325,7 @@ class EventRouter:
         """
         _check("on_batch", events, group, on_failure, timeout_seconds)
         check_start(start)
-        if not 1 <= size <= _LARGEST_BATCH:
+        if not isinstance(size, int) or not 1 <= size <= _LARGEST_BATCH:
             msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
             raise ValueError(msg)
         if not 0 <= wait_seconds < float("inf"):
@@ -585,14 +586,25 @@ def _takes(hint: object, events: Sequence[type[Event]], name: str, *, several: b
 
 def _inside(hint: object, name: str) -> object:
     """Of what a list is, by the annotation of a parameter that is given one."""
-    origin: object = typing.get_origin(hint)
-    if inspect.isclass(origin) and issubclass(list, origin):
-        inside: tuple[object, ...] = typing.get_args(hint)
-        return inside[0]
-    if hint is not Any and inspect.isclass(hint) and not issubclass(list, hint):
-        msg = f"{name} takes one {hint.__name__}, and on_batch hands over lists: annotate it list[{hint.__name__}]"
-        raise TypeError(msg)
-    return Any
+    one_of_several = typing.get_origin(hint) in {typing.Union, types.UnionType}
+    for kind in typing.get_args(hint) if one_of_several else (hint,):
+        origin: object = typing.get_origin(kind) or kind
+        if kind is Any or not inspect.isclass(origin):  # it cannot be seen what it says
+            return Any
+        if _is_wider_than_a_list(origin):
+            inside: tuple[object, ...] = typing.get_args(kind)
+            return inside[0] if inside else Any
+    of = hint.__name__ if inspect.isclass(hint) else "…"
+    takes = of if inspect.isclass(hint) else hint
+    msg = f"{name} takes one {takes}, and on_batch hands over lists: annotate it list[{of}]"
+    raise TypeError(msg)
+
+
+def _is_wider_than_a_list(kind: type) -> bool:
+    try:
+        return issubclass(list, kind)
+    except TypeError:  # a protocol that is for type checkers, who have checked it then
+        return True
 
 
 def _takes_metadata(hint: object, parameter: str, name: str, *, several: bool) -> None:

@@ -82,11 +82,11 @@ class Course(Protocol):
         """An event's name in the story."""
         ...
 
-    def called(self, subscription: Subscription, meta: Metadata) -> None:
-        """A handler is about to be called."""
+    def called(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
+        """A handler is about to be called, with one event or a batch."""
         ...
 
-    def returned(self, subscription: Subscription, meta: Metadata) -> None:
+    def returned(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
         """It has done its work."""
         ...
 
@@ -246,24 +246,25 @@ class Process:
     def _watch(
         self, subscription: Subscription, call: Callable[..., Awaitable[None]]
     ) -> Callable[..., Awaitable[None]]:
-        async def watched(event: Event, meta: Metadata) -> None:
+        async def watched(given: Event | list[Event], meta: Metadata | list[Metadata]) -> None:
             course = self._course
-            name = course.name_of(meta)
+            metas = list(meta) if isinstance(meta, list) else [meta]
+            name = ", ".join(map(course.name_of, metas))
             token = _about.set(name)
             try:
                 await asyncio.sleep(course.some(0.5))
                 course.note(self, f"handles {name} for {subscription.group}")
-                course.called(subscription, meta)
+                course.called(subscription, metas)
                 self._calls += 1
                 self._handled = True
                 try:
-                    await _stepwise(self, cast("Coroutine[Any, Any, None]", call(event, meta)))
+                    await _stepwise(self, cast("Coroutine[Any, Any, None]", call(given, meta)))
                 except Exception as error:
                     course.note(self, f"fails in {name}: {type(error).__name__}: {error}")
                     raise
                 finally:
                     self._calls -= 1
-                course.returned(subscription, meta)
+                course.returned(subscription, metas)
                 course.note(self, f"has handled {name} for {subscription.group}")
                 kind, _ = course.moment(AT_END)
                 if kind == "crash":

@@ -98,11 +98,13 @@ class Scenario:
         errors: dict[tuple[str, str], Exception] = {}
 
         def watch(subscription: Subscription, call: Call) -> Call:
-            async def watched(event: Event, meta: Metadata) -> None:
+            async def watched(given: Event | list[Event], meta: Metadata | list[Metadata]) -> None:
+                metas = list(meta) if isinstance(meta, list) else [meta]
                 try:
-                    await call(event, meta)
+                    await call(given, meta)
                 except Exception as error:
-                    errors[subscription.group, meta.id] = error
+                    for each in metas:
+                        errors[subscription.group, each.id] = error
                     raise
 
             return watched

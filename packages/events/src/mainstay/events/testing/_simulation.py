@@ -365,7 +365,7 @@ class Run:
         ]
 
     def _check_order(self, rows: Sequence[Any]) -> None:
-        latest: dict[tuple[str, str, bytes], tuple[int, str]] = {}
+        latest: dict[tuple[str, str, bytes], tuple[int, str, int]] = {}
         for row in sorted(rows, key=lambda row: row.position):
             headers = dict(unpack_headers(row.headers))
             id_ = (headers.get(ID) or b"").decode()
@@ -373,11 +373,13 @@ class Run:
                 called, returned = self._first_call.get((group, id_)), self._first_return.get((group, id_))
                 if row.key is None or called is None or returned is None:
                     continue
-                before, name = latest.get((group, row.topic, row.key), (-1, ""))
-                if called < before:
+                before, name, its_call = latest.get((group, row.topic, row.key), (-1, "", -1))
+                if called < before and called != its_call:  # else a batch had both
                     msg = f"group {group} was called with {self._names.get(id_, id_)} before {name} had been handled"
                     raise OrderError(msg)
-                latest[group, row.topic, row.key] = max((returned, self._names.get(id_, id_)), (before, name))
+                latest[group, row.topic, row.key] = max(
+                    (returned, self._names.get(id_, id_), called), (before, name, its_call)
+                )
 
     # What its processes ask
 
@@ -403,15 +405,17 @@ class Run:
         """See `Course`."""
         return self._names.setdefault(meta.id, f"{meta.type} {meta.key or ''}".strip())
 
-    def called(self, subscription: Subscription, meta: Metadata) -> None:
+    def called(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
         """See `Course`."""
         self._order += 1
-        self._first_call.setdefault((subscription.group, meta.id), self._order)
+        for meta in metas:
+            self._first_call.setdefault((subscription.group, meta.id), self._order)
 
-    def returned(self, subscription: Subscription, meta: Metadata) -> None:
+    def returned(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
         """See `Course`."""
         self._order += 1
-        self._first_return.setdefault((subscription.group, meta.id), self._order)
+        for meta in metas:
+            self._first_return.setdefault((subscription.group, meta.id), self._order)
 
     def down(self, _process: Process, seconds: float, error: BaseException | None) -> None:
         """See `Course`."""
