@@ -325,7 +325,8 @@ class EventRouter:
         """
         _check("on_batch", events, group, on_failure, timeout_seconds)
         check_start(start)
-        if not isinstance(size, int) or not 1 <= size <= _LARGEST_BATCH:
+        whole: object = size
+        if not isinstance(whole, int) or not 1 <= whole <= _LARGEST_BATCH:
             msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
             raise ValueError(msg)
         if not 0 <= wait_seconds < float("inf"):

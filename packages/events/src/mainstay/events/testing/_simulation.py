@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import Context
@@ -271,7 +272,7 @@ class Run:
         self._judged = False
         self._names: dict[str, str] = {}
         self._order = 0
-        self._first_call: dict[tuple[str, str], int] = {}
+        self._first_call: dict[tuple[str, str], tuple[int, frozenset[str]]] = {}  # when, and behind which others
         self._first_return: dict[tuple[str, str], int] = {}
         self._subscriptions = [each for router in self._routers() for each in router.subscriptions]
 
@@ -365,21 +366,22 @@ class Run:
         ]
 
     def _check_order(self, rows: Sequence[Any]) -> None:
-        latest: dict[tuple[str, str, bytes], tuple[int, str, int]] = {}
+        handled: defaultdict[tuple[str, str, bytes], list[tuple[int, str, str]]] = defaultdict(list)
         for row in sorted(rows, key=lambda row: row.position):
             headers = dict(unpack_headers(row.headers))
             id_ = (headers.get(ID) or b"").decode()
+            name = self._names.get(id_, id_)
             for group in self._groups_of((headers.get(TYPE) or b"").decode()):
                 called, returned = self._first_call.get((group, id_)), self._first_return.get((group, id_))
                 if row.key is None or called is None or returned is None:
                     continue
-                before, name, its_call = latest.get((group, row.topic, row.key), (-1, "", -1))
-                if called < before and called != its_call:  # else a batch had both
-                    msg = f"group {group} was called with {self._names.get(id_, id_)} before {name} had been handled"
+                when, with_it = called
+                before = handled[group, row.topic, row.key]
+                late = [each for each in before if when < each[0] and each[1] not in with_it]
+                if late:
+                    msg = f"group {group} was called with {name} before {max(late)[2]} had been handled"
                     raise OrderError(msg)
-                latest[group, row.topic, row.key] = max(
-                    (returned, self._names.get(id_, id_), called), (before, name, its_call)
-                )
+                before.append((returned, id_, name))
 
     # What its processes ask
 
@@ -408,8 +410,9 @@ class Run:
     def called(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
         """See `Course`."""
         self._order += 1
-        for meta in metas:
-            self._first_call.setdefault((subscription.group, meta.id), self._order)
+        for place, meta in enumerate(metas):
+            before = frozenset(each.id for each in metas[:place])
+            self._first_call.setdefault((subscription.group, meta.id), (self._order, before))
 
     def returned(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
         """See `Course`."""
