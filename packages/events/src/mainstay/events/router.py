@@ -325,26 +325,11 @@ class EventRouter:
         """
         _check("on_batch", events, group, on_failure, timeout_seconds)
         check_start(start)
-        whole: object = size
-        if not isinstance(whole, int) or not 1 <= whole <= _LARGEST_BATCH:
-            msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
-            raise ValueError(msg)
-        if not 0 <= wait_seconds < float("inf"):
-            msg = f"on_batch(wait_seconds={wait_seconds!r}): it is a number of seconds, 0 or more"
-            raise ValueError(msg)
-        if by not in typing.get_args(BatchBy):
-            msg = f"on_batch(by={by!r}): it is 'key' or 'partition'"
-            raise ValueError(msg)
-        for event in events:
-            if by == "key" and definition_of(event).key is None:
-                msg = f"on_batch(by='key'): {event.__name__} has no key; say by='partition'"
-                raise ValueError(msg)
-        if inbox not in {True, False}:
-            msg = f"on_batch(inbox={inbox!r}): it is True or False, since the events of a batch share a transaction"
-            raise ValueError(msg)
+        batches = InBatches(size, wait_seconds, by)
+        _check_batches(batches, events, inbox)
         described = partial(
             Subscription, events, group, retry=retry, on_failure=on_failure, inbox=inbox, unknown=self.unknown,
-            timeout_seconds=timeout_seconds, batches=InBatches(size, wait_seconds, by), start=start,
+            timeout_seconds=timeout_seconds, batches=batches, start=start,
         )  # fmt: skip
         return On(self, events, described, several=True)
 
@@ -545,6 +530,26 @@ def _check_limits(concurrency: int | None, order: Order, on_failure: OnFailure |
         raise ValueError(msg)
     if concurrency is not None and concurrency < 1:
         msg = f"on(concurrency={concurrency!r}): at least 1 call at once"
+        raise ValueError(msg)
+
+
+def _check_batches(batches: InBatches, events: tuple[type[Event], ...], inbox: object) -> None:
+    size: object = batches.size
+    if not isinstance(size, int) or not 1 <= size <= _LARGEST_BATCH:
+        msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
+        raise ValueError(msg)
+    if not 0 <= batches.wait_seconds < float("inf"):
+        msg = f"on_batch(wait_seconds={batches.wait_seconds!r}): it is a number of seconds, 0 or more"
+        raise ValueError(msg)
+    if batches.by not in typing.get_args(BatchBy):
+        msg = f"on_batch(by={batches.by!r}): it is 'key' or 'partition'"
+        raise ValueError(msg)
+    for event in events:
+        if batches.by == "key" and definition_of(event).key is None:
+            msg = f"on_batch(by='key'): {event.__name__} has no key; say by='partition'"
+            raise ValueError(msg)
+    if inbox not in {True, False}:
+        msg = f"on_batch(inbox={inbox!r}): it is True or False, since the events of a batch share a transaction"
         raise ValueError(msg)
 
 
