@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from mainstay.core import Retry, given
 from mainstay.database import Database
-from mainstay.events import Event, EventRouter, Metadata
+from mainstay.events import Event, EventRouter, Metadata, RetryLater
 from mainstay.events.testing import Simulation, SimulationFailedError, simulate
 from mainstay.events.testing._plan import calm, plan_of
 from mainstay.events.testing._simulation import Trials
@@ -126,13 +126,46 @@ class CountsManyAtOnce(Counting):
     def feature(self) -> EventRouter:
         events = EventRouter()
 
-        @events.on_batch(Sold, group="counts", size=3, wait_seconds=0.5, inbox=True, retry=Retry(attempts=2))
+        @events.on_batch(Sold, group="counts", size=3, wait_seconds=0.5, inbox=True, retry=Retry(attempts=10))
         async def count(sold: list[Sold], *, db: Database = given(Database)) -> None:
             if len(sold) > 1 and any(event.ticket == "b" for event in sold):
                 msg = "alone or not at all"
                 raise RuntimeError(msg)
             for _event in sold:
                 await db.write(ADD, {"of": "sold"})
+
+        return events
+
+
+class CountsInNoOrder(Counting):
+    """What was published first is tried again while the others are counted."""
+
+    def feature(self) -> EventRouter:
+        events = EventRouter()
+
+        @events.on(Sold, group="counts", inbox=True, order="none")
+        async def count(event: Sold, meta: Metadata, *, db: Database = given(Database)) -> None:
+            if event.number == 0 and meta.attempt == 1:
+                msg = "not yet"
+                raise RuntimeError(msg)
+            await db.write(ADD, {"of": "sold"})
+
+        return events
+
+
+class CountsSomeLater(Counting):
+    """What was published first is set aside, and the others are counted."""
+
+    def feature(self) -> EventRouter:
+        events = EventRouter()
+        later = RetryLater(delays_seconds=[1.0] * 20)
+
+        @events.on(Sold, group="counts", inbox=True, on_failure=later, retry=Retry(attempts=1))
+        async def count(event: Sold, meta: Metadata, *, db: Database = given(Database)) -> None:
+            if event.number == 0 and meta.attempt == 1:
+                msg = "not yet"
+                raise RuntimeError(msg)
+            await db.write(ADD, {"of": "sold"})
 
         return events
 
@@ -209,6 +242,8 @@ RIGHT = [
     CountsInTheInbox,
     CountsInBatches,
     CountsManyAtOnce,
+    CountsInNoOrder,
+    CountsSomeLater,
     NotesInItsTransaction,
     ChargesByTheEventsId,
     PublishesInItsTransaction,

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from pathlib import Path
@@ -32,6 +32,7 @@ from mainstay.events.module import EventsModule
 from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.router import EventRouter, Subscription
+from mainstay.events.strategies import RetryLater
 from mainstay.events.tables import LOG, SCHEMA, unpack_headers
 from mainstay.events.testing._plan import Plan, Seed, calm, plan_of, shrunk
 from mainstay.events.testing._processes import AT_COMMIT, Process, is_of_the_start, settings
@@ -346,7 +347,7 @@ class Run:
         for row in await db.read(sa.select(LOG.c.topic, LOG.c.key, LOG.c.headers).order_by(LOG.c.position)):
             headers = dict(unpack_headers(row.headers))
             id_ = (headers.get(ID) or b"").decode()
-            for group in self._groups_of((headers.get(TYPE) or b"").decode()):
+            for group in [each.group for each in self._handlers_of(headers)]:
                 if (group, id_) in self._first_return:
                     continue
                 name = self._names.get(id_, id_)
@@ -360,10 +361,9 @@ class Run:
                     raise NotHandledError(msg)
         return missing
 
-    def _groups_of(self, type_: str) -> list[str]:
-        return [
-            each.group for each in self._subscriptions if type_ in {definition_of(event).type for event in each.events}
-        ]
+    def _handlers_of(self, headers: Mapping[str, bytes | None]) -> list[Subscription]:
+        type_ = (headers.get(TYPE) or b"").decode()
+        return [each for each in self._subscriptions if type_ in {definition_of(event).type for event in each.events}]
 
     def _check_order(self, rows: Sequence[Any]) -> None:
         handled: defaultdict[tuple[str, str, bytes], list[tuple[int, str, str]]] = defaultdict(list)
@@ -371,7 +371,7 @@ class Run:
             headers = dict(unpack_headers(row.headers))
             id_ = (headers.get(ID) or b"").decode()
             name = self._names.get(id_, id_)
-            for group in self._groups_of((headers.get(TYPE) or b"").decode()):
+            for group in [each.group for each in self._handlers_of(headers) if _keeps_order(each)]:
                 called, returned = self._first_call.get((group, id_)), self._first_return.get((group, id_))
                 if row.key is None or called is None or returned is None:
                     continue
@@ -440,3 +440,8 @@ class Run:
         process = Process(self, f"p{self._starts}", self._routers, self._subject.modules)
         self._processes.append(process)
         self.note(process, "starts")
+
+
+def _keeps_order(subscription: Subscription) -> bool:
+    """Whether its events with equal keys take turns, whatever happens."""
+    return subscription.order == "key" and not isinstance(subscription.on_failure, RetryLater)
