@@ -534,9 +534,8 @@ def _check_limits(concurrency: int | None, order: Order, on_failure: OnFailure |
 
 
 def _check_batches(batches: InBatches, events: tuple[type[Event], ...], inbox: object) -> None:
-    size: object = batches.size
-    if not isinstance(size, int) or not 1 <= size <= _LARGEST_BATCH:
-        msg = f"on_batch(size={size!r}): a batch has 1 to {_LARGEST_BATCH} events"
+    if type(batches.size) is not int or not 1 <= batches.size <= _LARGEST_BATCH:
+        msg = f"on_batch(size={batches.size!r}): a batch has 1 to {_LARGEST_BATCH} events"
         raise ValueError(msg)
     if not 0 <= batches.wait_seconds < float("inf"):
         msg = f"on_batch(wait_seconds={batches.wait_seconds!r}): it is a number of seconds, 0 or more"
