@@ -1,7 +1,7 @@
 """Event classes, handlers, settings: what is refused where it is written, and with which remedy."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -182,9 +182,6 @@ def test_options_of_on_batch_are_checked(events: list[type[Event]], options: dic
         EventRouter().on_batch(*events, **{"group": "g", **options})
 
 
-T = TypeVar("T")
-
-
 async def _one(event: OrderPaid) -> None: ...
 async def _one_meta(events: list[OrderPaid], meta: Metadata) -> None: ...
 async def _lists_of_others(events: list[Named]) -> None: ...
@@ -216,13 +213,11 @@ def test_what_cannot_be_a_batch_handler_is_refused_with_the_remedy(handler: Any,
 async def _or_nothing(events: list[OrderPaid] | None) -> None: ...
 async def _iterable(events: Iterable[OrderPaid]) -> None: ...
 async def _anything(events: object) -> None: ...
-async def _bare(events: list) -> None: ...  # type: ignore[type-arg]
-async def _generic(events: T) -> None: ...
 
 
-@pytest.mark.parametrize("handler", [_or_nothing, _iterable, _anything, _bare, _generic])
+@pytest.mark.parametrize("handler", [_or_nothing, _iterable, _anything])
 def test_what_takes_a_list_among_others_may_be_a_batch_handler(handler: Any) -> None:
-    """An annotation that is wider than a list, or does not show what it is."""
+    """An annotation that is wider than a list."""
     EventRouter().on_batch(OrderPaid, group="g")(handler)
 
 
