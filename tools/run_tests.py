@@ -25,7 +25,7 @@ COVERAGE = 90  # percent of lines and branches of a package
 MEASURED = os.environ.get("COVERAGE") != "no" and sys.version_info >= (3, 12)
 AT_A_TIME = 6
 PART_BYTES = 150_000  # of test code in one process, where that which starts processes and servers counts three times
-STARTERS = ("processes(", "subprocess", "own_postgres", "broker: Kafka")
+STARTERS = ("processes(", "subprocess", "forked", "own_postgres", "broker: Kafka")
 WHOLE = {"tests", "ticketing"}  # they play the whole, so a test of theirs takes longer
 PATIENCE_SECONDS = 600  # a whole run that takes longer is run less often
 

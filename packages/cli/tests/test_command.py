@@ -1,6 +1,7 @@
 """The command `mainstay`: exit codes, both forms of output, and what data may not do to a terminal."""
 
 import asyncio
+import gc
 import json
 import os
 import pty
@@ -319,6 +320,15 @@ def test_an_error_of_the_services_own_code_keeps_its_traceback(text, named, serv
     assert named in captured.err
     assert "\x1b" not in captured.err
     assert captured.err.splitlines()[-1] == "mainstay: 'service:app.app': the import of service failed"
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError"])
+def test_the_collector_of_garbage_waits_for_the_import(end, service, capsys):
+    """And goes on afterwards, also where the import fails."""
+    service(f"import gc\nprint(gc.isenabled())\n{end}\n")
+    assert main(["check", "--app", "service:app"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "False"
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("code", ["", "0", "'the database has no name'"])
