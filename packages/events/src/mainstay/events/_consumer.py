@@ -142,7 +142,8 @@ class Consumer:
                     beside.append(spawn(self._queues.keep(), name=f"events.{self.group}.claims"))
                     beside.append(spawn(self._parked.run(), name=f"events.{self.group}.parked keys"))
                 if self._in_hand is not None:
-                    beside.append(spawn(self._in_hand.run(dispatcher, self._all), name=f"events.{self.group}.in hand"))
+                    noting = self._in_hand.run(dispatcher, self._all, drain)
+                    beside.append(spawn(noting, name=f"events.{self.group}.in hand"))
                 try:
                     self._trouble = None
                     while not drain.begun:

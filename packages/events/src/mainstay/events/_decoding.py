@@ -78,11 +78,14 @@ class Decoders:
     Args:
         topics: those that others write.
         schemas: what their decoders look schemas up in.
+
+    Attributes:
+        topics, schemas: as given.
     """
 
     def __init__(self, topics: Mapping[str, Foreign], schemas: Schemas) -> None:
-        self._topics = topics
-        self._schemas = schemas
+        self.topics = topics
+        self.schemas = schemas
 
     def seen(self, record: Record) -> Seen:
         """A record as it is handled: a CloudEvent in binary mode as it is, without another look."""
@@ -105,7 +108,7 @@ class Decoders:
         Raises:
             MainstayError: not now, but later: what is needed to read it is away.
         """
-        topic = self._topics.get(record.topic)
+        topic = self.topics.get(record.topic)
         if topic is None or is_structured(record):
             return understood(record)
         headers = dict(record.headers)
@@ -114,7 +117,7 @@ class Decoders:
         try:
             decoded = topic.decoder.decode(
                 Received(record.topic, record.partition, record.offset, record.key, record.value, headers),
-                self._schemas,
+                self.schemas,
             )
         except Exception as error:
             if will_pass(error):
@@ -127,6 +130,10 @@ class Decoders:
             return _event(record, decoded)
         except Exception as error:  # noqa: BLE001  a decoder may say what no event can be, and no record stops the others
             return _unreadable(record, topic, f"what its decoder found is no event: {type(error).__name__}")
+
+    def unreadable(self, record: Record, why: str) -> Record:
+        """What stands for a record of a topic that others write, and that cannot be read, with the reason."""
+        return _unreadable(record, self.topics[record.topic], why)
 
     def kind_of(self, record: Record) -> str:
         """What a handler of a record is chosen by, empty where it cannot be read.

@@ -7,20 +7,20 @@ Where events are handled soon nothing is written.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from mainstay.core import Clock
+from mainstay.core import Clock, Drain, MainstayError
 from mainstay.database import Database
 from mainstay.events import tables
+from mainstay.events._decoding import OURS, Decoders
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
-from mainstay.events._structured import understood
 from mainstay.events.metadata import Metadata, Record
 
 _log = logging.getLogger("mainstay.events")
@@ -60,20 +60,24 @@ class InHand:
         group: the consumer group.
         handlers: by type, what handles it.
         clock: by which the dispatcher measures.
+        decoders: read the topics that others write.
     """
 
-    def __init__(self, database: Database, group: str, handlers: Mapping[str, str], clock: Clock) -> None:
+    def __init__(
+        self, database: Database, group: str, handlers: Mapping[str, str], clock: Clock, decoders: Decoders = OURS
+    ) -> None:
         self._clock = clock
+        self._decoders = decoders
         self._database = database
         self._group = group
         self._handlers = handlers
         self._process = f"{socket.gethostname()}:{os.getpid()}"
         self._noted = True  # by an earlier process of this name, perhaps
 
-    async def run(self, dispatcher: Dispatcher, assignments: Callable[[], Sequence[Assignment]]) -> None:
-        """Write down what a dispatcher has of partitions and queues, again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(LONG_SECONDS)
+    async def run(self, dispatcher: Dispatcher, assignments: Callable[[], Sequence[Assignment]], drain: Drain) -> None:
+        """Write down what a dispatcher has of partitions and queues, again and again, until the drain begins."""
+        while not drain.begun:
+            await drain.pause(LONG_SECONDS)
             try:
                 await self.note(held_longer(dispatcher.ages.of(assignments()), LONG_SECONDS, self._clock.monotonic()))
             except Exception as error:  # noqa: BLE001  it is for people, and the next look is soon
@@ -92,7 +96,9 @@ class InHand:
         self._noted = bool(rows)
 
     def _row(self, held: Held) -> dict[str, object]:
-        record = understood(held.record)
+        record = held.record
+        with suppress(MainstayError):  # what is needed to read it is away, which is why it is in hand
+            record = self._decoders.understood(record)
         meta = Metadata(record, group=self._group)
         return {
             "group_name": self._group,

@@ -10,13 +10,18 @@ from datetime import UTC, datetime
 from math import ceil
 from typing import Any, NamedTuple
 
+from mainstay.core import MainstayError
 from mainstay.database import Database
 from mainstay.events import tables
+from mainstay.events._declared import read
+from mainstay.events._decoding import Decoders
 from mainstay.events._handled import KEPT_SECONDS
 from mainstay.events._in_hand import FRESH_SECONDS, LONG_SECONDS
 from mainstay.events._log import Behind, Log, Member, Places, Stored, Topic
-from mainstay.events._structured import understood
-from mainstay.events.metadata import Metadata
+from mainstay.events._routes import Routes
+from mainstay.events.errors import DecodeError
+from mainstay.events.event import Event
+from mainstay.events.metadata import UNREADABLE, VERSION, Metadata, kind_of
 from mainstay.events.pauses import Pause, pause_of, said_of
 
 __all__ = [
@@ -33,6 +38,10 @@ __all__ = [
 _FOLLOW_SECONDS = 0.5
 _LOOK_SECONDS = 5.0
 _MOST_PARKED = 100
+_SCHEMA_SECONDS = 5.0
+"""For how long a schema registry is waited for before its topics are shown as they are."""
+_AGAIN_SECONDS = 0.1
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +140,8 @@ class LoggedEvent:
     """An event as it is kept.
 
     Attributes:
-        meta: what its headers say; `meta.group` is empty.
-        value: its payload, raw.
+        meta: what its headers say, or of a topic that others write its decoder; `meta.group` is empty.
+        value: its payload, raw, or as its decoder has read it.
         written_at: when it was written to the topic, by the clock of the database or of Kafka, in UTC.
     """
 
@@ -220,15 +229,21 @@ class EventLog:
     Args:
         log: of the transport.
         database: where handlers, parked keys and crashes are noted; None without one.
-        reading: of this App, the topics and the kinds of events of each group.
+        groups: of this App, with their topics and how they read them.
+        decoders: read the topics that others write.
     """
 
     def __init__(
-        self, log: Log, database: Database | None, reading: Mapping[str, tuple[Collection[str], Collection[str]]]
+        self,
+        log: Log,
+        database: Database | None,
+        groups: Mapping[str, tuple[Collection[str], Routes]],
+        decoders: Decoders,
     ) -> None:
         self._log = log
         self._database = database
-        self._mine = reading
+        self._mine = groups
+        self._records = _Records(decoders)
 
     async def topics(self, names: Collection[str] | None = None) -> Sequence[TopicState]:
         """Topics, those that handlers of this App read and that are missing among them.
@@ -272,7 +287,8 @@ class EventLog:
         states: list[GroupState] = []
         for name in sorted(found.keys() | (wanted or set())):
             reading = found.get(name)
-            topics, kinds = self._mine.get(name, ((), ()))
+            topics, routes = self._mine.get(name, ((), Routes()))
+            kinds = {kind for route in routes.values() for kind in route.kinds}
             members = [] if reading is None else [_member(each) for each in reading.members]
             states.append(
                 GroupState(
@@ -313,9 +329,11 @@ class EventLog:
         members = [_member(each) for each in reading.members]
         holders = {partition: member for member in members for partition in member.partitions}
         behind = await self._log.behind(reading.places)
+        firsts = {
+            place: await self._records.seen(each.first) for place, each in behind.items() if each.first is not None
+        }
         return [
-            _lag(group, topic, number, each, holders.get((topic, number)))
-            for (topic, number), each in sorted(behind.items())
+            _lag(group, place, each, firsts.get(place), holders.get(place)) for place, each in sorted(behind.items())
         ]
 
     async def stuck(self, group: str, *, seconds: float = LONG_SECONDS) -> Sequence[StuckEvent]:
@@ -360,6 +378,27 @@ class EventLog:
         rows = await self._database.read(tables.READ_CALLED, {"of_group": group})
         return {(row.topic, row.partition, row.called): row.crashes for row in rows}
 
+    def read(self, event: LoggedEvent) -> Event:
+        """The event by its class: the one that handlers of this App are given, else one that is declared here.
+
+        Raises:
+            DecodeError: it cannot be read; the message names the fields, never their values.
+        """
+        type_, headers = event.meta.type, event.meta.headers
+        if UNREADABLE in headers:
+            raise DecodeError(headers[UNREADABLE].decode(errors="replace"))
+        value = event.value or b""
+        for topics, routes in self._mine.values():
+            route = routes.get(type_)
+            if route is not None and event.meta.topic in topics and kind_of(headers) in route.kinds:
+                handled: Event = route.handling(headers.get(VERSION) or b"1.0").read(type_, value)
+                return handled
+        try:
+            major = event.meta.version.major
+        except ValueError as error:
+            raise DecodeError(str(error)) from None
+        return read(type_, major, value)
+
     async def newest(
         self,
         topics: Collection[str],
@@ -387,7 +426,7 @@ class EventLog:
     async def _newest(self, ends: Places, sought: Sought, limit: int) -> Sequence[LoggedEvent]:
         found: list[LoggedEvent] = []
         async for page in self._log.backwards(ends):
-            found = sorted([*found, *_wanted(page, sought)], key=_in_order)[-limit:]
+            found = sorted([*found, *await self._records.wanted(page, sought)], key=_in_order)[-limit:]
             furthest: dict[tuple[str, int], float] = {}
             for each in page:
                 at = furthest.setdefault((each.topic, each.partition), each.written_at)
@@ -427,7 +466,7 @@ class EventLog:
             for each in page.records:
                 if sought.until is not None and each.written_at >= sought.until:
                     over.add((each.topic, each.partition))
-            for event in _wanted(page.records, sought):
+            for event in await self._records.wanted(page.records, sought):
                 of_partition = found.setdefault((event.meta.topic, event.meta.partition), [])
                 of_partition.append(event)
                 if len(of_partition) >= limit:  # more of it cannot be among the first
@@ -466,7 +505,7 @@ class EventLog:
         looked_at = time.monotonic()
         while True:
             page = await self._log.read(places)
-            for event in sorted(_wanted(page.records, sought), key=_in_order):
+            for event in sorted(await self._records.wanted(page.records, sought), key=_in_order):
                 yield event
             places = page.places
             if page.last:
@@ -477,13 +516,33 @@ class EventLog:
                     places = {**await self._log.since(missing, 0.0), **places}
 
 
-def _wanted(records: Sequence[Stored], sought: Sought) -> list[LoggedEvent]:
-    return [event for event in map(_event, records) if sought.has(event)]
+class _Records:
+    """Records of a log, as they are read."""
 
+    def __init__(self, decoders: Decoders) -> None:
+        self._decoders = decoders
+        self._until: float | None = None  # how long a registry that has not answered is waited for
 
-def _event(record: Stored) -> LoggedEvent:
-    seen = understood(record)
-    return LoggedEvent(Metadata(seen, group=""), seen.value, datetime.fromtimestamp(record.written_at, UTC))
+    async def wanted(self, records: Sequence[Stored], sought: Sought) -> list[LoggedEvent]:
+        """Those of them that are looked for."""
+        return [event for event in [await self.seen(each) for each in records] if sought.has(event)]
+
+    async def seen(self, record: Stored) -> LoggedEvent:
+        """One of them. A schema is waited for, once for as long as the registry is away."""
+        while True:
+            try:
+                known = self._decoders.understood(record)
+            except MainstayError as passing:
+                now = time.monotonic()
+                self._until = now + _SCHEMA_SECONDS if self._until is None else self._until
+                if now >= self._until:
+                    known = self._decoders.unreadable(record, str(passing))
+                    break
+                await asyncio.sleep(passing.retry_after_seconds or _AGAIN_SECONDS)
+            else:
+                self._until = None
+                break
+        return LoggedEvent(Metadata(known, group=""), known.value, _utc(record.written_at))
 
 
 def _in_order(event: LoggedEvent) -> tuple[datetime, int, str, int]:
@@ -491,7 +550,7 @@ def _in_order(event: LoggedEvent) -> tuple[datetime, int, str, int]:
 
 
 def _member(member: Member) -> GroupMember:
-    since = None if member.since is None else datetime.fromtimestamp(member.since, UTC)
+    since = None if member.since is None else _utc(member.since)
     return GroupMember(member.name, member.process, since, sorted(member.partitions))
 
 
@@ -502,15 +561,17 @@ def _state_of(members: Sequence[GroupMember], said: str, *, begun: bool) -> str:
     return ("running" if members else "without members") if calm else said.lower().replace("_", " ")
 
 
-def _lag(group: str, topic: str, number: int, behind: Behind, holder: GroupMember | None) -> PartitionLag:
+def _lag(
+    group: str, place: tuple[str, int], behind: Behind, first: LoggedEvent | None, holder: GroupMember | None
+) -> PartitionLag:
     return PartitionLag(
         group=group,
-        topic=topic,
-        partition=number,
+        topic=place[0],
+        partition=place[1],
         events=behind.events,
         whole=behind.whole,
         seconds=behind.seconds or 0.0,
-        first=None if behind.first is None else _event(behind.first),
+        first=first,
         holder=holder,
     )
 
@@ -582,7 +643,10 @@ def _parked(row: Any) -> StuckEvent:
 
 
 def _utc(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):  # a producer may say any time: milliseconds for seconds, say
+        return _LAST if seconds > 0 else _FIRST
 
 
 def _text(key: bytes | None) -> str | None:

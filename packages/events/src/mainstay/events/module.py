@@ -204,13 +204,13 @@ class EventsModule(Module[EventsSettings, EventRouter]):
     def _has_inbox(self) -> bool:
         return any(subscription.inbox for subscription in self._subscriptions())
 
-    def _in_hand(self, group: str, database: Database | None, clock: Clock) -> InHand | None:
+    def _in_hand(self, group: str, routes: Routes, database: Database | None, clock: Clock) -> InHand | None:
         """The notes of what a group has in hand for long, where other processes can see them."""
         if database is None or self.settings.transport == "memory":
             return None
         mine = [each for each in self._subscriptions() if each.group == group]
         handlers = {definition_of(event).type: each.name for each in mine for event in each.events}
-        return InHand(database, group, handlers, clock)
+        return InHand(database, group, handlers, clock, routes.decoders)
 
     def _concurrency(self, group: str, inbox: Inbox | None) -> int:
         """The most handlers of a group at once; where all have an inbox, no more than may run."""
@@ -259,7 +259,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
                     parking=parking.get(group),
                     concurrency=self._concurrency(group, inbox),
                     crashes=crashes,
-                    in_hand=self._in_hand(group, database, app.clock),
+                    in_hand=self._in_hand(group, routes, database, app.clock),
                     window_bytes=settings.window_bytes,
                     drain_seconds=settings.drain_seconds,
                     stuck_seconds=settings.stuck_seconds,
@@ -435,15 +435,14 @@ def _log(
     database: Database | None,
     groups: Mapping[str, tuple[list[str], Routes]],
 ) -> list[object]:
-    """The log seen from outside, with the topics of each group and the kinds of events that it handles here."""
-    mine = {
-        group: (topics, {kind for route in routes.values() for kind in route.kinds})
-        for group, (topics, routes) in groups.items()
-    }
+    """The log seen from outside, with the groups of this App, which read it as their handlers do."""
+    foreign = {topic: each for _, routes in groups.values() for topic, each in routes.decoders.topics.items()}
+    schemas = next((routes.decoders.schemas for _, routes in groups.values() if routes.decoders.topics), NoSchemas())
+    decoders = Decoders(foreign, schemas)
     if isinstance(transport, SqlTransport):
         log = SqlLog(transport.database, partitions=settings.partitions, log_days=settings.log_days)
-        return [EventLog(log, database, mine)]
-    return [EventLog(transport.log, database, mine)] if isinstance(transport, _kafka.KafkaTransport) else []
+        return [EventLog(log, database, groups, decoders)]
+    return [EventLog(transport.log, database, groups, decoders)] if isinstance(transport, _kafka.KafkaTransport) else []
 
 
 def _database_of(app: App) -> Database | None:

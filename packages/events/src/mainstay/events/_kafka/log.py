@@ -103,7 +103,8 @@ class KafkaLog:
     async def since(self, topics: Collection[str], time: float) -> Places:
         """See `Log`."""
         partitions = await self._partitions(topics)
-        return await self._browsing(lambda browser: browser.at(partitions, time)) if partitions else {}
+        # Before 1970 a broker understands other things by a time: -1 is the end, and -2 the beginning.
+        return await self._browsing(lambda browser: browser.at(partitions, max(0.0, time))) if partitions else {}
 
     async def read(self, places: Places) -> Page:
         """See `Log`."""

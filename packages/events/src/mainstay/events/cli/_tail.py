@@ -14,12 +14,14 @@ import typer
 from mainstay.cli import as_json, document, json_line, named_app, needed_app, say, settings_of
 from mainstay.core import ConfigurationError
 from mainstay.events._declared import declared, read
+from mainstay.events._decoding import NO_EVENT
+from mainstay.events._members import exact
 from mainstay.events.cli._options import Correlation, Key, Type
 from mainstay.events.cli._service import in_utc, to_publish, with_log
 from mainstay.events.errors import DecodeError
 from mainstay.events.event import definition_of
 from mainstay.events.log import EventLog, LoggedEvent
-from mainstay.events.metadata import UNREADABLE, VERSION, Metadata
+from mainstay.events.metadata import VERSION, Metadata
 from mainstay.events.module import EventsModule
 
 _LONGEST = 2000
@@ -47,7 +49,7 @@ def tail(
     async def look(log: EventLog) -> None:
         if follow:
             async for event in log.follow(topics, since=in_utc(since), limit=limit, **sought):
-                _print(event, typed=typed)
+                _print(event, log if typed else None)
                 sys.stdout.flush()
             return
         await _are_there(log, topics)
@@ -56,7 +58,7 @@ def tail(
         else:
             found = await log.since(topics, since.replace(tzinfo=UTC), until=in_utc(until), limit=limit, **sought)
         for event in found:
-            _print(event, typed=typed)
+            _print(event, log if typed else None)
         if not found:
             say("no events")
 
@@ -70,9 +72,9 @@ async def _are_there(log: EventLog, topics: Sequence[str]) -> None:
         raise ConfigurationError(msg)
 
 
-def _print(event: LoggedEvent, *, typed: bool) -> None:
+def _print(event: LoggedEvent, log: EventLog | None) -> None:
     meta = event.meta
-    read_as, why_not = _read(event) if typed else (None, None)
+    read_as, why_not = (None, None) if log is None else _read(event, log)
     if as_json():
         json_line(
             {
@@ -89,7 +91,7 @@ def _print(event: LoggedEvent, *, typed: bool) -> None:
                 "correlation_id": meta.correlation_id,
                 "causation_id": meta.causation_id,
                 "value": _value(event.value),
-                **({"event": read_as and read_as.model_dump(mode="json"), "unreadable": why_not} if typed else {}),
+                **({"event": read_as and read_as.model_dump(mode="json"), "unreadable": why_not} if log else {}),
             }
         )
         return
@@ -114,19 +116,18 @@ def _value(value: bytes | None) -> object:
     if value is None:
         return None
     try:
-        return json.loads(value)
-    except ValueError:
+        return json.loads(exact(value.decode()))  # an amount is shown as it was written, not as a float holds it
+    except (ValueError, RecursionError):
         return value.decode(errors="backslashreplace")
 
 
-def _read(event: LoggedEvent) -> tuple[Any, str | None]:
-    """The event by its class, or why that cannot be."""
-    broken = event.meta.headers.get(UNREADABLE)
-    if broken is not None:
-        return None, broken.decode(errors="replace")
+def _read(event: LoggedEvent, log: EventLog) -> tuple[Any, str | None]:
+    """The event by its class, or why that cannot be; what says nothing is none."""
+    if NO_EVENT in event.meta.headers:
+        return None, None
     try:
-        return read(event.meta.type, event.meta.version.major, event.value or b""), None
-    except (DecodeError, ValueError) as error:
+        return log.read(event), None
+    except DecodeError as error:
         return None, str(error)
 
 
