@@ -23,6 +23,7 @@ from mainstay.events import (
     NotParkedError,
     ParkedKey,
     ParkedKeys,
+    _consumer,
 )
 from mainstay.events._crashes import Crashes
 from mainstay.events._delivery import Assignment, Delivery, Verdict
@@ -405,3 +406,36 @@ async def test_a_partition_that_another_has_taken_parks_nothing_and_appends_noth
             await parking.append(before, later)
         assert await parking.append(after, later)
         assert [row.offset for row in await database.read(sa.select(PARKED.c.offset))] == [7, 8]
+
+
+async def test_what_keeps_no_order_gives_way_without_its_key(
+    sqlite_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One event that waits for an hour fills the window; the others of its key are handled, also those that come."""
+    monkeypatch.setattr(_consumer, "_WINDOW", 20)
+    events = EventRouter()
+    handled: list[int] = []
+
+    @events.on(Moved, group=prefix, order="none", retry=Retry(attempts=9, wait=lambda _state: 3600.0))
+    async def move(event: Moved) -> None:
+        if event.number == 0:
+            msg = "not for an hour"
+            raise RuntimeError(msg)
+        handled.append(event.number)
+
+    settings = EventsSettings(topics={"stock.moved": prefix}, partitions=1)
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    app = App(database, EventsModule.for_root(settings), EventsModule.for_feature(events))
+    async with app.running(serve=True):
+        await events.publish_batch([Moved(item="a", number=number) for number in range(60)])
+        rows: Sequence[Any] = []
+
+        async def set_aside() -> bool:
+            nonlocal rows
+            rows = await app.get(Database).read(sa.select(PARKED.c.offset, PARKED.c.handled))
+            return bool(rows)
+
+        await eventually(set_aside)
+        assert [row.handled for row in rows] == [False]
+        await events.publish_batch([Moved(item="a", number=number) for number in range(60, 80)])
+        await eventually(lambda: sorted(handled) == list(range(1, 80)), what="the others")

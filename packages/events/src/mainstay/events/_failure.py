@@ -308,7 +308,7 @@ def _fate(delivery: Delivery, route: Route | None, handling: Handling | None) ->
 
 
 def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: float) -> list[Delivery]:
-    """Of the failing events of a partition whose window is full those whose keys are to be parked, with that verdict.
+    """Of the failing events of a partition whose window is full those that are to be set aside, with that verdict.
 
     Only a few may give way. Where many wait, what they wait for is away, and the whole topic would move to the table.
     A batch has no verdict but is split, so that the event shows which is to give way; not while it is only postponed.
@@ -327,6 +327,8 @@ def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: floa
             found.append(delivery)
         elif delivery.record.key is not None:
             delivery.timer.cancel()
-            delivery.judge(Verdict(delivery.error, "park", due_seconds=max(0.0, delivery.again_at - now)))
+            due_seconds = max(0.0, delivery.again_at - now)
+            # Where its key has no order to keep, the event is set aside without it.
+            delivery.judge(Verdict(delivery.error, "later" if delivery.released else "park", due_seconds))
             found.append(delivery)
     return found
