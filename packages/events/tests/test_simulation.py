@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from mainstay.core import Retry, given
 from mainstay.database import Database
-from mainstay.events import Event, EventRouter, Metadata, RetryLater
+from mainstay.events import DecodeError, Event, EventRouter, Metadata, RetryLater
 from mainstay.events.testing import Simulation, SimulationFailedError, simulate
 from mainstay.events.testing._plan import calm, plan_of
 from mainstay.events.testing._simulation import Trials
@@ -170,6 +170,25 @@ class CountsSomeLater(Counting):
         return events
 
 
+class SkipsWhatFails(Counting):
+    """What is skipped where nothing goes wrong may be skipped, and nothing else."""
+
+    def feature(self) -> EventRouter:
+        events = EventRouter()
+
+        @events.on(Sold, group="counts", inbox=True, on_failure="skip", retry=Retry(attempts=20))
+        async def count(event: Sold, *, db: Database = given(Database)) -> None:
+            if name_of(event) == "a0":
+                msg = "no such ticket"
+                raise DecodeError(msg)
+            await db.write(ADD, {"of": "sold"})
+
+        return events
+
+    async def check(self, db: Database, events: Sequence[Event]) -> None:
+        assert await value(db, "sold") == sum(name_of(event) != "a0" for event in events)
+
+
 class NotesInItsTransaction(Counting):
     def feature(self) -> EventRouter:
         events = EventRouter()
@@ -244,6 +263,7 @@ RIGHT = [
     CountsManyAtOnce,
     CountsInNoOrder,
     CountsSomeLater,
+    SkipsWhatFails,
     NotesInItsTransaction,
     ChargesByTheEventsId,
     PublishesInItsTransaction,
