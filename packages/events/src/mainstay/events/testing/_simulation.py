@@ -34,7 +34,7 @@ from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.router import EventRouter, Subscription
 from mainstay.events.strategies import RetryLater
-from mainstay.events.tables import LOG, OFFSETS, SCHEMA, unpack_headers
+from mainstay.events.tables import LOG, READ_PLACES, SCHEMA, unpack_headers
 from mainstay.events.testing._plan import Plan, Seed, calm, plan_of, shrunk
 from mainstay.events.testing._processes import AT_COMMIT, Process, is_of_the_start, settings
 from mainstay.events.testing._world import ProcessLoop, World
@@ -345,9 +345,7 @@ class Run:
         parked = {
             (key.group, key.topic, key.key): key.error for key in await app.get(ParkedKeys).list() if key.due is None
         }
-        places = {
-            (row.group_name, row.topic, row.partition): Place.of(row) for row in await db.read(sa.select(OFFSETS))
-        }
+        places = {(row.group_name, row.topic, row.partition): Place.of(row) for row in await db.read(READ_PLACES)}
         missing: list[str] = []
         for row in await db.read(_EVENTS):
             headers = dict(unpack_headers(row.headers))
