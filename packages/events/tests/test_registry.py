@@ -660,6 +660,23 @@ def test_an_extra_that_is_not_installed_is_named(format_: str, package: str, mon
         registry_file.check_format(format_)
 
 
+async def test_files_that_a_registry_has_by_itself_are_there(server: Registry) -> None:
+    """Kafka Connect's converter imports them, and refers to none of them."""
+    file = FileDescriptorProto(name="bill.proto", package="acme", syntax="proto3")
+    file.dependency.extend(["confluent/meta.proto", "confluent/type/decimal.proto"])
+    bill = file.message_type.add(name="Bill")
+    bill.field.add(name="id", number=1, type="TYPE_INT32", label="LABEL_OPTIONAL")
+    bill.field.add(
+        name="amount", number=2, type="TYPE_MESSAGE", type_name=".confluent.type.Decimal", label="LABEL_OPTIONAL"
+    )
+    server.add("bill", {"schema": b64encode(file.SerializeToString()).decode(), "schemaType": "PROTOBUF"})
+    async with Asking(server) as schemas:
+        value = b"\0\0\0\0\1\0" + b"\x08\x07\x12\x08\x0a\x02\x04\xd2\x10\x04\x18\x02"
+        data = await known(lambda: schemas.read("protobuf", value))
+    assert data.name == "acme.Bill"
+    assert json.loads(data.json) == {"id": 7, "amount": {"value": "BNI=", "precision": 4, "scale": 2}}
+
+
 NOT_MEANT: dict[str, Any] = {
     "type": "record",
     "name": "Meant",

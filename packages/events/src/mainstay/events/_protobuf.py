@@ -20,6 +20,23 @@ _WELL_KNOWN = "google/protobuf/"
 _LONGEST_PATH = 32
 
 
+def _built_in() -> dict[str, FileDescriptorProto]:
+    """Files that a registry of Confluent's has by itself: schemas import them, and do not refer to them.
+
+    What the first one holds are options of fields, which say nothing of a value.
+    """
+    meta = FileDescriptorProto(name="confluent/meta.proto", package="confluent", syntax="proto3")
+    decimal = FileDescriptorProto(name="confluent/type/decimal.proto", package="confluent.type", syntax="proto3")
+    message = decimal.message_type.add(name="Decimal")
+    kinds = ("TYPE_BYTES", "TYPE_UINT32", "TYPE_INT32")
+    for number, (name, kind) in enumerate(zip(("value", "precision", "scale"), kinds, strict=True), 1):
+        message.field.add(name=name, number=number, type=kind, label="LABEL_OPTIONAL")
+    return {each.name: each for each in (meta, decimal)}
+
+
+_BUILT_IN = _built_in()
+
+
 class ProtobufSchema:
     """See `Schema`: a file of messages; before each value stands which one it is.
 
@@ -116,6 +133,9 @@ def _add(pool: Any, name: str, answer: Answer, done: set[str]) -> str:
             done.add(imported)
             module = import_module(imported.removesuffix(".proto").replace("/", ".") + "_pb2")
             _add_known(pool, module.DESCRIPTOR, done)
+        elif imported in _BUILT_IN:
+            done.add(imported)
+            pool.Add(_BUILT_IN[imported])
         else:
             msg = f"it imports {imported}, which it does not refer to"
             raise ValueError(msg)
