@@ -222,13 +222,14 @@ class SchemaRegistry:
             _NotThereError, _UselessError: it is not there, or cannot be used.
             Exception: nothing is known.
         """
-        form = "&format=serialized" if key.format == "protobuf" else ""
+        form = "format=serialized&" if key.format == "protobuf" else ""
         seen: dict[str, Answer] = {}
 
         async def look(path: str) -> Answer:
             if path not in seen:
-                # What was deleted is still what others have been written by.
-                told = await self._get(f"{path}?deleted=true{form}")
+                # What was deleted is still what others have been written by; an id finds it without asking for that.
+                gone = "" if path == _path_to(key) else "deleted=true"
+                told = await self._get(f"{path}?{form}{gone}".rstrip("?&"))
                 kind = told.get("schemaType") or "AVRO"
                 if kind != key.format.upper():
                     msg = f"it is {kind}, and the topic is said to hold {key.format}"
