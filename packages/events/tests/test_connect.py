@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mainstay.events import Event, EventRouter, Metadata
+from mainstay.events._connect import _meaning_of
 from mainstay.events.foreign import Debezium, Plain
 from mainstay.events.testing import in_memory
 
@@ -188,6 +189,20 @@ async def test_what_is_not_as_the_schema_beside_it_says_is_a_dead_letter() -> No
     assert [letter.value for letter in letters] == bad
     assert all("not what the schema beside it says" in letter.error for letter in letters)
     assert kept.all == [PriceSet(item="a", price=Decimal("12345678901234567.89"))]
+
+
+async def test_schemas_of_others_do_not_fill_the_memory() -> None:
+    """A few are remembered, and long ones are read anew each time."""
+    kept = Kept(PriceSet)
+    _meaning_of.cache_clear()
+    async with in_memory(kept.events) as rehearsal:
+        for n in range(100):
+            field = {"field": "price", **DECIMAL, "doc": "x" * (100_000 if n < 10 else n)}
+            await rehearsal.receive("prices", beside({"item": "a", "price": digits(n)}, field), key=b"%d" % n)
+        await rehearsal.settled()
+        assert await rehearsal.dead_letters() == []
+    assert sorted(event.price for event in kept.all) == [Decimal(n) / 100 for n in range(100)]
+    assert _meaning_of.cache_info().currsize == 64
 
 
 UNTOLD = "__debezium_unavailable_value"

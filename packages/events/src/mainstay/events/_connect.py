@@ -28,8 +28,10 @@ DECIMAL = f"{_CONNECT}Decimal"
 _DAY_0 = date(1970, 1, 1)
 _MOMENT_0 = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND = 1_000_000_000
-_KEPT = 256
+_KEPT = 64
 """Schemas whose meaning is remembered: each record of a topic repeats its own."""
+_LONGEST_KEPT = 64 * 1024
+"""Characters of one that is remembered: what others write must not fill the memory."""
 
 
 class _Number(str):
@@ -123,7 +125,7 @@ def understood(payload: str, schema: str) -> str:
         DecodeError: it is not as its schema says.
     """
     try:
-        meaning = _meaning_of(schema)
+        meaning = _meaning_of(schema) if len(schema) <= _LONGEST_KEPT else _meaning(json.loads(schema))
         if meaning is None:
             return payload
         return json.dumps(meaning(json.loads(payload, parse_float=_number)))
