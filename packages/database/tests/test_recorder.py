@@ -6,6 +6,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client import REGISTRY
 
+from mainstay.core import Health
 from mainstay.database import DatabaseBusy, DatabaseError, DatabaseUnavailable
 from mainstay.database._pending import PendingWrite
 from mainstay.database._recorder import merge
@@ -70,7 +71,7 @@ async def test_an_unforeseen_error_is_told_to_those_it_concerns(db, tables, coun
     assert await count(db) == 1
 
 
-async def test_a_full_disk_loses_nothing(tmp_path, open_database, tables, count):
+async def test_a_full_disk_loses_nothing(tmp_path, open_database, tables, count, until):
     """Where SQLite cannot grow any more, writes fail having done nothing; once there is room, they succeed."""
     async with open_database(f"sqlite:///{tmp_path / 'x.db'}") as db:
         writer = db._recorder._queues[0]._writer
@@ -85,8 +86,16 @@ async def test_a_full_disk_loses_nothing(tmp_path, open_database, tables, count)
         )
         assert any(isinstance(result, DatabaseError) and result.no_effect for result in results)
         assert await count(db) == 1 + results.count(None)
+        with pytest.raises(DatabaseUnavailable, match="SQLite cannot write at the moment"):
+            await db.write(tables.add, {"id": 99, "text": "x" * 20_000_000})
+        assert await db.health() == Health("down", "SQLite cannot write at the moment: database or disk is full")
         await allow(1_000_000)
         await db.write(tables.add, {"id": 100, "text": "x" * 20_000})
+
+        async def is_ok():
+            return (await db.health()).status == "ok"
+
+        await until(is_ok)
         async with db.transaction():
             await db.write(tables.add, {"id": 101, "text": "x" * 20_000})
 

@@ -116,24 +116,27 @@ async def test_what_is_final_stays_final(failing, tables, way, state, kind):
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "no_effect"),
+    ("code", "kind", "committing"),
     [
         (sqlite3.SQLITE_BUSY, DatabaseBusy, True),
-        (sqlite3.SQLITE_BUSY_SNAPSHOT, DatabaseBusy, True),
-        (sqlite3.SQLITE_LOCKED, DatabaseBusy, True),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, DatabaseBusy, False),
+        (sqlite3.SQLITE_LOCKED, DatabaseBusy, False),
         (sqlite3.SQLITE_FULL, DatabaseUnavailable, True),
-        (sqlite3.SQLITE_READONLY, DatabaseUnavailable, True),
+        (sqlite3.SQLITE_READONLY, DatabaseUnavailable, False),
         (sqlite3.SQLITE_READONLY_DBMOVED, DatabaseUnavailable, True),
+        (sqlite3.SQLITE_CANTOPEN, DatabaseUnavailable, False),
         (sqlite3.SQLITE_ERROR, DatabaseError, True),
-        (sqlite3.SQLITE_IOERR_FSYNC, DatabaseError, False),
+        (sqlite3.SQLITE_IOERR_WRITE, DatabaseUnavailable, False),
+        (sqlite3.SQLITE_IOERR_FSYNC, CommitUnknown, True),
     ],
 )
-def test_results_of_sqlite(code, kind, no_effect):
-    """Locked by another, full or only to be read is passing; after a disk that failed nothing is certain."""
+def test_results_of_sqlite(code, kind, committing):
+    """Locked by another, full, or not to be written to is passing; a commit that a disk failed is in doubt."""
     error = sqlite3.OperationalError("as asked")
     error.sqlite_errorcode = code
-    mine = translate(error)
-    assert (type(mine), mine.retryable, mine.no_effect) == (kind, kind is not DatabaseError, no_effect)
+    mine = translate(error, committing=committing)
+    passing = kind in {DatabaseBusy, DatabaseUnavailable}
+    assert (type(mine), mine.retryable, mine.no_effect) == (kind, passing, kind is not CommitUnknown)
     assert mine.__cause__ is error
 
 

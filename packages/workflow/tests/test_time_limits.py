@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import pytest
 
 from mainstay.core import Drain, Retry, once, timeout
@@ -51,11 +52,17 @@ async def _scope(act: Act, seconds: float) -> Any:
             task.uncancel()
 
 
+async def _anyio(act: Act, seconds: float) -> Any:
+    with anyio.fail_after(seconds):
+        return await act()
+
+
 LIMITS = {
     "asyncio.timeout": _asyncio_timeout,
     "asyncio.wait_for": _wait_for,
     "mainstay.core.timeout": _core_timeout,
     "a scope": _scope,
+    "anyio.fail_after": _anyio,
 }
 
 

@@ -27,11 +27,13 @@ from sqlalchemy.pool import PoolResetState
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError
 from mainstay.database._translation import DRIVER_ERRORS, connection_is_gone, driver_error, only_reads, translate
 from mainstay.database._virtual_time import DriverCalls, follow_clock
-from mainstay.database.errors import DatabaseError, WrongEventLoop
+from mainstay.database.errors import CommitUnknown, DatabaseError, DatabaseUnavailable, WrongEventLoop
 from mainstay.database.settings import DatabaseSettings, shown, variable_of_url
 
 SQLITE_ARGUMENTS: dict[str, Any] = {"isolation_level": None}  # the driver begins no transaction by itself
 _NOT_SENT = frozenset({"ssl", "connect_timeout", "channel_binding"})  # what is ours, or what asyncpg does not know
+_TRIED_AGAIN_SECONDS = 3.0  # a write that SQLite could not make is tried again within that, by those who insist on it
+_UNWRITABLE_SECONDS = 30.0  # for so long a write that SQLite could not make counts, where none was tried since
 CONNECT_SECONDS = 10.0  # how long making a connection may take; no caller's write is measured by it
 
 
@@ -53,6 +55,8 @@ class Address:
             url = url.set(database=str(Path(self._directory) / "memory.db"))
         self.url = url
         self.left_at = float("-inf")
+        self._refused_at = self._wrote_at = float("-inf")
+        self._why = ""
 
     def leave(self) -> None:
         """Retire each connection that was made before now: its server was found to be one that only reads.
@@ -60,6 +64,23 @@ class Address:
         Such a server refuses writes, but would go on to answer reads, with what it had when it was demoted.
         """
         self.left_at = time.monotonic()
+
+    def refused(self, error: DatabaseError) -> None:
+        """Note that SQLite could not write just now, if that is what the error says."""
+        if self.dialect == "sqlite" and isinstance(error, DatabaseUnavailable | CommitUnknown):
+            self._refused_at, self._why = time.monotonic(), str(error)
+
+    def wrote(self) -> None:
+        """Note that something was written."""
+        self._wrote_at = time.monotonic()
+
+    @property
+    def unwritable(self) -> str | None:
+        """Why SQLite could not write when that was last tried; None where it could, or that was long ago."""
+        ago = time.monotonic() - self._refused_at
+        # On a full disk some writes still find room, while others are tried again.
+        seconds = _TRIED_AGAIN_SECONDS if self._wrote_at > self._refused_at else _UNWRITABLE_SECONDS
+        return self._why if ago < seconds else None
 
     @property
     def dsn(self) -> str:
@@ -317,7 +338,10 @@ def make_engine(
     def refused(context: ExceptionContext) -> DatabaseError | None:
         if only_reads(driver_error(context.original_exception)):
             address.leave()
-        return _translate(context)
+        mine = _translate(context)
+        if mine is not None:
+            address.refused(mine)
+        return mine
 
     event.listen(engine.sync_engine, "handle_error", refused)
     event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)

@@ -218,10 +218,10 @@ def merge(writes: Sequence[PendingWrite]) -> list[tuple[Prepared | Literal, list
     return groups
 
 
-Errors = dict[int, Exception]  # by id() of the write; who is not in it has succeeded
+Errors = dict[int, DatabaseError]  # by id() of the write; who is not in it has succeeded
 
 
-def settle(writes: Iterable[PendingWrite], errors: Mapping[int, Exception]) -> None:
+def settle(writes: Iterable[PendingWrite], errors: Mapping[int, DatabaseError]) -> None:
     """Answer the callers of a batch that was committed except for the writes with an error."""
     rows = 0
     oldest = now = time.monotonic()
@@ -317,6 +317,10 @@ class SQLiteWriter:
                 writes = take()
                 if writes:
                     errors = await self._call(lambda: self._commit(writes, self._busy_timeout_seconds))
+                    if len(errors) < len(writes):
+                        self._address.wrote()
+                    for error in errors.values():
+                        self._address.refused(error)
                     settle(writes, errors)
         except DatabaseBusy as error:
             for write in take():
@@ -364,6 +368,7 @@ class SQLiteWriter:
             begin_immediate(connection, busy_seconds)
         except sqlite3.Error as error:
             return {id(write): translate(error) for write in writes}
+        committing = False
         try:
             errors = self._fenced_out(connection, writes)
             good = [write for write in writes if id(write) not in errors]
@@ -379,6 +384,7 @@ class SQLiteWriter:
                     errors[id(good[0])] = translate(error)
                 else:
                     self._one_by_one(connection, good, errors)
+            committing = True
             connection.execute("COMMIT")
         except BaseException as error:
             if connection.in_transaction:
@@ -388,7 +394,7 @@ class SQLiteWriter:
             if isinstance(error, sqlite3.IntegrityError) and len(writes) > 1:
                 # A deferred constraint, which SQLite looks at only now: whose it is shows when each goes alone.
                 return {who: what for write in writes for who, what in self._commit([write], busy_seconds).items()}
-            return {id(write): translate(error) for write in writes}
+            return {id(write): translate(error, committing=committing) for write in writes}
         return errors
 
     def _fenced_out(self, connection: sqlite3.Connection, writes: Sequence[PendingWrite]) -> Errors:

@@ -37,8 +37,9 @@ PASSING = {
 }
 """SQLSTATEs, or their classes, that the next attempt may not meet; the connection goes on."""
 
-_SQLITE_CANNOT_WRITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY}
-"""Result codes of a full disk, and of a file or its file system that may only be read: somebody can mend that."""
+_SQLITE_CANNOT_WRITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
+"""Result codes of a full disk, of a file or directory that may only be read, or not even that, and of a disk or file
+system that fails or may no longer be written to: somebody can mend that."""
 
 _IN_DOUBT = "40003"  # "statement completion unknown"
 _CONFLICT = "23"
@@ -106,7 +107,7 @@ def _translated(error: BaseException, *, gone: bool, committing: bool) -> Databa
     if gone:
         return DatabaseUnavailable(f"the connection was lost or could not be made: {text}")
     if isinstance(error, sqlite3.Error):
-        return _of_sqlite(error, text)
+        return _of_sqlite(error, text, committing=committing)
     if state.startswith(_CONFLICT):
         return Conflict(text)
     if _found(state, PASSING):
@@ -114,16 +115,18 @@ def _translated(error: BaseException, *, gone: bool, committing: bool) -> Databa
     return DatabaseError(f"the database refused the statement: {text}")
 
 
-def _of_sqlite(error: sqlite3.Error, text: str) -> DatabaseError:
+def _of_sqlite(error: sqlite3.Error, text: str, *, committing: bool) -> DatabaseError:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if isinstance(error, sqlite3.IntegrityError):
         return Conflict(text)
     if is_busy(error):
         return DatabaseBusy(f"SQLite stayed locked by another writer: {text}")
+    if code == sqlite3.SQLITE_IOERR and committing:
+        # After a disk has failed to sync, what was written may or may not come back with the next start.
+        return CommitUnknown(f"the disk failed while SQLite was committing: {text}")
     if code in _SQLITE_CANNOT_WRITE:
         return DatabaseUnavailable(f"SQLite cannot write at the moment: {text}")
-    # After a disk has failed to sync, what was written may or may not come back with the next start.
-    return DatabaseError(f"SQLite refused the statement: {text}", no_effect=code != sqlite3.SQLITE_IOERR)
+    return DatabaseError(f"SQLite refused the statement: {text}")
 
 
 def is_busy(error: sqlite3.Error) -> bool:

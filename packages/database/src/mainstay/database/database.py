@@ -485,7 +485,7 @@ class Database:
         return found
 
     async def health(self) -> Health:
-        """`degraded` when every connection is in use, `down` when the database does not answer, or only reads."""
+        """`degraded` when every connection is in use, `down` when the database does not answer, or cannot write."""
         self._home.check()
         pool = cast("sa.QueuePool", self.engine.sync_engine.pool)
         if pool.checkedout() >= pool.size():
@@ -498,7 +498,8 @@ class Database:
                     return Health("down", "the server only reads: it is a standby, or was demoted")
         except (*_REFUSED, DatabaseError) as error:
             return Health("down", f"no answer ({type(error.__cause__ or error).__name__})")
-        return Health("ok")
+        unwritable = self._address.unwritable
+        return Health("ok") if unwritable is None else Health("down", unwritable)
 
     # Internal
 
