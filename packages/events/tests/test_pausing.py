@@ -27,7 +27,7 @@ from mainstay.events import (
     PauseError,
     Pauses,
 )
-from mainstay.events.tables import PARKED
+from mainstay.events.tables import PARKED, PARKED_KEYS
 from mainstay.events.testing import in_memory
 from packages.events.tests.test_faults import (
     effects,
@@ -499,3 +499,31 @@ async def test_pauses_and_kills_lose_double_and_reorder_nothing(options: dict[st
         async with asyncio.timeout(30):
             while await publisher.get(ParkedKeys).list():  # noqa: ASYNC110  another process does it
                 await asyncio.sleep(0.05)
+
+
+async def test_what_waits_for_its_first_call_does_not_age(sqlite_url: str, prefix: str) -> None:
+    """Neither while it is paused nor behind what is: a policy that gives up after a minute begins with that call."""
+    events, attempts = EventRouter(), list[tuple[int, int]]()
+
+    retry = Retry(3, wait=lambda _: 0.0, stop=lambda state: state.seconds_since_start > 60.0)
+
+    @events.on(Moved, group=prefix, retry=retry, on_failure="skip")
+    async def move(event: Moved, meta: Metadata) -> None:
+        attempts.append((event.number, meta.attempt))
+        if meta.attempt == 1:
+            msg = "not yet"
+            raise RuntimeError(msg)
+
+    settings = EventsSettings(topics={"depot.moved": prefix}, partitions=1)
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    app = App(database, EventsModule.for_root(settings), EventsModule.for_feature(events))
+    async with app.running(serve=True):
+        await app.get(Pauses).pause(prefix, key="piano", **WHO)
+        await known(app, prefix, "1 keys are paused")
+        await events.publish_batch(moves("piano", 1, 2))
+        await eventually_parked(app, 2)
+        an_hour_ago = sa.update(PARKED_KEYS).values(failing_since=PARKED_KEYS.c.failing_since - 3600.0)
+        await app.get(Database).write(an_hour_ago, {})
+        await app.get(Pauses).resume(prefix, key="piano")
+        await eventually_parked(app, 0)
+        assert attempts == [(1, 1), (1, 2), (2, 1), (2, 2)]

@@ -435,3 +435,42 @@ def test_what_needs_the_database_is_an_error_of_an_app_without_one(on_failure: A
         App(EventsModule.for_root(settings), EventsModule.for_feature(post.router()))
     with pytest.raises(ValueError, match=r"it is 'park', 'dead-letter', 'skip', 'stop' or RetryLater\(…\)"):
         Post("mail", on_failure="retry").router()
+
+
+async def test_what_a_person_discards_while_it_is_called_ends_and_its_key_is_worked_on_again(
+    sqlite_url: str, prefix: str
+) -> None:
+    """It was to be set aside out of a queue that is not there any more; the next of its key is no event of that queue."""
+    events, gate, calls, handled = EventRouter(), asyncio.Event(), list[int](), list[int]()
+
+    @events.on(Sent, group=prefix, retry=ONCE, on_failure=RetryLater(delays_seconds=[3600]))
+    async def deliver(event: Sent) -> None:
+        calls.append(event.number)
+        if event.number == 1:
+            await gate.wait()
+            msg = "no such place"
+            raise ValueError(msg)
+        handled.append(event.number)
+
+    headers: list[tuple[str, bytes | None]] = [("ce_type", b"post.sent"), ("ce_dataversion", b"1.0"), ("ce_id", b"1")]
+    first, second = (
+        LogRecord(prefix, 0, 100 + number, b"a", b'{"box":"a","number":%d}' % number, headers) for number in (1, 2)
+    )
+    waits = Verdict(RuntimeError("for a while"), "park", 0.0)
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    root = EventsModule.for_root(EventsSettings(topics={"post.sent": prefix}, partitions=1))
+    async with App(database, root, EventsModule.for_feature(events)).running(serve=True) as app:
+        (consumer,) = app.get(EventConsumers).consumers
+        parking = Parking(app.get(Database), prefix, Handled(app.get(Database), prefix, ["post.sent 1.x"]), 30.0)
+        await parking.park(Delivery(Assignment(prefix, 0), first), waits, 0.0, [])
+        await eventually(lambda: calls == [1], what="the call")
+        (parked,) = await app.get(ParkedKeys).list()
+        await app.get(ParkedKeys).discard(parked.id)
+        gate.set()
+        await eventually(
+            lambda: consumer._queues is not None and not consumer._queues.assignments, what="the end of the queue"
+        )
+        assert await app.get(ParkedKeys).list() == [], "what was discarded is set aside by nobody"
+        await parking.park(Delivery(Assignment(prefix, 0), second), waits, 0.0, [])
+        await eventually(lambda: handled == [2], what="the next of the key")
+        assert calls == [1, 2]

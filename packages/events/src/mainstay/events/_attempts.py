@@ -108,7 +108,7 @@ class Attempts:
 
     def age(self, delivery: Delivery) -> float:
         """For how many seconds it has been failing, in this process and before."""
-        return delivery.aged + self._clock.monotonic() - (delivery.began_at or 0.0)
+        return delivery.aged + (0.0 if delivery.began_at is None else self._clock.monotonic() - delivery.began_at)
 
     def _state(self, delivery: Delivery, error: Exception, number: int) -> RetryState:
         return RetryState(number, Outcome.of_error(error), self.age(delivery), delivery.waited)

@@ -16,7 +16,14 @@ from mainstay.events._parking import Parking
 from mainstay.events._routes import Handling, Route, Unknown
 from mainstay.events._sparing import Sparing, said
 from mainstay.events._stops import SHORTEST_SECONDS, Stops
-from mainstay.events.errors import DecodeError, KeyIsParkedError, NotHandledHereError, PausedError, ProcessEndedError
+from mainstay.events.errors import (
+    DecodeError,
+    KeyIsParkedError,
+    NotHandledHereError,
+    NotHeldError,
+    PausedError,
+    ProcessEndedError,
+)
 from mainstay.events.metadata import TYPE, Record, kind_of
 from mainstay.events.strategies import OnFailure, RetryLater
 
@@ -147,7 +154,10 @@ class Failures:
     async def _end(self, delivery: Delivery, verdict: Verdict) -> Again | None:
         try:
             await self._carry_out(delivery, verdict)
-        except Exception:  # noqa: BLE001  any error: the event must not be lost
+        except Exception as error:  # noqa: BLE001  any error: the event must not be lost
+            if isinstance(error, NotHeldError) and delivery.assignment.queue is not None:
+                _log.warning("%s in group %s is not dealt with here: %s", delivery.record_name, self._group, error)
+                return None
             # Committing now would lose the event. It stays unfinished, and so does everything behind it.
             return self._not_stored(delivery, "what could not be handled cannot be stored")
         if self.spans is not None:
@@ -242,7 +252,7 @@ class Failures:
             return
         assert self._parking is not None and self._commit is not None  # noqa: S101, PT018  nothing else makes such a verdict
         if assignment.queue is not None and (verdict.fate == "park" or assignment.queue != record.key):
-            await self._parking.keep(delivery, verdict)
+            await self._parking.keep(delivery, verdict, self._attempts.age(delivery))
             delivery.kept = True
             return
         if verdict.fate == "later":

@@ -131,7 +131,7 @@ class Parking:
             place = self._place(assignment.topic, assignment.queue)
             claimed: Any = await session.execute(tables.HOLD_CLAIMED_KEY, {**place, "me": self.worker})
             if claimed.rowcount == 0:
-                msg = f"a queue of topic {assignment.topic} is another process' now"
+                msg = f"a queue of topic {assignment.topic} is another process' now, or was discarded"
                 raise NotHeldError(msg)
             return
         if assignment.holder is None:  # no other process takes part
@@ -205,13 +205,21 @@ class Parking:
         """Let others have all that this process has claimed."""
         await self._database.write(tables.RELEASE_ALL_CLAIMS, {"of_group": self._group, "me": self.worker})
 
-    async def keep(self, delivery: Delivery, verdict: Verdict) -> None:
-        """Note that the first of a claimed queue could not be handled this time either, and release it."""
+    async def keep(self, delivery: Delivery, verdict: Verdict, age_seconds: float) -> None:
+        """Note that the first of a claimed queue could not be handled this time either, and release it.
+
+        It has failed for `age_seconds` by now; one that has not been called yet does not fail.
+        """
         queue = delivery.assignment.queue
         assert queue is not None  # noqa: S101  of a partition nothing is kept
         place = self._place(delivery.record.topic, queue)
         await self._database.write(
-            tables.KEEP_PARKED_KEY[self._database.dialect], {**place, "me": self.worker, **_state(delivery, verdict)}
+            tables.KEEP_PARKED_KEY[self._database.dialect], {
+                **place,
+                "me": self.worker,
+                "age": age_seconds or None,
+                **_state(delivery, verdict),
+            },
         )
 
     async def may_crash(self, topic: str, key: bytes) -> None:

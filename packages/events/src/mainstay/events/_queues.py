@@ -195,7 +195,9 @@ class Queues:
     ) -> Delivery:
         delivery = Delivery(queue, record)
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
-        delivery.aged, delivery.later = row.age, row.later
+        delivery.later = row.later
+        if row.attempt + row.postponed > 1:  # while an event waits for its first call it does not fail
+            delivery.aged = row.age
         delivery.refused = refused
         self._dispatcher.feed_one(delivery)
         return delivery

@@ -660,7 +660,12 @@ KEEP_PARKED_KEY = _each(
     lambda _, now: (
         sa.update(PARKED_KEYS)
         .where(*_OF_KEY, PARKED_KEYS.c.worker == _ME)
-        .values(**_ATTEMPTS, due_at=now + _DUE, **_NO_CLAIM)
+        .values(
+            **_ATTEMPTS,
+            failing_since=sa.func.coalesce(now - sa.bindparam("age", type_=sa.Double), PARKED_KEYS.c.failing_since),
+            due_at=now + _DUE,
+            **_NO_CLAIM,
+        )
     )
 )
 INSERT_PARKED = _each(
