@@ -14,7 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.errors import GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError
 from pydantic import SecretStr
 
-from mainstay.core import App, ConfigurationError
+from mainstay.core import App, ConfigurationError, Retry
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventConsumers, EventRouter, EventsModule, EventsSettings
@@ -47,6 +47,8 @@ class Teller:
         self.prefix = prefix
         self.settings = settings if settings.get("kafka_create_topics") is False else {"partitions": 4, **settings}
         self.seen: list[int] = []
+        self.broken = False
+        self.failed: list[int] = []
         self.events = EventRouter()
 
     def _app(self, more: dict[str, Any]) -> App:
@@ -59,8 +61,11 @@ class Teller:
         """A process of the service."""
         events = self.events = EventRouter()
 
-        @events.on(Told, group=self.prefix, start=start)
+        @events.on(Told, group=self.prefix, start=start, retry=Retry(9, wait=lambda _: 3600.0))
         async def hear(event: Told) -> None:
+            if self.broken:
+                self.failed.append(event.number)
+                raise RuntimeError
             self.seen.append(event.number)
 
         async with self._app(more).running(serve=True) as app:
@@ -125,6 +130,26 @@ async def test_a_partition_that_comes_later_is_read_from_its_beginning(database_
     async with teller.running("latest", partitions=8):
         await eventually(lambda: len(teller.seen) >= 30, what="all that came later", seconds=30)
     assert sorted(teller.seen) == list(range(10, 40))
+
+
+async def test_earliest_is_chosen_once_too_although_nothing_is_finished_yet(database_url: str, prefix: str) -> None:
+    """A release that says another start finds that the group has begun, also in partitions in which nothing was."""
+    await begins_once(Teller(database_url, prefix))
+
+
+async def begins_once(teller: Teller) -> None:
+    """Begin with all, finish nothing, and go on with a release that says `latest`."""
+    async with teller.publishing():
+        await teller.tell(0)
+    teller.broken = True
+    async with teller.running("earliest"):
+        await eventually(lambda: teller.failed == [0], what="the call that fails", seconds=60)
+    async with teller.publishing():
+        await teller.tell(*range(1, 20))
+    teller.broken = False
+    async with teller.running("latest"):
+        await eventually(lambda: len(teller.seen) >= 20, what="all that there is", seconds=60)
+    assert sorted(teller.seen) == list(range(20))
 
 
 async def test_a_time_passes_over_what_was_written_before_it(database_url: str, prefix: str) -> None:
@@ -222,14 +247,18 @@ async def test_on_kafka_one_member_chooses_for_all_partitions() -> None:
     assert cluster.places == {0: 10, 1: 10}
     assert await starts.place_in("tale", 1, {1}, cluster) == 10
     cluster.places[2] = None  # the topic has grown
-    assert await starts.place_in("tale", 2, {2}, cluster) == 0
+    assert await starts.place_in("tale", 2, {2}, cluster) == cluster.places[2] == 0
     at_a_time = Cluster()
     assert await Starts("ears", datetime.now(UTC)).place_in("tale", 0, {0, 1}, at_a_time) == 4
     assert at_a_time.places == {0: 4, 1: 4}
     came_later, whole = Cluster(), Starts("ears", "latest")
     whole.whole.add("tale")
     assert await whole.place_in("tale", 0, {0}, came_later) == 0
+    assert await Starts("ears", "latest").place_in("tale", 1, {1}, came_later) == 0
     assert came_later.places == {0: 0, 1: 0}
+    by_itself = Cluster()
+    assert await Starts("ears", "earliest").place_in("tale", 1, {1}, by_itself) == 0
+    assert by_itself.places == {0: None, 1: 0}
 
 
 @asynccontextmanager
@@ -284,6 +313,13 @@ async def test_on_a_broker_latest_is_committed_at_once_and_a_grown_topic_is_read
         async with teller.running("latest", partitions=12):
             await eventually(lambda: len(teller.seen) >= 60, what="all that came later", seconds=60)
             assert sorted(teller.seen) == list(range(20, 80))
+
+
+async def test_on_a_broker_earliest_is_committed_although_nothing_is_finished_yet(
+    kafka: str, prefix: str, client: str
+) -> None:
+    """As in the log of the Database."""
+    await begins_once(on(kafka, prefix, client))
 
 
 async def test_on_a_broker_a_time_passes_over_what_was_written_before_it(kafka: str, prefix: str, client: str) -> None:

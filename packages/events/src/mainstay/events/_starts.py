@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from mainstay.database import Database
 from mainstay.events import tables
-from mainstay.events._snapshot import Place, Snapshot
+from mainstay.events._snapshot import START, Place, Snapshot
 from mainstay.events.tables import LOG
 
 _log = logging.getLogger("mainstay.events")
@@ -62,14 +62,7 @@ async def begin(database: Database, group: str, topic: str, start: Start, partit
     """Give a group without a place in a topic of the log one in each partition; one that has a place keeps it."""
     if await database.read(tables.ANY_OFFSET, {"group": group, "of_topic": topic}):
         return
-    if start == "earliest":  # which is where what has no place is read from
-        say(group, topic, start, None)
-        return
-    since = None if start == "latest" else int(start.timestamp())
-    row = (await database.read(_SINCE[database.dialect], {"of_topic": topic, "since": since}))[0]
-    high = Snapshot.parse(row.high)
-    place = Place(high, high, 0) if row.first is None else Place(Snapshot(0), high, row.first - 1)
-    low, high, position = place
+    (low, high, position), passed = (START, None) if start == "earliest" else await _since_then(database, topic, start)
     places = [
         {
             "group_name": group,
@@ -82,7 +75,15 @@ async def begin(database: Database, group: str, topic: str, start: Start, partit
         for number in range(partitions)  # in one order, whichever process does it
     ]
     await database.write(tables.BEGIN_OFFSET[database.dialect], places)
-    say(group, topic, start, row.passed)
+    say(group, topic, start, passed)
+
+
+async def _since_then(database: Database, topic: str, start: datetime | Literal["latest"]) -> tuple[Place, int]:
+    """The place behind all that is passed over, and how many events of the topic these are."""
+    since = None if start == "latest" else int(start.timestamp())
+    row = (await database.read(_SINCE[database.dialect], {"of_topic": topic, "since": since}))[0]
+    high = Snapshot.parse(row.high)
+    return Place(high, high, 0) if row.first is None else Place(Snapshot(0), high, row.first - 1), row.passed
 
 
 def _since(now: sa.ColumnElement[str]) -> sa.Executable:

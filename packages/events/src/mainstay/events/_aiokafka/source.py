@@ -270,11 +270,6 @@ class KafkaSource:
 
     async def _begin(self, place: TopicPartition) -> None:
         """A group that has no place in a partition begins with the oldest record there, or as its handlers say."""
-        if self._starts.earliest:
-            _log.info("group %s begins with all that is in %s/%d", self._group, place.topic, place.partition)
-            if place in self._held:
-                await self._consumer.seek_to_beginning(place)
-            return
         held = {each.partition for each in self._held if each.topic == place.topic}
         offset: int | None = None
         with suppress(TimeoutError):  # it is asked again

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from mainstay.core import spawn
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, fault_of
@@ -76,14 +76,12 @@ class Member:
         options: of the consumer.
         group: its group.
         moving_seconds: how long partitions may take to be given up.
-        earliest: where the group has no place it begins with all that is there; else it is told where.
     """
 
-    def __init__(self, options: dict[str, Any], group: str, moving_seconds: float, *, earliest: bool) -> None:
+    def __init__(self, options: dict[str, Any], group: str, moving_seconds: float) -> None:
         self._options = options
         self._group = group
         self._moving_seconds = moving_seconds
-        self._earliest = earliest
         self._caller = Caller(f"events.{group}")
         self._consumer: Consumer | None = None
         self._source: Holder | None = None
@@ -262,25 +260,21 @@ class Member:
             assert error is not None  # noqa: S101  these are such
             if error.code() == KafkaError._AUTO_OFFSET_RESET:
                 place, offset = Place(message.topic() or "", message.partition() or 0), message.offset()
-                if self._earliest or (offset is not None and offset >= 0):
-                    self._begin(consumer, place, offset)
-                else:
+                if offset is None or offset < 0:
                     placeless.append(place)
+                else:
+                    self._pass_over(consumer, place, offset)
             elif error.fatal() or error.code() not in _PASSING:
                 about = _ABOUT_OTHERS if error.code() == KafkaError.INCONSISTENT_GROUP_PROTOCOL else ""
                 topic = message.topic() if error.code() in _ABOUT_ITS_TOPIC else None
                 trouble.append((topic, KafkaFault(error, about)))
         return trouble
 
-    def _begin(self, consumer: Consumer, place: Place, offset: int | None) -> None:
-        """A group without a place in a partition, or with one that is gone, begins with the oldest record there."""
-        start = TopicPartition(*place, OFFSET_BEGINNING)
-        if offset is None or offset < 0:
-            _log.info("group %s begins with all that is in %s/%d", self._group, *place)
-        else:
-            oldest, _ = consumer.get_watermark_offsets(start, timeout=REQUEST_SECONDS)
-            start.offset = oldest
-            pass_over(self._group, place.topic, place.partition, offset=offset, oldest=oldest)
+    def _pass_over(self, consumer: Consumer, place: Place, offset: int) -> None:
+        """What the group would read next is gone: it goes on with the oldest record that is there, and is told."""
+        start = TopicPartition(*place)
+        start.offset, _ = consumer.get_watermark_offsets(start, timeout=REQUEST_SECONDS)
+        pass_over(self._group, place.topic, place.partition, offset=offset, oldest=start.offset)
         self._go_on_at(start)
 
     def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:

@@ -152,7 +152,6 @@ async def reading(
         },
         group,
         moving_seconds,
-        earliest=start == "earliest",
     )
     starts = Starts(group, start)
     source = ConfluentSource(member, admin, reader, starts, most_bytes=settings.window_bytes // 4)

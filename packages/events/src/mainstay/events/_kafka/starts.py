@@ -5,7 +5,9 @@ partition, of which there is one at a time. The others wait for it. Were each to
 ends before its first commit would leave some that its successor begins elsewhere.
 
 Where any partition of a topic has a place the group has begun there, and a partition without one is new: it is read
-from its beginning. So is a topic that was missing when the group looked for it first.
+from its beginning. So is a topic that was missing when the group looked for it first. A beginning is chosen for each
+partition by itself, so that none waits for another, and is committed, too: or a release that says another start would
+find no trace of the group, and pass over what is not finished.
 """
 
 from __future__ import annotations
@@ -45,7 +47,6 @@ class Starts:
 
     def __init__(self, group: str, start: Start) -> None:
         self.whole: set[str] = set()
-        self.earliest = start == "earliest"
         self._group = group
         self._start: Start = start
 
@@ -62,14 +63,18 @@ class Starts:
         known = committed.get(partition)
         if known is not None:  # chosen meanwhile
             return known
-        if any(offset is not None for offset in committed.values()):
-            return (await places.first_offsets(topic, [partition], "earliest"))[partition]
-        if not committed or min(committed) not in held:
+        has_begun = any(offset is not None for offset in committed.values())
+        start: Start = "earliest" if has_begun or topic in self.whole else self._start
+        if start == "earliest":
+            chosen = await places.first_offsets(topic, [partition], start)
+            passed = None
+        elif not committed or min(committed) not in held:
             return None
-        start: Start = "earliest" if topic in self.whole else self._start
-        oldest = await places.first_offsets(topic, list(committed), "earliest")
-        chosen = oldest if start == "earliest" else await places.first_offsets(topic, list(committed), start)
+        else:
+            oldest = await places.first_offsets(topic, list(committed), "earliest")
+            chosen = await places.first_offsets(topic, list(committed), start)
+            passed = sum(chosen[number] - oldest[number] for number in chosen)
         if not await places.commit_first(topic, chosen):
             return None
-        say(self._group, topic, start, sum(chosen[number] - oldest[number] for number in chosen))
+        say(self._group, topic if passed is not None else f"{topic}/{partition}", start, passed)
         return chosen.get(partition)
