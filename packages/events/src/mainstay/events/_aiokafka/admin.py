@@ -54,13 +54,15 @@ class AiokafkaAdmin:
         answers = cast("list[dict[str, Any]]", await self._admin.describe_topics(sorted(there)) if there else [])
         return {answer["topic"]: len(answer["partitions"]) for answer in answers}
 
-    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> None:
+    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> bool:
         """See `Admin`."""
         new = NewTopic(topic, num_partitions=partitions, replication_factor=replicas or 1, topic_configs=dict(config))
         if replicas is None:
             new.replication_factor = -1  # the cluster's default, which aiokafka's constructor does not take
         answer: Any = await self._admin.create_topics([new])
+        codes: list[int] = []
         for name, code, *rest in answer.topic_errors:
+            codes.append(code)
             error = for_code(code)
             if code and error is not TopicAlreadyExistsError:
                 failure = error(f"topic {name} could not be created{': ' + rest[0] if rest and rest[0] else ''}")
@@ -71,6 +73,7 @@ class AiokafkaAdmin:
                     )
                     raise NotAllowed(msg) from failure
                 raise failure
+        return not any(codes)
 
     async def config(self, topic: str) -> Mapping[str, str]:
         """See `Admin`."""

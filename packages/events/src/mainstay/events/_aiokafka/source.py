@@ -76,7 +76,7 @@ async def reading(
         max_poll_interval_ms=2_000_000_000,
     )
     NamingClient.instead_of(consumer._client, contact)
-    starts = Starts(group, start)
+    starts = Starts(group, start, topics.late)
     source = KafkaSource(consumer, reader, group, starts)
     try:
         # Subscribed to after the start: a start with topics waits for each of them, and for the group to be dealt out,
@@ -94,8 +94,7 @@ async def reading(
             if not all(map(consumer.partitions_for_topic, consumer.subscription())):
                 await consumer._client.force_metadata_update()
 
-        whole = starts.whole
-        async with watched(group, topics, names, source.absent, contact, whole=whole, subscribe=subscribe, ask=ask):
+        async with watched(group, topics, names, source.absent, contact, subscribe=subscribe, ask=ask):
             yield source
     finally:
         await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
@@ -338,7 +337,7 @@ class KafkaSource:
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
             return
         await self._consumer.commit(offsets)
-        self._starts.whole.update(place.topic for place in offsets)
+        self._starts.begun.update(place.topic for place in offsets)
 
     def commit_allowed(self) -> bool:
         """Whether the broker has not given us up.

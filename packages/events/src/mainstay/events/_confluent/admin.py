@@ -89,7 +89,7 @@ class ConfluentAdmin:
                     raise fault_of(error, f"topic {topic}") from error
         return found
 
-    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> None:
+    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> bool:
         """See `Admin`."""
         new = NewTopic(topic, partitions, -1 if replicas is None else replicas, config=dict(config))
         (asked,) = (await self._connected()).create_topics([new], request_timeout=REQUEST_SECONDS).values()
@@ -101,6 +101,8 @@ class ConfluentAdmin:
                 raise NotAllowed(said(failure)) from error
             if failure.code != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise failure from error
+            return False
+        return True
 
     async def config(self, topic: str) -> Mapping[str, str]:
         """See `Admin`."""

@@ -153,14 +153,12 @@ async def reading(
         group,
         moving_seconds,
     )
-    starts = Starts(group, start)
+    starts = Starts(group, start, topics.late)
     source = ConfluentSource(member, admin, reader, starts, most_bytes=settings.window_bytes // 4)
     try:
         await member.start(source)
         ask = partial(admin.ask, LOOK_SECONDS)
-        async with watched(
-            group, topics, names, source.absent, contact, whole=starts.whole, subscribe=member.subscribe, ask=ask
-        ):
+        async with watched(group, topics, names, source.absent, contact, subscribe=member.subscribe, ask=ask):
             yield source
     finally:
         await member.end()
@@ -323,7 +321,7 @@ class ConfluentSource:
             for assignment, record in finished.items()
             if assignment in self._by_assignment
         }
-        self._starts.whole.update(place.topic for place in offsets)
+        self._starts.begun.update(place.topic for place in offsets)
         if offsets and not await self._member.commit(offsets, self._landed):
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
 

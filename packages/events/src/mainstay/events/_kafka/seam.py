@@ -106,8 +106,8 @@ class Admin(Protocol):
         """How many partitions topics have that are there."""
         ...
 
-    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> None:
-        """Create a topic, with as many replicas as the cluster says where that is None; one that is there is left.
+    async def create(self, topic: str, *, partitions: int, replicas: int | None, config: Mapping[str, str]) -> bool:
+        """Create a topic, with as many replicas as the cluster says where that is None; False where it is there.
 
         Raises:
             NotAllowed: this service may not create it.

@@ -5,7 +5,7 @@ partition, of which there is one at a time. The others wait for it. Were each to
 ends before its first commit would leave some that its successor begins elsewhere.
 
 Where any partition of a topic has a place the group has begun there, and a partition without one is new: it is read
-from its beginning. So is a topic that was missing when the group looked for it first. A beginning is chosen for each
+from its beginning. So is a topic that did not exist when this process looked for it first, or that it has made. A beginning is chosen for each
 partition by itself, so that none waits for another, and is committed, too: or a release that says another start would
 find no trace of the group, and pass over what is not finished.
 """
@@ -40,14 +40,16 @@ class Starts:
     Args:
         group: its name.
         start: as its handlers say.
+        late: topics that came after the group, of which nothing is passed over.
 
     Attributes:
-        whole: topics of which nothing may be passed over: they came after the group, or it has had a place there.
+        begun: topics in which it has had a place, and of which nothing is passed over either.
     """
 
-    def __init__(self, group: str, start: Start) -> None:
-        self.whole: set[str] = set()
+    def __init__(self, group: str, start: Start, late: Collection[str]) -> None:
+        self.begun: set[str] = set()
         self._group = group
+        self._late = late
         self._start: Start = start
 
     async def place_in(self, topic: str, partition: int, held: Collection[int], places: Places) -> int | None:
@@ -63,8 +65,9 @@ class Starts:
         known = committed.get(partition)
         if known is not None:  # chosen meanwhile
             return known
-        has_begun = any(offset is not None for offset in committed.values())
-        start: Start = "earliest" if has_begun or topic in self.whole else self._start
+        if any(offset is not None for offset in committed.values()):
+            self.begun.add(topic)
+        start: Start = "earliest" if topic in self.begun or topic in self._late else self._start
         if start == "earliest":
             chosen = await places.first_offsets(topic, [partition], start)
             passed = None

@@ -27,10 +27,12 @@ class Topics:
 
     Attributes:
         away: what `ensure` raises.
+        late: those that did not exist when this process looked for them first, and came after its groups.
     """
 
     def __init__(self, settings: EventsSettings, client: Client, foreign: Collection[str] = ()) -> None:
         self.away: tuple[type[Exception], ...] = (MissingTopicError, NotAllowed, *client.away)
+        self.late: set[str] = set()
         self._settings = settings
         self._client = client
         self._foreign = frozenset(foreign)
@@ -83,6 +85,7 @@ class Topics:
                     if topic not in await admin.names():  # others may have made it
                         raise
             elif topic not in await admin.names():
+                self.late.add(topic)
                 msg = f"topic {topic} does not exist: {self._remedy(topic)}"
                 raise MissingTopicError(msg)
         self._known.add(topic)
@@ -96,12 +99,14 @@ class Topics:
         return f"create it, or set {self._settings.variable('kafka_create_topics')}=true"
 
     async def _create(self, admin: Admin, topic: str, compacted: bool) -> None:  # noqa: FBT001  as above
-        await admin.create(
+        made = await admin.create(
             topic,
             partitions=1 if compacted else self._settings.partitions,
             replicas=self._settings.kafka_replicas,
             config={"cleanup.policy": "compact"} if compacted else {},
         )
+        if made:
+            self.late.add(topic)
 
     async def wrong(self, topics: Sequence[str]) -> list[str]:
         """A sentence for each topic that is missing and will not be created, or has fewer partitions than it should."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from mainstay.core import spawn
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact
-from mainstay.events._kafka.topics import MissingTopicError, Topics
+from mainstay.events._kafka.topics import Topics
 
 _log = logging.getLogger("mainstay.events")
 
@@ -24,7 +24,6 @@ async def watched(
     absent: dict[str, str],
     contact: Contact,
     *,
-    whole: set[str],
     subscribe: Callable[[list[str]], Awaitable[None]],
     ask: Callable[[], Awaitable[object]],
 ) -> AsyncGenerator[None, None]:
@@ -36,11 +35,10 @@ async def watched(
         names: of those that are wanted.
         absent: has those that cannot be read and why, from here on.
         contact: is told how it went.
-        whole: gets those that do not exist when they are looked for: a group may pass over nothing of them.
         subscribe: reads these topics from now on.
         ask: asks the cluster for anything: a broker that is away is found by that.
     """
-    looking = _watch(topics, names, absent, contact, whole=whole, subscribe=subscribe, ask=ask)
+    looking = _watch(topics, names, absent, contact, subscribe=subscribe, ask=ask)
     watching = spawn(looking, name=f"events.{group}.watch")
     try:
         yield
@@ -55,7 +53,6 @@ async def _watch(
     absent: dict[str, str],
     contact: Contact,
     *,
-    whole: set[str],
     subscribe: Callable[[list[str]], Awaitable[None]],
     ask: Callable[[], Awaitable[object]],
 ) -> None:
@@ -65,7 +62,7 @@ async def _watch(
         while True:
             for name in names:
                 if name not in there and name not in looking:
-                    looking[name] = spawn(_is_there(topics, name, absent, whole), name="events.topics")
+                    looking[name] = spawn(_is_there(topics, name, absent), name="events.topics")
             if looking:  # one of which nothing is heard for long does not hold up the others
                 await asyncio.wait(looking.values(), timeout=_FIRST_SECONDS)
             new = {name for name, task in looking.items() if task.done() and task.result()}
@@ -88,12 +85,10 @@ async def _watch(
             await asyncio.wait(looking.values())
 
 
-async def _is_there(topics: Topics, name: str, absent: dict[str, str], whole: set[str]) -> bool:
+async def _is_there(topics: Topics, name: str, absent: dict[str, str]) -> bool:
     try:
         await topics.ensure(name)
     except topics.away as error:
-        if isinstance(error, MissingTopicError):
-            whole.add(name)
         if name not in absent:
             _log.warning("topic %s cannot be read: %s: %s", name, type(error).__name__, error)
         absent[name] = f"topic {name}: {type(error).__name__}: {error}"
