@@ -171,6 +171,7 @@ async def test_a_restart_tries_what_has_stopped_its_partition_again(database_url
         await eventually(lambda: counted("stopped", prefix) == 1, what="the stop")
         assert await app.get(ParkedKeys).list() == []
     assert post.handled == []
+    assert counted("stopped", prefix) == 0, "it is no partition of this process any more"
     post.broken = set()
     async with post.app(database_url).running(serve=True):
         await eventually(lambda: len(post.handled) == 1499, what="everything")

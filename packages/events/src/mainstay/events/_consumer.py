@@ -232,6 +232,7 @@ class Consumer:
             await self._dispatcher.cancel(self._all())
             await self._commit(left)
         finally:
+            self._failures.left(left)
             self._assignments.clear()
 
     async def _bury(self, delivery: Delivery, error: Exception) -> None:
@@ -279,6 +280,7 @@ class Consumer:
     def _forget(self, assignments: Collection[Assignment]) -> None:
         for assignment in assignments:
             self._assignments.pop(assignment, None)
+        self._failures.left(assignments)
         self._intake.forget(assignments)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -186,6 +186,13 @@ class Failures:
         """An event that had failed is handled or dealt with, or its partition is another process' now."""
         self.failing.discard(delivery)
         self.stops.ended(delivery)
+
+    def left(self, assignments: Collection[Assignment]) -> None:
+        """What waits for another attempt in partitions that are given up is tried again by others."""
+        for delivery in [each for each in self.failing if each.assignment in assignments]:
+            if delivery.timer is not None:
+                delivery.timer.cancel()
+                self.ended(delivery)
 
     def waits(self, assignment: Assignment, record: Record) -> bool:
         """Whether an event goes into a queue, not to its handler: its key is parked, or a person has paused it."""
