@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from mainstay.cli import main
 from mainstay.core import App, ConfigurationError, Retry
 from mainstay.core.testing import VirtualClock, eventually
-from mainstay.database import Database, DatabaseModule, DatabaseSettings
+from mainstay.database import Database, DatabaseModule, DatabaseSettings, database_now
 from mainstay.events import (
     Event,
     EventConsumers,
@@ -27,7 +27,11 @@ from mainstay.events import (
     PauseError,
     Pauses,
 )
-from mainstay.events.tables import PARKED, PARKED_KEYS
+from mainstay.events._delivery import Assignment, Delivery, Verdict
+from mainstay.events._handled import Handled
+from mainstay.events._parking import Parking
+from mainstay.events._transport import LogRecord
+from mainstay.events.tables import PARKED, PARKED_KEYS, PAUSES
 from mainstay.events.testing import in_memory
 from packages.events.tests.test_faults import (
     effects,
@@ -527,3 +531,29 @@ async def test_what_waits_for_its_first_call_does_not_age(sqlite_url: str, prefi
         await app.get(Pauses).resume(prefix, key="piano")
         await eventually_parked(app, 0)
         assert attempts == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+async def test_a_retry_in_a_queue_does_not_age_while_it_is_paused(database_url: str, prefix: str) -> None:
+    """As long as before the pause it has been failing when that ends; what waits for a person has all the time."""
+    headers: list[tuple[str, bytes | None]] = [("ce_type", b"depot.moved"), ("ce_dataversion", b"1.0")]
+    depot = Depot(prefix, database_url)
+    async with depot.app() as app:
+        database = app.get(Database)
+        parking = Parking(database, depot.group, Handled(database, depot.group, ["depot.moved 1.x"]), 30.0)
+        for key, due in ((b"piano", 3600.0), (b"chair", 3600.0), (b"lamp", None)):
+            delivery = Delivery(Assignment(prefix, 0), LogRecord(prefix, 0, 1, key, key, headers))
+            delivery.attempt = 2
+            await parking.park(delivery, Verdict(RuntimeError("not yet"), "park", due), 100.0, [])
+        pauses = app.get(Pauses)
+        await pauses.pause(depot.group, key="piano", **WHO)
+        await database.write(sa.update(PARKED_KEYS).values(failing_since=PARKED_KEYS.c.failing_since - 5000.0), {})
+        await database.write(sa.update(PAUSES).values(paused_at=PAUSES.c.paused_at - 5000.0), {})
+        await pauses.resume(depot.group, key="piano")
+        rows = await database.read(sa.select(PARKED_KEYS.c.key, database_now() - PARKED_KEYS.c.failing_since))
+        ages = {key: age for key, age in map(tuple, rows)}
+        assert 100.0 <= ages[b"piano"] < 1000.0
+        assert ages[b"chair"] >= 5100.0
+        await pauses.pause(depot.group, **WHO)
+        await pauses.resume(depot.group)
+        rows = await database.read(sa.select(PARKED_KEYS.c.key, database_now() - PARKED_KEYS.c.failing_since))
+        assert {key: age for key, age in map(tuple, rows)}[b"lamp"] >= 5100.0

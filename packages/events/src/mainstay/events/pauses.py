@@ -114,8 +114,10 @@ class Pauses:
             ValueError: both a kind and a key are named.
         """
         place = _place(group, kind, key)
-        async with self._database.transaction() as session:
+        database = self._database
+        async with database.transaction() as session:
             rows = (await session.execute(tables.GET_PAUSE, {"pause": place["id"]})).all()
+            await session.execute(tables.LEAVE_OUT_PAUSE[database.dialect], {"pause": place["id"]})
             ended: Any = await session.execute(tables.DELETE_PAUSE, {"pause": place["id"]})
         if ended.rowcount == 0:
             msg = f"{_named(group, kind, key)} is not paused: list what is with mainstay events paused"

@@ -703,7 +703,7 @@ NEXT_OF_PARKED_KEY = _each(
 )
 FREE_PARKED_KEY = sa.delete(PARKED_KEYS).where(*_OF_KEY, ~sa.exists().where(*_WAITS).correlate(PARKED_KEYS))
 _KEPT_SECONDS = sa.bindparam("kept", type_=sa.Double)
-_IS_PAUSED = sa.exists().where(
+_CONCERNS = (
     PAUSES.c.group_name == PARKED_KEYS.c.group_name,
     sa.or_(
         PAUSES.c.kind == PARKED_KEYS.c.kind,
@@ -711,6 +711,7 @@ _IS_PAUSED = sa.exists().where(
         sa.and_(PAUSES.c.kind.is_(None), PAUSES.c.key.is_(None)),
     ),
 )
+_IS_PAUSED = sa.exists().where(*_CONCERNS)
 
 
 def _due(now: sa.ColumnElement[float]) -> sa.Select[Any]:
@@ -945,6 +946,19 @@ INSERT_PAUSE = _each(
     )
 )
 GET_PAUSE = sa.select(PAUSES).where(_THE_PAUSE)
+_PAUSED_AT = sa.select(PAUSES.c.paused_at).where(_THE_PAUSE).scalar_subquery()
+# What is tried again by itself has not aged while it was paused; what waits for a person has waited.
+LEAVE_OUT_PAUSE = _each(
+    lambda _, now: (
+        sa.update(PARKED_KEYS)
+        .where(PARKED_KEYS.c.due_at.is_not(None), PARKED_KEYS.c.worker.is_(None), sa.exists().where(_THE_PAUSE, *_CONCERNS))
+        .values(
+            failing_since=sa.case(
+                (PARKED_KEYS.c.failing_since < _PAUSED_AT, PARKED_KEYS.c.failing_since + now - _PAUSED_AT), else_=now
+            )
+        )
+    )
+)
 DELETE_PAUSE = sa.delete(PAUSES).where(_THE_PAUSE)
 READ_PAUSES = sa.select(PAUSES).where(PAUSES.c.group_name == sa.bindparam("of_group"))
 LIST_PAUSES = sa.select(PAUSES).order_by(PAUSES.c.paused_at, PAUSES.c.id)
