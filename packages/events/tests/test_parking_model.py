@@ -163,7 +163,7 @@ class ParkingModel(RuleBasedStateMachine):
                 return
             failed = Delivery(Assignment(self.topic, 0, queue=key), self.log[row.offset])
             if key not in ANY_ORDER:
-                self.run(parking.keep(failed, LATER if row.own_key in ANY_ORDER else FAILS))
+                self.run(parking.keep(failed, LATER if row.own_key in ANY_ORDER else FAILS, 0.0))
                 member.claimed = None
                 return
             try:

@@ -549,11 +549,15 @@ async def test_a_retry_in_a_queue_does_not_age_while_it_is_paused(database_url: 
         await database.write(sa.update(PARKED_KEYS).values(failing_since=PARKED_KEYS.c.failing_since - 5000.0), {})
         await database.write(sa.update(PAUSES).values(paused_at=PAUSES.c.paused_at - 5000.0), {})
         await pauses.resume(depot.group, key="piano")
-        rows = await database.read(sa.select(PARKED_KEYS.c.key, database_now() - PARKED_KEYS.c.failing_since))
-        ages = {key: age for key, age in map(tuple, rows)}
+        ages = await ages_of(database)
         assert 100.0 <= ages[b"piano"] < 1000.0
         assert ages[b"chair"] >= 5100.0
         await pauses.pause(depot.group, **WHO)
         await pauses.resume(depot.group)
-        rows = await database.read(sa.select(PARKED_KEYS.c.key, database_now() - PARKED_KEYS.c.failing_since))
-        assert {key: age for key, age in map(tuple, rows)}[b"lamp"] >= 5100.0
+        assert (await ages_of(database))[b"lamp"] >= 5100.0
+
+
+async def ages_of(database: Database) -> dict[bytes, float]:
+    """For how many seconds the parked keys have been failing."""
+    rows = await database.read(sa.select(PARKED_KEYS.c.key, database_now() - PARKED_KEYS.c.failing_since))
+    return {key: age for key, age in rows}  # noqa: C416  rows are no pairs to a type checker

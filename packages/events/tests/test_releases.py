@@ -199,7 +199,7 @@ async def test_a_key_is_claimed_by_one_process_at_a_time_that_handles_its_first_
     assert [row.key for row in await claimed_by(other)] == [b"k"]
     position = await place_of_first(one)
     assert await one.finished("t", b"k", position), "no more to do"
-    await one.keep(Delivery(Assignment("t", 0, queue=b"k"), first.record), HANDED_OVER)
+    await one.keep(Delivery(Assignment("t", 0, queue=b"k"), first.record), HANDED_OVER, 0.0)
     assert await place_of_first(other) == position, "nothing was written by the one that had lost it"
     assert not await other.finished("t", b"k", position)
     assert await other.finished("t", b"k", await place_of_first(other))

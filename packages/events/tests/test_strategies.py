@@ -441,7 +441,7 @@ def test_what_needs_the_database_is_an_error_of_an_app_without_one(on_failure: A
 async def test_what_a_person_discards_while_it_is_called_ends_and_its_key_is_worked_on_again(
     sqlite_url: str, prefix: str
 ) -> None:
-    """It was to be set aside out of a queue that is not there any more; the next of its key is no event of that queue."""
+    """It was to be set aside out of a queue that is there no more; the next of its key is in another."""
     events, gate, calls, handled = EventRouter(), asyncio.Event(), list[int](), list[int]()
 
     @events.on(Sent, group=prefix, retry=ONCE, on_failure=RetryLater(delays_seconds=[3600]))

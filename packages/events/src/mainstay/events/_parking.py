@@ -214,7 +214,8 @@ class Parking:
         assert queue is not None  # noqa: S101  of a partition nothing is kept
         place = self._place(delivery.record.topic, queue)
         await self._database.write(
-            tables.KEEP_PARKED_KEY[self._database.dialect], {
+            tables.KEEP_PARKED_KEY[self._database.dialect],
+            {
                 **place,
                 "me": self.worker,
                 "age": age_seconds or None,

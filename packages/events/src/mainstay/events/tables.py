@@ -951,7 +951,9 @@ _PAUSED_AT = sa.select(PAUSES.c.paused_at).where(_THE_PAUSE).scalar_subquery()
 LEAVE_OUT_PAUSE = _each(
     lambda _, now: (
         sa.update(PARKED_KEYS)
-        .where(PARKED_KEYS.c.due_at.is_not(None), PARKED_KEYS.c.worker.is_(None), sa.exists().where(_THE_PAUSE, *_CONCERNS))
+        .where(
+            PARKED_KEYS.c.due_at.is_not(None), PARKED_KEYS.c.worker.is_(None), sa.exists().where(_THE_PAUSE, *_CONCERNS)
+        )
         .values(
             failing_since=sa.case(
                 (PARKED_KEYS.c.failing_since < _PAUSED_AT, PARKED_KEYS.c.failing_since + now - _PAUSED_AT), else_=now

@@ -5,9 +5,9 @@ partition, of which there is one at a time. The others wait for it. Were each to
 ends before its first commit would leave some that its successor begins elsewhere.
 
 Where any partition of a topic has a place the group has begun there, and a partition without one is new: it is read
-from its beginning. So is a topic that did not exist when this process looked for it first, or that it has made. A beginning is chosen for each
-partition by itself, so that none waits for another, and is committed, too: or a release that says another start would
-find no trace of the group, and pass over what is not finished.
+from its beginning. So is a topic that did not exist when this process looked for it first, or that it has made. A
+beginning is chosen for each partition by itself, so that none waits for another, and is committed, too: or a release
+that says another start would find no trace of the group, and pass over what is not finished.
 """
 
 from __future__ import annotations
