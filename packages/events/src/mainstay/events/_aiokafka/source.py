@@ -21,7 +21,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -271,9 +271,14 @@ class KafkaSource:
         """A group that has no place in a partition begins with the oldest record there, or as its handlers say."""
         held = {each.partition for each in self._held if each.topic == place.topic}
         offset: int | None = None
-        with suppress(TimeoutError):  # it is asked again
+        try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+        except TopicAuthorizationFailedError:
+            self._refused(place.topic)
+            return
+        except TimeoutError:  # it is asked again
+            pass
         if offset is None:
             await asyncio.sleep(_FETCH_MS / 1000)
         elif place in self._held:

@@ -261,7 +261,10 @@ class ConfluentSource:
             held = {each.partition for each in self._held if each.topic == place.topic}
             offset = None
             if place in self._held:
-                offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+                try:
+                    offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+                except KafkaFault as fault:  # the others are read on
+                    self._landed(Found({}, {}, [(place.topic, fault)], []))
                 if offset is None:
                     continue
                 await self._member.go_on_at(place, offset)
