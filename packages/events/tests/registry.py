@@ -119,7 +119,7 @@ def registry(tls: ssl.SSLContext | None = None) -> Iterator[Registry]:
             self.wfile.write(text)
 
         def drip(self) -> None:
-            """A header without an end, until nobody reads it."""
+            """A header without an end, until its reader leaves."""
             this.dripping += 1
             self.close_connection = True
             try:

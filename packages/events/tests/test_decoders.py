@@ -436,7 +436,7 @@ async def test_what_a_decoder_returns_that_is_no_event_stops_nothing() -> None:
 
 
 async def test_neither_half_a_character_nor_an_endless_exponent_stops_a_partition() -> None:
-    """JSON may hold both: in a key the first is shown as such, and a number that nobody can hold is a dead letter."""
+    """JSON may hold both: in a key the first is shown as such, and a number too large to hold is a dead letter."""
     seen = Seen(StockCounted, CustomerChanged)
     number = b'{"item": "a", "value": 1.000000000000000e99999999999999999999}'
     async with in_memory(seen.events, partitions=1) as rehearsal:

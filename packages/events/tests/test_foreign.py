@@ -263,7 +263,7 @@ async def test_a_record_that_is_no_event_is_a_dead_letter_byte_for_byte(value: b
 
 
 async def test_a_time_that_no_zone_of_ours_has_is_none() -> None:
-    """The event is handled all the same, in either mode; a number that nobody can hold is a dead letter."""
+    """The event is handled all the same, in either mode; a number too large to hold is a dead letter."""
     scale = Scale()
     async with in_memory(scale.events, partitions=1) as rehearsal:
         data = {"sack": "a", "kilos": 1}

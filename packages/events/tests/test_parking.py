@@ -133,7 +133,7 @@ async def test_what_follows_of_a_parked_key_waits_in_order_and_other_keys_go_on(
         assert (parked.attempt, parked.due) == (1, None)
         health = await app.health()
         (report,) = (each for each in health.values() if "parked" in each.detail)
-        assert report.status == "degraded", "nobody may look for long"
+        assert report.status == "degraded", "a person may not look for long"
         said = f"group {warehouse.prefix}: 1 parked keys need a person, the oldest since {parked.since:%Y-%m-}"
         assert said in report.detail
         assert "; 3 events wait in all: mainstay events parked list" in report.detail

@@ -185,7 +185,7 @@ async def test_a_paused_group_handles_nothing_and_keeps_its_partitions(depot: De
 
 
 async def test_a_paused_key_waits_with_all_that_follows_and_others_go_on(depot: Depot) -> None:
-    """In the Database, in order and over a restart, whatever kind of event it is."""
+    """In the Database, in order and over a restart, with every kind of event."""
     async with depot.app().running(serve=True) as app:
         await app.get(Pauses).pause(depot.group, key="piano", **WHO)
         await known(app, depot.group, "1 keys are paused, the first of them paused by ann")

@@ -231,7 +231,7 @@ async def test_what_is_tried_later_lets_its_key_go_on_and_is_a_dead_letter_in_th
         ] or [each.key for each in waiting] == [b"b", b"a"]
         assert all(each.due is not None and 3500 < (each.due - each.since).total_seconds() < 3700 for each in waiting)
         report = await app.get(EventConsumers).health()
-        assert report.status == "ok", "nobody has to do anything"
+        assert report.status == "ok", "no person is needed"
         assert counted("set_aside_total", prefix) == 2
         assert counted("set_aside_events", prefix) == 2
         assert counted("parked_keys", prefix) == 0

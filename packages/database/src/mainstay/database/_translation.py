@@ -39,7 +39,7 @@ PASSING = {
 
 _SQLITE_CANNOT_WRITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
 """Result codes of a full disk, of a file or directory that may only be read, or not even that, and of a disk or file
-system that fails or may no longer be written to: somebody can mend that."""
+system that fails or may no longer be written to: a person can mend that."""
 
 _IN_DOUBT = "40003"  # "statement completion unknown"
 _CONFLICT = "23"

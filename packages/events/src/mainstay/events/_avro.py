@@ -120,7 +120,7 @@ def _name(answer: Answer, named: dict[str, Any], done: set[str]) -> None:
 
 
 def _branch(schema: Any, number: int, named: dict[str, Any]) -> _Branch:
-    # In Avro a record is its fields and nothing else. In one of its own, whatever it is knows what its names mean.
+    # In Avro a record is its fields and nothing else. A field of a record of our own says what its names mean.
     field = {"name": "value", "type": schema}
     whole: Any = parse_schema({"type": "record", "name": f"MainstayValue{number}", "fields": [field]}, named)
     said: Any = whole["fields"][0]["type"]

@@ -317,7 +317,7 @@ def _fate(delivery: Delivery, route: Route | None, handling: Handling | None) ->
     """What becomes of an event that is not tried again."""
     if route is None:  # no event of the group's at all
         return "dead-letter"
-    # Without a handling it is of a version that nobody here reads, or has ended its processes.
+    # Without a handling it is of a version that no handler here reads, or has ended its processes.
     on_failure = route.on_failure if handling is None else handling.on_failure
     if on_failure == "stop" and isinstance(delivery.refused, ProcessEndedError):
         return "park"  # to be tried again by each process that starts, it would end them all

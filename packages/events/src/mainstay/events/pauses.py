@@ -43,7 +43,7 @@ class Pause:
 
     @property
     def said(self) -> str:
-        """By whom, since when and why, in one line; without the key, which may be anybody's name."""
+        """By whom, since when and why, in one line; without the key, which may be a person's name."""
         return f"paused by {self.by} since {self.since:%Y-%m-%d %H:%M:%S} UTC: {self.reason}"
 
 
@@ -88,7 +88,7 @@ class Pauses:
 
         Raises:
             PauseError: there is no such group, it handles no such kind, or that is paused already.
-            ValueError: both a kind and a key are named, or no one or no reason.
+            ValueError: both a kind and a key are named, or neither a person nor a reason is.
         """
         place = _place(group, kind, key)
         if not by or not reason:

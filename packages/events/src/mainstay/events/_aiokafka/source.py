@@ -347,8 +347,8 @@ class KafkaSource:
     def commit_allowed(self) -> bool:
         """Whether the broker has not given us up.
 
-        Aiokafka would commit as nobody, which a group that all have left accepts: it would move the group back behind
-        what the others have committed.
+        Aiokafka would commit without a member's name, which a group that all have left accepts: it would move the
+        group back behind what the others have committed.
         """
         return self._current_generation() == self._generation
 

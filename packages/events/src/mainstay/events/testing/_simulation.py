@@ -450,5 +450,5 @@ class Run:
 
 
 def _keeps_order(subscription: Subscription) -> bool:
-    """Whether its events with equal keys take turns, whatever happens."""
+    """Whether its events with equal keys take turns in every case."""
     return subscription.order == "key" and not isinstance(subscription.on_failure, RetryLater)
