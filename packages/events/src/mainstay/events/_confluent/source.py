@@ -268,6 +268,7 @@ class ConfluentSource:
                 if offset is None:
                     continue
                 await self._member.go_on_at(place, offset)
+                self.absent.pop(place.topic, None)  # what had kept its beginning from being known has passed
             self._placeless.pop(place, None)
         self._begin_at = time.monotonic() + _FETCH_SECONDS
 
