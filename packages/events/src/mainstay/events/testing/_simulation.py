@@ -292,10 +292,12 @@ class Run:
         if self.error is None:
             self.error = task.exception()
         self._judged = True
-        for process in self._processes:
-            process.database.crash()
-        database.crash()
+        databases = [database, *(process.database for process in self._processes)]
+        for each in databases:
+            each.crash()
         self.world.bury([loop, *(process.loop for process in self._processes)])
+        for each in databases:  # tasks that are cancelled may open a connection on their way to the end
+            each.crash()
 
     async def _outside(self, database: SimulatedDatabase) -> None:
         module = EventsModule.for_root(settings())
