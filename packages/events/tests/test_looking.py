@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -230,7 +231,8 @@ async def test_what_is_in_hand_is_noted_by_the_clock_of_the_app(sqlite_url: str,
 
 
 IN_ITS_TERMINAL = """
-import fcntl, os, sys, termios
+import faulthandler, fcntl, os, signal, sys, termios
+faulthandler.register(signal.SIGUSR1)
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from mainstay.cli import main
@@ -257,7 +259,12 @@ class Terminal:
     def interrupted(self) -> int:
         """Press Ctrl-C; its exit status, once all that it showed was read."""
         os.write(self.leader, b"\x03")
-        status = self.process.wait(60)
+        try:
+            status = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGUSR1)
+            self.until(b"Current thread")
+            pytest.fail(f"it does not end; it has shown {self.shown.decode(errors='replace')}")
         while select.select([self.leader], [], [], 0)[0]:
             self.shown += os.read(self.leader, 65536)
         return status
