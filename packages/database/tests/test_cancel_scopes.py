@@ -1,12 +1,24 @@
 """Cancel scopes of anyio, which cancel a task again at each of its turns until it has left them."""
 
 import asyncio
+import gc
 
 import anyio
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.database.testing import database
+
+# Where a scope ends while aiosqlite opens a connection, that is left to the garbage collector, which closes it; since
+# Python 3.13 it says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <sqlite3:pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _opened_in_vain():
+    """It is collected in the test whose scope it was."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
