@@ -471,7 +471,7 @@ async def test_what_a_person_discards_while_it_is_called_ends_and_its_key_is_wor
         await eventually(
             lambda: consumer._queues is not None and not consumer._queues.assignments, what="the end of the queue"
         )
-        assert await app.get(ParkedKeys).list() == [], "what was discarded is set aside by nobody"
+        assert await app.get(ParkedKeys).list() == [], "what was discarded is not set aside"
         await parking.park(Delivery(Assignment(prefix, 0), second), waits, 0.0, [])
         await eventually(lambda: handled == [2], what="the next of the key")
         assert calls == [1, 2]
