@@ -86,10 +86,11 @@ async def test_services_of_one_cluster_share_neither_groups_nor_dead_letters(
             assert {source for _, source in service.seen} == {f"orders-{unique}"}
         for service in (orders, bills):
             letters = service.app.get(DeadLetters)
-            async with asyncio.timeout(60):
-                while not (found := await letters.list("receipts")):  # noqa: ASYNC110  another task does it
-                    await asyncio.sleep(0.1)
-            assert [each.key for each in found] == [b"bad"]
+
+            async def of_this_service(letters: DeadLetters = letters) -> bool:
+                return [each.key for each in await letters.list("receipts")] == [b"bad"]
+
+            await eventually(of_this_service, what="the dead letter", seconds=60)
             (group,) = await service.app.get(EventLog).groups()
             assert (group.name, group.state) == ("receipts", "running")
         theirs = f"bills-{unique}.receipts"

@@ -373,11 +373,11 @@ async def test_a_topic_may_be_named_by_the_settings() -> None:
 
 
 NO_EVENTS: dict[str, Any] = {
-    "no type": Decoded(None, "{}"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    "no type": Decoded(None, "{}"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  as a decoder may
     "a dict": {"type": "line.read"},
     "half a character": Decoded("line.read\ud800", "{}"),
-    "a number": Decoded("line.read", "{}", attributes={"place": 1}),  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
-    "bytes": Decoded("line.read", b"{}"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    "a number": Decoded("line.read", "{}", attributes={"place": 1}),  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]  as above
+    "bytes": Decoded("line.read", b"{}"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  as above
 }
 
 

@@ -102,6 +102,16 @@ async def prepare(app: App) -> None:
         await session.execute(sa.schema.CreateTable(EFFECTS, if_not_exists=True))
 
 
+async def until_waiting(app: App, many: Callable[[int], bool], seconds: float = 60.0) -> None:
+    """Return once so many events are in queues as is asked for."""
+    waiting = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
+
+    async def are_there() -> bool:
+        return many((await app.get(Database).read(waiting))[0][0])
+
+    await eventually(are_there, what="the events in queues", seconds=seconds)
+
+
 async def wait_for(app: App, count: int, seconds: float = 60.0) -> list[tuple[str, int]]:
     """The effects, once there are so many."""
     end = time.monotonic() + seconds
@@ -167,29 +177,23 @@ async def test_workers_killed_while_keys_are_parked_and_worked_on_keep_each_keys
     """Killed while keys are parked, and while their queues are worked on: all once, in order, and none is left."""
     publisher = service(options)
     options = {**options, "fails at": 5, "on": {"on_failure": "park", "retry": Retry(attempts=1)}}
-    parked = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
-
-    async def wait_until(waiting: Callable[[int], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not waiting((await publisher.get(Database).read(parked))[0][0]):  # noqa: ASYNC110  another process or task does it
-                await asyncio.sleep(0.02)
 
     async with publisher, processes() as start:
         await prepare(publisher)
         await publish(publisher, keys=8, each=15)
         process = await start(options)
-        await wait_until(lambda waiting: waiting >= 20)
+        await until_waiting(publisher, lambda waiting: waiting >= 20)
         process.kill()
         process = await start(options)
-        await wait_until(lambda waiting: waiting == 80)
+        await until_waiting(publisher, lambda waiting: waiting == 80)
         assert len(await effects(publisher)) == 40
         await publisher.get(Database).write(sa.insert(EFFECTS), {"key": REPAIRED, "number": 0, "pid": 0})
         for key in await publisher.get(ParkedKeys).list():
             await publisher.get(ParkedKeys).retry(key.id)
-        await wait_until(lambda waiting: waiting <= 60)
+        await until_waiting(publisher, lambda waiting: waiting <= 60)
         process.kill()
         await start(options)
-        await wait_until(lambda waiting: waiting == 0)
+        await until_waiting(publisher, lambda waiting: waiting == 0)
         await publish(publisher, keys=8, each=16, start=15)
         done = [(key, number) for key, number in await wait_for(publisher, 129) if key != REPAIRED]
         exactly_once_and_in_order(done, keys=8, each=16)
@@ -242,27 +246,21 @@ async def test_workers_killed_while_events_are_set_aside_and_tried_later_lose_an
     publisher = service(options)
     later = RetryLater(delays_seconds=[0.05] * 500)  # as long as the test may take
     options = {**options, "fails at": 5, "on": {"on_failure": later, "retry": Retry(attempts=1)}}
-    aside = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
-
-    async def wait_until(waiting: Callable[[int], bool]) -> None:
-        async with asyncio.timeout(180):
-            while not waiting((await publisher.get(Database).read(aside))[0][0]):  # noqa: ASYNC110  another process or task does it
-                await asyncio.sleep(0.02)
 
     async with publisher, processes() as start:
         await prepare(publisher)
         await publish(publisher, keys=8, each=15)
         first = await start(options)
-        await wait_until(lambda waiting: waiting >= 2)
+        await until_waiting(publisher, lambda waiting: waiting >= 2, seconds=180)
         first.kill()
         second = await start(options)
         await start(options)
         await wait_for(publisher, 8 * 14, seconds=180)
-        await wait_until(lambda waiting: waiting == 8)
+        await until_waiting(publisher, lambda waiting: waiting == 8, seconds=180)
         await publisher.get(Database).write(sa.insert(EFFECTS), {"key": REPAIRED, "number": 0, "pid": 0})
-        await wait_until(lambda waiting: waiting <= 6)
+        await until_waiting(publisher, lambda waiting: waiting <= 6, seconds=180)
         second.kill()
-        await wait_until(lambda waiting: waiting == 0)
+        await until_waiting(publisher, lambda waiting: waiting == 0, seconds=180)
         done = [(key, number) for key, number in await effects(publisher) if key != REPAIRED]
         assert sorted(each for each in done if each[1] == 5) == [(f"k{key}", 5) for key in range(8)]
         in_turn = [(key, number - (number > 5)) for key, number in done if number != 5]

@@ -216,7 +216,7 @@ async def test_what_is_in_hand_is_noted_by_the_clock_of_the_app(sqlite_url: str,
     database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
     async with App(database, EventsModule.for_root(EventsSettings())) as app:
         notes = _in_hand.InHand(app.get(Database), prefix, {}, clock)
-        noting = asyncio.create_task(notes.run(idle, list, drain))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        noting = asyncio.create_task(notes.run(idle, list, drain))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  it is no dispatcher
         await asyncio.sleep(0)
 
         async def asked() -> bool:  # the notes themselves are written in real time

@@ -31,7 +31,7 @@ from mainstay.events._delivery import Assignment, Delivery, Verdict
 from mainstay.events._handled import Handled
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
-from mainstay.events.tables import PARKED, PARKED_KEYS, PAUSES
+from mainstay.events.tables import PARKED_KEYS, PAUSES
 from mainstay.events.testing import in_memory
 from packages.events.tests.test_faults import (
     effects,
@@ -40,6 +40,7 @@ from packages.events.tests.test_faults import (
     prepare,
     processes,
     publish,
+    until_waiting,
     wait_for,
     with_librdkafka,
 )
@@ -254,10 +255,7 @@ async def test_a_queue_that_is_worked_on_stops_at_the_kind_that_is_paused(depot:
 
 async def eventually_parked(app: App, count: int) -> None:
     """Return when so many events wait in queues."""
-    waiting = sa.select(sa.func.count()).select_from(PARKED).where(~PARKED.c.handled)
-    async with asyncio.timeout(30):
-        while (await app.get(Database).read(waiting))[0][0] != count:  # noqa: ASYNC110  another task does it
-            await asyncio.sleep(0.02)
+    await until_waiting(app, lambda waiting: waiting == count, seconds=30)
 
 
 async def test_a_retry_does_not_age_while_its_group_is_paused(sqlite_url: str, prefix: str) -> None:
@@ -500,9 +498,11 @@ async def test_pauses_and_kills_lose_double_and_reorder_nothing(options: dict[st
         await pauses.resume(options["group"], kind="fault.step 1.x")
         await pauses.resume(options["group"], key="k0")
         exactly_once_and_in_order(await wait_for(publisher, 168), keys=6, each=28)
-        async with asyncio.timeout(30):
-            while await publisher.get(ParkedKeys).list():  # noqa: ASYNC110  another process does it
-                await asyncio.sleep(0.05)
+
+        async def all_free() -> bool:
+            return not await publisher.get(ParkedKeys).list()
+
+        await eventually(all_free, what="keys without queues")
 
 
 async def test_what_waits_for_its_first_call_does_not_age(sqlite_url: str, prefix: str) -> None:

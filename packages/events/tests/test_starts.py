@@ -197,7 +197,7 @@ def test_a_start_that_is_none_is_refused_and_two_starts_of_a_group_are_an_error_
         (datetime.now(UTC) + timedelta(days=1), "is yet to come"),
     ):
         with pytest.raises(ValueError, match=why):
-            events.on(Told, group="ears", start=start)  # type: ignore[arg-type]
+            events.on(Told, group="ears", start=start)  # type: ignore[arg-type]  # which is the mistake
 
     @events.on(Told, group="ears", start="latest")
     async def told(event: Told) -> None:
@@ -361,9 +361,11 @@ async def test_on_a_broker_a_topic_that_the_group_makes_is_read_whole(kafka: str
     """What is published while the group is still being dealt out came after the group."""
     teller, publisher = on(kafka, prefix, client), on(kafka, prefix, client, kafka_create_topics=False)
     async with asking(kafka) as admin, publisher.publishing(), teller.running("latest"):
-        async with asyncio.timeout(60):
-            while prefix not in await admin.list_topics():  # noqa: ASYNC110  another task makes it
-                await asyncio.sleep(0.001)
+
+        async def is_there() -> bool:
+            return prefix in await admin.list_topics()
+
+        await eventually(is_there, what="the topic", seconds=60, every_seconds=0.001)
         await publisher.tell(*range(10))
         await eventually(lambda: len(teller.seen) >= 10, what="all of it", seconds=30)
         assert sorted(teller.seen) == list(range(10))

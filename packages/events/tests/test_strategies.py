@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from mainstay.core import App, ConfigurationError, FullJitter, MainstayError, Re
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import (
+    DeadLetter,
     DeadLetters,
     Event,
     EventConsumers,
@@ -23,6 +24,7 @@ from mainstay.events import (
     EventsModule,
     EventsSettings,
     Metadata,
+    ParkedKey,
     ParkedKeys,
     RetryLater,
 )
@@ -102,6 +104,32 @@ class Post:
             EventsModule.for_root(EventsSettings(topics=topics, **{"partitions": 1, **settings})),
             EventsModule.for_feature(self.router()),
         )
+
+
+async def until_parked(app: App, of: Callable[[ParkedKey], object], wanted: Sequence[object]) -> None:
+    """Return once this is so of the parked keys."""
+
+    async def is_so() -> bool:
+        return [of(each) for each in await app.get(ParkedKeys).list()] == wanted
+
+    await eventually(is_so, what=f"{wanted} of the parked keys")
+
+
+async def given_up(app: App, group: str, count: int) -> Sequence[DeadLetter]:
+    """The dead letters, once there are so many."""
+    letters: list[DeadLetter] = []
+
+    async def are_there() -> bool:
+        letters[:] = await app.get(DeadLetters).list(group)
+        return len(letters) >= count
+
+    await eventually(are_there, what=f"{count} dead letters")
+    return letters
+
+
+async def is_degraded(app: App) -> bool:
+    """Whether health asks for a person."""
+    return (await app.get(EventConsumers).health()).status != "ok"
 
 
 def counted(name: str, group: str) -> float:
@@ -186,11 +214,8 @@ async def test_without_a_word_a_key_is_parked_with_a_database_and_a_dead_letter_
     post.broken = {("a", 1), ("", 1)}
     async with post.app(database_url).running(serve=True) as app:
         await post.events.publish_batch([Sent(box="a", number=1), Sent(box="a", number=2), Loose(number=1)])
-        async with asyncio.timeout(30):
-            while [each.waiting for each in await app.get(ParkedKeys).list()] != [2]:  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
-            while not (letters := await app.get(DeadLetters).list(prefix)):  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: each.waiting, [2])
+        letters = await given_up(app, prefix, 1)
         assert [letter.value for letter in letters] == [b'{"number":1}']
         health = await app.get(EventConsumers).health()
         assert health.status == "degraded"
@@ -239,17 +264,12 @@ async def test_what_is_tried_later_lets_its_key_go_on_and_is_a_dead_letter_in_th
     async with post.app(database_url, **settings).running(serve=True) as app:
         await time_passes(app)
         await eventually(lambda: ("a", 1) in post.handled, what="the later attempt")
-        async with asyncio.timeout(30):
-            while [each.attempt for each in await app.get(ParkedKeys).list()] != [4]:  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: each.attempt, [4])
         (last,) = await app.get(ParkedKeys).list()
         assert last.due is not None
         await time_passes(app)
-        async with asyncio.timeout(30):
-            while not (letters := await app.get(DeadLetters).list(prefix)):  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
-            while await app.get(ParkedKeys).list():  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        letters = await given_up(app, prefix, 1)
+        await until_parked(app, lambda each: each.id, [])
         assert await app.get(Database).read(sa.select(PARKED.c.id)) == []
         (letter,) = letters
         assert (letter.key, letter.value, letter.attempts) == (b"b", b'{"box":"b","number":1}', 4)
@@ -283,15 +303,11 @@ async def test_out_of_the_queue_of_its_key_it_is_set_aside_alone_and_the_queue_g
         assert [(each.alone, each.waiting) for each in await app.get(ParkedKeys).list()] == [(False, 2)]
     async with post.app(database_url).running(serve=True) as app:
         await eventually(lambda: post.handled == [("a", 2)], what="what waited behind it")
-        async with asyncio.timeout(30):
-            while [(each.alone, each.waiting) for each in await app.get(ParkedKeys).list()] != [(True, 1)]:  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: (each.alone, each.waiting), [(True, 1)])
         post.broken = set()
         await app.get(Database).write(sa.update(PARKED_KEYS).values(due_at=0.0), {})
         await eventually(lambda: post.handled == [("a", 2), ("a", 1)], what="the later attempt")
-        async with asyncio.timeout(30):
-            while await app.get(ParkedKeys).list():  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: each.id, [])
         assert await app.get(Database).read(sa.select(PARKED.c.id)) == []
 
 
@@ -314,14 +330,11 @@ async def test_in_the_queue_of_its_key_a_stop_holds_up_that_key_and_health_says_
         assert await parking.append(partition, records[1])
         for attempt in (2, 3):
             await database.write(sa.update(PARKED_KEYS).values(due_at=0.0), {})
-            async with asyncio.timeout(30):
-                while [each.attempt for each in await app.get(ParkedKeys).list()] != [attempt]:  # noqa: ASYNC110  a task does it
-                    await asyncio.sleep(0.02)
+            await until_parked(app, lambda each: each.attempt, [attempt])
         (parked,) = await app.get(ParkedKeys).list()
         assert parked.due is not None
-        async with asyncio.timeout(30):
-            while (health := await app.get(EventConsumers).health()).status == "ok":  # noqa: ASYNC110  the clock does it
-                await asyncio.sleep(0.02)
+        await eventually(lambda: is_degraded(app), what="the health")
+        health = await app.get(EventConsumers).health()
         assert f"group {prefix}: 1 parked keys need a person, the oldest since" in health.detail
         assert post.handled == []
         post.broken = set()
@@ -340,9 +353,7 @@ async def test_what_no_attempt_can_mend_is_not_tried_later(sqlite_url: str, pref
             ("ce_type", b"post.sent"), ("ce_dataversion", b"1.0"), ("ce_id", b"1")
         ]  # fmt: skip
         await app.get(EventPublisher)._send([Outgoing(prefix, b"a", b"{", headers)])
-        async with asyncio.timeout(30):
-            while len(letters := await app.get(DeadLetters).list(prefix)) < 2:  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        letters = await given_up(app, prefix, 2)
         assert await app.get(ParkedKeys).list() == []
     assert ["DecodeError: post.sent cannot be read" in letter.error for letter in letters].count(True) == 1
     assert post.attempts == [("a", 1, 1)]
@@ -355,18 +366,13 @@ async def test_a_person_has_what_waits_for_later_tried_now_or_skips_it(sqlite_ur
     async with post.app(sqlite_url).running(serve=True) as app:
         await post.events.publish(Sent(box="a", number=1))
         keys = app.get(ParkedKeys)
-        async with asyncio.timeout(30):
-            while not (found := await keys.list()):  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: each.alone, [True])
+        found = await keys.list()
         await keys.retry(found[0].id)
         await eventually(lambda: len(post.attempts) == 2, what="another attempt")
-        async with asyncio.timeout(30):
-            while [each.attempt for each in await keys.list()] != [2]:  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: each.attempt, [2])
         await keys.skip(found[0].id)
-        async with asyncio.timeout(30):
-            while await keys.list():  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: each.id, [])
         (letter,) = await app.get(DeadLetters).list(prefix)
         assert (letter.key, letter.value) == (b"a", b'{"box":"a","number":1}')
 
@@ -406,9 +412,7 @@ async def test_of_a_batch_only_the_event_that_fails_is_dealt_with(
     async with post.app(sqlite_url).running(serve=True) as app:
         await post.events.publish_batch([Sent(box=box, number=number) for number in (1, 2, 3) for box in "ab"])
         await eventually(lambda: seen == handled, what=f"{handled}, not {seen}")
-        async with asyncio.timeout(30):
-            while [(each.key, each.waiting) for each in await app.get(ParkedKeys).list()] != waits:  # noqa: ASYNC110  a task does it
-                await asyncio.sleep(0.02)
+        await until_parked(app, lambda each: (each.key, each.waiting), waits)
         assert len(await app.get(DeadLetters).list(prefix)) == (on_failure == "dead-letter")
         bad.clear()
         for parked in await app.get(ParkedKeys).list():

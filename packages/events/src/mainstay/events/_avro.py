@@ -14,9 +14,9 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import UUID
 
-from fastavro import parse_schema, schemaless_reader  # pyright: ignore[reportUnknownVariableType]
-from fastavro._read_py import schemaless_reader as read_in_python  # pyright: ignore[reportUnknownVariableType]
-from fastavro.read import LOGICAL_READERS  # pyright: ignore[reportUnknownVariableType]
+from fastavro import parse_schema, schemaless_reader  # pyright: ignore[reportUnknownVariableType]  it has no types
+from fastavro._read_py import schemaless_reader as read_in_python  # pyright: ignore[reportUnknownVariableType]  it has no types
+from fastavro.read import LOGICAL_READERS  # pyright: ignore[reportUnknownVariableType]  it has no types
 from pydantic_core import to_json
 
 from mainstay.events._connect import DECIMAL, MEANINGS, NANOSECONDS, Meaning, amount
