@@ -147,6 +147,8 @@ def test_options_of_on_are_checked() -> None:
         ({"order": "keys"}, r"on\(order='keys'\): it is 'key' or 'none'"),
         ({"order": "none", "on_failure": "park"}, "a parked key keeps an order"),
         ({"concurrency": 0}, "at least 1 call"),
+        ({"concurrency": 2.5}, "a whole number"),
+        ({"concurrency": True}, "a whole number"),
     ],
 )
 def test_limits_of_a_handler_are_checked(options: dict[str, Any], message: str) -> None:

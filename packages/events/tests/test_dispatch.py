@@ -251,6 +251,25 @@ async def test_a_cancellation_from_inside_a_handler_is_its_failure(assignment: A
     await bench.dispatcher.stop()
 
 
+async def test_a_group_of_errors_with_a_cancellation_is_a_failure(assignment: Assignment) -> None:
+    """It is no `Exception`, and ends no caller all the same."""
+    seen: list[int] = []
+
+    async def handle(event: Made) -> None:
+        if event.number == 0:
+            msg = "two"
+            raise BaseExceptionGroup(msg, [asyncio.CancelledError(), ValueError("wrong")])
+        seen.append(event.number)
+
+    bench = Bench(handle, retry=Retry(attempts=1), concurrency=1)
+    bench.dispatcher.feed(assignment, [record("a", number) for number in range(3)])
+    await bench.dispatcher.settle([assignment], 5)
+    assert seen == [1, 2]
+    ((_, error),) = bench.buried
+    assert isinstance(error.__cause__, BaseExceptionGroup)
+    await bench.dispatcher.stop()
+
+
 async def test_every_event_gets_its_own_context(assignment: Assignment) -> None:
     """Correlation is carried on, the cause is the event, and what a handler leaves in a variable reaches nobody."""
     contexts: list[Context] = []

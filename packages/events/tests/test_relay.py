@@ -16,7 +16,7 @@ from mainstay.core import App, Clock, Drain
 from mainstay.core.testing import VirtualClock, eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.database.testing import expire_lease
-from mainstay.events import Event, EventsModule, EventsSettings
+from mainstay.events import Event, EventsModule, EventsSettings, RefusedError, RefusedEvents
 from mainstay.events._outbox import LANES, Outbox, lane_of
 from mainstay.events._relay import OutboxRelay, Refused, TooLarge
 from mainstay.events.metadata import Outgoing
@@ -356,6 +356,28 @@ async def test_a_batch_that_is_too_large_is_divided_and_a_single_event_put_befor
         assert "1 events were refused" in (health.detail or "")
 
 
+@pytest.mark.parametrize("headers", ["{", "null", "[5]", '[["ce_type", 5]]', '[[5, "ce_type"]]'])
+async def test_what_cannot_be_read_is_put_before_a_person(database_url: str, headers: str) -> None:
+    """The others of its key go on; it is listed with the reason, cannot be sent, and is discarded."""
+    async with service(database_url) as app:
+        broker = Broker()
+        outbox, relay = relay_of(app, broker)
+        await write(outbox, "a", *range(3), topic="t")
+        second = sa.select(OUTBOX.c.position).order_by(OUTBOX.c.position).offset(1).limit(1).scalar_subquery()
+        await app.get(Database).write(sa.update(OUTBOX).where(OUTBOX.c.position == second).values(headers=headers))
+        async with Relaying(relay):
+            await eventually(lambda: is_empty(app))
+        assert numbers(broker, "a") == [0, 2]
+        refused = RefusedEvents(app.get(Database), outbox)
+        (event,) = await refused.list()
+        assert (event.topic, event.key, event.type) == ("t", b"a", "")
+        assert "headers" in event.reason or "Expecting" in event.reason
+        with pytest.raises(RefusedError, match="its headers cannot be read"):
+            await refused.retry(event.id)
+        await refused.discard(event.id)
+        assert await refused.list() == []
+
+
 async def test_a_page_is_bounded_in_bytes(database_url: str) -> None:
     """However large the rows are, and never less than one."""
     async with service(database_url) as app:
@@ -364,9 +386,9 @@ async def test_a_page_is_bounded_in_bytes(database_url: str) -> None:
         for _ in range(10):
             await outbox.send([Outgoing("t", b"a", b"x" * 30_000, [])] * 5 + [Outgoing("t", b"a", b"y" * 200_000, [])])
         rows = await relay.rows.read(["t"], range(LANES))
-        assert [len(row.value) for row in rows] == [30_000] * 4
+        assert [len(row.event.value or b"") for row in rows] == [30_000] * 4
         rows = await relay.rows.read(["t", "u"], range(LANES))
-        assert [len(row.value) for row in rows] == [30_000] * 2
+        assert [len(row.event.value or b"") for row in rows] == [30_000] * 2
         async with Relaying(relay):
             await eventually(lambda: is_empty(app))
         assert sum(event.size for event in broker.sent) == 10 * 350_000 + 60

@@ -345,7 +345,7 @@ async def test_a_page_is_bounded_in_bytes(database_url: str) -> None:
         assert taken == [1, 2, 1]
 
 
-UNREADABLE = ["{", "null", "[5]", '[["ce_type"]]', '[["ce_type", 5]]', '[["ce_type", "\u2603"]]']
+UNREADABLE = ["{", "null", "[5]", '[["ce_type"]]', '[["ce_type", 5]]', '[[5, "ce_type"]]', '[["ce_type", "\u2603"]]']
 """What is in the column of headers where another release, or a person, has written it."""
 
 

@@ -15,7 +15,15 @@ from mainstay.core import App
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.database.testing import expire_lease
-from mainstay.events import Event, EventConsumers, EventPublisher, EventRouter, EventsModule, EventsSettings
+from mainstay.events import (
+    DeadLetters,
+    Event,
+    EventConsumers,
+    EventPublisher,
+    EventRouter,
+    EventsModule,
+    EventsSettings,
+)
 from mainstay.events._delivery import Assignment
 from mainstay.events._snapshot import START, Place, Snapshot
 from mainstay.events._sql import SqlSource, SqlTransport
@@ -210,6 +218,23 @@ async def test_a_place_survives_wherever_a_group_stops(database_url: str) -> Non
             assert await pages(source, reading) == []
             await publisher.publish(Line(name="a", number=1300))
             assert [number for number, _ in await pages(source, reading)] == [1300]
+
+
+@pytest.mark.parametrize("headers", ["{", "null", "[5]", '[["ce_type", 5]]', '[[5, "ce_type"]]'])
+async def test_a_row_that_cannot_be_read_is_a_dead_letter_and_holds_up_no_other(
+    database_url: str, headers: str
+) -> None:
+    """Whatever stands in its column of headers; the letter says so."""
+    seen: list[int] = []
+    async with service(database_url, partitions=1) as app:
+        await app.get(EventPublisher).publish_batch([Line(name="a", number=number) for number in range(3)])
+        second = sa.select(LOG.c.position).order_by(LOG.c.position).offset(1).limit(1).scalar_subquery()
+        await app.get(Database).write(sa.update(LOG).where(LOG.c.position == second).values(headers=headers))
+    async with service(database_url, collecting(seen), partitions=1).running(serve=True) as app:
+        await eventually(lambda: seen == [0, 2])
+        (letter,) = await app.get(DeadLetters).list()
+        assert "the headers in the table cannot be read" in letter.error
+        assert letter.key == b"a"
 
 
 async def test_the_place_of_an_idle_group_is_remembered(database_url: str) -> None:

@@ -190,6 +190,23 @@ async def test_what_stops_its_partition_is_named_and_tried_again_without_a_hurry
         assert counted("stopped", prefix) == 0
 
 
+async def test_what_has_stopped_its_partition_is_tried_no_sooner_than_its_error_says(prefix: str) -> None:
+    """Another service has said how long it wants to be left alone."""
+    clock = VirtualClock()
+    post = Post(prefix, retry=ONCE, on_failure="stop")
+    post.broken = {("a", 1)}
+    post.error = lambda: Useless("not now", retry_after_seconds=500.0)
+    async with in_memory(post.router(), clock=clock) as rehearsal:
+        await rehearsal.publish(Sent(box="a", number=1))
+        await eventually(lambda: counted("stopped", prefix) == 1, what="the stop")
+        await clock.advance(499.0)
+        assert post.attempts == [("a", 1, 1)]
+        post.broken = set()
+        await clock.advance(2.0)
+        await rehearsal.settled()
+        assert post.handled == [("a", 1)]
+
+
 async def test_a_restart_tries_what_has_stopped_its_partition_again(database_url: str, prefix: str) -> None:
     """Also what is unreadable, and with a full window behind it: nothing of its key goes past it, and none is lost."""
     post = Post(prefix, retry=ONCE, on_failure="stop")

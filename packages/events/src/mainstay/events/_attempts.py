@@ -81,8 +81,7 @@ class Attempts:
             return handling.retry.delay_seconds(state)
         if not isinstance(error, ConfigurationError) and not handling.retry.retry(state):
             return None
-        hint: float = getattr(error, "retry_after_seconds", None) or 0.0
-        return max(handling.retry.wait(state), hint)
+        return max(handling.retry.wait(state), _hint(error))
 
     def later(
         self, delivery: Delivery, on_failure: RetryLater, handling: Handling | None, error: Exception
@@ -98,8 +97,8 @@ class Attempts:
         return seconds
 
     def stopped(self, delivery: Delivery, handling: Handling | None, error: Exception) -> Again:
-        """When it is called again although its retry is over: after the longest wait of that."""
-        seconds = SHORTEST_SECONDS
+        """When it is called again although its retry is over: after the longest wait, or as the error says."""
+        seconds = max(SHORTEST_SECONDS, _hint(error))
         if handling is not None:
             seconds = max(seconds, handling.retry.wait(self._state(delivery, error, delivery.attempt)))
         delivery.attempt += 1
@@ -112,3 +111,7 @@ class Attempts:
 
     def _state(self, delivery: Delivery, error: Exception, number: int) -> RetryState:
         return RetryState(number, Outcome.of_error(error), self.age(delivery), delivery.waited)
+
+
+def _hint(error: Exception) -> float:
+    return getattr(error, "retry_after_seconds", None) or 0.0

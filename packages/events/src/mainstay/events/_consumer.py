@@ -19,7 +19,7 @@ from mainstay.events._metrics import DEAD_LETTERS, REVOKED
 from mainstay.events._parking import ParkedCount, Parking
 from mainstay.events._queues import Queues
 from mainstay.events._routes import Routes
-from mainstay.events._sparing import said
+from mainstay.events._sparing import Sparing, said
 from mainstay.events._transport import Source, Transport
 from mainstay.events.dead_letters import DeadLetterStore
 
@@ -113,16 +113,22 @@ class Consumer:
     async def serve(self, drain: Drain) -> None:
         """Consume until the drain begins, whatever happens to the transport; then finish what is in flight."""
         self._serving = True
-        delay, longest = _RECONNECT_SECONDS
+        first, longest = _RECONNECT_SECONDS
+        delay, sparing = first, Sparing(self._clock)
         try:
             while not drain.begun:
+                began_at = self._clock.monotonic()
                 try:
                     await self._session(drain)
-                    delay = _RECONNECT_SECONDS[0]
                 except Exception as error:  # noqa: BLE001  a transport that is away comes back
                     self._dispatcher.check()
                     self._trouble = said(error)
-                    _log.warning("group %s lost its transport, again in %.1f s", self.group, delay, exc_info=error)
+                    if self._clock.monotonic() - began_at > longest:  # it was there meanwhile
+                        delay = first
+                    left_out = sparing.due(self._trouble)
+                    if left_out is not None:
+                        again = f"again in {delay:.1f} s" + (f", as {left_out} times before" if left_out else "")
+                        _log.warning("group %s lost its transport, %s", self.group, again, exc_info=error)
                     await drain.pause(delay)
                     delay = min(delay * 2, longest)
         finally:

@@ -42,6 +42,7 @@ from mainstay.events._matching import Matching
 from mainstay.events._pausing import Pausing
 from mainstay.events._places import Caller, Places
 from mainstay.events._routes import Handling, Route, unreadable
+from mainstay.events._sparing import said
 from mainstay.events._turns import Turns
 from mainstay.events.metadata import TYPE, VERSION, Headers, Metadata, Record, context_of
 
@@ -272,6 +273,8 @@ class Dispatcher:
                                 await handling.call(event)
                         except Exception as failure:  # noqa: BLE001  whatever a handler raises is its verdict on the event
                             error = failure
+                        except BaseExceptionGroup as several:
+                            error = _several(several)
                         except asyncio.CancelledError:
                             if caller.stopping:
                                 caller.assignment = None
@@ -360,6 +363,19 @@ def _own_cancellation() -> Exception:
     while task is not None and task.cancelling():
         task.uncancel()
     return RuntimeError("the handler was cancelled from inside: it awaited something that was cancelled")
+
+
+def _several(errors: BaseExceptionGroup[BaseException]) -> Exception:
+    """A group of errors that is none itself, since one of them is a cancellation or the like: a failure, not an end.
+
+    Raises:
+        BaseExceptionGroup: one of them ends the process.
+    """
+    if errors.subgroup((KeyboardInterrupt, SystemExit)) is not None:
+        raise errors
+    failure = RuntimeError(f"the handler raised {said(errors)}")
+    failure.__cause__ = errors
+    return failure
 
 
 def _context_of(headers: Headers) -> Context:

@@ -15,7 +15,7 @@ from mainstay.events import tables
 from mainstay.events._retention import swept
 from mainstay.events.dead_letters import DeadLetter, Wanted
 from mainstay.events.metadata import Outgoing, Record
-from mainstay.events.tables import pack_headers, unpack_headers
+from mainstay.events.tables import headers_of, pack_headers
 
 _LETTERS = tables.DEAD_LETTERS.c
 
@@ -134,7 +134,7 @@ def _letter(row: Any) -> DeadLetter:
         offset=row.offset,
         key=row.key,
         value=row.value,
-        headers=unpack_headers(row.headers),
+        headers=headers_of(row.headers),
         error=row.error,
         attempts=row.attempts,
         time=_in_utc(row.time),

@@ -42,7 +42,9 @@ OLDEST = Gauge("mainstay_events_oldest_in_flight_seconds", "Age of the oldest un
 IN_FLIGHT_BYTES = Gauge("mainstay_events_in_flight_bytes", "Bytes of unfinished events in memory, about.", ["group"])
 PARTITIONS = Gauge("mainstay_events_partitions", "Partitions that this process holds.", ["group"])
 OUTBOX_AGE = Gauge("mainstay_events_outbox_age_seconds", "Age of the oldest row that waits in the outbox.")
-OUTBOX_REFUSED = Gauge("mainstay_events_outbox_refused", "Events that the broker refused for good.")
+OUTBOX_REFUSED = Gauge(
+    "mainstay_events_outbox_refused", "Events of the outbox that the broker refused for good, or that cannot be read."
+)
 SCHEDULED = Gauge("mainstay_events_scheduled", "Events that wait for their time, at most 10,000 are counted.")
 OVERDUE = Gauge("mainstay_events_scheduled_overdue_seconds", "For how long the time of the first of them has passed.")
 OUTBOX_DEPTH = Gauge("mainstay_events_outbox_depth", "Rows that wait in the outbox, at most 10,000 are counted.")

@@ -79,10 +79,28 @@ def lane_of(event: Outgoing) -> int:
     return crc32(event.placing_key) % LANES
 
 
+class Waiting(NamedTuple):
+    """A row of the outbox."""
+
+    position: int
+    lane: int
+    event: Outgoing
+
+
+class Unreadable(NamedTuple):
+    """A row whose event cannot be read, and why."""
+
+    position: int
+    lane: int
+    topic: str
+    why: str
+
+
 class OutboxRows:
     """The rows of the outbox.
 
     Attributes:
+        unreadable: those that were read last and of which no event can be made.
         full: whether there may be more behind the last page.
         depth, refused: how many wait, and how many were refused, when it was last measured.
     """
@@ -90,6 +108,7 @@ class OutboxRows:
     def __init__(self, database: Database, most_bytes: int) -> None:
         self._database = database
         self._most_bytes = most_bytes
+        self.unreadable: list[Unreadable] = []
         self.full = False
         self.depth = 0
         self.refused = 0
@@ -98,9 +117,9 @@ class OutboxRows:
         """Those that have rows."""
         return [topic for (topic,) in await self._database.read(tables.OUTBOX_TOPICS) if topic is not None]
 
-    async def read(self, topics: Sequence[str], leases: Collection[int]) -> Sequence[Any]:
+    async def read(self, topics: Sequence[str], leases: Collection[int]) -> Sequence[Waiting]:
         """The oldest rows of each topic in some lanes, in order."""
-        self.full = False
+        self.full, self.unreadable = False, []
         if not topics:
             return ()
         parameters: dict[str, object] = {
@@ -109,42 +128,51 @@ class OutboxRows:
             "bytes": self._most_bytes // len(topics),
             **{f"topic_{number}": topic for number, topic in enumerate(topics)},
         }
-        rows = await self._database.read(tables.read_outbox(len(topics), self._database.dialect), parameters)
-        self.full = len(rows) >= _PAGE or 2 * sum(event_of(row).size for row in rows) > self._most_bytes
-        return sorted(rows, key=lambda row: row.position)
+        found = await self._database.read(tables.read_outbox(len(topics), self._database.dialect), parameters)
+        rows = self._read(found)
+        self.full = len(found) >= _PAGE or 2 * sum(row.event.size for row in rows) > self._most_bytes
+        rows.sort()  # positions are unique: nothing else is compared
+        return rows
 
-    async def read_aside(self, place: Place, leases: Collection[int]) -> Sequence[Any]:
+    async def read_aside(self, place: Place, leases: Collection[int]) -> Sequence[Waiting]:
         """The oldest rows that were put aside for a partition."""
-        return await self._database.read(
-            tables.READ_ASIDE[self._database.dialect],
-            {
-                "topic": place.topic,
-                "partition": place.partition,
-                "lanes": sorted(leases),
-                "limit": _PAGE,
-                "bytes": BATCH_BYTES,
-            },
-        )
+        parameters = {
+            "topic": place.topic,
+            "partition": place.partition,
+            "lanes": sorted(leases),
+            "limit": _PAGE,
+            "bytes": BATCH_BYTES,
+        }
+        return self._read(await self._database.read(tables.READ_ASIDE[self._database.dialect], parameters))
+
+    def _read(self, found: Sequence[Any]) -> list[Waiting]:
+        rows: list[Waiting] = []
+        for row in found:
+            try:
+                rows.append(Waiting(row.position, row.lane, event_of(row)))
+            except ValueError as error:
+                self.unreadable.append(Unreadable(row.position, row.lane, row.topic, str(error)))
+        return rows
 
     async def places_aside(self, leases: Collection[int]) -> Sequence[Any]:
         """The partitions for which rows were put aside."""
         return await self._database.read(tables.PLACES_ASIDE, {"lanes": sorted(leases)})
 
-    async def delete(self, rows: Sequence[Any], fence: Fence) -> None:
+    async def delete(self, rows: Sequence[Waiting], fence: Fence) -> None:
         """They were confirmed."""
         await self._database.write(tables.DELETE_OUTBOX, [{"sent": row.position} for row in rows], fence=fence)
 
-    async def put_aside(self, partition: int, rows: Sequence[Any], fence: Fence) -> None:
+    async def put_aside(self, partition: int, rows: Sequence[Waiting], fence: Fence) -> None:
         """They wait for a partition that takes none."""
         values = [{"row": row.position, "of_partition": partition} for row in rows]
         await self._database.write(tables.PUT_ASIDE, values, fence=fence)
 
-    async def take_back(self, rows: Sequence[Any]) -> None:
+    async def take_back(self, rows: Sequence[Waiting]) -> None:
         """They belong to another partition."""
         values = [{"row": row.position, "of_partition": tables.NOT_ASIDE} for row in rows]
         await self._database.write(tables.PUT_ASIDE, values)
 
-    async def refuse(self, why: str, rows: Sequence[Any], fence: Fence) -> None:
+    async def refuse(self, why: str, rows: Sequence[Waiting | Unreadable], fence: Fence) -> None:
         """They are for a person to look at."""
         async with self._database.batch(fence=fence):
             for row in rows:
@@ -169,5 +197,9 @@ class OutboxRows:
 
 
 def event_of(row: Any) -> Outgoing:
-    """The event that a row keeps."""
+    """The event that a row keeps.
+
+    Raises:
+        ValueError: its headers cannot be read.
+    """
     return Outgoing(row.topic, row.key, row.value, unpack_headers(row.headers))

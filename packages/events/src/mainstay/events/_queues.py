@@ -15,7 +15,7 @@ from mainstay.events._dispatch import Dispatcher
 from mainstay.events._parking import Parking
 from mainstay.events._transport import LogRecord
 from mainstay.events.errors import ProcessEndedError
-from mainstay.events.tables import unpack_headers
+from mainstay.events.tables import headers_of
 
 _log = logging.getLogger("mainstay.events")
 
@@ -156,7 +156,7 @@ class Queues:
                     row.offset,
                     row.own_key,
                     row.value,
-                    unpack_headers(row.headers),
+                    headers_of(row.headers),
                 )
                 pausing = self._parking.pausing
                 if pausing.whole or pausing.of(record.key, row.kind) or await self._is_others(row.kind):

@@ -32,7 +32,7 @@ from mainstay.core import Clock, Drain, Health, spawn
 from mainstay.database import Database, Lease
 from mainstay.events._lanes import SHORTEST_SECONDS, Lanes
 from mainstay.events._metrics import RELAYED
-from mainstay.events._outbox import BATCH_BYTES, Outbox, OutboxRows, Place, event_of
+from mainstay.events._outbox import BATCH_BYTES, Outbox, OutboxRows, Place, Waiting
 from mainstay.events._sparing import Sparing, said
 from mainstay.events.metadata import Outgoing
 
@@ -136,8 +136,8 @@ class _Batches(NamedTuple):
         waiting: of each partition that is in trouble, all of its rows.
     """
 
-    batches: dict[Place, list[Any]]
-    waiting: dict[Place, list[Any]]
+    batches: dict[Place, list[Waiting]]
+    waiting: dict[Place, list[Waiting]]
 
 
 @dataclass(slots=True)
@@ -152,14 +152,14 @@ class _Round:
 
     carrier: Carrier
     leases: Mapping[int, Lease]
-    rows: Mapping[Place, Sequence[Any]]
+    rows: Mapping[Place, Sequence[Waiting]]
     tasks: dict[Place, asyncio.Task[None]] = field(default_factory=dict[Place, asyncio.Task[None]])
 
     def begin(self, spans: Spans | None) -> None:
         """Hand everything over, each batch in a span where there are any."""
         self.carrier.deadline = time.monotonic() + min(lease.remaining_seconds for lease in self.leases.values())
         for place, rows in self.rows.items():
-            events = [event_of(row) for row in rows]
+            events = [row.event for row in rows]
             if spans is None:
                 sending = self.carrier.send(*place, events)
             else:
@@ -358,6 +358,7 @@ class OutboxRelay:
         now = self._clock.monotonic()
         due = {place for place, trouble in self._places.items() if trouble.again_at <= now}
         apart = {place: await self.rows.read_aside(place, leases) for place in due if self._places[place].aside}
+        await self._refuse_unreadable(leases)
         found = _Batches({}, {})
         if page or apart:
             found = await self._batches(await self._main(), page)
@@ -388,10 +389,10 @@ class OutboxRelay:
             self._carrier = await self._broker.carrier()
         return self._carrier
 
-    async def _batches(self, carrier: Carrier, rows: Sequence[Any]) -> _Batches:
+    async def _batches(self, carrier: Carrier, rows: Sequence[Waiting]) -> _Batches:
         """Divide rows by partition, as many to each as a batch takes."""
         widths: dict[str, int] = {}
-        for topic in {row.topic for row in rows}:
+        for topic in {row.event.topic for row in rows}:
             try:
                 async with asyncio.timeout(_PATIENCE_SECONDS):
                     widths[topic] = await carrier.partitions(topic)
@@ -399,7 +400,7 @@ class OutboxRelay:
                 self._topics.lost(topic, error)
         return _divided(carrier, rows, widths, self._places, self._most_bytes)
 
-    async def _batch_of_aside(self, place: Place, rows: Sequence[Any], batches: dict[Place, list[Any]]) -> None:
+    async def _batch_of_aside(self, place: Place, rows: Sequence[Waiting], batches: dict[Place, list[Waiting]]) -> None:
         """Add a batch of rows that were put aside; where none are left, the partition is like any other again."""
         if not rows:
             del self._places[place]
@@ -415,7 +416,7 @@ class OutboxRelay:
     # Sending
 
     async def _send(
-        self, carrier: Carrier, batches: Mapping[Place, Sequence[Any]], leases: Mapping[int, Lease], drain: Drain
+        self, carrier: Carrier, batches: Mapping[Place, Sequence[Waiting]], leases: Mapping[int, Lease], drain: Drain
     ) -> None:
         """Send to partitions that had no trouble. One that does not answer at once keeps the carrier to itself."""
         sent = _Round(carrier, leases, batches)
@@ -439,7 +440,7 @@ class OutboxRelay:
         await self._answered(sent, {place: task for place, task in sent.tasks.items() if task in done})
 
     async def _send_apart(
-        self, batches: Mapping[Place, Sequence[Any]], leases: Mapping[int, Lease], drain: Drain
+        self, batches: Mapping[Place, Sequence[Waiting]], leases: Mapping[int, Lease], drain: Drain
     ) -> None:
         """Send to partitions that had trouble, by a carrier of their own and without waiting."""
         sent = _Round(await self._broker.carrier(), leases, batches)
@@ -465,7 +466,7 @@ class OutboxRelay:
 
     async def _answered(self, sent: _Round, tasks: Mapping[Place, asyncio.Task[None]]) -> None:
         """Delete what was confirmed; note what was not."""
-        confirmed: list[Any] = []
+        confirmed: list[Waiting] = []
         for place, task in tasks.items():
             error = TimeoutError("no answer within the time") if task.cancelled() else task.exception()
             rows = sent.rows[place]
@@ -477,11 +478,15 @@ class OutboxRelay:
                 else:
                     self._places.pop(place, None)
             elif isinstance(error, Refused):
-                await self._refuse(sent.leases, rows[0], str(error))
+                text = (
+                    "an event for %s is refused by the broker for good and put aside, see `mainstay events refused`: %s"
+                )
+                _log.error(text, place, error)
+                await self._lanes.write(sent.leases, rows[:1], partial(self.rows.refuse, str(error)))
                 self._most_bytes.pop(place.topic, None)  # it was divided to find this one
                 self._at_once(place)
             elif isinstance(error, TooLarge):
-                size = sum(event_of(row).size + _RECORD_BYTES for row in rows)
+                size = sum(row.event.size + _RECORD_BYTES for row in rows)
                 self._most_bytes[place.topic] = size // 2
                 self._at_once(place)
             else:
@@ -496,17 +501,16 @@ class OutboxRelay:
         if place in self._places:
             self._places[place].again_at = self._clock.monotonic()
 
-    async def _refuse(self, leases: Mapping[int, Lease], row: Any, why: str) -> None:
-        _log.error(
-            "an event for topic %s is refused by the broker for good and put aside, see `mainstay events refused`: %s",
-            row.topic,
-            why,
-        )
-        await self._lanes.write(leases, [row], partial(self.rows.refuse, why))
+    async def _refuse_unreadable(self, leases: Mapping[int, Lease]) -> None:
+        """What is no event goes out of the way of those behind it."""
+        for row in self.rows.unreadable:
+            text = "an event for topic %s cannot be read and is put aside, see `mainstay events refused`: %s"
+            _log.error(text, row.topic, row.why)
+            await self._lanes.write(leases, [row], partial(self.rows.refuse, row.why))
 
     # Rows that are put aside
 
-    async def _put_aside(self, waiting: Mapping[Place, Sequence[Any]], leases: Mapping[int, Lease]) -> None:
+    async def _put_aside(self, waiting: Mapping[Place, Sequence[Waiting]], leases: Mapping[int, Lease]) -> None:
         """Most of a full page cannot be sent, and those behind it are not seen: mark it, so that it is read past."""
         for place, rows in waiting.items():
             if place in self._places:
@@ -532,7 +536,7 @@ class OutboxRelay:
         if self._failing_since is not None:
             said.insert(0, f"not relayed for {now - self._failing_since:.0f} s: {self._what_fails}")
         if self.rows.refused:
-            said.append(f"{self.rows.refused} events were refused by the broker, see `mainstay events refused`")
+            said.append(f"{self.rows.refused} events were refused, see `mainstay events refused`")
         if said:
             return Health("degraded", f"the outbox: {'; '.join(said[:_NAMED])}{'; …' if len(said) > _NAMED else ''}")
         return Health("ok", f"{self.rows.depth} events wait in the outbox")
@@ -540,7 +544,7 @@ class OutboxRelay:
 
 def _divided(
     carrier: Carrier,
-    rows: Sequence[Any],
+    rows: Sequence[Waiting],
     widths: Mapping[str, int],
     troubles: Mapping[Place, _Trouble],
     most_bytes: Mapping[str, int],
@@ -549,10 +553,10 @@ def _divided(
     found = _Batches({}, {})
     sizes: dict[Place, int] = {}
     for row in rows:
-        if row.topic not in widths:
+        event = row.event
+        if event.topic not in widths:
             continue
-        event = event_of(row)
-        place = Place(row.topic, carrier.place(event, widths[row.topic]))
+        place = Place(event.topic, carrier.place(event, widths[event.topic]))
         trouble = troubles.get(place)
         if trouble is not None:
             found.waiting.setdefault(place, []).append(row)
@@ -561,7 +565,7 @@ def _divided(
         size = sizes.get(place, 0) + event.size + _RECORD_BYTES
         batch = found.batches.setdefault(place, [])
         # The rest of a full one waits for the next wave, also where it is small, or it would overtake.
-        sizes[place] = size if not batch or size <= most_bytes.get(row.topic, BATCH_BYTES) else sys.maxsize
+        sizes[place] = size if not batch or size <= most_bytes.get(event.topic, BATCH_BYTES) else sys.maxsize
         if sizes[place] < sys.maxsize:
             batch.append(row)
     return found

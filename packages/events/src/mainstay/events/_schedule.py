@@ -40,8 +40,6 @@ _POLL_SECONDS = 0.25
 _SOONEST_SECONDS = 0.001
 _MEASURE_SECONDS = 5.0
 _BACKOFF_SECONDS = (0.2, 5.0)
-_NO_HEADERS = (ValueError, TypeError, AttributeError)
-"""What unpacking headers raises where they are in another form than ours."""
 
 
 class SqlSchedule:
@@ -248,7 +246,7 @@ def _events_of(rows: Sequence[Any]) -> list[Outgoing]:
     for row in rows:
         try:
             events.append(event_of(row))
-        except _NO_HEADERS as error:
+        except ValueError as error:
             unreadable.append((row, error))
     if unreadable:
         raise _UnreadableError(unreadable)
@@ -258,7 +256,7 @@ def _events_of(rows: Sequence[Any]) -> list[Outgoing]:
 def _scheduled(row: Any) -> ScheduledEvent:
     try:
         headers = unpack_headers(row.headers)
-    except _NO_HEADERS:  # it is listed and cancelled all the same
+    except ValueError:  # it is listed and cancelled all the same
         headers = [(TYPE, row.type.encode())]
     return ScheduledEvent(
         id=str(row.id),

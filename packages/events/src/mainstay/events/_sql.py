@@ -36,7 +36,7 @@ from mainstay.events._snapshot import START, Place, Snapshot
 from mainstay.events._starts import Start, begin
 from mainstay.events._transport import Arrivals, Reader, arrived, partition_of
 from mainstay.events.metadata import Headers, Outgoing, Record
-from mainstay.events.tables import LOG, pack_headers, unpack_headers
+from mainstay.events.tables import LOG, headers_of, pack_headers
 
 _log = logging.getLogger("mainstay.events")
 
@@ -162,7 +162,7 @@ class SqlRecord:
     @property
     def headers(self) -> Headers:
         """The headers."""
-        return unpack_headers(self._headers)
+        return headers_of(self._headers)
 
 
 class SqlSource:

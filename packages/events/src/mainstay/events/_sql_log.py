@@ -19,7 +19,7 @@ from mainstay.events import tables
 from mainstay.events._log import Behind, Extent, Member, Page, Partition, Places, Reading, Stored, Topic
 from mainstay.events._snapshot import START, Place, Snapshot
 from mainstay.events._sql import BACKLOG, START_OF_BACKLOG, WINDOW
-from mainstay.events.tables import LOG, MEMBERS, OFFSETS, unpack_headers
+from mainstay.events.tables import LOG, MEMBERS, OFFSETS, headers_of
 
 _PAGE = 2000
 """Rows of the log that one statement looks at."""
@@ -298,7 +298,7 @@ def _member(name: str, held: Mapping[str, frozenset[Partition]]) -> Member:
 
 def _stored(row: Any) -> Stored:
     return Stored(
-        row.topic, row.partition, row.position, row.key, row.value, unpack_headers(row.headers), float(row.created_at)
+        row.topic, row.partition, row.position, row.key, row.value, headers_of(row.headers), float(row.created_at)
     )
 
 

@@ -16,7 +16,7 @@ from mainstay.events._handled import GONE_SECONDS, Handled
 from mainstay.events._transport import LogRecord
 from mainstay.events.dead_letters import DeadLetterStore
 from mainstay.events.errors import ForgetError, NotParkedError, SkippedError
-from mainstay.events.tables import unpack_headers
+from mainstay.events.tables import headers_of
 
 __all__ = ["ParkedKey", "ParkedKeys"]
 
@@ -119,7 +119,7 @@ class ParkedKeys:
             await session.execute(tables.HOLD_PARKED_KEY, place)
             row: Any = (await session.execute(tables.READ_FIRST_PARKED[dialect], place)).first()
             if row is not None:
-                headers = unpack_headers(row.headers)
+                headers = headers_of(row.headers)
                 record = LogRecord(row.topic, row.partition, row.offset, parked.key, row.value, headers)
                 why = SkippedError(f"skipped by a person; its last error was\n{parked.error}")
                 type_ = row.kind.rpartition(" ")[0] or OURS.type_of(record)

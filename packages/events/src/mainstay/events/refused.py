@@ -1,4 +1,7 @@
-"""Events that the broker refused for good: too large for their topic, most often. They wait here for a person."""
+"""Events that the broker refused for good, or that cannot be read. They wait here for a person.
+
+Most often they are too large for their topic.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from mainstay.events import tables
 from mainstay.events._outbox import Outbox, event_of, lane_of
 from mainstay.events.errors import RefusedError
 from mainstay.events.metadata import TYPE, Headers
-from mainstay.events.tables import unpack_headers
+from mainstay.events.tables import headers_of
 
 __all__ = ["RefusedEvent", "RefusedEvents"]
 
@@ -25,7 +28,7 @@ class RefusedEvent:
     Attributes:
         id: its number in the outbox.
         topic, key, value, headers: as it was sent.
-        reason: what the broker said.
+        reason: what the broker said, or why it cannot be read.
         published_at: when it was written to the outbox.
     """
 
@@ -64,7 +67,7 @@ class RefusedEvents:
                 row.topic,
                 row.key,
                 row.value,
-                unpack_headers(row.headers),
+                headers_of(row.headers),
                 row.reason,
                 datetime.fromtimestamp(row.created_at, UTC),
             )
@@ -75,10 +78,14 @@ class RefusedEvents:
         """Send one again, behind what was published meanwhile: the topic takes it now.
 
         Raises:
-            RefusedError: there is none with this id (any more).
+            RefusedError: there is none with this id (any more), or it cannot be read.
         """
         rows = await self._database.read(tables.GET_REFUSED, {"row": id})
-        lane = lane_of(event_of(rows[0])) if rows else 0
+        try:
+            lane = lane_of(event_of(rows[0])) if rows else 0
+        except ValueError as error:
+            msg = f"refused event {id} cannot be sent: its headers cannot be read: {error}; discard it"
+            raise RefusedError(msg) from error
         async with self._database.transaction() as session:
             if rows:
                 await session.execute(tables.TRY_REFUSED, {"row": id, "lane": lane})

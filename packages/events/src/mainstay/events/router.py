@@ -528,8 +528,8 @@ def _check_limits(concurrency: int | None, order: Order, on_failure: OnFailure |
     if order == "none" and on_failure == "park":
         msg = "on(order='none', on_failure='park'): a parked key keeps an order that is not asked for: leave one out"
         raise ValueError(msg)
-    if concurrency is not None and concurrency < 1:
-        msg = f"on(concurrency={concurrency!r}): at least 1 call at once"
+    if concurrency is not None and (type(concurrency) is not int or concurrency < 1):
+        msg = f"on(concurrency={concurrency!r}): it is a whole number, at least 1 call at once"
         raise ValueError(msg)
 
 

@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mainstay.database import Schema, database_now
-from mainstay.events.metadata import Headers
+from mainstay.events.metadata import UNREADABLE, Headers
 
 __all__ = ["SCHEMA"]
 
@@ -260,9 +260,29 @@ def pack_headers(headers: Headers) -> str:
 
 
 def unpack_headers(text: str) -> Headers:
-    """What `pack_headers` was given."""
-    pairs: list[tuple[str, str | None]] = json.loads(text)
-    return [(name, None if value is None else value.encode("latin-1")) for name, value in pairs]
+    """What `pack_headers` was given.
+
+    Raises:
+        ValueError: the text is nothing of the kind.
+    """
+    try:
+        pairs: list[tuple[object, str | None]] = json.loads(text)
+        headers = [(name, None if value is None else value.encode("latin-1")) for name, value in pairs]
+    except (TypeError, AttributeError) as error:
+        msg = f"no list of headers: {error}"
+        raise ValueError(msg) from error
+    if not all(isinstance(name, str) for name, _ in headers):
+        msg = "no list of headers: a name is not text"
+        raise ValueError(msg)
+    return cast("Headers", headers)
+
+
+def headers_of(text: str) -> Headers:
+    """The same; of what cannot be read, the header that says so."""
+    try:
+        return unpack_headers(text)
+    except ValueError as error:
+        return [(UNREADABLE, f"the headers in the table cannot be read: {error}".encode())]
 
 
 def _binds(table: sa.Table, *names: str) -> dict[str, sa.BindParameter[Any]]:

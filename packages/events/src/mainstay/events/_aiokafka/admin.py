@@ -75,11 +75,16 @@ class AiokafkaAdmin:
                 raise failure
         return not any(codes)
 
-    async def config(self, topic: str) -> Mapping[str, str]:
+    async def configs(self, topics: Collection[str]) -> Mapping[str, Mapping[str, str]]:
         """See `Admin`."""
-        (answer,) = await self._admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-        found: Any = answer
-        return {entry[0]: entry[1] for resource in found.resources if not resource[0] for entry in resource[4]}
+        wanted = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics]
+        answers = cast("list[Any]", await self._admin.describe_configs(wanted))
+        return {
+            name: {entry[0]: entry[1] for entry in entries}
+            for answer in answers
+            for code, _, _, name, entries in answer.resources
+            if not code
+        }
 
     async def groups(self) -> set[str]:
         """See `Admin`."""

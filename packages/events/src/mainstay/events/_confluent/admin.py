@@ -104,17 +104,22 @@ class ConfluentAdmin:
             return False
         return True
 
-    async def config(self, topic: str) -> Mapping[str, str]:
+    async def configs(self, topics: Collection[str]) -> Mapping[str, Mapping[str, str]]:
         """See `Admin`."""
-        resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
-        (asked,) = (await self._connected()).describe_configs([resource], request_timeout=REQUEST_SECONDS).values()
-        try:
-            found: Any = await answer(asked)
-        except KafkaException as error:
-            if error.args[0].code() in _NOT_ALLOWED:
-                return {}
-            raise fault_of(error, f"topic {topic}") from error
-        return {name: entry.value for name, entry in found.items()}
+        wanted = [ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics]
+        if not wanted:
+            return {}
+        asked = (await self._connected()).describe_configs(wanted, request_timeout=REQUEST_SECONDS)
+        found: dict[str, Mapping[str, str]] = {}
+        for resource, future in asked.items():
+            try:
+                entries: Any = await answer(future)
+            except KafkaException as error:
+                if error.args[0].code() not in _NOT_ALLOWED:
+                    raise fault_of(error, f"topic {resource.name}") from error
+            else:
+                found[resource.name] = {name: entry.value for name, entry in entries.items()}
+        return found
 
     async def groups(self) -> set[str]:
         """See `Admin`."""

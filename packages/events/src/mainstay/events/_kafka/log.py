@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Admin, Browser, Client, Contact
-from mainstay.events._log import Behind, Extent, Page, Partition, Places, Reading, Stored, Topic
+from mainstay.events._log import Behind, Extent, Member, Page, Partition, Places, Reading, Stored, Topic
 from mainstay.events._sparing import said
 from mainstay.events.errors import TransportError
 
@@ -89,10 +89,11 @@ class KafkaLog:
             found.setdefault(topic, {})[number] = extent
         topics: dict[str, Topic] = {}
         async with self._asking() as admin:
-            for topic, extents in found.items():
-                config = await admin.config(topic)
-                policies = config.get("cleanup.policy", "delete").split(",")
-                topics[topic] = Topic(extents, _keeps(config), compacted="compact" in policies)
+            configs = await admin.configs(found.keys())
+        for topic, extents in found.items():
+            config = configs.get(topic, {})
+            policies = config.get("cleanup.policy", "delete").split(",")
+            topics[topic] = Topic(extents, _keeps(config), compacted="compact" in policies)
         return topics
 
     async def end(self, topics: Collection[str]) -> Places:
@@ -138,18 +139,20 @@ class KafkaLog:
         """See `Log`. A group that is not told of is there, and its state says why."""
         places = asyncio.Semaphore(_AT_ONCE)
 
-        async def asked(admin: Admin, group: str) -> Reading:
+        async def asked(admin: Admin, group: str) -> _Told:
             async with places:
                 try:
-                    return await _reading(admin, group)
+                    return _Told(*await admin.members(group), await admin.committed(group))
                 except self._client.away as error:
-                    return Reading(f"not told of: {said(error)}", (), frozenset(), {})
+                    return _Told(f"not told of: {said(error)}", (), {})
 
         async with self._asking() as admin:
             there = await admin.groups()
             wanted = self._called(there) if names is None else self._meant(there, names)
             found = await asyncio.gather(*(asked(admin, group) for group in wanted.values()))
-        return dict(zip(wanted, found, strict=True))
+            # Once for all groups: aiokafka answers that by the whole cluster's topics.
+            widths = await admin.widths(sorted({topic for told in found for topic in told.topics}))
+        return {name: told.reading(widths) for name, told in zip(wanted, found, strict=True)}
 
     def _called(self, there: Collection[str]) -> Mapping[str, str]:
         """All groups, those of this service by the names that its handlers say, and what the cluster calls each."""
@@ -190,14 +193,24 @@ class KafkaLog:
         }
 
 
-async def _reading(admin: Admin, group: str) -> Reading:
-    state, members = await admin.members(group)
-    committed = await admin.committed(group)
-    topics = {topic for topic, _ in committed} | {topic for each in members for topic, _ in each.partitions}
-    widths = await admin.widths(sorted(topics))
-    places = {(topic, number): 0 for topic, width in widths.items() for number in range(width)}
-    places |= {each: offset for each, offset in committed.items() if each in places}
-    return Reading(state, members, frozenset(topics), places)
+class _Told(NamedTuple):
+    """What the cluster tells of a group."""
+
+    state: str
+    members: Sequence[Member]
+    committed: Mapping[Partition, int]
+
+    @property
+    def topics(self) -> frozenset[str]:
+        """Those that it reads or has read."""
+        held = {topic for each in self.members for topic, _ in each.partitions}
+        return frozenset(held | {topic for topic, _ in self.committed})
+
+    def reading(self, widths: Mapping[str, int]) -> Reading:
+        """How far it is, by the number of partitions of each topic."""
+        places = {(topic, number): 0 for topic in self.topics for number in range(widths.get(topic, 0))}
+        places |= {each: offset for each, offset in self.committed.items() if each in places}
+        return Reading(self.state, self.members, self.topics, places)
 
 
 def _keeps(config: Mapping[str, str]) -> float | None:

@@ -114,8 +114,8 @@ class Admin(Protocol):
         """
         ...
 
-    async def config(self, topic: str) -> Mapping[str, str]:
-        """The configuration of a topic; nothing where this service may not see it."""
+    async def configs(self, topics: Collection[str]) -> Mapping[str, Mapping[str, str]]:
+        """The configurations of topics, without those that this service may not see."""
         ...
 
     async def groups(self) -> set[str]:
