@@ -23,6 +23,7 @@ from mainstay.events.tables import LOG, OUTBOX, PARKED, SCHEDULED
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, Postgres, fresh_database
 from mainstay_servers.frozen import frozen
+from mainstay_servers.process import free_port
 from packages.events.tests import worker
 from packages.events.tests.worker import EFFECTS, REPAIRED, Step, service
 
@@ -540,12 +541,33 @@ async def test_a_broker_restart_under_load_loses_and_reorders_nothing(
         restarting = asyncio.create_task(asyncio.to_thread(_power_cut, broker))
         number = 10
         while not restarting.done():
-            await publish(app, keys=6, each=number + 1, start=number)
-            number += 1
+            if number < 40:  # as much as there is to do afterwards must not grow with the time that a start takes
+                await publish(app, keys=6, each=number + 1, start=number)
+                number += 1
             await asyncio.sleep(0.05)
         await restarting
         done = await wait_for(app, 6 * number)
         exactly_once_and_in_order(done, keys=6, each=number)
+
+
+async def test_a_broker_that_comes_back_at_another_address_of_the_settings_is_found(
+    broker: Kafka, own_options: dict[str, Any]
+) -> None:
+    """As after a replacement of all brokers: none of those that the clients have learnt is there any more."""
+    other = free_port()
+    own_options["events"]["kafka_servers"] += f",127.0.0.1:{other}"
+    holder: list[App] = []
+    app = service(own_options, worker.recorder(own_options, holder))
+    holder.append(app)
+    async with app.running(serve=True):
+        await prepare(app)
+        await publish(app, keys=4, each=5)
+        await wait_for(app, 20)
+        await asyncio.to_thread(broker.kill)
+        broker.move(other)
+        await asyncio.to_thread(broker.start)
+        await publish(app, keys=4, each=10, start=5)
+        exactly_once_and_in_order(await wait_for(app, 40), keys=4, each=10)
 
 
 @pytest.mark.usefixtures("soon_abandoned")

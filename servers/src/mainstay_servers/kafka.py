@@ -85,6 +85,12 @@ metadata.max.idle.interval.ms=5000
         tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "--standalone")
         self.run_once(*self._java(), *tool, *self.more_format_arguments(), "-c", str(properties))
 
+    def move(self, port: int) -> None:
+        """Have it listen at another port, and say so to its clients, from its next start on; it must not run."""
+        properties = self.directory / "server.properties"
+        properties.write_text(properties.read_text().replace(f"//127.0.0.1:{self.port}", f"//127.0.0.1:{port}"))
+        self.port = port
+
     def command(self) -> Sequence[str]:
         """Return the command of the broker."""
         return [*self._java("-Xms256m", "-Xmx512m"), "kafka.Kafka", str(self.directory / "server.properties")]

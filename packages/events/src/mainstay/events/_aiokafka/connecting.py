@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Sequence
 from typing import Any
 
 from aiokafka.client import AIOKafkaClient, ConnectionGroup
@@ -75,23 +76,7 @@ class NamingClient(AIOKafkaClient):  # type: ignore[misc]  # aiokafka ships no t
         Raises:
             UnreachableError: none does; for the reason that the last one gave.
         """
-        failure = UnreachableError("there is no address of a broker")
-        for host, port, _ in self.hosts:
-            try:
-                connection = await self._open(host, port, on_close=None)
-                try:
-                    metadata = await connection.send(MetadataRequest([]))
-                except BaseException:
-                    connection.close()
-                    raise
-            except UnreachableError as error:
-                failure = error
-            except _FAILED as error:
-                failure = self._unreachable(error, host, port)
-            else:
-                break
-        else:
-            raise failure
+        connection, metadata = await self._ask_first(self.hosts, MetadataRequest([]))
         self.cluster.update_metadata(metadata)
         if self.cluster.brokers():
             connection.close()
@@ -99,6 +84,41 @@ class NamingClient(AIOKafkaClient):  # type: ignore[misc]  # aiokafka ships no t
             self._conns["bootstrap", ConnectionGroup.DEFAULT] = connection
         if self._sync_task is None:
             self._sync_task = asyncio.create_task(self._md_synchronizer())
+
+    async def _ask_first(self, hosts: Sequence[tuple[str, int, Any]], request: Any) -> tuple[_Connection, Any]:
+        failure = UnreachableError("there is no address of a broker")
+        for host, port, _ in hosts:
+            try:
+                connection = await self._open(host, port, on_close=None)
+                try:
+                    return connection, await connection.send(request)
+                except BaseException:
+                    connection.close()
+                    raise
+            except UnreachableError as error:
+                failure = error
+            except _FAILED as error:
+                failure = self._unreachable(error, host, port)
+        raise failure
+
+    async def _metadata_update(self, cluster_metadata: Any, topics: Any) -> bool:
+        """Ask the brokers that are known, and where none of them answers the addresses of the settings again.
+
+        Aiokafka asks those when it starts and never again: it would not find brokers that came back elsewhere.
+        """
+        if await super()._metadata_update(cluster_metadata, topics):
+            return True
+        asked = {(broker.host, broker.port) for broker in self.cluster.brokers()}
+        others = [each for each in self.hosts if each[:2] not in asked]
+        try:
+            connection, metadata = await self._ask_first(others, MetadataRequest(list(topics or ()) or None))
+        except UnreachableError:
+            return False
+        connection.close()
+        if not metadata.brokers:
+            return False
+        cluster_metadata.update_metadata(metadata)
+        return True
 
     async def _get_conn(self, node_id: Any, *, group: Any = ConnectionGroup.DEFAULT, no_hint: bool = False) -> Any:  # noqa: ARG002  aiokafka's own
         place = (node_id, group)
