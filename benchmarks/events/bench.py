@@ -95,7 +95,7 @@ def records(count: int) -> list[ConsumerRecord]:
     made = []
     for number, event in enumerate(events(count)):
         shared = envelope(time=datetime.now(UTC), source="bench", context=Context(correlation_id=str(uuid.uuid4())))
-        out = encode(event, id=uuid.uuid4(), topic="bench", shared=shared)
+        out = encode(event, id=str(uuid.uuid4()), topic="bench", shared=shared)
         place = number % PARTITIONS
         sizes = (len(out.key or b""), len(out.value or b""))
         made.append(

@@ -36,7 +36,7 @@ def record(
     from uuid import UUID
 
     shared = envelope(time=datetime.now(UTC), source="test", context=Context(correlation_id=f"c{number}"))
-    out = encode(Made(name=name, number=number), id=UUID(int=number), topic="dispatch", shared=shared)
+    out = encode(Made(name=name, number=number), id=str(UUID(int=number)), topic="dispatch", shared=shared)
     named = [(header, headers.pop(header, value)) for header, value in out.headers]
     return LogRecord(
         "dispatch", 0, number if offset is None else offset, out.key if key == b"" else key, out.value,

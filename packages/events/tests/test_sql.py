@@ -71,7 +71,7 @@ async def insert(connection: AsyncConnection, number: int, name: str = "same") -
     from mainstay.core import Context, uuid7
 
     shared = envelope(time=datetime.now(UTC), source="t", context=Context())
-    out = encode(Line(name=name, number=number), id=uuid7(), topic="sql", shared=shared)
+    out = encode(Line(name=name, number=number), id=str(uuid7()), topic="sql", shared=shared)
     row = {"topic": "sql", "partition": 0, "key": out.key, "value": out.value, "headers": pack_headers(out.headers)}
     await connection.execute(INSERT_LOG, row)
 

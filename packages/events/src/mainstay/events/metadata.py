@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
-from uuid import UUID
 
 from mainstay.core import Context
 from mainstay.events._codec import codec_of
-from mainstay.events.event import Event, EventDefinition, Version
+from mainstay.events.event import Event, Version, definition_of
 
 __all__ = ["Metadata"]
 
@@ -98,8 +97,10 @@ class Outgoing(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of key, value and headers."""
-        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
-        return len(self.value or b"") + len(self.key or b"") + headers
+        size = len(self.value or b"") + len(self.key or b"")
+        for name, value in self.headers:  # a generator would cost four times as much, for each event
+            size += len(name) + len(value or b"")
+        return size
 
 
 class Metadata:
@@ -269,8 +270,9 @@ def envelope(*, time: datetime, source: str, context: Context) -> Envelope:
 
 
 @cache
-def _label(definition: EventDefinition) -> Headers:
+def _label(event: type[Event]) -> Headers:
     """What all events of a class have in common; the type first, since readers look for it."""
+    definition = definition_of(event)
     return [
         (TYPE, definition.type.encode()),
         (VERSION, str(definition.version).encode()),
@@ -279,16 +281,16 @@ def _label(definition: EventDefinition) -> Headers:
     ]
 
 
-def encode(event: Event, *, id: UUID, topic: str, shared: Envelope) -> Outgoing:
+def encode(event: Event, *, id: str, topic: str, shared: Envelope) -> Outgoing:
     """An event in its wire form.
 
     Raises:
         TypeError: it is no event with a type, or JSON cannot hold a value of it.
     """
     codec = codec_of(type(event))
-    written = str(id).encode()
+    written = id.encode()
     correlation = (CORRELATION, shared.correlation_id or written)
-    headers = [*_label(codec.definition), (ID, written), correlation, *shared.headers]
+    headers = [*_label(type(event)), (ID, written), correlation, *shared.headers]
     value = codec.write(event)  # first, since it names the field that cannot be written
     return Outgoing(topic, codec.key(event), value, headers)
 

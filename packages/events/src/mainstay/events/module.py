@@ -325,7 +325,8 @@ async def _transport(
     services.append(kafka)
     if not settings.writes_database:
         await kafka.producer.connect()
-        direct = _kafka.Direct(kafka.producer, partial(_database_of, app))
+        has_database = any(isinstance(module, DatabaseModule) for module in app.modules)
+        direct = _kafka.Direct(kafka.producer, partial(_database_of, app) if has_database else None)
         return direct.send, kafka, kafka.letters(), None
     assert database is not None  # noqa: S101  required
     outbox = Outbox(database, _kafka.check_size)

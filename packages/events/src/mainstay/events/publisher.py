@@ -106,7 +106,7 @@ class EventPublisher:
             for event in events:
                 codec_of(type(event)).compare(event)
 
-        ids: list[UUID] = []
+        ids: list[str] = []
 
         async def effect(key: str | None) -> None:
             began = self._clock.monotonic()
@@ -121,20 +121,22 @@ class EventPublisher:
             for definition in definitions:
                 published(definition.type).inc()
 
-        name = f"publish:{','.join(dict.fromkeys(definition.type for definition in definitions))}"
+        types = dict.fromkeys([definition.type for definition in definitions])
         arguments = events if due is None else (events, due)
-        key = await once(name, effect, transactional=self._transactional, arguments=lambda: arguments)
-        return [str(id_) for id_ in ids or _ids(key, len(events))]  # none were made where a replay published nothing
+        key = await once(
+            f"publish:{','.join(types)}", effect, transactional=self._transactional, arguments=lambda: arguments
+        )
+        return ids or _ids(key, len(events))  # none were made where a replay published nothing
 
-    async def _hand_over(self, batch: Sequence[Outgoing], ids: Sequence[UUID], due: Due | None) -> None:
+    async def _hand_over(self, batch: Sequence[Outgoing], ids: Sequence[str], due: Due | None) -> None:
         if due is None or self._schedule is None:
             await self._send(batch)
             return
         for id_, event in zip(ids, batch, strict=True):
-            await self._schedule.add(id_, event, due)
+            await self._schedule.add(UUID(id_), event, due)
 
     def _encoded(
-        self, events: Sequence[Event], definitions: Sequence[EventDefinition], ids: Sequence[UUID], context: Context
+        self, events: Sequence[Event], definitions: Sequence[EventDefinition], ids: Sequence[str], context: Context
     ) -> list[Outgoing]:
         settings = self._settings
         shared = envelope(time=self._clock.now(), source=settings.source, context=context)
@@ -144,6 +146,6 @@ class EventPublisher:
         ]
 
 
-def _ids(key: str | None, count: int) -> list[UUID]:
+def _ids(key: str | None, count: int) -> list[str]:
     """Ids for events: new ones, or those that a step of a workflow always gives them."""
-    return [uuid7() if key is None else derived_id(f"{key}:{index}") for index in range(count)]
+    return [str(uuid7() if key is None else derived_id(f"{key}:{index}")) for index in range(count)]

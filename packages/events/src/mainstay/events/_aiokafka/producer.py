@@ -176,6 +176,10 @@ class KafkaProducer:
         options = connection(self._contact, "producer", "direct", **_OURS, linger_ms=5, max_batch_size=_BATCH_BYTES)
         return await spawn(self._new(options), name="events.producer")
 
+    def _usable(self, topic: str) -> AIOKafkaProducer | None:
+        """The producer of a topic, None while one is being made."""
+        return None if self._starting.locked() else self._own.get(topic, self._shared)
+
     async def _producer_of(self, topic: str | None) -> AIOKafkaProducer:
         async with self._starting:
             if topic in self._own:
@@ -198,13 +202,16 @@ class KafkaProducer:
                 await self._topics.ensure(topic)
                 left = batch
                 while left:
-                    producer = await self._producer_of(topic)
+                    producer = self._usable(topic) or await self._producer_of(topic)
                     confirmations: list[Awaitable[object]] = []
                     # Enqueued one after the other, awaited together: awaiting each would cost a round trip an event.
                     for key, value, headers in left:
                         sent = True
                         confirmations.append(await producer.send(topic, value, key=key, headers=headers))
-                    left = await self._behind_a_hole(topic, producer, left, confirmations)
+                    answers = await _answers(confirmations)
+                    left = _behind_a_hole(left, answers)
+                    if left:
+                        await self._part(topic, producer)
         except self._topics.away as error:
             # What timed out is tried on by the client, in order; what was refused has left a hole in the numbers.
             if producer is not None and isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError):
@@ -216,26 +223,6 @@ class KafkaProducer:
             alone = len(batch) == 1 and isinstance(error, _NOT_THIS_RECORD)
             raise kind(msg, no_effect=alone or not sent, retryable=not isinstance(error, _NOT_THIS_RECORD)) from error
         self._contact.made()
-
-    async def _behind_a_hole(
-        self,
-        topic: str,
-        producer: AIOKafkaProducer,
-        batch: Sequence[Payload],
-        confirmations: Sequence[Awaitable[object]],
-    ) -> Sequence[Payload]:
-        """What is left to send: records that were refused only since one before them left a hole in the numbers.
-
-        They are sent again, by another producer. Raises what else the broker answers.
-        """
-        answers = await asyncio.gather(*confirmations, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, OutOfOrderSequenceNumber):
-                raise answer
-        left = [each for each, answer in zip(batch, answers, strict=True) if isinstance(answer, BaseException)]
-        if left:
-            await self._part(topic, producer)
-        return left
 
     async def _part(self, topic: str, refused: AIOKafkaProducer) -> None:
         """Give a topic that was refused a producer of its own; what others have in the shared one goes on."""
@@ -332,6 +319,32 @@ class Carrier:
             _discard(connection_)
             connection_.close()
         self._end(ended("a Kafka producer", self._producer._sender.close(), client))
+
+
+def _behind_a_hole(batch: Sequence[Payload], answers: Sequence[object]) -> Sequence[Payload]:
+    """The records that were refused only since one before them left a hole in the numbers: they are sent again.
+
+    Raises what else the broker answered.
+    """
+    failed = [each for each in answers if isinstance(each, BaseException)]
+    for error in failed:
+        if not isinstance(error, OutOfOrderSequenceNumber):
+            raise error
+    return (
+        [each for each, answer in zip(batch, answers, strict=True) if isinstance(answer, BaseException)]
+        if failed
+        else ()
+    )
+
+
+async def _answers(confirmations: Sequence[Awaitable[object]]) -> Sequence[object]:
+    """What became of each: anything, or an error."""
+    if len(confirmations) > 1:
+        return await asyncio.gather(*confirmations, return_exceptions=True)
+    try:
+        return [await confirmations[0]]  # to gather a single one costs as much as to send it
+    except Exception as error:  # noqa: BLE001  the caller sorts them
+        return [error]
 
 
 def _socket_of(connection_: Any) -> socket.socket | None:

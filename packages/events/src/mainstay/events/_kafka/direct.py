@@ -19,10 +19,10 @@ class Direct:
 
     Args:
         producer: to the cluster.
-        database: asked for at each send.
+        database: asked for at each send; None where the App has none.
     """
 
-    def __init__(self, producer: Producer, database: Callable[[], Database | None]) -> None:
+    def __init__(self, producer: Producer, database: Callable[[], Database | None] | None) -> None:
         self._producer = producer
         self._database = database
 
@@ -32,7 +32,7 @@ class Direct:
         Raises:
             PublishError: inside a unit of work, which may still roll back; or the broker did not confirm.
         """
-        database = self._database()
+        database = None if self._database is None else self._database()
         if database is not None and database.in_unit_of_work():
             msg = (
                 "publish() inside db.transaction() with outbox=False: the event would be out even if the transaction "
@@ -44,12 +44,16 @@ class Direct:
         by_topic: dict[str, list[Payload]] = {}
         for event in batch:
             by_topic.setdefault(event.topic, []).append((event.key, event.value, event.headers))
+        if len(by_topic) == 1:  # almost always, and a task for each costs as much as all the rest
+            ((topic, records),) = by_topic.items()
+            await self._producer.send(topic, records)
+            return
         outcomes = await asyncio.gather(
             *(self._producer.send(topic, records) for topic, records in by_topic.items()), return_exceptions=True
         )
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
-                if isinstance(outcome, PublishError) and len(outcomes) > 1:
+                if isinstance(outcome, PublishError):
                     outcome.no_effect = False  # the other topics may have theirs
                 raise outcome
 

@@ -248,7 +248,7 @@ class TransportContract:
         async with self.serving(events) as app:
             await events.publish(Placed(order="a", number=1))
             shared = envelope(time=datetime.now(UTC), source="x", context=Context())
-            good = encode(Placed(order="a"), id=uuid4(), topic=f"{self.prefix}-contract", shared=shared)
+            good = encode(Placed(order="a"), id=str(uuid4()), topic=f"{self.prefix}-contract", shared=shared)
             newer = [(name, b"2.0" if name == "ce_dataversion" else value) for name, value in good.headers]
             poison = [
                 good._replace(value=b"\xff\xfe not json", headers=[*good.headers, ("x-raw", b"\x80\xff")]),

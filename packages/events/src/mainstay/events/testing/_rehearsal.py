@@ -33,7 +33,7 @@ def metadata_of(event: Event, *, group: str = "test", attempt: int = 1, context:
     codec_of(type(event)).compare(event)
     outgoing = encode(
         event,
-        id=uuid7(),
+        id=str(uuid7()),
         topic=EventsSettings(transport="memory").topic_of(definition_of(type(event))),
         shared=envelope(time=datetime.now(UTC), source="test", context=current() if context is None else context),
     )
