@@ -57,7 +57,7 @@ async def test_a_hundred_thousand_events_leave_nothing_behind(caplog: pytest.Log
     )
     assignments = [Assignment("memory", number) for number in range(4)]
     shared = envelope(time=datetime.now(UTC), source="test", context=Context())
-    headers = encode(Passed(number=0), id=UUID(int=0), topic="memory", shared=shared).headers
+    headers = encode(Passed(number=0), id=str(UUID(int=0)), topic="memory", shared=shared).headers
 
     def record(number: int) -> LogRecord:
         text = b"%d" % number
