@@ -72,9 +72,10 @@ transaction.state.log.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
-# A killed broker registers again only when its session has ended: with the defaults a restart takes 12 s.
-broker.session.timeout.ms=1000
-broker.heartbeat.interval.ms=200
+# A killed broker registers again only when its session has ended: with the defaults a restart takes 12 s. With one
+# second a broker on a busy machine lost it again and again, and with it all leaders and coordinators.
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=300
 # How often an idle controller writes that there is nothing to write; twice a second is a quarter of what it does.
 metadata.max.idle.interval.ms=5000
 {self.more_properties()}
