@@ -1,7 +1,8 @@
 """Events that end their process: counted over its ends, given up after some; a kill is held against no healthy one."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from pydantic import SecretStr
 from mainstay.core import App, Retry
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
-from mainstay.events import DeadLetters, EventPublisher, EventsModule, EventsSettings, ParkedKeys
+from mainstay.events import DeadLetters, EventPublisher, EventsModule, EventsSettings, ParkedKeys, Pause
 from mainstay.events._careful import CarefulReading
 from mainstay.events._crashes import Crashes, Holding
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._failure import Failures
-from mainstay.events._routes import Route
+from mainstay.events._pausing import Pausing
+from mainstay.events._routes import Limits, Route
 from mainstay.events._transport import LogRecord
 from mainstay.events.tables import HOLDERS
 from packages.events.tests.test_faults import processes
@@ -249,3 +251,94 @@ async def test_a_call_that_is_over_is_noted_before_another_partition_calls(sqlit
         assert await asked is False
         await reading.task
         await dispatcher.stop()
+
+
+class Wards:
+    """A partition that is read carefully, by a dispatcher whose handler has one place."""
+
+    def __init__(self, app: App, crashes: Crashes, partition: Assignment) -> None:
+        self.database = app.get(Database)
+        self.noted_at_the_call: list[bool] = []
+        self.gates = {"other": asyncio.Event()}
+        route = Route("fault.step", "g")
+        route.reads(Step, self._handle, wants_metadata=False, retry=Retry(), limits=Limits(1, in_order=True))
+        clock = App().clock
+        failures = Failures("g", bury=self._bury, clock=clock)
+        self.dispatcher = Dispatcher("g", {"fault.step": route}, concurrency=4, failures=failures, clock=clock)
+        self.partition = partition
+        self.alone = crashes.alone
+        self.reading: CarefulReading | None = None
+        self._crashes, self._clock = crashes, clock
+
+    async def _handle(self, event: Step) -> None:
+        if event.key in self.gates:
+            await self.gates[event.key].wait()
+        else:
+            self.noted_at_the_call.append(await self.is_noted())
+
+    async def _bury(self, _delivery: Delivery, _error: Exception) -> None:
+        raise AssertionError
+
+    async def is_noted(self) -> bool:
+        """Whether an event is noted as called."""
+        row = (await self.database.read(sa.select(HOLDERS)))[0]
+        return bool(row.calling)
+
+    async def read_carefully(self) -> CarefulReading:
+        """Begin to read one event of the partition."""
+        (holding,) = (await self._crashes.take("g", [self.partition])).values()
+        await self._crashes.begin({holding: step(0, "k", 0)})
+        self.reading = CarefulReading(
+            "g", holding, crashes=self._crashes, dispatcher=self.dispatcher, events=1, ended=lambda: None,
+            clock=self._clock,
+        )  # fmt: skip
+        return self.reading
+
+
+def step(partition: int, key: str, number: int) -> LogRecord:
+    """An event."""
+    value = b'{"key":"%b","number":%d}' % (key.encode(), number)
+    return LogRecord("t", partition, number, key.encode(), value, [("ce_type", b"fault.step")])
+
+
+@pytest.fixture
+async def wards(sqlite_url: str) -> AsyncGenerator[Wards]:
+    """One of them."""
+    database = DatabaseModule.for_root(DatabaseSettings(url=SecretStr(sqlite_url)))
+    async with App(database, EventsModule.for_root(EventsSettings())) as app:
+        made = Wards(app, Crashes(app.get(Database), 3), Assignment("t", 0))
+        yield made
+        if made.reading is not None:
+            made.reading.task.cancel()
+            await asyncio.wait((made.reading.task,))
+        await made.dispatcher.stop()
+
+
+async def test_what_waits_for_a_place_is_not_noted_as_called(wards: Wards) -> None:
+    """A process that ends meanwhile ends of something else, and an event that was not called is not to blame."""
+    wards.dispatcher.feed(Assignment("t", 1), [step(1, "other", 0)])
+    reading = await wards.read_carefully()
+    reading.add([step(0, "k", 0)])
+    await eventually(lambda: len(wards.partition.window) == 1, what="the event to wait for the place")
+    assert not await wards.is_noted()
+    wards.gates["other"].set()
+    await reading.task
+    assert wards.noted_at_the_call == [True]
+    assert not await wards.is_noted()
+
+
+async def test_what_a_pause_holds_back_is_not_noted_as_called(wards: Wards) -> None:
+    """A person pauses the group while the event waits for its turn; whatever ends the process then is not the event."""
+    reading = await wards.read_carefully()
+    paused = Pausing(wards.database, "g")
+    async with wards.alone:
+        reading.add([step(0, "k", 0)])
+        await asyncio.sleep(0)  # it asks for its turn
+        paused.whole = Pause("g", None, None, "ann", "it burns", datetime.now(UTC))
+        wards.dispatcher.heed(paused)
+    await eventually(lambda: len(wards.partition.window) == 1, what="the event to be held back")
+    assert not await wards.is_noted()
+    paused.whole = None
+    wards.dispatcher.heed(paused)
+    await reading.task
+    assert wards.noted_at_the_call == [True]

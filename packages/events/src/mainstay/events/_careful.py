@@ -59,6 +59,7 @@ class CarefulReading:
         self._clock = clock
         self._waiting: deque[Record] = deque()
         self._more = asyncio.Event()
+        self._called_at: float | None = None  # what is handed out now
         self.task = spawn(self._read(), name=f"events.{group}.careful")
 
     @property
@@ -98,17 +99,21 @@ class CarefulReading:
             return
         if suspect is not None:
             await self._wait_without(record, suspect)
+        delivery = Delivery(self._assignment, record)
+        delivery.before_call = partial(self._note_call, record)
         async with self._crashes.alone:
-            await self._noted(partial(self._holding.calls, record))
-            if not self._assignment.open:
-                return
-            delivery = Delivery(self._assignment, record)
+            self._called_at = None
             self._dispatcher.feed_one(delivery)
             if await self._called(delivery, _ALONE_SECONDS):
                 await self._noted(self._holding.rests)  # before another partition's call begins, which may be the one
                 return
         await self._called(delivery, None)
         await self._noted(self._holding.rests)
+
+    async def _note_call(self, record: Record) -> None:
+        """Note that an event is called now: while it waits for a place, or for a person, it ends no process."""
+        await self._noted(partial(self._holding.calls, record))
+        self._called_at = self._clock.monotonic()
 
     async def _refuse(self, record: Record, crashes: int) -> None:
         delivery = Delivery(self._assignment, record)
@@ -132,13 +137,15 @@ class CarefulReading:
         began = self._clock.monotonic()
         note_at = 1.0
         while self._assignment.open and not self._is_over(delivery):
-            lasted = self._clock.monotonic() - began
-            if seconds is not None and lasted >= seconds:
+            now = self._clock.monotonic()
+            if seconds is not None and now - began >= seconds:
                 return False
+            lasted = 0.0 if self._called_at is None else now - self._called_at
             if lasted >= note_at:
                 note_at = 2 * lasted
                 await self._noted(partial(self._holding.calls, delivery.record, lasted))
             await self._dispatcher.progress(0.5)
+        delivery.before_call = None  # what is called only later holds up nothing, and is not noted
         return True
 
     def _is_over(self, delivery: Delivery) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 from uuid import UUID
 
@@ -130,6 +130,7 @@ class Delivery:
         "aged",
         "assignment",
         "attempt",
+        "before_call",
         "began_at",
         "done",
         "error",
@@ -152,6 +153,7 @@ class Delivery:
         self.done = False
         self.kept = False  # it stays the first of the queue of its parked key
         self.attempt = 1
+        self.before_call: Callable[[], Awaitable[None]] | None = None  # once, when nothing is left to wait for
         self.postponed = 0
         self.later = 0  # how many of the delays of a `RetryLater` it has been given
         self.waited = 0.0

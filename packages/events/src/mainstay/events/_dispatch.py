@@ -252,6 +252,8 @@ class Dispatcher:
                             if not calls % _TURNS:
                                 await asyncio.sleep(0)
                             continue
+                if handling and delivery and delivery.before_call and not await self._places.begin(caller, delivery):
+                    break
                 clean = True
                 if route is not None and handling is not None:
                     try:

@@ -80,6 +80,16 @@ class Places:
         caller.place = limits
         return delivery
 
+    async def begin(self, caller: Caller, delivery: Delivery) -> bool:
+        """Do what comes before a call that waits for nothing else; False where its partition was given up meanwhile."""
+        before_call, delivery.before_call = delivery.before_call, None
+        if before_call is not None:
+            await before_call()
+        if not delivery.assignment.open:
+            self.leave(caller)
+            caller.assignment = None
+        return delivery.assignment.open
+
     def _release(self, delivery: Delivery) -> None:
         """Let what follows of its key be called beside it."""
         key = delivery.record.key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -180,10 +181,21 @@ class Queues:
         if self._crashes is None or row.begun <= _ENDS:
             return await self._ended(queue, self._hand_out(queue, record, row))
         async with self._crashes.alone:
-            if row.crashes < self._crashes.most:
-                await self._parking.may_crash(queue.topic, row.key)
+            if self._dispatcher.held:  # paused meanwhile: others have their turn
+                return Delivery(queue, record)
             refused = ProcessEndedError(row.crashes) if row.crashes >= self._crashes.most else None
-            return await self._ended(queue, self._hand_out(queue, record, row, refused))
+            return await self._ended(queue, self._hand_out(queue, record, row, refused, is_noted=True))
+
+    async def _note_crash(self, queue: Assignment, key: bytes) -> None:
+        """Note that an event is called now, by a process that may end of it; until that is durable it waits."""
+        while queue.open:
+            try:
+                await self._parking.may_crash(queue.topic, key)
+            except Exception as error:  # noqa: BLE001  the database comes back, or the claim ends
+                _log.debug("the call of a parked event cannot be noted, and waits", exc_info=error)
+                await self._dispatcher.progress(_POLL_SECONDS)
+            else:
+                return
 
     async def _ended(self, queue: Assignment, delivery: Delivery) -> Delivery:
         while queue.window and queue.open:
@@ -191,7 +203,13 @@ class Queues:
         return delivery
 
     def _hand_out(
-        self, queue: Assignment, record: LogRecord, row: Any, refused: ProcessEndedError | None = None
+        self,
+        queue: Assignment,
+        record: LogRecord,
+        row: Any,
+        refused: ProcessEndedError | None = None,
+        *,
+        is_noted: bool = False,
     ) -> Delivery:
         delivery = Delivery(queue, record)
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
@@ -199,6 +217,8 @@ class Queues:
         if row.attempt + row.postponed > 1:  # while an event waits for its first call it does not fail
             delivery.aged = row.age
         delivery.refused = refused
+        if is_noted:
+            delivery.before_call = partial(self._note_crash, queue, row.key)
         self._dispatcher.feed_one(delivery)
         return delivery
 
