@@ -230,6 +230,30 @@ async def test_a_deletion_is_known_by_its_key_where_the_row_is_not() -> None:
     assert sorted(event.id for event in seen.all if isinstance(event, CustomerDeleted)) == [7, 8]
 
 
+async def test_a_document_of_mongodb_is_a_row() -> None:
+    """It is a text of JSON in the envelope, digit for digit; its key is such a text, too."""
+    seen = Seen(CustomerChanged, CustomerDeleted)
+    document = json.dumps(f'{{"_id": {{"$oid": "596e"}}, "id": 7, "email": "a\\"b", "credit": {DIGITS}}}')
+    key = rb'{"id": "{\"$oid\": \"596e\"}"}'
+    update = {"updateDescription": '{"updatedFields": "{\\"email\\": 1}"}'}
+    async with in_memory(seen.events) as rehearsal:
+        for value in (
+            change("c", after=document).encode(),
+            change("u", after=document, **update).encode(),
+            change("d", before=document).encode(),
+            None,
+        ):
+            await rehearsal.receive("shop.public.customers", value, key=key)
+        await rehearsal.receive("shop.public.customers", change("d").encode(), key=b'{"id": "8"}')
+        await rehearsal.settled()
+        assert await rehearsal.dead_letters() == []
+    written = CustomerChanged(id=7, email='a"b', credit=Decimal(DIGITS))
+    assert [event for event in seen.all if isinstance(event, CustomerChanged)] == [written, written]
+    gone = sorted(event.id for event in seen.all if isinstance(event, CustomerDeleted))
+    assert gone == [7, 8], "the document's own id, which is no column of the key"
+    assert '{"$oid": "596e"}' in [meta.key for _, meta in seen.seen]
+
+
 UNREADABLE = [
     ("warehouse.stock", b"\xff", "it is not UTF-8"),
     ("warehouse.stock", b"{", "stock.counted cannot be read"),
@@ -247,6 +271,17 @@ UNREADABLE = [
     ("shop.public.customers", b'{"id": 1, "email": "x"}', "are read by Plain"),
     ("shop.public.customers", change("u").encode(), "the change event has no row after"),
     ("shop.public.customers", change("u", after="[]").encode(), "the change event has no row after"),
+    ("shop.public.customers", change("u", after='"[]"').encode(), "the change event has no row after"),
+    ("shop.public.customers", change("u", after='"{1}"').encode(), "the document after is no JSON object"),
+    (
+        "shop.public.customers",
+        change("u", updateDescription='{"updatedFields": "{}"}').encode(),
+        "capture.mode=change_streams_update_full",
+    ),
+    ("shop.public.customers", b'{"ts_ms": 1740477600123}', "heartbeats"),
+    ("shop.public.customers", b'{"status": "BEGIN", "id": "571", "event_count": null}', "transaction"),
+    ("shop.public.customers", b'{"source": {}, "ddl": "ALTER TABLE c", "tableChanges": []}', "schema changes"),
+    ("shop.public.customers", b'{"op": "m", "message": {"prefix": "p", "content": ""}}', "messages"),
     ("shop.public.customers", change("u", after='{"id": "x"}').encode(), "id: Input should be a valid integer"),
 ]
 

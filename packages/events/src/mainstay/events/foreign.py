@@ -160,7 +160,8 @@ class Debezium:
     tells, and the columns of its key. A table that was emptied is `<stem>.truncated`, without fields. The record
     without a value behind each deletion says nothing more and is skipped. In `Metadata.headers`, `ce_op` is Debezium's
     `op`. A column of which Debezium says that it does not know the value is left out: its field has its default and
-    is not in `model_fields_set`.
+    is not in `model_fields_set`. A document of MongoDB, which Debezium writes as text, is a row, too; its numbers and
+    times are in MongoDB's extended JSON.
 
     Args:
         stem: how the types of the events begin.
@@ -181,7 +182,8 @@ class Debezium:
         if what is None:
             msg = (
                 "the value is no change event of Debezium: its op is none of c, u, r, d and t. Rows that were "
-                "unwrapped before they were written are read by Plain"
+                "unwrapped before they were written are read by Plain; heartbeats, messages, schema changes and what "
+                "is said of transactions have topics of their own, unless they are routed to this one"
             )
             raise DecodeError(msg)
         key = _Key(record.key, self.format, schemas)
@@ -189,7 +191,9 @@ class Debezium:
         if what == "changed":
             row = _object(_row(change, "after"))
         elif what == "deleted":
-            row = _object(_row(change, "before", optional=True) | (key.fields() or {}))
+            before = _row(change, "before", optional=True)
+            is_document = change.get("before", "").startswith('"')  # which has its own id, and the key a text of that
+            row = _object(before if is_document else before | (key.fields() or {}))
         return Decoded(f"{self.stem}.{what}", row, key=key.text, time=_time(change), attributes={"op": op})
 
 
@@ -266,6 +270,21 @@ def _row(change: Mapping[str, str], name: str, *, optional: bool = False) -> dic
     said = change.get(name, "null")
     if optional and said == "null":
         return {}
+    if said == "null" and change.get("updateDescription", "null") != "null":
+        msg = (
+            "the change event says what was changed in a document, and not what it is then: have Debezium "
+            "write it by capture.mode=change_streams_update_full. Of a document that was deleted soon after even that "
+            "knows no more: skip this, its deletion follows"
+        )
+        raise DecodeError(msg)
+    if said.startswith('"'):  # a document of MongoDB is written as text
+        said = cast("str", json.loads(said)).strip()
+        if said.startswith("{"):
+            try:
+                return members(said)
+            except DecodeError:
+                msg = f"the document {name} is no JSON object"
+                raise DecodeError(msg) from None
     if not said.startswith("{"):
         msg = f"the change event has no row {name}"
         raise DecodeError(msg)
