@@ -246,8 +246,7 @@ class Dispatcher:
                     if handling is not None and (handling.batching is not None or handling.limits is not None):
                         delivery = admit(caller, assignment, record, found, delivery)
                         if delivery is None:
-                            record = None
-                            caller.assignment = None
+                            record = caller.assignment = None
                             calls += 1
                             if not calls % _TURNS:
                                 await asyncio.sleep(0)
@@ -345,10 +344,8 @@ class Dispatcher:
         """Let go what holds back the others of a full window; see `that_give_way`."""
         self._batches.hand_over(assignment)
         for delivery in that_give_way(assignment, self._failures.failing, self._clock.monotonic()) if parks else ():
-            if delivery.verdict is None:  # its parts are tried by themselves
-                self._finished(delivery)
-            else:
-                self._hand_out(delivery)
+            end = self._finished if delivery.verdict is None else self._hand_out  # the parts are tried by themselves
+            end(delivery)
 
     def _hand_out(self, delivery: Delivery) -> None:
         delivery.timer = None
