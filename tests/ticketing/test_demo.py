@@ -20,6 +20,7 @@ from rich.console import Console
 
 import mainstay_servers
 from mainstay_servers import Pair
+from tests.ticketing.forked import restarts_forked
 from ticketing import demo
 from ticketing.demo import MOMENTS, NOTHING_GOING_ON, Outcome, Script, perform, play
 from ticketing.facts import Sources, read_facts
@@ -40,7 +41,8 @@ def complaints(outcome: Outcome) -> list[str]:
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     """The demo with its own purchases on SQLite, the worker killed twenty times, and everything it left on disk."""
-    return asyncio.run(perform(Script(kills=20), tmp_path_factory.mktemp("embedded"), quiet()))
+    with restarts_forked():
+        return asyncio.run(perform(Script(kills=20), tmp_path_factory.mktemp("embedded"), quiet()))
 
 
 def test_every_invariant_holds_embedded(embedded):
@@ -194,7 +196,8 @@ async def test_every_invariant_holds_on_real_servers(tmp_path, monkeypatch, kafk
     """The very same application on Kafka and PostgreSQL, its worker killed twenty times, too."""
     monkeypatch.setenv("MAINSTAY_TEST_KAFKA", kafka)
     monkeypatch.setenv("MAINSTAY_TEST_POSTGRES", postgres)
-    outcome = await perform(Script(engine="full", kills=20), tmp_path, quiet())
+    with restarts_forked():
+        outcome = await perform(Script(engine="full", kills=20), tmp_path, quiet())
     assert complaints(outcome) == []
     assert outcome.story.kills.total() == 20
     assert len(outcome.story.accepted) == 25
