@@ -19,8 +19,8 @@ from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventConsumers, EventRouter, EventsModule, EventsSettings
 from mainstay.events._kafka.starts import Starts
-from mainstay.events._snapshot import Place
-from mainstay.events._starts import Start
+from mainstay.events._snapshot import START, Place
+from mainstay.events._starts import Start, begin
 from mainstay.events.tables import LOG, OFFSETS
 
 pytestmark = [
@@ -116,6 +116,23 @@ async def test_latest_is_chosen_once_for_all_partitions_and_outlives_a_crash_bef
         await teller.tell(40)
         await eventually(lambda: 40 in teller.seen, what="the next")
     assert sorted(teller.seen) == list(range(20, 41))
+
+
+async def test_of_two_processes_that_choose_at_once_only_the_one_whose_choice_stands_says_it(
+    database_url: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are of two releases, which say different starts; all partitions have the places of one."""
+    teller = Teller(database_url, prefix)
+    async with teller.publishing() as app:
+        await teller.tell(*range(20))
+        with caplog.at_level(logging.INFO, logger="mainstay.events"):
+            await asyncio.gather(
+                *(begin(app.get(Database), prefix, prefix, each, 4) for each in ("latest", "earliest"))
+            )
+        places = await placed(app, prefix, 4)
+    said = [record.getMessage() for record in caplog.records if "has no place in topic" in record.getMessage()]
+    assert len(set(places)) == len(said) == 1
+    assert ("from now on" in said[0]) == (places[0] != START)
 
 
 async def test_a_partition_that_comes_later_is_read_from_its_beginning(database_url: str, prefix: str) -> None:

@@ -75,7 +75,10 @@ async def begin(database: Database, group: str, topic: str, start: Start, partit
         for number in range(partitions)  # in one order, whichever process does it
     ]
     await database.write(tables.BEGIN_OFFSET[database.dialect], places)
-    say(group, topic, start, passed)
+    # Another process may have chosen at the same time, by a release that says another start: the first choice stands.
+    (row,) = await database.read(tables.READ_OFFSETS, {"group": group, "of_topic": topic, "number": 0})
+    if Place.of(row) == Place(low, high, position):
+        say(group, topic, start, passed)
 
 
 async def _since_then(database: Database, topic: str, start: datetime | Literal["latest"]) -> tuple[Place, int]:
