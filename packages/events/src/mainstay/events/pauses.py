@@ -81,7 +81,7 @@ class Pauses:
 
         Args:
             group: the consumer group.
-            kind: type and major version, such as `order.paid 2.x`.
+            kind: type and major version, such as `order.paid 2.x`; one that an upcaster reads is another kind.
             key: as the event class says it, or its bytes; in all topics that the group reads.
             by: who does it.
             reason: why, for those who ask later.
