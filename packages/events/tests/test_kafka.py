@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.consumer import fetcher
 from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.protocol.metadata import MetadataRequest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
 from pydantic import SecretStr
@@ -33,7 +34,8 @@ from mainstay.events import (
     RedriveError,
     ScheduledEvents,
 )
-from mainstay.events._aiokafka import source
+from mainstay.events._aiokafka import connecting, source
+from mainstay.events._aiokafka.admin import asking
 from mainstay.events._aiokafka.client import connection
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
@@ -539,6 +541,49 @@ async def test_a_topic_that_the_first_broker_asked_knows_nothing_of_yet_is_read_
             finally:
                 await admin.close()
             await eventually(lambda: bool(reading.held), what="the partition")
+
+
+async def test_an_error_that_no_client_should_raise_keeps_no_group_from_reading(
+    kafka: str, prefix: str, client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look at its topics goes on: without that it subscribes to nothing."""
+    original, looks = Topics.ensure, 0
+
+    async def ensure(self: Topics, topic: str, **options: Any) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise AttributeError
+        await original(self, topic, **options)
+
+    monkeypatch.setattr(Topics, "ensure", ensure)
+    async with service(kafka, prefix, partitions=1, kafka_client=client) as app:
+        reading = Reading()
+        async with app.get(KafkaTransport).source(prefix, [prefix], reading) as consumer:
+
+            async def held() -> bool:
+                await consumer.fetch(reading.held)
+                return bool(reading.held)
+
+            await eventually(held, what="the partition", seconds=60)
+
+
+async def test_a_cluster_that_names_no_broker_is_not_ready(kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So answers one that had stood still; aiokafka would begin with it, and fail without a word that says why."""
+    original = connecting._Connection.send
+
+    async def send(self: Any, request: Any, **options: Any) -> Any:
+        answer = await original(self, request, **options)
+        if isinstance(request, MetadataRequest):
+            answer.brokers = []
+        return answer
+
+    monkeypatch.setattr(connecting._Connection, "send", send)
+    contact = Contact(EventsSettings(transport="kafka", kafka_servers=kafka), SYSTEM_CLOCK)
+    with pytest.raises(connecting.UnreachableError, match=f"{kafka} knows of no broker that is ready"):
+        async with asking(contact):
+            pass
+    assert "no broker that is ready" in str(contact.trouble)
 
 
 async def test_trap_03_a_commit_of_an_older_assignment_is_none(kafka: str, prefix: str) -> None:

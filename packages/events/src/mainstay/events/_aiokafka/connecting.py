@@ -76,29 +76,29 @@ class NamingClient(AIOKafkaClient):  # type: ignore[misc]  # aiokafka ships no t
         Raises:
             UnreachableError: none does; for the reason that the last one gave.
         """
-        connection, metadata = await self._ask_first(self.hosts, MetadataRequest([]))
-        self.cluster.update_metadata(metadata)
-        if self.cluster.brokers():
-            connection.close()
-        else:  # of a cluster without any topic, which names no brokers
-            self._conns["bootstrap", ConnectionGroup.DEFAULT] = connection
+        self.cluster.update_metadata(await self._ask_first(self.hosts, MetadataRequest([])))
         if self._sync_task is None:
             self._sync_task = asyncio.create_task(self._md_synchronizer())
 
-    async def _ask_first(self, hosts: Sequence[tuple[str, int, Any]], request: Any) -> tuple[_Connection, Any]:
+    async def _ask_first(self, hosts: Sequence[tuple[str, int, Any]], request: Any) -> Any:
         failure = UnreachableError("there is no address of a broker")
         for host, port, _ in hosts:
             try:
                 connection = await self._open(host, port, on_close=None)
                 try:
-                    return connection, await connection.send(request)
-                except BaseException:
+                    metadata: Any = await connection.send(request)
+                finally:
                     connection.close()
-                    raise
             except UnreachableError as error:
                 failure = error
             except _FAILED as error:
                 failure = self._unreachable(error, host, port)
+            else:
+                if metadata.brokers:
+                    return metadata
+                # So answers one that is starting, or had stood still. Aiokafka fails in other ways without any broker.
+                failure = UnreachableError(f"{host}:{port} knows of no broker that is ready")
+                self._contact.lost(failure)
         raise failure
 
     async def _metadata_update(self, cluster_metadata: Any, topics: Any) -> bool:
@@ -111,11 +111,8 @@ class NamingClient(AIOKafkaClient):  # type: ignore[misc]  # aiokafka ships no t
         asked = {(broker.host, broker.port) for broker in self.cluster.brokers()}
         others = [each for each in self.hosts if each[:2] not in asked]
         try:
-            connection, metadata = await self._ask_first(others, MetadataRequest(list(topics or ()) or None))
+            metadata = await self._ask_first(others, MetadataRequest(list(topics or ()) or None))
         except UnreachableError:
-            return False
-        connection.close()
-        if not metadata.brokers:
             return False
         cluster_metadata.update_metadata(metadata)
         return True

@@ -68,13 +68,17 @@ async def _watch(
             new = {name for name, task in looking.items() if task.done() and task.result()}
             looking = {name: task for name, task in looking.items() if not task.done()}
             if new:
-                there |= new
-                await subscribe(sorted(there))
+                try:
+                    await subscribe(sorted(there | new))
+                except Exception as error:  # noqa: BLE001  it is tried again: without the watch nothing is read
+                    contact.lost(error)
+                else:
+                    there |= new
             await asyncio.sleep(LOOK_SECONDS if there else _FIRST_SECONDS)
             try:
                 async with asyncio.timeout(LOOK_SECONDS):
                     await ask()
-            except topics.away as error:
+            except Exception as error:  # noqa: BLE001  as above
                 contact.lost(error)
             else:
                 contact.made()
@@ -88,7 +92,7 @@ async def _watch(
 async def _is_there(topics: Topics, name: str, absent: dict[str, str]) -> bool:
     try:
         await topics.ensure(name)
-    except topics.away as error:
+    except Exception as error:  # noqa: BLE001  any error makes this topic wait, and no other
         if name not in absent:
             _log.warning("topic %s cannot be read: %s: %s", name, type(error).__name__, error)
         absent[name] = f"topic {name}: {type(error).__name__}: {error}"
