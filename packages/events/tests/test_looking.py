@@ -231,8 +231,9 @@ async def test_what_is_in_hand_is_noted_by_the_clock_of_the_app(sqlite_url: str,
 
 
 IN_ITS_TERMINAL = """
-import faulthandler, fcntl, os, signal, sys, termios
-faulthandler.register(signal.SIGUSR1)
+import asyncio, faulthandler, fcntl, os, signal, sys, termios
+signal.signal(signal.SIGUSR1, lambda *_: [(print(task), task.print_stack()) for task in asyncio.all_tasks()])
+faulthandler.register(signal.SIGUSR2)
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from mainstay.cli import main
@@ -262,7 +263,9 @@ class Terminal:
         try:
             status = self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGUSR1)
+            self.process.send_signal(signal.SIGUSR1)  # its tasks, where it still runs Python
+            time.sleep(5)
+            self.process.send_signal(signal.SIGUSR2)  # and its threads
             self.until(b"Current thread")
             pytest.fail(f"it does not end; it has shown {self.shown.decode(errors='replace')}")
         while select.select([self.leader], [], [], 0)[0]:

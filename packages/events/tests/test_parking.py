@@ -194,6 +194,24 @@ async def test_the_first_of_a_queue_is_skipped_or_the_whole_queue_discarded(data
         assert warehouse.numbers("piano") == [4]
 
 
+async def test_two_people_skip_one_event(database_url: str, prefix: str) -> None:
+    """The one behind it was never tried, and must not become a dead letter by the second skip."""
+    warehouse = Warehouse(database_url, prefix)
+    warehouse.broken = {"piano"}
+    async with warehouse.app().running(serve=True) as app:
+        await warehouse.move("piano", 1, 2, 3)
+        parked = await parked_in(app, 3)
+    async with warehouse.app() as app:  # it does not serve: what was skipped stays where it is
+        keys = app.get(ParkedKeys)
+        outcomes = await asyncio.gather(*(keys.skip(parked.id) for _ in range(2)), return_exceptions=True)
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NotParkedError", "ParkedKey"]
+        with pytest.raises(NotParkedError, match="has not failed"):
+            await keys.skip(parked.id)
+        letters = await app.get(DeadLetters).list(prefix)
+        assert [letter.value for letter in letters] == [b'{"item":"piano","number":1}']
+        assert (await keys.get(parked.id)).waiting == 2
+
+
 async def test_an_event_without_a_key_and_a_record_that_is_none_become_dead_letters(
     database_url: str, prefix: str
 ) -> None:

@@ -125,10 +125,8 @@ class Consumer:
                     self._trouble = said(error)
                     if self._clock.monotonic() - began_at > longest:  # it was there meanwhile
                         delay = first
-                    left_out = sparing.due(self._trouble)
-                    if left_out is not None:
-                        again = f"again in {delay:.1f} s" + (f", as {left_out} times before" if left_out else "")
-                        _log.warning("group %s lost its transport, %s", self.group, again, exc_info=error)
+                    if sparing.due(self._trouble) is not None:
+                        _log.warning("group %s lost its transport, again in %.1f s", self.group, delay, exc_info=error)
                     await drain.pause(delay)
                     delay = min(delay * 2, longest)
         finally:

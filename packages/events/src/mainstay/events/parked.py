@@ -110,13 +110,19 @@ class ParkedKeys:
         """Make the first event of a key a dead letter, and have the others tried.
 
         Raises:
-            NotParkedError: there is none with this id.
+            NotParkedError: there is none with this id, or its first event is not one that has failed: another person
+                has skipped that one.
         """
         found = await self._row(id)
         parked, place = _parked_key(found), _place(found)
         dialect = self._database.dialect
         async with self._database.transaction() as session:
             await session.execute(tables.HOLD_PARKED_KEY, place)
+            now: Any = (await session.execute(tables.GET_PARKED_KEY, {"parked": id})).first()
+            has_failed = now is not None and (now.due_at is None or now.attempt + now.postponed > 1)
+            if not has_failed or now.failing_since != found.failing_since:
+                msg = f"the first event of parked key {id} has not failed (any more): look at it once more"
+                raise NotParkedError(msg)
             row: Any = (await session.execute(tables.READ_FIRST_PARKED[dialect], place)).first()
             if row is not None:
                 headers = headers_of(row.headers)
