@@ -119,8 +119,7 @@ class ParkedKeys:
         async with self._database.transaction() as session:
             await session.execute(tables.HOLD_PARKED_KEY, place)
             now: Any = (await session.execute(tables.GET_PARKED_KEY, {"parked": id})).first()
-            has_failed = now is not None and (now.due_at is None or now.attempt + now.postponed > 1)
-            if not has_failed or now.failing_since != found.failing_since:
+            if now is None or now.failing_since != found.failing_since or not _has_failed(now):
                 msg = f"the first event of parked key {id} has not failed (any more): look at it once more"
                 raise NotParkedError(msg)
             row: Any = (await session.execute(tables.READ_FIRST_PARKED[dialect], place)).first()
@@ -177,6 +176,11 @@ class ParkedKeys:
 
 def _place(row: Any) -> dict[str, object]:
     return {"of_group": row.group_name, "of_topic": row.topic, "of_key": row.key}
+
+
+def _has_failed(row: Any) -> bool:
+    """Whether the first event of a key has been tried, and does not merely wait for its turn."""
+    return row.due_at is None or row.attempt + row.postponed > 1
 
 
 def _parked_key(row: Any) -> ParkedKey:
