@@ -1,24 +1,16 @@
 """Cancel scopes of anyio, which cancel a task again at each of its turns until it has left them."""
 
 import asyncio
-import gc
+import sqlite3
+from contextlib import closing
 
 import anyio
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from mainstay.core.testing import eventually
 from mainstay.database.testing import database
-
-# Where a scope ends while aiosqlite opens a connection, that is left to the garbage collector, which closes it; since
-# Python 3.13 it says so.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <sqlite3:pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _opened_in_vain():
-    """It is collected in the test whose scope it was."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture
@@ -77,6 +69,70 @@ async def test_a_scope_that_ends_inside_a_unit_rolls_it_back(db, tables, count, 
     async with asyncio.timeout(30), db.transaction():
         await db.write(tables.add, {"id": 100, "text": "x"})
     assert await count(db) == 1
+
+
+@pytest.mark.parametrize("url", ["file"], indirect=True)
+@pytest.mark.parametrize("again_and_again", [False, True])
+async def test_a_unit_that_ends_while_it_begins_keeps_no_writer_out(db, url, tables, count, again_and_again):
+    """SQLite waits in a thread for another's transaction: what begins there after its owner has gone is rolled back."""
+
+    async def unit():
+        async with db.transaction():
+            pytest.fail("another holds the database")
+
+    async def in_a_scope():
+        with anyio.CancelScope() as scope:
+            asyncio.get_running_loop().call_later(0.1, scope.cancel)
+            await unit()
+
+    with closing(sqlite3.connect(url.partition(":///")[2], isolation_level=None, timeout=0.0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        task = asyncio.ensure_future(in_a_scope() if again_and_again else unit())
+        await asyncio.sleep(0.2)  # it has asked for the database; if not, there is nothing to be seen here
+        task.cancel()
+        await asyncio.sleep(0.05)
+        other.execute("ROLLBACK")
+        await asyncio.wait([task])
+        assert in_use(db) == 0
+        await eventually(lambda: is_free(other), what="the writer's turn")
+        async with asyncio.timeout(30), db.transaction():
+            await db.write(tables.add, {"id": 1, "text": "x"})
+        assert await count(db) == 1
+
+
+def is_free(other):
+    """Whether another process may write."""
+    try:
+        other.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        return False
+    other.execute("ROLLBACK")
+    return True
+
+
+@pytest.mark.parametrize("url", ["memory", "file"], indirect=True)
+@pytest.mark.parametrize("where", ["read", "unit", "engine"])
+async def test_a_scope_that_ends_during_a_statement_leaves_nothing_behind(url, open_database, where):
+    """No task that waits for ever, no connection in use, no thread; the database stops."""
+    statement = sa.text(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT count(*) FROM n"
+    )
+    before = asyncio.all_tasks()
+    async with open_database(url) as db:
+        for _ in range(3):
+            with anyio.CancelScope() as scope:
+                asyncio.get_running_loop().call_later(0.02, scope.cancel)
+                if where == "read":
+                    await db.read(statement)
+                elif where == "unit":
+                    async with db.transaction() as session:
+                        await session.execute(statement)
+                else:
+                    async with db.engine.connect() as connection:
+                        await connection.execute(statement)
+            assert scope.cancelled_caught
+        await eventually(lambda: in_use(db) == 0, what="the connections")
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_session_of_ones_own_is_rolled_back_too(db, tables, count, slowly):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import sqlite3
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import aiosqlite
 import asyncpg
 import sqlalchemy as sa
 from sqlalchemy import event, exc
@@ -31,6 +33,8 @@ from mainstay.database.errors import CommitUnknown, DatabaseError, DatabaseUnava
 from mainstay.database.settings import DatabaseSettings, shown, variable_of_url
 
 SQLITE_ARGUMENTS: dict[str, Any] = {"isolation_level": None}  # the driver begins no transaction by itself
+_log = logging.getLogger("mainstay.database")
+
 _NOT_SENT = frozenset({"ssl", "connect_timeout", "channel_binding"})  # what is ours, or what asyncpg does not know
 _TRIED_AGAIN_SECONDS = 3.0  # a write that SQLite could not make is tried again within that, by those who insist on it
 _UNWRITABLE_SECONDS = 30.0  # for so long a write that SQLite could not make counts, where none was tried since
@@ -308,6 +312,7 @@ def make_engine(
     pooled: bool,
     clock: Clock = SYSTEM_CLOCK,
     calls: DriverCalls,
+    threads: Threads,
     connect: Callable[..., Any] | None = None,
 ) -> AsyncEngine:
     """The engine; with `pooled` it relies on nothing that a transaction pooler forgets.
@@ -321,8 +326,8 @@ def make_engine(
         if sqlite
         else connects(address, pooled=pooled, limits=bounds(settings))
     )
-    if connect is not None:
-        arguments = {**arguments, "async_creator_fn": connect}
+    if sqlite:
+        arguments = {**arguments, "async_creator_fn": connect or threads.open}
     engine = create_async_engine(
         address.url,
         # Closing a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
@@ -346,7 +351,7 @@ def make_engine(
     event.listen(engine.sync_engine, "handle_error", refused)
     event.listen(engine.sync_engine, "rollback_savepoint", _forget_refusal)
     if sqlite:
-        _prepare_sqlite(engine, address.synchronous, clock, calls)
+        _prepare_sqlite(engine, address.synchronous, clock, calls, threads)
     else:
         _refuse_left(engine, address)
     home = Home()
@@ -356,6 +361,71 @@ def make_engine(
 
     event.listen(engine.sync_engine, "checkout", check_home)
     return engine
+
+
+class Threads:
+    """The threads of connections to SQLite, each of which ends with its connection.
+
+    Nobody waits for that where a statement is given up, or a connection that is being opened: a caller that is
+    cancelled again meanwhile, as by the scopes of anyio, would leave a task behind that waits for ever, also at the end
+    of the process. A thread does first what it was handed before.
+    """
+
+    def __init__(self) -> None:
+        self._ending: set[asyncio.Future[Any]] = set()
+
+    async def open(self, *arguments: Any, **options: Any) -> aiosqlite.Connection:
+        """A connection, and its thread."""
+        opening = asyncio.ensure_future(_opened(*arguments, **options))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._keep(opening)
+            opening.add_done_callback(self._opened_in_vain)
+            raise
+
+    def _opened_in_vain(self, opening: asyncio.Future[aiosqlite.Connection]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._end(opening.result())
+
+    def end(self, connection: Any) -> None:
+        """End a connection of no further use, as SQLAlchemy has it."""
+        self._end(connection.driver_connection)
+
+    def _end(self, connection: aiosqlite.Connection) -> None:
+        if asyncio._get_running_loop() is None:  # the collector has found it
+            connection.stop()
+        else:
+            self._keep(asyncio.ensure_future(_ended(connection)))
+
+    def _keep(self, ending: asyncio.Future[Any]) -> None:
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+    async def ended(self) -> None:
+        """Return when all have ended that were to."""
+        while self._ending:
+            await asyncio.wait(self._ending)
+
+
+async def _ended(connection: aiosqlite.Connection) -> None:
+    """Roll back and end a connection, behind all that its thread was handed.
+
+    To close it is not enough: while a cursor is left, which may be in a traceback, SQLite keeps what was closed open,
+    with its lock.
+    """
+    try:
+        await connection.rollback()
+    except (sqlite3.Error, ValueError) as error:
+        _log.debug("a connection to SQLite was not rolled back before its end", exc_info=error)
+    finally:
+        ended = connection.stop()
+        if ended is not None:
+            await ended
+
+
+async def _opened(*arguments: Any, **options: Any) -> aiosqlite.Connection:
+    return await aiosqlite.connect(*arguments, **options)
 
 
 class Home:
@@ -415,8 +485,8 @@ def _forget_refusal(connection: sa.Connection, _name: str, _savepoint: object) -
     connection.info.pop(REFUSED, None)
 
 
-def _prepare_sqlite(engine: AsyncEngine, synchronous: str, clock: Clock, calls: DriverCalls) -> None:
-    def connect(connection: Any, _record: object) -> None:
+def _prepare_sqlite(engine: AsyncEngine, synchronous: str, clock: Clock, calls: DriverCalls, threads: Threads) -> None:
+    def prepare(connection: Any) -> None:
         cursor = connection.cursor()
         for pragma in sqlite_pragmas(synchronous):
             cursor.execute(pragma)
@@ -424,10 +494,18 @@ def _prepare_sqlite(engine: AsyncEngine, synchronous: str, clock: Clock, calls: 
         if clock.virtual:
             follow_clock(connection, clock)
 
+    def connect(connection: Any, _record: object) -> None:
+        try:
+            prepare(connection)
+        except BaseException:  # the pool forgets it
+            threads.end(connection)
+            raise
+
     def reset(connection: Any, _record: object, state: PoolResetState) -> None:
         if state.asyncio_safe and not state.terminate_only and connection.driver_connection.in_transaction:
             connection.rollback()
 
+    cast("Any", engine.sync_engine.dialect).do_terminate = threads.end
     if clock.virtual:
         calls.count(engine)
     event.listen(engine.sync_engine, "connect", connect)
@@ -451,8 +529,13 @@ def begin_events(engine: AsyncEngine) -> None:
             return driver.execute(how)
 
         if how:
-            # One message to the connection's thread; a cursor of SQLAlchemy's would be three.
-            cast("Any", connection.connection.dbapi_connection).run_async(say)
+            try:
+                # One message to the connection's thread; a cursor of SQLAlchemy's would be three.
+                cast("Any", connection.connection.dbapi_connection).run_async(say)
+            except asyncio.CancelledError:
+                # It may begin yet, in its thread, and back in the pool it would keep all writers out.
+                connection.invalidate()
+                raise
 
     event.listen(engine.sync_engine, "begin", begin)
 

@@ -20,6 +20,7 @@ from mainstay.database._engine import (
     Address,
     Bounds,
     Home,
+    Threads,
     behind_pooler,
     bounds,
     make_engine,
@@ -126,7 +127,10 @@ async def _database(
         pooled = await behind_pooler(address)
     calls = DriverCalls()
     connect = None if simulated is None else simulated.connect
-    engine = make_engine(address, settings, pooled=pooled, clock=app.clock, calls=calls, connect=connect)
+    threads = Threads()
+    engine = make_engine(
+        address, settings, pooled=pooled, clock=app.clock, calls=calls, threads=threads, connect=connect
+    )
     event.listen(engine.sync_engine, "checkout", _checked_out)
     event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin
     statements = Statements(engine.dialect)
@@ -155,7 +159,7 @@ async def _database(
         with app.clock.held_by(under_way):
             yield database
     finally:
-        failure, cancelled = await uninterrupted(_close(recorder, keeper, engine, home))
+        failure, cancelled = await uninterrupted(_close(recorder, keeper, engine, threads, home))
         if failure is not None:
             _log.error("the database was not closed in order", exc_info=failure)
         if cancelled is not None:
@@ -168,7 +172,7 @@ def _keeper(address: Address, clock: Clock, limits: Bounds, simulated: Simulated
     return simulated.keeper(address, clock, limits)
 
 
-async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine, home: Home) -> None:
+async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine, threads: Threads, home: Home) -> None:
     if home.forked():
         return  # the connections are the parent's, and its threads did not come along
     # Leases last for as long as something that is fenced with them may still be waiting to be written.
@@ -182,6 +186,7 @@ async def _close(recorder: Recorder, keeper: Keeper, engine: AsyncEngine, home: 
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_GOODBYE_SECONDS):
                     await engine.dispose()
+                    await threads.ended()
 
 
 def _checked_out(_connection: object, record: Any, _proxy: object) -> None:
