@@ -308,17 +308,17 @@ def unreachable(address: Address, error: BaseException) -> ConfigurationError:
 def make_engine(
     address: Address,
     settings: DatabaseSettings,
-    *,
-    pooled: bool,
-    clock: Clock = SYSTEM_CLOCK,
+    clock: Clock,
     calls: DriverCalls,
     threads: Threads,
-    connect: Callable[..., Any] | None = None,
+    *,
+    pooled: bool,
+    connect: Callable[..., Any],
 ) -> AsyncEngine:
     """The engine; with `pooled` it relies on nothing that a transaction pooler forgets.
 
     A virtual clock is the time of SQLite's sessions, and their calls of the driver are counted. `connect` makes the
-    connections to SQLite in place of the driver.
+    connections to SQLite.
     """
     sqlite = address.dialect == "sqlite"
     arguments = (
@@ -327,7 +327,7 @@ def make_engine(
         else connects(address, pooled=pooled, limits=bounds(settings))
     )
     if sqlite:
-        arguments = {**arguments, "async_creator_fn": connect or threads.open}
+        arguments = {**arguments, "async_creator_fn": connect}
     engine = create_async_engine(
         address.url,
         # Closing a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it

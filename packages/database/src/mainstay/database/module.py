@@ -125,12 +125,9 @@ async def _database(
             msg = "a virtual clock does not move PostgreSQL's: test with SQLite, or with the system's clock"
             raise ConfigurationError(msg)
         pooled = await behind_pooler(address)
-    calls = DriverCalls()
-    connect = None if simulated is None else simulated.connect
-    threads = Threads()
-    engine = make_engine(
-        address, settings, pooled=pooled, clock=app.clock, calls=calls, threads=threads, connect=connect
-    )
+    calls, threads = DriverCalls(), Threads()
+    connect = threads.open if simulated is None else simulated.connect
+    engine = make_engine(address, settings, app.clock, calls, threads, pooled=pooled, connect=connect)
     event.listen(engine.sync_engine, "checkout", _checked_out)
     event.listen(engine.sync_engine, "checkin", _checked_in)  # codespell:ignore checkin
     statements = Statements(engine.dialect)
