@@ -80,17 +80,21 @@ async def test_a_unit_that_ends_while_it_begins_keeps_no_writer_out(db, url, tab
         async with db.transaction():
             pytest.fail("another holds the database")
 
+    scope = anyio.CancelScope()
+
     async def in_a_scope():
-        with anyio.CancelScope() as scope:
-            asyncio.get_running_loop().call_later(0.1, scope.cancel)
+        with scope:
             await unit()
 
     with closing(sqlite3.connect(url.partition(":///")[2], isolation_level=None, timeout=0.0)) as other:
         other.execute("BEGIN IMMEDIATE")
         task = asyncio.ensure_future(in_a_scope() if again_and_again else unit())
-        await asyncio.sleep(0.2)  # it has asked for the database; if not, there is nothing to be seen here
-        task.cancel()
-        await asyncio.sleep(0.05)
+        await eventually(lambda: in_use(db) == 1, what="its connection")
+        if again_and_again:
+            scope.cancel()
+        else:
+            task.cancel()
+        await eventually(lambda: in_use(db) == 0, what="the end of its owner")
         other.execute("ROLLBACK")
         await asyncio.wait([task])
         assert in_use(db) == 0

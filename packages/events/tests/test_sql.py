@@ -224,7 +224,7 @@ async def test_a_place_survives_wherever_a_group_stops(database_url: str) -> Non
 async def test_a_row_that_cannot_be_read_is_a_dead_letter_and_holds_up_no_other(
     database_url: str, headers: str
 ) -> None:
-    """Whatever stands in its column of headers; the letter says so."""
+    """By its column of headers, in each form that is none; the letter says so."""
     seen: list[int] = []
     async with service(database_url, partitions=1) as app:
         await app.get(EventPublisher).publish_batch([Line(name="a", number=number) for number in range(3)])

@@ -366,7 +366,7 @@ def make_engine(
 class Threads:
     """The threads of connections to SQLite, each of which ends with its connection.
 
-    Nobody waits for that where a statement is given up, or a connection that is being opened: a caller that is
+    The caller that gives up a statement, or a connection that is being opened, does not wait for that: one that is
     cancelled again meanwhile, as by the scopes of anyio, would leave a task behind that waits for ever, also at the end
     of the process. A thread does first what it was handed before.
     """
