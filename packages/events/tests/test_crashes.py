@@ -328,7 +328,7 @@ async def test_what_waits_for_a_place_is_not_noted_as_called(wards: Wards) -> No
 
 
 async def test_what_a_pause_holds_back_is_not_noted_as_called(wards: Wards) -> None:
-    """A person pauses the group while the event waits for its turn; an end of the process is not held against it then."""
+    """A person pauses the group while the event waits for its turn; an end of the process is not its then."""
     reading = await wards.read_carefully()
     paused = Pausing(wards.database, "g")
     async with wards.alone:
