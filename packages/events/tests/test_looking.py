@@ -234,6 +234,7 @@ IN_ITS_TERMINAL = """
 import asyncio, faulthandler, fcntl, os, signal, sys, termios
 signal.signal(signal.SIGUSR1, lambda *_: [(print(task), task.print_stack()) for task in asyncio.all_tasks()])
 faulthandler.register(signal.SIGUSR2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and its children would
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from mainstay.cli import main
