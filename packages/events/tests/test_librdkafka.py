@@ -155,6 +155,21 @@ async def test_trap_03_a_member_that_the_broker_has_given_up_commits_nothing(kaf
             assert await place_of_group(kafka, prefix) == 10
 
 
+async def test_what_is_read_while_commits_are_waited_for_is_bounded(kafka: str, prefix: str) -> None:
+    """Their answers come with records, which wait for who fetches: of a partition with many, no more are asked for."""
+    async with service(kafka, prefix, partitions=1) as app:
+        for start in range(0, 12_000, 1000):
+            numbers = range(start, start + 1000)
+            await app.get(EventPublisher).publish_batch([Counted(key="a", number=number) for number in numbers])
+        reader = Reading()
+        async with reading(app, prefix, reader) as source:
+            records = await fetched(source, reader, 10)
+            (held,) = reader.held
+            for _ in range(20):
+                await source.commit({held: records[9]})
+            assert max(len(each.waiting) for each in source._held.values()) <= 2000
+
+
 async def place_of_group(servers: str, group: str) -> int:
     """What the group has committed on the only partition of its topic."""
     from confluent_kafka import Consumer

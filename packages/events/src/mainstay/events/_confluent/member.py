@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -131,10 +131,11 @@ class Member:
         finally:
             self._looking -= 1
 
-    async def commit(self, offsets: Mapping[Place, int], landing: Callable[[Found], None]) -> bool:
+    async def commit(self, offsets: Mapping[Place, int], look: Callable[[float], Awaitable[None]]) -> bool:
         """Commit, unless the broker has given this member up; whether it was done.
 
-        The answer comes while the consumer is asked for records, which this does where no other task does.
+        The answer comes while the consumer is asked for records, which this does, by `look` and for so many seconds at
+        most, where no other task does.
 
         Raises:
             KafkaFault: it was refused.
@@ -144,7 +145,7 @@ class Member:
             return False
         while not answered.done():
             if not self._looking:
-                await self.look(_SLICE_SECONDS, (), (), landing)
+                await look(_SLICE_SECONDS)
             await asyncio.wait((answered,), timeout=_SLICE_SECONDS)
         answered.result()
         return True

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,13 +77,13 @@ class _Places:
     Args:
         member: of the group.
         admin: asks for offsets.
-        landing: keeps what is read while a commit is waited for.
+        look: asks for records while a commit is waited for.
     """
 
-    def __init__(self, member: Member, admin: ConfluentAdmin, landing: Callable[[Found], None]) -> None:
+    def __init__(self, member: Member, admin: ConfluentAdmin, look: Callable[[float], Awaitable[None]]) -> None:
         self._member = member
         self._admin = admin
-        self._landing = landing
+        self._look = look
 
     async def committed(self, topic: str) -> Mapping[int, int | None]:
         """See `Places`."""
@@ -107,7 +107,7 @@ class _Places:
         """See `Places`."""
         places = {Place(topic, number): offset for number, offset in offsets.items()}
         try:
-            return await self._member.commit(places, self._landing)
+            return await self._member.commit(places, self._look)
         except KafkaFault as fault:
             if fault.code in _DEALT_OUT:
                 return False
@@ -203,7 +203,7 @@ class ConfluentSource:
         self._member = member
         self._reader = reader
         self._starts = starts
-        self._places = _Places(member, admin, self._landed)
+        self._places = _Places(member, admin, self._look)
         self._placeless: dict[Place, None] = {}
         self._begin_at = 0.0
         self._most_bytes = most_bytes
@@ -246,12 +246,16 @@ class ConfluentSource:
         found = self._waiting_for(ready)
         if not found:
             seconds = _FETCH_SECONDS if ready or not self._held else 0.0
-            await self._member.look(seconds, *self._turns(), self._landed)
+            await self._look(seconds)
             await self._begin()
             if self._fault is not None:
                 raise self._fault
             found = self._waiting_for(ready)
         return found
+
+    async def _look(self, seconds: float) -> None:
+        """Ask for records, of partitions of which not too much waits."""
+        await self._member.look(seconds, *self._turns(), self._landed)
 
     async def _begin(self) -> None:
         """Begin in partitions in which the group has no place, as its handlers say; a moment later again if need be."""
@@ -326,7 +330,7 @@ class ConfluentSource:
             if assignment in self._by_assignment
         }
         self._starts.begun.update(place.topic for place in offsets)
-        if offsets and not await self._member.commit(offsets, self._landed):
+        if offsets and not await self._member.commit(offsets, self._look):
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
 
     def lag(self) -> int:
