@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "tests"
@@ -104,7 +105,9 @@ def run(part: Part) -> Outcome:
     # environment says.
     environment = os.environ | {"COVERAGE_FILE": str(part.data), "PYTHONDONTWRITEBYTECODE": ""}
     log = BUILD / f"{part.name}.log"  # to look at while it runs
-    with log.open("w") as output:
+    # Each has its own folder for temporary ones: where two clear away what is left of others, both may fail by it.
+    with log.open("w") as output, TemporaryDirectory(prefix="mainstay-", ignore_cleanup_errors=True) as folder:
+        environment["PYTEST_DEBUG_TEMPROOT"] = folder
         done = subprocess.run(
             arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
         )
