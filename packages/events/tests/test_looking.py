@@ -264,10 +264,10 @@ class Terminal:
         try:
             status = self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGUSR1)  # its tasks, where it still runs Python
-            time.sleep(5)
-            self.process.send_signal(signal.SIGUSR2)  # and its threads
+            self.process.send_signal(signal.SIGUSR2)  # its threads, also where none runs Python
             self.until(b"Current thread")
+            self.process.send_signal(signal.SIGUSR1)  # and its tasks, where it still runs Python
+            self.until(b"<Task")
             pytest.fail(f"it does not end; it has shown {self.shown.decode(errors='replace')}")
         while select.select([self.leader], [], [], 0)[0]:
             self.shown += os.read(self.leader, 65536)
