@@ -17,7 +17,6 @@ from mainstay.core import App, Feature, MainstayError, Module
 from mainstay.core.testing import eventually
 from mainstay.database import Database
 from mainstay.events import Event, EventPublisher, EventRouter, EventsModule, EventsSettings
-from mainstay.observability.errors import status_of
 from mainstay.observability.fastapi import instrument
 from mainstay.workflow import (
     ApprovalConflict,
@@ -147,6 +146,8 @@ class Owed(MainstayError):
     """A reader owes a fee."""
 
     code = "BIZ_FEES_OWED"
+    status = 402
+    title = "Fees owed"
     public_message = "Pay what you owe first."
 
 
@@ -181,7 +182,7 @@ async def test_a_run_that_fails_is_the_problem_of_what_failed_it() -> None:
         for many in ("false", "true"):
             response = await client.post(f"/loans/7?many={many}")
             problem = response.json()["error"]
-            assert (response.status_code, problem["code"]) == (409, "BIZ_FEES_OWED")
+            assert (response.status_code, problem["code"]) == (402, "BIZ_FEES_OWED")
             assert problem["message"] == "Pay what you owe first."
             assert "reader 7" not in response.text
 
@@ -192,4 +193,4 @@ async def test_a_run_that_fails_is_the_problem_of_what_failed_it() -> None:
 )
 def test_what_an_engine_refuses_has_its_status_over_http(error: type[MainstayError], status: int) -> None:
     """A run that is there and cannot be resumed is no run that is missing."""
-    assert status_of(error("refused")) == status
+    assert error("refused").status == status

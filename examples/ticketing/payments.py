@@ -42,6 +42,8 @@ class Declined(MainstayError):
     """The provider will not charge this customer; no money has moved."""
 
     code = "BIZ_DECLINED"
+    status = 409
+    title = "Charge declined"
     no_effect = True
 
 
@@ -49,6 +51,8 @@ class ProviderFailed(MainstayError):
     """No answer, or none that helps. Whether money has moved is unknown; asking again with the same key is safe."""
 
     code = "EXT_PROVIDER"
+    status = 502
+    title = "Payment provider failed"
     retryable = True
 
 

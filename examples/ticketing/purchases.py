@@ -57,6 +57,8 @@ class PurchaseRejected(MainstayError):
     """
 
     code = "VAL_PURCHASE"
+    status = 422
+    title = "Invalid purchase"
     no_effect = True
 
     def __init__(self, problems: Iterable[Problem], *, conflict: bool = False) -> None:

@@ -37,6 +37,8 @@ class SoldOut(MainstayError):
     """There are not enough tickets left."""
 
     code = "BIZ_SOLD_OUT"
+    status = 409
+    title = "Sold out"
     no_effect = True
 
 

@@ -31,6 +31,8 @@ from mainstay.observability.testing import metric
 
 class Forbidden(MainstayError):
     code = "AUTH_FORBIDDEN"
+    status = 403
+    title = "Forbidden"
 
 
 @pytest.fixture

@@ -137,6 +137,8 @@ def test_plain_functions(clock: VirtualClock) -> None:
 
 class Declined(MainstayError):
     code = "BIZ_DECLINED"
+    status = 409
+    title = "Declined"
 
 
 async def test_a_refusal_is_an_answer(clock: VirtualClock) -> None:

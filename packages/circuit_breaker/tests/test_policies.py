@@ -363,6 +363,8 @@ async def test_retry_waits_as_long_as_the_error_asks_and_as_the_deadline_allows(
 
     class Busy(MainstayError):
         code = "EXT_BUSY"
+        status = 503
+        title = "Busy"
         retryable = True
 
     retry = Retry(attempts=2, wait=FullJitter(0.1), clock=clock)

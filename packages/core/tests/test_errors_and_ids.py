@@ -54,6 +54,8 @@ class Overdrawn(MainstayError):
     """An error with parameters of its own."""
 
     code = "BIZ_OVERDRAWN"
+    status = 409
+    title = "Overdrawn"
 
     def __init__(self, *, account: str) -> None:
         super().__init__(f"account {account}", no_effect=True)
@@ -73,11 +75,49 @@ def test_an_error_crosses_processes(kind):
         assert (str(other), other.args, vars(other)) == (str(error), error.args, vars(error))
 
 
-@pytest.mark.parametrize("code", ["OOPS_X", "SYS", "SYS_", ""])
+@pytest.mark.parametrize("code", ["OOPS_X", "SYS", "SYS_", "", "SYS_lower", "SYS_A B", "SYS__X", "XSYS_X"])
 def test_a_code_outside_the_families_is_refused(code):
     """A class with an unknown code cannot be defined."""
     with pytest.raises(TypeError, match="starts with one of AUTH_, VAL_"):
-        type("Odd", (MainstayError,), {"code": code})
+        type("Odd", (MainstayError,), {"code": code, "status": 500, "title": "Odd"})
+
+
+@pytest.mark.parametrize("left_out", ["code", "status", "title"])
+def test_a_class_states_its_whole_kind_or_nothing_of_it(left_out):
+    """A status that a class did not mean would be its base's; without any of the three the class is of that kind."""
+    kind = {"code": "BIZ_SOLD_OUT", "status": 409, "title": "Sold out"}
+    stated = {name: value for name, value in kind.items() if name != left_out}
+    with pytest.raises(TypeError, match=f"SoldOut states .* without {left_out}: code, status and title belong"):
+        type("SoldOut", (MainstayError,), stated)
+    sold_out = type("SoldOut", (MainstayError,), kind)
+    for name in ({"retryable": True}, kind):
+        also = type("Also", (sold_out,), name)()
+        assert isinstance(also, MainstayError)
+        assert (also.code, also.status, also.title) == ("BIZ_SOLD_OUT", 409, "Sold out")
+
+
+@pytest.mark.parametrize(
+    ("family", "right", "wrong"),
+    [
+        ("AUTH", [401, 403], [500, 200]), ("VAL", [400, 422], [503]), ("RES", [404, 409, 410], [500]),
+        ("BIZ", [409, 422], [502]), ("RATE", [429], [400, 503]), ("SYS", [500, 503], [404, 429]),
+        ("EXT", [502, 503, 504], [404, 500, 507]),
+    ],
+)  # fmt: skip
+def test_the_status_says_whose_failure_it_is_as_the_code_does(family, right, wrong):
+    """A caller mends its request only where the request was wrong; a status that HTTP does not know is refused."""
+    for status in right:
+        type("Odd", (MainstayError,), {"code": f"{family}_X", "status": status, "title": "X"})
+    for status in (*wrong, 499, 599, 0, "409", None):
+        with pytest.raises(TypeError, match=f"Odd.status is {status!r}; for {family}_ it is a status of HTTP from"):
+            type("Odd", (MainstayError,), {"code": f"{family}_X", "status": status, "title": "X"})
+
+
+@pytest.mark.parametrize("title", ["", " ", "two\nlines"])
+def test_a_title_is_a_few_words_on_one_line(title):
+    """It is shown to people beside the code."""
+    with pytest.raises(TypeError, match=r"Odd\.title is"):
+        type("Odd", (MainstayError,), {"code": "BIZ_X", "status": 409, "title": title})
 
 
 def test_a_mistake_in_the_configuration_is_no_outcome_of_the_business():

@@ -110,6 +110,8 @@ async def test_what_is_not_retryable_is_not_retried():
 
     class Declined(MainstayError):
         code = "BIZ_DECLINED"
+        status = 409
+        title = "Declined"
 
     flaky = Flaky(9, Declined)
     with pytest.raises(Declined):

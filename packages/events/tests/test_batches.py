@@ -200,6 +200,8 @@ async def test_an_error_that_is_not_retryable_halves_at_once(partition: Assignme
 
     class Final(MainstayError):
         code = "BIZ_FINAL"
+        status = 409
+        title = "Final"
 
     async def handle(events: list[Made], _metas: list[Metadata]) -> None:
         if any(event.number == 2 for event in events):
@@ -217,6 +219,8 @@ async def test_an_outage_postpones_a_batch_and_halves_nothing(partition: Assignm
 
     class Away(MainstayError):
         code = "EXT_AWAY"
+        status = 503
+        title = "Away"
         retryable = True
         no_effect = True
 

@@ -183,6 +183,8 @@ async def test_what_certainly_did_not_happen_and_will_pass_costs_no_attempt(assi
 
     class Away(MainstayError):
         code = "EXT_AWAY"
+        status = 503
+        title = "Away"
         retryable = True
         no_effect = True
         retry_after_seconds = 7.0
@@ -213,6 +215,8 @@ async def test_an_error_that_is_not_retryable_is_not_tried_again(assignment: Ass
 
     class Final(MainstayError):
         code = "BIZ_FINAL"
+        status = 409
+        title = "Final"
 
     calls = 0
 
@@ -512,6 +516,8 @@ async def test_an_outage_is_a_few_lines(assignment: Assignment, caplog: pytest.L
 
     class Away(MainstayError):
         code = "EXT_AWAY"
+        status = 503
+        title = "Away"
         no_effect = True
         retryable = True
 

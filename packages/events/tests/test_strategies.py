@@ -59,6 +59,8 @@ class Useless(MainstayError):
     """What no further attempt would mend."""
 
     code = "BIZ_POST_USELESS"
+    status = 409
+    title = "Post useless"
     retryable = False
 
 

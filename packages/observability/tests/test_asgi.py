@@ -17,7 +17,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.websockets import WebSocketDisconnect
 
 from mainstay.core import App, ConfigurationError, MainstayError, bind, current
-from mainstay.observability import ObservabilityMiddleware, ObservabilityModule, ObservabilitySettings, status_of
+from mainstay.observability import ObservabilityMiddleware, ObservabilityModule, ObservabilitySettings
 from mainstay.observability.asgi import route_template
 from mainstay.observability.fastapi import instrument
 from mainstay.observability.testing import captured_logs, metric
@@ -27,11 +27,15 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 class SoldOut(MainstayError):
     code = "BIZ_SOLD_OUT"
+    status = 409
+    title = "Sold out"
     public_message = "There are no tickets left."
 
 
 class Closed(MainstayError):
     code = "EXT_PAYMENTS_OPEN"
+    status = 503
+    title = "Payments open"
     no_effect = True
     retry_after_seconds = 1.2
 
@@ -237,26 +241,6 @@ async def test_trap_an_invalid_request_is_not_echoed():
         }
     ]
     assert "hunter" not in answer.text + broken.text
-
-
-@pytest.mark.parametrize(
-    ("code", "status"),
-    [
-        ("AUTH_REQUIRED", 401), ("AUTH_FORBIDDEN", 403), ("VAL_X", 422), ("RES_MISSING", 404), ("RES_CONFLICT", 409),
-        ("RES_GONE", 410), ("SYS_X", 500), ("SYS_NOT_BOUND", 503), ("EXT_X", 502), ("EXT_DEADLINE", 504),
-        ("EXT_CIRCUIT_OPEN", 503), ("RATE_X", 429), ("BIZ_X", 409),
-    ],
-)  # fmt: skip
-def test_status_by_family(code, status):
-    """Each family of codes has its status, and a few words make it more exact."""
-    kind = type("Kind", (MainstayError,), {"code": code})
-    assert status_of(kind()) == status
-
-
-def test_status_of_a_call_that_was_not_made():
-    """An external failure that never began and knows when to come back is 503, whatever it is called."""
-    kind = type("Kind", (MainstayError,), {"code": "EXT_X"})
-    assert status_of(kind(no_effect=True, retry_after_seconds=1)) == 503
 
 
 @pytest.mark.parametrize(

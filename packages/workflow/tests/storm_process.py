@@ -44,6 +44,8 @@ class Rejected(MainstayError):
     """The provider was too busy to do anything."""
 
     code = "EXT_STORM_REJECTED"
+    status = 503
+    title = "Storm rejected"
     no_effect = True
 
 

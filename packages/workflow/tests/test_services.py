@@ -14,6 +14,8 @@ WAIT = 30.0
 
 class Refused(MainstayError):
     code = "BIZ_REFUSED"
+    status = 409
+    title = "Refused"
     no_effect = True
 
 

@@ -108,6 +108,8 @@ class Rejected(MainstayError):
     """The other side was not asked."""
 
     code = "EXT_REJECTED_BY_A_TEST"
+    status = 503
+    title = "Rejected by a test"
     no_effect = True
     retry_after_seconds = 0.01
 

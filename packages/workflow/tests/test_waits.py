@@ -289,13 +289,15 @@ async def test_children_wait_in_the_queue_and_are_undone_with_their_parent(url) 
 
 
 async def test_a_child_that_fails_fails_the_call_and_the_parent_may_go_another_way() -> None:
-    """The parent sees `WorkflowFailed` with the code of the error behind it, live and on replay."""
+    """The parent sees `WorkflowFailed` of the kind of the error behind it, live and on replay."""
     flows, seen = WorkflowRouter(), []
 
     class Owed(MainstayError):
         """There are fees."""
 
         code = "BIZ_FEES_OWED"
+        status = 402
+        title = "Fees owed"
         public_message = "Pay first."
 
     @flows.step(harmless=True, failed_on=(Owed,))
@@ -311,13 +313,13 @@ async def test_a_child_that_fails_fails_the_call_and_the_parent_may_go_another_w
         try:
             await child(n)
         except WorkflowFailed as failed:
-            seen.append((failed.error_code, failed.step, failed.public_message))
+            seen.append((failed.error_code, failed.step, failed.public_message, failed.status, failed.title))
         await flows.sleep(0.2)
         return "another way"
 
     async with workflows(flows, suspend_after_seconds=0.01):
         assert await (await parent.start(1)).result(WAIT) == "another way"
-    assert set(seen) == {("BIZ_FEES_OWED", "check", "Pay first.")}
+    assert set(seen) == {("BIZ_FEES_OWED", "check", "Pay first.", 402, "Fees owed")}
     assert len(seen) >= 2
 
 

@@ -19,12 +19,16 @@ class AuditError(MainstayError):
     """Base of the audit trail's errors."""
 
     code = "SYS_AUDIT"
+    status = 500
+    title = "Audit trail failed"
 
 
 class InvalidEntry(AuditError, ValueError):
     """An entry holds something that cannot be stored exactly; nothing was written."""
 
     code = "VAL_AUDIT_ENTRY"
+    status = 422
+    title = "Invalid audit entry"
     no_effect = True
 
 
@@ -32,6 +36,8 @@ class InvalidNote(AuditError, ValueError):
     """A signed note or a key is malformed, or signed by nobody we know."""
 
     code = "VAL_AUDIT_NOTE"
+    status = 422
+    title = "Invalid signed note"
     no_effect = True
 
 
@@ -39,6 +45,8 @@ class InvalidReceipt(AuditError, ValueError):
     """A receipt does not prove that its entry is in the log."""
 
     code = "VAL_AUDIT_RECEIPT"
+    status = 422
+    title = "Invalid receipt"
     no_effect = True
 
 
@@ -46,6 +54,8 @@ class NotSealed(AuditError, LookupError):
     """No such entry in the log: it does not exist, or waits for the sealer."""
 
     code = "RES_AUDIT_NOT_SEALED"
+    status = 404
+    title = "Entry not in the log"
     no_effect = True
 
 
@@ -53,4 +63,6 @@ class TamperedLog(AuditError):
     """What is stored does not lead to the root that was signed: somebody has changed it. Nothing more is signed."""
 
     code = "SYS_AUDIT_TAMPERED"
+    status = 500
+    title = "Log changed after it was signed"
     no_effect = True

@@ -1,11 +1,14 @@
 """Why a call was not made.
 
 CircuitBreakerError       SYS_CIRCUIT_BREAKER  base
-└── Rejected              a policy refused the call; nothing reached the other side (`no_effect` is True)
-    ├── CircuitOpen       EXT_CIRCUIT_OPEN    the dependency is failing, or is being let recover
-    ├── BulkheadFull      RATE_BULKHEAD_FULL  too many calls are already under way or waiting
-    ├── RateLimited       RATE_LIMITED        too many calls in too short a time
-    └── Throttled         RATE_THROTTLED      the dependency answers so few calls that this one is not worth sending
+└── Rejected              SYS_REJECTED         a policy refused the call; nothing reached the other side
+    ├── CircuitOpen       EXT_CIRCUIT_OPEN     the dependency is failing, or is being let recover
+    ├── BulkheadFull      SYS_BULKHEAD_FULL    too many calls are already under way or waiting
+    ├── RateLimited       SYS_RATE_LIMITED     too many calls in too short a time
+    └── Throttled         EXT_THROTTLED        the dependency answers so few calls that this one is not worth sending
+
+Of all that are `Rejected` `no_effect` is true, and the status is 503: the limits are this service's own, and none
+of its callers has asked too often (`RATE_`, 429) because of them.
 
 A wrong argument is Python's own `TypeError` or `ValueError`, a wrong setting pydantic's `ValidationError` (a
 `ValueError`). A callable of the wrong kind is a `WrongKind`, the `TypeError` that policies let through uncounted.
@@ -22,6 +25,8 @@ class CircuitBreakerError(MainstayError):
     """Base of the errors of this package."""
 
     code = "SYS_CIRCUIT_BREAKER"
+    status = 500
+    title = "Circuit breaker failed"
 
 
 class Rejected(CircuitBreakerError):
@@ -34,7 +39,9 @@ class Rejected(CircuitBreakerError):
             what `force_open` was told, or its `break_seconds`.
     """
 
-    code = "RATE_REJECTED"
+    code = "SYS_REJECTED"
+    status = 503
+    title = "Call rejected"
     retryable = True
     no_effect = True
     public_message = "The service is busy. Please try again later."
@@ -55,24 +62,32 @@ class CircuitOpen(Rejected):
     """The circuit is open, or half open with every probe taken, or ramping up and this call is over its share."""
 
     code = "EXT_CIRCUIT_OPEN"
+    status = 503
+    title = "Circuit open"
 
 
 class BulkheadFull(Rejected):
     """As many calls as allowed are under way, and the queue is full or the wait in it was too long."""
 
-    code = "RATE_BULKHEAD_FULL"
+    code = "SYS_BULKHEAD_FULL"
+    status = 503
+    title = "Too many calls under way"
 
 
 class RateLimited(Rejected):
     """The calls allowed for this stretch of time are used up."""
 
-    code = "RATE_LIMITED"
+    code = "SYS_RATE_LIMITED"
+    status = 503
+    title = "Too many calls in a short time"
 
 
 class Throttled(Rejected):
     """So few of the recent calls were answered that sending more would only add to the load."""
 
-    code = "RATE_THROTTLED"
+    code = "EXT_THROTTLED"
+    status = 503
+    title = "Too few calls answered"
 
 
 class WrongKind(TypeError):

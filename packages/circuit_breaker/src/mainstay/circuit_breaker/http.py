@@ -30,6 +30,8 @@ class BadStatus(CircuitBreakerError):
     """The server answered that it could not do its work. Policies see this; the caller gets the response."""
 
     code = "EXT_HTTP_STATUS"
+    status = 502
+    title = "Called service failed"
     retryable = True
 
     def __init__(self, response: httpx.Response) -> None:

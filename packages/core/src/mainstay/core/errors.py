@@ -1,6 +1,6 @@
 """The one error tree.
 
-MainstayError
+MainstayError               SYS_INTERNAL
 ├── ConfigurationError      SYS_CONFIGURATION  a mistake in how the App is put together; raised before anything runs
 │   └── NotBoundError       SYS_NOT_BOUND      something that needs a running App was used without one
 └── DeadlineExceeded        EXT_DEADLINE       the time ran out (also a TimeoutError)
@@ -12,11 +12,20 @@ Every package adds its own branch in its `errors.py`. Wrong arguments of a call 
 from __future__ import annotations
 
 import copyreg
+import re
+from http import HTTPStatus
 from typing import Any, Literal, get_args
 
 __all__ = ["CodeFamily", "ConfigurationError", "DeadlineExceeded", "MainstayError", "NotBoundError"]
 
 CodeFamily = Literal["AUTH", "VAL", "RES", "SYS", "EXT", "RATE", "BIZ"]
+
+_KIND = ("code", "status", "title")
+_CODE = re.compile(rf"({'|'.join(get_args(CodeFamily))})_[A-Z0-9][A-Z0-9_]*")
+_SERVER = range(500, 600)
+_CALLER = range(400, 500)
+# Whose failure it is: the service's, or one of those that it calls; or else the caller's.
+_STATUSES = {"SYS": _SERVER, "EXT": range(502, 505), "RATE": range(429, 430)}
 
 
 class MainstayError(Exception):
@@ -24,9 +33,15 @@ class MainstayError(Exception):
 
     `str(error)` is the internal detail and belongs in logs; only `public_message` may be shown to a caller outside.
 
-    Class attributes; all but the code an instance may override by keyword:
-        code: stable identifier, one of the families AUTH_, VAL_, RES_, SYS_, EXT_, RATE_, BIZ_ and a name. An error
-            that tells of another one far away may have that one's.
+    Three class attributes say what kind of problem it is. A class states all three, or none and is of its base's kind:
+        code: stable identifier, one of the families AUTH_, VAL_, RES_, SYS_, EXT_, RATE_, BIZ_ and a name in capitals.
+            An instance that tells of another error far away may have that one's code, status and title.
+        status: of HTTP. `SYS_` is the service's own failure (5xx), `EXT_` one of another service that it calls (502,
+            503, 504), `RATE_` a caller that asks too often (429); the other families are the caller's (4xx). A service
+            that has too much to do answers 503: no single caller is to blame.
+        title: the kind in a few words, the same for each error of the code.
+
+    Class attributes that an instance may override by keyword:
         retryable: whether the same call may succeed later.
         no_effect: True only where it is certain that nothing happened on the other side. A durable step that ends with
             such an error has *failed*; one that ends with any other error is *unknown*.
@@ -35,6 +50,8 @@ class MainstayError(Exception):
     """
 
     code: str = "SYS_INTERNAL"
+    status: int = 500
+    title: str = "Internal error"
     retryable: bool = False
     no_effect: bool = False
     retry_after_seconds: float | None = None
@@ -42,11 +59,9 @@ class MainstayError(Exception):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        family, _, rest = cls.code.partition("_")
-        if family not in get_args(CodeFamily) or not rest:
-            families = ", ".join(f"{name}_" for name in get_args(CodeFamily))
-            msg = f"{cls.__name__}.code is {cls.code!r}; it starts with one of {families} and goes on with a name"
-            raise TypeError(msg)
+        stated = [name for name in _KIND if name in vars(cls)]
+        if stated and (wrong := _wrong_kind(cls, stated)):
+            raise TypeError(wrong)
 
     def __init__(
         self,
@@ -72,6 +87,28 @@ class MainstayError(Exception):
         return copyreg.__newobj__, (type(self),), {**self.__dict__, "args": self.args}  # type: ignore[attr-defined]
 
 
+def _wrong_kind(cls: type[MainstayError], stated: list[str]) -> str | None:
+    """The mistake in what a class says of its kind; None without one."""
+    name, code = cls.__name__, cls.code
+    if "code" in stated and not _CODE.fullmatch(code):
+        families = ", ".join(f"{family}_" for family in get_args(CodeFamily))
+        return f"{name}.code is {code!r}; it starts with one of {families} and goes on with a name in capitals"
+    if missing := [each for each in _KIND if each not in stated]:
+        return (
+            f"{name} states {' and '.join(stated)} without {' and '.join(missing)}: code, status and title belong "
+            "together; a class states all three, or none and is of the same kind as its base"
+        )
+    family = code.partition("_")[0]
+    allowed = _STATUSES.get(family, _CALLER)
+    if cls.status not in allowed or cls.status not in set(HTTPStatus):
+        return (
+            f"{name}.status is {cls.status!r}; for {family}_ it is a status of HTTP from {allowed[0]} to {allowed[-1]}"
+        )
+    if not cls.title.strip() or not cls.title.isprintable():
+        return f"{name}.title is {cls.title!r}; it says the kind of problem in a few words on one line"
+    return None
+
+
 class ConfigurationError(MainstayError):
     """The App cannot run as it is put together; the message names the module, the field and the line to write.
 
@@ -80,6 +117,8 @@ class ConfigurationError(MainstayError):
     """
 
     code = "SYS_CONFIGURATION"
+    status = 500
+    title = "Service configured wrongly"
     public_message = "The service is not configured correctly."
 
 
@@ -87,6 +126,8 @@ class NotBoundError(ConfigurationError):
     """Something that works only inside a running App was used without one; the message names the missing line."""
 
     code = "SYS_NOT_BOUND"
+    status = 503
+    title = "Service not running"
     public_message = "The service is not running."
 
 
@@ -94,5 +135,7 @@ class DeadlineExceeded(MainstayError, TimeoutError):
     """The time for this work ran out. Whether it took effect is unknown, unless `no_effect` says it never began."""
 
     code = "EXT_DEADLINE"
+    status = 504
+    title = "Time ran out"
     retryable = True
     public_message = "The request took too long."

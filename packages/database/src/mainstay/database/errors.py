@@ -32,6 +32,8 @@ class DatabaseError(MainstayError):
     """The database refused a statement; the message carries the database's own words."""
 
     code = "SYS_DATABASE"
+    status = 500
+    title = "Database error"
     no_effect = True
 
 
@@ -39,6 +41,8 @@ class Conflict(DatabaseError):
     """A constraint refused a row."""
 
     code = "RES_CONFLICT"
+    status = 409
+    title = "Conflict with stored data"
     public_message = "This conflicts with what is already there."
 
 
@@ -46,12 +50,16 @@ class FenceLost(DatabaseError):
     """What the write was fenced with belongs to another owner by now; nothing of it was written. Stop the work."""
 
     code = "RES_FENCE_LOST"
+    status = 409
+    title = "Another owner took over"
 
 
 class DatabaseBusy(DatabaseError):
     """No connection, writer's turn or lock became free in time."""
 
     code = "SYS_DATABASE_BUSY"
+    status = 503
+    title = "Database busy"
     retryable = True
     public_message = "The service is busy."
 
@@ -60,6 +68,8 @@ class DatabaseUnavailable(DatabaseError):
     """The database cannot be reached; nothing was committed."""
 
     code = "EXT_DATABASE_UNAVAILABLE"
+    status = 503
+    title = "Database unavailable"
     retryable = True
     public_message = "The service is temporarily unavailable."
 
@@ -68,6 +78,8 @@ class CommitUnknown(DatabaseError):
     """The connection was lost while the commit was on its way: it may have happened or not."""
 
     code = "EXT_COMMIT_UNKNOWN"
+    status = 502
+    title = "Outcome of a commit unknown"
     no_effect = False
 
 
@@ -75,9 +87,13 @@ class WrongEventLoop(DatabaseError):
     """The database is used from another event loop, thread or process than the one that started it."""
 
     code = "SYS_WRONG_EVENT_LOOP"
+    status = 500
+    title = "Database used from another event loop"
 
 
 class UnitOfWorkError(DatabaseError):
     """A unit of work is used in a way that could lose or double a write; the message names the remedy."""
 
     code = "SYS_UNIT_OF_WORK"
+    status = 500
+    title = "Unit of work used wrongly"

@@ -1,7 +1,7 @@
 """Logs, metrics, traces, health and error bodies of a service."""
 
 from mainstay.observability.asgi import ObservabilityMiddleware
-from mainstay.observability.errors import error_body, status_of
+from mainstay.observability.errors import error_body
 from mainstay.observability.health import Answer, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 from mainstay.observability.module import ObservabilityModule, ProbeServer
@@ -16,5 +16,4 @@ __all__ = [
     "ObservabilitySettings",
     "ProbeServer",
     "error_body",
-    "status_of",
 ]

@@ -23,7 +23,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from mainstay.core import App, Context, MainstayError, NotBoundError, bind, uuid7
 from mainstay.observability import _tracing
-from mainstay.observability.errors import error_body, retry_after, status_of
+from mainstay.observability.errors import error_body, retry_after
 from mainstay.observability.health import JSON, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 
@@ -210,7 +210,7 @@ class ObservabilityMiddleware:
 
 async def _answer_error(error: Exception, correlation_id: str, send: Send) -> None:
     if isinstance(error, MainstayError):
-        status, body = status_of(error), error_body(error.code, error.public_message, correlation_id)
+        status, body = error.status, error_body(error.code, error.public_message, correlation_id)
         extra = retry_after(error)
     else:
         status, body = 500, error_body("SYS_INTERNAL", MainstayError.public_message, correlation_id)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from mainstay.core import App, ConfigurationError, MainstayError, current
 from mainstay.observability.asgi import ObservabilityMiddleware
-from mainstay.observability.errors import error_body, retry_after, status_of
+from mainstay.observability.errors import error_body, retry_after
 
 __all__ = ["instrument"]
 
@@ -74,7 +74,7 @@ def instrument(api: FastAPI, app: App | None = None, *, trusted: bool = False) -
 async def _domain_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MainstayError)  # noqa: S101  registered for this class only
     body = error_body(error.code, error.public_message, current().correlation_id)
-    return JSONResponse(body, status_of(error), headers=retry_after(error))
+    return JSONResponse(body, error.status, headers=retry_after(error))
 
 
 async def _invalid_request(_request: Request, error: Exception) -> JSONResponse:

@@ -13,7 +13,7 @@ from typing import Any
 from mainstay.core import derived_id
 from mainstay.workflow._history import Keys, Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
-from mainstay.workflow._verdict import GIVEN_UP, step_failed
+from mainstay.workflow._verdict import EXPIRED, GIVEN_UP, step_failed
 from mainstay.workflow._waits import Waits
 from mainstay.workflow.tables import ASK, ASK_LEFT, CLOSE_ASK, ESCALATE, SETTLE
 
@@ -95,7 +95,7 @@ class Asks:
         return None
 
     async def _too_late(self, record: StepRecord, ask_id: str, name: str) -> None:
-        error = {"type": "DeadlineExceeded", "detail": f"no decision on {name} in time", "code": "EXT_DEADLINE"}
+        error = EXPIRED | {"detail": f"no decision on {name} in time"}
         if await self._close(record, error):
             label = record.key.rpartition("/")[2].rpartition(":")[0]
             raise step_failed(label, record.key, StepState.FAILED, error)

@@ -26,8 +26,11 @@ CANCELLED: dict[str, Any] = {"type": "Cancelled", "detail": "the run was cancell
 EXPIRED: dict[str, Any] = {
     "type": "DeadlineExceeded",
     "code": DeadlineExceeded.code,
+    "status": DeadlineExceeded.status,
+    "title": DeadlineExceeded.title,
     "public": DeadlineExceeded.public_message,
 }
+"""The error of what took too long; who says so adds the `detail`."""
 TERMINATED = "Terminated"
 """The `type` of the failure of a run that a person ended as it was."""
 UNDONE: dict[str, Any] = {"type": "Cancelled", "detail": "the run was compensated after its end", "cancelled": True}
@@ -151,13 +154,18 @@ def describe(error: BaseException) -> dict[str, Any]:
     except BaseException:  # noqa: BLE001  an error's own code may fail as well, and in any way
         detail = "(its text could not be made)"
     kept: dict[str, Any] = {"type": type(error).__name__, "detail": detail}
-    if isinstance(error, StepFailed):  # the error behind it is what others have to know
-        kept |= {"step": error.step, "code": error.error_code or error.code, "public": error.public_message}
-    elif isinstance(error, MainstayError):
-        kept |= {"code": _told(error, "code"), "public": _told(error, "public_message")}
-    return {
+    behind = isinstance(error, StepFailed) and error.error_code is not None  # which is what others have to know
+    if isinstance(error, StepFailed):
+        kept |= {"step": error.step}
+    if isinstance(error, MainstayError):
+        of = "error_" if behind else ""
+        kept |= {name: _told(error, of + name) for name in ("code", "status", "title")}
+        kept |= {"public": _told(error, "public_message")}
+    status = kept.pop("status", None)
+    kept = {
         name: value if value is None or isinstance(value, str) else type(value).__name__ for name, value in kept.items()
     }
+    return kept | {"status": int(status)} if isinstance(status, int) and 400 <= status < 600 else kept  # noqa: PLR2004  HTTP's
 
 
 def error_text(error: Mapping[str, Any]) -> str:
@@ -185,12 +193,13 @@ def step_failed(label: str, key: str, state: StepState, error: Mapping[str, Any]
         public_message=error.get("public"),
     )
     failure.key = key
+    failure.error_status, failure.error_title = error.get("status"), error.get("title")
     return failure
 
 
 def workflow_failed(how: str, failure: Mapping[str, Any]) -> WorkflowFailed:
-    """The exception for the end of a run."""
-    return WorkflowFailed(
+    """The exception for the end of a run: the same problem as what ended it, where that said all three of its kind."""
+    failed = WorkflowFailed(
         f"{how} with {error_text(failure)}",
         error_type=failure["type"],
         detail=failure["detail"],
@@ -198,6 +207,10 @@ def workflow_failed(how: str, failure: Mapping[str, Any]) -> WorkflowFailed:
         step=failure.get("step"),
         public_message=failure.get("public"),
     )
+    code, status, title = failure.get("code"), failure.get("status"), failure.get("title")
+    if code is not None and status is not None and title is not None:
+        failed.code, failed.status, failed.title = code, status, title
+    return failed
 
 
 def plain_text(text: str) -> str:

@@ -15,7 +15,7 @@ from mainstay.core import Clock
 from mainstay.workflow._execution import Execution
 from mainstay.workflow._history import Kind, StepRecord, StepState
 from mainstay.workflow._recording import Recording
-from mainstay.workflow._verdict import step_failed
+from mainstay.workflow._verdict import EXPIRED, step_failed
 from mainstay.workflow.tables import CHILD, NEXT_SIGNAL, RECEIVE
 from mainstay.workflow.workflow import ENDS
 
@@ -65,11 +65,7 @@ class Waits:
         """
         await self.begin(record, seconds)
         if not await self.until(lambda: self.take(record, name), record, limited=seconds is not None):
-            error = {
-                "type": "DeadlineExceeded",
-                "detail": f"no signal {name} within {seconds:g} s",
-                "code": "EXT_DEADLINE",
-            }
+            error = EXPIRED | {"detail": f"no signal {name} within {seconds:g} s"}
             row = self._recording.row(Kind.FAILED, record.key, position=record.position, info={"error": error})
             record.state, record.seq, record.error = StepState.FAILED, row["seq"], error
             self._recording.settle(row, executed=False)

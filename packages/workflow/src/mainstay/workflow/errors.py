@@ -72,12 +72,16 @@ class WorkflowError(MainstayError):
     """Base of this package's errors."""
 
     code = "SYS_WORKFLOW"
+    status = 500
+    title = "Workflow failed"
 
 
 class NotInRun(WorkflowError):
     """A step or a workflow was called outside a run; the message names what to call instead."""
 
     code = "SYS_NOT_IN_RUN"
+    status = 500
+    title = "Called outside of a run"
     no_effect = True
 
 
@@ -85,6 +89,8 @@ class RunConflict(WorkflowError):
     """A run with this id exists, of another workflow or with another input."""
 
     code = "RES_RUN_CONFLICT"
+    status = 409
+    title = "Run requested with other content"
     no_effect = True
     public_message = "This was already requested with other content."
 
@@ -93,6 +99,8 @@ class SignalConflict(WorkflowError):
     """A message with this id was sent to the run, of another signal or with another value."""
 
     code = "RES_SIGNAL_CONFLICT"
+    status = 409
+    title = "Signal sent with other content"
     no_effect = True
     public_message = "This was already sent with other content."
 
@@ -101,6 +109,8 @@ class PayloadNotStored(WorkflowError):
     """A payload cannot be stored: the codec of this App cannot encode it, since its key is away for example."""
 
     code = "SYS_PAYLOAD_NOT_STORED"
+    status = 500
+    title = "Payload not stored"
     no_effect = True
 
 
@@ -108,6 +118,8 @@ class PayloadUnreadable(WorkflowError):
     """A stored payload cannot be read: its codec is not part of this App, or lacks the key."""
 
     code = "SYS_PAYLOAD_UNREADABLE"
+    status = 500
+    title = "Payload unreadable"
     no_effect = True
 
 
@@ -115,6 +127,8 @@ class RunNotFound(WorkflowError):
     """No run has this id."""
 
     code = "RES_RUN_NOT_FOUND"
+    status = 404
+    title = "No such run"
     no_effect = True
     public_message = "There is no such run."
 
@@ -123,6 +137,8 @@ class RunStateError(WorkflowError):
     """What was asked for cannot be done to a run in its state, such as resuming one that is not parked."""
 
     code = "RES_RUN_STATE_CONFLICT"
+    status = 409
+    title = "Run in another state"
     no_effect = True
     public_message = "The run is not in a state that allows this."
 
@@ -131,6 +147,8 @@ class ApprovalNotFound(WorkflowError):
     """The run does not ask for this."""
 
     code = "RES_APPROVAL_NOT_FOUND"
+    status = 404
+    title = "No such question"
     no_effect = True
     public_message = "There is no such question."
 
@@ -139,6 +157,8 @@ class ApprovalConflict(WorkflowError):
     """What was to be decided is decided otherwise, is not asked any more, or is asked more than once."""
 
     code = "RES_APPROVAL_CONFLICT"
+    status = 409
+    title = "Already decided"
     no_effect = True
     public_message = "This is decided already, or cannot be decided any more."
 
@@ -147,6 +167,8 @@ class DecisionDenied(WorkflowError):
     """The actor of the context may not decide this, or there is none."""
 
     code = "AUTH_DECISION_DENIED"
+    status = 403
+    title = "Decision not allowed"
     no_effect = True
     public_message = "You may not decide this."
 
@@ -155,13 +177,16 @@ class RunParked(WorkflowError):
     """The run waits for a person: `mainstay workflow show` says why, `resume` or `cancel` takes it on."""
 
     code = "SYS_RUN_PARKED"
+    status = 503
+    title = "Run waits for a person"
 
 
 class WorkflowFailed(WorkflowError):
     """The run failed or was cancelled, and is compensated; or a person terminated it, and nothing is undone.
 
     Attributes:
-        code: that of the error behind it, where it has one, so that both are the same problem over HTTP.
+        code, status, title: those of the error behind it, where it has them, so that both are the same problem over
+            HTTP.
         error_type: the name of the exception that ended the workflow function, `Cancelled` if the run was cancelled,
             `Terminated` if it was terminated.
         error_code: its code, where it was a `MainstayError`; where a step failed, that of the error behind the failure.
@@ -171,6 +196,8 @@ class WorkflowFailed(WorkflowError):
     """
 
     code = "BIZ_WORKFLOW_FAILED"
+    status = 409
+    title = "Run failed"
 
     def __init__(
         self,
@@ -183,8 +210,6 @@ class WorkflowFailed(WorkflowError):
         public_message: str | None = None,
     ) -> None:
         super().__init__(message, public_message=public_message)
-        if error_code is not None:
-            self.code = error_code
         self.error_type = error_type
         self.error_code = error_code
         self.step = step
@@ -199,14 +224,18 @@ class StepFailed(WorkflowError):
         outcome: `failed`: certainly nothing happened; `unknown`: something may have, and compensation includes the
             step.
         error_type: the name of the last attempt's exception.
-        error_code: its code, where it was a `MainstayError`.
+        error_code, error_status, error_title: its kind, where it was a `MainstayError`.
         detail: its text; internal.
         public_message: its own, where it has one.
         key: names the step within its run; empty where none is known.
     """
 
     code = "BIZ_STEP_FAILED"
+    status = 409
+    title = "Step failed"
     key: str = ""
+    error_status: int | None = None
+    error_title: str | None = None
 
     def __init__(
         self,

@@ -56,6 +56,8 @@ class RepeatedError(MainstayError):
     """An event was handled, and the answer got lost: it is handled again."""
 
     code = "SYS_SIMULATED"
+    status = 503
+    title = "Answer lost in the simulation"
     retryable = True
     no_effect = True
 
