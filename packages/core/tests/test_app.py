@@ -30,6 +30,7 @@ from mainstay.core import (
     given,
     stray_variables,
 )
+from mainstay.core._metrics_folder import check_folder
 from mainstay.core._work import ended_by
 from mainstay.core.testing import VirtualClock
 
@@ -255,6 +256,48 @@ async def test_health_asks_every_part_within_a_limit(caplog):
         post.answer = None
         assert await app.health() == {"post.Post": Health("down", "no answer within 0.01 s")}
     assert "the health check of Post failed" in caplog.text
+
+
+class Several:
+    """A service that speaks for two."""
+
+    def health_parts(self):
+        return {"others.post": Post(None), "others.store": Post(None)}
+
+
+class SeveralModule(StoreModule):
+    name: ClassVar[str] = "several"
+
+    def yields(self):
+        return (Several,)
+
+    @asynccontextmanager
+    async def running(self, app):
+        yield (Several(),)
+
+
+async def test_a_service_may_speak_for_several_parts():
+    """Each by a name that it chooses, asked and late for itself."""
+    async with App(SeveralModule.for_root()) as app:
+        assert await app.health() == {"others.post": Health("ok"), "others.store": Health("ok")}
+        assert not app.worker
+    async with app.running(until=asyncio.Event()):
+        assert app.worker
+
+
+@pytest.mark.parametrize("value", ["", "missing", "file"])
+def test_a_folder_for_metrics_that_is_none_is_refused(tmp_path, monkeypatch, value):
+    """With its variable and what to do, before prometheus-client fails with the name of a file in it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    check_folder()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / value) if value else "")
+    with pytest.raises(ConfigurationError, match=r"^PROMETHEUS_MULTIPROC_DIR (is empty|names)"):
+        check_folder()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigurationError, match="may not write"):
+        check_folder()
 
 
 class WorkModule(StoreModule):

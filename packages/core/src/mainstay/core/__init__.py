@@ -15,7 +15,7 @@ from mainstay.core.digest import digest
 from mainstay.core.drain import Drain
 from mainstay.core.errors import ConfigurationError, DeadlineExceeded, MainstayError, NotBoundError
 from mainstay.core.given import given, given_kinds
-from mainstay.core.health import HasHealth, Health
+from mainstay.core.health import HasHealth, HasHealthParts, Health
 from mainstay.core.ids import ID_RULE, checked_id, derived_id, is_id, uuid7
 from mainstay.core.journal import Effect, Journal, bind_journal, once
 from mainstay.core.module import Binding, Feature, Module
@@ -49,6 +49,7 @@ __all__ = [
     "Feature",
     "FullJitter",
     "HasHealth",
+    "HasHealthParts",
     "Health",
     "Journal",
     "Kept",

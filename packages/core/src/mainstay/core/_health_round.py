@@ -7,10 +7,26 @@ import logging
 from collections.abc import Mapping
 from typing import cast
 
-from mainstay.core.health import HasHealth, Health
+from mainstay.core.health import HasHealth, HasHealthParts, Health
 from mainstay.core.tasks import cancelled_from_outside, spawn
 
 _log = logging.getLogger("mainstay.core")
+
+
+def parts_of(services: Mapping[type, object], owners: Mapping[type, str]) -> dict[str, HasHealth]:
+    """What can be asked for its health, by name.
+
+    Args:
+        services: by their class.
+        owners: the names of the modules that yielded them, by the same.
+    """
+    parts: dict[str, HasHealth] = {}
+    for kind, service in services.items():
+        if isinstance(service, HasHealth):
+            parts[f"{owners[kind]}.{kind.__name__}"] = service
+        if isinstance(service, HasHealthParts):
+            parts.update(service.health_parts())
+    return parts
 
 
 class HealthRound:

@@ -13,12 +13,13 @@ from typing import Any, Self, TypeVar, cast, overload
 
 from mainstay.core import _process
 from mainstay.core._composition import AnyModule, composed
-from mainstay.core._health_round import HealthRound
+from mainstay.core._health_round import HealthRound, parts_of
+from mainstay.core._metrics_folder import check_folder
 from mainstay.core._work import Crew, Work, ended_by
 from mainstay.core.clock import SYSTEM_CLOCK, Clock
 from mainstay.core.errors import ConfigurationError, NotBoundError
 from mainstay.core.given import given_kinds
-from mainstay.core.health import HasHealth, Health
+from mainstay.core.health import Health
 from mainstay.core.module import Feature
 from mainstay.core.settings import refuse_misspelt_prefixes
 
@@ -27,6 +28,8 @@ __all__ = ["App", "Work"]
 T = TypeVar("T")
 
 _log = logging.getLogger("mainstay.core")
+
+check_folder()
 
 _LEAST_DRAIN_SECONDS = 1.0  # for work that is drained after other work has used up the drain time
 _STOP_SECONDS = 5.0  # after the drain time: for the modules' own stops
@@ -43,6 +46,7 @@ class App:
 
     Attributes:
         modules: in the order in which they start.
+        worker: whether `run` runs it, so that the process has no other server.
 
     Raises:
         ConfigurationError: anything that is wrong and can be seen without starting: a missing requirement, a second
@@ -73,7 +77,7 @@ class App:
         self._serving: list[tuple[str, Work]] = []
         self._crew: Crew | None = None  # of the module that is starting, afterwards of the App itself
         self._starting: str | None = None
-        self._running = self._started = False
+        self.worker = self._running = self._started = False
         self._stack: AsyncExitStack | None = None
 
     # What modules and applications use while it runs
@@ -147,14 +151,10 @@ class App:
     async def health(self) -> dict[str, Health]:
         """The health of every part, by the module's name and the part's class; asked side by side.
 
-        Work that has crashed is down, under its full name.
+        A part of `HasHealthParts` has the name that it is given there. Work that has crashed is down, under its full
+        name.
         """
-        parts = {
-            f"{self._owners[kind]}.{kind.__name__}": service
-            for kind, service in self._services.items()
-            if isinstance(service, HasHealth)
-        }
-        report = await self._health_round.ask(parts)
+        report = await self._health_round.ask(parts_of(self._services, self._owners))
         for name, error in self._crashes.items():
             report[name] = Health("down", f"stopped by {type(error).__name__}")
         return report
@@ -246,7 +246,7 @@ class App:
         self._crashes.clear()
         self._stuck = []
         self._drained_at = self._stopped_at = inf
-        self._until = until
+        self._until, self.worker = until, until is not None
         try:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._health_round.end)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-__all__ = ["HasHealth", "Health"]
+__all__ = ["HasHealth", "HasHealthParts", "Health"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +28,13 @@ class HasHealth(Protocol):
 
     async def health(self) -> Health:
         """Answer quickly, from what is known; the caller sets the time limit."""
+        ...
+
+
+@runtime_checkable
+class HasHealthParts(Protocol):
+    """A service that speaks for several parts, each of which is asked, and is late, for itself."""
+
+    def health_parts(self) -> Mapping[str, HasHealth]:
+        """The parts by their names in `App.health()`, such as `dependency.payments`."""
         ...
