@@ -347,6 +347,41 @@ async def test_lag_is_degraded(database_settings):
         assert health.status == "degraded"
         assert "is a sealer running?" in health.detail
         assert metric("mainstay_audit_lag_seconds") > 0
+        assert metric("mainstay_audit_lag_asked_timestamp_seconds") > 0
+
+
+class _Ahead(Clock):
+    """The system's clock, but for the wall clock, which a test puts ahead."""
+
+    ahead = timedelta()
+
+    def now(self):
+        return super().now() + self.ahead
+
+
+async def test_the_lag_is_known_without_anybody_who_asks(database_settings):
+    """The process looks by itself, and what it found goes on growing at each scrape, also when nobody looks again."""
+    clock, trail = _Ahead(), AuditTrail()
+    app = App(
+        DatabaseModule.for_root(database_settings),
+        AuditModule.for_root(settings(lag_seconds=0.04)),
+        AuditModule.for_feature(trail),
+        clock=clock,
+    )
+    async with app:
+        await trail.write("a")
+
+        async def seen():
+            return metric("mainstay_audit_lag_seconds") > 0
+
+        await until(seen)
+        (look,) = [task for task in asyncio.all_tasks() if task.get_name() == "audit.lag"]
+        look.cancel()
+        await asyncio.wait([look])
+        asked = metric("mainstay_audit_lag_asked_timestamp_seconds")
+        clock.ahead = timedelta(hours=1)
+        assert metric("mainstay_audit_lag_seconds") > 3600
+        assert metric("mainstay_audit_lag_asked_timestamp_seconds") == asked
 
 
 async def test_an_interrupted_sealer_goes_on(database_settings, monkeypatch, caplog):

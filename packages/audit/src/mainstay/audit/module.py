@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar
 
+from mainstay.audit import _metrics
 from mainstay.audit.keys import Keys, development_keys, stated_keys
 from mainstay.audit.sealer import Sealer
 from mainstay.audit.settings import AuditSettings
@@ -64,8 +65,10 @@ class AuditModule(Module[AuditSettings, AuditTrail]):
             app.serve("sealer", sealer.serve)
         intake = Intake(database, app, keys.producer, self.settings.statement_seconds)
         app.background("statements", intake.state)
+        app.background("lag", sealer.look)
         try:
             with ExitStack() as stack:
+                stack.enter_context(_metrics.LAG.of(sealer.known_lag_seconds))
                 for trail in self.parts:
                     stack.enter_context(trail.binding.to(intake))
                 yield (sealer, keys)

@@ -35,6 +35,7 @@ __all__ = ["Sealer"]
 _log = logging.getLogger("mainstay.audit")
 
 LEASE = "mainstay.audit.sealer"
+_LOOK_SECONDS = 15.0
 
 _PENDING = (
     sa.select(tables.pending.c.seq, tables.raw(tables.pending.c.entry_id), tables.raw(tables.pending.c.data))
@@ -68,6 +69,7 @@ class Sealer:
         self._settings = settings
         self._clock = clock
         self._tampered: str | None = None
+        self._oldest: float | None = None
 
     async def health(self) -> Health:
         """`down` when the log was changed; `degraded` when an entry waits too long, or rows were put aside."""
@@ -87,9 +89,22 @@ class Sealer:
         """The age of the oldest entry that waits for its seal, in seconds; 0 where none does."""
         oldest = (await self._database.read(_OLDEST))[0].recorded_at
         since = oldest / 1e6 if isinstance(oldest, int) else 0.0  # what is no moment must not mute the alarm
-        lag = 0.0 if oldest is None else max(0.0, self._clock.now().timestamp() - since)
-        _metrics.LAG.set(lag)
-        return lag
+        self._oldest = None if oldest is None else since
+        _metrics.LAG_ASKED.set(self._clock.now().timestamp())
+        return self.known_lag_seconds()
+
+    def known_lag_seconds(self) -> float:
+        """The same of the entry that was the oldest when it was last looked for."""
+        return 0.0 if self._oldest is None else max(0.0, self._clock.now().timestamp() - self._oldest)
+
+    async def look(self, drain: Drain) -> None:
+        """Look for the oldest entry that waits, often enough for an alert, until the drain begins."""
+        while not drain.begun:
+            try:
+                await self.lag_seconds()
+            except DatabaseError as error:
+                _log.debug("the lag of sealing could not be looked for: %s", error)  # the database's own health says so
+            await drain.pause(min(_LOOK_SECONDS, self._settings.lag_seconds / 4))
 
     async def serve(self, drain: Drain) -> None:
         """Seal whenever the lease can be had, until the drain begins; then seal what is pending, once more."""
