@@ -1,12 +1,14 @@
 """The recorder from inside: closing, unforeseen errors, a full disk, and how statements are merged."""
 
 import asyncio
+import contextlib
 
 import pytest
 import sqlalchemy as sa
 from prometheus_client import REGISTRY
 
 from mainstay.core import Health
+from mainstay.core.testing import eventually
 from mainstay.database import DatabaseBusy, DatabaseError, DatabaseUnavailable
 from mainstay.database._pending import PendingWrite
 from mainstay.database._recorder import merge
@@ -111,6 +113,16 @@ async def test_metrics_tell_what_happened(db, tables):
     async with db.transaction():
         assert sample("pool_in_use") == in_use + 1
     assert sample("pool_in_use") == in_use
+    limit = sample("pool_limit")
+    assert limit == 10
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(10):
+            await stack.enter_async_context(db.engine.connect())
+        waiting = asyncio.ensure_future(db.read(sa.select(1)))
+        await eventually(lambda: sample("pool_waiting") == 1)
+        assert sample("pool_in_use") == in_use + limit
+    assert len(await waiting) == 1
+    assert sample("pool_waiting") == 0
     lease = await db.lease("counted")
     assert sample("leases_held") == held + 1
     await lease.release()

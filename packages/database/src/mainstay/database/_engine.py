@@ -24,9 +24,10 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolResetState
+from sqlalchemy.pool import AsyncAdaptedQueuePool, PoolProxiedConnection, PoolResetState
 
 from mainstay.core import SYSTEM_CLOCK, Clock, ConfigurationError
+from mainstay.database import _metrics
 from mainstay.database._translation import DRIVER_ERRORS, connection_is_gone, driver_error, only_reads, translate
 from mainstay.database._virtual_time import DriverCalls, follow_clock
 from mainstay.database.errors import CommitUnknown, DatabaseError, DatabaseUnavailable, WrongEventLoop
@@ -305,6 +306,17 @@ def unreachable(address: Address, error: BaseException) -> ConfigurationError:
     return ConfigurationError(msg)
 
 
+class _CountedPool(AsyncAdaptedQueuePool):
+    """A pool that tells how many wait for one of its connections, or for a new one."""
+
+    def connect(self) -> PoolProxiedConnection:
+        _metrics.POOL_WAITING.inc()
+        try:
+            return super().connect()
+        finally:
+            _metrics.POOL_WAITING.dec()
+
+
 def make_engine(
     address: Address,
     settings: DatabaseSettings,
@@ -333,6 +345,7 @@ def make_engine(
         # Closing a connection in a transaction rolls it back, all but after a COMMIT that was refused: to do it
         # always would ask SQLite's thread once more each time.
         pool_reset_on_return=None if sqlite else "rollback",
+        poolclass=_CountedPool,
         pool_size=settings.pool_size,
         max_overflow=0,
         pool_timeout=settings.pool_timeout_seconds,

@@ -144,6 +144,7 @@ async def _database(
         idle = recorder.idle() and keeper.idle() and not calls.under_way()
         return None if idle else f"work on the database {address.shown}"
 
+    _metrics.POOL_LIMIT.inc(settings.pool_size)
     try:
         database = Database(
             address, engine, recorder, keeper, statements, turn=turn, pooled=pooled, migrates=settings.migrate
@@ -156,6 +157,7 @@ async def _database(
         with app.clock.held_by(under_way):
             yield database
     finally:
+        _metrics.POOL_LIMIT.dec(settings.pool_size)
         failure, cancelled = await uninterrupted(_close(recorder, keeper, engine, threads, home))
         if failure is not None:
             _log.error("the database was not closed in order", exc_info=failure)
