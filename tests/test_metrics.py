@@ -26,8 +26,8 @@ KINDS = {
 }
 NAME = re.compile(r"(?:mainstay_|(?<=…)_)[a-z_]*[a-z](?![a-z_])")
 LABELS = {
-    "breaker", "by", "from", "group", "kind", "method", "outcome", "part", "reason", "route", "state", "status", "step",
-    "to", "type", "workflow",
+    "breaker", "by", "from", "group", "kind", "method", "metric", "outcome", "package", "part", "reason", "route",
+    "state", "status", "step", "to", "type", "version", "workflow",
 }  # fmt: skip
 """What series may differ by: what the code declares, or a handful of constants. Never a key, an id or a tenant."""
 
@@ -95,12 +95,37 @@ def test_no_label_is_what_a_record_says(package: str) -> None:
     assert {label for metric in declared(package) for label in metric.labels} <= LABELS
 
 
+def modeless(tree: ast.AST) -> list[str]:
+    """The gauges that do not say how those of several processes become one."""
+    gauges = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.lstrip("_") == "Gauge"
+    ]
+    return [
+        ast.unparse(gauge.args[0])
+        for gauge in gauges
+        if not any(
+            keyword.arg == "multiprocess_mode" and ast.unparse(keyword.value).startswith("'live")
+            for keyword in gauge.keywords
+        )
+    ]
+
+
+@with_metrics
+def test_each_gauge_says_what_several_processes_make_of_it(package: str) -> None:
+    """Without a mode each process has a series of its own, by its pid, which stays when the process has ended."""
+    for path in sorted((ROOT / "packages" / package / "src").rglob("*.py")):
+        assert modeless(ast.parse(path.read_text())) == [], path
+
+
 def test_the_check_finds_what_is_wrong() -> None:
     """A metric that no page names, one that no code has, and a label without a bound."""
     source = 'A = Counter("mainstay_x_sold", "Sold.", ["event_id"])\nB = Gauge("mainstay_x_age_seconds", "Age.")'
     assert list(_declared(ast.parse(source))) == [
         Declared("mainstay_x_sold_total", ("event_id",)), Declared("mainstay_x_age_seconds", ())
     ]  # fmt: skip
+    assert modeless(ast.parse(source)) == ["'mainstay_x_age_seconds'"]
     assert says(named("`mainstay_x_sold_total` and `…_age_seconds`"), "mainstay_x_age_seconds")
     assert not says(named("`mainstay_x_sold_total`"), "mainstay_x_sold")
 

@@ -19,35 +19,91 @@ SKIPPED_FAILURES = Counter(
 DUPLICATES = Counter("mainstay_events_duplicates_total", "Events that the inbox had seen before.", ["group"])
 DEAD_LETTERS = Counter("mainstay_events_dead_letters_total", "Events that became dead letters.", ["group"])
 PARKED = Counter("mainstay_events_parked_total", "Times that a key was parked.", ["group"])
-PARKED_KEYS = Gauge("mainstay_events_parked_keys", "Keys that are parked.", ["group"])
-PARKED_EVENTS = Gauge("mainstay_events_parked_events", "Events of parked keys, at most 10,000 are counted.", ["group"])
+PARKED_KEYS = Gauge("mainstay_events_parked_keys", "Keys that are parked.", ["group"], multiprocess_mode="livemax")
+PARKED_EVENTS = Gauge(
+    "mainstay_events_parked_events",
+    "Events of parked keys, at most 10,000 are counted.",
+    ["group"],
+    multiprocess_mode="livemax",
+)
 PARKED_AGE = Gauge(
     "mainstay_events_parked_age_seconds",
     "For how long the oldest parked key that is stuck has been failing.",
     ["group"],
+    multiprocess_mode="livemax",
 )
 SET_ASIDE = Counter("mainstay_events_set_aside_total", "Times that an event was set aside.", ["group"])
-SET_ASIDE_EVENTS = Gauge("mainstay_events_set_aside_events", "Events that wait to be tried later.", ["group"])
-STOPPED = Gauge("mainstay_events_stopped", "Events at which a partition of this process has stopped.", ["group"])
-PAUSED = Gauge("mainstay_events_paused", "Pauses by a person: of the group, of kinds of events, of keys.", ["group"])
+SET_ASIDE_EVENTS = Gauge(
+    "mainstay_events_set_aside_events", "Events that wait to be tried later.", ["group"], multiprocess_mode="livemax"
+)
+STOPPED = Gauge(
+    "mainstay_events_stopped",
+    "Events at which a partition of this process has stopped.",
+    ["group"],
+    multiprocess_mode="livesum",
+)
+PAUSED = Gauge(
+    "mainstay_events_paused",
+    "Pauses by a person: of the group, of kinds of events, of keys.",
+    ["group"],
+    multiprocess_mode="livemax",
+)
 HANDED_OVER = Counter(
     "mainstay_events_handed_over_total", "Events for which another process of the group has a handler.", ["group"]
 )
 RELAYED = Counter("mainstay_events_relayed_total", "Outbox rows confirmed by the broker.")
 REVOKED = Counter("mainstay_events_revoked_total", "Partitions given up to other processes.", ["group"])
 MISSED = Counter("mainstay_events_missed_total", "Events that were deleted before they were read.", ["group"])
-LAG = Gauge("mainstay_events_lag", "Unfinished events of the partitions this process holds, about.", ["group"])
-LAG_SECONDS = Gauge("mainstay_events_lag_seconds", "For how long the oldest of these events waits.", ["group"])
-OLDEST = Gauge("mainstay_events_oldest_in_flight_seconds", "Age of the oldest unfinished event.", ["group"])
-IN_FLIGHT_BYTES = Gauge("mainstay_events_in_flight_bytes", "Bytes of unfinished events in memory, about.", ["group"])
-PARTITIONS = Gauge("mainstay_events_partitions", "Partitions that this process holds.", ["group"])
-OUTBOX_AGE = Gauge("mainstay_events_outbox_age_seconds", "Age of the oldest row that waits in the outbox.")
-OUTBOX_REFUSED = Gauge(
-    "mainstay_events_outbox_refused", "Events of the outbox that the broker refused for good, or that cannot be read."
+LAG = Gauge(
+    "mainstay_events_lag",
+    "Unfinished events of the partitions this process holds, about.",
+    ["group"],
+    multiprocess_mode="livesum",
 )
-SCHEDULED = Gauge("mainstay_events_scheduled", "Events that wait for their time, at most 10,000 are counted.")
-OVERDUE = Gauge("mainstay_events_scheduled_overdue_seconds", "For how long the time of the first of them has passed.")
-OUTBOX_DEPTH = Gauge("mainstay_events_outbox_depth", "Rows that wait in the outbox, at most 10,000 are counted.")
+LAG_SECONDS = Gauge(
+    "mainstay_events_lag_seconds",
+    "For how long the oldest of these events waits.",
+    ["group"],
+    multiprocess_mode="livemax",
+)
+OLDEST = Gauge(
+    "mainstay_events_oldest_in_flight_seconds",
+    "Age of the oldest unfinished event.",
+    ["group"],
+    multiprocess_mode="livemax",
+)
+IN_FLIGHT_BYTES = Gauge(
+    "mainstay_events_in_flight_bytes",
+    "Bytes of unfinished events in memory, about.",
+    ["group"],
+    multiprocess_mode="livesum",
+)
+PARTITIONS = Gauge(
+    "mainstay_events_partitions", "Partitions that this process holds.", ["group"], multiprocess_mode="livesum"
+)
+OUTBOX_AGE = Gauge(
+    "mainstay_events_outbox_age_seconds", "Age of the oldest row that waits in the outbox.", multiprocess_mode="livemax"
+)
+OUTBOX_REFUSED = Gauge(
+    "mainstay_events_outbox_refused",
+    "Events of the outbox that the broker refused for good, or that cannot be read.",
+    multiprocess_mode="livemax",
+)
+SCHEDULED = Gauge(
+    "mainstay_events_scheduled",
+    "Events that wait for their time, at most 10,000 are counted.",
+    multiprocess_mode="livemax",
+)
+OVERDUE = Gauge(
+    "mainstay_events_scheduled_overdue_seconds",
+    "For how long the time of the first of them has passed.",
+    multiprocess_mode="livemax",
+)
+OUTBOX_DEPTH = Gauge(
+    "mainstay_events_outbox_depth",
+    "Rows that wait in the outbox, at most 10,000 are counted.",
+    multiprocess_mode="livemax",
+)
 
 
 @cache

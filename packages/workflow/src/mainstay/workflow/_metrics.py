@@ -12,9 +12,13 @@ RUNS_CONTINUED = Counter("mainstay_workflow_runs_continued", "Runs that went on 
 RUNS_DELETED = Counter("mainstay_workflow_runs_deleted", "Ended runs that were kept no longer.", ["status"])
 SIGNALS_EXPIRED = Counter("mainstay_workflow_signals_expired", "Signals for runs that there never were.")
 WORKERS_BURIED = Counter("mainstay_workflow_workers_buried", "Dead workers whose runs went back into the queue.")
-RUNS_ACTIVE = Gauge("mainstay_workflow_runs_active", "Runs that this worker executes.")
-RUNS_PARKED = Gauge("mainstay_workflow_runs_parked", "Runs that wait for a person.")
-RUNS_UNKNOWN = Gauge("mainstay_workflow_runs_unknown", "Queued runs of workflows that this worker does not know.")
+RUNS_ACTIVE = Gauge("mainstay_workflow_runs_active", "Runs that this worker executes.", multiprocess_mode="livesum")
+RUNS_PARKED = Gauge("mainstay_workflow_runs_parked", "Runs that wait for a person.", multiprocess_mode="livemax")
+RUNS_UNKNOWN = Gauge(
+    "mainstay_workflow_runs_unknown",
+    "Queued runs of workflows that this worker does not know.",
+    multiprocess_mode="livemax",
+)
 STEPS = Counter("mainstay_workflow_steps", "Steps and compensations that ended here.", ["step", "outcome"])
 STEP_SECONDS = Histogram(
     "mainstay_workflow_step_seconds",
