@@ -9,6 +9,8 @@ import pytest
 from ticketing.demo import DEFAULT_PURCHASES
 from ticketing.processes import OfficeProcess, free_port, until_up
 
+TOKEN = "for-the-scrapes-of-this-test"
+
 
 @pytest.fixture(scope="module")
 def office(tmp_path_factory):
@@ -18,6 +20,7 @@ def office(tmp_path_factory):
     environment = {
         "MAINSTAY_DATABASE_URL": f"sqlite+aiosqlite:///{directory / 'office.db'}",
         "TICKETING_PURCHASES": str(DEFAULT_PURCHASES),
+        "MAINSTAY_OBSERVABILITY_ACCESS_TOKEN": TOKEN,
     }
     api = OfficeProcess("api", f"--port={port}", environment=environment, log=directory / "api.log")
     api.start()
@@ -115,6 +118,7 @@ def test_health_and_metrics_are_served(office):
     """Probes and Prometheus find what they look for, with the route's template and not its value."""
     assert office.get("/health/live").status_code == 200
     office.get("/purchases/nobody")
-    metrics = office.get("/metrics").text
+    assert office.get("/metrics").status_code == 404  # it names what the office depends on
+    metrics = office.get("/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
     assert 'mainstay_http_requests_total{method="GET",route="/purchases/{order_id}",status="404"}' in metrics
     assert "nobody" not in metrics

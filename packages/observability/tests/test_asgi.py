@@ -356,7 +356,7 @@ async def test_websockets_have_the_context_and_lifespans_pass():
 
 async def test_probes_are_served_before_everything_else_while_the_app_runs():
     """Probes and metrics answer without the application being asked; without a running App they are its own."""
-    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders", metrics_public=True)))
     asked = []
 
     async def inner(scope, receive, send):
@@ -579,7 +579,7 @@ async def test_an_error_in_a_websocket_is_logged_in_its_context():
 )
 async def test_a_strange_accept_gets_the_metrics_all_the_same(accept):
     """What a scraper says about versions may be nonsense; the metrics are not withheld for it."""
-    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders", metrics_public=True)))
     async with app, client(application(app=app)) as http:
         answer = await http.get("/metrics", headers={"accept": accept})
     assert answer.status_code == 200

@@ -2,23 +2,27 @@
 
 import asyncio
 import logging
+import re
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
 from typing import ClassVar, Literal, Never
 
 import httpx
 import pytest
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import App, ConfigurationError, Health, Module, Settings
-from mainstay.core.testing import VirtualClock
+from mainstay.core.testing import VirtualClock, eventually
 from mainstay.observability import (
     CappedLabels,
     HealthWatch,
+    ObservabilityMiddleware,
     ObservabilityModule,
     ObservabilitySettings,
+    ProbePaths,
     ProbeServer,
 )
 from mainstay.observability.metrics import exposition
@@ -210,11 +214,85 @@ async def test_a_probe_that_breaks_is_logged_and_closes(monkeypatch, caplog):
             msg = "broken"
             raise RuntimeError(msg)
 
-        monkeypatch.setattr("mainstay.observability.health.exposition", broken)
+        monkeypatch.setattr("mainstay.observability._scrapes.exposition", broken)
         with caplog.at_level(logging.ERROR, "mainstay.observability"), pytest.raises(httpx.RemoteProtocolError):
             await http.get("/metrics")
         assert "could not be answered" in caplog.text
         assert (await http.get("/health/live")).status_code == 200
+
+
+async def test_a_worker_serves_probes_unless_it_is_told_not_to():
+    """On the usual port, or where that is taken on a free one; a process that has another server has no second."""
+    ports = []
+    for port in (None, None, "off"):
+        app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="s", http_port=port)))
+        running = app.running(serve=True, until=asyncio.Event())
+        await running.__aenter__()
+        ports.append((app, running))
+    try:
+        first, second, off = (app.get(ProbeServer).port for app, _ in ports)
+        assert first
+        assert second not in (None, first, 9464)
+        assert off is None
+        async with client(ports[1][0]) as http:
+            assert (await http.get("/health/startup")).status_code == 200
+    finally:
+        for _, running in reversed(ports):
+            await running.__aexit__(None, None, None)
+
+
+async def test_paths_are_settings_and_details_are_for_those_who_may_see_them():
+    """On the application's port metrics and details are hidden without the token; on their own port they are not."""
+    token = "a-token-of-16-characters"
+    paths = ProbePaths(live="/healthz", metrics="/internal/metrics")
+    async with service(paths=paths, access_token=token) as app, client(app) as own:
+
+        async def nothing(scope, receive, send):
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        api = httpx.ASGITransport(ObservabilityMiddleware(nothing, app=app))
+        async with httpx.AsyncClient(transport=api, base_url="http://public") as public:
+            for path, status in (
+                ("/healthz", 200),
+                ("/internal/metrics", 404),
+                ("/health", 404),
+                ("/health/live", 404),
+            ):
+                assert (await public.get(path)).status_code == status
+                assert (await own.get(path)).status_code == (404 if path == "/health/live" else 200)
+            for said, status in ((token, 200), (token[:-1], 404), ("ü", 404)):
+                headers = [(b"authorization", f"Bearer {said}".encode("latin-1"))]
+                assert (await public.get("/health", headers=headers)).status_code == status
+                assert (await public.get("/internal/metrics", headers=headers)).status_code == status
+    with pytest.raises(ConfigurationError, match="the same path"):
+        service(paths={"live": "/x", "ready": "/x"})
+
+
+async def test_scrapes_share_one_look_and_wait_for_nobody_else(monkeypatch):
+    """While one is under way others share it; it has a thread of its own, since those of the loop may all hang."""
+    gate, looks = threading.Event(), []
+
+    def counted(accept):
+        looks.append(accept)
+        gate.wait(60)
+        return "text/plain", b"x"
+
+    monkeypatch.setattr("mainstay.observability._scrapes.exposition", counted)
+    async with service() as app:
+        loop, busy = asyncio.get_running_loop(), threading.Event()
+        hanging = [loop.run_in_executor(None, busy.wait, 60) for _ in range(200)]
+        scrapes = [asyncio.ensure_future(app.get(HealthWatch).answer("/metrics", private=True)) for _ in range(50)]
+        await eventually(lambda: bool(looks))
+        scrapes[0].cancel()
+        gate.set()
+        answers = await asyncio.gather(*scrapes, return_exceptions=True)
+        assert [getattr(each, "body", each) for each in answers[1:]] == [b"x"] * 49
+        assert len(looks) == 1
+        busy.set()
+        await asyncio.gather(*hanging)
+        assert (await app.get(HealthWatch).answer("/metrics", private=True)).body == b"x"
+        assert len(looks) == 2
 
 
 async def test_a_port_in_use_is_a_configuration_error():
@@ -394,3 +472,120 @@ def test_trap_13_the_folder_is_wiped_before_the_start_not_while_processes_run(mo
         wipe()
         count(process)
         assert total() == 0.0
+
+
+@pytest.mark.parametrize("name", ["prat", "part.Prat", "observability.HealthWatch"])
+def test_readiness_refuses_what_no_part_is_called(name):
+    """By module or by part; a name that nothing has would count as up for ever."""
+    with pytest.raises(ConfigurationError, match=f"readiness names '{name}'; the parts of this App are .*part.Part"):
+        service(readiness=frozenset({name}))
+
+
+@pytest.mark.parametrize("name", ["part", "part.Part"])
+async def test_what_was_never_asked_is_not_ready(name):
+    """A part that readiness names has no answer at first; it is asked then, and not at the next beat."""
+    app = service(readiness=frozenset({name}), health_seconds=60.0)
+    async with app:
+        watch, part = app.get(HealthWatch), app.get(Part)
+        part.gate.clear()
+        assert not watch.ready()
+        await eventually(lambda: part.asked > 0 or watch.ready())
+        assert not watch.ready()
+        part.gate.set()
+        await eventually(watch.ready)
+
+
+class Crashing(Module[PartSettings, Never]):
+    """Work that ends, and a part that knows nothing of it."""
+
+    name: ClassVar[str] = "crashing"
+    crash = asyncio.Event()
+
+    def yields(self):
+        return (Part,)
+
+    @asynccontextmanager
+    async def running(self, app):
+        async def relay(_drain):
+            await self.crash.wait()
+            msg = "broken"
+            raise RuntimeError(msg)
+
+        app.serve("relay", relay)
+        yield (Part(),)
+
+
+async def test_crashed_work_stands_under_the_name_of_its_module():
+    """Its module's other parts are up, and the process is not ready: what it is there for is not done."""
+    Crashing.crash = asyncio.Event()
+    settings = ObservabilitySettings(service_name="s", readiness=frozenset({"crashing"}))
+    app = App(ObservabilityModule.for_root(settings), Crashing.for_root(), clock=VirtualClock())
+    async with app.running(serve=True):
+        watch = app.get(HealthWatch)
+        await watch.refresh()
+        assert watch.ready()
+        Crashing.crash.set()
+        async with asyncio.timeout(60):
+            while watch.latest.get("crashing.relay") is None:
+                await watch.refresh()
+        assert watch.latest["crashing.Part"].status == "ok"
+        assert not watch.ready()
+
+
+async def test_the_start_is_over_once():
+    """A startup probe sees the end of the start, and the drain does not take it back."""
+    app = service()
+    async with app:
+        watch = app.get(HealthWatch)
+        assert (await watch.answer("/health/startup")).status == 200
+    assert (await watch.answer("/health/ready")).status == 503
+    assert (await watch.answer("/health/startup")).status == 200
+
+
+async def test_what_is_scraped_does_not_outlive_the_watch():
+    """The gauge is computed at the scrape: it falls when nobody asks any more, and the last round says since when."""
+    clock = VirtualClock()
+    async with service(clock) as app:
+        await app.get(HealthWatch).refresh()
+        assert metric("mainstay_health", part="part.Part") == 1
+        asked = metric("mainstay_health_round_timestamp_seconds")
+        assert asked == clock.now().timestamp()
+        (beat,) = [task for task in asyncio.all_tasks() if task.get_name() == "observability.health"]
+        beat.cancel()
+        await clock.advance(20.0)
+        assert metric("mainstay_health", part="part.Part") == 0
+        assert metric("mainstay_health_round_timestamp_seconds") == asked
+    assert "mainstay_health{" not in exposition("")[1].decode()
+
+
+async def test_the_build_and_the_loop_are_told():
+    """The versions of service and packages, and how late the loop ran, once a second."""
+    clock = VirtualClock()
+    async with service(clock, service_version="2026.11"):
+        assert metric("mainstay_build_info", package="s", version="2026.11") == 1
+        assert re.search(
+            r'mainstay_build_info\{package="mainstay-core",version="[0-9.]+"\} 1.0', exposition("")[1].decode()
+        )
+        before = metric("mainstay_loop_lag_seconds_count")
+        await clock.advance(3.0)
+        assert metric("mainstay_loop_lag_seconds_count") > before
+
+
+def test_what_does_not_fit_is_counted_under_the_name_of_the_metric():
+    """Every time that `other` is taken, so that an alert can name the metric whose labels grow."""
+    name = "mainstay_metrics_overflow_total"
+    capped = CappedLabels(Histogram("mainstay_test_overflowing", "For this test.", ["a"], registry=None), 1)
+    before = metric(name, metric="mainstay_test_overflowing")
+    for value in ("x", "y", "z", "x", "y"):
+        capped(value).observe(1)
+    assert metric(name, metric="mainstay_test_overflowing") - before == 3
+
+
+def test_exemplars_come_out():
+    """In OpenMetrics, which Prometheus asks for, a bucket and a counter name the trace of one that they counted."""
+    exemplar = {"trace_id": "4bf92f3577b34da6a3ce929d0e0e4736"}
+    seconds = CappedLabels(Histogram("mainstay_test_exemplar_seconds", "For this test.", ["a"]), 1)
+    seconds("x").observe(0.3, exemplar)
+    content_type, body = exposition("application/openmetrics-text;version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert re.search(r'exemplar_seconds_bucket\{.*le="0.5"\} 1.0 # \{trace_id="4bf9.*"\} 0.3', body.decode())

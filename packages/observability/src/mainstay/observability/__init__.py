@@ -1,19 +1,34 @@
 """Logs, metrics, traces, health and error bodies of a service."""
 
 from mainstay.observability.asgi import ObservabilityMiddleware
+from mainstay.observability.checks import (
+    DatabaseHealthCheck,
+    HealthCheck,
+    HealthChecks,
+    HTTPServiceHealthCheck,
+    KafkaHealthCheck,
+    RedisHealthCheck,
+)
 from mainstay.observability.errors import error_body
 from mainstay.observability.health import Answer, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 from mainstay.observability.module import ObservabilityModule, ProbeServer
-from mainstay.observability.settings import ObservabilitySettings
+from mainstay.observability.settings import ObservabilitySettings, ProbePaths
 
 __all__ = [
     "Answer",
     "CappedLabels",
+    "DatabaseHealthCheck",
+    "HTTPServiceHealthCheck",
+    "HealthCheck",
+    "HealthChecks",
     "HealthWatch",
+    "KafkaHealthCheck",
     "ObservabilityMiddleware",
     "ObservabilityModule",
     "ObservabilitySettings",
+    "ProbePaths",
     "ProbeServer",
+    "RedisHealthCheck",
     "error_body",
 ]

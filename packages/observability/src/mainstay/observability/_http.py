@@ -1,12 +1,13 @@
 """The small HTTP server of a process that has no other: probes and metrics of a worker.
 
-It answers GET and HEAD on four paths and closes the connection. It runs on the event loop on purpose: that it answers
-at all is what liveness means.
+It answers GET and HEAD on the paths of the settings and closes the connection. It runs on the event loop on purpose:
+that it answers at all is what liveness means.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -22,8 +23,14 @@ _HEAD_BYTES = 8192
 
 
 @asynccontextmanager
-async def serving(watch: HealthWatch, host: str, port: int) -> AsyncGenerator[int, None]:
+async def serving(watch: HealthWatch, host: str, port: int, *, free_instead: bool = False) -> AsyncGenerator[int, None]:
     """Serve until the block ends; yields the port that it listens on.
+
+    Args:
+        watch: has the answers.
+        host: the address to listen on.
+        port: of TCP; 0 for any that is free.
+        free_instead: whether any free port will do where this one is taken.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -35,8 +42,17 @@ async def serving(watch: HealthWatch, host: str, port: int) -> AsyncGenerator[in
         connections.add(task)
         task.add_done_callback(connections.discard)
 
+    async def listen(port: int) -> asyncio.Server:
+        return await asyncio.start_server(accept, host, port, limit=_HEAD_BYTES)
+
     try:
-        server = await asyncio.start_server(accept, host, port, limit=_HEAD_BYTES)
+        try:
+            server = await listen(port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not free_instead:
+                raise
+            _log.warning("port %d is taken, so probes and metrics get any free one; http_port names one for good", port)
+            server = await listen(0)
     except OSError as error:
         msg = (
             f"ObservabilityModule cannot listen on {host}:{port} ({error.strerror or error}): "

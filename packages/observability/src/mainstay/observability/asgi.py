@@ -24,7 +24,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from mainstay.core import App, Context, MainstayError, NotBoundError, bind, uuid7
 from mainstay.observability import _tracing
 from mainstay.observability.errors import error_body, retry_after
-from mainstay.observability.health import JSON, HealthWatch
+from mainstay.observability.health import JSON, HealthWatch, probe_paths
 from mainstay.observability.metrics import CappedLabels
 
 __all__ = ["ObservabilityMiddleware"]
@@ -52,7 +52,6 @@ _seconds = CappedLabels(SECONDS, 500)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _UNMATCHED = "unmatched"
-_PROBES = ("/health/", "/metrics")
 _CORRELATION = b"x-correlation-id"
 _NOTHING = Context()
 _WANTED = {
@@ -70,8 +69,9 @@ class ObservabilityMiddleware:
 
     Args:
         asgi: what it wraps.
-        app: the Mainstay App whose probes (`/health/live`, `/health/ready`, `/metrics`) are answered here, before any
-            authentication or rate limit; None answers none.
+        app: the Mainstay App whose probes (`/health/live`, `/health/ready`, `/health/startup`) are answered here,
+            before any authentication or rate limit, and as far as its settings say also its metrics and its health with
+            details; None answers none.
         trusted: whether callers are services of ours, whose headers may name an actor, a tenant and a cause. Say so
             only behind a gateway that removes these headers from what strangers send.
     """
@@ -79,6 +79,7 @@ class ObservabilityMiddleware:
     def __init__(self, asgi: ASGIApp, *, app: App | None = None, trusted: bool = False) -> None:
         self._asgi = asgi
         self._app = app
+        self._paths = frozenset[str]() if app is None else probe_paths(app.modules)
         self._trusted = trusted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +87,7 @@ class ObservabilityMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._asgi(scope, receive, send)
             return
-        if self._app is not None and scope["path"].startswith(_PROBES) and await self._probed(self._app, scope, send):
+        if scope["path"] in self._paths and self._app is not None and await self._probed(self._app, scope, send):
             return
         if scope.get(_OBSERVED):
             # An instrumented application inside of another: one request has one id, one line and one count.
@@ -114,8 +115,10 @@ class ObservabilityMiddleware:
         except NotBoundError:
             # No ObservabilityModule in the App, or the App is not running: the path may be the application's.
             return False
-        accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), "")
-        answer = await watch.answer(scope["path"], accept)
+        said = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        answer = await watch.answer(
+            scope["path"], said.get(b"accept", ""), authorization=said.get(b"authorization", "")
+        )
         if answer is None:
             return False
         body = answer.body if scope["method"] == "GET" else b""

@@ -6,34 +6,30 @@ probe reads the last answer.
 
 - **live** means that the event loop turns: that the answer was given at all. Nothing that is shared is looked at,
   because killing the process repairs nothing that is shared.
-- **ready** means that the App has started and is not stopping. Parts count only where the settings name them.
-- **health** tells everything, with details, to people: it is served on the port of its own only.
+- **started** means that every module has started, once.
+- **ready** means that the App has started and is not stopping. Parts count only where the settings name them; one that
+  was never asked counts as not ready.
+- **health** tells everything, with details, to people: on the port of its own, and to who has the token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Gauge
-
-from mainstay.core import App, Drain, Health, cancelled_from_outside, spawn
-from mainstay.observability.metrics import exposition
+from mainstay.core import App, Drain, HasHealth, Health, Module, cancelled_from_outside, spawn
+from mainstay.observability._scrapes import Scrapes
+from mainstay.observability.checks import HealthCheck
 from mainstay.observability.settings import ObservabilitySettings
 
 __all__ = ["Answer", "HealthWatch"]
 
 _log = logging.getLogger("mainstay.observability")
-
-_WORTH = {"ok": 1.0, "degraded": 0.5, "down": 0.0}
-HEALTH = Gauge(
-    "mainstay_health", "1 ok, 0.5 degraded, 0 down; by part, as last asked.", ["part"], multiprocess_mode="livemin"
-)
 
 _ROUNDS = 3  # an answer holds for as many intervals: one late round is no alarm
 
@@ -55,22 +51,36 @@ class Answer:
     body: bytes
 
 
+_OK = Answer(200, JSON, b'{"status": "ok"}')
+_DOWN = Answer(503, JSON, b'{"status": "down"}')
+
+
 class HealthWatch:
     """Knows the last health of every part, and answers probes from it.
 
     Attributes:
+        paths: what `answer` may have an answer to.
+        asked_at: when the last round ended, in seconds since 1970; None before the first.
         latest: by part, as `App.health()` names them; empty until the first round is over. An answer that no round has
             renewed in time is `down`: what was true once says nothing of now.
     """
 
-    def __init__(self, app: App, settings: ObservabilitySettings) -> None:
+    def __init__(self, app: App, settings: ObservabilitySettings, scrapes: Scrapes) -> None:
+        self.paths = settings.paths.all
+        self.asked_at: float | None = None
         self._app = app
+        self._settings = settings
+        self._scrapes = scrapes
         self._interval = settings.health_interval_seconds
-        self._readiness = settings.readiness
+        self._needed = frozenset(
+            part for part in known_parts(app.modules) if any(_named(part, name) for name in settings.readiness)
+        )
+        self._beat: Drain | None = None
         self._round: asyncio.Task[None] | None = None
         self._latest: dict[str, Health] = {}
         self._answered = 0.0
         self._good_seconds = _ROUNDS * self._interval + app.health_seconds
+        self._was_started = self._leaving = False
 
     @property
     def latest(self) -> dict[str, Health]:  # noqa: D102  described in the class
@@ -81,6 +91,7 @@ class HealthWatch:
 
     async def watch(self, drain: Drain) -> None:
         """Ask on the beat of the settings until the drain begins."""
+        self._beat = drain
         try:
             while not drain.begun:
                 try:
@@ -90,12 +101,12 @@ class HealthWatch:
                     if _ends_the_task(error):
                         raise
                     _log.exception("a round of health checks broke")
-                await drain.pause(self._interval)
+                await drain.pause(self._interval, wakeable=True)
         finally:
+            self._beat = None
             if self._round is not None:
                 self._round.cancel()
                 await asyncio.gather(self._round, return_exceptions=True)
-            _forget(self._latest)
 
     async def refresh(self) -> dict[str, Health]:
         """Ask all parts now; callers that come while a round is under way share it."""
@@ -118,50 +129,93 @@ class HealthWatch:
             if (before.status if before else "ok") != health.status:
                 level = logging.INFO if health.status == "ok" else logging.WARNING
                 _log.log(level, "%s is %s: %s", part, health.status, health.detail or "no detail")
-            HEALTH.labels(part).set(_WORTH[health.status])
-        _forget(self._latest.keys() - latest.keys())
         self._latest = latest
         self._answered = self._app.clock.monotonic()
+        self.asked_at = self._app.clock.now().timestamp()
+
+    def leave(self) -> None:
+        """Be not ready from now on: the process was told to end, and still takes requests for a while."""
+        self._leaving = True
+
+    def started(self) -> bool:
+        """Whether the App has started, once; it stays so while it stops."""
+        self._was_started = self._was_started or self._app.started
+        return self._was_started
 
     def ready(self) -> bool:
-        """Whether the App has started, is not stopping, and no part that the settings name is down."""
-        return self._app.started and not any(
-            health.status == "down" for part, health in self.latest.items() if part.split(".")[0] in self._readiness
+        """Whether the App has started, is not stopping, and all parts that the settings name are up.
+
+        One that was not asked yet, or not for too long, is not.
+        """
+        if not self._app.started or self._leaving:
+            return False
+        readiness = self._settings.readiness
+        if not readiness:
+            return True
+        latest = self.latest
+        if self.asked_at is None or not self._needed <= latest.keys():
+            if self._beat is not None:
+                self._beat.wake()  # everything has started, so the next round asks all of them: no need to wait for it
+            return False
+        return not any(
+            health.status == "down" and any(_named(part, name) for name in readiness) for part, health in latest.items()
         )
 
-    async def answer(self, path: str, accept: str = "", *, private: bool = False) -> Answer | None:
-        """The answer to a probe's path; None where the path is none of ours.
+    async def answer(
+        self, path: str, accept: str = "", *, private: bool = False, authorization: str = ""
+    ) -> Answer | None:
+        """The answer to a probe's path; None where the path is none of ours, or not for the one who asks.
 
         Args:
-            path: `/health/live`, `/health/ready`, `/metrics`, and `/health` where `private`.
+            path: one of `paths`.
             accept: the request's `Accept` header; chooses the format of the metrics.
             private: whether only people of this service can ask: details name what it depends on.
+            authorization: the request's header of that name; the settings' `access_token` makes up for `private`.
         """
-        if path == "/health/live":
-            return _json(200, {"status": "ok"})
-        if path == "/health/ready":
-            ready = self.ready()
-            return _json(200 if ready else 503, {"status": "ok" if ready else "down"})
-        if path == "/metrics":
-            return Answer(200, *await asyncio.to_thread(exposition, accept))
-        if path == "/health" and private:
+        paths = self._settings.paths
+        if path == paths.live:
+            return _OK
+        if path == paths.ready:
+            return _OK if self.ready() else _DOWN
+        if path == paths.startup:
+            return _OK if self.started() else _DOWN
+        if path == paths.metrics and (private or self._settings.metrics_public or self._allowed(authorization)):
+            return Answer(200, *await self._scrapes.metrics(accept))
+        if path == paths.health and (private or self._allowed(authorization)):
             states = {health.status for health in self.latest.values()}
             worst = next((status for status in ("down", "degraded") if status in states), "ok")
             parts = {name: {"status": each.status, "detail": each.detail} for name, each in self.latest.items()}
             return _json(200, {"status": worst, "ready": self.ready(), "parts": parts})
         return None
 
+    def _allowed(self, authorization: str) -> bool:
+        token = self._settings.access_token
+        if token is None:
+            return False
+        wanted = f"Bearer {token.get_secret_value()}"
+        return hmac.compare_digest(authorization.encode(), wanted.encode())
+
+
+def known_parts(modules: Sequence[Module[Any, Any]]) -> Iterator[str]:
+    """The parts that `App.health()` will ask, as the modules state them before anything starts."""
+    for module in modules:
+        yield from (f"{module.name}.{kind.__name__}" for kind in module.yields() if issubclass(kind, HasHealth))
+        yield from (part.part for part in module.parts if isinstance(part, HealthCheck))
+
+
+def probe_paths(modules: Sequence[Module[Any, Any]]) -> frozenset[str]:
+    """The paths of probes in an App of these modules; none without an ObservabilityModule."""
+    settings = [module.settings for module in modules if isinstance(module.settings, ObservabilitySettings)]
+    return frozenset(path for each in settings for path in each.paths.all)
+
+
+def _named(part: str, name: str) -> bool:
+    return part == name or part.partition(".")[0] == name
+
 
 def _ends_the_task(error: BaseException) -> bool:
     """Whether the task has to end: it was asked to, or the process was. A stray CancelledError is a failure."""
     return cancelled_from_outside(error) or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
-
-
-def _forget(parts: Iterable[str]) -> None:
-    # In multiprocess mode prometheus-client cannot remove a child, and warns.
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        for part in parts:
-            HEALTH.remove(part)
 
 
 def _json(status: int, value: dict[str, Any]) -> Answer:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from collections.abc import Iterable
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.metrics_core import Metric
+
+from mainstay.observability._metrics import OVERFLOW
+from mainstay.observability._multiprocess import SNAPSHOT, Together, folder
 
 __all__ = ["CappedLabels"]
 
@@ -18,6 +21,7 @@ C_co = TypeVar("C_co", covariant=True)
 
 class _Labelled(Protocol[C_co]):
     def labels(self, *values: Any) -> C_co: ...
+    def describe(self) -> Iterable[Metric]: ...
 
 
 class CappedLabels(Generic[C]):
@@ -25,7 +29,8 @@ class CappedLabels(Generic[C]):
 
     A child costs memory for ever (a histogram's almost 4 KiB), and asking `labels(…)` for it costs more than counting
     does. The first `limit` combinations get their own child; whatever comes later is counted under `other`, so that
-    nothing that a stranger can choose fills the memory of the service and of Prometheus.
+    nothing that a stranger can choose fills the memory of the service and of Prometheus. Each such time is counted in
+    `mainstay_metrics_overflow_total`, under the metric's name.
 
     Args:
         metric: a Counter, Gauge, Histogram or Summary with labels.
@@ -39,6 +44,7 @@ class CappedLabels(Generic[C]):
         self._metric = metric
         self._limit = limit
         self._children: dict[tuple[str, ...], C] = {}
+        self._overflow: Counter | None = None
         self._lock = threading.Lock()
 
     def __call__(self, *values: str) -> C:
@@ -47,9 +53,12 @@ class CappedLabels(Generic[C]):
         if child is not None:
             return child
         with self._lock:
-            if len(self._children) >= self._limit:
-                return self._metric.labels(*("other" for _ in values))
-            return self._children.setdefault(values, self._metric.labels(*values))
+            if len(self._children) < self._limit:
+                return self._children.setdefault(values, self._metric.labels(*values))
+            if self._overflow is None:
+                self._overflow = OVERFLOW.labels(next(iter(self._metric.describe())).name)
+        self._overflow.inc()
+        return self._metric.labels(*("other" for _ in values))
 
 
 def exposition(accept: str) -> tuple[str, bytes]:
@@ -58,12 +67,18 @@ def exposition(accept: str) -> tuple[str, bytes]:
     With `PROMETHEUS_MULTIPROC_DIR` set, those of every process that writes into this folder. It takes milliseconds
     where there are thousands of series: call it on a thread.
     """
-    try:
-        encode, content_type = cast("tuple[Any, str]", choose_encoder(accept))
-    except (TypeError, ValueError):  # a version that is no number
-        encode, content_type = cast("tuple[Any, str]", choose_encoder(""))
-    registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    encode, content_type = encoder(accept)
+    registry, place = REGISTRY, folder()
+    if place is not None:
+        SNAPSHOT.write(place)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # prometheus-client leaves it untyped
+        registry.register(Together(place))
     return content_type, cast("bytes", encode(registry))
+
+
+def encoder(accept: str) -> tuple[Any, str]:
+    """What writes the format that an `Accept` header asks for, and its content type."""
+    try:
+        return cast("tuple[Any, str]", choose_encoder(accept))
+    except (TypeError, ValueError):  # a version that is no number
+        return cast("tuple[Any, str]", choose_encoder(""))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import ClassVar, Never
+from functools import partial
+from typing import ClassVar
 
 from mainstay.core import App, ConfigurationError, Module
-from mainstay.observability import _logging
+from mainstay.observability import _logging, _metrics, _multiprocess
+from mainstay.observability._departure import announced
 from mainstay.observability._http import serving
-from mainstay.observability.health import HealthWatch
+from mainstay.observability._scrapes import Scrapes
+from mainstay.observability.checks import HealthCheck, HealthChecks, RunningCheck
+from mainstay.observability.health import HealthWatch, known_parts
 from mainstay.observability.settings import ObservabilitySettings
 
 __all__ = ["ObservabilityModule", "ProbeServer"]
+
+_PORT = 9464
+"""Of a worker, where the settings name none: the one that OpenTelemetry's exporter for Prometheus has."""
 
 
 class ProbeServer:
@@ -26,7 +33,7 @@ class ProbeServer:
         self.port = port
 
 
-class ObservabilityModule(Module[ObservabilitySettings, Never]):
+class ObservabilityModule(Module[ObservabilitySettings, HealthCheck]):
     """Logs, metrics and health of a service.
 
     Write it first, so that the start of everything else is logged in its form.
@@ -40,29 +47,67 @@ class ObservabilityModule(Module[ObservabilitySettings, Never]):
         return self.settings.service_name
 
     def yields(self) -> Sequence[type]:
-        """The watch over the health, and the server of probes."""
-        return (HealthWatch, ProbeServer)
+        """The watch over the health, the checks, and the server of probes."""
+        return (HealthWatch, HealthChecks, ProbeServer)
+
+    def functions(self) -> Sequence[Callable[..., object]]:
+        """The functions that the checks ask."""
+        return [check.ask for check in self.parts]
 
     def check(self) -> None:
-        """Refuse a part in `readiness` that the App does not have: its `down` would never be noticed.
+        """Refuse a name in `readiness` that nothing has: its `down` would never be noticed; and two checks of one name.
 
         Raises:
-            ConfigurationError: names it, and the parts that there are.
+            ConfigurationError: names it, and the modules and parts that there are.
         """
-        known = sorted(module.name for module in self.modules)
+        parts = list(known_parts(self.modules))
+        for part in parts:
+            if parts.count(part) > 1:
+                msg = f"two parts of this App are called {part}: give the check another name or group"
+                raise ConfigurationError(msg)
+        known = {*(module.name for module in self.modules), *parts, *(part.partition(".")[0] for part in parts)}
         for name in sorted(self.settings.readiness.difference(known)):
-            msg = f"ObservabilitySettings.readiness names {name!r}; the parts of this App are {', '.join(known)}"
+            msg = (
+                f"ObservabilitySettings.readiness names {name!r}; the parts of this App are {', '.join(sorted(known))}"
+            )
             raise ConfigurationError(msg)
 
     @asynccontextmanager
     async def running(self, app: App) -> AsyncGenerator[Sequence[object], None]:
-        """Yields a `HealthWatch` and a `ProbeServer`."""
+        """Yields a `HealthWatch`, the `HealthChecks` and a `ProbeServer`.
+
+        Raises:
+            ConfigurationError: the address of the probes cannot be listened on, or a check may take longer than the
+                App lets it.
+        """
         settings = self.settings
         async with AsyncExitStack() as stack:
             stack.enter_context(_logging.configured(settings))
-            watch = HealthWatch(app, settings)
-            port = None
-            if settings.http_port is not None:
-                port = await stack.enter_async_context(serving(watch, settings.http_host, settings.http_port))
+            stack.enter_context(_multiprocess.renewed())
+            scrapes = Scrapes()
+            stack.enter_context(scrapes.answering())
+            watch = HealthWatch(app, settings, scrapes)
+            stack.enter_context(_metrics.HEALTH.of(watch))
+            port = settings.http_port
+            if port is None and app.worker:
+                port = _PORT
+            bound = None
+            if isinstance(port, int):
+                instead = settings.http_port is None
+                bound = await stack.enter_async_context(serving(watch, settings.http_host, port, free_instead=instead))
+            if not app.worker:
+                stack.enter_context(announced(settings.not_ready_seconds, watch.leave))
+            _metrics.tell_the_build(app, settings.service_name, settings.service_version)
             app.background("health", watch.watch)
-            yield (watch, ProbeServer(port))
+            app.background("loop", partial(_metrics.measure_the_loop, app=app))
+            yield (watch, self._checks(app), ProbeServer(bound))
+
+    def _checks(self, app: App) -> HealthChecks:
+        for check in self.parts:
+            if check.timeout_seconds > app.health_seconds:
+                msg = (
+                    f"the check {check.part} may take {check.timeout_seconds:g} s, and the App lets a part take "
+                    f"{app.health_seconds:g} s: lower its timeout_seconds, or write App(…, health_seconds=…)"
+                )
+                raise ConfigurationError(msg)
+        return HealthChecks({check.part: RunningCheck(check, app.fill(check.ask), app.clock) for check in self.parts})

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
-__all__ = ["ObservabilitySettings"]
+__all__ = ["ObservabilitySettings", "ProbePaths"]
+
+
+class ProbePaths(BaseModel):
+    """Where probes and metrics are asked for.
+
+    Attributes:
+        live: whether the process has to be started again.
+        ready: whether it wants traffic.
+        startup: whether its start is over.
+        health: everything, with details.
+        metrics: as Prometheus reads them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    live: str = Field(default="/health/live", pattern="^/[^?#]*$")
+    ready: str = Field(default="/health/ready", pattern="^/[^?#]*$")
+    startup: str = Field(default="/health/startup", pattern="^/[^?#]*$")
+    health: str = Field(default="/health", pattern="^/[^?#]*$")
+    metrics: str = Field(default="/metrics", pattern="^/[^?#]*$")
+
+    @property
+    def all(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset({self.live, self.ready, self.startup, self.health, self.metrics})
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if len(self.all) < len(type(self).model_fields):
+            msg = "two of live, ready, startup, health and metrics are the same path"
+            raise ValueError(msg)
+        return self
 
 
 class ObservabilitySettings(Settings):
@@ -19,14 +51,22 @@ class ObservabilitySettings(Settings):
         service_name: names the service in every log line and span.
         log_format: `json`, one object a line, or `console` for people.
         log_level: the least severe level that is written, of Mainstay, of libraries and of the application alike.
-        http_port: where `/metrics`, `/health`, `/health/live` and `/health/ready` are served by this process itself,
-            which is what a worker needs; 0 takes any free port, None (the default) serves nothing.
+        service_version: of the service, for `mainstay_build_info`.
+        http_port: where probes, health and metrics are served by this process itself, apart from the application's own
+            port. By default (None) a worker that `mainstay run` runs serves them on 9464, or where that is taken on a
+            free port that its log names; another process serves nothing. 0 takes any free port, `off` serves nothing.
         http_host: the address that `http_port` listens on. `0.0.0.0` lets a container's platform reach it.
+        paths: the paths of probes, health and metrics.
+        metrics_public: whether the application's own port answers for metrics, to everybody.
+        access_token: with it, the application's own port answers for metrics and health with details, to requests with
+            the header `Authorization: Bearer <token>`. At least 16 characters.
         health_interval_seconds: how often the parts are asked for their health; probes are answered from the last
             answer.
-        readiness: the parts, by the first word of their name in `App.health()`, whose `down` makes this process not
-            ready. None by default: taking every replica out of service because one database that they share is away
-            only adds an outage to an outage.
+        readiness: the parts whose `down` makes this process not ready: by their name in `App.health()`, or by its first
+            word, which is a module or the group of a check. None by default: taking every replica out of service
+            because one database that they share is away only adds an outage to an outage.
+        not_ready_seconds: how long a web process goes on taking requests after SIGTERM, while it answers that it is not
+            ready: as long as a load balancer takes to notice. 0, the default, is for where there is none.
     """
 
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_OBSERVABILITY_")
@@ -34,7 +74,12 @@ class ObservabilitySettings(Settings):
     service_name: str = Field(min_length=1, max_length=128)
     log_format: Literal["json", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
-    http_port: int | None = Field(default=None, ge=0, le=65535)
+    service_version: str = Field(default="unknown", min_length=1, max_length=128)
+    http_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = None
     http_host: str = "127.0.0.1"
+    paths: ProbePaths = ProbePaths()
+    metrics_public: bool = False
+    access_token: SecretStr | None = Field(default=None, min_length=16)
     health_interval_seconds: float = Field(default=5.0, gt=0)
     readiness: frozenset[str] = frozenset()
+    not_ready_seconds: float = Field(default=0.0, ge=0, le=3600)
