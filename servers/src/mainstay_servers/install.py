@@ -23,6 +23,8 @@ _DEBIAN = {
     "redis-server": "redis-server",
     "pgbouncer": "pgbouncer",
     "kcat": "kcat",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
 }
 _BREW = {
     "java": "openjdk@17",
@@ -31,6 +33,8 @@ _BREW = {
     "redis-server": "redis",
     "pgbouncer": "pgbouncer",
     "kcat": "kcat",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
 }
 
 
