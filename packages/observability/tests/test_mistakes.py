@@ -22,7 +22,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: app(service_name=""), "service_name"),
     (lambda: app(http_port=65536), "http_port"),
     (lambda: app(log_level="LOUD"), "log_level"),
-    (lambda: ObservabilityModule.for_feature(object()), "takes nothing, not object"),  # type: ignore[arg-type]  # that is the test
+    (lambda: ObservabilityModule.for_feature(object()), "takes HealthCheck, not object"),  # type: ignore[arg-type]  # that is the test
 ]
 
 

@@ -87,7 +87,7 @@ class ObservabilityMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._asgi(scope, receive, send)
             return
-        if scope["path"] in self._paths and self._app is not None and await self._probed(self._app, scope, send):
+        if self._app is not None and scope["path"] in self._paths and await self._probed(self._app, scope, send):
             return
         if scope.get(_OBSERVED):
             # An instrumented application inside of another: one request has one id, one line and one count.
