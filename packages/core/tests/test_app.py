@@ -940,6 +940,18 @@ def test_a_module_that_does_not_stop_holds_up_no_other(where, status):
     assert "the module late did not stop within 1.2 s" in err
 
 
+def test_a_stop_that_is_cut_short_says_so():
+    """A server of others may cancel once more: the module is named, and those before it stop in order."""
+    with start_worker("stays", "server", "impatient") as process:
+        assert process.stdout.readline() == "serving\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "draining\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (out, process.returncode) == ("down\n", 0)
+    assert "the stop of the module late was cut short by a cancellation" in err
+
+
 def test_work_that_exits_does_not_end_the_process_as_if_all_were_well():
     """`sys.exit(0)` in background work is a crash like any other return of it."""
     with start_worker("exits") as process:

@@ -315,6 +315,10 @@ class App:
         try:
             async with limit:
                 return await context.__aexit__(*details)
+        except asyncio.CancelledError:
+            # Not the one that ended the App, which the module passes on unchanged: a second one, such as a signal's.
+            _log.error("the stop of the module %s was cut short by a cancellation", name)
+            raise
         except TimeoutError as error:
             if not limit.expired():
                 raise
