@@ -29,7 +29,7 @@ __all__ = ["DyingDatabase", "Killed", "explore", "workflows"]
 T = TypeVar("T")
 
 _MEMORY = "sqlite+aiosqlite:///:memory:"
-_QUICK: dict[str, Any] = {"lease_seconds": 0.5, "poll_seconds": 0.02}
+_QUICK: dict[str, Any] = {"lease_seconds": 0.5, "poll_seconds": 0.05}
 
 
 @asynccontextmanager
@@ -276,4 +276,4 @@ async def _settled(handle: Handle[Any], seconds: float) -> None:
                 "for, give its waits a length that a test can choose, or explore with a longer timeout_seconds"
             )
             raise TimeoutError(msg)
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.005)
