@@ -27,6 +27,7 @@ from mainstay.events import (
     PublishError,
 )
 from mainstay.events._confluent.client import KafkaFault, connection
+from mainstay.events._confluent.member import Place
 from mainstay.events._confluent.source import ConfluentSource
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka import KafkaTransport
@@ -168,6 +169,25 @@ async def test_what_is_read_while_commits_are_waited_for_is_bounded(kafka: str, 
             for _ in range(20):
                 await source.commit({held: records[9]})
             assert max(len(each.waiting) for each in source._held.values()) <= 2000
+
+
+async def test_commits_at_the_same_time_are_all_answered(kafka: str, prefix: str) -> None:
+    """A group that begins in one partition commits its place there, while what it finished in others is committed."""
+    async with service(kafka, prefix, partitions=2) as app:
+        reader = Reading()
+        async with reading(app, prefix, reader) as source:
+            async with asyncio.timeout(60):
+                while len(reader.held) < 2:
+                    await source.fetch([])
+            member, look = source._member, source._look
+            async with asyncio.timeout(60):
+                for offset in range(5):
+                    places = [{Place(prefix, number): offset} for number in (0, 1, 0)]
+                    assert all(await asyncio.gather(*(member.commit(place, look) for place in places)))
+            assert await member.committed_in([Place(prefix, 0), Place(prefix, 1)]) == {
+                Place(prefix, 0): 4,
+                Place(prefix, 1): 4,
+            }
 
 
 async def place_of_group(servers: str, group: str) -> int:

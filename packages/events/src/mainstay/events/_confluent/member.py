@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +14,6 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from mainstay.core import spawn
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, fault_of
-from mainstay.events._confluent.records import KafkaRecord, records_of
 from mainstay.events._confluent.threads import Caller
 from mainstay.events._kafka.missed import pass_over
 from mainstay.events._kafka.seam import REQUEST_SECONDS
@@ -45,9 +45,9 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a look brought."""
+    """What a look brought; the loop makes records of the messages, since the thread has Python's lock only in turns."""
 
-    pages: Mapping[Place, Sequence[KafkaRecord]]
+    messages: Sequence[Message]
     ends: Mapping[Place, int]
     trouble: Sequence[tuple[str | None, KafkaFault]]
     placeless: Sequence[Place]
@@ -89,7 +89,7 @@ class Member:
         self._looking = 0
         self._moving = False
         self._hung = False  # the loop did not answer while partitions moved: what is read or committed may not be ours
-        self._committing: tuple[_Offsets, asyncio.Future[None]] | None = None
+        self._committing: dict[_Offsets, deque[asyncio.Future[None]]] = {}  # in the order in which they are answered
 
     async def start(self, source: Holder) -> None:
         """Make the consumer."""
@@ -227,18 +227,15 @@ class Member:
         _each(consumer.pause, pause)
         _each(consumer.resume, resume)
         until = time.monotonic() + seconds
-        first = consumer.poll(0)
-        while first is None and time.monotonic() < until and not self._caller.wanted:
+        messages = consumer.consume(_PAGE, 0)
+        while not messages and time.monotonic() < until and not self._caller.wanted:
             first = consumer.poll(_SLICE_SECONDS)
-        messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
+            messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
         good = [message for message in messages if message.error() is None]
         placeless: list[Place] = []
         trouble = self._see_to(consumer, [each for each in messages if each.error() is not None], placeless)
         self._in_use()  # partitions may have moved within
-        pages: dict[Place, list[KafkaRecord]] = {}
-        for record in records_of(good):
-            pages.setdefault(Place(record.topic, record.partition), []).append(record)
-        return Found(pages, self._ends(consumer), trouble, placeless)
+        return Found(good, self._ends(consumer), trouble, placeless)
 
     def _ends(self, consumer: Consumer) -> Mapping[Place, int]:
         now = time.monotonic()
@@ -290,17 +287,21 @@ class Member:
                 consumer.commit(offsets=places, asynchronous=False)
                 self._caller.settle(answered, None)
             else:
-                self._committing = _offsets_of(places), answered
                 consumer.commit(offsets=places, asynchronous=True)
+                self._committing.setdefault(_offsets_of(places), deque()).append(answered)
         except KafkaException as error:
             raise fault_of(error) from error
         return True
 
     def committed(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
-        """A commit is answered: that of now, or an earlier one that is not waited for any more."""
-        if self._committing is None or self._committing[0] != _offsets_of(places):
+        """A commit is answered: one of those of now, or an earlier one that is not waited for any more."""
+        offsets = _offsets_of(places)
+        waiting = self._committing.get(offsets)
+        if not waiting:
             return
-        (_, answered), self._committing = self._committing, None
+        answered = waiting.popleft()
+        if not waiting:
+            del self._committing[offsets]
         failed = error or next((place.error for place in places if place.error is not None), None)
         self._caller.settle(answered, None if failed is None else KafkaFault(failed))
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, Message
 
 from mainstay.events._confluent.admin import ConfluentAdmin
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, Reasons, connection
 from mainstay.events._confluent.member import Found, Member, Place
-from mainstay.events._confluent.records import KafkaRecord
+from mainstay.events._confluent.records import KafkaRecord, records_of
 from mainstay.events._delivery import Assignment
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact, group_id
 from mainstay.events._kafka.starts import Starts
@@ -61,7 +61,7 @@ class _Held:
     """
 
     assignment: Assignment
-    waiting: deque[KafkaRecord] = field(default_factory=deque[KafkaRecord])
+    waiting: deque[Message] = field(default_factory=deque[Message])
     paused: bool = False
     next: int | None = None
     end: int | None = None
@@ -268,7 +268,7 @@ class ConfluentSource:
                 try:
                     offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
                 except KafkaFault as fault:  # the others are read on
-                    self._landed(Found({}, {}, [(place.topic, fault)], []))
+                    self._landed(Found([], {}, [(place.topic, fault)], []))
                 if offset is None:
                     continue
                 await self._member.go_on_at(place, offset)
@@ -283,7 +283,7 @@ class ConfluentSource:
             held = None if place is None else self._held.get(place)
             if held is not None and held.waiting:
                 count = min(len(held.waiting), assignment.most)
-                records = [held.waiting.popleft() for _ in range(count)]
+                records = records_of([held.waiting.popleft() for _ in range(count)])
                 held.next = records[-1].offset + 1
                 found[assignment] = records
         return found
@@ -306,10 +306,10 @@ class ConfluentSource:
 
     def _landed(self, found: Found) -> None:
         """Keep what was read, of what is held still, also where the one who fetched has gone."""
-        for place, records in found.pages.items():
-            held = self._held.get(place)
+        for message in found.messages:
+            held = self._held.get(Place(message.topic() or "", message.partition() or 0))
             if held is not None:
-                held.waiting.extend(records)
+                held.waiting.append(message)
         for place, end in found.ends.items():
             held = self._held.get(place)
             if held is not None:
@@ -345,8 +345,8 @@ class ConfluentSource:
 
     def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
         """See `Source`, by the time that is in a record. When what was not read was written is not known here."""
-        oldest = [held.waiting[0] for held in self._held.values() if held.waiting]
-        times = [record.timestamp for record in (*unfinished, *oldest) if isinstance(record, KafkaRecord)]
+        times = [record.timestamp for record in unfinished if isinstance(record, KafkaRecord)]
+        times += [held.waiting[0].timestamp()[1] for held in self._held.values() if held.waiting]
         if not times:
             return None if self.lag() else 0.0
         return max(0.0, time.time() - min(times) / 1000)
