@@ -1,4 +1,4 @@
-"""For every suite: no property test's verdict depends on how busy the machine is, and little time goes to the collector."""
+"""For every suite: no property test's verdict depends on how busy the machine is; the collector gets little time."""
 
 import gc
 
@@ -9,7 +9,7 @@ settings.load_profile("mainstay")
 
 
 def pytest_collection_finish() -> None:
-    """Spare what all tests share; what one leaves behind, such as a coroutine that was never awaited, is still found."""
+    """Spare what all tests share; what one leaves behind, such as a coroutine never awaited, is still found."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
