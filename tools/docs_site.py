@@ -61,6 +61,7 @@ def stage(root: Path, pages: Path) -> Nav:
     others = [name for name in alone if name not in FIRST and name.removesuffix(".md") not in packages]
     return [
         {"Guide": [{_title(pages / name): name} for name in (*FIRST, *others)]},
+        {"Runbooks": _directory(pages, "runbooks")},
         {"Packages": [{package: f"{package}.md"} for package in packages]},
         {"Reference": reference},
         {"RFCs": _directory(pages, "rfcs")},

@@ -1,10 +1,11 @@
-"""Real Kafka, PostgreSQL and Redis on 127.0.0.1, for tests, benchmarks and demos of this repository."""
+"""Real Kafka, PostgreSQL, Redis and Prometheus on 127.0.0.1, for tests, benchmarks and demos of this repository."""
 
 from mainstay_servers.failover import Forwarder, Pair, Standby
 from mainstay_servers.install import MissingServer
 from mainstay_servers.kafka import Kafka
 from mainstay_servers.postgres import Databases, PgBouncer, Postgres, fresh_database
 from mainstay_servers.process import Server, ServerError
+from mainstay_servers.prometheus import Prometheus
 from mainstay_servers.redis import Redis, flush
 from mainstay_servers.secure import SecureKafka
 
@@ -16,6 +17,7 @@ __all__ = [
     "Pair",
     "PgBouncer",
     "Postgres",
+    "Prometheus",
     "Redis",
     "SecureKafka",
     "Server",

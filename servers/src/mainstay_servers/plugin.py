@@ -82,6 +82,15 @@ def kcat() -> str:
 
 
 @pytest.fixture(scope="session")
+def promtool() -> str:
+    """The path of `promtool`."""
+    try:
+        return find("promtool")
+    except MissingServer as error:
+        _missing(error)
+
+
+@pytest.fixture(scope="session")
 def _postgres_server() -> Iterator[str]:
     url = os.environ.get("MAINSTAY_TEST_POSTGRES")
     if url:

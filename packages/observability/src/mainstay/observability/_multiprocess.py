@@ -47,6 +47,7 @@ _MODES: dict[str, Callable[[float, float], float]] = {
 _OF_PROCESSES = {
     "process_start_time_seconds": "livemax",
     "process_max_fds": "livemin",
+    "process_open_fds": "livemax",
     "python_info": "livemax",
 }
 _ADDED = ("counter", "histogram", "summary")
