@@ -14,7 +14,7 @@ ENGINE ?= embedded
 PURCHASES ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test test-lowest check lint layers types format api new docs bench services lock clone-check clean
+.PHONY: setup demo test test-lowest check lint layers types format api new dashboards docs bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -90,6 +90,10 @@ format: setup
 # The public API of every package as text, for the diff: packages/*/api.txt.
 api: setup
 	@$(BIN)/python tools/api.py --write
+
+# Grafana's dashboards from their one description: dashboards/*.json.
+dashboards: setup
+	@$(BIN)/python tools/dashboards.py
 
 # A package that passes every check, to begin with: PACKAGE=ledger. CONTRIBUTING.md tells the way from there.
 new: setup

@@ -37,7 +37,7 @@ def small(checkout: Path) -> Path:
 def checkout(tmp_path: Path) -> Path:
     """A copy of what the site is made of."""
     without = shutil.ignore_patterns(".venv*", "__pycache__", "build", "*.egg-info", "results")
-    for name in ("docs", "packages", "benchmarks", "tools"):
+    for name in ("alerts", "benchmarks", "dashboards", "deploy", "docs", "packages", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
     for path in (*ROOT.glob("*.md"), ROOT / "compose.yaml", ROOT / "LICENSE"):
         shutil.copy(path, tmp_path)
