@@ -73,7 +73,8 @@ def beside(given: Any, read: Any, place: str = "") -> list[str]:
 
 def as_grafana_reads(document: dict[str, Any]) -> dict[str, Any]:
     register_default_plugins()
-    return json.loads(JSONEncoder().encode(Dashboard.from_json(document)))
+    read: dict[str, Any] = json.loads(JSONEncoder().encode(Dashboard.from_json(document)))
+    return read
 
 
 @pytest.mark.parametrize("name", [file.stem for file in FILES])
@@ -96,11 +97,11 @@ def test_each_is_in_the_form_of_grafana(name: str) -> None:
 def test_a_field_that_grafana_does_not_know_is_noticed() -> None:
     """The test above can fail."""
     document = documents()["service"]
-    document["panels"][1]["titel"] = "misspelt"
+    document["panels"][1]["headline"] = "misspelt"
     document["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
     assert beside(document, as_grafana_reads(document)) == [
         ".panels[].fieldConfig.defaults.units",
-        ".panels[].titel",
+        ".panels[].headline",
     ]
 
 

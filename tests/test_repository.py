@@ -136,7 +136,7 @@ def test_the_lock_names_no_place():
 
 def test_the_lock_holds_what_the_projects_ask_for():
     """Every direct dependency, of a package or for development, is locked in a version that its range admits."""
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.!]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["dev"]
     wanted = [Requirement(text) for text in group]
     for package in PACKAGES:

@@ -151,13 +151,11 @@ class App:
     async def health(self) -> dict[str, Health]:
         """The health of every part, by the module's name and the part's class; asked side by side.
 
-        A part of `HasHealthParts` has the name that it is given there. Work that has crashed is down, under its full
-        name.
+        Work that has crashed is down, under its full name; a `HasHealthParts` names its parts itself.
         """
         report = await self._health_round.ask(parts_of(self._services, self._owners))
-        for name, error in self._crashes.items():
-            report[name] = Health("down", f"stopped by {type(error).__name__}")
-        return report
+        stopped = {name: f"stopped by {type(error).__name__}" for name, error in self._crashes.items()}
+        return report | {name: Health("down", detail) for name, detail in stopped.items()}
 
     # The three ways to run it
 
