@@ -181,9 +181,9 @@ async def test_a_run_that_fails_is_the_problem_of_what_failed_it() -> None:
     ):
         for many in ("false", "true"):
             response = await client.post(f"/loans/7?many={many}")
-            problem = response.json()["error"]
+            problem = response.json()
             assert (response.status_code, problem["code"]) == (402, "BIZ_FEES_OWED")
-            assert problem["message"] == "Pay what you owe first."
+            assert problem["detail"] == "Pay what you owe first."
             assert "reader 7" not in response.text
 
 

@@ -43,7 +43,6 @@ LACKS = {
         "workflow",
         "circle",
     ): "a run, its steps and its workflow name each other until the executor is cut by reasons to change",
-    ("observability", "base error"): "it raises nothing of its own yet",
 }
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import JSONResponse
 from sqlalchemy import func, select
 
-from mainstay.core import current
 from mainstay.database import Database
-from mainstay.observability import error_body
 from mainstay.observability.fastapi import instrument
 from mainstay.workflow import RunConflict
 from ticketing.catalogue import Catalogue
 from ticketing.main import app
-from ticketing.purchases import MAX_BYTES, Problem, PurchaseRejected, parse_purchase
+from ticketing.purchases import MAX_BYTES, OrderTaken, Problem, parse_purchase
 from ticketing.saga import Order, sell
 from ticketing.tables import purchases
 
@@ -35,7 +32,7 @@ async def buy(request: Request, line: Annotated[int, Query(ge=1)] = 1) -> dict[s
         run = await sell.start(Order(line=line, purchase=purchase), id=run_id(purchase.order_id))
     except RunConflict:
         message = f"order {purchase.order_id!r} was taken already, with another content or from another line"
-        raise PurchaseRejected([Problem(line, "order_id", message)], conflict=True) from None
+        raise OrderTaken([Problem(line, "order_id", message)]) from None
     return {"order_id": purchase.order_id, "run_id": run.id}
 
 
@@ -60,17 +57,6 @@ async def summary() -> dict[str, int]:
 
 def run_id(order_id: str) -> str:
     return f"purchase-{order_id}"
-
-
-@api.exception_handler(PurchaseRejected)
-async def rejected(_request: Request, error: Exception) -> JSONResponse:
-    """A rejected purchase, with every problem by line and field."""
-    assert isinstance(error, PurchaseRejected)
-    problems: list[dict[str, Any]] = [
-        {"line": problem.line, "field": problem.field or None, "message": problem.message} for problem in error.problems
-    ]
-    body = error_body(error.code, error.public_message, current().correlation_id, problems=problems)
-    return JSONResponse(body, 409 if error.conflict else 422)
 
 
 async def _body(request: Request) -> bytes:

@@ -272,7 +272,7 @@ class _Office:
             self._story.answers[number] = response.json()["order_id"]
         elif response.is_client_error:
             self._story.answers[number] = None
-            for problem in response.json()["error"]["problems"][:1]:
+            for problem in response.json()["errors"][:1]:
                 self._story.reasons[_kind_of(problem)] += 1
         else:
             answer = f"{response.status_code}: {response.text[:200]}"
@@ -364,17 +364,17 @@ class _Office:
 
 def _kind_of(problem: dict[str, Any]) -> str:
     """A problem without the particulars of its line, for counting."""
-    match problem:
-        case {"field": None}:
+    (_, *field), message = problem["location"], problem["message"]
+    match field:
+        case []:
             return "broken JSON"
-        case {"message": "appears twice"}:
+        case _ if message == "appears twice":
             return "a field twice"  # it may have any name
-        case {"field": "customer_id"}:
+        case ["customer_id"]:
             return "unknown customer"
-        case {"field": "order_id", "message": message} if "taken already" in message:
+        case ["order_id"] if "taken already" in message:
             return "order id taken"
-        case {"field": field, "message": message} if "catalogue has no" in message:
+        case _ if "catalogue has no" in message:
             return "unknown item"
-        case {"field": field}:
-            return f"bad {field.rpartition('.')[2].partition('[')[0]}"
-    return "other"
+        case _:
+            return f"bad {field[0].rpartition('.')[2].partition('[')[0]}"

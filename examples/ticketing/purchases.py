@@ -27,7 +27,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from mainstay.core import MainstayError
+from mainstay.core import FieldError, MainstayError
 
 MAX_BYTES = 1 << 20
 """The longest line that is taken for a purchase."""
@@ -51,21 +51,29 @@ class Problem:
 
 
 class PurchaseRejected(MainstayError):
-    """A line that is no purchase; `problems` lists all that is wrong with it.
-
-    With `conflict`, it is one, and its order id belongs to another.
-    """
+    """A line that is no purchase; `problems` lists all that is wrong with it."""
 
     code = "VAL_PURCHASE"
     status = 422
     title = "Invalid purchase"
     no_effect = True
 
-    def __init__(self, problems: Iterable[Problem], *, conflict: bool = False) -> None:
+    def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
-        self.conflict = conflict
         text = "; ".join(str(problem) for problem in self.problems)
         super().__init__(text, public_message=text)
+        self.errors = tuple(
+            FieldError((each.line, each.field) if each.field else (each.line,), each.message, "purchase")
+            for each in self.problems
+        )
+
+
+class OrderTaken(PurchaseRejected):
+    """A line that is a purchase, and whose order id belongs to another."""
+
+    code = "RES_ORDER_TAKEN"
+    status = 409
+    title = "Order taken"
 
 
 def _moment(value: object) -> object:

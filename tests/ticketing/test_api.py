@@ -66,8 +66,9 @@ def test_an_order_id_is_of_one_purchase(office, line, fields):
     office.post("/purchases", params={"line": 3}, content=purchase("a3"))
     refused = office.post("/purchases", params={"line": line}, content=purchase("a3", **fields))
     assert refused.status_code == 409
-    (problem,) = refused.json()["error"]["problems"]
-    assert (problem["line"], problem["field"]) == (line, "order_id")
+    assert refused.json()["code"] == "RES_ORDER_TAKEN"
+    (problem,) = refused.json()["errors"]
+    assert problem["location"] == [line, "order_id"]
 
 
 @pytest.mark.parametrize(
@@ -82,16 +83,16 @@ def test_an_order_id_is_of_one_purchase(office, line, fields):
     ids=["json", "null", "stranger", "empty", "huge"],
 )
 def test_a_bad_line_is_refused_by_line_and_field(office, body, field, message):
-    """The body of a 422 has the code, the sentence, the correlation id, and each problem with its line and field."""
+    """The body of a 422 has the code, the sentence, the correlation id, and each mistake with its line and field."""
     refused = office.post("/purchases", params={"line": 17}, content=body)
     assert refused.status_code == 422
-    error = refused.json()["error"]
+    error = refused.json()
     assert error["code"] == "VAL_PURCHASE"
     assert error["correlation_id"] == refused.headers["x-correlation-id"]
-    (problem,) = error["problems"]
-    assert (problem["line"], problem["field"]) == (17, field)
+    (problem,) = error["errors"]
+    assert problem["location"] == [17, *([field] if field else [])]
     assert problem["message"].startswith(message)
-    assert error["message"].startswith("line 17")
+    assert error["detail"].startswith("line 17")
 
 
 def test_all_that_is_wrong_is_said_at_once(office):
@@ -101,7 +102,7 @@ def test_all_that_is_wrong_is_said_at_once(office):
         {"item": "OPERA", "title": "x", "quantity": 1, "unit_price": "7.25"},
     ]
     refused = office.post("/purchases", content=purchase("b2", lines=lines))
-    assert [(problem["field"], problem["message"]) for problem in refused.json()["error"]["problems"]] == [
+    assert [(problem["location"][1], problem["message"]) for problem in refused.json()["errors"]] == [
         ("lines[0].quantity", "must be 1 or more, not -1"),
         ("lines[1].item", "the catalogue has no item 'OPERA'"),
     ]

@@ -193,8 +193,9 @@ async def test_an_unhandled_error_carries_the_id_everywhere_and_its_message_nowh
             answer = await http.get("/bug", headers={"x-correlation-id": "c-500"})
     assert answer.status_code == 500
     assert answer.headers["x-correlation-id"] == "c-500"
-    assert answer.json()["error"] == {
-        "code": "SYS_INTERNAL", "message": "The request could not be completed.", "correlation_id": "c-500",
+    assert answer.json() == {
+        "type": "urn:problem-type:SYS_INTERNAL", "title": "Internal error", "status": 500, "code": "SYS_INTERNAL",
+        "detail": "The request could not be completed.", "instance": "urn:correlation:c-500", "correlation_id": "c-500",
     }  # fmt: skip
     (line,) = [line for line in lines if line["level"] == "error"]
     assert (line["event"], line["correlation_id"]) == ("GET /bug failed", "c-500")
@@ -205,9 +206,9 @@ async def test_domain_errors_become_answers():
     async with client(application()) as http:
         answer = await http.get("/sold-out")
         assert answer.status_code == 409
-        assert answer.json()["error"]["code"] == "BIZ_SOLD_OUT"
-        assert answer.json()["error"]["message"] == "There are no tickets left."
-        assert answer.json()["error"]["correlation_id"] == answer.headers["x-correlation-id"]
+        assert answer.json()["code"] == "BIZ_SOLD_OUT"
+        assert answer.json()["detail"] == "There are no tickets left."
+        assert answer.json()["correlation_id"] == answer.headers["x-correlation-id"]
         assert "shard" not in answer.text
         answer = await http.get("/closed")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
@@ -220,11 +221,11 @@ async def test_http_errors_have_the_same_body():
             ("/nope", 404, "RES_NOT_FOUND"), ("/gone", 404, "RES_NOT_FOUND"), ("/teapot", 418, "VAL_REQUEST"),
         ]:  # fmt: skip
             answer = await http.get(path)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-            assert answer.json()["error"]["correlation_id"] == answer.headers["x-correlation-id"]
-        assert (await http.get("/gone")).json()["error"]["message"] == "no such order"
+            assert (answer.status_code, answer.json()["code"]) == (status, code)
+            assert answer.json()["correlation_id"] == answer.headers["x-correlation-id"]
+        assert (await http.get("/gone")).json()["detail"] == "no such order"
         assert (await http.get("/teapot")).headers["x-tea"] == "yes"
-        assert (await http.post("/gone")).json()["error"]["code"] == "VAL_METHOD"
+        assert (await http.post("/gone")).json()["code"] == "VAL_METHOD"
 
 
 async def test_trap_an_invalid_request_is_not_echoed():
@@ -233,7 +234,7 @@ async def test_trap_an_invalid_request_is_not_echoed():
         answer = await http.post("/login", json={"user": "ann", "password": "hunter2", "age": "hunter3"})
         broken = await http.post("/login", content=b'{"password": hunter2')
     assert answer.status_code == 422
-    assert answer.json()["error"]["fields"] == [
+    assert answer.json()["errors"] == [
         {
             "location": ["body", "age"],
             "message": "Input should be a valid integer, unable to parse string as an integer",
@@ -317,7 +318,7 @@ async def test_a_domain_error_outside_of_any_framework_is_answered_too():
     await ObservabilityMiddleware(app)({"type": "http", "method": "GET", "path": "/", "headers": []}, nobody, send)
     assert sent[0]["status"] == 503
     assert (b"retry-after", b"2") in sent[0]["headers"]
-    assert json.loads(sent[1]["body"])["error"]["code"] == "EXT_PAYMENTS_OPEN"
+    assert json.loads(sent[1]["body"])["code"] == "EXT_PAYMENTS_OPEN"
 
 
 async def test_a_client_that_goes_away_is_counted_apart():
@@ -543,7 +544,7 @@ async def test_an_instrumented_application_inside_of_another_adds_nothing():
         assert answer.json() == answer.headers["x-correlation-id"]
         assert answer.headers.get_list("x-correlation-id") == [answer.json()]
         answer = await http.get("/inner/sold-out")
-        assert answer.json()["error"]["correlation_id"] == answer.headers["x-correlation-id"]
+        assert answer.json()["correlation_id"] == answer.headers["x-correlation-id"]
     assert metric("mainstay_http_requests_total", **labels) == before + 1
 
 

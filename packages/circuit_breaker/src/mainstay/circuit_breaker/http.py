@@ -31,7 +31,7 @@ class BadStatus(CircuitBreakerError):
 
     code = "EXT_HTTP_STATUS"
     status = 502
-    title = "Called service failed"
+    title = "Bad status of a called service"
     retryable = True
 
     def __init__(self, response: httpx.Response) -> None:

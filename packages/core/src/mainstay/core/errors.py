@@ -3,20 +3,47 @@
 MainstayError               SYS_INTERNAL
 ├── ConfigurationError      SYS_CONFIGURATION  a mistake in how the App is put together; raised before anything runs
 │   └── NotBoundError       SYS_NOT_BOUND      something that needs a running App was used without one
-└── DeadlineExceeded        EXT_DEADLINE       the time ran out (also a TimeoutError)
+├── DeadlineExceeded        EXT_DEADLINE       the time ran out (also a TimeoutError)
+├── Unauthenticated         AUTH_REQUIRED      the caller is not known
+├── Forbidden               AUTH_FORBIDDEN     the caller may not do this
+├── InvalidRequest          VAL_REQUEST        the request is wrong in itself
+├── NotFound                RES_NOT_FOUND      there is no such thing
+├── Conflict                RES_CONFLICT       it is in a state that does not allow this
+│   └── AlreadyExists       RES_ALREADY_EXISTS there is one already
+├── TooManyRequests         RATE_LIMITED       this caller asks too often
+└── Unavailable             SYS_UNAVAILABLE    this service has too much to do, or is not ready
 
-Every package adds its own branch in its `errors.py`. Wrong arguments of a call are Python's own `TypeError` and
-`ValueError`: a programming error is not a domain error.
+From `Unauthenticated` on they are for application code that needs no class of its own; `not_found` and `already_exists`
+make the texts, too. Every package adds its own branch in its `errors.py`. Wrong arguments of a call are Python's own
+`TypeError` and `ValueError`: a programming error is not a domain error.
 """
 
 from __future__ import annotations
 
 import copyreg
 import re
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal, get_args
 
-__all__ = ["CodeFamily", "ConfigurationError", "DeadlineExceeded", "MainstayError", "NotBoundError"]
+__all__ = [
+    "AlreadyExists",
+    "CodeFamily",
+    "ConfigurationError",
+    "Conflict",
+    "DeadlineExceeded",
+    "FieldError",
+    "Forbidden",
+    "InvalidRequest",
+    "MainstayError",
+    "NotBoundError",
+    "NotFound",
+    "TooManyRequests",
+    "Unauthenticated",
+    "Unavailable",
+    "already_exists",
+    "not_found",
+]
 
 CodeFamily = Literal["AUTH", "VAL", "RES", "SYS", "EXT", "RATE", "BIZ"]
 
@@ -26,6 +53,21 @@ _SERVER = range(500, 600)
 _CALLER = range(400, 500)
 # Whose failure it is: the service's, or one of those that it calls; or else the caller's.
 _STATUSES = {"SYS": _SERVER, "EXT": range(502, 505), "RATE": range(429, 430)}
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One thing that is wrong with a request.
+
+    Attributes:
+        location: where, from the outside in: names and indexes. A name that the caller has chosen is `*`.
+        message: what is expected there; it repeats nothing of what was sent.
+        type: the same for programs, such as `missing`.
+    """
+
+    location: tuple[str | int, ...]
+    message: str
+    type: str
 
 
 class MainstayError(Exception):
@@ -47,6 +89,9 @@ class MainstayError(Exception):
             such an error has *failed*; one that ends with any other error is *unknown*.
         retry_after_seconds: how long to wait at least before another attempt; None where it is not known.
         public_message: a sentence without internals.
+
+    And one for an `__init__` to set:
+        errors: what is wrong with the request, and where, where that is several things.
     """
 
     code: str = "SYS_INTERNAL"
@@ -56,6 +101,7 @@ class MainstayError(Exception):
     no_effect: bool = False
     retry_after_seconds: float | None = None
     public_message: str = "The request could not be completed."
+    errors: tuple[FieldError, ...] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -139,3 +185,101 @@ class DeadlineExceeded(MainstayError, TimeoutError):
     title = "Time ran out"
     retryable = True
     public_message = "The request took too long."
+
+
+class Unauthenticated(MainstayError):
+    """The caller has not said who it is, or could not prove it."""
+
+    code = "AUTH_REQUIRED"
+    status = 401
+    title = "Authentication required"
+    public_message = "This needs valid credentials."
+
+
+class Forbidden(MainstayError):
+    """The caller is known and may not do this."""
+
+    code = "AUTH_FORBIDDEN"
+    status = 403
+    title = "Not allowed"
+    public_message = "You may not do this."
+
+
+class InvalidRequest(MainstayError):
+    """The request is wrong in itself: it can never be done, whatever the state of things is."""
+
+    code = "VAL_REQUEST"
+    status = 422
+    title = "Invalid request"
+    public_message = "The request is not valid."
+
+
+class NotFound(MainstayError):
+    """There is no such thing; `not_found` makes one."""
+
+    code = "RES_NOT_FOUND"
+    status = 404
+    title = "Not found"
+    public_message = "This does not exist."
+
+
+class Conflict(MainstayError):
+    """The thing is there, in a state that does not allow this."""
+
+    code = "RES_CONFLICT"
+    status = 409
+    title = "Conflict"
+    public_message = "This is not possible in the present state."
+
+
+class AlreadyExists(Conflict):
+    """There is one already; `already_exists` makes one."""
+
+    code = "RES_ALREADY_EXISTS"
+    status = 409
+    title = "Exists already"
+    public_message = "This exists already."
+
+
+class TooManyRequests(MainstayError):
+    """This caller asks too often. An overload that no single caller causes is `Unavailable`."""
+
+    code = "RATE_LIMITED"
+    status = 429
+    title = "Too many requests"
+    retryable = True
+    public_message = "There were too many requests. Please try again later."
+
+
+class Unavailable(MainstayError):
+    """This service has too much to do, is not ready yet, or is stopping."""
+
+    code = "SYS_UNAVAILABLE"
+    status = 503
+    title = "Service unavailable"
+    retryable = True
+    public_message = "The service is not available at the moment. Please try again later."
+
+
+def not_found(what: str, id: object) -> NotFound:
+    """Make the error for an id that nothing has.
+
+    `raise not_found("order", order_id)` says it to the caller without the id.
+
+    Args:
+        what: the kind of thing in a word or two, which the caller is told.
+        id: what was asked for, which is only in the detail for logs.
+    """
+    return NotFound(f"there is no {what} {id!r}", public_message=f"There is no such {what}.")
+
+
+def already_exists(what: str, id: object) -> AlreadyExists:
+    """Make the error for an id that is taken.
+
+    `raise already_exists("order", order_id)` says it to the caller without the id.
+
+    Args:
+        what: the kind of thing in a word or two, which the caller is told.
+        id: what was to be made, which is only in the detail for logs.
+    """
+    return AlreadyExists(f"{what} {id!r} exists already", public_message=f"This {what} exists already.")

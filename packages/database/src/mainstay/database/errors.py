@@ -1,7 +1,7 @@
 """What can go wrong with the database, as one tree.
 
 DatabaseError                SYS_DATABASE              the database refused a statement
-├── Conflict                 RES_CONFLICT              a constraint: the row is there already, or what it names is not
+├── Conflict                 RES_DATABASE_CONFLICT     a constraint: the row is there already, or what it names is not
 ├── FenceLost                RES_FENCE_LOST            another owner has what the write was fenced with
 ├── DatabaseBusy             SYS_DATABASE_BUSY         no connection, no writer's turn or no lock in time
 ├── DatabaseUnavailable      EXT_DATABASE_UNAVAILABLE  the server is away; nothing was committed
@@ -40,7 +40,7 @@ class DatabaseError(MainstayError):
 class Conflict(DatabaseError):
     """A constraint refused a row."""
 
-    code = "RES_CONFLICT"
+    code = "RES_DATABASE_CONFLICT"
     status = 409
     title = "Conflict with stored data"
     public_message = "This conflicts with what is already there."

@@ -9,7 +9,7 @@ from mainstay.observability.checks import (
     KafkaHealthCheck,
     RedisHealthCheck,
 )
-from mainstay.observability.errors import error_body
+from mainstay.observability.errors import Problem, ServiceProblem, problem_of
 from mainstay.observability.health import Answer, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 from mainstay.observability.module import ObservabilityModule, ProbeServer
@@ -29,6 +29,8 @@ __all__ = [
     "ObservabilitySettings",
     "ProbePaths",
     "ProbeServer",
+    "Problem",
     "RedisHealthCheck",
-    "error_body",
+    "ServiceProblem",
+    "problem_of",
 ]

@@ -10,7 +10,6 @@ timed under the *template* of its route; and where an OpenTelemetry SDK is insta
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import replace
@@ -21,10 +20,10 @@ from typing import Any, cast
 from opentelemetry.trace import StatusCode
 from prometheus_client import Counter, Gauge, Histogram
 
-from mainstay.core import App, Context, MainstayError, NotBoundError, bind, uuid7
+from mainstay.core import App, Context, NotBoundError, bind, uuid7
 from mainstay.observability import _tracing
-from mainstay.observability.errors import error_body, retry_after
-from mainstay.observability.health import JSON, HealthWatch, probe_paths
+from mainstay.observability._answers import answer
+from mainstay.observability.health import HealthWatch, probe_paths
 from mainstay.observability.metrics import CappedLabels
 
 __all__ = ["ObservabilityMiddleware"]
@@ -202,27 +201,13 @@ class ObservabilityMiddleware:
             _log.exception("%s %s failed", _method(scope), route_template(scope))
             if started:
                 raise
-            await _answer_error(error, correlation_id, observed)
+            await answer(error, scope, observed)
         finally:
             IN_PROGRESS.dec()
             method, route = _method(scope), route_template(scope)
             _count(method, route, str(status)).inc()
             _seconds(method, route).observe((perf_counter() if end is None else end) - begin)
         return status
-
-
-async def _answer_error(error: Exception, correlation_id: str, send: Send) -> None:
-    if isinstance(error, MainstayError):
-        status, body = error.status, error_body(error.code, error.public_message, correlation_id)
-        extra = retry_after(error)
-    else:
-        status, body = 500, error_body("SYS_INTERNAL", MainstayError.public_message, correlation_id)
-        extra = {}
-    content = json.dumps(body).encode()
-    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(content)).encode())]
-    headers += [(name.encode(), value.encode()) for name, value in extra.items()]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
 
 
 def _headers(scope: Scope) -> dict[str, str]:
