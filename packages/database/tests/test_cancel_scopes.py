@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mainstay.core.testing import eventually
+from mainstay.database._engine import Threads
 from mainstay.database.testing import database
 
 
@@ -172,3 +173,18 @@ async def test_a_scope_around_a_database_that_stops_lets_it_stop(url, tables, co
         async with database(url) as again:
             assert await count(again) == results.count(None)
             assert await again.lease("one") is not None
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_connection_may_be_ended_more_than_once(tmp_path, closed):
+    """Its pool may end what a scope has ended, or closed, already; the thread is gone then, and answers nothing."""
+    threads = Threads()
+    connection = await threads.open(tmp_path / "test.db")
+    if closed:
+        await connection.close()
+    for _ in range(2):
+        threads._end(connection)
+    async with asyncio.timeout(30):
+        await threads.ended()
+    await asyncio.to_thread(connection._thread.join, 30)
+    assert not connection._thread.is_alive()

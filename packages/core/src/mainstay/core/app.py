@@ -200,8 +200,7 @@ class App:
 
         Raises:
             SystemExit: a mistake in the configuration kept it from starting, or it was called elsewhere than on the
-                main thread outside of an event loop: status 2, with the message on standard error and no traceback,
-                which would say nothing more.
+                main thread outside of an event loop: status 2, with the message on standard error, and no traceback.
             Exception: the crash of a piece of background work, for the supervisor to start the process again.
         """
         try:

@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import aiosqlite
 import asyncpg
@@ -386,6 +387,7 @@ class Threads:
 
     def __init__(self) -> None:
         self._ending: set[asyncio.Future[Any]] = set()
+        self._told: WeakSet[aiosqlite.Connection] = WeakSet()  # a second one is never answered: the thread is over
 
     async def open(self, *arguments: Any, **options: Any) -> aiosqlite.Connection:
         """A connection, and its thread."""
@@ -406,6 +408,9 @@ class Threads:
         self._end(connection.driver_connection)
 
     def _end(self, connection: aiosqlite.Connection) -> None:
+        if connection in self._told:
+            return
+        self._told.add(connection)
         if asyncio._get_running_loop() is None:  # the collector has found it
             connection.stop()
         else:
@@ -429,12 +434,16 @@ async def _ended(connection: aiosqlite.Connection) -> None:
     """
     try:
         await connection.rollback()
-    except (sqlite3.Error, ValueError) as error:
+    except ValueError:  # it was closed, which has ended its thread
+        return
+    except sqlite3.Error as error:
         _log.debug("a connection to SQLite was not rolled back before its end", exc_info=error)
-    finally:
-        ended = connection.stop()
-        if ended is not None:
-            await ended
+    except asyncio.CancelledError:
+        connection.stop()
+        raise
+    ended = connection.stop()
+    if ended is not None:
+        await ended
 
 
 async def _opened(*arguments: Any, **options: Any) -> aiosqlite.Connection:
