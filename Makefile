@@ -14,7 +14,7 @@ ENGINE ?= embedded
 PURCHASES ?=
 export UV_NO_PROGRESS := 1
 
-.PHONY: setup demo test test-lowest check lint layers types format api new dashboards docs bench services lock clone-check clean
+.PHONY: setup demo test test-lowest check lint layers types format api errors new dashboards docs bench services lock clone-check clean
 .DEFAULT_GOAL := setup
 
 # The environment: third-party code exactly as locked, by hash; our own packages as links into this checkout.
@@ -91,6 +91,10 @@ format: setup
 api: setup
 	@$(BIN)/python tools/api.py --write
 
+# The catalogue of all error codes: docs/errors.md.
+errors: setup
+	@$(BIN)/python tools/errors_page.py --write
+
 # Grafana's dashboards from their one description: dashboards/*.json.
 dashboards: setup
 	@$(BIN)/python tools/dashboards.py
@@ -99,7 +103,7 @@ dashboards: setup
 new: setup
 	@$(BIN)/python tools/new_package.py "$(PACKAGE)"
 	@$(MAKE) --no-print-directory setup
-	@$(MAKE) --no-print-directory api
+	@$(MAKE) --no-print-directory api errors
 
 # The documentation as a site, in build/site; a broken link or a wrong docstring fails it.
 docs: setup
