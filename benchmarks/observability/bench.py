@@ -10,12 +10,14 @@ from typing import Any
 import structlog
 from fastapi import FastAPI
 
+from benchmarks.observability.probes import slowest_answer
 from benchmarks.observability.requests import cost_of_middleware
 from benchmarks.rows import Peers, Row, compare
 from mainstay.core import bind
 from mainstay.observability import ObservabilitySettings
 from mainstay.observability._logging import configured
 from mainstay.observability.fastapi import instrument
+from mainstay_servers import Postgres
 
 
 async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's contract
@@ -47,6 +49,13 @@ async def rows(quick: bool) -> AsyncIterator[Row]:  # noqa: FBT001  the runner's
             "µs/request",
             lambda: cost_of_middleware(FastAPI, _instrumented, calls // 10),
             peer=("instrumentator and correlation-id", peers("middleware", calls // 10)),
+            rounds=rounds,
+        )
+    with Postgres() as server:
+        yield await compare(
+            "slowest probe, 1,000 a second while the database hangs",
+            "ms",
+            lambda: slowest_answer(server, 1.0 if quick else 5.0),
             rounds=rounds,
         )
 

@@ -310,6 +310,8 @@ def unreachable(address: Address, error: BaseException) -> ConfigurationError:
 class _CountedPool(AsyncAdaptedQueuePool):
     """A pool that tells how many wait for one of its connections, or for a new one."""
 
+    __module__ = AsyncAdaptedQueuePool.__module__  # SQLAlchemy names a pool's logger by it, and keeps its own quiet
+
     def connect(self) -> PoolProxiedConnection:
         _metrics.POOL_WAITING.inc()
         try:

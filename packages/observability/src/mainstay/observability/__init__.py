@@ -13,6 +13,7 @@ from mainstay.observability.errors import Problem, ServiceProblem, problem_of
 from mainstay.observability.health import Answer, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 from mainstay.observability.module import ObservabilityModule, ProbeServer
+from mainstay.observability.probes import Probes
 from mainstay.observability.settings import ObservabilitySettings, ProbePaths
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ObservabilitySettings",
     "ProbePaths",
     "ProbeServer",
+    "Probes",
     "Problem",
     "RedisHealthCheck",
     "ServiceProblem",
