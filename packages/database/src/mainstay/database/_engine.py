@@ -434,18 +434,16 @@ async def _ended(connection: aiosqlite.Connection) -> None:
     To close it is not enough: while a cursor is left, which may be in a traceback, SQLite keeps what was closed open,
     with its lock.
     """
+    open_ = True
     try:
         await connection.rollback()
-    except ValueError:  # it was closed, which has ended its thread
-        return
+    except ValueError:
+        open_ = False  # it was closed, which has ended its thread
     except sqlite3.Error as error:
         _log.debug("a connection to SQLite was not rolled back before its end", exc_info=error)
-    except asyncio.CancelledError:
-        connection.stop()
-        raise
-    ended = connection.stop()
-    if ended is not None:
-        await ended
+    finally:  # also where this is cancelled, since the loop closes then, to which the thread answers
+        if open_ and (ended := connection.stop()) is not None:
+            await ended
 
 
 async def _opened(*arguments: Any, **options: Any) -> aiosqlite.Connection:
