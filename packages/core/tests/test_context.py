@@ -1,10 +1,12 @@
 """The context: what travels, and what is not believed."""
 
 import asyncio
+from contextlib import contextmanager
+from contextvars import copy_context
 
 import pytest
 
-from mainstay.core import Context, Later, bind, current, rebind, remaining_seconds, spawn, timeout
+from mainstay.core import Context, Later, Noted, bind, current, rebind, remaining_seconds, spawn, timeout
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -146,3 +148,74 @@ async def test_a_context_can_be_made_when_it_is_asked_for():
     assert seen == [Context("2", actor="bob")] * 2 + [Context("2", actor="ann")] * 2
     assert made == [2]
     assert current() == Context()
+
+
+async def test_what_was_bound_inside_is_known_outside():
+    """Also of tasks and threads, whose contexts are copies; the first that names another actor is the one who acts."""
+    gateway = Context(correlation_id="c-1", actor="gateway")
+
+    def in_a_thread():
+        with bind(tenant="acme"):
+            pass
+
+    async def in_a_task():
+        with bind(causation_id="e-1"), bind(actor="ann"), bind(actor="batch"):
+            pass
+
+    with Noted(gateway) as noted:
+        assert current() == gateway
+        await asyncio.gather(in_a_task())
+        await asyncio.to_thread(in_a_thread)
+        await spawn(in_a_task(), name="its own")
+        assert current() == gateway
+    assert (noted.actor, noted.tenant) == ("ann", "acme")
+    with Noted(gateway) as noted, bind(tenant="acme"):
+        assert (noted.actor, noted.tenant) == ("gateway", "acme")
+
+
+async def test_an_error_is_known_by_the_innermost_context_that_it_left():
+    """By itself, as the cause of another, or in a group; of an error that left none, and of none, nothing is known."""
+
+    async def failing():
+        with bind(actor="ann"), bind(actor="bob"):
+            raise LookupError
+
+    with Noted(Context()) as noted:
+        with pytest.raises(LookupError) as plain:
+            await failing()
+        left = noted.left_by(plain.value)
+        assert left is not None
+        assert left.actor == "bob"
+        assert noted.left_by(RuntimeError()) is None
+        with pytest.raises(ExceptionGroup) as group:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(failing())
+        assert noted.left_by(group.value) == left
+        with pytest.raises(RuntimeError) as second:
+            try:
+                await failing()
+            except LookupError as error:
+                raise RuntimeError from error
+        assert noted.left_by(second.value) == left
+    assert noted.left_by(second.value) is None
+
+
+def test_halves_of_a_block_in_two_threads_undo_nothing_that_is_not_theirs():
+    """The framework runs either in a copy of the context: there is nothing to undo, and nothing to fail for."""
+
+    @contextmanager
+    def dependency(context):
+        with bind(context):
+            yield
+
+    for context in (Context(actor="ann"), None):
+        halves = dependency(context)
+        copy_context().run(halves.__enter__)
+        assert current() == Context()
+        copy_context().run(halves.__exit__, None, None, None)
+        assert current() == Context()
+    leaking = dependency(Context(actor="ann"))
+    with bind(Context()):
+        leaking.__enter__()
+        with pytest.raises(ValueError, match="different Context"):
+            copy_context().run(leaking.__exit__, None, None, None)

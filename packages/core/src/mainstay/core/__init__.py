@@ -2,7 +2,7 @@
 
 from mainstay.core.app import App, Work
 from mainstay.core.clock import SYSTEM_CLOCK, Clock, Timer
-from mainstay.core.context import Context, Later, bind, current, rebind
+from mainstay.core.context import Context, Later, Noted, bind, current, rebind
 from mainstay.core.deadline import (
     Deadline,
     ambient_deadline,
@@ -79,6 +79,7 @@ __all__ = [
     "Module",
     "NotBoundError",
     "NotFound",
+    "Noted",
     "Outcome",
     "Retry",
     "RetryState",

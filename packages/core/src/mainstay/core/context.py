@@ -20,11 +20,12 @@ from mainstay.core.ids import ID_RULE, is_id
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Context", "Later", "bind", "current", "rebind"]
+__all__ = ["Context", "Later", "Noted", "bind", "current", "rebind"]
 
 # What a stranger sends ends up in logs, headers and records: short, printable and without separators, or dropped. An
 # actor and a tenant come from the authentication, and have the names that they have there.
 _LONGEST_NAME = 256
+_MOST_ERRORS = 64  # that are looked at to find one that is known
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}", re.ASCII)
 
@@ -137,6 +138,75 @@ _EMPTY = Context()
 _current: ContextVar[Context | Later] = ContextVar("mainstay_context", default=_EMPTY)
 
 
+class Noted:
+    """A context for a block, and what is bound inside of it, which is undone before those around it can look.
+
+    An error leaves every `bind` on its way out, and a dependency of a web framework that is no coroutine binds in a
+    thread of its own; the line that tells of the request is written outside of both. `with Noted(context) as noted:`
+    binds `context`, and notes what this task, and the tasks and threads that it starts, bind from then on.
+
+    Args:
+        context: for the block.
+
+    Attributes:
+        context: as passed.
+        actor, tenant: the first that was bound inside, or else those of `context`. A program may set them, too.
+    """
+
+    __slots__ = ("_error", "_left", "_noted_token", "_token", "actor", "context", "tenant")
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.actor = context.actor
+        self.tenant = context.tenant
+        self._error: BaseException | None = None
+        self._left: Context | None = None
+
+    def __enter__(self) -> Self:
+        self._token = _current.set(self.context)
+        self._noted_token = _noted.set(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _noted.reset(self._noted_token)
+        _current.reset(self._token)
+        self._error = self._left = None  # an error holds the frames that it came through, and all that is in them
+
+    def bound(self, context: Context) -> None:
+        """Note a context that is bound inside."""
+        own = self.context
+        if context.actor is not None and self.actor == own.actor:
+            self.actor = context.actor
+        if context.tenant is not None and self.tenant == own.tenant:
+            self.tenant = context.tenant
+
+    def left(self, context: Context, error: BaseException) -> None:
+        """Note that an error leaves a context that was bound inside; it leaves the innermost one first."""
+        if self._error is not error:
+            self._error, self._left = error, context
+
+    def left_by(self, error: BaseException) -> Context | None:
+        """The innermost context that `error`, or what caused it, has left; None where it was raised in `context`."""
+        seen: list[BaseException] = [error]
+        for each in seen:
+            if each is self._error:
+                return self._left
+            if isinstance(each, BaseExceptionGroup):
+                seen += cast("BaseExceptionGroup[BaseException]", each).exceptions
+            seen += [more for more in (each.__cause__, each.__context__) if more is not None]
+            if len(seen) > _MOST_ERRORS:
+                break
+        return None
+
+
+_noted: ContextVar[Noted | None] = ContextVar("mainstay_noted", default=None)
+
+
 def current() -> Context:
     """The context of the running task or thread; an empty one where none was bound."""
     context = _current.get()
@@ -155,7 +225,8 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
     `with bind(context, causation_id=…)` does both. Yields the new context.
 
     Raises:
-        ValueError: a changed field is malformed. Here it is a mistake to be seen; on the wire it would vanish.
+        ValueError: a changed field is malformed. Here it is a mistake to be seen; on the wire it would vanish. Or the
+            block ends in another task than it began in, where it stays bound.
         TypeError: there is no such field.
     """
 
@@ -172,6 +243,9 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
 
     def __enter__(self) -> Context:
         self._token: Token[Context | Later] = _current.set(self._context)
+        noted = _noted.get()
+        if noted is not None:
+            noted.bound(self._context)
         return self._context
 
     def __exit__(
@@ -180,4 +254,16 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _current.reset(self._token)
+        if error is not None:
+            noted = _noted.get()
+            if noted is not None:
+                noted.left(self._context, error)
+        try:
+            _current.reset(self._token)
+        except ValueError:
+            # Entered in another context of Python's: a framework runs the two halves of a dependency that is a plain
+            # generator in threads, each with a copy that is thrown away. There is nothing to undo, unless what was
+            # entered was copied to here, and goes on there.
+            before = _EMPTY if self._token.old_value is Token.MISSING else self._token.old_value
+            if _current.get() is self._context and before is not self._context:
+                raise
