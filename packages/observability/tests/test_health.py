@@ -331,9 +331,9 @@ def test_trap_several_processes_are_put_together(monkeypatch, tmp_path):
     """With the folder of multiprocess mode set, any process serves the sum of all, also of those that have ended."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     code = (
-        "from mainstay.observability.asgi import _count\n"
-        "_count('GET', '/orders/{id}', '200').inc()\n"
-        "_count('GET', '/orders/{id}', '200').inc()\n"
+        "from mainstay.observability._red import count\n"
+        "count('GET', '/orders/{id}', '200').inc()\n"
+        "count('GET', '/orders/{id}', '200').inc()\n"
     )
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -436,9 +436,9 @@ def test_trap_13_the_folder_is_wiped_before_the_start_not_while_processes_run(mo
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     code = (
         "import sys\n"
-        "from mainstay.observability.asgi import _count\n"
+        "from mainstay.observability._red import count\n"
         "for _ in sys.stdin:\n"
-        "    _count('GET', '/orders', '200').inc()\n"
+        "    count('GET', '/orders', '200').inc()\n"
         "    print('counted', flush=True)\n"
     )
 

@@ -1,6 +1,6 @@
 """Logs, metrics, traces, health and error bodies of a service."""
 
-from mainstay.observability.asgi import ObservabilityMiddleware
+from mainstay.observability.asgi import ObservabilityMiddleware, RequestFacts
 from mainstay.observability.checks import (
     DatabaseHealthCheck,
     HealthCheck,
@@ -14,7 +14,7 @@ from mainstay.observability.health import Answer, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 from mainstay.observability.module import ObservabilityModule, ProbeServer
 from mainstay.observability.probes import Probes
-from mainstay.observability.settings import ObservabilitySettings, ProbePaths
+from mainstay.observability.settings import ObservabilitySettings, ProbePaths, RequestSettings
 
 __all__ = [
     "Answer",
@@ -33,6 +33,8 @@ __all__ = [
     "Probes",
     "Problem",
     "RedisHealthCheck",
+    "RequestFacts",
+    "RequestSettings",
     "ServiceProblem",
     "problem_of",
 ]

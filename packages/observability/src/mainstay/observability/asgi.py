@@ -10,23 +10,24 @@ timed under the *template* of its route; and where an OpenTelemetry SDK is insta
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
-from time import perf_counter
 from typing import Any, cast
 
 from opentelemetry.trace import StatusCode
-from prometheus_client import Counter, Gauge, Histogram
 
-from mainstay.core import App, Context, NotBoundError, bind, uuid7
-from mainstay.observability import _tracing
+from mainstay.core import App, Context, NotBoundError, bind, cancelled_from_outside, current, uuid7
+from mainstay.observability import _lines, _red, _tracing
 from mainstay.observability._answers import answer
-from mainstay.observability.health import HealthWatch, probe_paths
-from mainstay.observability.metrics import CappedLabels
+from mainstay.observability._facts import FACTS, NO_ANSWER, RequestFacts
+from mainstay.observability.errors import problem_of
+from mainstay.observability.health import HealthWatch
+from mainstay.observability.settings import ObservabilitySettings, RequestSettings
 
-__all__ = ["ObservabilityMiddleware"]
+__all__ = ["ObservabilityMiddleware", "RequestFacts"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -34,229 +35,338 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_log = logging.getLogger("mainstay.observability")
-
-REQUESTS = Counter("mainstay_http_requests", "Requests answered.", ["method", "route", "status"])
-SECONDS = Histogram(
-    "mainstay_http_request_seconds",
-    "From the request's first byte to its answer's last; what runs in the background afterwards is not in it.",
-    ["method", "route"],
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-)
-IN_PROGRESS = Gauge("mainstay_http_requests_in_progress", "Requests being answered.", multiprocess_mode="livesum")
-
-# Templates are as many as the application has routes; the bound is for applications that make routes from data.
-_count = CappedLabels(REQUESTS, 2000)
-_seconds = CappedLabels(SECONDS, 500)
-
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
-_UNMATCHED = "unmatched"
+_SERVER_ERROR = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 _CORRELATION = b"x-correlation-id"
 _NOTHING = Context()
 _WANTED = {
     name.encode(): name
     for name in ("x-correlation-id", "x-causation-id", "x-actor", "x-tenant", "traceparent", "tracestate")
 }
-_NO_ANSWER = 499  # nobody was there to be answered: the client went away, or the handler was cancelled
+_LONGEST_HEADER = 4096  # more than any of them may have; what is longer is not looked at
 # How frameworks and servers say that the client went away; by name, since none of them need be installed.
 _GONE = frozenset({"ClientDisconnect", "ClientDisconnected", "WebSocketDisconnect"})
-_OBSERVED = "mainstay.observability"  # in a scope: a middleware further out has this request already
+_ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit)
+_NORMAL, _NO_CODE, _ABNORMAL, _INTERNAL = 1000, 1005, 1006, 1011  # of WebSockets
 
 
 class ObservabilityMiddleware:
-    """Context, metrics, errors and probes around an ASGI application.
+    """Context, lines, metrics, errors and probes around an ASGI application.
 
     Args:
         asgi: what it wraps.
-        app: the Mainstay App whose probes (`/health/live`, `/health/ready`, `/health/startup`) are answered here,
-            before any authentication or rate limit, and as far as its settings say also its metrics and its health with
-            details; None answers none.
+        app: the Mainstay App whose probes (`/health/live`, `/health/ready`, `/health/startup`) are answered here, under
+            any root path, before any authentication or rate limit, and as far as its settings say also its metrics and
+            its health with details; None answers none. Its settings say what is told of requests, too.
         trusted: whether callers are services of ours, whose headers may name an actor, a tenant and a cause. Say so
             only behind a gateway that removes these headers from what strangers send.
+
+    Raises:
+        ConfigurationError: requests of this process are counted already in other buckets than the settings name.
     """
 
     def __init__(self, asgi: ASGIApp, *, app: App | None = None, trusted: bool = False) -> None:
+        own = [] if app is None else [each.settings for each in app.modules]
+        settings = next((each for each in own if isinstance(each, ObservabilitySettings)), None)
         self._asgi = asgi
         self._app = app
-        self._paths = frozenset[str]() if app is None else probe_paths(app.modules)
+        self._paths = frozenset[str]() if settings is None else settings.paths.all
         self._trusted = trusted
+        self._settings = RequestSettings() if settings is None else settings.requests
+        self._histograms = _red.histograms(self._settings)
+        if self._settings.access_log:
+            _lines.instead_of_the_servers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI calls it."""
-        if scope["type"] not in ("http", "websocket"):
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
             await self._asgi(scope, receive, send)
             return
-        if self._app is not None and scope["path"] in self._paths and await self._probed(self._app, scope, send):
+        outer = scope.get(FACTS)
+        if outer is None:
+            _lines.begin(access=self._settings.access_log)
+        if kind == "http" and self._paths and await self._probed(scope, send):
             return
-        if scope.get(_OBSERVED):
+        if outer is not None:
             # An instrumented application inside of another: one request has one id, one line and one count.
             await self._asgi(scope, receive, send)
             return
-        scope[_OBSERVED] = True
         headers = _headers(scope)
         context = Context.from_headers(headers, trusted=self._trusted) if headers else _NOTHING
         correlation_id = context.correlation_id or str(uuid7())
         if context.correlation_id is None:
             context = replace(context, correlation_id=correlation_id) if headers else Context(correlation_id)
-        with bind(context):
-            if scope["type"] == "websocket":
-                await self._socket(scope, receive, send)
+        facts = scope[FACTS] = RequestFacts(scope, context, correlation_id)
+        with facts:
+            if kind == "websocket":
+                await self._socket(receive, send, facts)
             elif _tracing.installed():
-                await self._traced(scope, receive, send, headers, correlation_id)
+                await self._traced(receive, send, headers, facts)
             else:
-                await self._request(scope, receive, send, correlation_id)
+                await self._request(receive, send, facts)
 
-    async def _probed(self, app: App, scope: Scope, send: Send) -> bool:
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+    async def _probed(self, scope: Scope, send: Send) -> bool:
+        path = self._probe(scope)
+        if path is None or self._app is None or scope["method"] not in ("GET", "HEAD"):
             return False
         try:
-            watch = app.get(HealthWatch)
+            watch = self._app.get(HealthWatch)
         except NotBoundError:
-            # No ObservabilityModule in the App, or the App is not running: the path may be the application's.
+            # The App is not running: the path may be the application's.
             return False
         said = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        answer = await watch.answer(
-            scope["path"], said.get(b"accept", ""), authorization=said.get(b"authorization", "")
-        )
-        if answer is None:
+        found = await watch.answer(path, said.get(b"accept", ""), authorization=said.get(b"authorization", ""))
+        if found is None:
             return False
-        body = answer.body if scope["method"] == "GET" else b""
+        facts: RequestFacts = scope.get(FACTS) or RequestFacts(scope, _NOTHING, "")
+        facts.route, facts.status, facts.excluded = path, found.status, True
+        body = found.body if scope["method"] == "GET" else b""
         headers = [
-            (b"content-type", answer.content_type.encode()),
-            (b"content-length", str(len(answer.body)).encode()),
+            (b"content-type", found.content_type.encode()),
+            (b"content-length", str(len(found.body)).encode()),
             (b"cache-control", b"no-store"),
         ]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.start", "status": found.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+        if self._settings.access_log and self._settings.access_probes:
+            facts.response_bytes = len(body)
+            _lines.access(facts, path)
         return True
 
-    async def _traced(
-        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str], correlation_id: str
-    ) -> None:
+    def _probe(self, scope: Scope) -> str | None:
+        """The path of a probe that a request asks for, wherever the application is served or mounted; or None.
+
+        A proxy strips its prefix or keeps it, and the server that was told of the prefix puts it before every path: so
+        it may be there not at all, once, or twice.
+        """
+        path: str = scope["path"]
+        root: str = scope.get("root_path", "").rstrip("/")
+        for _ in range(3):
+            if path in self._paths:
+                return path
+            if not root or not path.startswith(f"{root}/"):
+                return None
+            path = "/" + path[len(root) :].lstrip("/")
+        return None
+
+    async def _traced(self, receive: Receive, send: Send, headers: Mapping[str, str], facts: RequestFacts) -> None:
         around = _tracing.traceparent()
         if around is not None:
             # The framework or another middleware has made this request's span: a second one would count it twice.
+            facts.traceparent = around
             with bind(traceparent=around):
-                await self._request(scope, receive, send, correlation_id)
+                await self._request(receive, send, facts)
             return
-        attributes = {"http.request.method": _method(scope), "mainstay.correlation_id": correlation_id}
-        with _tracing.server_span(_method(scope), headers, attributes) as span:
+        attributes = {"http.request.method": facts.method, "mainstay.correlation_id": facts.correlation_id}
+        with _tracing.server_span(facts.method, headers, attributes) as span:
+            facts.traceparent = _tracing.traceparent()
             # What is called from here on continues this span, not the caller's.
-            with bind(traceparent=_tracing.traceparent()):
-                status = await self._request(scope, receive, send, correlation_id)
-            span.set_attribute("http.route", route := route_template(scope))
-            span.set_attribute("http.response.status_code", status)
-            span.update_name(f"{_method(scope)} {route}")
-            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            with bind(traceparent=facts.traceparent):
+                await self._request(receive, send, facts)
+            span.set_attribute("http.route", route := facts.template())
+            span.set_attribute("http.response.status_code", facts.status)
+            span.update_name(f"{facts.method} {route}")
+            if facts.status >= _SERVER_ERROR:
                 span.set_status(StatusCode.ERROR)
 
-    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._asgi(scope, receive, send)
-        except Exception as error:
-            if type(error).__name__ not in _GONE:
-                # Only the server can break it off, and it logs this too, but outside of the context.
-                _log.exception("websocket %s failed", route_template(scope))
-            raise
-
-    async def _request(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> int:
-        status = _NO_ANSWER
-        started = gone = False
-        end: float | None = None
-
+    async def _request(self, receive: Receive, send: Send, facts: RequestFacts) -> None:
         async def received() -> Message:
-            nonlocal gone
             message = await receive()
             if message["type"] == "http.disconnect":
-                gone = True
+                facts.gone = True
+            else:
+                facts.request_bytes += len(message.get("body") or b"")
             return message
 
         async def observed(message: Message) -> None:
-            nonlocal status, started, end
-            if message["type"] == "http.response.body":
-                if not message.get("more_body", False):
-                    await send(message)
-                    end = perf_counter()
-                    return
-            elif message["type"] == "http.response.start":
-                started = True
-                status = _NO_ANSWER if gone else message["status"]
-                headers = [pair for pair in message.get("headers", ()) if not _names_the_correlation(pair[0])]
-                headers.append((_CORRELATION, correlation_id.encode()))
-                message["headers"] = headers
-            await send(message)
-
-        begin = perf_counter()
-        IN_PROGRESS.inc()
-        try:
-            await self._asgi(scope, received, observed)
-        except Exception as error:
-            if gone and type(error).__name__ in _GONE:
-                if started:
-                    raise
-                _log.info("%s %s: the client went away", _method(scope), route_template(scope))
-                return status
-            # Logged here, inside the context. Answered here and not raised again, or the server would log it a second
-            # time, without its context; but once an answer has begun, only the server can break it off.
-            _log.exception("%s %s failed", _method(scope), route_template(scope))
-            if started:
+            kind = message["type"]
+            last = False
+            if kind == "http.response.body":
+                facts.response_bytes += len(message.get("body") or b"")
+                last = not message.get("more_body", False)
+            elif kind == "http.response.start":
+                facts.answered_in(current())
+                message = _begun(message, facts)
+            elif kind in ("http.response.pathsend", "http.response.zerocopysend"):
+                last = not message.get("more_body", False)
+            try:
+                await send(message)
+            except OSError as error:
+                facts.gone, facts.lost = True, error
                 raise
-            await answer(error, scope, observed)
+            if last:
+                facts.end()
+                self._over(facts)
+
+        _red.IN_PROGRESS.inc()
+        try:
+            await self._asgi(facts.scope, received, observed)
+            if facts.ended_at is None and not facts.gone:
+                await _unfinished(facts, observed)
+        except BaseException as error:
+            if not await _survived(error, facts, observed):
+                raise
         finally:
-            IN_PROGRESS.dec()
-            method, route = _method(scope), route_template(scope)
-            _count(method, route, str(status)).inc()
-            _seconds(method, route).observe((perf_counter() if end is None else end) - begin)
-        return status
+            _red.IN_PROGRESS.dec()
+            facts.end()
+            self._over(facts)
+
+    def _over(self, facts: RequestFacts) -> None:
+        """Tell of a request whose answer is complete, or will not be completed; once."""
+        if facts.told:
+            return
+        facts.told = True
+        if facts.method == "HEAD":
+            facts.response_bytes = 0
+        route = facts.template()
+        if facts.status >= _SERVER_ERROR or _by_our_fault(facts.error):
+            _lines.failed(facts, route)
+        if facts.excluded or route in self._settings.excluded:
+            return
+        _red.measure(facts, route, self._histograms)
+        if self._settings.access_log:
+            _lines.access(facts, route)
+
+    async def _socket(self, receive: Receive, send: Send, facts: RequestFacts) -> None:
+        accepted = False
+
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] == "websocket.receive":
+                facts.request_bytes += _size(message)
+            elif message["type"] == "websocket.disconnect" and facts.ended_at is None:
+                facts.gone = True
+                facts.end()
+                facts.status = message.get("code") or _NO_CODE
+            return message
+
+        async def observed(message: Message) -> None:
+            nonlocal accepted
+            kind = message["type"]
+            if kind == "websocket.send":
+                facts.response_bytes += _size(message)
+            elif kind == "websocket.http.response.start":
+                message = _begun(message, facts)
+            elif kind == "websocket.close":
+                facts.status = (message.get("code") or _NORMAL) if accepted else int(HTTPStatus.FORBIDDEN)
+            try:
+                await send(message)
+            except OSError as error:
+                facts.gone, facts.lost = True, error
+                raise
+            if kind == "websocket.accept":
+                accepted = True
+                facts.answered_in(current())
+                _red.SOCKETS_OPEN.inc()
+            elif kind == "websocket.close":
+                facts.end()
+
+        try:
+            await self._asgi(facts.scope, received, observed)
+        except BaseException as error:
+            if _went_away(error, facts) and not cancelled_from_outside(error):
+                _lines.failure_is_told()  # a handshake that is left open, for one, since nobody waits for it
+            else:
+                if not cancelled_from_outside(error):
+                    facts.error = error
+                # Only the server can break it off, and it would log this too, but outside of the context.
+                raise
+        finally:
+            if accepted:
+                _red.SOCKETS_OPEN.dec()
+            self._socket_over(facts, accepted=accepted)
+
+    def _socket_over(self, facts: RequestFacts, *, accepted: bool) -> None:
+        facts.end()
+        if facts.status == NO_ANSWER and (accepted or facts.error is not None):
+            facts.status = _INTERNAL if facts.error is not None else _ABNORMAL
+        route = facts.template()
+        ours = facts.status == _INTERNAL or _SERVER_ERROR <= facts.status < _NORMAL
+        if ours or _by_our_fault(facts.error):
+            _lines.failed(facts, route)
+        if facts.excluded or route in self._settings.excluded:
+            return
+        _red.measure_socket(facts, route, accepted=accepted)
+        if self._settings.access_log:
+            _lines.access(facts, route)
+
+
+async def _unfinished(facts: RequestFacts, send: Send) -> None:
+    """See to an application that has returned without an answer, or in the middle of one."""
+    if facts.begun:
+        facts.status = _SERVER_ERROR  # the server breaks the connection off
+    else:
+        facts.error = RuntimeError("the application returned without an answer")
+        await answer(facts.error, facts.scope, send)
+
+
+async def _survived(error: BaseException, facts: RequestFacts, send: Send) -> bool:
+    """See to an exception that has left the application; whether it is not to be raised to the server."""
+    if isinstance(error, GeneratorExit) or cancelled_from_outside(error):
+        return False
+    if _went_away(error, facts):
+        return True
+    late, begun = facts.ended_at is not None, facts.begun
+    facts.error = error
+    if late:
+        # The client has its answer; what runs in the background failed.
+        _lines.failed(facts, facts.template(), "failed after its answer")
+    elif begun or isinstance(error, _ENDS_THE_PROCESS):
+        facts.status = _SERVER_ERROR
+    else:
+        # Answered here and not raised again, or the server would log it a second time, without its context.
+        with suppress(OSError):  # nobody there any more
+            await answer(cast("Exception", error), facts.scope, send)
+    # Once an answer has begun, only the server can break it off. What is no Exception is not for us to end.
+    ends = begun or not isinstance(error, Exception | asyncio.CancelledError)
+    if ends:
+        _lines.failure_is_told()
+    return not ends
+
+
+def _went_away(error: BaseException, facts: RequestFacts) -> bool:
+    """Whether an exception says that the client went away, and nothing else."""
+    if not facts.gone:
+        return False
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(_went_away(each, facts) for each in group.exceptions)
+    return error is facts.lost or type(error).__name__ in _GONE or isinstance(error, asyncio.CancelledError)
+
+
+def _by_our_fault(error: BaseException | None) -> bool:
+    return error is not None and problem_of(error).status >= _SERVER_ERROR
+
+
+def _begun(message: Message, facts: RequestFacts) -> Message:
+    """The beginning of an answer, with the correlation id in its headers."""
+    if facts.begun:
+        return message  # a second one, for the server to refuse
+    facts.begun = True
+    if not facts.gone:
+        status = message.get("status")
+        facts.status = int(status) if isinstance(status, int) else _SERVER_ERROR
+    headers = [pair for pair in message.get("headers", ()) if not _names_the_correlation(pair[0])]
+    headers.append((_CORRELATION, facts.correlation_id.encode()))
+    return {**message, "headers": headers}
+
+
+def _size(message: Message) -> int:
+    """How many bytes a message of a WebSocket has."""
+    text: str | None = message.get("text")
+    if text is None:
+        return len(message.get("bytes") or b"")
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
 def _headers(scope: Scope) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         known = _WANTED.get(name)
-        if known is not None:
+        if known is not None and len(value) <= _LONGEST_HEADER:
             found[known] = value.decode("latin-1")
     return found
 
 
 def _names_the_correlation(header: bytes) -> bool:
     return len(header) == len(_CORRELATION) and header.lower() == _CORRELATION
-
-
-def _method(scope: Scope) -> str:
-    method: str = scope["method"]
-    return method if method in _METHODS else "other"
-
-
-def route_template(scope: Scope) -> str:
-    """The template of the route that answers, such as `/orders/{id}`, prefixes of routers and mounts included.
-
-    The route's own path lacks the prefixes, and frameworks have moved them about; so they are taken from the path that
-    was asked for: what remains of it before the part that the route describes, with the values of mount parameters put
-    back into their names. Where that is not certain, as with a parameter that was converted or spans several parts, the
-    route's own path has to do: what a stranger wrote must never be a label. A request that no route answers is
-    `unmatched`, whatever its path.
-    """
-    route = scope.get("route")
-    template: str | None = getattr(route, "path_format", None) or getattr(route, "path", None)
-    if template is None:
-        return _UNMATCHED
-    path: str = scope["path"]
-    if template == path:
-        return template
-    values = cast("dict[str, Any]", scope.get("path_params") or {})
-    described, rest = template, dict(values)
-    for name, value in values.items():
-        marker = f"{{{name}}}"
-        if marker in described:
-            described = described.replace(marker, str(value))
-            del rest[name]
-    if described == path or not path.endswith(described):
-        return template
-    prefix = path[: len(path) - len(described)]
-    parts = prefix.split("/")
-    for name, value in rest.items():
-        if not isinstance(value, str) or not value or value not in parts:
-            return template
-        parts = [f"{{{name}}}" if part == value else part for part in parts]
-    return "/".join(parts) + template

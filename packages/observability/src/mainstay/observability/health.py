@@ -203,12 +203,6 @@ def known_parts(modules: Sequence[Module[Any, Any]]) -> Iterator[str]:
         yield from (part.part for part in module.parts if isinstance(part, HealthCheck))
 
 
-def probe_paths(modules: Sequence[Module[Any, Any]]) -> frozenset[str]:
-    """The paths of probes in an App of these modules; none without an ObservabilityModule."""
-    settings = [module.settings for module in modules if isinstance(module.settings, ObservabilitySettings)]
-    return frozenset(path for each in settings for path in each.paths.all)
-
-
 def _named(part: str, name: str) -> bool:
     return part == name or part.partition(".")[0] == name
 

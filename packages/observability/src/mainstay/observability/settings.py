@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import isfinite
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -9,7 +11,7 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
-__all__ = ["ObservabilitySettings", "ProbePaths"]
+__all__ = ["ObservabilitySettings", "ProbePaths", "RequestSettings"]
 
 
 class ProbePaths(BaseModel):
@@ -44,6 +46,42 @@ class ProbePaths(BaseModel):
         return self
 
 
+class RequestSettings(BaseModel):
+    """What is told of requests.
+
+    Attributes:
+        access_log: whether each request has a line of the logger `mainstay.access`; uvicorn's own is left out then.
+        access_probes: whether probes have one, too.
+        excluded: routes, by their templates such as `/internal/{name}`, that are not counted and have no line. Their
+            errors are logged all the same.
+        seconds_buckets: bounds of `mainstay_http_request_seconds`, in seconds, each above the one before.
+        bytes_buckets: bounds of `mainstay_http_request_bytes` and `mainstay_http_response_bytes`, in the same way. A
+            process has one set of buckets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    access_log: bool = True
+    access_probes: bool = False
+    excluded: frozenset[str] = frozenset()
+    seconds_buckets: tuple[float, ...] = (
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
+    )  # fmt: skip
+    bytes_buckets: tuple[float, ...] = (256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216)
+
+    @model_validator(mode="after")
+    def _buckets_rise(self) -> Self:
+        for name in ("seconds_buckets", "bytes_buckets"):
+            bounds: tuple[float, ...] = getattr(self, name)
+            if not bounds or bounds[0] <= 0 or any(not isfinite(each) for each in bounds):
+                msg = f"{name}: one finite number above 0, or more"
+                raise ValueError(msg)
+            if any(after <= before for before, after in pairwise(bounds)):
+                msg = f"{name}: each above the one before"
+                raise ValueError(msg)
+        return self
+
+
 class ObservabilitySettings(Settings):
     """Logs, metrics and health of one process; read from `MAINSTAY_OBSERVABILITY_…` where not passed.
 
@@ -57,6 +95,7 @@ class ObservabilitySettings(Settings):
             free port that its log names; another process serves nothing. 0 takes any free port, `off` serves nothing.
         http_host: the address that `http_port` listens on. `0.0.0.0` lets a container's platform reach it.
         paths: the paths of probes, health and metrics.
+        requests: what is told of requests.
         metrics_public: whether the application's own port answers for metrics, to everybody.
         access_token: with it, the application's own port answers for metrics and health with details, to requests with
             the header `Authorization: Bearer <token>`. At least 16 characters.
@@ -78,6 +117,7 @@ class ObservabilitySettings(Settings):
     http_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = None
     http_host: str = "127.0.0.1"
     paths: ProbePaths = ProbePaths()
+    requests: RequestSettings = RequestSettings()
     metrics_public: bool = False
     access_token: SecretStr | None = Field(default=None, min_length=16)
     health_interval_seconds: float = Field(default=5.0, gt=0)
