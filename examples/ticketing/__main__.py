@@ -67,7 +67,7 @@ def api(port: int = 8000) -> None:
 
     # uvicorn stops in order on SIGTERM, and then raises the signal once more for earlier handlers.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    uvicorn.run("ticketing.api:api", port=port, log_config=None, access_log=False)
+    uvicorn.run("ticketing.api:api", port=port, log_config=None)
 
 
 @cli.command()

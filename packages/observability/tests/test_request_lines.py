@@ -9,11 +9,15 @@ import httpx
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.openmetrics.exposition import generate_latest
+from pydantic import ValidationError
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect
 
-from mainstay.core import App, MainstayError, bind, current
+from mainstay.core import App, ConfigurationError, MainstayError, bind, current
 from mainstay.observability import ObservabilityMiddleware, ObservabilityModule, ObservabilitySettings, RequestSettings
+from mainstay.observability._red import Histograms, histograms
 from mainstay.observability.fastapi import instrument
 from mainstay.observability.testing import captured_logs, metric
 
@@ -502,6 +506,72 @@ async def test_probes_have_a_line_where_it_is_asked_for():
         with captured_logs() as lines:
             await http.get("/health/live")
     assert [line["event"] for line in of(lines, "mainstay.access")] == ["GET /health/live 200"]
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "found"),
+    [
+        ("", "/health/live", True),
+        ("/api", "/health/live", True),
+        ("/api", "/api/health/live", True),
+        ("/api", "/api/api/health/live", True),
+        ("/api/", "/api//health/live", True),
+        ("/tenants/a%2fb", "/tenants/a%2fb/health/live", True),
+        ("", "/api/health/live", False),
+        ("/api", "/apihealth/live", False),
+        ("/api", "/other/health/live", False),
+        ("/health", "/health/health/live", True),
+    ],
+)
+async def test_probes_are_found_under_any_root_path(root, path, found):
+    """As the server puts it before the path, a framework names it beside, or a proxy leaves it there; no other path."""
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
+
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with app:
+        sent = await exchange(ObservabilityMiddleware(inner, app=app), path, root_path=root)
+    assert sent[0]["status"] == (200 if found else 404)
+
+
+async def test_sizes_are_measured_and_lead_to_the_trace():
+    """By template; the exemplar names the trace of a request that is kept, and of no other."""
+    api = application()
+    labels = {"method": "POST", "route": "/echo/{n}"}
+    names = ("request_bytes", "response_bytes")
+    before = [metric(f"mainstay_http_{name}_sum", **labels) for name in names]
+    body, trace = {"type": "http.request", "body": b"1234"}, "0af7651916cd43dd8448eb211c80319c"
+    with captured_logs():
+        for n, flags in ((2, b"01"), (0, b"00"), (0, None)):
+            parent = b"00-%s-b7ad6b7169203331-%s" % (trace.encode(), flags) if flags else b""
+            await exchange(api, f"/echo/{n}", body, method="POST", headers=[(b"traceparent", parent)])
+    after = [metric(f"mainstay_http_{name}_sum", **labels) for name in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [12, 8]
+    shown = generate_latest(REGISTRY).decode().splitlines()
+    ours = [line for line in shown if line.startswith("mainstay_http_request_seconds_bucket") and "/echo/{n}" in line]
+    assert [line.partition(" # ")[2].partition("}")[0] for line in ours if " # " in line] == [f'{{trace_id="{trace}"']
+
+
+def test_buckets_are_settings_of_the_process():
+    """Two sets of them in one process are refused, and so are bounds that are none."""
+    own = RequestSettings(seconds_buckets=(0.1, 1), bytes_buckets=(10,))
+    registry = CollectorRegistry()
+    Histograms(own, registry).of("GET", "/").seconds.observe(0.5)
+    shown = [line for line in generate_latest(registry).decode().splitlines() if "seconds_bucket" in line]
+    assert [line.partition('le="')[2] for line in shown] == [
+        '0.1",method="GET",route="/"} 0.0',
+        '1.0",method="GET",route="/"} 1.0',
+        '+Inf",method="GET",route="/"} 1.0',
+    ]
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders", requests=own)))
+    histograms(RequestSettings()).of("GET", "/used").seconds.observe(1)
+    with pytest.raises(ConfigurationError, match="other buckets"):
+        ObservabilityMiddleware(FastAPI(), app=app)
+    for wrong in ((), (0,), (2, 1), (1, 1), (float("inf"),), (float("nan"),)):
+        with pytest.raises(ValidationError, match="seconds_buckets"):
+            RequestSettings(seconds_buckets=wrong)
 
 
 async def test_a_handler_of_lines_that_raises_fails_no_request(capsys):
