@@ -4,6 +4,7 @@ import asyncio
 import logging
 import uuid
 from concurrent.futures import Future
+from typing import Any
 
 import httpx
 import pytest
@@ -16,9 +17,16 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect
 
 from mainstay.core import App, ConfigurationError, MainstayError, bind, current
-from mainstay.observability import ObservabilityMiddleware, ObservabilityModule, ObservabilitySettings, RequestSettings
+from mainstay.observability import (
+    ObservabilityMiddleware,
+    ObservabilityModule,
+    ObservabilitySettings,
+    Probes,
+    RequestSettings,
+)
 from mainstay.observability._red import Histograms, histograms
 from mainstay.observability.fastapi import instrument
+from mainstay.observability.fastapi_probes import probe_router
 from mainstay.observability.testing import captured_logs, metric
 
 
@@ -135,7 +143,7 @@ def application():
     async def thread():
         return current().actor
 
-    @api.get("/background")
+    @api.get("/afterwards")
     async def background(tasks: BackgroundTasks):
         async def later():
             raise RuntimeError
@@ -334,9 +342,9 @@ async def test_an_application_that_does_not_answer_is_answered_for():
 async def test_what_fails_after_the_answer_is_told():
     """The client has its answer, and the request is no failure; the background task is one, and the server's matter."""
     with captured_logs() as lines, pytest.raises(RuntimeError):
-        await exchange(application(), "/background")
+        await exchange(application(), "/afterwards")
     assert [(line["event"], line["level"]) for line in lines] == [
-        ("GET /background 200", "info"), ("GET /background failed after its answer", "error")
+        ("GET /afterwards 200", "info"), ("GET /afterwards failed after its answer", "error")
     ]  # fmt: skip
 
 
@@ -496,6 +504,24 @@ async def test_excluded_routes_and_probes_have_no_line():
     assert metric("mainstay_http_requests_total", **labels) == 0
 
 
+async def test_a_probe_that_says_no_is_no_failure():
+    """Wherever it is answered: the platform asks every second, and is told what it needs to know."""
+    app = App(ObservabilityModule.for_root(ObservabilitySettings(service_name="orders")))
+    api, inner = FastAPI(), FastAPI()
+    api.mount("/own", Probes(app))
+    api.include_router(probe_router(app), prefix="/router")
+    instrument(inner, app)
+    api.mount("/inner", inner)
+    instrument(api)
+    async with client(api) as http:
+        with captured_logs() as lines:
+            for path in ("/own", "/router"):
+                assert (await http.get(f"{path}/health/ready")).status_code == 503
+            async with app:
+                assert (await http.get("/inner/health/ready")).status_code == 200
+    assert [line for line in lines if line["logger"] in ("mainstay.access", "mainstay.observability")] == []
+
+
 async def test_probes_have_a_line_where_it_is_asked_for():
     """With the status that the platform saw."""
     settings = RequestSettings(access_probes=True)
@@ -614,7 +640,7 @@ async def test_hostile_headers_are_not_looked_at(headers):
     with captured_logs() as lines:
         await exchange(ObservabilityMiddleware(app, trusted=True), headers=headers)
     assert list(seen[0]) == ["correlation_id"]
-    assert uuid.UUID(seen[0]["correlation_id"])
+    assert str(uuid.UUID(seen[0]["correlation_id"])) == seen[0]["correlation_id"]
     assert len(lines) == 1
 
 
@@ -630,7 +656,7 @@ async def test_hostile_paths_and_methods_are_no_label_and_no_line(path, method):
 
 async def test_what_asgi_may_say_besides_goes_through():
     """Pushes, early hints, files and trailers are the server's business; a file is the end of an answer."""
-    others = [
+    others: list[dict[str, Any]] = [
         {"type": "http.response.push", "path": "/style.css", "headers": []},
         {"type": "http.response.start", "status": 200, "headers": (), "trailers": True},
         {"type": "http.response.pathsend", "path": "/etc/hostname"},

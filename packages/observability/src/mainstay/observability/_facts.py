@@ -42,7 +42,7 @@ class RequestFacts(Noted):
         started_at, ended_at: when it came, and when its answer was complete (None before), by `time.perf_counter()`.
         traceparent: W3C trace context of the request's span, or as it was received; None without either.
         gone: whether the client went away before its answer was complete.
-        excluded: whether it is not counted and has no access line, as probes.
+        excluded: whether it is not counted and has no line unless an error was raised, as probes.
     """
 
     __slots__ = (
@@ -113,6 +113,13 @@ class RequestFacts(Noted):
         if actor == self.context.actor and tenant == self.context.tenant:
             return self.context
         return replace(self.context, actor=actor, tenant=tenant)
+
+
+def leave_out(scope: Scope) -> None:
+    """Take a probe out of what is told of requests: a 503 of one is an answer, and no failure."""
+    facts: RequestFacts | None = scope.get(FACTS)
+    if facts is not None:
+        facts.excluded = True
 
 
 def route_template(scope: Scope, root: str = "") -> str:

@@ -219,7 +219,7 @@ class ObservabilityMiddleware:
         if facts.method == "HEAD":
             facts.response_bytes = 0
         route = facts.template()
-        if facts.status >= _SERVER_ERROR or _by_our_fault(facts.error):
+        if (facts.status >= _SERVER_ERROR and not facts.excluded) or _by_our_fault(facts.error):
             _lines.failed(facts, route)
         if facts.excluded or route in self._settings.excluded:
             return

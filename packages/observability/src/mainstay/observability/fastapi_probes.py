@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import APIRouter, Request, Response
 
 from mainstay.core import App, NotBoundError
+from mainstay.observability._facts import leave_out
 from mainstay.observability.health import HealthWatch
 from mainstay.observability.settings import ObservabilitySettings
 
@@ -33,6 +34,7 @@ def probe_router(app: App, *, private: bool = False) -> APIRouter:
 
 def _answering(app: App, path: str, *, private: bool) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
+        leave_out(request.scope)
         try:
             watch = app.get(HealthWatch)
         except NotBoundError:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from mainstay.core import App, NotBoundError
+from mainstay.observability._facts import leave_out
 from mainstay.observability.health import Answer, HealthWatch
 
 __all__ = ["Probes"]
@@ -43,6 +44,7 @@ class Probes:
         """Handle one request, as ASGI calls it; other kinds of connections are left alone."""
         if scope["type"] != "http":
             return
+        leave_out(scope)
         answer = await self._answer(scope)
         headers = [
             (b"content-type", answer.content_type.encode()),
