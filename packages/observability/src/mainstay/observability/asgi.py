@@ -17,7 +17,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, cast
 
-from opentelemetry.trace import StatusCode
+from opentelemetry.trace import StatusCode, get_current_span
 
 from mainstay.core import App, Context, NotBoundError, bind, cancelled_from_outside, current, uuid7
 from mainstay.observability import _lines, _red, _tracing
@@ -154,6 +154,9 @@ class ObservabilityMiddleware:
         if around is not None:
             # The framework or another middleware has made this request's span: a second one would count it twice.
             facts.traceparent = around
+            span = get_current_span()
+            if span.is_recording():
+                span.set_attribute("mainstay.correlation_id", facts.correlation_id)
             with bind(traceparent=around):
                 await self._request(receive, send, facts)
             return
