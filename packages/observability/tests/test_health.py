@@ -495,6 +495,27 @@ async def test_what_was_never_asked_is_not_ready(name):
         await eventually(watch.ready)
 
 
+async def test_probes_of_what_cannot_be_asked_are_no_flood_of_rounds(monkeypatch):
+    """The round that does not wait for the beat is one, however many probes find that it told nothing."""
+    app, asked = service(readiness=frozenset({"part"})), 0
+    async with app:
+        watch = app.get(HealthWatch)
+
+        async def broken():
+            nonlocal asked
+            asked += 1
+            raise OSError
+
+        await watch.refresh()
+        monkeypatch.setattr(app, "health", broken)
+        await watch.refresh()
+        for _ in range(100):
+            assert not watch.ready()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert asked <= 2
+
+
 class Crashing(Module[PartSettings, Never]):
     """Work that ends, and a part that knows nothing of it."""
 

@@ -10,7 +10,9 @@ import textwrap
 
 import httpx
 
+from mainstay.core import App
 from mainstay.core.testing import eventually
+from mainstay.observability import HealthWatch, ObservabilityModule, ObservabilitySettings
 
 SERVICE = """
     import uvicorn
@@ -47,6 +49,25 @@ async def started(seconds):
 async def asked(url):
     async with httpx.AsyncClient(base_url=url) as http:  # a connection of its own: a closed port refuses it
         return (await http.get("/health/ready")).status_code, (await http.get("/")).status_code
+
+
+async def test_the_signal_is_not_lost_with_an_app_that_stops_meanwhile():
+    """What would have got it later gets it then; afterwards it has the signal to itself again."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: got.append(number))
+    try:
+        own = signal.getsignal(signal.SIGTERM)
+        settings = ObservabilitySettings(service_name="s", not_ready_seconds=3600)
+        async with App(ObservabilityModule.for_root(settings)) as app:
+            watch = app.get(HealthWatch)
+            assert watch.ready()
+            signal.raise_signal(signal.SIGTERM)
+            await eventually(lambda: not watch.ready())
+            assert got == []
+        assert got == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def test_it_is_not_ready_while_it_still_takes_requests():

@@ -32,20 +32,25 @@ def announced(seconds: float, leave: Callable[[], None]) -> Generator[None, None
         return
     loop = asyncio.get_running_loop()
     timers: list[asyncio.TimerHandle] = []
-    leaving = False
+    leaving = handed_on = False
 
     def told(number: int, frame: FrameType | None) -> None:
         nonlocal leaving
         if leaving:
-            server(number, frame)
+            hand_on(number, frame)
             return
         leaving = True
         loop.call_soon_threadsafe(begin, number)
 
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal handed_on
+        handed_on = True
+        server(number, frame)
+
     def begin(number: int) -> None:
         leave()
         _log.info("SIGTERM: not ready from now on, and taking requests for another %g s", seconds)
-        timers.append(loop.call_later(seconds, server, number, None))
+        timers.append(loop.call_later(seconds, hand_on, number, None))
 
     signal.signal(signal.SIGTERM, told)
     try:
@@ -55,3 +60,5 @@ def announced(seconds: float, leave: Callable[[], None]) -> Generator[None, None
             timer.cancel()
         if signal.getsignal(signal.SIGTERM) is told:
             signal.signal(signal.SIGTERM, server)
+        if leaving and not handed_on:  # the App was stopped meanwhile: the signal is not lost with it
+            server(signal.SIGTERM, None)

@@ -80,7 +80,7 @@ class HealthWatch:
         self._latest: dict[str, Health] = {}
         self._answered = 0.0
         self._good_seconds = _ROUNDS * self._interval + app.health_seconds
-        self._was_started = self._leaving = False
+        self._was_started = self._leaving = self._hurried = False
 
     @property
     def latest(self) -> dict[str, Health]:  # noqa: D102  described in the class
@@ -154,7 +154,8 @@ class HealthWatch:
             return True
         latest = self.latest
         if self.asked_at is None or not self._needed <= latest.keys():
-            if self._beat is not None:
+            if self._beat is not None and not self._hurried:
+                self._hurried = True
                 self._beat.wake()  # everything has started, so the next round asks all of them: no need to wait for it
             return False
         return not any(
