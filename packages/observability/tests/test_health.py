@@ -563,17 +563,17 @@ async def test_the_start_is_over_once():
     assert (await watch.answer("/health/startup")).status == 200
 
 
-async def test_what_is_scraped_does_not_outlive_the_watch():
-    """The gauge is computed at the scrape: it falls when nobody asks any more, and the last round says since when."""
+async def test_what_is_scraped_does_not_outlive_the_watch(monkeypatch):
+    """The gauge is computed at the scrape: it falls when a round never ends, and the last round says since when."""
     clock = VirtualClock()
     async with service(clock) as app:
         await app.get(HealthWatch).refresh()
         assert metric("mainstay_health", part="part.Part") == 1
         asked = metric("mainstay_health_round_timestamp_seconds")
         assert asked == clock.now().timestamp()
-        (beat,) = [task for task in asyncio.all_tasks() if task.get_name() == "observability.health"]
-        beat.cancel()
-        await clock.advance(20.0)
+        monkeypatch.setattr(app, "health", asyncio.Event().wait)
+        await clock.advance(25.0)
+        assert "mainstay_health{" in exposition("")[1].decode()
         assert metric("mainstay_health", part="part.Part") == 0
         assert metric("mainstay_health_round_timestamp_seconds") == asked
     assert "mainstay_health{" not in exposition("")[1].decode()
