@@ -199,6 +199,35 @@ async def test_a_5xx_is_logged_once_whoever_answers_it(path, route, status, code
     assert (own["event"], own["level"]) == (f"GET {route} {status}", "warning")
 
 
+@pytest.mark.parametrize("how", ["instrumented", "wrapped", "added first"])
+async def test_a_500_has_its_id_wherever_the_middleware_stands(how):
+    """Around the whole application, outermost in it, or inside of others: the header, and one line with the error."""
+    api = FastAPI()
+
+    @api.get("/bug")
+    async def bug():
+        raise RuntimeError
+
+    async def dispatch(request, call_next):
+        return await call_next(request)
+
+    asgi: Any = api
+    if how == "wrapped":
+        asgi = ObservabilityMiddleware(api)
+    elif how == "added first":
+        api.add_middleware(ObservabilityMiddleware)
+        api.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+    else:
+        instrument(api)
+    async with client(asgi, raise_app_exceptions=False) as http:
+        with captured_logs() as lines:
+            answer = await http.get("/bug", headers={"x-correlation-id": "c-500"})
+    assert (answer.status_code, answer.headers["x-correlation-id"]) == (500, "c-500")
+    (line,) = failures(lines)
+    assert (line["event"], line["correlation_id"], line["exc_info"][0]) == ("GET /bug failed", "c-500", RuntimeError)
+    assert [line["event"] for line in of(lines, "mainstay.access")] == ["GET /bug 500"]
+
+
 async def test_what_the_caller_causes_is_no_error_of_ours():
     """A domain error below 500 has the line of its request only, in FastAPI and in a plain application."""
 

@@ -199,7 +199,9 @@ class ObservabilityMiddleware:
                 raise
             if last:
                 facts.end()
-                self._over(facts)
+                if facts.status < _SERVER_ERROR or facts.error is not None:
+                    self._over(facts)
+                # Or else it may be a framework's answer to an error that follows.
 
         _red.IN_PROGRESS.inc()
         try:
@@ -309,12 +311,13 @@ async def _survived(error: BaseException, facts: RequestFacts, send: Send) -> bo
         return False
     if _went_away(error, facts):
         return True
-    late, begun = facts.ended_at is not None, facts.begun
+    begun = facts.begun
     facts.error = error
-    if late:
+    if facts.told:
         # The client has its answer; what runs in the background failed.
         _lines.failed(facts, facts.template(), "failed after its answer")
     elif begun or isinstance(error, _ENDS_THE_PROCESS):
+        # It breaks off; or it was complete, and a framework answered its own error and raises it to be logged.
         facts.status = _SERVER_ERROR
     else:
         # Answered here and not raised again, or the server would log it a second time, without its context.
