@@ -193,14 +193,17 @@ class Noted:
     def left_by(self, error: BaseException) -> Context | None:
         """The innermost context that `error`, or what caused it, has left; None where it was raised in `context`."""
         seen: list[BaseException] = [error]
-        for each in seen:
-            if each is self._error:
-                return self._left
-            if isinstance(each, BaseExceptionGroup):
-                seen += cast("BaseExceptionGroup[BaseException]", each).exceptions
-            seen += [more for more in (each.__cause__, each.__context__) if more is not None]
-            if len(seen) > _MOST_ERRORS:
-                break
+        try:
+            for each in seen:
+                if each is self._error:
+                    return self._left
+                if isinstance(each, BaseExceptionGroup):
+                    seen += cast("BaseExceptionGroup[BaseException]", each).exceptions
+                seen += [more for more in (each.__cause__, each.__context__) if more is not None]
+                if len(seen) > _MOST_ERRORS:
+                    break
+        except Exception:  # noqa: BLE001  an error is code of others, and may fail when it is asked what is in it
+            return None
         return None
 
 

@@ -23,7 +23,7 @@ from mainstay.core import App, Context, NotBoundError, bind, cancelled_from_outs
 from mainstay.observability import _lines, _red, _tracing
 from mainstay.observability._answers import answer
 from mainstay.observability._facts import FACTS, NO_ANSWER, RequestFacts
-from mainstay.observability.errors import problem_of
+from mainstay.observability.errors import leaves, problem_of
 from mainstay.observability.health import HealthWatch
 from mainstay.observability.settings import ObservabilitySettings, RequestSettings
 
@@ -334,10 +334,13 @@ def _went_away(error: BaseException, facts: RequestFacts) -> bool:
     """Whether an exception says that the client went away, and nothing else."""
     if not facts.gone:
         return False
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return all(_went_away(each, facts) for each in group.exceptions)
-    return error is facts.lost or type(error).__name__ in _GONE or isinstance(error, asyncio.CancelledError)
+    try:
+        return all(
+            each is facts.lost or type(each).__name__ in _GONE or isinstance(each, asyncio.CancelledError)
+            for each in leaves(error)
+        )
+    except Exception:  # noqa: BLE001  a group is code of others, and may fail when it is asked what is in it
+        return False
 
 
 def _by_our_fault(error: BaseException | None) -> bool:

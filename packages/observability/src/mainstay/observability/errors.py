@@ -32,6 +32,7 @@ __all__ = ["MEDIA_TYPE", "Problem", "ServiceProblem", "problem_of"]
 
 MEDIA_TYPE = "application/problem+json"
 _YEAR_SECONDS = 365 * 86_400
+_ERRORS = range(400, 600)  # statuses that say one
 
 
 class ServiceProblem(MainstayError):
@@ -182,6 +183,10 @@ def problem_of_kind(
 
 @problem_by_class.register
 def _domain_error(error: MainstayError) -> Problem:
+    # Their classes were checked, but one object may have been given anything.
+    texts = cast("tuple[object, ...]", (error.code, error.title, error.public_message))
+    if error.status not in _ERRORS or not all(isinstance(each, str) for each in texts):
+        return problem_of_kind(MainstayError)
     return problem_of_kind(error, retry_after_seconds=error.retry_after_seconds, errors=error.errors)
 
 
@@ -195,14 +200,15 @@ def _problem_of_a_service(error: ServiceProblem) -> Problem:
 
 @problem_by_class.register(BaseExceptionGroup)
 def _group(error: BaseExceptionGroup[BaseException]) -> Problem:
-    found = [problem_of(each) for each in _leaves(error)]
+    found = [problem_of(each) for each in leaves(error)]
     if len({(each.code, each.status) for each in found}) != 1:
         return problem_of_kind(MainstayError)
     return max(found, key=lambda each: each.retry_after_seconds or 0.0)
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    left: list[BaseException] = [group]
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group and in the groups in it, however deep; of what is no group, itself."""
+    left = [error]
     while left:
         each = left.pop()
         if isinstance(each, BaseExceptionGroup):
