@@ -14,7 +14,7 @@ from mainstay.observability.health import Answer, HealthWatch
 from mainstay.observability.metrics import CappedLabels
 from mainstay.observability.module import ObservabilityModule, ProbeServer
 from mainstay.observability.probes import Probes
-from mainstay.observability.settings import ObservabilitySettings, ProbePaths, RequestSettings
+from mainstay.observability.settings import LogLimits, ObservabilitySettings, ProbePaths, RequestSettings
 
 __all__ = [
     "Answer",
@@ -25,6 +25,7 @@ __all__ = [
     "HealthChecks",
     "HealthWatch",
     "KafkaHealthCheck",
+    "LogLimits",
     "ObservabilityMiddleware",
     "ObservabilityModule",
     "ObservabilitySettings",

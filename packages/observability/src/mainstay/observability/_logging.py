@@ -5,7 +5,7 @@ library is turned into the same event dictionary by a formatter and runs through
 one for that (`ProcessorFormatter`), which copies the record and wraps the event several times over, and is the slower
 by a factor that `benchmarks/observability` states.
 
-Nothing that a line holds can fail the program that writes it, and nothing secret comes out: `redaction` looks at every
+Nothing that a line holds can fail the program that writes it, and nothing secret comes out: `_redaction` looks at every
 value, and at every text, before it is rendered.
 
 The loggers of a process are one, so they follow one configuration at a time: the newest of those that live. When the
@@ -15,64 +15,85 @@ last has gone, everything is as it was before the first.
 from __future__ import annotations
 
 import io
-import json
 import logging
-import re
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Generator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from random import random
 from typing import Any, TextIO, cast
+from zlib import crc32
 
 import structlog
-from pydantic_core import to_json
+from structlog.contextvars import merge_contextvars
 
 from mainstay.core import MainstayError, current
 from mainstay.observability import _tracing
-from mainstay.observability._redaction import last_resort, redact
+from mainstay.observability._formats import Console, Fields, Format, ecs, journal, plain_json
+from mainstay.observability._redaction import BROKEN, Redactor, activate, active, cut
+from mainstay.observability._secrets import Secrets
+from mainstay.observability._sink import COUNTS, Sink
+from mainstay.observability._tracebacks import traceback_of
 from mainstay.observability.settings import ObservabilitySettings
 
 EventDict = MutableMapping[str, Any]
-Processor = Callable[[Any, str, EventDict], Any]
 
-# What a LogRecord always has; everything else on it was passed as `extra`.
+# What a LogRecord always has, and what formatters put on it; everything else on it was passed as `extra`.
 _RECORD_LENGTH = len(logging.makeLogRecord({}).__dict__)
-_RECORD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message", "taskName"}
+_RECORD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_UNMADE = "a log line could not be made"
 
 _render_stack = structlog.processors.StackInfoRenderer(additional_ignores=["mainstay.observability"])
 
 
-def add_context(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Processor: add who, for whom and as part of what, from `current()`, and the trace where there is one."""
+def line_of(level: str, logger: str | None, event: EventDict) -> tuple[Fields, Fields]:
+    """The parts of a line: its own fields, and the caller's without secrets.
+
+    Consumes `event`, which holds the caller's fields beside what the line is to say.
+    """
+    own: Fields = {"timestamp": _timestamp(), "level": level}
+    if logger is not None:
+        own["logger"] = logger
+    redactor = active()
+    said = event.pop("event", "")
+    own["event"] = redactor.text(said) if type(said) is str else redactor.fields({"event": said})["event"]
+    merge_contextvars(None, level, event)  # what existing code bound by structlog's own means
+    if "exc_info" in event or "stack_info" in event:
+        _add_trace(level, event, own, redactor)
+    _add_context(own)
+    return own, redactor.fields(event)
+
+
+def _add_context(own: Fields) -> None:
+    """Who, for whom and as part of what, from `current()`, and the trace where there is one."""
     context = current()
     if context.correlation_id is not None:
-        event.setdefault("correlation_id", context.correlation_id)
+        own["correlation_id"] = context.correlation_id
     if context.causation_id is not None:
-        event.setdefault("causation_id", context.causation_id)
+        own["causation_id"] = context.causation_id
     if context.actor is not None:
-        event.setdefault("actor", context.actor)
+        own["actor"] = context.actor
     if context.tenant is not None:
-        event.setdefault("tenant", context.tenant)
+        own["tenant"] = context.tenant
     span = _tracing.current_ids() or _tracing.ids_of(context.traceparent)
     if span is not None:
-        event.setdefault("trace_id", span[0])
-        event.setdefault("span_id", span[1])
-    return event
+        own["trace_id"], own["span_id"] = span
 
 
-def add_exception(_logger: object, method: str, event: EventDict) -> EventDict:
-    """Processor: the traceback as text, without local variables (they hold secrets), and the code of a domain error."""
+def _add_trace(level: str, event: EventDict, own: Fields, redactor: Redactor) -> None:
+    """The traceback as text, the stack, and the code of a domain error."""
     if "stack_info" in event:
-        event = _render_stack(None, method, event)
+        stack: Any = event.pop("stack_info")
+        if stack and not isinstance(stack, str):  # structlog's: make it now
+            stack = _render_stack(None, level, {"stack_info": stack})["stack"]
+        if stack:
+            own["stack"] = redactor.long_text(stack)
     info: Any = event.pop("exc_info", None)
     if not info:
-        return event
+        return
     try:
         if isinstance(info, BaseException):
             error: BaseException | None = info
@@ -81,20 +102,11 @@ def add_exception(_logger: object, method: str, event: EventDict) -> EventDict:
         else:
             error = sys.exc_info()[1]
         if error is not None:
-            if isinstance(error, MainstayError):
-                event.setdefault("code", error.code)
-            event["exception"] = "".join(traceback.format_exception(error)).rstrip()
-    except Exception:  # noqa: BLE001  an exception is a user's object too
-        event["exception"] = last_resort(cast("object", info))
-    return event
-
-
-def beside(own: EventDict, event: EventDict) -> EventDict:
-    """A line's own fields and `event`'s; one of `event`'s that has the name of an own one gets an underscore."""
-    line = {**own, **event}
-    if len(line) == len(own) + len(event):
-        return line
-    return {**own, **{f"{name}_" if name in own else name: value for name, value in event.items()}}
+            own["exception"] = redactor.long_text(traceback_of(error))
+            if isinstance(error, MainstayError) and "code" not in event:
+                own["code"] = error.code
+    except BROKEN:  # an exception is a user's object too
+        own["exception"] = redactor.last_resort(cast("object", info))
 
 
 def _timestamp() -> str:
@@ -102,136 +114,209 @@ def _timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
 
 
-class _Json:
-    """Last processor of `json`: one object a line.
-
-    What JSON does not know becomes its `repr`, never an error.
-    """
-
-    def __init__(self, service: str) -> None:
-        self._service = service
-
-    def __call__(self, _logger: object, method: str, event: EventDict) -> str:
-        line = beside({"timestamp": _timestamp(), "level": method, "service": self._service}, event)
-        try:
-            return to_json(line, fallback=last_resort, inf_nan_mode="strings").decode()
-        except ValueError:  # half surrogates, which are no UTF-8
-            return "{" + ",".join(f"{json.dumps(name)}:{_alone(value)}" for name, value in line.items()) + "}"
-
-
-def _alone(value: object) -> str:
-    try:
-        return to_json(value, fallback=last_resort, inf_nan_mode="strings").decode()
-    except ValueError:
-        return json.dumps(value if isinstance(value, str) else last_resort(value))
-
-
-class _Console:
-    """Last processor of `console`: for a person at a terminal."""
-
-    def __init__(self, colors: bool) -> None:  # noqa: FBT001  private
-        # The renderer's own choice of traceback prints local variables where `rich` is installed.
-        self._render = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
-
-    def __call__(self, logger: object, method: str, event: EventDict) -> str:
-        line = beside({"timestamp": _timestamp(), "level": method}, event)
-        return self._render(logger, method, {_escaped(name): _shown(name, value) for name, value in line.items()})
-
-
-def _shown(name: str, value: object) -> object:
-    """Without what moves a cursor or begins a line: a terminal would show what nobody wrote."""
-    if not isinstance(value, str):
-        return value
-    return _escaped(value, _CONTROL_IN_LINES if name in ("exception", "stack") else _CONTROL)
-
-
-def _escaped(text: str, control: re.Pattern[str] = _CONTROL) -> str:
-    return control.sub(lambda found: repr(found[0])[1:-1], text)
-
-
 class _Pipeline:
     """All processors as one, which never raises: whoever writes a line is not to be failed by it."""
 
-    def __init__(self, render: Processor) -> None:
-        self._render = render
+    def __init__(self, settings: ObservabilitySettings, write: Format) -> None:
+        self._service = settings.service_name
+        self._limit = settings.log_limits.line_chars
+        self._sampling = _Sampling(settings.log_sampling) if settings.log_sampling else None
+        self._write = write
 
     def __call__(self, logger: object, method: str, event: EventDict) -> str:
+        """As structlog calls a processor: the last one, whose line goes to the logger.
+
+        Raises:
+            DropEvent: the line is not among those that are written of its kind.
+        """
+        name = logger.name if type(logger) is _Named else None
+        if self._sampling is not None and not self._sampling.keeps(method, name):
+            raise structlog.DropEvent
+        return self.line(method, name, event)
+
+    def wants(self, record: logging.LogRecord) -> bool:
+        """Whether the line of `record` is written, as far as sampling goes."""
+        return (
+            self._sampling is None
+            or record.levelno >= logging.ERROR
+            or self._sampling.keeps(record.levelname.lower(), record.name)
+        )
+
+    def line(self, level: str, logger: str | None, event: EventDict) -> str:
+        """The finished line."""
         try:
-            # The context comes last, because it is known to be harmless.
-            event = add_context(logger, method, redact(logger, method, add_exception(logger, method, event)))
-            return cast("str", self._render(logger, method, event))
-        except Exception as error:  # noqa: BLE001  see above
-            failed = {"event": "a log line could not be made", "error": type(error).__name__}
-            return cast("str", self._render(logger, method, failed))
+            own, fields = line_of(level, logger, event)
+            own["service"] = self._service
+            line = self._write(own, fields)
+            return line if len(line) <= self._limit else self._shortened(own, fields)
+        except BROKEN as error:  # see above
+            COUNTS.change("unmade")
+            own = {"timestamp": _timestamp(), "level": level, "service": self._service, "event": _UNMADE}
+            return self._write(own, {"error": type(error).__name__})
+
+    def _shortened(self, own: Fields, fields: Fields) -> str:
+        """The line with its longest values cut, and their names in `cut`."""
+        COUNTS.change("cut")
+        share = max(64, self._limit // (3 * (len(own) + len(fields) + 1)))
+        names: list[str] = []
+        for part in (fields, own):
+            for name, value in part.items():
+                text = value if isinstance(value, str) else plain_json({}, {"": value})[4:-1]
+                if len(plain_json({}, {"": text})) > share + 6:
+                    # What JSON writes with six characters each is six times as long as it seems.
+                    fits = len(plain_json({}, {"": text[:share]})) <= 2 * share
+                    part[name] = cut(text, share if fits else share // 6)
+                    names.append(str(name))
+        line = self._write({**own, "cut": names}, fields)
+        if len(line) <= self._limit:
+            return line
+        return self._write({**own, "cut": ["all fields"]}, {})
 
 
-class _Sink:
-    """Where finished lines go: whole lines only, also when threads write at the same time."""
+class _Sampling:
+    """Which lines are written, of loggers or levels that write too many."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        # A signal's handler, or a `__del__` that the collector calls, writes its line in the middle of another one's.
-        self._lock = threading.RLock()
+    def __init__(self, shares: dict[str, float]) -> None:
+        self._shares = shares
+        self._longest_first = sorted(shares, key=len, reverse=True)
+
+    def keeps(self, level: str, logger: str | None) -> bool:
+        """Decide; for all lines of a correlation id alike, so that what is written of a request is whole."""
+        if level in ("error", "critical"):
+            return True
+        share = self._share(level, logger)
+        if share >= 1:
+            return True
+        named = current().correlation_id
+        place = random() if named is None else crc32(named.encode(errors="replace")) / 2**32  # noqa: S311  no secret
+        if place < share:
+            return True
+        COUNTS.lose("sampled_out")
+        return False
+
+    def _share(self, level: str, logger: str | None) -> float:
+        if logger is not None:
+            for name in self._longest_first:
+                if logger == name or logger.startswith(f"{name}."):
+                    return self._shares[name]
+        return self._shares.get(level.upper(), 1.0)
+
+
+class _Named:
+    """A sink for `structlog.get_logger(name)`: it knows the name."""
+
+    __slots__ = ("_sink", "name")
+
+    def __init__(self, sink: Sink, name: str) -> None:
+        self._sink = sink
+        self.name = name
 
     def msg(self, line: str) -> None:
-        with self._lock:
-            try:
-                self._stream.write(line + "\n")
-                self._stream.flush()
-            except (OSError, ValueError, RuntimeError):
-                # Nobody reads any more (a closed pipe, a closed stream), or the stream was just being written to by
-                # whom this interrupts: no reason for the service to fail.
-                pass
+        """Write the line."""
+        self._sink.msg(line)
 
     debug = info = warning = warn = error = critical = fatal = failure = exception = log = err = msg
 
 
 def event_of(record: logging.LogRecord) -> EventDict:
-    """The event dictionary of a `LogRecord`."""
+    """The event dictionary of a `LogRecord`: what it says, and its `extra`."""
     try:
         message = record.getMessage()
-    except Exception as error:  # noqa: BLE001  users' objects and users' mistakes
+    except BROKEN as error:  # users' objects and users' mistakes
         # Without the arguments, which may be secret, and which stdlib would print.
         place = f"{record.pathname}:{record.lineno}"
-        said = record.msg if type(record.msg) is str else last_resort(record.msg)
+        said = record.msg if type(record.msg) is str else active().last_resort(record.msg)
         message = f"{said} [{type(error).__name__}: its arguments do not fit, {place}]"
-    event: dict[str, Any] = {"event": message, "logger": record.name}
+    event: dict[str, Any] = {}
     if len(record.__dict__) > _RECORD_LENGTH:
         for name, value in list(record.__dict__.items()):
             if name not in _RECORD_FIELDS:
-                event.setdefault(name, value)
+                free = name
+                while free == "event" or (free != name and free in record.__dict__):
+                    free += "_"
+                event[free] = value
+    server = _OF_SERVERS.get(record.name)
+    if server is not None:
+        server(record, event)
+    event["event"] = message
     if record.exc_info:
         event["exc_info"] = record.exc_info
     if record.stack_info:
-        event["stack"] = record.stack_info
+        event["stack_info"] = record.stack_info
     return event
 
 
+def _without_colors(_record: logging.LogRecord, event: EventDict) -> None:
+    event.pop("color_message", None)  # uvicorn's message again, for a terminal
+
+
+def _uvicorn_access(record: logging.LogRecord, event: EventDict) -> None:
+    args: Any = record.args
+    if isinstance(args, tuple) and len(cast("tuple[Any, ...]", args)) == len(_ACCESS):
+        for name, value in zip(_ACCESS, cast("tuple[Any, ...]", args), strict=True):
+            event.setdefault(name, value)
+
+
+def _gunicorn_access(record: logging.LogRecord, event: EventDict) -> None:
+    args: Any = record.args
+    if isinstance(args, dict):
+        for atom, name in _ATOMS.items():
+            if atom in args:
+                event.setdefault(name, args[atom])
+
+
+_ACCESS = ("client", "method", "path", "http_version", "status")
+_ATOMS = {"h": "client", "m": "method", "U": "path", "H": "http_version", "s": "status", "B": "bytes", "L": "seconds"}
+_OF_SERVERS: dict[str, Callable[[logging.LogRecord, EventDict], None]] = {
+    "uvicorn": _without_colors,
+    "uvicorn.error": _without_colors,
+    "uvicorn.access": _uvicorn_access,
+    "gunicorn.access": _gunicorn_access,
+}
+
+
 class _Handler(logging.Handler):
-    def __init__(self, sink: _Sink, pipeline: _Pipeline) -> None:
+    def __init__(self, sink: Sink, pipeline: _Pipeline) -> None:
         super().__init__()
         self._sink = sink
         self._pipeline = pipeline
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Make and write the line without stdlib's lock around both: the sink has the one that is needed."""
-        kept: Any = self.filter(record)  # from Python 3.12 on a record, maybe another
+        """Make and write the line without stdlib's lock around both: the sink needs none."""
+        try:
+            kept: Any = self.filter(record)  # from Python 3.12 on a record, maybe another
+        except BROKEN:  # a filter's mistake: a line too many is better than one too few
+            kept = True
         if kept:
             self.emit(record if kept is True else kept)
         return bool(kept)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._sink.msg(self._pipeline(None, record.levelname.lower(), event_of(record)))
+        try:
+            if self._pipeline.wants(record):
+                self._sink.msg(self._pipeline.line(record.levelname.lower(), record.name, event_of(record)))
+        except BROKEN:  # at the end of the stack, where even the line in its place cannot be made
+            COUNTS.lose("unmade")
 
 
 class _Configuration:
     def __init__(self, settings: ObservabilitySettings, stream: TextIO) -> None:
-        self.sink = _Sink(stream)
+        self.sink = Sink(stream, self._told)
         self.level = logging.getLevelNamesMapping()[settings.log_level]
+        formats: dict[str, Format] = {"json": plain_json, "ecs": ecs, "journal": journal}
         self.pipeline = _Pipeline(
-            _Json(settings.service_name) if settings.log_format == "json" else _Console(_is_terminal(stream))
+            settings, formats.get(settings.log_format) or Console(colors=_is_terminal(stream))
         )
+        self.redactor = Redactor(Secrets(settings.secret_keys, settings.plain_keys), settings.log_limits)
         self.handler = _Handler(self.sink, self.pipeline)
+
+    def _told(self, lost: int) -> str:
+        event = {"event": "log lines were lost: their reader did not read for too long", "lines": lost}
+        return self.pipeline.line("error", __name__, event)
+
+    def logger(self, *names: object) -> object:
+        """What structlog's loggers write to."""
+        return _Named(self.sink, names[0]) if names and isinstance(names[0], str) else self.sink
 
     def activate(self) -> None:
         """Give everybody's loggers this pipeline."""
@@ -240,11 +325,12 @@ class _Configuration:
             root.removeHandler(other.handler)
         root.addHandler(self.handler)
         root.setLevel(self.level)
+        activate(self.redactor)
         # Not cached on first use: a cached logger would go on writing to this configuration after it is undone.
         structlog.configure(
             processors=[cast("structlog.typing.Processor", self.pipeline)],
             wrapper_class=structlog.make_filtering_bound_logger(self.level),
-            logger_factory=lambda *_names: self.sink,
+            logger_factory=self.logger,
             context_class=dict,
             cache_logger_on_first_use=False,
         )
@@ -278,7 +364,9 @@ def configured(settings: ObservabilitySettings, stream: TextIO | None = None) ->
             if _live:
                 _live[-1].activate()
             else:
+                activate(None)
                 _undo.close()
+        mine.sink.flush()
 
 
 def _take_over() -> None:
@@ -295,13 +383,13 @@ def _take_over() -> None:
     _undo.callback(logging.captureWarnings, False)
 
 
-def _divert(_logger: object, method: str, event: EventDict) -> EventDict:
+def _divert(logger: object, method: str, event: EventDict) -> EventDict:
     """Processor of loggers that were bound before: to the active configuration, where there is one, and no further."""
     if not _live:
         return event
-    active = _live[-1]
-    if logging.getLevelNamesMapping().get(method.upper(), logging.CRITICAL) >= active.level:
-        active.sink.msg(active.pipeline(None, method, event))
+    newest = _live[-1]
+    if logging.getLevelNamesMapping().get(method.upper(), logging.CRITICAL) >= newest.level:
+        newest.sink.msg(newest.pipeline(logger, method, event))
     raise structlog.DropEvent
 
 

@@ -11,7 +11,26 @@ from pydantic_settings import SettingsConfigDict
 
 from mainstay.core import Settings
 
-__all__ = ["ObservabilitySettings", "ProbePaths", "RequestSettings"]
+__all__ = ["LogLimits", "ObservabilitySettings", "ProbePaths", "RequestSettings"]
+
+
+class LogLimits(BaseModel):
+    """How much a log line may hold. What is more is cut, with a mark of how much.
+
+    Attributes:
+        value_chars: of a text, in characters; a traceback is cut in its middle.
+        line_chars: of a line, in characters; its longest values are cut first, and its field `cut` names them. What
+            carries lines has limits too: Loki takes 256 KB, journald 48 KB, Docker divides at 16 KB.
+        depth: how many mappings and lists inside of each other are shown.
+        members: how many fields a line has, and how many members of each mapping and list are shown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value_chars: int = Field(default=8192, ge=64)
+    line_chars: int = Field(default=32768, ge=2048)
+    depth: int = Field(default=6, ge=1, le=32)
+    members: int = Field(default=100, ge=1, le=10_000)
 
 
 class ProbePaths(BaseModel):
@@ -87,8 +106,16 @@ class ObservabilitySettings(Settings):
 
     Attributes:
         service_name: names the service in every log line and span.
-        log_format: `json`, one object a line, or `console` for people.
+        log_format: `json`, one object a line; `ecs`, the same by the Elastic Common Schema; `journal`, as `json` behind
+            the priority that systemd reads (`<6>`); or `console` for people, in colour at a terminal.
         log_level: the least severe level that is written, of Mainstay, of libraries and of the application alike.
+        log_limits: how much a line may hold.
+        log_sampling: which share of lines below ERROR is written, from 0 to 1, by the beginning of the logger's name
+            (`{"mainstay.access": 0.1}`) or by level (`{"DEBUG": 0.01}`); the longest name that fits counts, and a name
+            before a level. Lines of one correlation id are written all or none by the same share. Errors always are.
+        secret_keys: keys whose values are secrets too, alone or as part of a longer key: `iban` also hides
+            `customer_iban`.
+        plain_keys: whole keys that would be taken for secrets and are none, such as `session_id`.
         service_version: of the service, for `mainstay_build_info`.
         http_port: where probes, health and metrics are served by this process itself, apart from the application's own
             port. By default (None) a worker that `mainstay run` runs serves them on 9464, or where that is taken on a
@@ -111,8 +138,12 @@ class ObservabilitySettings(Settings):
     model_config = SettingsConfigDict(env_prefix="MAINSTAY_OBSERVABILITY_")
 
     service_name: str = Field(min_length=1, max_length=128)
-    log_format: Literal["json", "console"] = "json"
+    log_format: Literal["json", "ecs", "journal", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_limits: LogLimits = LogLimits()
+    log_sampling: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    secret_keys: frozenset[str] = frozenset()
+    plain_keys: frozenset[str] = frozenset()
     service_version: str = Field(default="unknown", min_length=1, max_length=128)
     http_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = None
     http_host: str = "127.0.0.1"

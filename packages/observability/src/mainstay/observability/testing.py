@@ -10,8 +10,8 @@ from typing import Any
 import structlog
 from prometheus_client import REGISTRY
 
-from mainstay.observability._logging import EventDict, add_context, beside, event_of
-from mainstay.observability._redaction import redact
+from mainstay.observability._formats import beside
+from mainstay.observability._logging import EventDict, event_of, line_of
 
 __all__ = ["captured_logs", "metric"]
 
@@ -22,12 +22,14 @@ class _Catcher(logging.Handler):
         self._lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(_line(record.levelname.lower(), event_of(record)))
+        self._lines.append(_line(record.levelname.lower(), record.name, event_of(record)))
 
 
-def _line(level: str, event: EventDict) -> dict[str, Any]:
+def _line(level: str, logger: str | None, event: EventDict) -> dict[str, Any]:
     error = {"exc_info": event.pop("exc_info")} if "exc_info" in event else {}
-    return {**beside({"level": level}, add_context(None, level, redact(None, level, event))), **error}
+    own, fields = line_of(level, logger, event)
+    del own["timestamp"]  # no test can know it
+    return {**beside(own, fields), **error}
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def captured_logs(level: int = logging.DEBUG) -> Generator[list[dict[str, Any]],
     lines: list[dict[str, Any]] = []
 
     def keep(_logger: object, method: str, event: Any) -> Any:
-        lines.append(_line(method, event))
+        lines.append(_line(method, None, event))
         raise structlog.DropEvent
 
     before = structlog.get_config() if structlog.is_configured() else None
@@ -68,7 +70,7 @@ def captured_logs(level: int = logging.DEBUG) -> Generator[list[dict[str, Any]],
 def metric(name: str, **labels: str) -> float:
     """The current value of a sample; 0 where there is none.
 
-    `metric("mainstay_http_requests_total", method="GET", route="/orders/{id}", status="200")`.Metrics belong to the
+    `metric("mainstay_http_requests_total", method="GET", route="/orders/{id}", status="200")`. Metrics belong to the
     process and only grow: compare a value before with one after.
     """
     return REGISTRY.get_sample_value(name, labels) or 0.0

@@ -1,0 +1,299 @@
+"""Where finished lines go: whole lines, in order, and never at the cost of who writes them.
+
+A reader of a pipe that stands still (a log agent, a terminal with Ctrl-S) stops whoever writes to it, and with it the
+event loop. A queue and a thread for every line would prevent that, and lose what is queued when the process is killed,
+which are the lines that say why. So a line is written at once, by a write that the system refuses instead of waiting
+(`RWF_NOWAIT`; where there is none, after asking whether there is room). Only what is refused waits in a queue, and a
+thread lives as long as the queue is not empty. Beyond a bound lines are lost, counted, and told of once there is room.
+
+The usual way takes no lock, so nothing of it can be held by a thread that a fork leaves behind, or by what a signal
+handler interrupts. A child of a fork has neither the thread nor the lines that its parent will write.
+
+A stream without a file (`io.StringIO`) is written to as it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import codecs
+import io
+import os
+import select
+import stat
+import sys
+import threading
+import time
+from _thread import start_new_thread
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, TextIO
+from weakref import WeakSet
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_NOWAIT = 8  # RWF_NOWAIT, which the os module does not name
+_ATOMIC = 4096  # a pipe that is writable has room for this many bytes
+_HELD_BYTES = 8 * 1024 * 1024
+_LOOK_SECONDS = 0.005
+_FLUSH_SECONDS = 2.0
+_WAIT_MILLISECONDS = 1000
+
+
+class _Counts(Collector):
+    """Lines that are not what was logged.
+
+    Not counters of prometheus-client: a line is counted also in a signal handler, and in the child of a fork, where the
+    lock of such a counter may be held for ever.
+    """
+
+    multiprocess_mode: ClassVar[str] = "livesum"
+
+    def __init__(self) -> None:
+        self.renew()
+        self._lost = dict.fromkeys(("queue_full", "stream_broken", "sampled_out", "unmade"), 0)
+        self._changed = dict.fromkeys(("cut", "escaped", "unmade"), 0)
+
+    def renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def lose(self, why: str, lines: int = 1) -> None:
+        with self._lock:
+            self._lost[why] += lines
+
+    def change(self, how: str) -> None:
+        with self._lock:
+            self._changed[how] += 1
+
+    def describe(self) -> Iterable[Metric]:
+        return self.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        lost = CounterMetricFamily("mainstay_log_lines_lost", "Lines that were not written, by why.", labels=("reason",))
+        for why, count in self._lost.items():
+            lost.add_metric((why,), count)
+        yield lost
+        changed = CounterMetricFamily(
+            "mainstay_log_lines_changed", "Lines that were not written as they were logged, by how.", labels=("how",)
+        )
+        for how, count in self._changed.items():
+            changed.add_metric((how,), count)
+        yield changed
+
+
+COUNTS = _Counts()
+REGISTRY.register(COUNTS)
+
+
+def _as_json_does(error: UnicodeError) -> tuple[str, int]:
+    """Error handler: what an encoding lacks, as JSON writes it, so that a line of JSON stays one."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{lacking[at : at + 2].hex()}" for at in range(0, len(lacking), 2)), error.end
+
+
+codecs.register_error("mainstay.json", _as_json_does)
+
+
+class Sink:
+    """Writes lines to a stream.
+
+    Args:
+        stream: of text; the file below it is what is written to, where it has one.
+        tell: makes the line that says how many lines were lost.
+    """
+
+    def __init__(self, stream: TextIO, tell: Callable[[int], str]) -> None:
+        self._stream = stream
+        self._tell = tell
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._file = _file_of(stream)
+        self._write = self._plainly
+        if self._file is not None:
+            kind = os.fstat(self._file).st_mode
+            waits = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(self._file)
+            if waits:
+                self._write = self._unless_it_waits if hasattr(os, "pwritev") else self._if_there_is_room
+        self.after_fork()
+        _sinks.add(self)
+
+    def after_fork(self) -> None:
+        """Begin anew, in a child: its parent has the thread, and writes what waits."""
+        # A signal's handler, or a `__del__` that the collector calls, writes its line in the middle of another one's.
+        self._lock = threading.RLock()
+        self._waiting: deque[bytes] = deque()
+        self._held = 0
+        self._untold = 0
+        self._behind = False
+
+    def msg(self, line: str) -> None:
+        """Write `line`, now or as soon as the reader reads."""
+        if self._file is None:
+            self._to_stream(line)
+            return
+        try:
+            data = f"{line}\n".encode(self._encoding)
+        except UnicodeError:
+            data = f"{line}\n".encode(self._encoding, "mainstay.json")
+            COUNTS.change("escaped")
+        if self._behind:
+            self._later(data)
+            return
+        if self._stream.closed:
+            COUNTS.lose("stream_broken")
+            return
+        try:
+            written = self._write(data)
+        except (OSError, ValueError):
+            # The other end is gone: no reason for the service to fail.
+            COUNTS.lose("stream_broken")
+            return
+        if written < len(data):
+            self._later(data[written:], first=written > 0)
+
+    debug = info = warning = warn = error = critical = fatal = failure = exception = log = err = msg
+
+    def flush(self, seconds: float = _FLUSH_SECONDS) -> bool:
+        """Wait until nothing waits any more, and return whether that is so."""
+        end = time.monotonic() + seconds
+        while self._behind and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+        return not self._behind
+
+    def _to_stream(self, line: str) -> None:
+        with self._lock:
+            try:
+                try:
+                    self._stream.write(line + "\n")
+                except UnicodeEncodeError:
+                    self._stream.write(line.encode(self._encoding, "mainstay.json").decode(self._encoding) + "\n")
+                    COUNTS.change("escaped")
+                self._stream.flush()
+            except (AttributeError, OSError, ValueError, RuntimeError):
+                # No stream at all (`sys.stderr` of a daemon may be None), a closed one, or one that was just being
+                # written to by whom this interrupts.
+                COUNTS.lose("stream_broken")
+
+    # Ways to write to the file without waiting: each returns how many bytes it took.
+
+    def _plainly(self, data: bytes) -> int:
+        assert self._file is not None
+        written = os.write(self._file, data)
+        while written < len(data):  # a disk that is nearly full
+            written += os.write(self._file, data[written:])
+        return written
+
+    def _unless_it_waits(self, data: bytes) -> int:
+        assert self._file is not None
+        try:
+            return os.pwritev(self._file, [data], -1, _NOWAIT)
+        except BlockingIOError:
+            return 0
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError, OverflowError):
+            self._write = self._if_there_is_room
+            return self._if_there_is_room(data)
+
+    def _if_there_is_room(self, data: bytes) -> int:
+        assert self._file is not None
+        written = 0
+        while written < len(data):
+            if not _has_room(self._file, 0):
+                break
+            try:
+                written += os.write(self._file, data[written : written + _ATOMIC])
+            except BlockingIOError:
+                break
+        return written
+
+    # The queue, and the thread that empties it
+
+    def _later(self, data: bytes, *, first: bool = False) -> None:
+        with self._lock:
+            if not first and self._held + len(data) > _HELD_BYTES:
+                COUNTS.lose("queue_full")
+                self._untold += 1
+                return
+            (self._waiting.appendleft if first else self._waiting.append)(data)
+            self._held += len(data)
+            if self._behind:
+                return
+            self._behind = True
+            try:
+                # Not `threading.Thread`, which takes locks that what is interrupted here may hold.
+                start_new_thread(self._catch_up, ())
+            except RuntimeError:  # the interpreter is ending
+                COUNTS.lose("queue_full", len(self._waiting))
+                self._waiting.clear()
+                self._held = 0
+                self._behind = False
+
+    def _catch_up(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting and self._untold:
+                    data = f"{self._told()}\n".encode(self._encoding, "mainstay.json")
+                elif self._waiting:
+                    data = self._waiting.popleft()
+                    self._held -= len(data)
+                else:
+                    self._behind = False
+                    return
+            try:
+                self._patiently(data)
+            except (OSError, ValueError):
+                COUNTS.lose("stream_broken")
+
+    def _told(self) -> str:
+        lost, self._untold = self._untold, 0
+        return self._tell(lost)
+
+    def _patiently(self, data: bytes) -> None:
+        assert self._file is not None
+        written = 0
+        while written < len(data):
+            if self._stream.closed:
+                msg = "the stream is closed"
+                raise ValueError(msg)
+            if _has_room(self._file, _WAIT_MILLISECONDS):
+                try:
+                    written += os.write(self._file, data[written : written + _ATOMIC])
+                except BlockingIOError:
+                    time.sleep(_LOOK_SECONDS)
+
+
+_sinks: WeakSet[Sink] = WeakSet()
+
+
+def _file_of(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError, io.UnsupportedOperation):
+        return None
+
+
+def _has_room(file: int, milliseconds: int) -> bool:
+    asked = select.poll()
+    asked.register(file, select.POLLOUT)
+    return bool(asked.poll(milliseconds))
+
+
+def _renew_in_child() -> None:
+    COUNTS.renew()
+    for sink in list(_sinks):
+        sink.after_fork()
+
+
+def _flush_all() -> None:
+    end = time.monotonic() + _FLUSH_SECONDS
+    for sink in list(_sinks):
+        sink.flush(max(0.0, end - time.monotonic()))
+
+
+atexit.register(_flush_all)
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_renew_in_child)
