@@ -34,6 +34,7 @@ OWN = frozenset(
         "span_id",
     }
 )
+_UNSAFE = re.compile(r"[\x7f-\x9f\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -55,9 +56,11 @@ def beside(own: Fields, fields: Fields) -> Fields:
 def as_json(line: Fields) -> str:
     """One line of JSON. What JSON does not know becomes its `repr`, never an error."""
     try:
-        return to_json(line, fallback=_last_resort, inf_nan_mode="strings").decode()
+        text = to_json(line, fallback=_last_resort, inf_nan_mode="strings").decode()
     except ValueError:  # half surrogates, which are no UTF-8
-        return "{" + ",".join(f"{json.dumps(str(name))}:{_alone(value)}" for name, value in line.items()) + "}"
+        text = "{" + ",".join(f"{json.dumps(str(name))}:{_alone(value)}" for name, value in line.items()) + "}"
+    # JSON lets these stand, but some readers end a line at them, and a terminal obeys them.
+    return text if text.isascii() else _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _last_resort(value: object) -> str:

@@ -6,8 +6,8 @@ which are the lines that say why. So a line is written at once, by a write that 
 (`RWF_NOWAIT`; where there is none, after asking whether there is room). Only what is refused waits in a queue, and a
 thread lives as long as the queue is not empty. Beyond a bound lines are lost, counted, and told of once there is room.
 
-The usual way takes no lock, so nothing of it can be held by a thread that a fork leaves behind, or by what a signal
-handler interrupts. A child of a fork has neither the thread nor the lines that its parent will write.
+Nothing waits while it holds the lock, and a signal handler may log in the middle of another line. A child of a fork has
+a lock of its own, and neither the thread nor the lines that its parent will write.
 
 A stream without a file (`io.StringIO`) is written to as it is.
 """
@@ -139,20 +139,26 @@ class Sink:
         except UnicodeError:
             data = f"{line}\n".encode(self._encoding, "mainstay.json")
             COUNTS.change("escaped")
-        if self._behind:
-            self._later(data)
-            return
-        if self._stream.closed:
-            COUNTS.lose("stream_broken")
-            return
-        try:
-            written = self._write(data)
-        except (OSError, ValueError):
-            # The other end is gone: no reason for the service to fail.
-            COUNTS.lose("stream_broken")
-            return
-        if written < len(data):
-            self._later(data[written:], first=written > 0)
+        with self._lock:
+            if self._behind:
+                self._wait_with(data)
+                return
+            # Until this is settled others wait behind it, or their lines could come into the middle of a divided one.
+            self._behind = True
+            rest = b""
+            try:
+                if self._stream.closed:
+                    COUNTS.lose("stream_broken")
+                else:
+                    rest = data[self._write(data) :]
+            except (OSError, ValueError):
+                # The other end is gone: no reason for the service to fail.
+                COUNTS.lose("stream_broken")
+            finally:
+                if rest:
+                    self._waiting.appendleft(rest)
+                    self._held += len(rest)
+                self._settle()
 
     debug = info = warning = warn = error = critical = fatal = failure = exception = log = err = msg
 
@@ -212,25 +218,26 @@ class Sink:
 
     # The queue, and the thread that empties it
 
-    def _later(self, data: bytes, *, first: bool = False) -> None:
-        with self._lock:
-            if not first and self._held + len(data) > _HELD_BYTES:
-                COUNTS.lose("queue_full")
-                self._untold += 1
-                return
-            (self._waiting.appendleft if first else self._waiting.append)(data)
+    def _wait_with(self, data: bytes) -> None:
+        if self._held + len(data) > _HELD_BYTES:
+            COUNTS.lose("queue_full")
+            self._untold += 1
+        else:
+            self._waiting.append(data)
             self._held += len(data)
-            if self._behind:
-                return
-            self._behind = True
-            try:
-                # Not `threading.Thread`, which takes locks that what is interrupted here may hold.
-                start_new_thread(self._catch_up, ())
-            except RuntimeError:  # the interpreter is ending
-                COUNTS.lose("queue_full", len(self._waiting))
-                self._waiting.clear()
-                self._held = 0
-                self._behind = False
+
+    def _settle(self) -> None:
+        if not self._waiting:
+            self._behind = False
+            return
+        try:
+            # Not `threading.Thread`, which takes locks that what is interrupted here may hold.
+            start_new_thread(self._catch_up, ())
+        except RuntimeError:  # the interpreter is ending
+            COUNTS.lose("queue_full", len(self._waiting))
+            self._waiting.clear()
+            self._held = 0
+            self._behind = False
 
     def _catch_up(self) -> None:
         while True:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from typing import Any, cast
 
+from mainstay.observability._redaction import BROKEN
+
 _LINKED = 64
 _FRAMES = 24
 _SHOWN = 8
@@ -19,15 +21,19 @@ def traceback_of(error: BaseException) -> str:
     linked = _linked(error)
     if len(linked) < _LINKED:
         return "".join(traceback.format_exception(error)).rstrip()
-    shown = [
-        "".join([*traceback.format_tb(each.__traceback__, limit=-_FRAMES), *_only(each)]) for each in linked[:_SHOWN]
-    ]
+    shown = ["".join([*traceback.format_tb(each.__traceback__, limit=-_FRAMES), _last_line(each)]) for each in linked[:_SHOWN]]
     shown.append(f"[{_LINKED} or more linked exceptions; the others are not shown]")
     return "\n".join(shown)
 
 
-def _only(error: BaseException) -> list[str]:
-    return traceback.format_exception_only(type(error), error)
+def _last_line(error: BaseException) -> str:
+    # Not `traceback.format_exception_only`, which looks at everything that is linked too.
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        return f"{name}: {error}"
+    except BROKEN:
+        return f"{name}: <its text fails>"
 
 
 def _linked(error: BaseException) -> list[BaseException]:
