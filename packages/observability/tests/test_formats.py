@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -70,7 +71,7 @@ def test_journal_lines_carry_their_priority():
 
 
 def test_a_socket_of_the_journal_takes_the_lines():
-    """systemd gives a service a stream socket for its standard error, and not a pipe."""
+    """Systemd gives a service a stream socket for its standard error, and not a pipe."""
     ours, journald = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     got = bytearray()
 
@@ -80,10 +81,12 @@ def test_a_socket_of_the_journal_takes_the_lines():
 
     reader = threading.Thread(target=read)
     reader.start()
-    with open(ours.detach(), "w", encoding="utf-8") as stream:  # noqa: PTH123  a descriptor
-        with configured(ObservabilitySettings(service_name="s", log_format="journal"), stream):
-            for n in range(500):
-                logging.getLogger("lib").warning("line", extra={"n": n, "filling": "x" * 3000})
+    with (
+        os.fdopen(ours.detach(), "w", encoding="utf-8") as stream,
+        configured(ObservabilitySettings(service_name="s", log_format="journal"), stream),
+    ):
+        for n in range(500):
+            logging.getLogger("lib").warning("line", extra={"n": n, "filling": "x" * 3000})
     reader.join(60)
     journald.close()
     assert [json.loads(line[3:])["n"] for line in got.decode().splitlines()] == list(range(500))
@@ -102,11 +105,22 @@ def test_json_is_what_loki_s_parser_takes():
 
 
 def test_the_lines_of_servers_have_fields_and_no_colours():
-    """uvicorn's and gunicorn's access lines name method, path and status; uvicorn's message for terminals goes."""
+    """Uvicorn's and gunicorn's access lines name method, path and status; uvicorn's message for terminals goes."""
     with text() as written:
-        logging.getLogger("uvicorn.access").info('%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", "/x?token=a", "1.1", 200)
+        logging.getLogger("uvicorn.access").info(
+            '%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", "/x?token=a", "1.1", 200
+        )
         logging.getLogger("uvicorn.error").info("Started", extra={"color_message": "\x1b[32mStarted"})
-        atoms = {"h": "1.2.3.4", "m": "GET", "U": "/x", "H": "HTTP/1.1", "s": "200", "B": 17, "L": "0.01", "r": "GET /x"}
+        atoms = {
+            "h": "1.2.3.4",
+            "m": "GET",
+            "U": "/x",
+            "H": "HTTP/1.1",
+            "s": "200",
+            "B": 17,
+            "L": "0.01",
+            "r": "GET /x",
+        }
         logging.getLogger("gunicorn.access").info("%(h)s %(r)s %(s)s", atoms)
         logging.getLogger("uvicorn.access").info("another form %s", 1)
         uvicorn, started, gunicorn, other = (json.loads(line) for line in written().splitlines())

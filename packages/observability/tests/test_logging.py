@@ -81,7 +81,18 @@ def test_the_context_of_a_line_cannot_be_forged(bound):
 
 def test_no_extra_field_is_lost():
     """Whatever stdlib lets pass as `extra` is in the line, also under names that the line uses itself."""
-    names = ("event", "logger", "level", "service", "timestamp", "stack", "exception", "code", "color_message", "event_")
+    names = (
+        "event",
+        "logger",
+        "level",
+        "service",
+        "timestamp",
+        "stack",
+        "exception",
+        "code",
+        "color_message",
+        "event_",
+    )
     extra: dict[str, Any] = dict.fromkeys(names, 7)
     with lines() as written:
         try:

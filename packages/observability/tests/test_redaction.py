@@ -79,22 +79,23 @@ def test_secrets_in_prose_are_redacted(said, kept):
         assert "hunter2" not in json.dumps(written())
 
 
-SECRET_KEYS = """
-    pass db_pass dbPass DB-PASS dbpass passcode password passwords PASSWORD mysql_password pwd passphrase pin PIN user_pin
-    userPIN cvv cvv2 cvc card_cvc otp totp_code otp_code session_id sessionId session-id sessionid PHPSESSID encryption_key
-    encryptionKey ENCRYPTION_KEY api_key apiKey APIKey x-api-key private_key signing_key master_key access_token
-    refresh_tokens authtoken token tokens clientSecret client_secret secret credentials authorization Proxy-Authorization
-    auth basic_auth x-auth cookie Set-Cookie jwt csrf sid connect.sid sig X-Amz-Signature card_number recovery_codes
-""".split()
-PLAIN_KEYS = """
-    tokens_used token_count max_tokens prompt_tokens total_tokens token_type tokens_per_second password_length password_policy
-    shipping spinner pinned opinion compass bypass passenger passed secretary secretariat tokenizer author authority
-    public_key primary_key idempotency_key partition_key cache_key session sessions discount account code postcode sidecar
-    signal design keyboard monkey pass_count cardinality status_code cookie_count expires_at
-""".split()
+SECRET = """
+    pass db_pass dbPass DB-PASS dbpass passcode password passwords PASSWORD mysql_password pwd passphrase pin PIN
+    user_pin userPIN cvv cvv2 cvc card_cvc otp totp_code otp_code session_id sessionId session-id sessionid PHPSESSID
+    encryption_key encryptionKey ENCRYPTION_KEY api_key apiKey APIKey x-api-key private_key signing_key master_key
+    access_token refresh_tokens authtoken token tokens clientSecret client_secret secret credentials authorization
+    Proxy-Authorization auth basic_auth x-auth cookie Set-Cookie jwt csrf sid connect.sid sig X-Amz-Signature
+    card_number recovery_codes
+"""
+PLAIN = """
+    tokens_used token_count max_tokens prompt_tokens total_tokens token_type tokens_per_second password_length
+    password_policy shipping spinner pinned opinion compass bypass passenger passed secretary secretariat tokenizer
+    author authority public_key primary_key idempotency_key partition_key cache_key session sessions discount account
+    code postcode sidecar signal design keyboard monkey pass_count cardinality status_code cookie_count expires_at
+"""
 
 
-@pytest.mark.parametrize("key", SECRET_KEYS)
+@pytest.mark.parametrize("key", SECRET.split())
 def test_a_key_that_names_a_secret_hides_it(key):
     """As a field, inside of a value, as bytes, and in a text behind the key."""
     assert Secrets().is_key(key)
@@ -107,7 +108,7 @@ def test_a_key_that_names_a_secret_hides_it(key):
     assert text.count("[redacted]") == 6
 
 
-@pytest.mark.parametrize("key", PLAIN_KEYS)
+@pytest.mark.parametrize("key", PLAIN.split())
 def test_a_key_that_only_resembles_one_hides_nothing(key):
     """Parts of words, and what tells about a secret, such as how many there are."""
     assert not Secrets().is_key(key)
@@ -127,7 +128,8 @@ def test_a_service_names_keys_of_its_own():
     assert redact_text("iban=DE1 session_id=3") == "iban=DE1 session_id=[redacted]"
 
 
-BEGIN, END = "-----BEGIN RSA " "PRIVATE KEY-----", "-----END RSA " "PRIVATE KEY-----"
+KEY = "RSA PRIVATE KEY"
+BEGIN, END = f"-----BEGIN {KEY}-----", f"-----END {KEY}-----"
 BODY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQhunter2"
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.hunter2-hunter2_x"
 
@@ -209,11 +211,11 @@ def test_a_number_of_a_card_is_no_number_of_a_line():
 
 SHAPES = [
     "://:x", "https://", "://:x@", "a:b://c:d@e ", "redis://a,", "token=", "token=[", "token=[\n", "token=(", "token='",
-    "token='\n", 'token="' + "\\" * 9 + '"\n', "token" + "\\" * 50, "tokens", "token_", "token   ", "password: ", "api key ",
-    "input_value=", "input_value='x', input_type=", "cookie: a ", "authorization: bearer x y ", BEGIN, END,
+    "token='\n", 'token="' + "\\" * 9 + '"\n', "token" + "\\" * 50, "tokens", "token_", "token   ", "password: ",
+    "api key ", "input_value=", "input_value='x', input_type=", "cookie: a ", "authorization: bearer x y ", BEGIN, END,
     BEGIN + "\n" + END, "-----", "-----BEGIN A", "Bearer ", "Bearer x", "bearer\t", "Basic YW5u ", "eyJ", "eyJa.",
-    "eyJaaaaaaaa-", ".eyJaaaaaaa", "4111", "4 1 1 1 ", "4111 1111 1111 1111 ", "1-", "\\", "\\n", '\\"', "'''", '"""', "a=",
-    "a:", "['", "{[(", "\n", " ", "\u2028", "x",
+    "eyJaaaaaaaa-", ".eyJaaaaaaa", "4111", "4 1 1 1 ", "4111 1111 1111 1111 ", "1-", "\\", "\\n", '\\"', "a=", "a:",
+    "'"*3, '"'*3, "['", "{[(", "\n", " ", "\u2028", "x",
 ]  # fmt: skip
 
 

@@ -16,8 +16,7 @@ import pytest
 import structlog
 
 from mainstay.core import bind
-from mainstay.observability import ObservabilitySettings
-from mainstay.observability import _sink
+from mainstay.observability import ObservabilitySettings, _sink
 from mainstay.observability._logging import configured
 from mainstay.observability._sink import Sink
 from mainstay.observability.testing import metric
@@ -90,7 +89,9 @@ def test_a_line_is_there_when_it_was_logged():
             logging.getLogger("lib").warning("last words")
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, timeout=60, check=False
+    )
     assert ended.returncode == -9
     assert json.loads(ended.stderr)["event"] == "last words"
 

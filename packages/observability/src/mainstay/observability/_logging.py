@@ -18,7 +18,7 @@ import io
 import logging
 import sys
 import threading
-from collections.abc import Callable, Generator, MutableMapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -251,15 +251,15 @@ def _without_colors(_record: logging.LogRecord, event: EventDict) -> None:
 
 
 def _uvicorn_access(record: logging.LogRecord, event: EventDict) -> None:
-    args: Any = record.args
-    if isinstance(args, tuple) and len(cast("tuple[Any, ...]", args)) == len(_ACCESS):
-        for name, value in zip(_ACCESS, cast("tuple[Any, ...]", args), strict=True):
+    args = record.args
+    if isinstance(args, tuple) and len(args) == len(_ACCESS):
+        for name, value in zip(_ACCESS, args, strict=True):
             event.setdefault(name, value)
 
 
 def _gunicorn_access(record: logging.LogRecord, event: EventDict) -> None:
-    args: Any = record.args
-    if isinstance(args, dict):
+    args = record.args
+    if isinstance(args, Mapping):
         for atom, name in _ATOMS.items():
             if atom in args:
                 event.setdefault(name, args[atom])
@@ -304,9 +304,7 @@ class _Configuration:
         self.sink = Sink(stream, self._told)
         self.level = logging.getLevelNamesMapping()[settings.log_level]
         formats: dict[str, Format] = {"json": plain_json, "ecs": ecs, "journal": journal}
-        self.pipeline = _Pipeline(
-            settings, formats.get(settings.log_format) or Console(colors=_is_terminal(stream))
-        )
+        self.pipeline = _Pipeline(settings, formats.get(settings.log_format) or Console(colors=_is_terminal(stream)))
         self.redactor = Redactor(Secrets(settings.secret_keys, settings.plain_keys), settings.log_limits)
         self.handler = _Handler(self.sink, self.pipeline)
 

@@ -71,9 +71,7 @@ class Redactor:
                 safe[key] = REDACTED
             elif kind is str and len(value) <= _SHORT:
                 safe[key] = self.secrets.hide(value)
-            elif kind is int and -_SMALL_INT < value < _SMALL_INT:
-                safe[key] = value
-            elif kind in _HARMLESS:
+            elif (kind is int and -_SMALL_INT < value < _SMALL_INT) or kind in _HARMLESS:
                 safe[key] = value
             else:
                 if look is None:
@@ -176,7 +174,7 @@ class _Look:
         members = list(islice(pairs, self._room()))
         shown: dict[Any, Any] = {}
         for key, inner in members:
-            name = redactor._name(key)  # noqa: SLF001  one file, two classes
+            name = redactor._name(key)
             shown[name] = REDACTED if redactor.secrets.is_key(key) else self.at(inner, depth - 1)
         if length > len(members):
             shown["[more]"] = length - len(members)

@@ -1,7 +1,7 @@
 """What is a secret: by the words of the key that it stands under, and in a text by its form.
 
-One rule about keys serves mappings and prose alike: a key is divided into its words (`dbPass`, `db_pass`, `DB-PASS`), so
-that `pin` is one and `shipping` is none, and `tokens_used` is a count.
+One rule about keys serves mappings and prose alike: a key is divided into its words (`dbPass`, `db_pass`, `DB-PASS`),
+so that `pin` is one and `shipping` is none, and `tokens_used` is a count.
 
 A text is looked at from left to right, and nothing that was looked at is looked at again: the time grows with the
 length of the text and never faster, since a caller decides what some texts hold. So there are only possessive
@@ -14,16 +14,24 @@ import re
 from binascii import Error as NotBase64
 from binascii import a2b_base64
 from collections.abc import Collection
+from itertools import pairwise
 
 REDACTED = "[redacted]"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _KEY_LENGTH = 256
 
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Words that are secrets, wherever they stand in a key …
-_ALONE = frozenset(
-    "pass passcode passcodes pwd pwds pin cvv cvc otp otps totp jwt jwts csrf xsrf sessionid sessid phpsessid jsessionid "
-    "cardnumber".split()
+_ALONE = _set(
+    """
+    pass passcode passcodes pwd pwds pin cvv cvc otp otps totp jwt jwts csrf xsrf sessionid sessid phpsessid jsessionid
+    cardnumber
+    """
 )
 # … also as a part of a word, as in `dbpassword` …
 _WITHIN = re.compile(
@@ -32,11 +40,13 @@ _WITHIN = re.compile(
     r"|(?:api|access|private|signing|secret|encryption|session)keys?$"
 )
 # … and two words side by side.
-_OF_KEYS = (
-    "api access private signing secret encryption decryption master session shared ssh hmac cipher symmetric auth aes rsa "
-    "gpg pgp storage account crypto wrapping root deploy webhook client"
-).split()
-_OF_CODES = "verification auth security recovery backup mfa sms time reset login activation".split()
+_OF_KEYS = _set(
+    """
+    api access private signing secret encryption decryption master session shared ssh hmac cipher symmetric auth aes rsa
+    gpg pgp storage account crypto wrapping root deploy webhook client
+    """
+)
+_OF_CODES = _set("verification auth security recovery backup mfa sms time reset login activation")
 _PAIRS = frozenset(
     [(word, key) for word in _OF_KEYS for key in ("key", "keys")]
     + [(word, code) for word in _OF_CODES for code in ("code", "codes")]
@@ -45,15 +55,18 @@ _PAIRS = frozenset(
 )
 _LAST = frozenset({"auth", "sig"})
 # A key that ends so tells about a secret, and is none.
-_ABOUT = frozenset(
-    "used usage count counts limit limits total remaining left length len size type types kind policy policies expired "
-    "expires expiry expiration at ttl age error errors exception warning required valid invalid enabled second seconds "
-    "minute hour day ms".split()
+_ABOUT = _set(
+    """
+    used usage count counts limit limits total remaining left length len size type types kind policy policies expired
+    expires expiry expiration at ttl age error errors exception warning required valid invalid enabled second seconds
+    minute hour day ms
+    """
 )
-_COUNTED = frozenset("max min total num prompt completion input output cached reasoning used remaining".split())
+_COUNTED = _set("max min total num prompt completion input output cached reasoning used remaining")
 # Each of the above has one of these in it: whether a text has any is known much sooner than where.
 _STEMS = (
-    "pass pwd pin cvv cvc otp jwt csrf xsrf sess secret token credential auth cookie key code card cc sig sid".split()
+    *("pass", "pwd", "pin", "cvv", "cvc", "otp", "jwt", "csrf", "xsrf", "sess", "secret", "token", "credential"),
+    *("auth", "cookie", "key", "code", "card", "cc", "sig", "sid"),
 )
 
 _REMEMBERED = 4096
@@ -101,7 +114,7 @@ class Secrets:
             last in _LAST
             or words == ["sid"]
             or not _ALONE.isdisjoint(words)
-            or not _PAIRS.isdisjoint(zip(words, words[1:], strict=False))
+            or not _PAIRS.isdisjoint(pairwise(words))
             or any(_WITHIN.search(word) for word in words)
         )
 
@@ -231,16 +244,11 @@ def _end_of_quoted(text: str, opening: re.Match[str]) -> int:
 
 def _end_of_bracketed(text: str, begin: int) -> int:
     """Behind the bracket that closes the one at `begin`; where none does, everything that was looked at."""
-    depth = count = 0
-    end = begin
-    for found in _BRACKET.finditer(text, begin, begin + _BRACKETED_WINDOW):
+    depth = 0
+    for count, found in enumerate(_BRACKET.finditer(text, begin, begin + _BRACKETED_WINDOW), 1):
         depth += 1 if found[0] in "[({" else -1
-        count += 1
-        end = found.end()
-        if depth == 0:
-            return end
-        if count == _BRACKETS:
-            return end
+        if depth == 0 or count == _BRACKETS:
+            return found.end()
     return min(len(text), begin + _BRACKETED_WINDOW)
 
 
@@ -356,9 +364,11 @@ _SHORTEST_HEADER = 9
 _SCHEME = re.compile(
     r"\b(?P<name>bearer|basic)(?P<space>(?:[ \t]|%20){1,8}+)(?P<token>[A-Za-z0-9._~+/%-]{4,}+=*+)(?!\")", re.IGNORECASE
 )
-_PROSE = frozenset(
-    "token tokens auth authentication authorization scheme schemes realm header headers missing format required error "
-    "errors credential credentials prefix value type was with from must should expected instead".split()
+_PROSE = _set(
+    """
+    token tokens auth authentication authorization scheme schemes realm header headers missing format required error
+    errors credential credentials prefix value type was with from must should expected instead
+    """
 )
 _LONG_LOWER = 16
 

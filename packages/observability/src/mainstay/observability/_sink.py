@@ -71,7 +71,9 @@ class _Counts(Collector):
         return self.collect()
 
     def collect(self) -> Iterator[Metric]:
-        lost = CounterMetricFamily("mainstay_log_lines_lost", "Lines that were not written, by why.", labels=("reason",))
+        lost = CounterMetricFamily(
+            "mainstay_log_lines_lost", "Lines that were not written, by why.", labels=("reason",)
+        )
         for why, count in self._lost.items():
             lost.add_metric((why,), count)
         yield lost
@@ -110,9 +112,11 @@ class Sink:
         self._stream = stream
         self._tell = tell
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
-        self._file = _file_of(stream)
+        file = _file_of(stream)
+        self._to_file = file is not None
+        self._file = -1 if file is None else file
         self._write = self._plainly
-        if self._file is not None:
+        if self._to_file:
             kind = os.fstat(self._file).st_mode
             waits = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(self._file)
             if waits:
@@ -131,7 +135,7 @@ class Sink:
 
     def msg(self, line: str) -> None:
         """Write `line`, now or as soon as the reader reads."""
-        if self._file is None:
+        if not self._to_file:
             self._to_stream(line)
             return
         try:
@@ -186,14 +190,12 @@ class Sink:
     # Ways to write to the file without waiting: each returns how many bytes it took.
 
     def _plainly(self, data: bytes) -> int:
-        assert self._file is not None
         written = os.write(self._file, data)
         while written < len(data):  # a disk that is nearly full
             written += os.write(self._file, data[written:])
         return written
 
     def _unless_it_waits(self, data: bytes) -> int:
-        assert self._file is not None
         try:
             return os.pwritev(self._file, [data], -1, _NOWAIT)
         except BlockingIOError:
@@ -205,7 +207,6 @@ class Sink:
             return self._if_there_is_room(data)
 
     def _if_there_is_room(self, data: bytes) -> int:
-        assert self._file is not None
         written = 0
         while written < len(data):
             if not _has_room(self._file, 0):
@@ -260,7 +261,6 @@ class Sink:
         return self._tell(lost)
 
     def _patiently(self, data: bytes) -> None:
-        assert self._file is not None
         written = 0
         while written < len(data):
             if self._stream.closed:

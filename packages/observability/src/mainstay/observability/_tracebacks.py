@@ -21,7 +21,10 @@ def traceback_of(error: BaseException) -> str:
     linked = _linked(error)
     if len(linked) < _LINKED:
         return "".join(traceback.format_exception(error)).rstrip()
-    shown = ["".join([*traceback.format_tb(each.__traceback__, limit=-_FRAMES), _last_line(each)]) for each in linked[:_SHOWN]]
+    shown = [
+        "".join([*traceback.format_tb(each.__traceback__, limit=-_FRAMES), _last_line(each)])
+        for each in linked[:_SHOWN]
+    ]
     shown.append(f"[{_LINKED} or more linked exceptions; the others are not shown]")
     return "\n".join(shown)
 

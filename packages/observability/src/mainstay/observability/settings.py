@@ -141,7 +141,7 @@ class ObservabilitySettings(Settings):
     log_format: Literal["json", "ecs", "journal", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     log_limits: LogLimits = LogLimits()
-    log_sampling: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    log_sampling: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     secret_keys: frozenset[str] = frozenset()
     plain_keys: frozenset[str] = frozenset()
     service_version: str = Field(default="unknown", min_length=1, max_length=128)
