@@ -84,7 +84,7 @@ class Sized(list[int]):
         Subclass("x"), {Subclass("x"): 1}, Sized([1]), "\ud800", "\x00\x1b\r\n\u2028", b"\xff\x00",
         bytearray(b"x"), memoryview(b"x"),
         1e400, float("nan"), 10**6000, -(10**6000), complex(1, 2), ..., object, type, range(10**12), iter([1]),
-        (n for n in ()),
+        (n for n in [1]),
         {1: {2: {3: 4}}}, {None: 1, True: 2, 1.5: 3, b"k": 4, (1, 2): 5}, frozenset({1}), [[[[[[[[1]]]]]]]],
     ],
     ids=lambda value: type(value).__name__,
@@ -172,7 +172,8 @@ def test_usual_exceptions_look_as_python_prints_them():
         try:
             raise KeyError("inner")  # noqa: EM101  short
         except KeyError as error:
-            raise ExceptionGroup("outer", [ValueError("a")]) from error
+            msg = "outer"
+            raise ExceptionGroup(msg, [ValueError("a")]) from error
     except ExceptionGroup as error:
         text = traceback_of(error)
     assert "The above exception was the direct cause" in text
@@ -214,11 +215,12 @@ def test_at_the_end_of_the_stack_nothing_raises(monkeypatch):
             down(handler)
     for line in stream.getvalue().splitlines():
         json.loads(line)
-    assert stream.getvalue().count("\n") + metric("mainstay_log_lines_lost_total", reason="unmade") - lost > 0
+    lost = metric("mainstay_log_lines_lost_total", reason="unmade") - lost
+    assert stream.getvalue().count("\n") + lost > 0
 
 
 async def test_the_context_goes_where_the_work_goes():
-    """Tasks, `to_thread`; and executors and threads with a copy of the context, which Python does not give by itself."""
+    """Tasks, `to_thread`; and executors and threads with a copy of the context, which Python gives not by itself."""
 
     def log(where):
         logging.getLogger("lib").warning("x", extra={"where": where})

@@ -62,7 +62,7 @@ OURS = ("correlation_id", "causation_id", "actor", "tenant", "trace_id", "span_i
 def test_the_context_of_a_line_cannot_be_forged(bound):
     """A field that is called like one of the context's is written beside it, also where the context has none."""
     forged: dict[str, Any] = {name: f"forged-{name}" for name in OURS}
-    context = dict.fromkeys(OURS[:4], "true")
+    context: dict[str, Any] = dict.fromkeys(OURS[:4], "true")
     context["traceparent"] = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with lines() as written, bind(**(context if bound else {})):
         structlog.get_logger().info("x", **forged)

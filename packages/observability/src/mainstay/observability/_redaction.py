@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -66,7 +66,7 @@ class Redactor:
             verdict = verdicts.get(key)
             if verdict is None:
                 verdict, key = self.secrets.is_key(key), self._name(key)  # noqa: PLW2901  its name in the line
-            kind = type(value)
+            kind: Any = type(value)
             if verdict:
                 safe[key] = REDACTED
             elif kind is str and len(value) <= _SHORT:
@@ -160,8 +160,11 @@ class _Look:
         if depth == 0:
             return "[too deep]"
         if pairs is not None:
-            return self._mapped(pairs, len(value) if isinstance(value, Mapping) else 0, depth)
-        members = list(islice(cast("Iterable[object]", value), self._room()))
+            return self._mapped(pairs, len(cast("Any", value)) if isinstance(value, Mapping) else 0, depth)
+        return self._listed(cast("Collection[object]", value), depth)
+
+    def _listed(self, value: Collection[object], depth: int) -> list[Any]:
+        members = list(islice(value, self._room()))
         if len(members) == _PAIR and isinstance(value, (list, tuple)) and self._redactor.secrets.is_key(members[0]):
             return [self.at(members[0], depth - 1), REDACTED]  # a header
         shown = [self.at(inner, depth - 1) for inner in members]
@@ -196,15 +199,13 @@ class _Look:
             return _whole(int(value))
         if isinstance(value, (float, date, time, timedelta, Decimal, UUID)):
             return value
-        if isinstance(value, (bytes, bytearray, memoryview)):
+        if isinstance(value, (bytes, bytearray)):
             return self._bytes(value)
         if isinstance(value, (PurePath, IPv4Address, IPv6Address)):
             return self._text(str(value))
         return self._redactor.last_resort(value)
 
-    def _bytes(self, value: bytes | bytearray | memoryview) -> str:
-        if isinstance(value, memoryview):
-            return self._redactor.last_resort(value)
+    def _bytes(self, value: bytes | bytearray) -> str:
         longest = self._redactor.limits.value_chars + _BEYOND
         if len(value) <= longest:
             try:

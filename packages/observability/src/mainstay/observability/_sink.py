@@ -53,8 +53,8 @@ class _Counts(Collector):
 
     def __init__(self) -> None:
         self.renew()
-        self._lost = dict.fromkeys(("queue_full", "stream_broken", "sampled_out", "unmade"), 0)
-        self._changed = dict.fromkeys(("cut", "escaped", "unmade"), 0)
+        self._lost: dict[str, int] = {"queue_full": 0, "stream_broken": 0, "sampled_out": 0, "unmade": 0}
+        self._changed: dict[str, int] = {"cut": 0, "escaped": 0, "unmade": 0}
 
     def renew(self) -> None:
         self._lock = threading.RLock()
