@@ -54,24 +54,24 @@ class Redactor:
         self.secrets = secrets
         self.limits = limits
 
-    def fields(self, event: Mapping[Any, Any]) -> dict[Any, Any]:
+    def fields(self, event: Mapping[Any, object]) -> dict[Any, Any]:
         """The fields of a line; the caller's own objects stay as they are."""
         look = None
         safe: dict[Any, Any] = {}
         verdicts = self.secrets.verdicts
-        items: Iterable[tuple[Any, Any]] = event.items()
+        items: Iterable[tuple[Any, object]] = event.items()
         if len(event) > self.limits.members:
             items = islice(items, self.limits.members)
         for key, value in items:
             verdict = verdicts.get(key)
             if verdict is None:
                 verdict, key = self.secrets.is_key(key), self._name(key)  # noqa: PLW2901  its name in the line
-            kind: Any = type(value)
+            kind = type(value)
             if verdict:
                 safe[key] = REDACTED
-            elif kind is str and len(value) <= _SHORT:
+            elif kind is str and isinstance(value, str) and len(value) <= _SHORT:
                 safe[key] = self.secrets.hide(value)
-            elif (kind is int and -_SMALL_INT < value < _SMALL_INT) or kind in _HARMLESS:
+            elif kind in _HARMLESS or (kind is int and isinstance(value, int) and -_SMALL_INT < value < _SMALL_INT):
                 safe[key] = value
             else:
                 if look is None:
