@@ -102,6 +102,9 @@ DASHBOARDS = {
                 quantiles("Time to answer", f"{_HTTP}_request_seconds"),
                 Panel("p99 by route", "s", {"{{route}}": quantile(0.99, f"{_HTTP}_request_seconds", "route")}),
                 Panel("In progress", "short", {"{{instance}}": total(f"{_HTTP}_requests_in_progress", "instance")}),
+                quantiles("Bytes of requests", f"{_HTTP}_request_bytes", unit="bytes"),
+                quantiles("Bytes of answers", f"{_HTTP}_response_bytes", unit="bytes"),
+                Panel("Open WebSockets", "short", {"{{instance}}": total("mainstay_websockets_open", "instance")}),
             ],
             "Health": [
                 Panel(
