@@ -4,11 +4,15 @@ It is immutable and lives in one `ContextVar`, so that tasks and `asyncio.to_thr
 fields come out in logs, traces, event headers, workflow records, audit entries and error bodies. Until when is
 `mainstay.core.deadline`'s, in a variable of its own: code that binds the context that came with an event must not
 thereby escape the deadline around it, and a record outlives the call that made it.
+
+The trace is OpenTelemetry's: inside a span, `current()` names that span, whatever trace was bound. What is bound is the
+trace as it was received, and is what travels on where no span is active, or where OpenTelemetry is not even imported.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -50,7 +54,8 @@ class Context:
         causation_id: names what directly caused this work: a request, an event, a step.
         actor: who acts, as the service that authenticated them names them.
         tenant: on whose behalf.
-        traceparent, tracestate: the W3C trace context, as received.
+        traceparent, tracestate: the W3C trace context: of the span that is active, in what `current()` returns, and
+            as received otherwise.
     """
 
     correlation_id: str | None = None
@@ -210,10 +215,50 @@ class Noted:
 _noted: ContextVar[Noted | None] = ContextVar("mainstay_noted", default=None)
 
 
-def current() -> Context:
-    """The context of the running task or thread; an empty one where none was bound."""
+def _bound() -> Context:
     context = _current.get()
     return context if isinstance(context, Context) else context.get()
+
+
+# OpenTelemetry's `get_current_span` and what it returns outside of any, once somebody has imported its API, which is no
+# dependency. Where no SDK is installed this question costs less than asking for the provider first.
+_ask: Callable[[], Any] | None = None
+_no_span: object = None
+
+
+def _look_for_opentelemetry() -> Callable[[], Any] | None:
+    global _ask, _no_span  # imported once in a process
+    source: Any = sys.modules.get("opentelemetry.trace")
+    ask = getattr(source, "get_current_span", None)  # None also while another thread is importing it
+    if ask is not None:
+        _no_span, _ask = source.INVALID_SPAN, ask
+    return ask
+
+
+def _within(span: Any, context: Context) -> Context:
+    """The same context in a span."""
+    active = span.get_span_context()
+    if not active.is_valid:
+        return context
+    traceparent = f"00-{active.trace_id:032x}-{active.span_id:016x}-{active.trace_flags:02x}"
+    if traceparent == context.traceparent:
+        return context
+    state = active.trace_state.to_header() if active.trace_state else None
+    return Context(context.correlation_id, context.causation_id, context.actor, context.tenant, traceparent, state)
+
+
+def current() -> Context:
+    """The context of the running task or thread; an empty one where none was bound.
+
+    Its trace context is that of OpenTelemetry's span that is active now; without one, as it was bound.
+    """
+    context = _current.get()
+    if not isinstance(context, Context):
+        context = context.get()
+    ask = _ask or _look_for_opentelemetry()
+    if ask is None or (span := ask()) is _no_span:
+        return context
+    return _within(span, context)
 
 
 def rebind(context: Context | Later) -> None:
@@ -225,7 +270,8 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
     """Use another context inside a `with` block.
 
     `with bind(tenant="acme"):` changes single fields; `with bind(context):` replaces the context whole, and
-    `with bind(context, causation_id=…)` does both. Yields the new context.
+    `with bind(context, causation_id=…)` does both. Yields the new context. A trace that is bound is the one that was
+    received: inside an active span, `current()` names the span instead.
 
     Raises:
         ValueError: a changed field is malformed. Here it is a mistake to be seen; on the wire it would vanish. Or the
@@ -236,7 +282,7 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
     __slots__ = ("_context", "_token")
 
     def __init__(self, context: Context | None = None, **changes: Any) -> None:
-        base = current() if context is None else context
+        base = _bound() if context is None else context  # never the span: it may end before the block does
         for name, value in changes.items():
             if value is not None and name in _HEADERS and not _well_formed(name, value):
                 msg = f"bind({name}={value!r:.80}): {name} is {_explain(name)}, or None"
@@ -249,7 +295,8 @@ class bind:  # noqa: N801  used like a function: `with bind(actor="ann"):`
         noted = _noted.get()
         if noted is not None:
             noted.bound(self._context)
-        return self._context
+        ask = _ask or _look_for_opentelemetry()
+        return self._context if ask is None or (span := ask()) is _no_span else _within(span, self._context)
 
     def __exit__(
         self,

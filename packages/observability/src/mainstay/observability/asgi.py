@@ -11,15 +11,13 @@ timed under the *template* of its route; and where an OpenTelemetry SDK is insta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, cast
 
-from opentelemetry.trace import StatusCode, get_current_span
-
-from mainstay.core import App, Context, NotBoundError, bind, cancelled_from_outside, current, uuid7
+from mainstay.core import App, Context, NotBoundError, cancelled_from_outside, current, uuid7
 from mainstay.observability import _lines, _red, _tracing
 from mainstay.observability._answers import answer
 from mainstay.observability._facts import FACTS, NO_ANSWER, RequestFacts
@@ -101,7 +99,7 @@ class ObservabilityMiddleware:
             if kind == "websocket":
                 await self._socket(receive, send, facts)
             elif _tracing.installed():
-                await self._traced(receive, send, headers, facts)
+                await self._traced(receive, send, facts)
             else:
                 await self._request(receive, send, facts)
 
@@ -149,28 +147,32 @@ class ObservabilityMiddleware:
             path = "/" + path[len(root) :].lstrip("/")
         return None
 
-    async def _traced(self, receive: Receive, send: Send, headers: Mapping[str, str], facts: RequestFacts) -> None:
-        around = _tracing.traceparent()
-        if around is not None:
-            # The framework or another middleware has made this request's span: a second one would count it twice.
-            facts.traceparent = around
-            span = get_current_span()
-            if span.is_recording():
-                span.set_attribute("mainstay.correlation_id", facts.correlation_id)
-            with bind(traceparent=around):
-                await self._request(receive, send, facts)
-            return
-        attributes = {"http.request.method": facts.method, "mainstay.correlation_id": facts.correlation_id}
-        with _tracing.server_span(facts.method, headers, attributes) as span:
+    async def _traced(self, receive: Receive, send: Send, facts: RequestFacts) -> None:
+        with _tracing.server_span(facts.scope, facts.method, trusted=self._trusted) as (span, own):
             facts.traceparent = _tracing.traceparent()
-            # What is called from here on continues this span, not the caller's.
-            with bind(traceparent=facts.traceparent):
-                await self._request(receive, send, facts)
-            span.set_attribute("http.route", route := facts.template())
-            span.set_attribute("http.response.status_code", facts.status)
-            span.update_name(f"{facts.method} {route}")
-            if facts.status >= _SERVER_ERROR:
-                span.set_status(StatusCode.ERROR)
+            span.set_attribute("mainstay.correlation_id", facts.correlation_id)
+            if own:
+                span.set_attribute("http.request.method", facts.method)
+            noted: BaseException | None = None
+
+            def note_the_error() -> None:
+                nonlocal noted
+                error = facts.error
+                if error is not None and error is not noted and _by_our_fault(error):
+                    noted = error
+                    _tracing.record(span, error)
+
+            async def observed(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    note_the_error()  # now, since a framework's span ends with the answer
+                await send(message)
+
+            try:
+                await self._request(receive, observed, facts)
+            finally:
+                note_the_error()
+                if own:
+                    _tracing.over(span, facts.method, facts.template(), facts.status, failed=noted is not None)
 
     async def _request(self, receive: Receive, send: Send, facts: RequestFacts) -> None:
         async def received() -> Message:
