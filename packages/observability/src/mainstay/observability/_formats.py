@@ -34,6 +34,7 @@ OWN = frozenset(
         "span_id",
     }
 )
+_PERHAPS_OWN = OWN | {"exception", "stack", "code", "cut"}  # which a line has where there is reason to
 _UNSAFE = re.compile(r"[\x7f-\x9f\u2028\u2029]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -41,7 +42,7 @@ _CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 def beside(own: Fields, fields: Fields) -> Fields:
     """A line's own fields and its caller's; one of these that has the name of an own one gets an underscore."""
-    if OWN.isdisjoint(fields) and own.keys().isdisjoint(fields):
+    if _PERHAPS_OWN.isdisjoint(fields):
         return {**own, **fields}
     line = {**own, **{name: value for name, value in fields.items() if name not in OWN and name not in own}}
     for name, value in fields.items():

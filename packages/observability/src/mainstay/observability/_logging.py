@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from random import random
+from time import time_ns
 from typing import Any, TextIO, cast
 from zlib import crc32
 
@@ -109,9 +110,18 @@ def _add_trace(level: str, event: EventDict, own: Fields, redactor: Redactor) ->
         own["exception"] = redactor.last_resort(cast("object", info))
 
 
+_second: tuple[int, str] = (0, "1970-01-01T00:00:00.")
+
+
 def _timestamp() -> str:
-    # Less than half the cost of strftime.
-    return datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+    # A third of the cost of making all of it anew, and a sixth of that of strftime.
+    global _second  # noqa: PLW0603  one value, replaced as a whole
+    now = time_ns()
+    seconds, rest = divmod(now, 1_000_000_000)
+    known = _second
+    if known[0] != seconds:
+        known = _second = (seconds, datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S."))
+    return f"{known[1]}{rest // 1000:06d}Z"
 
 
 class _Pipeline:
