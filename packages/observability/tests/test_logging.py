@@ -581,3 +581,57 @@ def test_trap_a_signal_handler_may_log_while_a_line_is_being_written(where):
         assert handled == [1]
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), where], check=True, timeout=30)
+
+
+def test_a_logger_that_was_used_follows_whatever_is_configured():
+    """A module's logger, used and bound under one configuration, has the next one's level, form and stream, or none."""
+    log = structlog.get_logger("module")
+    bound: Any = None
+    for level, expected in (("INFO", ["info"]), ("DEBUG", ["debug", "info"]), ("WARNING", [])):
+        with lines(log_level=level) as written:
+            bound = bound or log.bind(bound=True)
+            for each in (log, bound):
+                each.debug("debug")
+                each.info("info")
+            assert [(line["event"], line["logger"]) for line in written()] == [(e, "module") for e in expected * 2]
+            with captured_logs() as got:
+                log.debug("debug")
+                bound.info("info")
+            assert [line["event"] for line in got] == ["debug", "info"]
+            with structlog.testing.capture_logs() as caught:
+                log.error("caught")
+            assert [entry["event"] for entry in caught] == ["caught"]
+            assert len(written()) == 2 * len(expected)
+    with captured_logs(logging.INFO) as got:
+        log.debug("debug")
+        bound.info("info")
+    assert [(line["event"], line["bound"]) for line in got] == [("info", True)]
+    heard: list[Any] = []
+
+    def hear(_logger: object, method: str, event: Any) -> Any:
+        heard.append((method, dict(event)))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[hear])
+    try:
+        log.warning("after", n=1)
+    finally:
+        structlog.reset_defaults()
+    assert heard == [("warning", {"event": "after", "n": 1})]
+
+
+def test_a_capture_that_outlives_the_app_leaves_loggers_that_work(caplog):
+    """What structlog gets back then is the configuration of an App that is gone: lines go to stdlib instead."""
+    log = structlog.get_logger("module")
+    block = lines()
+    written = block.__enter__()
+    log.info("x")
+    with captured_logs() as got:
+        block.__exit__(None, None, None)
+        log.info("y")
+    with captured_logs() as later:
+        log.warning("z")
+    log.warning("to stdlib")
+    structlog.reset_defaults()
+    assert [line["event"] for line in [*written(), *got, *later]] == ["x", "z"]
+    assert "to stdlib" in caplog.messages

@@ -33,7 +33,7 @@ from structlog.contextvars import merge_contextvars
 from mainstay.core import MainstayError, current
 from mainstay.observability import _tracing
 from mainstay.observability._formats import Console, Fields, Format, ecs, journal, plain_json
-from mainstay.observability._redaction import BROKEN, Redactor, activate, active, cut
+from mainstay.observability._redaction import BROKEN, Redactor, activate, active, cut, redact_text
 from mainstay.observability._secrets import Secrets
 from mainstay.observability._sink import COUNTS, Sink
 from mainstay.observability._tracebacks import traceback_of
@@ -139,7 +139,7 @@ class _Pipeline:
         Raises:
             DropEvent: the line is not among those that are written of its kind.
         """
-        name = logger.name if type(logger) is _Named else None
+        name = logger.name if isinstance(logger, _Out) else None
         if self._sampling is not None and not self._sampling.keeps(method, name):
             raise structlog.DropEvent
         return self.line(method, name, event)
@@ -212,20 +212,66 @@ class _Sampling:
         return self._shares.get(level.upper(), 1.0)
 
 
-class _Named:
-    """A sink for `structlog.get_logger(name)`: it knows the name."""
+class _Out:
+    """What structlog's loggers write to: the newest configuration's sink, whichever that is when they do."""
 
-    __slots__ = ("_sink", "name")
+    __slots__ = ("name",)
 
-    def __init__(self, sink: Sink, name: str) -> None:
-        self._sink = sink
+    def __init__(self, name: str | None) -> None:
         self.name = name
 
     def msg(self, line: str) -> None:
         """Write the line."""
-        self._sink.msg(line)
+        if _live:
+            _live[-1].sink.msg(line)
 
     debug = info = warning = warn = error = critical = fatal = failure = exception = log = err = msg
+
+
+def _out(*names: object) -> _Out:
+    return _Out(names[0] if names and isinstance(names[0], str) else None)
+
+
+# A logger that was used keeps its class and its list of processors, since making it anew for each line costs as much as
+# the line below the level should. So there is one class and one list, and what they do follows the configuration.
+
+
+class _Bound(structlog.make_filtering_bound_logger(logging.NOTSET)):  # type: ignore[misc]  # made by a function
+    """The class of structlog's loggers; its methods are those of the level."""
+
+
+_processors: list[structlog.typing.Processor] = []
+
+
+def _follow(processor: structlog.typing.Processor, level: int) -> None:
+    _processors[:] = [processor]
+    for name, method in vars(structlog.make_filtering_bound_logger(level)).items():
+        if not name.startswith("__"):
+            setattr(_Bound, name, method)
+
+
+def _resume(logger: object, method: str, event: EventDict) -> EventDict:
+    """Processor of loggers whose configuration is undone: to the one that structlog has now, and no further."""
+    config = structlog.get_config()
+    name = logger.name if isinstance(logger, _Out) else None
+    if config["processors"] is _processors:  # put back by code that remembered it for longer than the App lived
+        level = logging.getLevelNamesMapping().get(method.upper(), logging.CRITICAL)
+        logging.getLogger(name).log(level, "%s", redact_text(str(event.get("event"))))
+        raise structlog.DropEvent
+    made = config["logger_factory"](*(() if name is None else (name,)))
+    getattr(config["wrapper_class"](made, config["processors"], {}), method)(**event)
+    raise structlog.DropEvent
+
+
+@contextmanager
+def suspended() -> Generator[None, None, None]:
+    """Let structlog's loggers follow what the block configures, and then the App's configuration again."""
+    _follow(_resume, logging.NOTSET)
+    try:
+        yield
+    finally:
+        if _live:
+            _live[-1].follow()
 
 
 def event_of(record: logging.LogRecord) -> EventDict:
@@ -322,9 +368,9 @@ class _Configuration:
         event = {"event": "log lines were lost: their reader did not read for too long", "lines": lost}
         return self.pipeline.line("error", __name__, event)
 
-    def logger(self, *names: object) -> object:
-        """What structlog's loggers write to."""
-        return _Named(self.sink, names[0]) if names and isinstance(names[0], str) else self.sink
+    def follow(self) -> None:
+        """Let structlog's loggers, used ones too, follow this configuration."""
+        _follow(self.pipeline, self.level)
 
     def activate(self) -> None:
         """Give everybody's loggers this pipeline."""
@@ -334,13 +380,13 @@ class _Configuration:
         root.addHandler(self.handler)
         root.setLevel(self.level)
         activate(self.redactor)
-        # Not cached on first use: a cached logger would go on writing to this configuration after it is undone.
+        self.follow()
         structlog.configure(
-            processors=[cast("structlog.typing.Processor", self.pipeline)],
-            wrapper_class=structlog.make_filtering_bound_logger(self.level),
-            logger_factory=self.logger,
+            processors=_processors,
+            wrapper_class=_Bound,
+            logger_factory=_out,
             context_class=dict,
-            cache_logger_on_first_use=False,
+            cache_logger_on_first_use=True,
         )
 
 
@@ -374,6 +420,7 @@ def configured(settings: ObservabilitySettings, stream: TextIO | None = None) ->
             else:
                 activate(None)
                 _undo.close()
+                _follow(_resume, logging.NOTSET)
         mine.sink.flush()
 
 

@@ -11,7 +11,7 @@ import structlog
 from prometheus_client import REGISTRY
 
 from mainstay.observability._formats import beside
-from mainstay.observability._logging import EventDict, event_of, line_of
+from mainstay.observability._logging import EventDict, event_of, line_of, suspended
 
 __all__ = ["captured_logs", "metric"]
 
@@ -57,7 +57,8 @@ def captured_logs(level: int = logging.DEBUG) -> Generator[list[dict[str, Any]],
     root.addHandler(catcher)
     root.setLevel(level)
     try:
-        yield lines
+        with suspended():
+            yield lines
     finally:
         root.removeHandler(catcher)
         root.setLevel(root_level)
