@@ -355,7 +355,7 @@ def test_no_line_is_longer_than_it_may_be(log_format):
         {"deep": [[[[[["x"] * 100] * 100] * 100] * 100] * 100]},
         {"é" * 200: "é" * 1_000_000},
     ]
-    before = metric("mainstay_log_lines_changed_total", how="cut")
+    before = metric("mainstay_log_lines_changed_total", reason="cut")
     stream = io.StringIO()
     with configured(ObservabilitySettings(service_name="s", log_format=log_format), stream):
         for fields in hostile:
@@ -368,7 +368,7 @@ def test_no_line_is_longer_than_it_may_be(log_format):
                     logging.getLogger("lib").error("the event", extra=fields)
                 assert 0 < len(stream.getvalue()) <= 33_000
                 assert "the event" in stream.getvalue()
-    assert metric("mainstay_log_lines_changed_total", how="cut") > before
+    assert metric("mainstay_log_lines_changed_total", reason="cut") > before
 
 
 def test_a_long_traceback_keeps_its_ends():

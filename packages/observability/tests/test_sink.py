@@ -182,7 +182,7 @@ def test_what_an_encoding_lacks_is_escaped_and_counted(kind, log_format, tmp_pat
     """A line that a stream in ASCII cannot hold comes as JSON writes such characters, on every way."""
     raw = io.BytesIO()
     place = tmp_path / "log"
-    before = metric("mainstay_log_lines_changed_total", how="escaped")
+    before = metric("mainstay_log_lines_changed_total", reason="escaped")
     with (
         place.open("w", encoding="ascii") if kind == "file" else io.TextIOWrapper(raw, "ascii") as stream,
         configured(ObservabilitySettings(service_name="s", log_format=log_format), stream),
@@ -195,7 +195,7 @@ def test_what_an_encoding_lacks_is_escaped_and_counted(kind, log_format, tmp_pat
     assert "plain" in written
     if log_format == "json":
         assert json.loads(written.splitlines()[0])["event"] == "grüße \U0001f600"
-    assert metric("mainstay_log_lines_changed_total", how="escaped") == before + 1
+    assert metric("mainstay_log_lines_changed_total", reason="escaped") == before + 1
 
 
 @pytest.mark.parametrize("how", ["closed", "nobody reads", "no stream"])

@@ -78,7 +78,7 @@ class _Counts(Collector):
             lost.add_metric((why,), count)
         yield lost
         changed = CounterMetricFamily(
-            "mainstay_log_lines_changed", "Lines that were not written as they were logged, by how.", labels=("how",)
+            "mainstay_log_lines_changed", "Lines that were not written as they were logged, by why.", labels=("reason",)
         )
         for how, count in self._changed.items():
             changed.add_metric((how,), count)
