@@ -20,7 +20,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 # (A layer further in that answers would hide the error from the middlewares between, which roll back on one.)
 cors_of: WeakKeyDictionary[object, Sequence[Callable[[ASGIApp], ASGIApp]]] = WeakKeyDictionary()
 
-_DENIAL = "websocket.http.response"
+DENIAL = "websocket.http.response"  # the extension by which a server can answer in place of a WebSocket
 _POLICY, _INTERNAL, _TRY_LATER = 1008, 1011, 1013
 _LATER = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 
@@ -54,7 +54,7 @@ async def refuse(problem: Problem, scope: Scope, send: Send, *, accepted: bool) 
     A client that was accepted sees 1013 where it may try again later, 1008 where it is the cause, 1011 otherwise; the
     reason is the problem's code.
     """
-    if not accepted and _DENIAL in (scope.get("extensions") or {}):
+    if not accepted and DENIAL in (scope.get("extensions") or {}):
         await _respond(problem, problem.body(), send, prefix="websocket.")
         return
     if problem.status in _LATER:

@@ -18,6 +18,9 @@ _access = logging.getLogger("mainstay.access")
 _FIRST_SERVER_ERROR = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 _FIRST_CLOSE_CODE, _INTERNAL = 1000, 1011  # of WebSockets
 _NOTHING, _LINE, _FAILURE = 0, 1, 2
+# What the library `websockets` says by uvicorn's logger of each connection, without its path or address, and in tasks
+# of its own, so that nothing tells of which request.
+_OF_SOCKETS = frozenset({"connection open", "connection closed", "connection rejected (%d %s)"})
 
 # What this package says itself of the request that the task at hand is for. It is not reset when the middleware ends:
 # the server logs an error that comes out of it, in the same task.
@@ -28,12 +31,15 @@ class _NotTwice(logging.Filter):
     """Keeps back what uvicorn says of a request of which the same is said here, with its context."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        message = record.msg if isinstance(record.msg, str) else ""
+        if message in _OF_SOCKETS:
+            return False
         said = _said.get()
         if said == _NOTHING:
             return True
         if record.levelno >= logging.ERROR:
             return not said & _FAILURE
-        line = record.name == "uvicorn.access" or (isinstance(record.msg, str) and '"WebSocket %s"' in record.msg)
+        line = record.name == "uvicorn.access" or '"WebSocket %s"' in message
         return not (line and said & _LINE)
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from mainstay.core import App, Context, NotBoundError, cancelled_from_outside, current, uuid7
 from mainstay.observability import _lines, _red, _tracing
-from mainstay.observability._answers import answer
+from mainstay.observability._answers import DENIAL, answer, noted, refuse
 from mainstay.observability._facts import FACTS, NO_ANSWER, RequestFacts
 from mainstay.observability.errors import leaves, problem_of
 from mainstay.observability.health import HealthWatch
@@ -270,14 +270,23 @@ class ObservabilityMiddleware:
 
         try:
             await self._asgi(facts.scope, received, observed)
+            if not accepted and _unanswered(facts):
+                await _refused(RuntimeError("the application neither accepted nor refused"), facts, observed)
+            if not accepted:
+                # uvicorn can take what was refused by an answer for a handshake that was left open.
+                _lines.failure_is_told()
         except BaseException as error:
             if _went_away(error, facts) and not cancelled_from_outside(error):
                 _lines.failure_is_told()  # a handshake that is left open, for one, since nobody waits for it
-            else:
-                if not cancelled_from_outside(error):
-                    facts.error = error
-                # Only the server can break it off, and it would log this too, but outside of the context.
+            elif cancelled_from_outside(error):
                 raise
+            else:
+                facts.error = error
+                # Where nothing was said yet, it can be. Otherwise only the server can break it off, and it would log
+                # this, too, but outside of the context.
+                silent = not accepted and _unanswered(facts)
+                if not (silent and isinstance(error, Exception) and await _refused(error, facts, observed)):
+                    raise
         finally:
             if accepted:
                 _red.SOCKETS_OPEN.dec()
@@ -285,8 +294,10 @@ class ObservabilityMiddleware:
 
     def _socket_over(self, facts: RequestFacts, *, accepted: bool) -> None:
         facts.end()
-        if facts.status == NO_ANSWER and (accepted or facts.error is not None):
+        if facts.status == NO_ANSWER and accepted:
             facts.status = _INTERNAL if facts.error is not None else _ABNORMAL
+        elif facts.status == NO_ANSWER and facts.error is not None:
+            facts.status = _SERVER_ERROR  # which the server makes of it
         route = facts.template()
         ours = facts.status == _INTERNAL or _SERVER_ERROR <= facts.status < _NORMAL
         if ours or _by_our_fault(facts.error):
@@ -305,6 +316,25 @@ async def _unfinished(facts: RequestFacts, send: Send) -> None:
     else:
         facts.error = RuntimeError("the application returned without an answer")
         await answer(facts.error, facts.scope, send)
+
+
+def _unanswered(facts: RequestFacts) -> bool:
+    """Whether a WebSocket that was not accepted was not refused either, and its client still waits."""
+    return not facts.begun and not facts.gone and facts.ended_at is None
+
+
+async def _refused(error: Exception, facts: RequestFacts, send: Send) -> bool:
+    """Refuse a WebSocket with the problem that an error is, where the server can say one; whether that was done.
+
+    Where it cannot, it is left to the server, which answers 500: it would make a 403 of a close.
+    """
+    problem = problem_of(error)
+    noted(facts.scope, error, problem)
+    if DENIAL not in (facts.scope.get("extensions") or {}):
+        return False
+    with suppress(OSError):  # nobody there any more
+        await refuse(problem, facts.scope, send, accepted=False)
+    return True
 
 
 async def _survived(error: BaseException, facts: RequestFacts, send: Send) -> bool:
