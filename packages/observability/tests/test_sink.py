@@ -4,7 +4,9 @@ import io
 import json
 import logging
 import os
+import resource
 import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -267,3 +269,77 @@ def test_threads_that_log_at_the_same_time_do_not_mix_their_lines():
             thread.join()
     written = [json.loads(line) for line in got.splitlines()]
     assert sorted(line["n"] for line in written) == sorted(list(range(8)) * 200)
+
+
+def test_a_disk_that_was_full_costs_the_lines_that_had_no_room_and_says_so(tmp_path, monkeypatch):
+    """A limit of a file's size does what a full disk does: it takes a part of a line, and then nothing."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # pytest's own file, if any, is under the limit too
+    path = tmp_path / "log"
+    log = logging.getLogger("lib")
+    with path.open("w") as stream, configured(ObservabilitySettings(service_name="s"), stream):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+            for n in range(10):
+                log.warning("early", extra={"n": n})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        log.warning("first")
+        log.warning("second")
+    lines = path.read_text().splitlines()
+    torn = [at for at, line in enumerate(lines) if not line.endswith("}")]
+    whole = [json.loads(line) for at, line in enumerate(lines) if at not in torn]
+    early = [line for line in whole if line["event"] == "early"]
+    assert 0 < len(early) < 10
+    assert len(torn) <= 1
+    told, first, second = whole[len(early) :]
+    assert told["lines"] == 10 - len(early)
+    assert (first["event"], second["event"]) == ("first", "second")
+
+
+def test_a_line_whose_writer_is_interrupted_for_good_does_not_hold_up_the_next(monkeypatch):
+    """An exception of a signal's handler comes anywhere, also between a line and what settles it."""
+    settle = Sink._settle
+
+    def interrupted(sink: Sink) -> None:
+        monkeypatch.setattr(Sink, "_settle", settle)
+        raise KeyboardInterrupt
+
+    with pipe() as (reads, stream), configured(ObservabilitySettings(service_name="s"), stream):
+        monkeypatch.setattr(Sink, "_settle", interrupted)
+        log = logging.getLogger("lib")
+        with pytest.raises(KeyboardInterrupt):
+            log.warning("interrupted")
+        log.warning("second")
+        log.warning("third")
+        lines = read_until(reads, b"third").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["interrupted", "second", "third"]
+
+
+def test_what_waits_is_written_when_a_process_of_multiprocessing_ends():
+    """A child that `multiprocessing` has forked ends without `atexit`."""
+    program = """
+        import logging, multiprocessing, sys
+        from mainstay.observability import ObservabilitySettings
+        from mainstay.observability._logging import configured
+
+        def child():
+            for n in range(1000):
+                logging.getLogger("child").warning("line", extra={"n": n, "filling": "x" * 300})
+            print("logged", flush=True)
+
+        with configured(ObservabilitySettings(service_name="s")):
+            process = multiprocessing.get_context("fork").Process(target=child)
+            process.start()
+            process.join()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"logged\n"  # all of it, and the pipe is full
+        lines = process.stderr.read().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == list(range(1000))

@@ -365,7 +365,7 @@ class _Configuration:
         self.handler = _Handler(self.sink, self.pipeline)
 
     def _told(self, lost: int) -> str:
-        event = {"event": "log lines were lost: their reader did not read for too long", "lines": lost}
+        event = {"event": "log lines were lost: they could not be written, or not for too long", "lines": lost}
         return self.pipeline.line("error", __name__, event)
 
     def follow(self) -> None:

@@ -5,6 +5,7 @@ event loop. A queue and a thread for every line would prevent that, and lose wha
 which are the lines that say why. So a line is written at once, by a write that the system refuses instead of waiting
 (`RWF_NOWAIT`; where there is none, after asking whether there is room). Only what is refused waits in a queue, and a
 thread lives as long as the queue is not empty. Beyond a bound lines are lost, counted, and told of once there is room.
+So are those for which a disk has none; what it took of one of them is closed, or the next line would be no line either.
 
 Nothing waits while it holds the lock, and a signal handler may log in the middle of another line. A child of a fork has
 a lock of its own, and neither the thread nor the lines that its parent will write.
@@ -131,7 +132,10 @@ class Sink:
         self._waiting: deque[bytes] = deque()
         self._held = 0
         self._untold = 0
+        self._torn = False  # the file ends in the middle of a line that will never be whole
         self._behind = False
+        self._asked_for = False  # a thread that catches up was started,
+        self._catching_up = False  # and is there
 
     def msg(self, line: str) -> None:
         """Write `line`, now or as soon as the reader reads."""
@@ -145,8 +149,14 @@ class Sink:
             COUNTS.change("escaped")
         with self._lock:
             if self._behind:
+                # Behind a thread, or behind the line that this one interrupts, or one whose writer was interrupted for
+                # good before it had settled: then the thread finds what there is.
                 self._wait_with(data)
+                self._settle()
                 return
+            lost = self._untold
+            if lost or self._torn:
+                data = self._mended(data)
             # Until this is settled others wait behind it, or their lines could come into the middle of a divided one.
             self._behind = True
             rest = b""
@@ -155,9 +165,11 @@ class Sink:
                     COUNTS.lose("stream_broken")
                 else:
                     rest = data[self._write(data) :]
+                    self._untold -= lost
             except (OSError, ValueError):
-                # The other end is gone: no reason for the service to fail.
+                # The other end is gone, or the disk is full: no reason for the service to fail.
                 COUNTS.lose("stream_broken")
+                self._untold += 1
             finally:
                 if rest:
                     self._waiting.appendleft(rest)
@@ -169,6 +181,9 @@ class Sink:
     def flush(self, seconds: float = _FLUSH_SECONDS) -> bool:
         """Wait until nothing waits any more, and return whether that is so."""
         end = time.monotonic() + seconds
+        with self._lock:
+            if self._behind:
+                self._settle()
         while self._behind and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)
         return not self._behind
@@ -192,7 +207,9 @@ class Sink:
     def _plainly(self, data: bytes) -> int:
         written = os.write(self._file, data)
         while written < len(data):  # a disk that is nearly full
+            self._torn = True
             written += os.write(self._file, data[written:])
+        self._torn = False
         return written
 
     def _unless_it_waits(self, data: bytes) -> int:
@@ -217,6 +234,11 @@ class Sink:
                 break
         return written
 
+    def _mended(self, data: bytes) -> bytes:
+        """`data` behind what ends a torn line, and behind a line about those that were lost."""
+        told = f"{self._tell(self._untold)}\n".encode(self._encoding, "mainstay.json") if self._untold else b""
+        return (b"\n" if self._torn else b"") + told + data
+
     # The queue, and the thread that empties it
 
     def _wait_with(self, data: bytes) -> None:
@@ -228,12 +250,16 @@ class Sink:
             self._held += len(data)
 
     def _settle(self) -> None:
+        if self._asked_for:
+            return
         if not self._waiting:
             self._behind = False
             return
+        _flush_in_forked_process()
         try:
             # Not `threading.Thread`, which takes locks that what is interrupted here may hold.
             start_new_thread(self._catch_up, ())
+            self._asked_for = True
         except RuntimeError:  # the interpreter is ending
             COUNTS.lose("queue_full", len(self._waiting))
             self._waiting.clear()
@@ -241,6 +267,10 @@ class Sink:
             self._behind = False
 
     def _catch_up(self) -> None:
+        with self._lock:
+            if self._catching_up:  # who asked was interrupted before he had noted it, and asked again
+                return
+            self._catching_up = self._behind = self._asked_for = True
         while True:
             with self._lock:
                 if not self._waiting and self._untold:
@@ -249,7 +279,7 @@ class Sink:
                     data = self._waiting.popleft()
                     self._held -= len(data)
                 else:
-                    self._behind = False
+                    self._catching_up = self._behind = self._asked_for = False
                     return
             try:
                 self._patiently(data)
@@ -293,6 +323,20 @@ def _renew_in_child() -> None:
     COUNTS.renew()
     for sink in list(_sinks):
         sink.after_fork()
+
+
+_children_flushed: set[int] = set()  # processes
+
+
+def _flush_in_forked_process() -> None:
+    """See to it that a process which `multiprocessing` has forked writes what waits: it ends without `atexit`."""
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is None or processes.parent_process() is None or os.getpid() in _children_flushed:
+        return
+    _children_flushed.add(os.getpid())
+    from multiprocessing.util import Finalize  # noqa: PLC0415  loaded already, by whoever forked
+
+    Finalize(None, _flush_all, exitpriority=0)
 
 
 def _flush_all() -> None:
