@@ -14,6 +14,7 @@ from mainstay.events._aiokafka import client as aiokafka_client
 from mainstay.events._aiokafka import source
 from mainstay.events._confluent import member as confluent_member
 from mainstay.events._confluent import producer as confluent_producer
+from mainstay.events._confluent import source as confluent_source
 from mainstay.events._kafka import watch
 from mainstay.events.tables import SCHEMA as EVENTS
 from mainstay_servers import Kafka, plugin
@@ -78,7 +79,7 @@ def broker(_broker: Kafka) -> Kafka:
 @pytest.fixture
 def soon_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that does not answer is given up after one second instead of five: several such waits make a stop."""
-    for part in (aiokafka_client, source, confluent_producer, confluent_member):
+    for part in (aiokafka_client, source, confluent_producer, confluent_member, confluent_source):
         monkeypatch.setattr(part, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(watch, "LOOK_SECONDS", 1.0)
     monkeypatch.setattr(_consumer, "_CLOSING_SECONDS", 1.0)

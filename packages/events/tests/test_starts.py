@@ -18,10 +18,13 @@ from mainstay.core import App, ConfigurationError, Retry
 from mainstay.core.testing import eventually
 from mainstay.database import Database, DatabaseModule, DatabaseSettings
 from mainstay.events import Event, EventConsumers, EventRouter, EventsModule, EventsSettings
+from mainstay.events._aiokafka import source as aiokafka_source
+from mainstay.events._confluent import source as confluent_source
 from mainstay.events._kafka.starts import Starts
 from mainstay.events._snapshot import START, Place
 from mainstay.events._starts import Start, begin
 from mainstay.events.tables import LOG, OFFSETS
+from mainstay_servers import Kafka
 
 pytestmark = [
     pytest.mark.usefixtures("aiokafka_garbage"),
@@ -235,7 +238,9 @@ class Cluster:
 
     def __init__(self) -> None:
         self.places: dict[int, int | None] = {0: None, 1: None}
+        self.end = 10
         self.deposed = False
+        self.answers = True
 
     async def committed(self, topic: str) -> dict[int, int | None]:
         assert topic == "tale"
@@ -243,12 +248,14 @@ class Cluster:
 
     async def first_offsets(self, topic: str, partitions: Any, start: Start) -> dict[int, int]:
         assert topic == "tale"
-        return dict.fromkeys(partitions, {"earliest": 0, "latest": 10}.get(str(start), 4))
+        return dict.fromkeys(partitions, {"earliest": 0, "latest": self.end}.get(str(start), 4))
 
     async def commit_first(self, topic: str, offsets: Any) -> bool:
         assert topic == "tale"
         if not self.deposed:
             self.places.update(offsets)
+        if not self.answers:
+            raise TimeoutError
         return not self.deposed
 
 
@@ -275,6 +282,43 @@ async def test_on_kafka_one_member_chooses_for_all_partitions() -> None:
     by_itself = Cluster()
     assert await Starts("ears", "earliest", ()).place_in("tale", 1, {1}, by_itself) == 0
     assert by_itself.places == {0: None, 1: 0}
+
+
+async def test_on_kafka_each_member_keeps_its_choice_until_the_group_has_a_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whichever of them commits one: nothing is passed over that came after it had begun."""
+    cluster, first, second = Cluster(), Starts("ears", "latest", ()), Starts("ears", "latest", ())
+    cluster.deposed = True
+    assert await first.place_in("tale", 0, {0}, cluster) is None
+    assert await second.place_in("tale", 1, {1}, cluster) is None
+    cluster.end, cluster.deposed = 15, False
+    assert await second.place_in("tale", 0, {0, 1}, cluster) == 10  # it holds the first partition by now
+    cluster.places = {0: 12, 1: 13}
+    assert await first.place_in("tale", 1, {1}, cluster) == 13
+    await first.give_up([("tale", 0)], cluster)  # what it had kept counts no more
+    assert cluster.places == {0: 12, 1: 13}
+    cluster, third = Cluster(), Starts("ears", "latest", ())
+    cluster.answers = False  # and yet it has committed
+    with caplog.at_level(logging.INFO, logger="mainstay.events"):
+        with pytest.raises(TimeoutError):
+            await third.place_in("tale", 0, {0}, cluster)
+        assert "has no place" not in caplog.text
+        assert await third.place_in("tale", 0, {0}, cluster) == 10
+    assert "it begins with what comes from now on, and passes over about 20 events" in caplog.text
+
+
+async def test_on_kafka_a_choice_that_is_kept_is_committed_before_its_partition_is_given_up() -> None:
+    """The next holder of the topic's first partition may have come later, and would choose later."""
+    cluster, starts = Cluster(), Starts("ears", "latest", ())
+    cluster.deposed = True
+    assert await starts.place_in("tale", 0, {0, 1}, cluster) is None
+    cluster.end, cluster.deposed = 15, False
+    await starts.give_up([("tale", 1), ("other", 0)], cluster)
+    assert cluster.places == {0: None, 1: None}, "that is for the holder of the first"
+    await starts.give_up([("tale", 0), ("tale", 1)], cluster)
+    assert cluster.places == {0: 10, 1: 10}
+    assert await Starts("ears", "latest", ()).place_in("tale", 1, {1}, cluster) == 10
 
 
 @asynccontextmanager
@@ -386,3 +430,55 @@ async def test_on_a_broker_a_topic_that_the_group_makes_is_read_whole(kafka: str
         await publisher.tell(*range(10))
         await eventually(lambda: len(teller.seen) >= 10, what="all of it", seconds=30)
         assert sorted(teller.seen) == list(range(10))
+
+
+class Unlucky:
+    """The way of one process to the places of its group, on which the broker freezes before the first commit.
+
+    Attributes:
+        lost: set when that was given up.
+        goes_on: until this is set, nothing more is asked.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, client: str, broker: Kafka) -> None:
+        self.lost = asyncio.Event()
+        self.goes_on = asyncio.Event()
+        places = {"aiokafka": aiokafka_source, "confluent": confluent_source}[client]._Places
+        committed, commit_first = places.committed, places.commit_first
+
+        async def ask(of: Any, topic: str) -> Any:
+            if self.lost.is_set():
+                await self.goes_on.wait()
+            return await committed(of, topic)  # type: ignore[arg-type]  # it is one of two
+
+        async def commit(of: Any, topic: str, offsets: Any) -> Any:
+            if self.lost.is_set():
+                return await commit_first(of, topic, offsets)  # type: ignore[arg-type]  # as above
+            await asyncio.to_thread(broker.pause)
+            try:
+                return await commit_first(of, topic, offsets)  # type: ignore[arg-type]  # as above
+            finally:
+                self.lost.set()
+
+        patch.setattr(places, "committed", ask)
+        patch.setattr(places, "commit_first", commit)
+
+
+@pytest.mark.usefixtures("soon_abandoned")
+async def test_on_a_broker_a_choice_stands_although_its_commit_was_lost(
+    broker: Kafka, prefix: str, client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker freezes before it, and is killed: what comes until it is repeated is nothing to pass over."""
+    teller, publisher = on(broker.address, prefix, client, send_seconds=2.0), on(broker.address, prefix, client)
+    async with publisher.publishing():
+        await publisher.tell(*range(20))
+    way = Unlucky(monkeypatch, client, broker)
+    async with teller.running("latest"):
+        await asyncio.wait_for(way.lost.wait(), 60)
+        await asyncio.to_thread(broker.kill)
+        await asyncio.to_thread(broker.start)
+        async with publisher.publishing():
+            await publisher.tell(*range(20, 30))
+        way.goes_on.set()
+        await eventually(lambda: len(teller.seen) >= 10, what="what came since the choice", seconds=60)
+        assert sorted(teller.seen) == list(range(20, 30))

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from mainstay.core import Clock, spawn
-from mainstay.events._crashes import Crashes, Holding, Suspect
+from mainstay.events._crashes import Crashes, Holding, Suspect, Turn
 from mainstay.events._delivery import Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events.errors import ProcessEndedError
@@ -18,8 +18,6 @@ from mainstay.events.metadata import Record
 _log = logging.getLogger("mainstay.events")
 
 _STORE_SECONDS = 1.0
-_ALONE_SECONDS = 30.0
-"""After so long a call is left to itself, and those of other partitions go on beside it."""
 _SOON_SECONDS = 5.0
 """A retry that is due later than this holds up nothing behind its event."""
 _LONGEST_SECONDS = 600.0
@@ -59,7 +57,6 @@ class CarefulReading:
         self._clock = clock
         self._waiting: deque[Record] = deque()
         self._more = asyncio.Event()
-        self._called_at: float | None = None  # what is handed out now
         self.task = spawn(self._read(), name=f"events.{group}.careful")
 
     @property
@@ -100,20 +97,11 @@ class CarefulReading:
         if suspect is not None:
             await self._wait_without(record, suspect)
         delivery = Delivery(self._assignment, record)
-        delivery.before_call = partial(self._note_call, record)
-        async with self._crashes.alone:
-            self._called_at = None
+        with self._crashes.turn(self._clock) as turn:
+            delivery.before_call = partial(turn.begin, partial(self._noted, partial(self._holding.calls, record)))
             self._dispatcher.feed_one(delivery)
-            if await self._called(delivery, _ALONE_SECONDS):
-                await self._noted(self._holding.rests)  # before another partition's call begins, which may be the one
-                return
-        await self._called(delivery, None)
-        await self._noted(self._holding.rests)
-
-    async def _note_call(self, record: Record) -> None:
-        """Note that an event is called now: while it waits for a place, or for a person, it ends no process."""
-        await self._noted(partial(self._holding.calls, record))
-        self._called_at = self._clock.monotonic()
+            await self._called(delivery, turn)
+            await self._noted(self._holding.rests)  # before another partition's call begins, which may be the one
 
     async def _refuse(self, record: Record, crashes: int) -> None:
         delivery = Delivery(self._assignment, record)
@@ -132,21 +120,17 @@ class CarefulReading:
         while self._assignment.open and (left := end - self._clock.monotonic()) > 0:
             await self._dispatcher.progress(min(left, 1.0))
 
-    async def _called(self, delivery: Delivery, seconds: float | None) -> bool:
-        """Whether the event's call has ended, waited for at most so long; how long it lasts is noted now and then."""
-        began = self._clock.monotonic()
+    async def _called(self, delivery: Delivery, turn: Turn) -> None:
+        """Wait for the end of the event's call; how long it lasts is noted now and then."""
         note_at = 1.0
         while self._assignment.open and not self._is_over(delivery):
-            now = self._clock.monotonic()
-            if seconds is not None and now - began >= seconds:
-                return False
-            lasted = 0.0 if self._called_at is None else now - self._called_at
+            turn.yield_if_long()
+            lasted = turn.lasted
             if lasted >= note_at:
                 note_at = 2 * lasted
                 await self._noted(partial(self._holding.calls, delivery.record, lasted))
             await self._dispatcher.progress(0.5)
         delivery.before_call = None  # what is called only later holds up nothing, and is not noted
-        return True
 
     def _is_over(self, delivery: Delivery) -> bool:
         later = delivery.timer is not None and delivery.again_at - self._clock.monotonic() > _SOON_SECONDS

@@ -17,12 +17,11 @@ storm of kills makes a slow and healthy event look like one that ends its proces
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
-from mainstay.core import uuid7
+from mainstay.core import Clock, uuid7
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._delivery import Assignment
@@ -30,6 +29,8 @@ from mainstay.events.metadata import Record
 
 _ENDS = 2
 """From so many ends at one place on a partition is read carefully."""
+_ALONE_SECONDS = 30.0
+"""After so long a call is left to itself, and other careful ones go on beside it."""
 
 
 class Suspect(NamedTuple):
@@ -60,10 +61,9 @@ class Crashes:
         self._alone = asyncio.Lock()
         self._careful = False
 
-    @property
-    def alone(self) -> AbstractAsyncContextManager[Any]:
-        """One careful call of this process at a time: of two that run, none could be told to have ended it."""
-        return self._alone
+    def turn(self, clock: Clock) -> Turn:
+        """The turn of one careful call, of which there is one at a time in this process."""
+        return Turn(self._alone, clock)
 
     async def take(self, group: str, assignments: Sequence[Assignment]) -> dict[Assignment, Holding]:
         """Become the holder of partitions: from now on no other process parks their keys."""
@@ -95,6 +95,61 @@ class Crashes:
         """Note that partitions are given up: what ends now is held against no event."""
         if holdings:
             await self._database.write(tables.GIVE_UP_PARTITION, [each.place for each in holdings])
+
+
+class Turn:
+    """The turn of one careful call: of two that run, none could be told to have ended their process.
+
+    It is taken when the call begins, and not before: an event that waits for a place with its handler, or for a person,
+    must not hold up the others. Leaving the block gives it back.
+
+    Args:
+        alone: is held by the call that has its turn.
+        clock: measures the call.
+
+    Attributes:
+        called_at: when the call began, None before.
+    """
+
+    def __init__(self, alone: asyncio.Lock, clock: Clock) -> None:
+        self.called_at: float | None = None
+        self._alone = alone
+        self._clock = clock
+        self._has = False
+        self._over = False
+
+    def __enter__(self) -> Self:
+        """Nothing is taken yet."""
+        return self
+
+    def __exit__(self, *_details: object) -> None:
+        """Let others call."""
+        self._over = True
+        self._give_back()
+
+    async def begin(self, note: Callable[[], Awaitable[None]]) -> None:
+        """Wait for the turn, and note that the event is called now."""
+        await self._alone.acquire()
+        self._has = True
+        if self._over:  # those who handed the event out have gone meanwhile
+            self._give_back()
+        await note()
+        self.called_at = self._clock.monotonic()
+
+    @property
+    def lasted(self) -> float:
+        """For how long the call has been running."""
+        return 0.0 if self.called_at is None else self._clock.monotonic() - self.called_at
+
+    def yield_if_long(self) -> None:
+        """Leave a call to itself that has been running for long."""
+        if self.lasted >= _ALONE_SECONDS:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._has:
+            self._has = False
+            self._alone.release()
 
 
 class Holding:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from mainstay.core import Clock, spawn
-from mainstay.events._crashes import Crashes
+from mainstay.events._crashes import Crashes, Turn
 from mainstay.events._delivery import Assignment, Delivery
 from mainstay.events._dispatch import Dispatcher
 from mainstay.events._parking import Parking
@@ -180,11 +180,9 @@ class Queues:
         """Have the first event of a queue called, alone where processes that did so before have ended."""
         if self._crashes is None or row.begun <= _ENDS:
             return await self._ended(queue, self._hand_out(queue, record, row))
-        async with self._crashes.alone:
-            if self._dispatcher.held:  # paused meanwhile: others have their turn
-                return Delivery(queue, record)
-            refused = ProcessEndedError(row.crashes) if row.crashes >= self._crashes.most else None
-            return await self._ended(queue, self._hand_out(queue, record, row, refused, is_noted=True))
+        refused = ProcessEndedError(row.crashes) if row.crashes >= self._crashes.most else None
+        with self._crashes.turn(self._clock) as turn:
+            return await self._ended(queue, self._hand_out(queue, record, row, refused, turn=turn), turn)
 
     async def _note_crash(self, queue: Assignment, key: bytes) -> None:
         """Note that an event is called now, by a process that may end of it; until that is durable it waits."""
@@ -197,8 +195,10 @@ class Queues:
             else:
                 return
 
-    async def _ended(self, queue: Assignment, delivery: Delivery) -> Delivery:
+    async def _ended(self, queue: Assignment, delivery: Delivery, turn: Turn | None = None) -> Delivery:
         while queue.window and queue.open:
+            if turn is not None:
+                turn.yield_if_long()
             await self._dispatcher.progress(1.0)
         return delivery
 
@@ -209,7 +209,7 @@ class Queues:
         row: Any,
         refused: ProcessEndedError | None = None,
         *,
-        is_noted: bool = False,
+        turn: Turn | None = None,
     ) -> Delivery:
         delivery = Delivery(queue, record)
         delivery.attempt, delivery.postponed, delivery.waited = row.attempt, row.postponed, row.waited_seconds
@@ -217,8 +217,8 @@ class Queues:
         if row.attempt + row.postponed > 1:  # while an event waits for its first call it does not fail
             delivery.aged = row.age
         delivery.refused = refused
-        if is_noted:
-            delivery.before_call = partial(self._note_crash, queue, row.key)
+        if turn is not None:
+            delivery.before_call = partial(turn.begin, partial(self._note_crash, queue, row.key))
         self._dispatcher.feed_one(delivery)
         return delivery
 

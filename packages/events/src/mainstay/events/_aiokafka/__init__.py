@@ -16,9 +16,9 @@ from mainstay.events._aiokafka.producer import KafkaProducer
 from mainstay.events._aiokafka.source import KafkaSource, reading
 from mainstay.events._aiokafka.stored import stored
 from mainstay.events._kafka.seam import Contact
+from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.tls import check_connection
 from mainstay.events._kafka.topics import Topics
-from mainstay.events._starts import Start
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -49,10 +49,10 @@ class Client:
         return KafkaProducer(self._settings, topics, self._contact)
 
     def reading(
-        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, start: Start
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, starts: Starts
     ) -> AbstractAsyncContextManager[KafkaSource]:
         """See `Client`."""
-        return reading(topics, self._contact, group=group, names=names, reader=reader, start=start)
+        return reading(topics, self._contact, group=group, names=names, reader=reader, starts=starts)
 
     async def browser(self) -> AiokafkaBrowser:
         """See `Client`."""

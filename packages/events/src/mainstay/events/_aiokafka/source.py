@@ -37,7 +37,7 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from mainstay.events._aiokafka.client import CLOSE_SECONDS, connection, ended
 from mainstay.events._aiokafka.connecting import NamingClient
 from mainstay.events._delivery import Assignment
-from mainstay.events._kafka.missed import pass_over
+from mainstay.events._kafka.missed import across
 from mainstay.events._kafka.seam import LOOK_SECONDS, REQUEST_SECONDS, Contact, NotAllowed, group_id
 from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
@@ -54,7 +54,7 @@ _SHORTEST_SESSION_SECONDS = 6.0  # a broker's own default for the least it accep
 
 @asynccontextmanager
 async def reading(
-    topics: Topics, contact: Contact, *, group: str, names: Sequence[str], reader: Reader, start: Start
+    topics: Topics, contact: Contact, *, group: str, names: Sequence[str], reader: Reader, starts: Starts
 ) -> AsyncGenerator[KafkaSource, None]:
     """A consumer of a group, from where it left off; leaving the block gives its partitions back.
 
@@ -76,7 +76,6 @@ async def reading(
         max_poll_interval_ms=2_000_000_000,
     )
     NamingClient.instead_of(consumer._client, contact)
-    starts = Starts(group, start, topics.late)
     source = KafkaSource(consumer, reader, group, starts)
     try:
         # Subscribed to after the start: a start with topics waits for each of them, and for the group to be dealt out,
@@ -96,6 +95,7 @@ async def reading(
 
         async with watched(group, topics, names, source.absent, contact, subscribe=subscribe, ask=ask):
             yield source
+        await source.leave()
     finally:
         await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
 
@@ -183,6 +183,8 @@ class KafkaSource:
         self._delivered: dict[TopicPartition, int] = {}
         self._generation = -1
         self._refused_until: dict[str, float] = {}
+        self._committed: dict[TopicPartition, int] = {}
+        self._gaps: dict[TopicPartition, tuple[int, int]] = {}  # behind what was handed out, and before what is there
 
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """New partitions, in a generation of their own: what is left of older ones no longer counts."""
@@ -197,9 +199,23 @@ class KafkaSource:
         held, self._held = self._held, {}
         self._delivered.clear()
         try:
+            await self._give_up_starts(held)
             await self._reader.revoked(list(held.values()))
         finally:
             self._by_assignment.clear()
+            self._committed.clear()
+            self._gaps.clear()
+
+    async def leave(self) -> None:
+        """Leave nothing uncommitted that this process alone knows."""
+        await self._give_up_starts(self._held)
+
+    async def _give_up_starts(self, held: Collection[TopicPartition]) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._starts.give_up(held, self._places)
+        except Exception as error:  # noqa: BLE001  the partitions go all the same
+            _log.warning("group %s could not commit where it begins, before others may", self._group, exc_info=error)
 
     async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """See `Source`."""
@@ -289,8 +305,19 @@ class KafkaSource:
         oldest = (await self._consumer.beginning_offsets([place]))[place]
         if place not in self._held:
             return
-        pass_over(self._group, place.topic, place.partition, offset=offset, oldest=oldest)
-        self._consumer.seek(place, oldest)
+        delivered = self._delivered.get(place)
+        if delivered is None or delivered == self._committed.get(place):  # nothing from before the gap is in hand
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    if not await self._places.commit_first(place.topic, {place.partition: oldest}):
+                        return
+            except TimeoutError:  # it is found again
+                return
+        else:
+            self._gaps[place] = delivered, oldest
+        self._starts.missed.pass_over(place.topic, place.partition, offset=offset, oldest=oldest)
+        if place in self._held:
+            self._consumer.seek(place, oldest)
 
     async def _one_by_one(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, Sequence[Record]]:
         """What aiokafka reads up to a record that it cannot, and in place of that one a record that says so.
@@ -331,11 +358,9 @@ class KafkaSource:
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:
         """See `Source`."""
-        offsets = {
-            self._by_assignment[assignment]: record.offset + 1
-            for assignment, record in finished.items()
-            if assignment in self._by_assignment
-        }
+        places = {self._by_assignment[each]: at for each, at in finished.items() if each in self._by_assignment}
+        behind = {place: record.offset + 1 for place, record in places.items()}
+        offsets = {place: across(self._gaps, place, offset) for place, offset in behind.items()}
         if not offsets:
             return
         if not self.commit_allowed():
@@ -343,6 +368,10 @@ class KafkaSource:
             return
         await self._consumer.commit(offsets)
         self._starts.begun.update(place.topic for place in offsets)
+        self._committed |= behind
+        for place, offset in offsets.items():
+            if offset != behind[place]:
+                self._gaps.pop(place, None)
 
     def commit_allowed(self) -> bool:
         """Whether the broker has not given us up.

@@ -18,8 +18,8 @@ from mainstay.events._confluent.producer import ConfluentProducer
 from mainstay.events._confluent.source import ConfluentSource, reading
 from mainstay.events._confluent.stored import stored
 from mainstay.events._kafka.seam import Contact
+from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
-from mainstay.events._starts import Start
 from mainstay.events._transport import Reader
 from mainstay.events.metadata import Record
 from mainstay.events.settings import EventsSettings
@@ -50,10 +50,10 @@ class Client:
         return ConfluentProducer(topics, self._admin, self._contact)
 
     def reading(
-        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, start: Start
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, starts: Starts
     ) -> AbstractAsyncContextManager[ConfluentSource]:
         """See `Client`."""
-        return reading(topics, self._admin, self._contact, group=group, names=names, reader=reader, start=start)
+        return reading(topics, self._admin, self._contact, group=group, names=names, reader=reader, starts=starts)
 
     async def browser(self) -> ConfluentBrowser:
         """See `Client`; it connects with its first reading."""

@@ -15,7 +15,6 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from mainstay.core import spawn
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, fault_of
 from mainstay.events._confluent.threads import Caller
-from mainstay.events._kafka.missed import pass_over
 from mainstay.events._kafka.seam import REQUEST_SECONDS
 
 _log = logging.getLogger("mainstay.events")
@@ -44,6 +43,14 @@ class Place(NamedTuple):
     partition: int
 
 
+class Gone(NamedTuple):
+    """What the group would have read next of a partition, and the oldest record there is, with which it goes on."""
+
+    place: Place
+    offset: int
+    oldest: int
+
+
 class Found(NamedTuple):
     """What a look brought; the loop makes records of the messages, since the thread has Python's lock only in turns."""
 
@@ -51,6 +58,7 @@ class Found(NamedTuple):
     ends: Mapping[Place, int]
     trouble: Sequence[tuple[str | None, KafkaFault]]
     placeless: Sequence[Place]
+    gone: Sequence[Gone]
 
 
 class Holder(Protocol):
@@ -156,7 +164,7 @@ class Member:
         Raises:
             KafkaFault: they cannot be asked for.
         """
-        return await self._caller.run(partial(self._committed_in, places))
+        return await self._caller.run(partial(self._committed_in, places), within=True)
 
     async def go_on_at(self, place: Place, offset: int) -> None:
         """Read a partition without a place from an offset on, where it is held still."""
@@ -233,9 +241,10 @@ class Member:
             messages = [] if first is None else [first, *consumer.consume(_PAGE - 1, 0)]
         good = [message for message in messages if message.error() is None]
         placeless: list[Place] = []
-        trouble = self._see_to(consumer, [each for each in messages if each.error() is not None], placeless)
+        gone: list[Gone] = []
+        trouble = self._see_to(consumer, [each for each in messages if each.error() is not None], placeless, gone)
         self._in_use()  # partitions may have moved within
-        return Found(good, self._ends(consumer), trouble, placeless)
+        return Found(good, self._ends(consumer), trouble, placeless, gone)
 
     def _ends(self, consumer: Consumer) -> Mapping[Place, int]:
         now = time.monotonic()
@@ -250,7 +259,7 @@ class Member:
         return ends
 
     def _see_to(
-        self, consumer: Consumer, messages: Sequence[Message], placeless: list[Place]
+        self, consumer: Consumer, messages: Sequence[Message], placeless: list[Place], gone: list[Gone]
     ) -> list[tuple[str | None, KafkaFault]]:
         trouble: list[tuple[str | None, KafkaFault]] = []
         for message in messages:
@@ -261,19 +270,19 @@ class Member:
                 if offset is None or offset < 0:
                     placeless.append(place)
                 else:
-                    self._pass_over(consumer, place, offset)
+                    gone.append(self._pass_over(consumer, place, offset))
             elif error.fatal() or error.code() not in _PASSING:
                 about = _ABOUT_OTHERS if error.code() == KafkaError.INCONSISTENT_GROUP_PROTOCOL else ""
                 topic = message.topic() if error.code() in _ABOUT_ITS_TOPIC else None
                 trouble.append((topic, KafkaFault(error, about)))
         return trouble
 
-    def _pass_over(self, consumer: Consumer, place: Place, offset: int) -> None:
-        """What the group would read next is gone: it goes on with the oldest record that is there, and is told."""
+    def _pass_over(self, consumer: Consumer, place: Place, offset: int) -> Gone:
+        """What the group would read next is gone: go on with the oldest record that is there."""
         start = TopicPartition(*place)
         start.offset, _ = consumer.get_watermark_offsets(start, timeout=REQUEST_SECONDS)
-        pass_over(self._group, place.topic, place.partition, offset=offset, oldest=start.offset)
         self._go_on_at(start)
+        return Gone(place, offset, start.offset)
 
     def _commit(self, offsets: Mapping[Place, int], answered: asyncio.Future[None]) -> bool:
         consumer = self._in_use()

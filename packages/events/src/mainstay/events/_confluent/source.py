@@ -12,6 +12,7 @@ session is. A partition that goes is drained from within the consumer's callback
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -25,9 +26,10 @@ from confluent_kafka import KafkaError, Message
 
 from mainstay.events._confluent.admin import ConfluentAdmin
 from mainstay.events._confluent.client import CLOSE_SECONDS, KafkaFault, Reasons, connection
-from mainstay.events._confluent.member import Found, Member, Place
+from mainstay.events._confluent.member import Found, Gone, Member, Place
 from mainstay.events._confluent.records import KafkaRecord, records_of
 from mainstay.events._delivery import Assignment
+from mainstay.events._kafka.missed import across
 from mainstay.events._kafka.seam import LOOK_SECONDS, Contact, group_id
 from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
@@ -58,6 +60,8 @@ class _Held:
     Attributes:
         next: the offset behind what was handed out, None before the first.
         end: the offset behind all that there is, as far as is known.
+        committed: the offset behind what was committed last.
+        gone: what was found to be gone behind that offset, and is to be committed and told.
     """
 
     assignment: Assignment
@@ -65,6 +69,8 @@ class _Held:
     paused: bool = False
     next: int | None = None
     end: int | None = None
+    committed: int | None = None
+    gone: tuple[int | None, Gone] | None = None
 
 
 def _by_number(offsets: Mapping[tuple[str, int], int]) -> Mapping[int, int]:
@@ -123,7 +129,7 @@ async def reading(
     group: str,
     names: Sequence[str],
     reader: Reader,
-    start: Start,
+    starts: Starts,
 ) -> AsyncGenerator[ConfluentSource]:
     """A consumer of a group, from where it left off; leaving the block gives its partitions back.
 
@@ -153,7 +159,6 @@ async def reading(
         group,
         moving_seconds,
     )
-    starts = Starts(group, start, topics.late)
     source = ConfluentSource(member, admin, reader, starts, most_bytes=settings.window_bytes // 4)
     try:
         await member.start(source)
@@ -205,6 +210,7 @@ class ConfluentSource:
         self._starts = starts
         self._places = _Places(member, admin, self._look)
         self._placeless: dict[Place, None] = {}
+        self._gaps: dict[Place, tuple[int, int]] = {}  # behind what was handed out, and before what is there
         self._begin_at = 0.0
         self._most_bytes = most_bytes
         self._held: dict[Place, _Held] = {}
@@ -223,6 +229,11 @@ class ConfluentSource:
         """Partitions are going to be another's; the others stay."""
         going = self._dropped(places)
         try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._starts.give_up(places, self._places)
+        except Exception as error:  # noqa: BLE001  the partitions go all the same
+            _log.warning("what is known of where a group begins could not be committed", exc_info=error)
+        try:
             await self._reader.revoked(going)
         finally:
             self._forget(going)
@@ -239,7 +250,9 @@ class ConfluentSource:
 
     def _forget(self, assignments: Collection[Assignment]) -> None:
         for assignment in assignments:
-            self._by_assignment.pop(assignment, None)
+            place = self._by_assignment.pop(assignment, None)
+            if place is not None:
+                self._gaps.pop(place, None)
 
     async def fetch(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         """See `Source`."""
@@ -248,6 +261,7 @@ class ConfluentSource:
             seconds = _FETCH_SECONDS if ready or not self._held else 0.0
             await self._look(seconds)
             await self._begin()
+            await self._pass_over()
             if self._fault is not None:
                 raise self._fault
             found = self._waiting_for(ready)
@@ -266,15 +280,35 @@ class ConfluentSource:
             offset = None
             if place in self._held:
                 try:
-                    offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+                    async with asyncio.timeout(CLOSE_SECONDS):  # a commit is answered only by a broker that is there
+                        offset = await self._starts.place_in(place.topic, place.partition, held, self._places)
+                except TimeoutError:  # it is asked again
+                    pass
                 except KafkaFault as fault:  # the others are read on
-                    self._landed(Found([], {}, [(place.topic, fault)], []))
+                    self._landed(Found([], {}, [(place.topic, fault)], [], []))
                 if offset is None:
                     continue
                 await self._member.go_on_at(place, offset)
                 self.absent.pop(place.topic, None)  # what had kept its beginning from being known has passed
             self._placeless.pop(place, None)
         self._begin_at = time.monotonic() + _FETCH_SECONDS
+
+    async def _pass_over(self) -> None:
+        """Commit that the group goes on behind what is gone, and tell it; with what is in hand from before the gap."""
+        for place, held in list(self._held.items()):
+            if held.gone is None:
+                continue
+            (behind, gone), held.gone = held.gone, None
+            if behind is None or behind == held.committed:
+                try:
+                    async with asyncio.timeout(CLOSE_SECONDS):
+                        if not await self._places.commit_first(place.topic, {place.partition: gone.oldest}):
+                            continue
+                except (KafkaFault, TimeoutError) as error:  # it may have been committed all the same
+                    _log.debug("%s/%d: the end of a gap could not be committed", *place, exc_info=error)
+            else:
+                self._gaps[place] = behind, gone.oldest
+            self._starts.missed.pass_over(*place, offset=gone.offset, oldest=gone.oldest)
 
     def _waiting_for(self, ready: Sequence[Assignment]) -> Mapping[Assignment, Sequence[Record]]:
         found: dict[Assignment, Sequence[Record]] = {}
@@ -314,6 +348,10 @@ class ConfluentSource:
             held = self._held.get(place)
             if held is not None:
                 held.end = end
+        for gone in found.gone:
+            if gone.place in self._held:
+                held = self._held[gone.place]
+                held.gone = (_behind(held.waiting[-1]) if held.waiting else held.next), gone
         self._placeless.update(dict.fromkeys(found.placeless))
         for topic, fault in found.trouble:
             if topic is None:
@@ -324,14 +362,20 @@ class ConfluentSource:
 
     async def commit(self, finished: Mapping[Assignment, Record]) -> None:
         """See `Source`."""
-        offsets = {
-            self._by_assignment[assignment]: record.offset + 1
-            for assignment, record in finished.items()
-            if assignment in self._by_assignment
-        }
+        places = {self._by_assignment[each]: at for each, at in finished.items() if each in self._by_assignment}
+        behind = {place: record.offset + 1 for place, record in places.items()}
+        offsets = {place: across(self._gaps, place, offset) for place, offset in behind.items()}
         self._starts.begun.update(place.topic for place in offsets)
-        if offsets and not await self._member.commit(offsets, self._look):
+        if not offsets:
+            return
+        if not await self._member.commit(offsets, self._look):
             _log.warning("a commit came after the broker had given the partitions to others: they repeat some events")
+            return
+        for place, offset in behind.items():
+            if place in self._held:
+                self._held[place].committed = offset
+            if offsets[place] != offset:
+                self._gaps.pop(place, None)
 
     def lag(self) -> int:
         """See `Source`; of the partitions that anything was read from so far."""
@@ -350,3 +394,7 @@ class ConfluentSource:
         if not times:
             return None if self.lag() else 0.0
         return max(0.0, time.time() - min(times) / 1000)
+
+
+def _behind(message: Message) -> int:
+    return (message.offset() or 0) + 1

@@ -15,6 +15,7 @@ from mainstay.events._kafka.direct import Direct, check_size
 from mainstay.events._kafka.letters import KafkaDeadLetters
 from mainstay.events._kafka.log import KafkaLog
 from mainstay.events._kafka.seam import Client, Contact, Producer, group_id
+from mainstay.events._kafka.starts import Starts
 from mainstay.events._kafka.topics import Topics
 from mainstay.events._relay import Carrier
 from mainstay.events._starts import Start
@@ -78,6 +79,7 @@ class KafkaTransport:
         self._contact = Contact(settings, clock)
         self._client: Client = _parts(settings).Client(settings, self._contact)
         self.topics = Topics(settings, self._client, foreign)
+        self._starts: dict[str, Starts] = {}
         self.producer: Producer = self._client.producer(self.topics)
         self.log = KafkaLog(self._client, self._contact, group_id(settings, ""))
 
@@ -116,4 +118,5 @@ class KafkaTransport:
         self, group: str, topics: Sequence[str], reader: Reader, start: Start = "earliest"
     ) -> AbstractAsyncContextManager[Source]:
         """See `Transport`."""
-        return self._client.reading(self.topics, group=group, names=topics, reader=reader, start=start)
+        starts = self._starts.setdefault(group, Starts(group, start, self.topics.late))
+        return self._client.reading(self.topics, group=group, names=topics, reader=reader, starts=starts)

@@ -12,13 +12,13 @@ from mainstay.events._kafka.tokens import Tokens
 from mainstay.events._log import Member, Partition, Stored
 from mainstay.events._relay import Carrier
 from mainstay.events._sparing import Sparing, said
-from mainstay.events._starts import Start
 from mainstay.events._transport import Reader, Source
 from mainstay.events.errors import PublishError
 from mainstay.events.metadata import Headers, Record
 from mainstay.events.settings import EventsSettings
 
 if TYPE_CHECKING:
+    from mainstay.events._kafka.starts import Starts
     from mainstay.events._kafka.topics import Topics
 
 _log = logging.getLogger("mainstay.events")
@@ -208,7 +208,7 @@ class Client(Protocol):
         ...
 
     def reading(
-        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, start: Start
+        self, topics: Topics, *, group: str, names: Sequence[str], reader: Reader, starts: Starts
     ) -> AbstractAsyncContextManager[Source]:
         """Read topics as a member of a group, see `Transport.source`."""
         ...
