@@ -219,10 +219,15 @@ async def test_a_call_that_is_over_is_noted_before_another_partition_calls(sqlit
     async def bury(_delivery: Delivery, _error: Exception) -> None:
         raise AssertionError
 
-    async def another() -> bool:
-        async with crashes.alone:
-            row = (await app.get(Database).read(sa.select(HOLDERS)))[0]
-            return bool(row.calling)
+    noted: list[bool] = []
+
+    async def note() -> None:
+        row = (await app.get(Database).read(sa.select(HOLDERS)))[0]
+        noted.append(bool(row.calling))
+
+    async def another() -> None:
+        with crashes.turn(clock) as turn:
+            await turn.begin(note)
 
     calling = asyncio.Event()
     route = Route("fault.step", "g")
@@ -248,7 +253,8 @@ async def test_a_call_that_is_over_is_noted_before_another_partition_calls(sqlit
         asked = asyncio.create_task(another())
         await asyncio.sleep(0)  # it has asked for its turn
         asking.set_result(None)
-        assert await asked is False
+        await asked
+        assert noted == [False]
         await reading.task
         await dispatcher.stop()
 
@@ -266,7 +272,6 @@ class Wards:
         failures = Failures("g", bury=self._bury, clock=clock)
         self.dispatcher = Dispatcher("g", {"fault.step": route}, concurrency=4, failures=failures, clock=clock)
         self.partition = partition
-        self.alone = crashes.alone
         self.reading: CarefulReading | None = None
         self._crashes, self._clock = crashes, clock
 
@@ -283,6 +288,11 @@ class Wards:
         """Whether an event is noted as called."""
         row = (await self.database.read(sa.select(HOLDERS)))[0]
         return bool(row.calling)
+
+    async def another_calls(self) -> None:
+        """Have the turn of a careful call in another group of the process, soon."""
+        with self._crashes.turn(self._clock) as turn:
+            await asyncio.wait_for(turn.begin(self.is_noted), 10)
 
     async def read_carefully(self) -> CarefulReading:
         """Begin to read one event of the partition."""
@@ -320,6 +330,7 @@ async def test_what_waits_for_a_place_is_not_noted_as_called(wards: Wards) -> No
     reading = await wards.read_carefully()
     reading.add([step(0, "k", 0)])
     await eventually(lambda: len(wards.partition.window) == 1, what="the event to wait for the place")
+    await wards.another_calls()
     assert not await wards.is_noted()
     wards.gates["other"].set()
     await reading.task
@@ -327,16 +338,16 @@ async def test_what_waits_for_a_place_is_not_noted_as_called(wards: Wards) -> No
     assert not await wards.is_noted()
 
 
-async def test_what_a_pause_holds_back_is_not_noted_as_called(wards: Wards) -> None:
-    """A person pauses the group while the event waits for its turn; an end of the process is not its then."""
+async def test_what_a_pause_holds_back_is_not_noted_as_called_and_holds_up_no_other_group(wards: Wards) -> None:
+    """A person pauses the group in the moment in which the event is handed out."""
     reading = await wards.read_carefully()
     paused = Pausing(wards.database, "g")
-    async with wards.alone:
-        reading.add([step(0, "k", 0)])
-        await asyncio.sleep(0)  # it asks for its turn
-        paused.whole = Pause("g", None, None, "ann", "it burns", datetime.now(UTC))
-        wards.dispatcher.heed(paused)
-    await eventually(lambda: len(wards.partition.window) == 1, what="the event to be held back")
+    reading.add([step(0, "k", 0)])
+    while not wards.partition.window:  # until it is handed out; no caller has looked at it then
+        await asyncio.sleep(0)
+    paused.whole = Pause("g", None, None, "ann", "it burns", datetime.now(UTC))
+    wards.dispatcher.heed(paused)
+    await wards.another_calls()
     assert not await wards.is_noted()
     paused.whole = None
     wards.dispatcher.heed(paused)

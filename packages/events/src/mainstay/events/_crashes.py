@@ -127,7 +127,7 @@ class Turn:
         self._over = True
         self._give_back()
 
-    async def begin(self, note: Callable[[], Awaitable[None]]) -> None:
+    async def begin(self, note: Callable[[], Awaitable[object]]) -> None:
         """Wait for the turn, and note that the event is called now."""
         await self._alone.acquire()
         self._has = True
