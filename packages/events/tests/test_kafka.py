@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from contextvars import Context, copy_context
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -436,9 +437,12 @@ async def committed(servers: str, group: str) -> int | None:
         await admin.close()
 
 
+@pytest.mark.parametrize("end", [Kafka.kill, Kafka.pause])
 @pytest.mark.usefixtures("soon_abandoned")
-async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, prefix: str, client: str) -> None:
-    """A consumer and a producer whose broker died are gone within seconds, and publishing says so."""
+async def test_stopping_is_bounded_also_with_the_broker_away(
+    broker: Kafka, prefix: str, client: str, end: Callable[[Kafka], None]
+) -> None:
+    """A consumer and a producer whose broker died are gone within seconds, with all their tasks."""
     events = EventRouter()
     seen: list[int] = []
 
@@ -450,13 +454,17 @@ async def test_stopping_is_bounded_also_with_the_broker_away(broker: Kafka, pref
     async with app.running(serve=True):
         await events.publish(Shipped(parcel="a", number=1))
         await eventually(lambda: seen == [1])
-        await asyncio.to_thread(broker.kill)
+        await asyncio.to_thread(end, broker)
         with pytest.raises(PublishError, match="did not confirm") as caught:
             await events.publish(Shipped(parcel="a", number=2))
         assert caught.value.retryable
         assert (await app.get(KafkaTransport).health()).status == "degraded"
         before = time.monotonic()
     assert time.monotonic() - before < 60
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    if end is Kafka.pause:
+        broker.resume()
 
 
 async def test_a_topic_is_not_made_where_the_settings_say_so(kafka: str, prefix: str, client: str) -> None:

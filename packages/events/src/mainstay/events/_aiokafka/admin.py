@@ -34,7 +34,7 @@ async def asking(contact: Contact) -> AsyncGenerator[AiokafkaAdmin]:
         await admin.start()
         yield AiokafkaAdmin(admin)
     finally:
-        await ended("the Kafka admin client", admin.close(), admin._client)
+        await ended("the Kafka admin client", admin.close(), admin)
 
 
 class AiokafkaAdmin:

@@ -98,7 +98,7 @@ class AiokafkaBrowser:
 
     async def close(self) -> None:
         """See `Browser`."""
-        await ended("a reader without a group", self._consumer.stop(), self._consumer._client)
+        await ended("a reader without a group", self._consumer.stop(), self._consumer)
 
 
 def _stored(record: Any) -> Stored:

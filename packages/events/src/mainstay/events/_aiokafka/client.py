@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
 from aiokafka.abc import AbstractTokenProvider
+from aiokafka.client import AIOKafkaClient
 
 from mainstay.events._kafka.seam import REQUEST_SECONDS, Contact
 from mainstay.events._kafka.tls import context_of
@@ -19,6 +21,7 @@ from mainstay.events._kafka.tokens import Tokens
 _log = logging.getLogger("mainstay.events")
 
 CLOSE_SECONDS = 5.0
+_ROUNDS = 5  # what is cancelled may wait for a task of its own first
 
 
 # By Kafka's names, those of aiokafka.
@@ -81,8 +84,17 @@ class _TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka s
         return token
 
 
-async def ended(what: str, stop: Coroutine[Any, Any, None], client: Any) -> None:
-    """Stop a client within seconds: aiokafka's own stop waits for a broker that is away."""
+async def ended(what: str, stop: Coroutine[Any, Any, None], owner: Any) -> None:
+    """Stop a consumer, a producer or an admin client within seconds, with all its tasks.
+
+    Aiokafka's own stop waits for a broker that is away. Given up half-way it leaves tasks that go on asking for ever.
+
+    Args:
+        what: names it in the log.
+        stop: what it does to stop.
+        owner: the consumer, producer or admin client.
+    """
+    (client,) = (part for part in vars(owner).values() if isinstance(part, AIOKafkaClient))
     task = asyncio.ensure_future(stop)
     try:
         done, _ = await asyncio.wait((task,), timeout=CLOSE_SECONDS)
@@ -95,5 +107,24 @@ async def ended(what: str, stop: Coroutine[Any, Any, None], client: Any) -> None
         # Also after a stop that went well: a connection that was being made meanwhile is open by now.
         with suppress(Exception):
             await asyncio.wait_for(client.close(), CLOSE_SECONDS)
+        await _end_tasks(owner)
         if task.done() and not task.cancelled() and task.exception() is not None:
             _log.info("%s ended with %r", what, task.exception())
+
+
+async def _end_tasks(owner: Any) -> None:
+    """Cancel what is left of the tasks of all parts of an owner: they keep no list of them."""
+    parts = {id(part) for part in (owner, *vars(owner).values()) if part is not None}
+    for _ in range(_ROUNDS):
+        tasks = [task for task in asyncio.all_tasks() if id(_self_of(task)) in parts]
+        if not tasks:
+            break
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=1.0)
+
+
+def _self_of(task: asyncio.Task[Any]) -> object:
+    """The object whose method a task runs, None for anything else."""
+    coroutine = task.get_coro()
+    return inspect.getcoroutinelocals(coroutine).get("self") if inspect.iscoroutine(coroutine) else None

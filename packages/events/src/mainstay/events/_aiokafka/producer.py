@@ -132,7 +132,7 @@ class KafkaProducer:
         self._shared = None
         self._own.clear()
         for producer in producers:
-            self._end(ended("a Kafka producer", producer.stop(), producer.client))
+            self._end(ended("a Kafka producer", producer.stop(), producer))
         if self._endings:
             await asyncio.wait(self._endings)
 
@@ -160,7 +160,7 @@ class KafkaProducer:
             async with asyncio.timeout(self._settings.send_seconds):
                 await producer.start()
         except BaseException as error:
-            await ended("a Kafka producer", producer.stop(), producer.client)
+            await ended("a Kafka producer", producer.stop(), producer)
             if isinstance(error, ClusterAuthorizationFailedError):
                 msg = "this service may not write to any topic: grant WRITE on those that it publishes to"
                 refused = NotAllowed(msg)
@@ -232,7 +232,7 @@ class KafkaProducer:
                 return  # by another who was refused
             if topic in self._own:
                 del self._own[topic]
-                self._end(ended("a Kafka producer", refused.stop(), refused.client))
+                self._end(ended("a Kafka producer", refused.stop(), refused))
             with suppress(*self._topics.away):  # then it begins with the shared one once more
                 self._own[topic] = await self._for_publishing()
 
@@ -309,7 +309,7 @@ class Carrier:
 
     def close(self) -> None:
         """End it, all being answered."""
-        self._end(ended("a Kafka producer", self._producer.stop(), self._producer.client))
+        self._end(ended("a Kafka producer", self._producer.stop(), self._producer))
 
     def abandon(self) -> None:
         """End it with what it has not answered for: none of that goes out from now on."""
@@ -318,7 +318,7 @@ class Carrier:
         for connection_ in client._conns.values():
             _discard(connection_)
             connection_.close()
-        self._end(ended("a Kafka producer", self._producer._sender.close(), client))
+        self._end(ended("a Kafka producer", self._producer._sender.close(), self._producer))
 
 
 def _behind_a_hole(batch: Sequence[Payload], answers: Sequence[object]) -> Sequence[Payload]:

@@ -97,7 +97,7 @@ async def reading(
             yield source
         await source.leave()
     finally:
-        await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer._client)
+        await ended(f"the Kafka consumer of group {group}", consumer.stop(), consumer)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types

@@ -31,4 +31,4 @@ async def stored(contact: Contact, topic: str, partition: int, offset: int | Non
             for record in (await consumer.getmany(place, timeout_ms=1000)).get(place, ()):
                 yield record
     finally:
-        await ended("a reader of stored records", consumer.stop(), consumer._client)
+        await ended("a reader of stored records", consumer.stop(), consumer)
