@@ -11,6 +11,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
+from aiokafka import AIOKafkaProducer
 from pydantic import SecretStr
 
 from mainstay.cli import main
@@ -26,8 +27,10 @@ from mainstay.events import (
     EventRouter,
     EventsModule,
     EventsSettings,
+    Metadata,
     RedriveError,
 )
+from mainstay.events.foreign import Plain
 from mainstay.events.tables import DEAD_LETTERS, INBOX
 from mainstay.events.testing import in_memory
 
@@ -300,6 +303,65 @@ async def test_without_a_table_they_are_edited_and_discarded_too(kafka: str, pre
         await letters.discard(bob.id, reason="a test order")
         await eventually(lambda: handled == [1])
         assert await letters.list(state=None) == []
+
+
+async def test_without_a_table_a_record_of_others_keeps_its_identity_through_edits(
+    kafka: str, prefix: str, client: str
+) -> None:
+    """An inbox of another service, or a handler that looks at the id, takes it for the same event."""
+
+    class Counted(Event, type="stock.counted", topic=prefix, key="item", decoder=Plain("stock.counted")):
+        item: str
+        amount: int
+
+    events = EventRouter()
+    seen: list[tuple[int, str, str | None]] = []
+
+    @events.on(Counted, group=prefix, retry=Retry(attempts=1))
+    async def count(event: Counted, meta: Metadata) -> None:
+        seen.append((event.amount, meta.id, meta.correlation_id))
+        if event.amount < 0:
+            msg = "less than none"
+            raise RuntimeError(msg)
+
+    settings = EventsSettings(
+        transport="kafka", kafka_servers=kafka, kafka_client=client, outbox=False, source=prefix, partitions=1
+    )
+    async with AIOKafkaProducer(bootstrap_servers=kafka) as producer:
+        await producer.send_and_wait(prefix, b'{"item": "84406", "amount": -1}', key=b"84406")
+    async with App(EventsModule.for_root(settings), EventsModule.for_feature(events)).running(serve=True) as app:
+        letters = app.get(DeadLetters)
+        await eventually(letters.list, every_seconds=0.2, what="the dead letter")
+        (letter,) = await letters.list()
+        for amount in (2, 3):
+            edited = await letters.edit(letter.id, b'{"item": "84406", "amount": %d}' % amount)
+        assert edited.correlation_id == letter.correlation_id == seen[0][1]
+        await letters.redrive(letter.id)
+        await eventually(lambda: len(seen) == 2)
+        assert seen[1] == (3, seen[0][1], seen[0][2])
+
+
+async def test_an_edit_of_a_structured_event_names_the_same_event() -> None:
+    """Its id is part of its value, so that an edit could change it, and what has seen the event would not know it."""
+    events = EventRouter()
+
+    @events.on(Billed, group="office", retry=Retry(attempts=1))
+    async def bill(event: Billed) -> None:
+        raise RuntimeError
+
+    def written(id: str, cents: int) -> bytes:
+        data = {"customer": "ann", "cents": cents}
+        return json.dumps({"specversion": "1.0", "type": "bill.sent", "source": "x", "id": id, "data": data}).encode()
+
+    async with in_memory(events) as rehearsal:
+        headers = [("content-type", b"application/cloudevents+json")]
+        await rehearsal.receive("bill", written("100", -1), key=b"ann", headers=headers)
+        await rehearsal.settled()
+        (letter,) = await rehearsal.dead_letters()
+        letters = rehearsal.app.get(DeadLetters)
+        with pytest.raises(ValueError, match="has another id: edited it would be another event"):
+            await letters.edit(letter.id, written("101", 1))
+        await letters.edit(letter.id, written("100", 1))
 
 
 async def test_in_memory_they_have_the_same_states() -> None:

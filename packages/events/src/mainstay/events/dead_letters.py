@@ -17,10 +17,21 @@ from mainstay.database import Database
 from mainstay.events._codec import codec_of
 from mainstay.events._decoding import FIRST_READ, OURS, identity, is_cloud_event
 from mainstay.events._routes import Handling, Routes
-from mainstay.events._structured import understood
+from mainstay.events._structured import is_structured, understood
 from mainstay.events.errors import DecodeError, RedriveError
 from mainstay.events.event import Event
-from mainstay.events.metadata import CORRELATION, ONLY_GROUP, TYPE, UNREADABLE, VERSION, Headers, Outgoing, Record
+from mainstay.events.metadata import (
+    CORRELATION,
+    ID,
+    ONLY_GROUP,
+    SOURCE,
+    TYPE,
+    UNREADABLE,
+    VERSION,
+    Headers,
+    Outgoing,
+    Record,
+)
 
 __all__ = ["DeadLetter", "DeadLetters"]
 
@@ -49,6 +60,7 @@ class DeadLetter:
         reason: why it was discarded.
         changed_by: who redrove, discarded or edited it last, as they said.
         changed_at: when, in UTC.
+        first_read: the id of a record of others that was edited where what was received is not kept beside it.
     """
 
     id: UUID
@@ -69,18 +81,25 @@ class DeadLetter:
     reason: str = ""
     changed_by: str = ""
     changed_at: datetime | None = None
+    first_read: str = ""
 
     @property
     def correlation_id(self) -> str | None:
         """The conversation that the event is part of."""
-        if self._is_foreign:
-            return identity(self)
+        if self.is_foreign:
+            return self.identity
         value = dict(understood(self).headers).get(CORRELATION)
         return None if value is None else value.decode(errors="replace")
 
     @property
-    def _is_foreign(self) -> bool:
+    def is_foreign(self) -> bool:
+        """Whether it is a record of others, which has no id of its own."""
         return bool(self.type) and not is_cloud_event(self)
+
+    @property
+    def identity(self) -> str:
+        """What stands for the id of a record of others, also after an edit."""
+        return self.first_read or identity(replace(self, value=self.received) if self.edited else self)
 
     @classmethod
     def of(
@@ -108,9 +127,8 @@ class DeadLetter:
     def again(self) -> Outgoing:
         """The event as it is sent again: for its group only, so that those who handled it do not do so twice."""
         headers = [(name, value) for name, value in self.headers if name not in {ONLY_GROUP, FIRST_READ}]
-        if self._is_foreign:  # its place is its id, and it comes to another one
-            before = self if self.received is None else replace(self, value=self.received)
-            headers.insert(0, (FIRST_READ, identity(before).encode()))
+        if self.is_foreign:  # its place is its id, and it comes to another one
+            headers.insert(0, (FIRST_READ, self.identity.encode()))
         return Outgoing(self.topic, self.key, self.value, [(ONLY_GROUP, self.group.encode()), *headers])
 
 
@@ -279,7 +297,8 @@ class DeadLetters:
         Raises:
             RedriveError: there is none with this id (any more), or it was redriven.
             DecodeError: the class does not read this; the message names the fields.
-            ValueError: the key is another: that would be out of order with its own; publish an event instead.
+            ValueError: the key is another: that would be out of order with its own; publish an event instead. Or it is
+                a CloudEvent in structured mode with another id.
             ConfigurationError: this App has no handler for it in its group.
         """
         letter = await self.get(id)
@@ -289,6 +308,9 @@ class DeadLetters:
         # A record of others has the key that they gave it, not one that its value names.
         if is_cloud_event(letter) and codec_of(type(event)).key(event) != letter.key:
             msg = f"dead letter {id} has another key: an edited event stays where it is in order; publish one instead"
+            raise ValueError(msg)
+        if is_structured(letter) and (other := _other_name(understood(letter), seen)):
+            msg = f"dead letter {id} has another {other}: edited it would be another event; publish one instead"
             raise ValueError(msg)
         if not await self._store.edit(letter, value, _who(by)):
             raise _settled(await self.get(id))
@@ -358,6 +380,12 @@ class DeadLetters:
             )
             raise ConfigurationError(msg)
         return route.handling(headers.get(VERSION) or b"1.0")
+
+
+def _other_name(received: Record, edited: Record) -> str | None:
+    """By which of the attributes that name an event another one is meant; a record that could not be read has none."""
+    before, now = dict(received.headers), dict(edited.headers)
+    return next((name.removeprefix("ce_") for name in (ID, SOURCE) if before.get(name, now.get(name)) != now.get(name)), None)
 
 
 class _RollBackError(Exception):

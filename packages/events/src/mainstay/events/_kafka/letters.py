@@ -83,14 +83,7 @@ class KafkaDeadLetters:
         kept = (await self._read()).get(letter.id)
         if kept is None:
             return False
-        whole = kept.letter if kept.whole else await self._with_its_record(kept.letter)
-        if whole is None:
-            msg = (
-                f"dead letter {letter.id} was too large to be kept, and its record is no longer in "
-                f"{letter.topic}/{letter.partition}@{letter.offset}: there is nothing to send again"
-            )
-            raise RedriveError(msg)
-        again = whole.again()
+        again = (await self._whole(kept)).again()
         await self._producer.send(again.topic, [(again.key, again.value, again.headers)])
         await self._write(letter.id, None, [])
         return True
@@ -111,13 +104,33 @@ class KafkaDeadLetters:
         kept = (await self._read()).get(letter.id)
         if kept is None:
             return False
-        edited = replace(letter, value=value, edited=True, changed_by=by, changed_at=self._clock.now())
+        whole = await self._whole(kept)
+        first_read = whole.identity if whole.is_foreign else ""
+        edited = replace(
+            whole, value=value, edited=True, changed_by=by, changed_at=self._clock.now(), first_read=first_read
+        )
         try:
             await self._write(letter.id, value, _headers_of(edited, whole=True))
         except TooLargeError as error:
             msg = f"dead letter {letter.id} cannot be edited: its topic takes no record of that size beside its error"
             raise RedriveError(msg) from error
         return True
+
+    async def _whole(self, kept: _Kept) -> DeadLetter:
+        """A letter with its record.
+
+        Raises:
+            RedriveError: that is kept nowhere any more.
+        """
+        letter = kept.letter
+        whole = letter if kept.whole else await self._with_its_record(letter)
+        if whole is None:
+            msg = (
+                f"dead letter {letter.id} was too large to be kept, and its record is no longer in "
+                f"{letter.topic}/{letter.partition}@{letter.offset}: there is nothing to send again"
+            )
+            raise RedriveError(msg)
+        return whole
 
     async def _with_its_record(self, letter: DeadLetter) -> DeadLetter | None:
         """The letter with what is at its place, None where that is another record by now, or nothing."""
@@ -167,6 +180,7 @@ def _headers_of(letter: DeadLetter, *, whole: bool) -> Headers:
         "time": letter.time.isoformat(),
         "type": letter.type,
         "edited": letter.edited,
+        "first_read": letter.first_read,
         "changed_by": letter.changed_by,
         "changed_at": letter.changed_at and letter.changed_at.isoformat(),
     }
@@ -191,6 +205,7 @@ def _letter_of(id: UUID, headers: Headers, value: bytes) -> _Kept:
         time=datetime.fromisoformat(facts["time"]),
         type=facts["type"],
         edited=facts["edited"],
+        first_read=facts["first_read"],
         changed_by=facts["changed_by"],
         changed_at=datetime.fromisoformat(facts["changed_at"]) if facts["changed_at"] else None,
     )
