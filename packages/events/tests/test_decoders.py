@@ -254,6 +254,34 @@ async def test_a_document_of_mongodb_is_a_row() -> None:
     assert '{"$oid": "596e"}' in [meta.key for _, meta in seen.seen]
 
 
+async def test_an_update_without_its_document_is_refused_with_what_to_do_or_skipped() -> None:
+    """It held back its document's key until a person looked, each time that one was deleted soon after an update."""
+
+    class Kept(Event, type="document.changed", topic="shop.documents", key="id", decoder=Debezium("document")):
+        id: int
+
+    lenient = Debezium("paper", partial="skip")
+
+    class Passed(Event, type="paper.changed", topic="shop.papers", key="id", decoder=lenient):
+        id: int
+
+    class Gone(Event, type="paper.deleted", topic="shop.papers", key="id", decoder=lenient):
+        id: int
+
+    seen = Seen(Kept, Passed, Gone)
+    partial = change("u", updateDescription='{"updatedFields": "{\\"id\\": 1}"}').encode()
+    async with in_memory(seen.events) as rehearsal:
+        for topic in ("shop.documents", "shop.papers"):
+            await rehearsal.receive(topic, partial, key=b'{"id": "7"}')
+            await rehearsal.receive(topic, change("d").encode(), key=b'{"id": "7"}')
+        await rehearsal.settled()
+        (letter,) = await rehearsal.dead_letters()
+        assert letter.topic == "shop.documents"
+        assert "change_streams_update_full" in letter.error
+        assert "partial='skip'" in letter.error
+    assert seen.all == [Gone(id=7)]
+
+
 UNREADABLE = [
     ("warehouse.stock", b"\xff", "it is not UTF-8"),
     ("warehouse.stock", b"{", "stock.counted cannot be read"),

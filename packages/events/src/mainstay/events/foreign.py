@@ -166,10 +166,15 @@ class Debezium:
     Args:
         stem: how the types of the events begin.
         format: of keys and values: `json` with schemas or without, or `avro` and `protobuf` by a schema registry.
+        partial: what becomes of an update of MongoDB that says what was changed in a document, and not what it is then.
+            `refuse`: it cannot be read, and its handler says what happens then. `skip`: it is passed over and counted,
+            for a connector with `capture.mode=change_streams_update_full`. That writes such an update only where the
+            document was deleted soon after, so that its deletion follows.
     """
 
     stem: str
     format: Format = "json"
+    partial: Literal["refuse", "skip"] = "refuse"
 
     def decode(self, record: Received, schemas: Schemas) -> Decoded | None:
         """See `Decoder`."""
@@ -189,6 +194,8 @@ class Debezium:
         key = _Key(record.key, self.format, schemas)
         row = "{}"
         if what == "changed":
+            if _is_partial(change) and self.partial == "skip":
+                return None
             row = _object(_row(change, "after"))
         elif what == "deleted":
             before = _row(change, "before", optional=True)
@@ -270,11 +277,12 @@ def _row(change: Mapping[str, str], name: str, *, optional: bool = False) -> dic
     said = change.get(name, "null")
     if optional and said == "null":
         return {}
-    if said == "null" and change.get("updateDescription", "null") != "null":
+    if _is_partial(change):
         msg = (
             "the change event says what was changed in a document, and not what it is then: have Debezium "
-            "write it by capture.mode=change_streams_update_full. Of a document that was deleted soon after even that "
-            "knows no more: skip this, its deletion follows"
+            "write that by capture.mode=change_streams_update_full. Of a document that was deleted soon after even "
+            "that mode knows no more, and its deletion follows: skip this event, and say Debezium(…, partial='skip') "
+            "for those to come"
         )
         raise DecodeError(msg)
     if said.startswith('"'):  # a document of MongoDB is written as text
@@ -289,6 +297,11 @@ def _row(change: Mapping[str, str], name: str, *, optional: bool = False) -> dic
         msg = f"the change event has no row {name}"
         raise DecodeError(msg)
     return {column: value for column, value in members(said).items() if not _is_untold(value)}
+
+
+def _is_partial(change: Mapping[str, str]) -> bool:
+    """Whether an update says what was changed in a document of MongoDB, and not what it is then."""
+    return change.get("after", "null") == "null" and change.get("updateDescription", "null") != "null"
 
 
 def _is_untold(value: str) -> bool:
