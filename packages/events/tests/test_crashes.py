@@ -343,7 +343,7 @@ async def test_what_a_pause_holds_back_is_not_noted_as_called_and_holds_up_no_ot
     reading = await wards.read_carefully()
     paused = Pausing(wards.database, "g")
     reading.add([step(0, "k", 0)])
-    while not wards.partition.window:  # until it is handed out; no caller has looked at it then
+    while not wards.partition.window:  # noqa: ASYNC110  it is handed out, and no caller has looked at it yet
         await asyncio.sleep(0)
     paused.whole = Pause("g", None, None, "ann", "it burns", datetime.now(UTC))
     wards.dispatcher.heed(paused)

@@ -449,14 +449,14 @@ class Unlucky:
         async def ask(of: Any, topic: str) -> Any:
             if self.lost.is_set():
                 await self.goes_on.wait()
-            return await committed(of, topic)  # type: ignore[arg-type]  # it is one of two
+            return await committed(of, topic)
 
         async def commit(of: Any, topic: str, offsets: Any) -> Any:
             if self.lost.is_set():
-                return await commit_first(of, topic, offsets)  # type: ignore[arg-type]  # as above
+                return await commit_first(of, topic, offsets)
             await asyncio.to_thread(broker.pause)
             try:
-                return await commit_first(of, topic, offsets)  # type: ignore[arg-type]  # as above
+                return await commit_first(of, topic, offsets)
             finally:
                 self.lost.set()
 

@@ -385,7 +385,8 @@ class DeadLetters:
 def _other_name(received: Record, edited: Record) -> str | None:
     """By which of the attributes that name an event another one is meant; a record that could not be read has none."""
     before, now = dict(received.headers), dict(edited.headers)
-    return next((name.removeprefix("ce_") for name in (ID, SOURCE) if before.get(name, now.get(name)) != now.get(name)), None)
+    other = [name for name in (ID, SOURCE) if before.get(name, now.get(name)) != now.get(name)]
+    return other[0].removeprefix("ce_") if other else None
 
 
 class _RollBackError(Exception):
