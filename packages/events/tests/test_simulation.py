@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import sqlalchemy as sa
 from mainstay.core import Retry, given
 from mainstay.database import Database
 from mainstay.events import DecodeError, Event, EventRouter, Metadata, RetryLater
-from mainstay.events.testing import Simulation, SimulationFailedError, simulate
-from mainstay.events.testing._plan import calm, plan_of
+from mainstay.events.testing import OrderError, Simulation, SimulationFailedError, simulate
+from mainstay.events.testing._broker import _Carrier
+from mainstay.events.testing._plan import Fault, Plan, calm, plan_of
+from mainstay.events.testing._processes import AT_SEND
 from mainstay.events.testing._simulation import Trials
 
 METADATA = sa.MetaData()
@@ -552,3 +555,34 @@ def test_a_seed_is_the_same_run_in_another_process(tmp_path: Path):
         command = [sys.executable, "-c", code, str(tmp_path / hashes)]
         done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, check=True)
         assert done.stdout.decode().splitlines() == here
+
+
+# Between the relay and the broker
+
+
+def relayed(kind: int, *, processes: int = 1, amount: float = 0.0) -> Plan:
+    """The plan in which this happens to the first batch that is sent."""
+    fault = Fault(moment=0, commits=False, kind=(kind + 0.5) / len(AT_SEND), amount=amount)
+    return Plan(7, processes, 0.05, 0.0, {0: fault}, tuple(range(4)), (1, 4), relayed=True)
+
+
+@pytest.mark.parametrize("kind", range(len(AT_SEND)), ids=[each.replace(" ", "-") for each in AT_SEND])
+def test_whatever_happens_to_a_batch_that_is_sent_an_inbox_counts_its_events_once(kind: int, tmp_path: Path) -> None:
+    """It is sent by the next relay, once more where the broker has had it already."""
+    run = Trials(CountsInTheInbox, tmp_path).run(relayed(kind, processes=2, amount=1.0))
+    assert run.error is None, run.story
+
+
+def test_a_handler_that_takes_each_delivery_for_an_event_is_found_where_a_relay_dies(tmp_path: Path) -> None:
+    """Its handler was never disturbed: the batch came twice."""
+    run = Trials(CountsWithoutInbox, tmp_path).run(relayed(AT_SEND.index("crash after")))
+    assert isinstance(run.error, AssertionError)
+    assert any("crashes after it sent" in line for line in run.story), run.story
+
+
+def test_a_relay_that_sends_after_its_lease_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault of the relay: frozen for longer than its lease, it sends behind its successor."""
+    monkeypatch.setattr(_Carrier, "deadline", property(lambda _: math.inf, lambda *_: None), raising=False)
+    run = Trials(CountsInTheInbox, tmp_path).run(relayed(AT_SEND.index("freeze before"), processes=2, amount=1.0))
+    assert isinstance(run.error, OrderError), run.story
+    assert "was sent again behind" in str(run.error)

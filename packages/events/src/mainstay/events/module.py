@@ -24,7 +24,7 @@ from mainstay.events._memory import MemorySchedule, MemoryTransport
 from mainstay.events._outbox import Outbox
 from mainstay.events._parking import Parking
 from mainstay.events._registry import SchemaRegistry, check_format, context_of
-from mainstay.events._relay import OutboxRelay
+from mainstay.events._relay import Broker, OutboxRelay
 from mainstay.events._retention import LogRetention
 from mainstay.events._routes import Batching, Limits, Route, Routes
 from mainstay.events._schedule import ScheduleMover, SqlSchedule
@@ -83,6 +83,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
 
     name: ClassVar[str] = "events"
     _watch: Watch | None = None  # put around each handler by simulations
+    _relay_to: Broker | None = None  # what stands between the outbox and the log in simulations
 
     def requires(self) -> Sequence[type[Module[Any, Any]]]:
         """The Database, where the log, the outbox, an inbox or parked keys are kept in it."""
@@ -232,7 +233,7 @@ class EventsModule(Module[EventsSettings, EventRouter]):
         async with AsyncExitStack() as stack:
             foreign = self._decoders()
             send, transport, letters, schedule = await _transport(
-                app, settings, database, services, stack, foreign=foreign
+                app, settings, database, services, stack, foreign=foreign, relay_to=self._relay_to
             )
             if isinstance(transport, SqlTransport):
                 app.serve("log", self._retention(app, transport.database).run)
@@ -299,6 +300,7 @@ async def _transport(
     stack: AsyncExitStack,
     *,
     foreign: Collection[str],
+    relay_to: Broker | None,
 ) -> tuple[Callable[..., Awaitable[None]], Transport, DeadLetterStore, Schedule | None]:
     """Where publishing writes, where consumers read, where dead letters go, where events wait for their time."""
     if settings.transport == "memory":
@@ -317,6 +319,10 @@ async def _transport(
             clock=app.clock,
         )
         services.append(log)
+        if relay_to is not None:
+            outbox, _, schedule = _relayed(app, settings, database, relay_to)
+            services.append(ScheduledEvents(schedule))
+            return outbox.send, log, _letters(app, settings, database, outbox.send_again), schedule
         schedule = _schedule(app, settings, database, log.send)
         services.append(ScheduledEvents(schedule))
         return log.send, log, _letters(app, settings, database, log.send), schedule
@@ -329,11 +335,20 @@ async def _transport(
         direct = _kafka.Direct(kafka.producer, partial(_database_of, app) if has_database else None)
         return direct.send, kafka, kafka.letters(), None
     assert database is not None  # noqa: S101  required
+    outbox, relay, schedule = _relayed(app, settings, database, kafka)
+    services += [relay, RefusedEvents(database, outbox), ScheduledEvents(schedule)]
+    return outbox.send, kafka, _letters(app, settings, database, outbox.send_again), schedule
+
+
+def _relayed(
+    app: App, settings: EventsSettings, database: Database, broker: Broker
+) -> tuple[Outbox, OutboxRelay, SqlSchedule]:
+    """The outbox, what carries it to a broker, and where events wait for their time before it."""
     outbox = Outbox(database, _kafka.check_size)
     relay = OutboxRelay(
         database,
         outbox,
-        kafka,
+        broker,
         lease_seconds=settings.lease_seconds,
         most_bytes=settings.outbox_bytes,
         clock=app.clock,
@@ -341,10 +356,7 @@ async def _transport(
     )
     app.serve("relay", relay.serve)
     app.serve("outbox", relay.rows.measure)
-    services += [relay, RefusedEvents(database, outbox)]
-    schedule = _schedule(app, settings, database, outbox.send_again, _kafka.check_size)
-    services.append(ScheduledEvents(schedule))
-    return outbox.send, kafka, _letters(app, settings, database, outbox.send_again), schedule
+    return outbox, relay, _schedule(app, settings, database, outbox.send_again, _kafka.check_size)
 
 
 def _spans(settings: EventsSettings) -> Spans | None:

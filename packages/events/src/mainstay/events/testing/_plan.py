@@ -16,6 +16,7 @@ Seed = int | str
 
 _MOST_FAULTS = 6
 _COMMITS = 0.35
+_RELAYED = 0.3
 _SEED = re.compile(r"(?P<number>\d+)(?: faults (?P<faults>[\d,]+|none))?(?: events (?P<events>[\d,]+))?")
 
 
@@ -47,6 +48,8 @@ class Plan:
         hurry: how long things take, from 0 (no time at all) to 1.
         faults: by their places in the seed's list.
         events: the places of the events that are published.
+        whole: how many faults and events there are in the seed.
+        relayed: whether events go through an outbox and a broker, instead of to the log itself.
     """
 
     number: int | None
@@ -56,6 +59,7 @@ class Plan:
     faults: dict[int, Fault]
     events: tuple[int, ...]
     whole: tuple[int, int]
+    relayed: bool = False
 
     @property
     def seed(self) -> Seed:
@@ -101,11 +105,12 @@ def plan_of(seed: Seed, moments: int, events: int) -> Plan:
         place: Fault(int(random.random() * moments), random.random() < _COMMITS, random.random(), random.random())
         for place in range(count)
     }
+    relayed = random.random() < _RELAYED
     if said["faults"] is not None:
         kept = [] if said["faults"] == "none" else [int(place) for place in said["faults"].split(",")]
         faults = {place: faults[place] for place in kept}
     published = range(events) if said["events"] is None else [int(place) for place in said["events"].split(",")]
-    return Plan(number, processes, pace_seconds, hurry, faults, tuple(published), (count, events))
+    return Plan(number, processes, pace_seconds, hurry, faults, tuple(published), (count, events), relayed)
 
 
 def shrunk(plan: Plan, fails: Callable[[Plan], bool], tries: int) -> Plan:

@@ -15,10 +15,11 @@ from mainstay.core.module import Feature
 from mainstay.database import CommitUnknown, DatabaseUnavailable
 from mainstay.database.testing import SimulatedDatabase
 from mainstay.events.event import Event
-from mainstay.events.metadata import Metadata
+from mainstay.events.metadata import ID, Metadata, Outgoing
 from mainstay.events.module import EventsModule
 from mainstay.events.router import EventRouter, Subscription
 from mainstay.events.settings import EventsSettings
+from mainstay.events.testing._broker import Sender, SimulatedBroker, SimulatedTopics
 from mainstay.events.testing._world import ProcessLoop, World
 
 T = TypeVar("T")
@@ -34,6 +35,10 @@ _DRAIN_SECONDS = 1.0
 AT_AWAIT = (*("crash",) * 4, *("cancel",) * 3, *("slow",) * 3, "freeze", "freeze", "leave", "join")
 AT_COMMIT = ("crash before", "crash after", "crash after", "refused", "refused", "lost", "arrived", "freeze", "slow")
 AT_END = ("crash", "again", "again")
+AT_SEND = (
+    *("crash before", "crash after", "crash after", "freeze before", "freeze after"),
+    *("lost", "lost", "refused", "slow"),
+)
 
 _about: ContextVar[str] = ContextVar("mainstay_events_simulated")
 
@@ -50,6 +55,11 @@ def settings() -> EventsSettings:
         retry_attempts=_MANY_ATTEMPTS,
         crash_attempts=_MANY_ATTEMPTS,
     )
+
+
+def broker_of(topics: SimulatedTopics | None, sender: Sender | None) -> SimulatedBroker | None:
+    """What a process relays to; None in a run in which it publishes to the log itself."""
+    return None if topics is None else SimulatedBroker(topics, sender, settings().partitions)
 
 
 class RepeatedError(MainstayError):
@@ -80,8 +90,14 @@ class Course(Protocol):
         """Write a line of the story."""
         ...
 
+    topics: SimulatedTopics | None  # where events are relayed
+
     def name_of(self, meta: Metadata) -> str:
         """An event's name in the story."""
+        ...
+
+    def name_by(self, id: str) -> str:
+        """The same, by its id."""
         ...
 
     def called(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
@@ -134,6 +150,7 @@ class Process:
     async def _live(self) -> None:
         module = EventsModule.for_root(settings())
         module._watch = self._watch
+        module._relay_to = broker_of(self._course.topics, self)
         app = App(
             self.database.module,
             module,
@@ -221,6 +238,36 @@ class Process:
                 self._strike(kind, amount)
                 await asyncio.sleep(0)
             work()
+
+    async def sending(self, events: Sequence[Outgoing], hand_over: Callable[[], asyncio.Future[None]]) -> None:
+        """See `Sender`."""
+        course = self._course
+        await asyncio.sleep(0.0002 + course.some(0.01))
+        kind, amount = course.moment(AT_SEND)
+        name = ", ".join(course.name_by((dict(event.headers).get(ID) or b"").decode()) for event in events)
+        if kind == "crash before":
+            await self._end(f"before it sends {name}")
+        elif kind == "refused":
+            course.note(self, f"is refused by the broker: {name}")
+            msg = "simulated: the broker does not take it now"
+            raise ConnectionError(msg)
+        elif kind == "slow":
+            await asyncio.sleep(self._slow(amount, f"before it sends {name}"))
+        elif kind == "freeze before":
+            course.note(self, f"is about to send {name}")
+            self._strike("freeze", amount)
+            await asyncio.sleep(0)
+        answer = hand_over()
+        course.note(self, f"sends {name}")
+        if kind == "crash after":
+            await self._end(f"after it sent {name}")
+        elif kind == "lost":
+            course.note(self, f"never hears that the broker has {name}")
+            await asyncio.get_running_loop().create_future()
+        elif kind == "freeze after":
+            self._strike("freeze", amount)
+            await asyncio.sleep(0)
+        await answer
 
     async def _end(self, when: str) -> None:
         self.crash(when)

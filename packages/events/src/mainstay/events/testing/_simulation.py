@@ -26,6 +26,7 @@ from mainstay.database import Database, DatabaseBusy, upgrade
 from mainstay.database.schema import SCHEMA as DATABASE
 from mainstay.database.testing import SimulatedDatabase
 from mainstay.events._snapshot import START, Place
+from mainstay.events._sql import SqlTransport
 from mainstay.events.dead_letters import DeadLetters
 from mainstay.events.event import Event, definition_of
 from mainstay.events.metadata import ID, TYPE, Metadata
@@ -34,15 +35,17 @@ from mainstay.events.parked import ParkedKeys
 from mainstay.events.publisher import EventPublisher
 from mainstay.events.router import EventRouter, Subscription
 from mainstay.events.strategies import RetryLater
-from mainstay.events.tables import LOG, READ_PLACES, SCHEMA, unpack_headers
+from mainstay.events.tables import LOG, OUTBOX, READ_PLACES, SCHEMA, unpack_headers
+from mainstay.events.testing._broker import SimulatedTopics
 from mainstay.events.testing._plan import Plan, Seed, calm, plan_of, shrunk
-from mainstay.events.testing._processes import AT_COMMIT, Process, is_of_the_start, settings
+from mainstay.events.testing._processes import AT_COMMIT, Process, broker_of, is_of_the_start, settings
 from mainstay.events.testing._world import ProcessLoop, World
 
 _LOOK_SECONDS = 0.25
 _STARTS = 20
 _SHRINK_TRIES = 30
 _LINES = 60
+_OUTBOX = sa.select(OUTBOX.c.topic)
 _EVENTS = sa.select(LOG.c.position, LOG.c.topic, LOG.c.partition, LOG.c.key, LOG.c.headers).order_by(LOG.c.position)
 
 
@@ -274,6 +277,8 @@ class Run:
         self._starts = 0
         self._judged = False
         self._names: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}  # the order, by id
+        self.topics: SimulatedTopics | None = None
         self._order = 0
         self._first_call: dict[tuple[str, str], tuple[int, frozenset[str]]] = {}  # when, and behind which others
         self._first_return: dict[tuple[str, str], int] = {}
@@ -287,6 +292,7 @@ class Run:
         """Do it; `error` says how it ended."""
         database = SimulatedDatabase(self.file, _Outside())
         loop = ProcessLoop(self.world, lambda: None)
+        self.topics = SimulatedTopics(self.world, loop) if self.plan.relayed else None
         task = loop.create_task(self._outside(database), context=Context())
         self.world.run(lambda: task.done() or self.error is not None)
         if self.error is None:
@@ -301,14 +307,19 @@ class Run:
 
     async def _outside(self, database: SimulatedDatabase) -> None:
         module = EventsModule.for_root(settings())
+        module._relay_to = broker_of(self.topics, None)
         async with App(database.module, module, clock=self.world.clock) as app:
             db = app.get(Database)
             await self._subject.start(db)
+            if self.topics is not None:
+                asyncio.get_running_loop().create_task(self.topics.serve(app.get(SqlTransport)))
             for _ in range(self.plan.processes):
                 self.joins()
             await self._publish(app)
             await self._handled(app, db)
-            self._check_order(await db.read(_EVENTS))
+            rows = await db.read(_EVENTS)
+            self._check_published(rows)
+            self._check_order(rows)
             events = self._subject.events()
             await self._subject.check(db, [events[place] for place in self.plan.events])
 
@@ -316,6 +327,7 @@ class Run:
         events = self._subject.events()
         for place in self.plan.events:
             id_ = await self._published(app.get(EventPublisher), events[place])
+            self._numbers[id_] = len(self._numbers)
             self._names[id_] = f"{definition_of(type(events[place])).type} #{place}"
             pace = self.plan.pace_seconds
             await asyncio.sleep(pace if self.plan.number is None else self._random.random() * pace)
@@ -349,6 +361,8 @@ class Run:
         }
         places = {(row.group_name, row.topic, row.partition): Place.of(row) for row in await db.read(READ_PLACES)}
         missing: list[str] = []
+        if self.topics is not None and (waiting := await db.read(_OUTBOX)):
+            missing.append(f"{len(waiting)} events wait in the outbox")
         for row in await db.read(_EVENTS):
             headers = dict(unpack_headers(row.headers))
             id_ = (headers.get(ID) or b"").decode()
@@ -374,6 +388,37 @@ class Run:
         type_ = (headers.get(TYPE) or b"").decode()
         return [each for each in self._subscriptions if type_ in {definition_of(event).type for event in each.events}]
 
+    def _check_published(self, rows: Sequence[Any]) -> None:
+        """Whether all came to the log, equal keys as they were published.
+
+        What a relay sends again it sends with all that follows, so that the newest event of a key comes last.
+        """
+        newest: dict[tuple[str, bytes], int] = {}
+        last: dict[tuple[str, bytes], int] = {}
+        there: set[int] = set()
+        for row in rows:
+            number = self._numbers.get((dict(unpack_headers(row.headers)).get(ID) or b"").decode())
+            if number is None:  # a handler has published it
+                continue
+            key = row.topic, row.key or b"%d" % number
+            if number < newest.get(key, -1) and number not in there:
+                msg = f"{self._name(number)} was sent behind {self._name(newest[key])}, which was published later"
+                raise OrderError(msg)
+            there.add(number)
+            last[key] = number
+            newest[key] = max(number, newest.get(key, -1))
+        late = [key for key, number in last.items() if number < newest[key]]
+        if late:
+            msg = f"{self._name(last[late[0]])} was sent again behind {self._name(newest[late[0]])}"
+            raise OrderError(msg)
+        lost = [name for name, number in self._numbers.items() if number not in there]
+        if lost:
+            msg = f"{', '.join(map(self.name_by, lost))} did not come to the log"
+            raise NotHandledError(msg)
+
+    def _name(self, number: int) -> str:
+        return self.name_by(list(self._numbers)[number])
+
     def _check_order(self, rows: Sequence[Any]) -> None:
         handled: defaultdict[tuple[str, str, bytes], list[tuple[int, str, str]]] = defaultdict(list)
         for row in rows:
@@ -386,6 +431,8 @@ class Run:
                     continue
                 when, with_it = called
                 before = handled[group, row.topic, row.key]
+                if any(each[1] == id_ for each in before):  # it was sent twice
+                    continue
                 late = [each for each in before if when < each[0] and each[1] not in with_it]
                 if late:
                     msg = f"group {group} was called with {name} before {max(late)[2]} had been handled"
@@ -415,6 +462,10 @@ class Run:
     def name_of(self, meta: Metadata) -> str:
         """See `Course`."""
         return self._names.setdefault(meta.id, f"{meta.type} {meta.key or ''}".strip())
+
+    def name_by(self, id: str) -> str:
+        """See `Course`."""
+        return self._names.get(id, id)
 
     def called(self, subscription: Subscription, metas: Sequence[Metadata]) -> None:
         """See `Course`."""
