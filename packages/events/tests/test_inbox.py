@@ -1,6 +1,7 @@
 """Handlers with an inbox beside everybody else who needs the database."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -24,6 +25,7 @@ from mainstay.events import (
 )
 from mainstay.events._inbox import handlers_at_once
 from mainstay.events._sql import SqlTransport
+from mainstay.events.metadata import Outgoing
 from mainstay.events.tables import INBOX, INSERT_INBOX
 from packages.events.tests.test_publishing import Journal
 from packages.events.tests.test_sql import Line, Reading
@@ -381,3 +383,23 @@ def test_an_unknown_kind_of_inbox_is_refused() -> None:
     """Where it is written."""
     with pytest.raises(ValueError, match=r"on\(inbox='batches'\): it is True, False or 'batch'"):
         EventRouter().on(Line, group="g", inbox="batches")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]  that is what is refused
+
+
+async def test_an_id_that_is_too_long_for_an_index_is_told_from_others(postgres_url: str) -> None:
+    """Others may use any text: its note was refused by PostgreSQL, again and again, and its key waited for ever."""
+    events = EventRouter()
+    handled: list[int] = []
+
+    @events.on(Line, group="long", inbox=True)
+    async def handle(event: Line) -> None:
+        handled.append(event.number)
+
+    ids = [os.urandom(100_000), os.urandom(100_000), b"x" * 5000 + os.urandom(3000)]
+    async with service(postgres_url, events, pool=4, partitions=1).running(serve=True) as app:
+        topic = app.get(EventConsumers).consumers[0]._topics[0]
+        for number, id_ in [*enumerate(ids), *enumerate(ids), (9, b"short")]:
+            headers = [("ce_type", b"sql.line"), ("ce_dataversion", b"1.0"), ("ce_id", id_), ("ce_source", b"x")]
+            value = b'{"name": "n", "number": %d}' % number
+            await app.get(SqlTransport).send([Outgoing(topic, b"k", value, headers)])
+        await eventually(lambda: 9 in handled)
+    assert handled == [0, 1, 2, 9]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -457,3 +458,28 @@ async def test_what_keeps_no_order_gives_way_without_its_key(
         assert [row.handled for row in rows] == [False]
         await events.publish_batch([Moved(item="a", number=number) for number in range(60, 80)])
         await eventually(lambda: sorted(handled) == list(range(1, 80)), what="the others")
+
+
+async def test_a_key_that_is_too_long_for_an_index_is_parked_like_any_other(postgres_url: str, prefix: str) -> None:
+    """PostgreSQL refused its row, so that its event was neither parked nor finished, and held back its partition."""
+    long, longer = (os.urandom(size).hex() for size in (600, 20_000))
+    warehouse = Warehouse(postgres_url, prefix)
+    warehouse.broken = {long, longer}
+    async with warehouse.app().running(serve=True) as app:
+        for item in (long, longer):
+            await warehouse.move(item, 1, 2)
+        await warehouse.move("small", 3)
+        await eventually(lambda: warehouse.numbers("small") == [3])
+        keys = app.get(ParkedKeys)
+
+        async def both() -> bool:
+            return sorted((len(each.key or b""), each.waiting) for each in await keys.list()) == [(1200, 2), (40_000, 2)]
+
+        await eventually(both, what="both with their queues")
+        warehouse.broken.clear()
+    async with warehouse.app().running(serve=True) as app:  # it knows them by what it finds in the table
+        await warehouse.move(long, 4)
+        for each in await app.get(ParkedKeys).list():
+            await app.get(ParkedKeys).retry(each.id)
+        await eventually(lambda: warehouse.numbers(long) == [1, 2, 4])
+        await eventually(lambda: warehouse.numbers(longer) == [1, 2])

@@ -298,6 +298,7 @@ async def test_on_kafka_each_member_keeps_its_choice_until_the_group_has_a_place
     assert await first.place_in("tale", 1, {1}, cluster) == 13
     await first.give_up([("tale", 0)], cluster)  # what it had kept counts no more
     assert cluster.places == {0: 12, 1: 13}
+    caplog.clear()
     cluster, third = Cluster(), Starts("ears", "latest", ())
     cluster.answers = False  # and yet it has committed
     with caplog.at_level(logging.INFO, logger="mainstay.events"):

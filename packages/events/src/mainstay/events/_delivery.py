@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from hashlib import blake2b
 from typing import Literal, NamedTuple
 from uuid import UUID
 
 from mainstay.core import Timer
 from mainstay.events.metadata import Record
 
+_LONGEST_KEY = 1024
 _MOST = 500
 """Records of one partition that are asked for at once."""
 
@@ -33,7 +35,7 @@ class Assignment:
         record_bytes: about how large a record is, by the last that were handed out; 0 before the first.
         most: how many records to ask for at once.
         finished: the last record before which all are finished, once it can be committed.
-        parked: the keys whose events go to the end of their queues.
+        parked: the names of the queues of parked keys, to whose ends the events of these keys go; see `queue_of`.
         holder: under which name this process holds it, where that is noted; see `_crashes`.
     """
 
@@ -82,6 +84,11 @@ class Assignment:
 
     def __repr__(self) -> str:
         return f"{self.topic}/{self.number}"
+
+
+def queue_of(key: bytes) -> bytes:
+    """The name of the queue of a parked key: the key itself, or a digest of one that is too long for an index."""
+    return key if len(key) <= _LONGEST_KEY else blake2b(key, digest_size=32).digest()
 
 
 def note_sizes(assignments: Collection[Assignment], fetched: Mapping[Assignment, Sequence[Record]], share: int) -> None:

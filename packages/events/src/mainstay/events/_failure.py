@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mainstay.core import Clock, MainstayError
 from mainstay.events._attempts import Again, Attempts
 from mainstay.events._decoding import NO_EVENT, OURS, Decoders, will_pass
-from mainstay.events._delivery import Assignment, Delivery, Verdict
+from mainstay.events._delivery import Assignment, Delivery, Verdict, queue_of
 from mainstay.events._metrics import FAILED, HANDED_OVER, PARKED, SET_ASIDE, SKIPPED, SKIPPED_FAILURES
 from mainstay.events._parking import Parking
 from mainstay.events._routes import Handling, Route, Unknown
@@ -115,7 +115,7 @@ class Failures:
             except Exception:  # noqa: BLE001  any error: the event must not be passed over
                 return self._not_stored(delivery, f"it is not known who handles {kind}")
             if elsewhere:
-                if delivery.assignment.queue is None and delivery.record.key in delivery.assignment.parked:
+                if delivery.assignment.queue is None and _is_parked(delivery.assignment, delivery.record.key):
                     return await self._append(delivery)
                 delivery.judge(self._handed_over(kind))
             elif error is NOT_HANDLED_HERE or (kind and route is not None):
@@ -198,7 +198,7 @@ class Failures:
         """Whether an event goes into a queue, not to its handler: its key is parked, or a person has paused it."""
         if assignment.queue is not None or self._parking is None:
             return False
-        if record.key in assignment.parked:
+        if _is_parked(assignment, record.key):
             return True
         pausing, kind = self._parking.pausing, ""
         if pausing.of_parts:
@@ -274,7 +274,7 @@ class Failures:
             raise RuntimeError(msg)
         await self._parking.park(delivery, verdict, self._attempts.age(delivery), before)
         if key is not None:
-            assignment.parked.add(key)
+            assignment.parked.add(queue_of(key))
         PARKED.labels(self._group).inc()
 
     async def _append(self, delivery: Delivery) -> Again | None:
@@ -292,7 +292,7 @@ class Failures:
         if pause is not None:  # the first that waits of its key
             delivery.judge(Verdict(PausedError(pause.said), "park", due_seconds=0.0))
         else:
-            delivery.assignment.parked.discard(record.key or b"")
+            delivery.assignment.parked.discard(queue_of(record.key or b""))
         return Again(0.0)
 
     def _not_read_yet(self, delivery: Delivery, error: Exception) -> Again:
@@ -349,3 +349,7 @@ def that_give_way(assignment: Assignment, failing: Iterable[Delivery], now: floa
             delivery.judge(Verdict(delivery.error, "later" if delivery.released else "park", due_seconds))
             found.append(delivery)
     return found
+
+
+def _is_parked(assignment: Assignment, key: bytes | None) -> bool:
+    return bool(assignment.parked) and key is not None and queue_of(key) in assignment.parked

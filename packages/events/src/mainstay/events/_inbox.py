@@ -20,6 +20,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import sqlalchemy as sa
@@ -35,6 +36,8 @@ from mainstay.events.metadata import ID, SOURCE, Metadata
 from mainstay.events.router import InboxMode
 
 _log = logging.getLogger("mainstay.events")
+
+_LONGEST_ID = 1000
 
 
 def handlers_at_once(dialect: str, pool_size: int) -> int:
@@ -184,4 +187,6 @@ def _note(group: str, meta: Metadata) -> dict[str, str]:
         raise DecodeError(msg)
     # An id is one of its source (CloudEvents 1.0): others number theirs as they like.
     whole = b"%b\n%b" % (meta.headers.get(SOURCE, b""), event_id)
+    if len(whole) > _LONGEST_ID:  # an index takes no more; a digest is no other's name, since those have two lines
+        return {"group_name": group, "event_id": blake2b(whole, digest_size=32).hexdigest()}
     return {"group_name": group, "event_id": whole.decode("latin-1").replace("\0", "\\0")}

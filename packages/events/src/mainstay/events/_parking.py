@@ -32,7 +32,7 @@ from mainstay.core import derived_id, uuid7
 from mainstay.database import Database
 from mainstay.events import tables
 from mainstay.events._decoding import OURS, Decoders
-from mainstay.events._delivery import Assignment, Delivery, Verdict
+from mainstay.events._delivery import Assignment, Delivery, Verdict, queue_of
 from mainstay.events._handled import GONE_SECONDS, KEPT_SECONDS, Handled
 from mainstay.events._metrics import PARKED_AGE, PARKED_EVENTS, PARKED_KEYS, SET_ASIDE_EVENTS
 from mainstay.events._pausing import Pausing
@@ -73,10 +73,10 @@ class Parking:
         self._decoders = decoders
 
     def _place(self, topic: str, key: bytes) -> dict[str, object]:
-        return {"of_group": self._group, "of_topic": topic, "of_key": key}
+        return {"of_group": self._group, "of_topic": topic, "of_key": queue_of(key)}
 
     async def keys_of(self, topic: str) -> set[bytes]:
-        """The parked keys of a topic; also of other partitions, since a topic that was widened has moved its keys."""
+        """The queues of a topic; also of other partitions, since a topic that was widened has moved its keys."""
         rows = await self._database.read(tables.READ_PARKED_KEYS, {"of_group": self._group, "of_topic": topic})
         return {row.key for row in rows}
 
@@ -160,7 +160,7 @@ class Parking:
             "topic": record.topic,
             "partition": record.partition,
             "offset": record.offset,
-            "key": name.bytes if later or record.key is None else record.key,
+            "key": name.bytes if later or record.key is None else queue_of(record.key),
             "value": None if handled else record.value,
             "headers": pack_headers([] if handled else record.headers),
             "handled": handled,
