@@ -392,8 +392,16 @@ class KafkaSource:
         for place in self._delivered:
             end = self._consumer.highwater(place)
             if end is not None:
-                waiting += max(0, end - self._delivered[place])
+                waiting += max(0, end - self._read_until(place))
         return waiting
+
+    def _read_until(self, place: TopicPartition) -> int:
+        """The offset behind what was handed out, and behind what are no records: the ends of transactions, say."""
+        subscription: Any = self._consumer._subscription.subscription
+        assigned = None if subscription is None else subscription.assignment
+        state = assigned.state_value(place) if assigned is not None and place in assigned.tps else None
+        at: int = state.position if state is not None and state.has_valid_position else 0
+        return max(at, self._delivered[place])
 
     def lag_seconds(self, unfinished: Iterable[Record]) -> float | None:
         """See `Source`, by the time that is in a record. When what was not fetched was written is not known here."""
