@@ -122,6 +122,30 @@ async def test_only_the_partitions_that_move_are_given_up(kafka: str, prefix: st
             assert len(first.moved) == 2
 
 
+@pytest.mark.parametrize("lease_seconds", [10.0, OWN_PROTOCOL], ids=["cooperative", "kafka 4"])
+async def test_a_full_partition_that_goes_and_comes_back_is_read_on(
+    kafka: str, prefix: str, lease_seconds: float
+) -> None:
+    """It had been paused when it went, which librdkafka kept: nobody read it any more, and no lag was seen."""
+    async with service(kafka, prefix, partitions=4, lease_seconds=lease_seconds, window_bytes=4096) as app:
+        for start in range(0, 4000, 1000):
+            numbers = range(start, start + 1000)
+            await app.get(EventPublisher).publish_batch([Counted(key=f"{each % 16}", number=each) for each in numbers])
+        first, second = Reading(), Reading()
+        async with reading(app, prefix, first) as source, asyncio.timeout(60):
+            while len(source._held) < 4 or not all(each.paused for each in source._held.values()):
+                await source.fetch([])
+                for each in first.held:
+                    each.record_bytes = 100  # as its consumer would note
+            async with reading(app, prefix, second) as other:
+                while len(first.held) > 2:
+                    await asyncio.gather(source.fetch([]), other.fetch([]))
+            while len(first.held) < 4:
+                await source.fetch([])
+            records = await fetched(source, first, 4000)
+            assert len({(each.partition, each.offset) for each in records}) == 4000
+
+
 async def test_trap_03_a_member_that_the_broker_has_given_up_commits_nothing(kafka: str, prefix: str) -> None:
     """To a group that all have left, a broker lets anybody commit: it would rewind what others have committed."""
     async with service(kafka, prefix, partitions=1, lease_seconds=1.0) as app:

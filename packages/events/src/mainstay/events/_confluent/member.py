@@ -200,11 +200,13 @@ class Member:
     def _assigned(self, _consumer: Consumer, places: list[TopicPartition]) -> None:
         self._moved(places, lambda source, moved: source.assign(moved))
 
-    def _revoked(self, _consumer: Consumer, places: list[TopicPartition]) -> None:
+    def _revoked(self, consumer: Consumer, places: list[TopicPartition]) -> None:
         self._moved(places, lambda source, moved: source.revoke(moved))
+        _resume(consumer, places)
 
-    def _lost(self, _consumer: Consumer, places: list[TopicPartition]) -> None:
+    def _lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
         self._moved(places, lambda source, moved: source.lose(moved))
+        _resume(consumer, places)
 
     def _moved(self, places: list[TopicPartition], tell: Callable[[Holder, list[Place]], Any]) -> None:
         source = self._source
@@ -232,7 +234,9 @@ class Member:
 
     def _found(self, seconds: float, pause: Sequence[Place], resume: Sequence[Place]) -> Found:
         consumer = self._in_use()
-        _each(consumer.pause, pause)
+        if pause:  # what has gone since that was asked for must not be paused any more, see `_resume`
+            held = {(each.topic, each.partition) for each in consumer.assignment()}
+            _each(consumer.pause, [each for each in pause if each in held])
         _each(consumer.resume, resume)
         until = time.monotonic() + seconds
         messages = consumer.consume(_PAGE, 0)
@@ -317,6 +321,11 @@ class Member:
 
 def _offsets_of(places: Sequence[TopicPartition]) -> _Offsets:
     return frozenset((place.topic, place.partition, place.offset) for place in places)
+
+
+def _resume(consumer: Consumer, places: Sequence[TopicPartition]) -> None:
+    """Leave no pause behind on partitions that go: librdkafka keeps it until they come back, and would not read them."""
+    _each(consumer.resume, [Place(each.topic, each.partition) for each in places])
 
 
 def _each(do: Callable[[list[TopicPartition]], None], places: Sequence[Place]) -> None:
