@@ -473,7 +473,10 @@ async def test_a_key_that_is_too_long_for_an_index_is_parked_like_any_other(post
         keys = app.get(ParkedKeys)
 
         async def both() -> bool:
-            return sorted((len(each.key or b""), each.waiting) for each in await keys.list()) == [(1200, 2), (40_000, 2)]
+            return sorted((len(each.key or b""), each.waiting) for each in await keys.list()) == [
+                (1200, 2),
+                (40_000, 2),
+            ]
 
         await eventually(both, what="both with their queues")
         warehouse.broken.clear()
