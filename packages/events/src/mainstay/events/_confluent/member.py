@@ -324,7 +324,7 @@ def _offsets_of(places: Sequence[TopicPartition]) -> _Offsets:
 
 
 def _resume(consumer: Consumer, places: Sequence[TopicPartition]) -> None:
-    """Leave no pause behind on partitions that go: librdkafka keeps it until they come back, and would not read them."""
+    """Leave no pause behind on partitions that go: librdkafka keeps it, and would not read them when they come back."""
     _each(consumer.resume, [Place(each.topic, each.partition) for each in places])
 
 

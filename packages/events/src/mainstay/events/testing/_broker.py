@@ -22,8 +22,6 @@ from mainstay.events.testing._world import ProcessLoop, World
 _NETWORK_SECONDS = 0.02
 _AGAIN_SECONDS = 0.25
 
-Send = Callable[[Sequence[Outgoing]], object]
-
 
 class Sender(Protocol):
     """The process that relays."""
@@ -66,8 +64,7 @@ class SimulatedTopics:
             while self._arrived:
                 events, answer = self._arrived.popleft()
                 await self._take(log, events)
-                loop = answer.get_loop()
-                loop.call_soon(lambda answer=answer: answer.done() or answer.set_result(None))
+                answer.get_loop().call_soon(_answer, answer)
 
     async def _take(self, log: Log, events: Sequence[Outgoing]) -> None:
         while True:
@@ -77,6 +74,11 @@ class SimulatedTopics:
                 await asyncio.sleep(_AGAIN_SECONDS)
             else:
                 return
+
+
+def _answer(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_result(None)
 
 
 class Log(Protocol):

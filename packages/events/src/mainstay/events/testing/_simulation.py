@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import sqlalchemy as sa
 
-from mainstay.core import App, Module
+from mainstay.core import App, Module, spawn
 from mainstay.core.module import Feature
 from mainstay.core.testing import repeatable
 from mainstay.database import Database, DatabaseBusy, upgrade
@@ -279,6 +279,7 @@ class Run:
         self._names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}  # the order, by id
         self.topics: SimulatedTopics | None = None
+        self._serving: asyncio.Task[None] | None = None
         self._order = 0
         self._first_call: dict[tuple[str, str], tuple[int, frozenset[str]]] = {}  # when, and behind which others
         self._first_return: dict[tuple[str, str], int] = {}
@@ -312,7 +313,7 @@ class Run:
             db = app.get(Database)
             await self._subject.start(db)
             if self.topics is not None:
-                asyncio.get_running_loop().create_task(self.topics.serve(app.get(SqlTransport)))
+                self._serving = spawn(self.topics.serve(app.get(SqlTransport)), name="simulated broker")
             for _ in range(self.plan.processes):
                 self.joins()
             await self._publish(app)
