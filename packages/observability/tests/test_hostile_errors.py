@@ -1,6 +1,10 @@
 """Errors that cannot be asked what they are: one answer, one line, and no exception of this package beside them."""
 
+import asyncio
+import gc
 import logging
+import weakref
+from typing import Any
 
 import pytest
 
@@ -115,3 +119,38 @@ async def test_a_client_that_has_left_is_no_failure_however_it_is_wrapped(levels
     assert await told_of(deep(Gone(), levels), gone=True) == ([], [], ["GET unmatched 499"])
     mixed = ExceptionGroup("both", [deep(Gone(), levels), ValueError("x")])
     assert (await told_of(mixed, gone=True))[1] == ["GET unmatched failed"]
+
+
+async def test_a_task_that_outlives_its_request_does_not_hold_it():
+    """Such as one that keeps a connection: what came with the request that happened to start it is let go."""
+
+    class Upload:
+        """Something large."""
+
+    held: list[weakref.ref[Upload]] = []
+    tasks: list[asyncio.Task[bool]] = []
+
+    async def handler(scope, _receive, send):
+        scope["state"] = upload = Upload()
+        held.append(weakref.ref(upload))
+        tasks.append(asyncio.create_task(asyncio.Event().wait()))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def nothing(_message: Any = None) -> Any:
+        return {"type": "http.request"}
+
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "root_path": "",
+        "headers": [],
+        "client": None,
+    }
+    await ObservabilityMiddleware(handler)(scope, nothing, nothing)
+    del scope
+    gc.collect()
+    assert not tasks[0].done()
+    assert held[0]() is None
+    tasks[0].cancel()

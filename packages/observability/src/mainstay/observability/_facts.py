@@ -54,7 +54,7 @@ class RequestFacts(Noted):
         super().__init__(context)
         method: str = "websocket" if scope["type"] == "websocket" else scope["method"]
         self.correlation_id = correlation_id
-        self.scope = scope
+        self.scope: Scope = scope
         self.root: str = scope.get("root_path", "")
         self.method = method if method in _METHODS else "other"
         self.route: str | None = None
@@ -76,6 +76,7 @@ class RequestFacts(Noted):
     ) -> None:
         super().__exit__(kind, error, traceback)
         self.error = self.lost = None  # they hold frames, and these the facts
+        self.scope = {}  # or a task that the request started, and that outlives it, would hold all that came with it
 
     def template(self) -> str:
         """The route's template, as far as it is known by now."""
