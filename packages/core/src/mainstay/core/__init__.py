@@ -35,6 +35,7 @@ from mainstay.core.health import HasHealth, HasHealthParts, Health
 from mainstay.core.ids import ID_RULE, checked_id, derived_id, is_id, uuid7
 from mainstay.core.journal import Effect, Journal, bind_journal, once
 from mainstay.core.module import Binding, Feature, Module
+from mainstay.core.outbound import DEADLINE_HEADER, deadline_seconds_of, outbound_headers
 from mainstay.core.retry import (
     Decide,
     FullJitter,
@@ -50,6 +51,7 @@ from mainstay.core.tasks import cancelled_from_outside, spawn
 from mainstay.core.values import Kept
 
 __all__ = [
+    "DEADLINE_HEADER",
     "ID_RULE",
     "SYSTEM_CLOCK",
     "AlreadyExists",
@@ -99,6 +101,7 @@ __all__ = [
     "current",
     "deadline_error",
     "deadline_fired",
+    "deadline_seconds_of",
     "derived_id",
     "digest",
     "given",
@@ -107,6 +110,7 @@ __all__ = [
     "not_found",
     "note_attempts",
     "once",
+    "outbound_headers",
     "rebind",
     "remaining_seconds",
     "retry_if_retryable",

@@ -130,6 +130,12 @@ class timeout:  # noqa: N801  used like a function: `async with timeout(2.0):`
         self._token: Token[Deadline | None] = ambient_deadline.set(self._deadline)
         return self._deadline
 
+    def lift(self) -> None:
+        """Let the rest of the block take as long as it likes, or as a deadline around it says."""
+        self._timer.cancel()
+        if not self._deadline.fired:
+            self._deadline.release()
+
     def _fire(self) -> None:
         self._deadline.fired = True
         self._task.cancel()

@@ -47,7 +47,7 @@ class RequestFacts(Noted):
 
     __slots__ = (
         "begun", "code", "correlation_id", "ended_at", "error", "excluded", "gone", "lost", "method", "request_bytes",
-        "response_bytes", "root", "route", "scope", "started_at", "status", "told", "traceparent",
+        "response_bytes", "root", "route", "scope", "seconds_left", "started_at", "status", "told", "traceparent",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, context: Context, correlation_id: str) -> None:
@@ -65,6 +65,7 @@ class RequestFacts(Noted):
         self.started_at = perf_counter()
         self.ended_at: float | None = None
         self.traceparent = context.traceparent
+        self.seconds_left: float | None = None  # that its caller still waited when it came; None without a deadline
         self.lost: OSError | None = None  # what the server raised when it could send no more
         self.begun = self.gone = self.excluded = self.told = False
 

@@ -17,7 +17,19 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, cast
 
-from mainstay.core import App, Context, NotBoundError, cancelled_from_outside, current, uuid7
+from mainstay.core import (
+    DEADLINE_HEADER,
+    SYSTEM_CLOCK,
+    App,
+    Context,
+    DeadlineExceeded,
+    NotBoundError,
+    cancelled_from_outside,
+    current,
+    deadline_seconds_of,
+    timeout,
+    uuid7,
+)
 from mainstay.observability import _lines, _red, _tracing
 from mainstay.observability._answers import DENIAL, answer, noted, refuse
 from mainstay.observability._facts import FACTS, NO_ANSWER, RequestFacts
@@ -38,7 +50,15 @@ _CORRELATION = b"x-correlation-id"
 _NOTHING = Context()
 _WANTED = {
     name.encode(): name
-    for name in ("x-correlation-id", "x-causation-id", "x-actor", "x-tenant", "traceparent", "tracestate")
+    for name in (
+        "x-correlation-id",
+        "x-causation-id",
+        "x-actor",
+        "x-tenant",
+        "traceparent",
+        "tracestate",
+        DEADLINE_HEADER,
+    )
 }
 _LONGEST_HEADER = 4096  # more than any of them may have; what is longer is not looked at
 # How frameworks and servers say that the client went away; by name, since none of them need be installed.
@@ -55,8 +75,9 @@ class ObservabilityMiddleware:
         app: the Mainstay App whose probes (`/health/live`, `/health/ready`, `/health/startup`) are answered here, under
             any root path, before any authentication or rate limit, and as far as its settings say also its metrics and
             its health with details; None answers none. Its settings say what is told of requests, too.
-        trusted: whether callers are services of ours, whose headers may name an actor, a tenant and a cause. Say so
-            only behind a gateway that removes these headers from what strangers send.
+        trusted: whether callers are services of ours, whose headers may name an actor, a tenant, a cause and a deadline
+            (`x-deadline-seconds`), and have baggage. Say so only behind a gateway that removes these headers from what
+            strangers send.
 
     Raises:
         ConfigurationError: requests of this process are counted already in other buckets than the settings name.
@@ -95,6 +116,8 @@ class ObservabilityMiddleware:
         if context.correlation_id is None:
             context = replace(context, correlation_id=correlation_id) if headers else Context(correlation_id)
         facts = scope[FACTS] = RequestFacts(scope, context, correlation_id)
+        if self._trusted:
+            facts.seconds_left = deadline_seconds_of(headers)
         with facts:
             if kind == "websocket":
                 await self._socket(receive, send, facts)
@@ -207,7 +230,10 @@ class ObservabilityMiddleware:
 
         _red.IN_PROGRESS.inc()
         try:
-            await self._asgi(facts.scope, received, observed)
+            if facts.seconds_left is None:
+                await self._asgi(facts.scope, received, observed)
+            else:
+                await self._within(facts.seconds_left, facts, received, observed)
             if facts.ended_at is None and not facts.gone:
                 await _unfinished(facts, observed)
         except BaseException as error:
@@ -217,6 +243,21 @@ class ObservabilityMiddleware:
             _red.IN_PROGRESS.dec()
             facts.end()
             self._over(facts)
+
+    async def _within(self, seconds: float, facts: RequestFacts, receive: Receive, send: Send) -> None:
+        """Call the application within its caller's deadline, which ends when the answer is complete."""
+        if seconds <= 0:
+            msg = "the caller's deadline had passed when its request came"
+            raise DeadlineExceeded(msg, no_effect=True)
+        limit = timeout(seconds, clock=SYSTEM_CLOCK if self._app is None else self._app.clock)
+
+        async def answered(message: Message) -> None:
+            await send(message)
+            if facts.ended_at is not None:
+                limit.lift()
+
+        async with limit:
+            await self._asgi(facts.scope, receive, answered)
 
     def _over(self, facts: RequestFacts) -> None:
         """Tell of a request whose answer is complete, or will not be completed; once."""
