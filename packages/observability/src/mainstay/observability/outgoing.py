@@ -14,7 +14,7 @@ With a policy of mainstay-circuit-breaker around it, each attempt has its own sp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import httpx
@@ -152,7 +152,7 @@ def _refuse_what_is_late(request: httpx.Request) -> None:
 
 
 @contextmanager
-def _calling(request: httpx.Request) -> Iterator[trace.Span]:
+def _calling(request: httpx.Request) -> Generator[trace.Span, None, None]:
     method = request.method if request.method in _METHODS else "_OTHER"
     # Neither path nor query: they hold names and tokens.
     attributes: dict[str, str | int] = {
