@@ -144,7 +144,7 @@ class Together(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read all files now."""
         files = [str(path) for path in self._place.glob("*.db") if not _left_behind(path)]
-        yield from cast("Iterable[Metric]", MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
+        yield from cast("Iterable[Metric]", MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]  # prometheus-client leaves it untyped
         yield from _merged(self._snapshots())
 
     def _snapshots(self) -> Iterator[tuple[_Family, bool]]:

@@ -73,8 +73,8 @@ def show_problems(api: FastAPI) -> None:
             _show(schema)
         return schema
 
-    openapi.shows_problems = True  # type: ignore[attr-defined]
-    api.openapi = openapi  # type: ignore[method-assign]
+    openapi.shows_problems = True  # type: ignore[attr-defined]  # a mark of ours on a function
+    api.openapi = openapi  # type: ignore[method-assign]  # as FastAPI has it done
 
 
 def _show(schema: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def instrument(api: Starlette, app: App | None = None, *, trusted: bool = False)
         _adopt(api, cors_of.get(api, ()), set())
         return build()
 
-    api.build_middleware_stack = build_with_problems  # type: ignore[method-assign]
+    api.build_middleware_stack = build_with_problems  # type: ignore[method-assign]  # there is no other moment
 
 
 def _refuse_catch_all(api: Starlette) -> None:
