@@ -69,12 +69,19 @@ def repeatable(seed: str, clock: Clock) -> Generator[None, None, None]:
         seed: any text.
         clock: a virtual one.
     """
-    bits = random.Random(f"{seed} bits")  # noqa: S311  the same each time is the point
+    # By length: what a library draws the first time alone, such as SQLAlchemy for a name, must not move the ids.
+    bits: dict[int, random.Random] = {}
+
+    def drawn(length: int) -> bytes:
+        if length not in bits:
+            bits[length] = random.Random(f"{seed} bits {length}")  # noqa: S311  the same each time is the point
+        return bits[length].randbytes(length)
+
     before = (time.time, time.time_ns, time.monotonic, os.urandom, random.getstate(), ids._last)
     time.time = lambda: clock.now().timestamp()
     time.time_ns = lambda: round(clock.now().timestamp() * 1e6) * 1000
     time.monotonic = clock.monotonic
-    os.urandom = bits.randbytes
+    os.urandom = drawn
     random.seed(f"{seed} random")
     ids._last = 0
     try:
