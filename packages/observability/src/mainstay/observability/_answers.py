@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
 from weakref import WeakKeyDictionary
 
+from mainstay.observability._asgi import ASGIApp, Message, Receive, Scope, Send, respond
+from mainstay.observability._facts import FACTS
 from mainstay.observability.errors import Problem, problem_of
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # The CORS middlewares of an application and of those that it is mounted in, from the inside out. The outermost answer
 # is made outside of them, so it goes through them once more: a browser shows no answer to a page without their headers.
@@ -32,7 +27,7 @@ async def answer(error: Exception, scope: Scope, send: Send) -> None:
     body = problem.body()
 
     async def asgi(_scope: Scope, _receive: Receive, send: Send) -> None:
-        await _respond(problem, body, send)
+        await respond(send, problem.status, problem.all_headers(body), body)
 
     through: ASGIApp = asgi
     if scope["method"] != "OPTIONS":  # which they would take for a question of theirs
@@ -55,7 +50,8 @@ async def refuse(problem: Problem, scope: Scope, send: Send, *, accepted: bool) 
     reason is the problem's code.
     """
     if not accepted and DENIAL in (scope.get("extensions") or {}):
-        await _respond(problem, problem.body(), send, prefix="websocket.")
+        body = problem.body()
+        await respond(send, problem.status, problem.all_headers(body), body, prefix="websocket.")
         return
     if problem.status in _LATER:
         code = _TRY_LATER
@@ -66,15 +62,9 @@ async def refuse(problem: Problem, scope: Scope, send: Send, *, accepted: bool) 
 
 def noted(scope: Scope, error: BaseException, problem: Problem) -> None:
     """Put an error into the facts of its request, by which the middleware logs and counts it."""
-    facts = scope.get("mainstay.observability")
-    if facts is not None and facts is not True:
+    facts = scope.get(FACTS)
+    if facts is not None:
         facts.error, facts.code = error, problem.code
-
-
-async def _respond(problem: Problem, body: bytes, send: Send, prefix: str = "") -> None:
-    headers = problem.all_headers(body)
-    await send({"type": f"{prefix}http.response.start", "status": problem.status, "headers": headers})
-    await send({"type": f"{prefix}http.response.body", "body": body})
 
 
 async def _nothing() -> Message:

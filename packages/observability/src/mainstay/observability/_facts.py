@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 from mainstay.core import Context, Noted
+from mainstay.observability._asgi import Scope
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = ["RequestFacts"]
 
-Scope = MutableMapping[str, Any]
-
 FACTS = "mainstay.observability"  # in a scope; one request has one, however many middlewares it goes through
 UNMATCHED = "unmatched"
-NO_ANSWER = 499  # nobody was there to be answered: the client went away, or the handler was cancelled
+NO_ANSWER = 499  # without a client that could be answered: it went away, or the handler was cancelled
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "websocket"})
 

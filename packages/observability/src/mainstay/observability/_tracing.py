@@ -6,10 +6,9 @@ So the first question is always whether a real tracer provider is there. The con
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, MutableMapping
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
 
 from opentelemetry import context as ambient
 from opentelemetry import propagate, trace
@@ -17,6 +16,7 @@ from opentelemetry.propagators.textmap import Getter
 from opentelemetry.trace import SpanKind, StatusCode
 
 from mainstay.core import MainstayError
+from mainstay.observability._asgi import Scope
 from mainstay.observability._redaction import BROKEN, active
 from mainstay.observability._tracebacks import traceback_of
 
@@ -26,7 +26,6 @@ _PARTS = 4
 _FRAMEWORKS = ("fastapi.telemetry", "starlette.opentelemetry")
 
 Headers = Iterable[tuple[bytes, bytes]]
-Scope = MutableMapping[str, Any]
 
 
 def installed() -> bool:

@@ -11,11 +11,10 @@ timed under the *template* of its route; and where an OpenTelemetry SDK is insta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
 
 from mainstay.core import (
     DEADLINE_HEADER,
@@ -32,18 +31,14 @@ from mainstay.core import (
 )
 from mainstay.observability import _lines, _red, _tracing
 from mainstay.observability._answers import DENIAL, answer, noted, refuse
+from mainstay.observability._asgi import ASGIApp, Message, Receive, Scope, Send
 from mainstay.observability._facts import FACTS, NO_ANSWER, RequestFacts
 from mainstay.observability.errors import leaves, problem_of
-from mainstay.observability.health import HealthWatch
+from mainstay.observability.health import asked
 from mainstay.observability.settings import ObservabilitySettings, RequestSettings
 
 __all__ = ["ObservabilityMiddleware", "RequestFacts"]
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _SERVER_ERROR = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 _CORRELATION = b"x-correlation-id"
@@ -131,26 +126,17 @@ class ObservabilityMiddleware:
         if path is None or self._app is None or scope["method"] not in ("GET", "HEAD"):
             return False
         try:
-            watch = self._app.get(HealthWatch)
+            found = await asked(self._app, path, scope)
         except NotBoundError:
             # The App is not running: the path may be the application's.
             return False
-        said = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        found = await watch.answer(path, said.get(b"accept", ""), authorization=said.get(b"authorization", ""))
         if found is None:
             return False
         facts: RequestFacts = scope.get(FACTS) or RequestFacts(scope, _NOTHING, "")
         facts.route, facts.status, facts.excluded = path, found.status, True
-        body = found.body if scope["method"] == "GET" else b""
-        headers = [
-            (b"content-type", found.content_type.encode()),
-            (b"content-length", str(len(found.body)).encode()),
-            (b"cache-control", b"no-store"),
-        ]
-        await send({"type": "http.response.start", "status": found.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await found.send(scope, send)
         if self._settings.access_log and self._settings.access_probes:
-            facts.response_bytes = len(body)
+            facts.response_bytes = len(found.body_for(scope))
             _lines.access(facts, path)
         return True
 

@@ -30,7 +30,8 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketState
 
 from mainstay.core import App, ConfigurationError, InvalidRequest, MainstayError, current
-from mainstay.observability._answers import ASGIApp, Receive, Scope, Send, cors_of, noted, refuse
+from mainstay.observability._answers import cors_of, noted, refuse
+from mainstay.observability._asgi import ASGIApp, Receive, Scope, Send
 from mainstay.observability._input import SHOWN, names_of, told
 from mainstay.observability._openapi import show_problems
 from mainstay.observability.asgi import ObservabilityMiddleware

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 
-from mainstay.core import App, NotBoundError
+from mainstay.core import App
 from mainstay.observability._facts import leave_out
-from mainstay.observability.health import HealthWatch
+from mainstay.observability.probes import answered
 from mainstay.observability.settings import ObservabilitySettings
 
 __all__ = ["probe_router"]
@@ -35,16 +35,7 @@ def probe_router(app: App, *, private: bool = False) -> APIRouter:
 def _answering(app: App, path: str, *, private: bool) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         leave_out(request.scope)
-        try:
-            watch = app.get(HealthWatch)
-        except NotBoundError:
-            return Response("The App is not running.\n", 503, media_type="text/plain")
-        headers = request.headers
-        found = await watch.answer(
-            path, headers.get("accept", ""), private=private, authorization=headers.get("authorization", "")
-        )
-        if found is None:
-            return Response("Not Found\n", 404, media_type="text/plain")
+        found = await answered(app, path, request.scope, private=private)
         # Starlette would add a charset to what has one.
         return Response(
             found.body, found.status, headers={"content-type": found.content_type, "cache-control": "no-store"}

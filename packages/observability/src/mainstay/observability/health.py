@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mainstay.core import App, Drain, HasHealth, Health, Module, cancelled_from_outside, spawn
+from mainstay.observability._asgi import Scope, Send, respond
 from mainstay.observability._scrapes import Scrapes
 from mainstay.observability.checks import HealthCheck
 from mainstay.observability.settings import ObservabilitySettings
@@ -49,6 +50,19 @@ class Answer:
     status: int
     content_type: str
     body: bytes
+
+    def body_for(self, scope: Scope) -> bytes:
+        """The bytes that a request gets: none for HEAD."""
+        return b"" if scope["method"] == "HEAD" else self.body
+
+    async def send(self, scope: Scope, send: Send) -> None:
+        """Answer a request, as ASGI does."""
+        headers = [
+            (b"content-type", self.content_type.encode()),
+            (b"content-length", str(len(self.body)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        await respond(send, self.status, headers, self.body_for(scope))
 
 
 _OK = Answer(200, JSON, b'{"status": "ok"}')
@@ -195,6 +209,17 @@ class HealthWatch:
             return False
         wanted = f"Bearer {token.get_secret_value()}"
         return hmac.compare_digest(authorization.encode(), wanted.encode())
+
+
+async def asked(app: App, path: str, scope: Scope, *, private: bool = False) -> Answer | None:
+    """The answer of an App to a probe; see `HealthWatch.answer`.
+
+    Raises:
+        NotBoundError: the App does not run, or has no `ObservabilityModule`.
+    """
+    said = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    accept, authorization = said.get(b"accept", ""), said.get(b"authorization", "")
+    return await app.get(HealthWatch).answer(path, accept, private=private, authorization=authorization)
 
 
 def known_parts(modules: Sequence[Module[Any, Any]]) -> Iterator[str]:

@@ -7,19 +7,12 @@ The paths are those of the settings, below wherever it is mounted, under any roo
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
 from mainstay.core import App, NotBoundError
+from mainstay.observability._asgi import Receive, Scope, Send
 from mainstay.observability._facts import leave_out
-from mainstay.observability.health import Answer, HealthWatch
+from mainstay.observability.health import Answer, asked
 
 __all__ = ["Probes"]
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 _TEXT = "text/plain; charset=utf-8"
 _NOT_FOUND = Answer(404, _TEXT, b"Not Found\n")
@@ -45,28 +38,17 @@ class Probes:
         if scope["type"] != "http":
             return
         leave_out(scope)
-        answer = await self._answer(scope)
-        headers = [
-            (b"content-type", answer.content_type.encode()),
-            (b"content-length", str(len(answer.body)).encode()),
-            (b"cache-control", b"no-store"),
-        ]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
+        if scope["method"] in ("GET", "HEAD"):
+            path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+            found = await answered(self._app, path, scope, private=self._private)
+        else:
+            found = _NOT_ALLOWED
+        await found.send(scope, send)
 
-    async def _answer(self, scope: Scope) -> Answer:
-        if scope["method"] not in ("GET", "HEAD"):
-            return _NOT_ALLOWED
-        try:
-            watch = self._app.get(HealthWatch)
-        except NotBoundError:
-            return _NOT_RUNNING
-        said = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        found = await watch.answer(
-            path,
-            said.get(b"accept", ""),
-            private=self._private,
-            authorization=said.get(b"authorization", ""),
-        )
-        return found or _NOT_FOUND
+
+async def answered(app: App, path: str, scope: Scope, *, private: bool) -> Answer:
+    """The answer to a probe where nothing else is served: 404 for other paths, 503 while the App does not run."""
+    try:
+        return await asked(app, path, scope, private=private) or _NOT_FOUND
+    except NotBoundError:
+        return _NOT_RUNNING
