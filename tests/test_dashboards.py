@@ -43,7 +43,7 @@ def expressions() -> list[str]:
 
 
 def test_the_files_are_what_the_description_makes() -> None:
-    """`python tools/dashboards.py` writes them, and a panel that somebody adds by hand would be lost."""
+    """`python tools/dashboards.py` writes them, and a panel that is added by hand would be lost."""
     done = subprocess.run(
         [
             sys.executable,

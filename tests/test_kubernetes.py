@@ -115,7 +115,7 @@ def test_every_deployment_has_a_budget_and_spreads() -> None:
         assert term["podAffinityTerm"]["labelSelector"]["matchLabels"] == labels
     (service,) = [each for each in everything if each["kind"] == "Service"]
     ports = {port["targetPort"] for port in service["spec"]["ports"]}
-    assert ports == {"http"}, "the port of probes and metrics is for nobody outside"
+    assert ports == {"http"}, "the port of probes and metrics is for no caller outside"
 
 
 def test_the_page_names_every_file() -> None:

@@ -137,7 +137,7 @@ async def test_a_request_and_the_handler_elsewhere_are_one_trace(
 
 
 class Ordered(Event, type="one.ordered", version="1.0", key="order"):
-    """Somebody has ordered."""
+    """A customer has ordered."""
 
     order: str
 

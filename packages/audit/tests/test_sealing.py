@@ -360,7 +360,7 @@ class _Ahead(Clock):
 
 
 async def test_the_lag_is_known_without_anybody_who_asks(database_settings):
-    """The process looks by itself, and what it found goes on growing at each scrape, also when nobody looks again."""
+    """The process looks by itself, and what it found goes on growing at each scrape, also without another look."""
     clock, trail = _Ahead(), AuditTrail()
     app = App(
         DatabaseModule.for_root(database_settings),

@@ -126,7 +126,7 @@ async def test_only_the_partitions_that_move_are_given_up(kafka: str, prefix: st
 async def test_a_full_partition_that_goes_and_comes_back_is_read_on(
     kafka: str, prefix: str, lease_seconds: float
 ) -> None:
-    """It had been paused when it went, which librdkafka kept: nobody read it any more, and no lag was seen."""
+    """It had been paused when it went, which librdkafka kept: no member read it any more, and no lag was seen."""
     async with service(kafka, prefix, partitions=4, lease_seconds=lease_seconds, window_bytes=4096) as app:
         for start in range(0, 4000, 1000):
             numbers = range(start, start + 1000)

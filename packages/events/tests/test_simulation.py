@@ -567,7 +567,7 @@ def relayed(kind: int, *, processes: int = 1, amount: float = 0.0) -> Plan:
 
 
 @pytest.mark.parametrize("kind", range(len(AT_SEND)), ids=[each.replace(" ", "-") for each in AT_SEND])
-def test_whatever_happens_to_a_batch_that_is_sent_an_inbox_counts_its_events_once(kind: int, tmp_path: Path) -> None:
+def test_a_batch_that_is_sent_is_counted_once_by_an_inbox_in_every_run(kind: int, tmp_path: Path) -> None:
     """It is sent by the next relay, once more where the broker has had it already."""
     run = Trials(CountsInTheInbox, tmp_path).run(relayed(kind, processes=2, amount=1.0))
     assert run.error is None, run.story

@@ -1,4 +1,4 @@
-"""What a line may be given: whatever it is, one safe line comes of it, and nothing raises into who logs."""
+"""Anything that a line may be given: one safe line comes of it, and nothing raises into who logs."""
 
 import asyncio
 import io
@@ -106,7 +106,7 @@ def test_extra_may_have_any_keys():
     """Stdlib accepts names that are no names."""
     record = logging.LogRecord("lib", logging.WARNING, "f", 1, "said", None, None)
     record.__dict__.update({"": 1, "a b\n": 2, "k" * 100_000: 3})
-    record.__dict__[5] = 4  # type: ignore[index]
+    record.__dict__[5] = 4  # type: ignore[index]  # no name at all
     with lines() as written:
         logging.getLogger("lib").handle(record)
         (line,) = written()

@@ -134,7 +134,7 @@ async def test_each_check_has_a_limit_of_its_own():
         (lambda: HealthCheck("x", Asked(), timeout_seconds=0), "more than 0"),
         (lambda: service(HealthCheck("x", Asked()), HealthCheck("x", Asked())), "two parts .* dependency.x"),
         (
-            lambda: ObservabilityModule.for_feature(Asked()),  # type: ignore[arg-type]
+            lambda: ObservabilityModule.for_feature(Asked()),  # type: ignore[arg-type]  # that is the test
             "takes HealthCheck",
         ),
     ],

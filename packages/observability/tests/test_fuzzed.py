@@ -138,7 +138,7 @@ operations = [found.ok() for found in schema.get_all_operations() if isinstance(
 def test_each_failure_is_a_problem_that_repeats_nothing(
     data: st.DataObject, operation: Any, mode: schemathesis.GenerationMode
 ) -> None:
-    """Whatever is sent: the answer is as OpenAPI says, and no text of the request that is not the API's is in it."""
+    """For every request: the answer is as OpenAPI says, and no text of the request that is not the API's is in it."""
     case: schemathesis.Case[Any] = data.draw(operation.as_strategy(generation_mode=mode))
     answer = case.call(headers={**dict[str, Any](case.headers or {}), "x-correlation-id": "fuzzed"})
     case.validate_response(

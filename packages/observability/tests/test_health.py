@@ -269,7 +269,7 @@ async def test_paths_are_settings_and_details_are_for_those_who_may_see_them():
         service(paths={"live": "/x", "ready": "/x"})
 
 
-async def test_scrapes_share_one_look_and_wait_for_nobody_else(monkeypatch):
+async def test_scrapes_share_one_look_and_wait_for_no_other_work(monkeypatch):
     """While one is under way others share it; it has a thread of its own, since those of the loop may all hang."""
     gate, looks = threading.Event(), []
 

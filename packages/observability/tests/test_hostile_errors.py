@@ -97,7 +97,7 @@ async def told_of(error, *, gone):
     ids=["deep", "circle", "title", "status", "no number", "code", "message", "retry"],
 )
 async def test_what_cannot_be_asked_is_an_error_of_ours(make, gone):
-    """Answered with a problem, which nobody may be there to read, and logged once, beside the request's own line."""
+    """Answered with a problem, which the client may not wait for, and logged once, beside the request's own line."""
     sent, failures, access = await told_of(make(), gone=gone)
     assert sent[0]["status"] in {500, 503}
     assert (b"content-type", b"application/problem+json") in sent[0]["headers"]

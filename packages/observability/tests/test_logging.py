@@ -80,7 +80,7 @@ def test_the_context_of_a_line_cannot_be_forged(bound):
 
 
 def test_no_extra_field_is_lost():
-    """Whatever stdlib lets pass as `extra` is in the line, also under names that the line uses itself."""
+    """All that stdlib lets pass as `extra` is in the line, also under names that the line uses itself."""
     names = (
         "event",
         "logger",
@@ -583,7 +583,7 @@ def test_trap_a_signal_handler_may_log_while_a_line_is_being_written(where):
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), where], check=True, timeout=30)
 
 
-def test_a_logger_that_was_used_follows_whatever_is_configured():
+def test_a_logger_that_was_used_follows_each_configuration():
     """A module's logger, used and bound under one configuration, has the next one's level, form and stream, or none."""
     log = structlog.get_logger("module")
     bound: Any = None

@@ -104,7 +104,7 @@ async def test_a_problem_is_the_same_exception_again() -> None:
         assert invalid.value.errors == (FieldError(("body", "count"), "Field required", "missing"),)
 
 
-async def test_a_problem_that_nobody_handles_is_not_told_as_ones_own() -> None:
+async def test_a_problem_that_is_not_handled_is_not_told_as_ones_own() -> None:
     """A callee that finds its caller unknown, or too fast, says so to this service, and not to who called this one."""
     for status, told in [(401, 502), (404, 502), (422, 502), (500, 502), (429, 503), (503, 503), (504, 504)]:
         with pytest.raises(ServiceProblem) as error:
@@ -138,7 +138,7 @@ def bomb() -> bytes:
     ids=lambda body: body[:16].decode("latin-1"),
 )  # fmt: skip
 def test_a_body_that_is_no_problem_is_told_by_its_status(body: bytes) -> None:
-    """Whatever it is, it raises what says the status, and nothing else."""
+    """Of any kind: it raises what says the status, and nothing else."""
     with pytest.raises(ServiceProblem) as error:
         problem_hook(Declined)(answer(body, 503, retry_after="7"))
     assert (error.value.status, error.value.code, error.value.title) == (503, "EXT_SERVICE", ServiceProblem.title)

@@ -5,7 +5,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 from collections import UserDict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,8 @@ from mainstay.observability._logging import configured
 from mainstay.observability._redaction import redact_text
 from mainstay.observability._secrets import Secrets
 from mainstay.observability.testing import metric
+from packages.observability.tests import costs
+from packages.observability.tests.costs import cost
 
 
 @contextmanager
@@ -224,47 +225,16 @@ SHAPES = [
 @given(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
 def test_the_time_grows_with_the_text_and_no_faster(shapes, times):
-    """Eight times the text takes about eight times the time, and not sixty-four, whatever it is made of."""
+    """Eight times the text takes about eight times the time, and not sixty-four, for texts of every shape."""
     unit = "".join(shape * times for shape in shapes)
-
-    def cost(size: int) -> float:
-        text = (unit * (size // len(unit) + 1))[:size]
-        best = float("inf")
-        for _ in range(3):
-            began = time.thread_time()
-            redact_text(text)
-            best = min(best, time.thread_time() - began)
-        return best
-
-    small, large = cost(16_000), cost(128_000)
+    small, large = cost(unit, 16_000), cost(unit, 128_000)
     assert large < 8 * small * 4 + 0.005, unit
-
-
-COSTS = """
-import json, sys, time
-from mainstay.observability._redaction import redact_text
-
-def cost(unit, size):
-    text = (unit * (size // len(unit) + 1))[:size]
-    best = float("inf")
-    for _ in range(3):
-        began = time.thread_time()
-        redact_text(text)
-        best = min(best, time.thread_time() - began)
-    return best
-
-plain, shapes = json.load(sys.stdin)
-usual = cost(plain, 50_000)
-ratios = {shape: cost(shape, 50_000) / usual for shape in shapes}
-ratios["a megabyte"] = cost("://:x", 1_000_000) / cost(plain, 1_000_000)
-json.dump(ratios, sys.stdout)
-"""
 
 
 def test_a_megabyte_costs_a_small_multiple_of_a_plain_one():
     """A text of one shape alone, beside prose of its length; in a process of its own, where no coverage is measured."""
     plain = "2026-11-28 GET https://host/path?page=2 answered status=200 in 17 ms: all is well\n"
-    command = [sys.executable, "-c", COSTS]
+    command = [sys.executable, costs.__file__]
     done = subprocess.run(command, input=json.dumps([plain, SHAPES]), capture_output=True, text=True, check=True)
     ratios = json.loads(done.stdout)
     assert ratios.keys() == {*SHAPES, "a megabyte"}
@@ -317,7 +287,7 @@ class Kind(Enum):
     ],
 )
 def test_secrets_inside_of_values_are_redacted(value, kept):
-    """Whatever names its parts is looked into: models, dataclasses, named tuples, headers, keys that are bytes."""
+    """What names its parts is looked into: models, dataclasses, named tuples, headers, keys that are bytes."""
     with lines() as written:
         structlog.get_logger().info("in", value=value)
         logging.getLogger("lib").warning("in", extra={"value": value})
@@ -359,7 +329,7 @@ def test_a_secret_at_a_cut_is_hidden_before():
 
 @pytest.mark.parametrize("log_format", ["json", "ecs", "journal", "console"])
 def test_no_line_is_longer_than_it_may_be(log_format):
-    """Whatever a caller logs; and the line says what was cut."""
+    """Of anything that a caller logs; and the line says what was cut."""
     hostile: list[dict[str, Any]] = [
         {"a": "x" * 1_000_000},
         {f"f{n}": "\x00" * 5000 for n in range(90)},

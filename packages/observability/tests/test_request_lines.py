@@ -1,4 +1,4 @@
-"""The lines of a request: one for itself, one more where it failed by our fault, whoever answered it and however."""
+"""The lines of a request: one for itself, one more where it failed by our fault, in each layer that answers."""
 
 import asyncio
 import logging
@@ -89,14 +89,15 @@ async def exchange(asgi, path="/", *received, headers=(), kind="http", method="G
 
 def application():
     api = FastAPI()
+    add_failures(api)
+    add_binding(api)
+    add_bodies(api)
+    instrument(api)
+    return api
 
-    async def authenticated():
-        with bind(actor="ann", tenant="acme"):
-            yield
 
-    def in_a_thread():
-        with bind(actor="bob"):
-            yield
+def add_failures(api):
+    """Each way to end in an error."""
 
     @api.get("/domain")
     async def domain():
@@ -131,6 +132,18 @@ def application():
     async def mute():
         raise Mute
 
+
+def add_binding(api):
+    """Dependencies that say who asks."""
+
+    async def authenticated():
+        with bind(actor="ann", tenant="acme"):
+            yield
+
+    def in_a_thread():
+        with bind(actor="bob"):
+            yield
+
     @api.get("/bound", dependencies=[Depends(authenticated)])
     async def bound(how: str = ""):
         if how == "bug":
@@ -142,6 +155,10 @@ def application():
     @api.get("/thread", dependencies=[Depends(in_a_thread)])
     async def thread():
         return current().actor
+
+
+def add_bodies(api):
+    """What is read and written, also after the answer and over a WebSocket."""
 
     @api.get("/afterwards")
     async def background(tasks: BackgroundTasks):
@@ -170,9 +187,6 @@ def application():
             await socket.send_text(await socket.receive_text() + "é")
         await socket.close(4001 if room == "own" else 1000)
 
-    instrument(api)
-    return api
-
 
 @pytest.mark.parametrize(
     ("path", "route", "status", "code"),
@@ -185,7 +199,7 @@ def application():
         ("/mute", "/mute", 500, "SYS_INTERNAL"),
     ],
 )
-async def test_a_5xx_is_logged_once_whoever_answers_it(path, route, status, code):
+async def test_a_5xx_is_logged_once_in_each_layer_that_answers(path, route, status, code):
     """With its id, its route and its code; the line of the request stands beside it, and is no second error."""
     async with client(application()) as http:
         with captured_logs() as lines:
@@ -443,7 +457,7 @@ async def test_a_stray_cancellation_is_a_failure_like_any_other():
 
 @pytest.mark.parametrize("moment", ["before", "reading", "starting", "writing", "waiting"])
 async def test_a_client_may_leave_at_any_moment(moment):
-    """It is no error, whatever says so; before an answer it is counted as 499, and there is one line."""
+    """It is no error, in each way that says so; before an answer it is counted as 499, and there is one line."""
 
     class ClientDisconnected(OSError):
         """As uvicorn has it."""
@@ -470,7 +484,7 @@ async def test_a_client_may_leave_at_any_moment(moment):
         coming = [left] if moment == "before" else [body, left]
         await exchange(ObservabilityMiddleware(app), "/", *coming, send=send)
     (line,) = lines
-    # What was to be sent is what was answered: the server has taken it, whoever got it.
+    # What was to be sent is what was answered: the server has taken it, and who got it is not known.
     assert (line["status"], line["level"]) == (200 if moment in ("writing", "starting") else 499, "info")
 
 
@@ -488,7 +502,7 @@ async def test_an_error_of_ours_that_looks_like_the_servers_is_an_error():
 
 
 async def test_a_websocket_has_a_line():
-    """With its close code, its bytes and who was there; one that nobody takes has the status of its refusal."""
+    """With its close code, its bytes and who was there; one that no route takes has the status of its refusal."""
     api, room = application(), "own"
     connect, text = {"type": "websocket.connect"}, {"type": "websocket.receive", "text": "é"}
     labels = {"route": "/ws/{room}", "status": "4xxx"}

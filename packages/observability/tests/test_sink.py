@@ -49,8 +49,8 @@ def read_until(reads: int, wanted: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("way", ["refused by the system", "asked before"])
-def test_a_reader_that_stands_still_stops_nobody(way, monkeypatch):
-    """A full pipe: what is logged waits or is lost, counted and told, and comes in order once somebody reads."""
+def test_a_reader_that_stands_still_stops_no_writer(way, monkeypatch):
+    """A full pipe: what is logged waits or is lost, counted and told, and comes in order once it is read."""
     if way == "asked before":
         monkeypatch.setattr(Sink, "_unless_it_waits", Sink._if_there_is_room)
     monkeypatch.setattr(_sink, "_HELD_BYTES", 300_000)
@@ -149,7 +149,7 @@ def test_trap_a_child_of_a_fork_logs_while_its_parent_s_threads_do():
                         if time.monotonic() > end:
                             os.kill(pid, 9)
                             raise SystemExit("a child hangs")
-                        time.sleep(0.001)
+                        time.sleep(0.001)  # and ask again
                 over.set()
                 for thread in threads:
                     thread.join()
@@ -157,7 +157,7 @@ def test_trap_a_child_of_a_fork_logs_while_its_parent_s_threads_do():
 
         children(io.StringIO(), None)
         reads, writes = os.pipe()
-        children(open(writes, "w"), reads)  # nobody reads: the parent's queue is full, and has a thread
+        children(open(writes, "w"), reads)  # without a reader: the parent's queue is full, and has a thread
         os._exit(0)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
@@ -200,13 +200,13 @@ def test_what_an_encoding_lacks_is_escaped_and_counted(kind, log_format, tmp_pat
     assert metric("mainstay_log_lines_changed_total", reason="escaped") == before + 1
 
 
-@pytest.mark.parametrize("how", ["closed", "nobody reads", "no stream"])
+@pytest.mark.parametrize("how", ["closed", "no reader", "no stream"])
 def test_a_line_that_cannot_be_written_is_counted(how, monkeypatch):
     """A closed stream, a pipe without a reader, a process without standard error: quiet, and counted."""
     before = metric("mainstay_log_lines_lost_total", reason="stream_broken")
     reads, writes = os.pipe()
     stream = os.fdopen(writes, "w")
-    if how == "nobody reads":
+    if how == "no reader":
         os.close(reads)
     if how == "no stream":
         monkeypatch.setattr(sys, "stderr", None)
@@ -216,7 +216,7 @@ def test_a_line_that_cannot_be_written_is_counted(how, monkeypatch):
         logging.getLogger("lib").warning("x")
         structlog.get_logger().warning("x")
     stream.close()
-    if how != "nobody reads":
+    if how != "no reader":
         os.close(reads)
     assert metric("mainstay_log_lines_lost_total", reason="stream_broken") == before + 2
 

@@ -97,7 +97,7 @@ async def test_a_server_that_can_say_no_more_answers_itself(how):
 
 
 async def test_a_refusal_is_no_error_of_ours():
-    """A stranger's 403 is one line, whatever the server takes it for."""
+    """A stranger's 403 is one line, also where the server takes it for an error."""
     sent, raised, lines = await opened(application(), "/ends/refused")
     assert raised is None
     assert sent[0]["status"] == 403
@@ -116,7 +116,7 @@ async def test_an_error_after_it_was_accepted_is_for_the_server_to_break_off():
 
 
 async def test_a_client_that_left_before_is_not_refused():
-    """Nobody is there to be told, and it is no failure."""
+    """No client is there to be told, and it is no failure."""
     sent: list[Any] = []
 
     async def receive():

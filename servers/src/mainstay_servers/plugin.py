@@ -9,9 +9,10 @@ Shared for the whole run, and replaceable by an address in the environment:
 - `redis_url`: the URL of a database that was emptied before the test (`MAINSTAY_TEST_REDIS`: give a number of its own)
 - `secure_kafka`: a second Kafka, always the run's own, with TLS, mutual TLS, SASL and rights by account
 
-Another's client:
+Programs of others:
 
 - `kcat`: the path of the program that reads Kafka on a command line, by librdkafka
+- `promtool`, `prometheus`: the paths of the programs that try rules and that scrape (`Prometheus` runs it)
 
 A server of the test's own, to be killed, paused and restarted: `own_kafka`, `own_postgres`, `own_redis`.
 
@@ -41,6 +42,13 @@ def _missing(error: MissingServer) -> NoReturn:
     if os.environ.get("CI", "").lower() in {"1", "true"}:
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+def _program(name: str) -> str:
+    try:
+        return find(name)
+    except MissingServer as error:
+        _missing(error)
 
 
 def owned(server: ServerT) -> Iterator[ServerT]:
@@ -75,19 +83,19 @@ def secure_kafka() -> Iterator[SecureKafka]:
 @pytest.fixture(scope="session")
 def kcat() -> str:
     """The path of `kcat`."""
-    try:
-        return find("kcat")
-    except MissingServer as error:
-        _missing(error)
+    return _program("kcat")
 
 
 @pytest.fixture(scope="session")
 def promtool() -> str:
     """The path of `promtool`."""
-    try:
-        return find("promtool")
-    except MissingServer as error:
-        _missing(error)
+    return _program("promtool")
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> str:
+    """The path of `prometheus`, for a `Prometheus` that is told in the test what it scrapes."""
+    return _program("prometheus")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ LAG_ASKED = Gauge(
 
 
 class _Lag(Collector):
-    """The age of the oldest entry that waits, as it is at the scrape: it grows also when nobody looks any more."""
+    """The age of the oldest entry that waits, as it is at the scrape: it grows also when no process looks any more."""
 
     multiprocess_mode: ClassVar[str] = "livemax"
 

@@ -2,7 +2,7 @@
 
 AuditError                 SYS_AUDIT             base
 ├── InvalidEntry           VAL_AUDIT_ENTRY       an entry with something in it that cannot be stored exactly
-├── InvalidNote            VAL_AUDIT_NOTE        a checkpoint or key that is malformed, or signed by nobody we know
+├── InvalidNote            VAL_AUDIT_NOTE        a checkpoint or key that is malformed, or signed by an unknown key
 ├── InvalidReceipt         VAL_AUDIT_RECEIPT     a receipt that does not prove what it says
 ├── NotSealed              RES_AUDIT_NOT_SEALED  the entry is not, or not yet, in the log
 └── TamperedLog            SYS_AUDIT_TAMPERED    the log is not the one that was signed
@@ -33,7 +33,7 @@ class InvalidEntry(AuditError, ValueError):
 
 
 class InvalidNote(AuditError, ValueError):
-    """A signed note or a key is malformed, or signed by nobody we know."""
+    """A signed note or a key is malformed, or signed by an unknown key."""
 
     code = "VAL_AUDIT_NOTE"
     status = 422
@@ -60,7 +60,7 @@ class NotSealed(AuditError, LookupError):
 
 
 class TamperedLog(AuditError):
-    """What is stored does not lead to the root that was signed: somebody has changed it. Nothing more is signed."""
+    """What is stored does not lead to the root that was signed: it was changed. Nothing more is signed."""
 
     code = "SYS_AUDIT_TAMPERED"
     status = 500

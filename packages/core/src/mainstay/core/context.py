@@ -5,7 +5,7 @@ fields come out in logs, traces, event headers, workflow records, audit entries 
 `mainstay.core.deadline`'s, in a variable of its own: code that binds the context that came with an event must not
 thereby escape the deadline around it, and a record outlives the call that made it.
 
-The trace is OpenTelemetry's: inside a span, `current()` names that span, whatever trace was bound. What is bound is the
+The trace is OpenTelemetry's: inside a span, `current()` names that span, not what was bound. What is bound is the
 trace as it was received, and is what travels on where no span is active, or where OpenTelemetry is not even imported.
 """
 
@@ -220,7 +220,7 @@ def _bound() -> Context:
     return context if isinstance(context, Context) else context.get()
 
 
-# OpenTelemetry's `get_current_span` and what it returns outside of any, once somebody has imported its API, which is no
+# OpenTelemetry's `get_current_span` and what it returns outside of any, once its API is imported, which is no
 # dependency. Where no SDK is installed this question costs less than asking for the provider first.
 _ask: Callable[[], Any] | None = None
 _no_span: object = None

@@ -206,7 +206,7 @@ class Forbidden(MainstayError):
 
 
 class InvalidRequest(MainstayError):
-    """The request is wrong in itself: it can never be done, whatever the state of things is."""
+    """The request is wrong in itself: it can never be done, in no state of things."""
 
     code = "VAL_REQUEST"
     status = 422

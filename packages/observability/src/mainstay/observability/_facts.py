@@ -96,7 +96,7 @@ class RequestFacts(Noted):
         return (perf_counter() if self.ended_at is None else self.ended_at) - self.started_at
 
     def answered_in(self, context: Context) -> None:
-        """Note the context in which the answer begins: the last word on who asks, whoever was bound first."""
+        """Note the context in which the answer begins: the last word on who asks."""
         own = self.context
         if context is own:
             return
@@ -129,7 +129,7 @@ def route_template(scope: Scope, root: str = "") -> str:
     was asked for: what remains of it before the part that the route describes, with the values of mount parameters put
     back into their names. Where that is not certain, as with a parameter that was converted or spans several parts, the
     route's own path has to do: what a stranger wrote must never be a label. A request that no route answers is
-    `unmatched`, whatever its path.
+    `unmatched`, and its path is not told.
 
     Args:
         scope: of the request, when it is over.

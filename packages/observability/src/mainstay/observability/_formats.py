@@ -143,7 +143,7 @@ class Console:
 
 
 def _shown(name: object, value: object) -> object:
-    """Without what moves a cursor or begins a line: a terminal would show what nobody wrote."""
+    """Without what moves a cursor or begins a line: a terminal would show what was never written."""
     if not isinstance(value, str):
         return value
     return _escaped(value, _CONTROL_IN_LINES if name in ("exception", "stack") else _CONTROL)

@@ -125,7 +125,7 @@ def _timestamp() -> str:
 
 
 class _Pipeline:
-    """All processors as one, which never raises: whoever writes a line is not to be failed by it."""
+    """All processors as one, which never raises: no caller is to be failed by its line."""
 
     def __init__(self, settings: ObservabilitySettings, write: Format) -> None:
         self._service = settings.service_name

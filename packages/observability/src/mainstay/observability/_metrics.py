@@ -48,7 +48,7 @@ class Watch(Protocol):
 
 
 class _Health(Collector):
-    """The health as it is at the scrape: a gauge that is set when somebody asks stands for ever once nobody does."""
+    """The health as it is at the scrape: a gauge that is set by a question stands for ever after the last one."""
 
     multiprocess_mode: ClassVar[str] = "livemin"
 

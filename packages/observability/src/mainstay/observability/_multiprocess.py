@@ -169,7 +169,7 @@ def _left_behind(path: Path) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # somebody else's: it is there
+    except OSError:  # of another account: it is there
         return False
     return False
 

@@ -1,6 +1,6 @@
 """No secret in a line, and no line without end: what a line holds is made into what JSON has, within limits.
 
-Of a mapping, of a model and of a dataclass a line shows what their repr shows, of whatever is not known here the repr
+Of a mapping, of a model and of a dataclass a line shows what their repr shows, of any other object the repr
 itself, which is text like any other; so it shows nothing that `Secrets` has not looked at. An iterator is never
 advanced: its items belong to the application, and may have no end.
 

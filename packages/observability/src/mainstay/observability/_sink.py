@@ -1,6 +1,6 @@
 """Where finished lines go: whole lines, in order, and never at the cost of who writes them.
 
-A reader of a pipe that stands still (a log agent, a terminal with Ctrl-S) stops whoever writes to it, and with it the
+A reader of a pipe that stands still (a log agent, a terminal with Ctrl-S) stops its writer, and with it the
 event loop. A queue and a thread for every line would prevent that, and lose what is queued when the process is killed,
 which are the lines that say why. So a line is written at once, by a write that the system refuses instead of waiting
 (`RWF_NOWAIT`; where there is none, after asking whether there is room). Only what is refused waits in a queue, and a
@@ -334,7 +334,7 @@ def _flush_in_forked_process() -> None:
     if processes is None or processes.parent_process() is None or os.getpid() in _children_flushed:
         return
     _children_flushed.add(os.getpid())
-    from multiprocessing.util import Finalize  # noqa: PLC0415  loaded already, by whoever forked
+    from multiprocessing.util import Finalize  # noqa: PLC0415  loaded already, by the parent
 
     Finalize(None, _flush_all, exitpriority=0)
 

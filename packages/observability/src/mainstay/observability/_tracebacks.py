@@ -1,4 +1,4 @@
-"""An exception as text: without local variables, which hold secrets, and of a bounded size whatever it is linked to."""
+"""An exception as text: without local variables, which hold secrets, and of a bounded size with all it is linked to."""
 
 from __future__ import annotations
 

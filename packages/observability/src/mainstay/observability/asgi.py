@@ -304,7 +304,7 @@ class ObservabilityMiddleware:
                 _lines.failure_is_told()
         except BaseException as error:
             if _went_away(error, facts) and not cancelled_from_outside(error):
-                _lines.failure_is_told()  # a handshake that is left open, for one, since nobody waits for it
+                _lines.failure_is_told()  # a handshake that is left open, for one, without a client that waits
             elif cancelled_from_outside(error):
                 raise
             else:
@@ -359,7 +359,7 @@ async def _refused(error: Exception, facts: RequestFacts, send: Send) -> bool:
     noted(facts.scope, error, problem)
     if DENIAL not in (facts.scope.get("extensions") or {}):
         return False
-    with suppress(OSError):  # nobody there any more
+    with suppress(OSError):  # the client is gone
         await refuse(problem, facts.scope, send, accepted=False)
     return True
 
@@ -380,7 +380,7 @@ async def _survived(error: BaseException, facts: RequestFacts, send: Send) -> bo
         facts.status = _SERVER_ERROR
     else:
         # Answered here and not raised again, or the server would log it a second time, without its context.
-        with suppress(OSError):  # nobody there any more
+        with suppress(OSError):  # the client is gone
             await answer(cast("Exception", error), facts.scope, send)
     # Once an answer has begun, only the server can break it off. What is no Exception is not for us to end.
     ends = begun or not isinstance(error, Exception | asyncio.CancelledError)

@@ -218,7 +218,7 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def _sensible(seconds: float | None) -> float | None:
-    """How long to wait, as far as that is a time that somebody may wait."""
+    """How long to wait, as far as a program may wait so long."""
     if seconds is None or not math.isfinite(seconds):
         return None
     return min(max(0.0, seconds), _YEAR_SECONDS)

@@ -3,7 +3,7 @@
     client = httpx.AsyncClient(transport=AsyncOutgoingTransport("stock", "*.shop.svc"))
 
 A transport and no event hook, since httpx copies the headers of a request into that of a redirect: what a hook adds for
-a service of ours would follow to whatever host it redirects to. Here each request is sent as a copy, which has what is
+a service of ours would follow to any host that it redirects to. Here each request is sent as a copy, which has what is
 meant for its host.
 
 With a policy of mainstay-circuit-breaker around it, each attempt has its own span and says what remains of the time:
@@ -28,7 +28,7 @@ __all__ = ["AsyncOutgoingTransport", "OutgoingTransport"]
 
 _HOST = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*", re.ASCII)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
-# They are as of this moment; anything else that the request has already was written by somebody who meant it.
+# They are as of this moment; anything else that the request has already was written on purpose.
 _OF_THE_MOMENT = frozenset({"traceparent", "tracestate", DEADLINE_HEADER})
 _FIRST_ERROR = 400
 

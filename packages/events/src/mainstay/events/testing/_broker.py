@@ -1,6 +1,6 @@
 """A simulated broker behind the outbox: the real relay sends to it, and what it takes is in the log that is read.
 
-The network and the broker are the world outside. A batch that was handed over arrives, whatever becomes of its sender,
+The network and the broker are the world outside. A batch that was handed over arrives, also where its sender has died,
 and batches are taken in the order in which they arrive. As the clients of a real one, the carrier hands nothing over
 after its deadline.
 """
